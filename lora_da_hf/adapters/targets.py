@@ -1,0 +1,196 @@
+"""The LoRA layers of a model, as PEFT injected them, and which of them can be initialised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One LoRA layer that will be initialised.
+
+    Attributes:
+        name: The base layer's name in the base model, such as ``model.layers.0.self_attn.q_proj``.
+        layer: PEFT's layer.
+        base_layer: What it wraps.
+        rank: Its rank.
+        peft_scaling: What PEFT multiplies ``B A`` with.
+        in_features: d_in.
+        out_features: d_out.
+    """
+
+    name: str
+    layer: LoraLayer
+    base_layer: nn.Module
+    rank: int
+    peft_scaling: float
+    in_features: int
+    out_features: int
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter, and with it the layer's statistics, live."""
+        return self.lora_A.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetScan:
+    """What `find_targets` found.
+
+    Attributes:
+        targets: Layers that can be initialised, in the model's order.
+        kept: Layers that keep PEFT's own initialisation, each with the reason.
+        adapter_name: The adapter looked at.
+    """
+
+    targets: list[Target]
+    kept: dict[str, str]
+    adapter_name: str
+
+
+def active_adapter_name(model: nn.Module) -> str:
+    """Return the name of the model's one active adapter.
+
+    Raises:
+        TargetError: if there is none or more than one.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise TargetError(
+            "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)) first, or give "
+            "LoRADATrainer a peft_config. If there is a peft_config, check its target_modules."
+        )
+    names = {name for layer in layers for name in layer.active_adapters}
+    if len(names) != 1:
+        raise TargetError(
+            f"Active adapters are {sorted(names)}, and exactly one can be initialised. Activate it with set_adapter, "
+            "or pass adapter_name."
+        )
+    return names.pop()
+
+
+def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetScan:
+    """Find the LoRA layers of an adapter that can be initialised.
+
+    Args:
+        model: A PEFT model, or any model with LoRA layers.
+        adapter_name: The adapter; None: the active one.
+
+    Raises:
+        TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
+        AdapterAlreadyTrainedError: if a B is not zero, so that the adapter is not a fresh one.
+        UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
+    """
+    adapter_name = adapter_name or active_adapter_name(model)
+    targets: list[Target] = []
+    kept: dict[str, str] = {}
+    for full_name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        name = base_name(full_name)
+        if adapter_name not in layer.r:
+            continue
+        reason = _why_kept(layer, adapter_name)
+        if reason:
+            kept[name] = reason
+            continue
+        target = _target(name, layer, adapter_name)
+        if target.rank > target.in_features:
+            kept[name] = f"rank {target.rank} is above its input size {target.in_features}"
+        else:
+            targets.append(target)
+    if not targets and not kept:
+        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}.")
+    if not targets:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
+        raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
+    _check_fresh(targets)
+    return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
+
+
+def base_name(full_name: str) -> str:
+    """Return the name that a layer has in the base model, without what PEFT puts before it."""
+    return full_name.removeprefix("base_model.model.")
+
+
+def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
+    base = layer.get_base_layer()
+    variant: Any = layer.lora_variant.get(adapter_name)
+    if variant is not None:
+        return f"its LoRA variant {type(variant).__name__} is not initialised from data"
+    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+        return f"{type(base).__name__} is not a linear layer"
+    if isinstance(base, nn.Linear | Conv1D):
+        return None
+    if isinstance(base, nn.Embedding | nn.MultiheadAttention) or "Conv" in type(base).__name__:
+        return f"{type(base).__name__} is not a linear layer"
+    raise UnsupportedLayerError(
+        f"A base layer is a {type(base).__module__}.{type(base).__name__}, which cannot be tapped. Supported are "
+        "torch.nn.Linear and its subclasses (bitsandbytes' 4- and 8-bit layers among them) and transformers' Conv1D. "
+        "Load the model in another quantisation, or exclude these layers from target_modules."
+    )
+
+
+def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
+    factors: Any = layer
+    widths: Any = (layer.in_features, layer.out_features)
+    target = Target(
+        name=name,
+        layer=layer,
+        base_layer=layer.get_base_layer(),
+        rank=layer.r[adapter_name],
+        peft_scaling=layer.scaling[adapter_name],
+        in_features=widths[0],
+        out_features=widths[1],
+        lora_A=factors.lora_A[adapter_name].weight,
+        lora_B=factors.lora_B[adapter_name].weight,
+    )
+    weights = {
+        "its weight": getattr(target.base_layer, "weight", None),
+        "lora_A": target.lora_A,
+        "lora_B": target.lora_B,
+    }
+    for what, weight in weights.items():
+        if weight is not None and weight.device.type == "meta":
+            raise TargetError(
+                f"{name}: {what} is on the meta device, so it has no values. Load the model's weights before the "
+                "initialisation, and make the adapter without low_cpu_mem_usage=True."
+            )
+    if layer.merged:
+        raise TargetError(f"{name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
+    return target
+
+
+def _check_fresh(targets: list[Target]) -> None:
+    used = [target.name for target in targets if bool(target.lora_B.detach().any())]
+    if used:
+        raise AdapterAlreadyTrainedError(
+            f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or it was "
+            "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave LoRA-DA "
+            "out or resume from a checkpoint."
+        )
+
+
+def freeze_a(model: nn.Module, adapter_name: str | None = None) -> int:
+    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made.
+
+    Returns:
+        The number of layers.
+    """
+    adapter_name = adapter_name or active_adapter_name(model)
+    count = 0
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+            layer.lora_A[adapter_name].requires_grad_(False)
+            count += 1
+    return count

@@ -1,0 +1,63 @@
+"""Trying a step and a rank out in forward passes, without writing any weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lora_da_hf.adapters.targets import Target
+
+
+class TrialAdapters:
+    """Adds ``step_size * basis_B[:, :rank] basis_A[:rank] x`` to the outputs of the base layers, inside the context.
+
+    The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. One forward pass costs
+    what a pass with the adapter costs; changing the step or the rank costs nothing, and no parameter is touched,
+    however it is partitioned.
+
+    Attributes:
+        step_size: The step being tried.
+        rank: The rank being tried; None: each layer's own.
+
+    Args:
+        targets: The layers.
+        bases: ``basis_A [R, d_in]`` and ``basis_B [d_out, R]`` of each, with R at least its rank.
+    """
+
+    def __init__(self, targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.step_size = 0.0
+        self.rank: int | None = None
+        self._targets = targets
+        self._bases = {
+            target.name: tuple(basis.to(target.lora_A) for basis in bases[target.name]) for target in targets
+        }
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> TrialAdapters:
+        for target in self._targets:
+            self._handles.append(target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, target: Target) -> Any:
+        basis_A, basis_B = self._bases[target.name]
+
+        def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if self.step_size == 0.0:
+                return output
+            layer_input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            rank = min(self.rank or target.rank, basis_A.shape[0])
+            offset = linear(linear(layer_input.to(basis_A.dtype), basis_A[:rank]), basis_B[:, :rank])
+            return (output + offset * self.step_size).to(output.dtype)
+
+        return on_forward

@@ -1,0 +1,110 @@
+"""The few collective operations that an initialisation needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class PeerFailed(RuntimeError):
+    """Another process failed in a stage that all take part in; its message is in this one's."""
+
+
+class Ranks:
+    """The processes that share the work. With one process every operation does nothing.
+
+    Attributes:
+        rank: This process's number.
+        size: How many there are.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Return the processes of the default process group, or this one alone if there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls(0, 1)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this process's share of the items: every size-th, from its rank on."""
+        return list(items[self.rank :: self.size])
+
+    def reduce_sum_(self, tensor: Tensor, owner: int) -> None:
+        """Sum ``tensor`` over the processes into the owner's, in place; the others' is then undefined."""
+        if self.size > 1:
+            dist.reduce(tensor, dst=owner)
+
+    def broadcast_(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite ``tensor`` with the owner's, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=owner)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise sum over the processes, the same bits on all of them."""
+        return [sum(column) for column in zip(*self.gather(tuple(values)), strict=True)]
+
+    @contextlib.contextmanager
+    def together(self, stage: str) -> Generator[None]:
+        """Make a stage without collectives fail on all processes if it fails on one, so that none waits for ever.
+
+        Args:
+            stage: Its name, for the message.
+
+        Raises:
+            PeerFailed: if another process failed.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+            if failed and failure is None:
+                rank, message = failed[0]
+                raise PeerFailed(f"Process {rank} failed in the {stage}: {message}")
+        if failure is not None:
+            raise failure
+
+
+def balanced_owners(costs: dict[str, float], size: int) -> dict[str, int]:
+    """Assign items to processes so that the largest total cost is small: costliest first, to the least loaded.
+
+    Args:
+        costs: Cost of each item.
+        size: How many processes there are.
+
+    Returns:
+        The process of each item; the same on every process.
+    """
+    load = [0.0] * size
+    owners: dict[str, int] = {}
+    for name in sorted(costs, key=lambda n: (-costs[n], n)):
+        owner = min(range(size), key=load.__getitem__)
+        owners[name] = owner
+        load[owner] += costs[name]
+    return owners

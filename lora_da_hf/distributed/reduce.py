@@ -1,0 +1,79 @@
+"""From the sums of every process to the mean statistics of each layer, at the process that owns it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.records import LayerStatistics
+from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_upper
+from lora_da_hf.statistics.taps import Taps
+
+
+def input_groups(shared_inputs: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the layers that share each input, by the name of their leader."""
+    groups: dict[str, list[str]] = {}
+    for name, leader in shared_inputs.items():
+        groups.setdefault(leader, []).append(name)
+    return groups
+
+
+def reduce_statistics(
+    taps: Taps, groups: Mapping[str, list[str]], owners: Mapping[str, int], ranks: Ranks, *, num_samples: int
+) -> Iterator[tuple[str, dict[str, LayerStatistics]]]:
+    """Sum each group of layers over the processes and give the means to the group's owner.
+
+    Every process must run the iteration to its end. The input moment travels as a packed triangle. The sums of a
+    group are overwritten or released as it is reduced.
+
+    Args:
+        taps: This process's sums.
+        groups: Layers that share an input, by leader, in the same order on all processes.
+        owners: The owner of each group.
+        ranks: The processes.
+        num_samples: Samples that have a label, over all processes.
+
+    Yields:
+        The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
+    """
+    counts = ranks.sum([float(n) for name in taps.taps for n in _token_counts(taps, name)])
+    tokens = {name: (int(counts[2 * i]), int(counts[2 * i + 1])) for i, name in enumerate(taps.taps)}
+    for leader, members in groups.items():
+        owner = owners[leader]
+        moment = taps.taps[leader].input_sum.total
+        if ranks.size > 1:
+            packed = pack_upper(moment)
+            ranks.reduce_sum_(packed, owner)
+            moment = unpack_upper(packed, moment.shape[0]) if ranks.rank == owner else moment
+        else:
+            mirror_upper_(moment)
+        statistics: dict[str, LayerStatistics] = {}
+        if ranks.rank == owner:
+            moment /= max(tokens[leader][0], 1)
+        for name in members:
+            sums = taps.taps[name].sums
+            ranks.reduce_sum_(sums.squares, owner)
+            ranks.reduce_sum_(sums.weight_grad, owner)
+            if ranks.rank == owner:
+                statistics[name] = LayerStatistics(
+                    input_second_moment=moment,
+                    output_grad_second_moment_diag=sums.squares.div_(max(tokens[name][1], 1)),
+                    weight_grad=sums.weight_grad.div_(num_samples),
+                    num_input_tokens=tokens[leader][0],
+                    num_output_tokens=tokens[name][1],
+                )
+        yield leader, statistics
+        _release(taps, leader, members)
+
+
+def _token_counts(taps: Taps, name: str) -> tuple[int, int]:
+    return taps.taps[name].input_sum.num_tokens, taps.taps[name].sums.num_tokens
+
+
+def _release(taps: Taps, leader: str, members: list[str]) -> None:
+    taps.taps[leader].input_sum.total = torch.empty(0)
+    for name in members:
+        taps.taps[name].sums.squares = torch.empty(0)
+        taps.taps[name].sums.weight_grad = torch.empty(0)

@@ -1,0 +1,68 @@
+"""The losses that models of transformers compute by themselves, and what is known of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from lora_da_hf.errors import DataError
+
+
+def base_model_of(model: nn.Module) -> Any:
+    """Return the model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+    """Compute the loss that the model returns, divided by ``num_items`` if the model can do that.
+
+    Raises:
+        DataError: if the model returns no loss.
+    """
+    extra = {} if num_items is None or not accepts_loss_kwargs(model) else {"num_items_in_batch": num_items}
+    outputs: Any = model(**batch, **extra)
+    loss: Any = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise DataError(
+            f"The model returned no loss from {sorted(batch)}. Add labels to the samples, or give compute_loss."
+        )
+    return loss
+
+
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """Tell whether the model's forward hands keyword arguments on to its loss, by transformers' own rule."""
+    base = base_model_of(model)
+    declared = getattr(base, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    kinds = {parameter.kind for parameter in inspect.signature(base.forward).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Tell whether position t of the model predicts label t + 1."""
+    base = base_model_of(model)
+    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+
+
+def max_sample_length(model: nn.Module) -> int | None:
+    """Return the longest sample, in tokens, that the model's position embeddings allow."""
+    config: Any = getattr(base_model_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that batches must be on: where the embeddings are, or the first parameter."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embeddings = get_embeddings() if callable(get_embeddings) else None
+    weight = getattr(embeddings, "weight", None)
+    return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device

@@ -1,0 +1,58 @@
+"""Tensors with what is needed to read them: statistics of a layer, and its solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """What one pass over the samples says about one linear layer.
+
+    Attributes:
+        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps.
+        output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over the same tokens, with g the gradient of the
+            sample's mean label loss.
+        weight_grad: ``[d_out, d_in]``, mean over samples of the gradient of each sample's mean label loss.
+        num_input_tokens: Tokens in the input mean.
+        num_output_tokens: Tokens in the output mean.
+    """
+
+    input_second_moment: Tensor
+    output_grad_second_moment_diag: Tensor
+    weight_grad: Tensor
+    num_input_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSolution:
+    """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
+
+    Attributes:
+        basis_A: ``[max_rank, d_in]``, the transposed input basis.
+        basis_B: ``[d_out, max_rank]``, the (normalised) displacement times the input basis.
+        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
+        displacement_norm: Largest singular value of the displacement.
+        input_damping: Damping that was added to the input second moment.
+        output_damping: Damping that was added to the output diagonal.
+        solver: Name of the eigensolver that gave the basis.
+        residual: Its residual, relative to the largest eigenvalue.
+        notes: What had to be done beyond the ordinary.
+    """
+
+    basis_A: Tensor
+    basis_B: Tensor
+    eigenvalues: Tensor
+    displacement_norm: float
+    input_damping: float
+    output_damping: float
+    solver: str
+    residual: float
+    notes: tuple[str, ...] = ()
+
+    def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return ``basis_A [rank, d_in]`` and ``basis_B [d_out, rank]``."""
+        return self.basis_A[:rank], self.basis_B[:, :rank]

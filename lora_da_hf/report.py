@@ -1,0 +1,219 @@
+"""What an initialisation did, as a table for people and JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_FULL_TABLE_UP_TO = 32
+
+
+@dataclass(kw_only=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Attributes:
+        name: The layer.
+        rank: Its rank.
+        peft_scaling: What PEFT multiplies ``B A`` with.
+        num_tokens: Tokens in its input second moment.
+        num_grad_tokens: Tokens in its output-gradient second moment.
+        input_damping: Damping added to the input second moment.
+        output_damping: Damping added to the output diagonal.
+        eigenvalues: Of the guidance matrix, ascending, up to the rank that was solved.
+        displacement_norm: Largest singular value of the displacement.
+        solver: The eigensolver used.
+        residual: Its residual, relative to the largest eigenvalue.
+        update_norm: Frobenius norm of ``scaling * B @ A`` as written.
+        notes: What had to be done beyond the ordinary.
+    """
+
+    name: str
+    rank: int
+    peft_scaling: float
+    num_tokens: int
+    num_grad_tokens: int
+    input_damping: float
+    output_damping: float
+    eigenvalues: list[float]
+    displacement_norm: float
+    solver: str
+    residual: float
+    update_norm: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LoRADAReport:
+    """What an initialisation did.
+
+    Attributes:
+        layers: One record for each layer that was initialised.
+        kept: Layers that keep PEFT's own initialisation, with the reason.
+        num_samples: Samples in the statistics.
+        num_unlabelled: Samples left out because they have no label.
+        num_search_samples: Samples of the line search.
+        num_unseen_samples: Samples that nothing but the two losses below saw.
+        population_size: N of the variance term.
+        batch_size: Samples run together.
+        loss_reduction: What the loss of a batch is, and where that is known from.
+        step_size: How far step 0 goes; 0 if no step helped; None if the layers' steps differ (`stable_gamma`).
+        step_size_by_rank: The searched step for a ladder of ranks.
+        search: Steps tried, with their losses.
+        search_loss_before: Loss of the base model on the search samples.
+        search_loss_after: Loss there after the write, in the dtype that is stored.
+        unseen_loss_before: Loss of the base model on the unseen samples.
+        unseen_loss_after: Loss there after the write.
+        seconds: Time of each stage.
+        config: The settings.
+        data_fingerprint: SHA-256 over the samples of the statistics.
+        notes: What a user should know.
+        artifact: Where the initialisation was written, if it was.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+    num_samples: int = 0
+    num_unlabelled: int = 0
+    num_search_samples: int = 0
+    num_unseen_samples: int = 0
+    population_size: int = 0
+    batch_size: int = 1
+    loss_reduction: str = ""
+    step_size: float | None = None
+    step_size_by_rank: dict[int, float] = field(default_factory=dict)
+    search: list[tuple[float, float]] = field(default_factory=list)
+    search_loss_before: float | None = None
+    search_loss_after: float | None = None
+    unseen_loss_before: float | None = None
+    unseen_loss_after: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    notes: list[str] = field(default_factory=list)
+    artifact: str | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of all stages together."""
+        return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoRADAReport:
+        """Read what `save` wrote."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
+        values["step_size_by_rank"] = {int(rank): step for rank, step in values["step_size_by_rank"].items()}
+        values["search"] = [tuple(pair) for pair in values["search"]]
+        return cls(**values)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the few numbers that belong in a training log."""
+        values = {
+            "lora_da_step_size": self.step_size,
+            "lora_da_search_loss_before": self.search_loss_before,
+            "lora_da_search_loss_after": self.search_loss_after,
+            "lora_da_unseen_loss_before": self.unseen_loss_before,
+            "lora_da_unseen_loss_after": self.unseen_loss_after,
+            "lora_da_seconds": self.total_seconds,
+            "lora_da_layers": len(self.layers),
+            "lora_da_layers_kept": len(self.kept),
+        }
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        return self.table(every_layer=len(self.layers) <= _FULL_TABLE_UP_TO)
+
+    def table(self, *, every_layer: bool = True) -> str:
+        """Return the report as text.
+
+        Args:
+            every_layer: One row a layer; otherwise one row for the layers of each kind, with ranges.
+        """
+        header = [
+            "layer",
+            "rank",
+            "tokens",
+            "displacement",
+            "lowest eigenvalue",
+            "solver",
+            "residual",
+            "|sBA|",
+        ]
+        rows = [_row(group) for group in ([[layer] for layer in self.layers] if every_layer else _kinds(self.layers))]
+        parts = [
+            "LoRA-DA initialisation",
+            *(f"  {line}" for line in self._summary()),
+            "",
+            *_aligned(header, rows),
+        ]
+        if self.kept:
+            parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
+            parts += [f"  {name}: {reason}" for name, reason in self.kept.items()]
+        noted = [(layer.name, note) for layer in self.layers for note in layer.notes]
+        if noted:
+            parts += ["", "Notes:", *(f"  {name}: {note}" for name, note in noted[:20])]
+            parts += [f"  ... and {len(noted) - 20} more in the JSON report"] if len(noted) > 20 else []
+        return "\n".join(parts)
+
+    def _summary(self) -> list[str]:
+        step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
+        lines = [
+            f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
+            f"loss: {self.loss_reduction}",
+            f"step size   {step}",
+            _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
+            _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),
+            "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()),
+        ]
+        return [line for line in lines if line] + [f"note        {note}" for note in self.notes]
+
+
+def _loss_line(which: str, count: int, before: float | None, after: float | None) -> str:
+    if before is None:
+        return ""
+    change = "" if after is None else f" -> {after:.4f} ({100 * (after / before - 1):+.1f} %)" if before else ""
+    return f"loss        {before:.4f}{change} on {count} {which} samples"
+
+
+def _kinds(layers: list[LayerReport]) -> list[list[LayerReport]]:
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+    return list(kinds.values())
+
+
+def _row(group: list[LayerReport]) -> list[str]:
+    name = group[0].name if len(group) == 1 else f"{group[0].name.rsplit('.', 1)[-1]} ({len(group)} layers)"
+
+    def span(values: list[float], form: str) -> str:
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} .. {high}"
+
+    return [
+        name,
+        span([layer.rank for layer in group], "d"),
+        span([layer.num_tokens for layer in group], "d"),
+        span([layer.displacement_norm for layer in group], ".2e"),
+        span([layer.eigenvalues[0] for layer in group], ".3f"),
+        "/".join(sorted({layer.solver for layer in group})),
+        f"{max(layer.residual for layer in group):.0e}",
+        span([layer.update_norm for layer in group], ".3g"),
+    ]
+
+
+def _aligned(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return [line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]]

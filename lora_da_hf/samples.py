@@ -1,0 +1,199 @@
+"""Which samples an initialisation reads, and how they become batches."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import DataError
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
+
+RawCollate = Callable[[list[Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSplits:
+    """The samples by what they are used for. No sample is in two of them.
+
+    Attributes:
+        statistics: For the statistics.
+        search: For the line search.
+        unseen: For nothing but the loss before and after.
+        population_size: N, the number of samples that training draws from.
+        indices: Position in the data set of each sample used, in the order statistics, search, unseen.
+        notes: What differs from what the config asks for.
+    """
+
+    statistics: list[Any]
+    search: list[Any]
+    unseen: list[Any]
+    population_size: int
+    indices: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def choose_samples(
+    samples: Any, config: LoRADAConfig, *, seed: int, population_size: int | None = None
+) -> SampleSplits:
+    """Draw disjoint sets of samples for the statistics, the line search and the final check.
+
+    With fewer samples than asked, the search and the unseen set get at most an eighth of them each, and the
+    statistics the rest.
+
+    Args:
+        samples: A sequence or map-style data set, or a stream, which is read from its head.
+        config: How many, and how they are chosen.
+        seed: Of the random choice.
+        population_size: N; None: the config's, or the length of ``samples``.
+
+    Raises:
+        DataError: if there is no sample, too few for a line search, or the population size is not known.
+    """
+    population_size = population_size or config.population_size
+    wanted = config.num_samples + 2 * config.search_samples
+    if isinstance(samples, Sized) and hasattr(samples, "__getitem__"):
+        indexable: Any = samples
+        length = len(samples)
+        population_size = population_size or length
+        indices = list(range(length))
+        if config.sample_selection == "random" and length:
+            indices = random.Random(seed).sample(indices, min(wanted, length))
+        indices = indices[:wanted]
+        drawn = [indexable[index] for index in indices]
+    elif isinstance(samples, Iterable):
+        drawn = list(itertools.islice(iter(samples), wanted))
+        indices = list(range(len(drawn)))
+    else:
+        raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
+    if not drawn:
+        raise DataError("There is no sample to take statistics from. Check the training set and its filters.")
+    if population_size is None:
+        raise DataError(
+            "The training data is a stream, so its size is not known. Give population_size: about how many samples "
+            "training will see."
+        )
+    return _split(drawn, indices, config, population_size)
+
+
+def _split(drawn: list[Any], indices: list[int], config: LoRADAConfig, population_size: int) -> SampleSplits:
+    available = len(drawn)
+    notes = []
+    search = unseen = 0
+    if config.searches_step:
+        if available < 2:
+            raise DataError(
+                "There is one sample only, and the line search needs one that the statistics did not see. Give more "
+                "samples, or a step_size."
+            )
+        search = min(config.search_samples, max(1, available // 8))
+        unseen = min(config.search_samples, available // 8)
+    elif available > config.num_samples:
+        unseen = min(config.search_samples, available - config.num_samples)
+    statistics = min(config.num_samples, available - search - unseen)
+    if statistics < config.num_samples:
+        notes.append(f"{statistics} samples for the statistics instead of {config.num_samples}: there are {available}")
+    ends = [statistics, statistics + search, statistics + search + unseen]
+    return SampleSplits(
+        statistics=drawn[: ends[0]],
+        search=drawn[ends[0] : ends[1]],
+        unseen=drawn[ends[1] : ends[2]],
+        population_size=population_size,
+        indices=tuple(indices[: ends[2]]),
+        notes=tuple(notes),
+    )
+
+
+def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
+    """Return the samples behind a data loader, and what collates them.
+
+    A `torch.utils.data.DataLoader` gives its data set and its collator. Any other iterable is taken to yield batches,
+    whose rows become samples.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None and callable(getattr(loader, "collate_fn", None)):
+        while type(dataset).__name__ == "IterableDatasetShard":  # accelerate's and transformers'
+            dataset = dataset.dataset
+        return dataset, loader.collate_fn
+    return _rows(loader), None
+
+
+def is_loader(samples: Any) -> bool:
+    """Tell a data loader from samples."""
+    return isinstance(samples, DataLoader) or (hasattr(samples, "dataset") and hasattr(samples, "collate_fn"))
+
+
+def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    for batch in batches:
+        size = next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+        for row in range(size):
+            yield {name: value[row] for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
+    """Collate samples of token lists by padding on the right.
+
+    Labels are padded with -100 and everything else with 0. Samples of different lengths without an attention mask
+    get one.
+
+    Args:
+        samples: Mappings of equal keys to numbers, lists of numbers or tensors.
+
+    Raises:
+        DataError: if a sample is no mapping, or a value is no number.
+    """
+    rows = [_tensors(sample) for sample in samples]
+    if any(set(row) != set(rows[0]) for row in rows):
+        raise DataError(f"Samples have different keys: {sorted(rows[0])} and others. Give all of them the same.")
+    ids = [row.get("input_ids") for row in rows]
+    if "attention_mask" not in rows[0] and all(i is not None and i.dim() == 1 for i in ids):
+        for row in rows:
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+    batch = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if values[0].dim() == 0 or all(v.shape == values[0].shape for v in values):
+            batch[name] = torch.stack(values)
+        else:
+            padding = IGNORED_LABEL if "labels" in name else 0
+            batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+    return batch
+
+
+def _tensors(sample: Any) -> dict[str, Tensor]:
+    if not isinstance(sample, Mapping):
+        raise DataError(
+            f"A sample is a {type(sample).__name__}; it must map names such as input_ids and labels to numbers. Give a "
+            "data_collator for samples of another form."
+        )
+    row = {}
+    for name, value in sample.items():
+        if value is None:
+            continue
+        try:
+            row[str(name)] = torch.as_tensor(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"The sample's {name!r} is a {type(value).__name__}, which cannot be made a tensor. Tokenise the "
+                "samples first and drop other columns, or give a data_collator."
+            ) from error
+    return row
+
+
+def on_device(collate: RawCollate, device: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Return a collator whose tensors are on ``device``."""
+
+    def collate_on_device(samples: Sequence[Any]) -> dict[str, Any]:
+        batch: Any = collate(list(samples))
+        if not isinstance(batch, Mapping):
+            raise DataError(f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors.")
+        return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+    return collate_on_device

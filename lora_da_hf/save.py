@@ -1,0 +1,141 @@
+"""From a finished initialisation to its folder."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
+from lora_da_hf.artifacts.schema import REPORT_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.statistics_store import save_statistics
+from lora_da_hf.artifacts.store import StoredBasis, write_init
+from lora_da_hf.errors import TargetError
+from lora_da_hf.losses import base_model_of
+from lora_da_hf.records import LayerSolution, LayerStatistics
+from lora_da_hf.report import LayerReport, LoRADAReport
+
+_PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def save_init(
+    folder: Path,
+    *,
+    model: nn.Module,
+    scan: TargetScan,
+    solutions: Mapping[str, LayerSolution],
+    statistics: Mapping[str, LayerStatistics],
+    shared_inputs: Mapping[str, str],
+    report: LoRADAReport,
+    seed: int,
+) -> Manifest:
+    """Write adapter, basis, report, manifest and, if given, statistics: all of it or nothing."""
+    bases = {
+        name: StoredBasis(basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues)
+        for name, solution in solutions.items()
+    }
+    reports = {layer.name: layer for layer in report.layers}
+    leaders = _leaders(shared_inputs, solutions)
+    layers = {
+        target.name: _layer_entry(target, solutions[target.name], reports[target.name], leaders[target.name])
+        for target in scan.targets
+        if target.name in solutions
+    }
+
+    def make_manifest(files: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            config=report.config,
+            base_model=base_model_facts(model, scan),
+            data={
+                "fingerprint": report.data_fingerprint,
+                "num_samples": report.num_samples,
+                "num_unlabelled": report.num_unlabelled,
+                "num_search_samples": report.num_search_samples,
+                "population_size": report.population_size,
+            },
+            adapter_name=scan.adapter_name,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            step_size=report.step_size,
+            step_size_by_rank={str(rank): step for rank, step in report.step_size_by_rank.items()},
+            seed=seed,
+            versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+            layers=layers,
+            kept=dict(report.kept),
+            files=files,
+        )
+
+    return write_init(
+        folder,
+        bases=bases,
+        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name),
+        save_report=lambda path: report.save(path / REPORT_FILE),
+        save_statistics=(
+            (lambda path: save_statistics(path, {n: statistics[n] for n in layers}, leaders)) if statistics else None
+        ),
+        make_manifest=make_manifest,
+    )
+
+
+def _leaders(shared_inputs: Mapping[str, str], solutions: Mapping[str, Any]) -> dict[str, str]:
+    """Return the leader of each solved layer, which is the first solved one of its group."""
+    first: dict[str, str] = {}
+    for name, leader in shared_inputs.items():
+        if name in solutions:
+            first.setdefault(leader, name)
+    return {name: first[leader] for name, leader in shared_inputs.items() if name in solutions}
+
+
+def _layer_entry(target: Target, solution: LayerSolution, report: LayerReport, leader: str) -> LayerEntry:
+    return LayerEntry(
+        in_features=target.in_features,
+        out_features=target.out_features,
+        rank=target.rank,
+        max_rank=solution.basis_A.shape[0],
+        peft_scaling=float(target.peft_scaling),
+        shares_input_with=leader,
+        input_damping=solution.input_damping,
+        output_damping=solution.output_damping,
+        num_tokens=report.num_tokens,
+        num_grad_tokens=report.num_grad_tokens,
+    )
+
+
+def base_model_facts(model: nn.Module, scan: TargetScan) -> dict[str, Any]:
+    """Return name, revision, config facts and weights fingerprint of the base model."""
+    config: Any = getattr(base_model_of(model), "config", None)
+    weights: Any = ((target.name, target.base_layer.weight) for target in scan.targets)
+    return {
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "config": config_facts(config),
+        "weights_sha256": weights_fingerprint(weights),
+    }
+
+
+def save_adapter(model: nn.Module, folder: Path, adapter_name: str) -> None:
+    """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
+
+    Raises:
+        TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=[adapter_name], save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card would describe a trained adapter
+        inner = folder / adapter_name
+        if inner.is_dir():
+            for path in inner.iterdir():
+                path.rename(folder / path.name)
+            inner.rmdir()
+            (folder / "README.md").unlink(missing_ok=True)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        saveable: Any = model
+        saveable.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        raise TargetError(f"A {type(model).__name__} cannot be saved as a PEFT adapter. Wrap it with get_peft_model.")

@@ -1,0 +1,125 @@
+"""A model made ready for the pass, and put back exactly as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
+    """Freeze every parameter, turn dropout off and keep gradient checkpointing on; undo it all at the end.
+
+    With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
+    the modules that checkpoint are put in it, with their own functional dropout at zero. Caches for generation are off.
+    Random number generators are seeded, and restored too.
+
+    Args:
+        model: The model, with its adapter.
+        seed: What the generators start from inside.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_state(seed))
+        stack.enter_context(_frozen_parameters(model))
+        stack.enter_context(_evaluation_mode(model))
+        stack.enter_context(_no_generation_cache(model))
+        stack.enter_context(_checkpoints_start_a_graph(model))
+        yield
+
+
+@contextlib.contextmanager
+def _random_state(seed: int) -> Generator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _frozen_parameters(model: nn.Module) -> Generator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
+    """List the modules that do gradient checkpointing, by transformers' convention."""
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) is True
+        and callable(getattr(module, "_gradient_checkpointing_func", None))
+    ]
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Generator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    dropouts: list[tuple[nn.Module, str, float]] = []
+    try:
+        model.eval()
+        for module in checkpointing_modules(model):
+            module.training = True  # not .train(), which would reach the children
+            dropouts += [(module, k, v) for k, v in vars(module).items() if isinstance(v, float) and "drop" in k]
+        for module, name, _ in dropouts:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in dropouts:
+            setattr(module, name, value)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _no_generation_cache(model: nn.Module) -> Generator[None]:
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+@contextlib.contextmanager
+def _checkpoints_start_a_graph(model: nn.Module) -> Generator[None]:
+    """Make the embeddings' output require a gradient: reentrant checkpointing drops the graph otherwise."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embeddings = get_embeddings() if callable(get_embeddings) and checkpointing_modules(model) else None
+    if not isinstance(embeddings, nn.Module):
+        yield
+        return
+
+    def require_grad(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_leaf and torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    handle = embeddings.register_forward_hook(require_grad)
+    try:
+        yield
+    finally:
+        handle.remove()

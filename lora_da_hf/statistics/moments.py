@@ -1,0 +1,97 @@
+"""Sums of products, accumulated in full precision whatever the model's dtype and the ambient precision flags."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+
+
+class InputMomentSum:
+    """A running sum of ``x x^T``, of which only the upper block triangle is computed.
+
+    Attributes:
+        total: ``[d_in, d_in]``; the part below the diagonal blocks stays zero until `mean`.
+        num_tokens: Rows added so far.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, dtype=dtype, device=device)
+        self.num_tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add ``rows^T rows`` for ``rows [tokens, d_in]``."""
+        add_symmetric_product_(self.total, rows)
+        self.num_tokens += rows.shape[0]
+
+
+class OutputMomentSum:
+    """Running sums of ``g**2`` over tokens and of ``g x^T`` over tokens and samples.
+
+    Attributes:
+        squares: ``[d_out]``, sum of ``g**2`` over the tokens that the mask keeps.
+        weight_grad: ``[d_out, d_in]``, sum of ``g x^T`` over all tokens.
+        num_tokens: Tokens in ``squares``.
+    """
+
+    def __init__(self, out_width: int, in_width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.squares = torch.zeros(out_width, dtype=dtype, device=device)
+        self.weight_grad = torch.zeros(out_width, in_width, dtype=dtype, device=device)
+        self.num_tokens = 0
+
+
+def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to the upper block triangle of ``total``, in place, at about half the cost of all of it.
+
+    Args:
+        total: ``[d, d]``.
+        rows: ``[tokens, d]``, in the dtype of ``total``.
+    """
+    width = total.shape[0]
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+
+
+def mirror_upper_(total: Tensor) -> Tensor:
+    """Fill the lower triangle of ``total [d, d]`` from its upper one, in place."""
+    width = total.shape[0]
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        diagonal = total[start:stop, start:stop]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+        total[stop:, start:stop] = total[start:stop, stop:].mT
+    return total
+
+
+def pack_upper(total: Tensor) -> Tensor:
+    """Return the upper triangle of ``total [d, d]`` row by row, ``[d * (d + 1) / 2]``."""
+    return torch.cat([total[row, row:] for row in range(total.shape[0])])
+
+
+def unpack_upper(packed: Tensor, width: int) -> Tensor:
+    """Undo `pack_upper`, giving the symmetric ``[width, width]``."""
+    total = packed.new_zeros(width, width)
+    start = 0
+    for row in range(width):
+        total[row, row:] = packed[start : start + width - row]
+        start += width - row
+    return mirror_upper_(total)
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Generator[None]:
+    """Turn autocast and reduced-precision float32 products (TF32, bf16) off, and restore both."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,259 @@
+"""Taps: identity functions on the outputs of linear layers that see input and output gradient in the backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_da_hf.errors import StatisticsError
+from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, full_precision
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
+
+
+class _TapFunction(torch.autograd.Function):
+    """Identity whose backward hands the layer's input and output gradient to a receiver.
+
+    The input goes through ``save_for_backward``, so gradient checkpointing frees and recomputes it like any other
+    saved tensor. ``output.data`` makes the result no view, so that an in-place operation on it is allowed. The anchor
+    makes the graph start here although every parameter is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, receive: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(layer_input)
+        ctx.receive = receive
+        return output.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (layer_input,) = ctx.saved_tensors
+        ctx.receive(layer_input, grad)
+        return grad, None, None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose backward multiplies the gradient of each sample by its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:
+        ctx.save_for_backward(weights)
+        ctx.seen = seen
+        return output.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weights,) = ctx.saved_tensors
+        ctx.seen()
+        return grad * weights.to(grad).reshape(-1, *[1] * (grad.dim() - 1)), None, None
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise StatisticsError("A tapped layer was called without a tensor. Exclude it from target_modules.")
+
+
+@dataclass
+class _LayerTap:
+    """The state of one tapped layer."""
+
+    name: str
+    sums: OutputMomentSum
+    input_sum: InputMomentSum
+    leader: _LayerTap | None = None
+    last_input: weakref.ref[Tensor] | None = None
+    forward_calls: int = 0
+    backward_calls: int = 0
+
+
+class Taps:
+    """Taps on a set of layers, as a context manager: hooks exist only inside it.
+
+    Args:
+        layers: The modules to tap by name: each maps ``[..., d_in]`` to ``[..., d_out]``.
+        widths: ``(d_in, d_out)`` of each, since a partitioned weight does not tell.
+        shared_inputs: For each layer the name of the layer whose input it shares (its own name if none), as
+            `find_shared_inputs` gives it.
+        devices: Where each layer's sums live.
+        dtype: What is accumulated in.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        widths: Mapping[str, tuple[int, int]],
+        shared_inputs: Mapping[str, str],
+        devices: Mapping[str, torch.device],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tokens: BatchTokens | None = None
+        self.gradient_scale = 1.0
+        self._layers = dict(layers)
+        self._dtype = dtype
+        self._handles: list[Any] = []
+        self.taps: dict[str, _LayerTap] = {}
+        for name in layers:
+            d_in, d_out = widths[name]
+            leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
+            input_sum = leader.input_sum if leader else InputMomentSum(d_in, dtype, devices[name])
+            sums = OutputMomentSum(d_out, d_in, dtype, devices[name])
+            self.taps[name] = _LayerTap(name=name, sums=sums, input_sum=input_sum, leader=leader)
+
+    def __enter__(self) -> Taps:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, tap: _LayerTap) -> Callable[..., Tensor]:
+        anchors: dict[torch.device, Tensor] = {}
+
+        def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            layer_input = _first_tensor(args, kwargs)
+            tap.forward_calls += 1
+            tap.last_input = weakref.ref(layer_input)
+            if tap.leader is not None:
+                expected = tap.leader.last_input
+                if expected is None or expected() is not layer_input:
+                    raise StatisticsError(
+                        f"{tap.name} and {tap.leader.name} were fed the same tensor on the first sample and different "
+                        "ones now, so they cannot share statistics. Please report this model."
+                    )
+            if output.device not in anchors:
+                anchors[output.device] = torch.zeros((), device=output.device, requires_grad=True)
+            return _TapFunction.apply(output, layer_input, anchors[output.device], lambda x, g: self._add(tap, x, g))
+
+        return on_forward
+
+    def _add(self, tap: _LayerTap, layer_input: Tensor, grad: Tensor) -> None:
+        if self.tokens is None:
+            raise StatisticsError("A backward pass reached a tap outside of the statistics pass.")
+        tap.backward_calls += 1
+        kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
+        device = tap.sums.squares.device
+        with torch.no_grad(), full_precision(device.type):
+            x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device, self._dtype)
+            g = grad.reshape(-1, grad.shape[-1]).to(device, self._dtype)
+            if self.gradient_scale != 1.0:
+                g = g / self.gradient_scale
+            tap.sums.weight_grad.addmm_(g.mT, x)
+            if kept is not None:
+                kept = kept.to(device)
+                g, x = g[kept], x[kept] if tap.leader is None else x
+            tap.sums.squares += g.square().sum(dim=0)
+            tap.sums.num_tokens += g.shape[0]
+            if tap.leader is None:
+                tap.input_sum.add(x)
+
+
+class SampleWeights:
+    """Multiplies the gradient of the loss by a weight per sample, where the model's logits are made.
+
+    Weighting there, and not in each layer, needs nothing from the layout of the layers in between. It is exact for
+    every loss that depends on the model only through the output of ``head``.
+
+    Args:
+        head: The module that makes the logits, with the samples in the first dimension of its output.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+        self._weights: Tensor | None = None
+        self._calls = 0
+        self._backward_calls = 0
+        self._handle: Any = None
+
+    def __enter__(self) -> SampleWeights:
+        self._handle = self._head.register_forward_hook(self._on_forward)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+
+    def _on_forward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._weights is None:
+            return output
+        if not isinstance(output, Tensor) or output.shape[0] != self._weights.shape[0]:
+            raise SingleSamplesNeeded("the model's head does not keep the samples apart in its first dimension")
+        self._calls += 1
+        return _ScaleGradient.apply(output, self._weights.to(output.device), self._seen)
+
+    def _seen(self) -> None:
+        self._backward_calls += 1
+
+    def start(self, weights: Tensor | None) -> None:
+        """Set the weights ``[B]`` of the next batch, or None to leave its gradients alone."""
+        self._weights, self._calls, self._backward_calls = weights, 0, 0
+
+    def check(self) -> None:
+        """Verify that the weights went into the gradient of the batch exactly once.
+
+        Raises:
+            SingleSamplesNeeded: if the loss went around the head.
+        """
+        if self._weights is not None and (self._calls != 1 or self._backward_calls != 1):
+            raise SingleSamplesNeeded("the loss does not go through the model's output layer exactly once")
+
+
+def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:
+    """Run one forward pass and find which layers are fed the same tensor.
+
+    Args:
+        layers: Modules by name.
+        run_forward: Runs the model once, without gradients.
+
+    Returns:
+        For each layer the name of the first layer that was fed the same tensor: itself if none was, or if it was
+        not called. Keys are in the order of the calls, so a leader comes before those that follow it.
+    """
+    leaders: dict[str, str] = {}
+    current: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    shapes_differ: set[str] = set()
+
+    def watch(name: str) -> Callable[..., None]:
+        def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layer_input = _first_tensor(args, kwargs)
+            known = current.get(id(layer_input))
+            if known is None or known[0]() is not layer_input:
+                current[id(layer_input)] = (weakref.ref(layer_input), name)
+                leader = name
+            else:
+                leader = leaders[known[1]]
+            if leaders.setdefault(name, leader) != leader:  # called again with another partner
+                shapes_differ.add(name)
+
+        return on_forward
+
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        run_forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        leaders.setdefault(name, name)
+    return _without(leaders, shapes_differ)
+
+
+def _without(leaders: dict[str, str], inconsistent: Iterable[str]) -> dict[str, str]:
+    apart = set(inconsistent)
+    return {name: name if name in apart or leader in apart else leader for name, leader in leaders.items()}

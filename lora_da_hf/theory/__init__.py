@@ -1,0 +1,1 @@
+"""The mathematics of LoRA-DA as pure functions of tensors: no modules, no files, no processes."""

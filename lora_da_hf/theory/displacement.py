@@ -1,0 +1,36 @@
+"""The displacement: where the layer's weights want to go, as a damped natural gradient step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lora_da_hf.theory.kronecker import FactorizedInput
+from lora_da_hf.theory.subspace import leading_eigenpairs
+
+
+def displacement(weight_grad: Tensor, inverse_output: Tensor, factorized_input: FactorizedInput) -> Tensor:
+    """Compute ``D = - diag(inverse_output) weight_grad Z^-1`` (K-FAC with a diagonal output factor).
+
+    Args:
+        weight_grad: ``[d_out, d_in]``, mean over samples of the gradient of each sample's mean label loss.
+        inverse_output: ``[d_out]``, the inverse of the damped output factor.
+        factorized_input: The Cholesky factor of Z.
+
+    Returns:
+        ``[d_out, d_in]``.
+    """
+    return factorized_input.solve((inverse_output[:, None] * weight_grad).mT).mT.neg()
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """Return the largest singular value of ``matrix [m, n]``.
+
+    It is the square root of the largest eigenvalue of the smaller Gram matrix, which is applied and never formed.
+    """
+    narrow = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    scale = narrow.abs().max().item()
+    if scale == 0:
+        return 0.0
+    narrow = narrow / scale
+    value = leading_eigenpairs(lambda v: narrow.mT @ (narrow @ v), narrow.shape[1], 1, like=narrow).eigenvalues[0]
+    return scale * value.clamp_min(0).sqrt().item()

@@ -1,0 +1,146 @@
+"""The two Kronecker factors of the Fisher information of one linear layer, damped and factorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.config import Damping
+from lora_da_hf.errors import NonFiniteError, SolveError
+
+_MAX_DAMPING_RAISES = 12
+_RAISE = 10.0
+
+
+def damping_value(damping: Damping, diagonal: Tensor) -> float:
+    """Turn a damping rule into the number that is added to a factor's diagonal.
+
+    Args:
+        damping: An absolute amount, or a multiple of the mean or median of the diagonal.
+        diagonal: ``[d]``, the factor's diagonal (mean over tokens).
+
+    Returns:
+        The amount, in the units of the factor. The median is the lower of the two middle values, as
+        `torch.median` defines it.
+    """
+    if damping.reference == "mean":
+        return damping.amount * diagonal.double().mean().item()
+    if damping.reference == "median":
+        return damping.amount * diagonal.double().median().item()
+    return damping.amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizedInput:
+    """The Cholesky factor of ``Z = input_second_moment + damping * I``, and how it was obtained.
+
+    Attributes:
+        cholesky: ``[d_in, d_in]``, lower triangular.
+        damping: The damping that was added in the end.
+        notes: What had to be done beyond the first try, in words, for the report.
+    """
+
+    cholesky: Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+    def solve(self, right_hand_side: Tensor) -> Tensor:
+        """Return ``Z^-1 X`` for ``X [d_in, k]``."""
+        return torch.cholesky_solve(right_hand_side, self.cholesky)
+
+    def inverse(self) -> Tensor:
+        """Return ``Z^-1``, ``[d_in, d_in]``."""
+        return torch.cholesky_inverse(self.cholesky)
+
+
+def factorize_input(
+    input_second_moment: Tensor, damping: Damping, *, layer: str, dtype: torch.dtype = torch.float64
+) -> FactorizedInput:
+    """Factorise the damped input second moment, raising precision and then damping until it can be done.
+
+    A factorisation counts as failed if LAPACK says so, or if a solve with it misses its right-hand side by more than
+    1e-3 relative, which is how an ill-conditioned factor fails silently.
+
+    Args:
+        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over tokens; symmetrised here.
+        damping: How much to add to the diagonal.
+        layer: The layer's name, for messages.
+        dtype: Precision to try first; float64 follows where it fails.
+
+    Returns:
+        The factor, in the precision that succeeded.
+
+    Raises:
+        NonFiniteError: if the moment is not finite.
+        SolveError: if twelve tenfold raises of the damping do not help.
+    """
+    if not torch.isfinite(input_second_moment).all():
+        raise NonFiniteError(
+            f"The input second moment of {layer} is not finite: its inputs overflowed or are NaN. Check the model and "
+            "the data, or run the statistics in a wider dtype."
+        )
+    amount = damping_value(damping, input_second_moment.diagonal())
+    notes: list[str] = []
+    tries = [(dtype, amount)] + ([(torch.float64, amount)] if dtype != torch.float64 else [])
+    floor = max(amount, torch.finfo(torch.float64).eps * input_second_moment.diagonal().double().mean().item())
+    tries += [(torch.float64, floor * _RAISE**k) for k in range(1, _MAX_DAMPING_RAISES + 1)]
+    pivot = 0
+    for tried_dtype, tried_amount in tries:
+        damped = _damped(input_second_moment, tried_amount, tried_dtype)
+        cholesky, info = torch.linalg.cholesky_ex(damped)
+        pivot = int(info.item())
+        if pivot == 0 and _solves(cholesky, damped):
+            return FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
+        why = f"failed at pivot {pivot}" if pivot else "was inaccurate"
+        notes.append(f"Cholesky in {str(tried_dtype).removeprefix('torch.')} with damping {tried_amount:.2g} {why}")
+    raise SolveError(
+        f"Cholesky failed for {layer}, input second moment {list(input_second_moment.shape)}, even with damping "
+        f"{tries[-1][1]:.2g} (pivot {pivot}). Raise input_damping or collect more samples."
+    )
+
+
+def _damped(moment: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
+    moment = moment.to(dtype)
+    damped = (moment + moment.mT).mul_(0.5)
+    damped.diagonal().add_(amount)
+    return damped
+
+
+def _solves(cholesky: Tensor, damped: Tensor) -> bool:
+    target = torch.ones(damped.shape[0], 1, dtype=damped.dtype, device=damped.device)
+    target[1::2] = -1.0
+    error = damped @ torch.cholesky_solve(target, cholesky) - target
+    return bool(torch.isfinite(error).all()) and error.norm().item() <= 1e-3 * target.norm().item()
+
+
+def inverse_output_factor(
+    output_grad_second_moment_diag: Tensor, damping: Damping, *, layer: str
+) -> tuple[Tensor, float]:
+    """Invert the damped diagonal output factor.
+
+    Args:
+        output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over tokens.
+        damping: How much to add.
+        layer: The layer's name, for messages.
+
+    Returns:
+        ``1 / (diagonal + damping)``, ``[d_out]``, and the damping that was added.
+
+    Raises:
+        NonFiniteError: if the diagonal is not finite.
+        SolveError: if an undamped entry is zero.
+    """
+    amount = damping_value(damping, output_grad_second_moment_diag)
+    damped = output_grad_second_moment_diag + amount
+    if not torch.isfinite(damped).all():
+        raise NonFiniteError(
+            f"The output-gradient second moment of {layer} is not finite. Check the loss on the samples used."
+        )
+    if not (damped > 0).all():
+        raise SolveError(
+            f"The output-gradient second moment of {layer} has a zero entry and the output damping is {amount:.2g}, so "
+            "it has no inverse. Raise output_damping."
+        )
+    return damped.reciprocal(), amount

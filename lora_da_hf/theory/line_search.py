@@ -1,0 +1,100 @@
+"""A line search over the step that needs nothing but losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_MAX_EVALUATIONS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineSearchResult:
+    """The best step found.
+
+    Attributes:
+        step_size: The step with the lowest loss; 0 if none is below the loss of no step.
+        loss: Its loss.
+        baseline: The loss of no step.
+        evaluations: Every step tried with its loss, in the order they were tried.
+    """
+
+    step_size: float
+    loss: float
+    baseline: float
+    evaluations: tuple[tuple[float, float], ...] = field(default=())
+
+    @property
+    def helped(self) -> bool:
+        """Whether some step is better than none."""
+        return self.step_size > 0
+
+
+def line_search(
+    evaluate: Callable[[float], float],
+    *,
+    baseline: float,
+    start: float = 0.1,
+    factor: float = 10**0.5,
+    smallest: float = 1e-5,
+    refine: bool = True,
+) -> LineSearchResult:
+    """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
+
+    From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below its
+    right neighbour. A bracketed minimum is refined once, at the vertex of the parabola through the three points in the
+    logarithm of the step. A loss that is not finite counts as a rise.
+
+    Args:
+        evaluate: The loss at a step.
+        baseline: The loss of no step.
+        start: The first step tried.
+        factor: Ratio of neighbouring steps.
+        smallest: Steps below it are not tried.
+        refine: Whether to add the step at the vertex.
+
+    Returns:
+        The best of all that was tried, no step included.
+    """
+    losses: dict[float, float] = {}
+
+    def at(step: float) -> float:
+        if step not in losses:
+            loss = evaluate(step)
+            losses[step] = loss if math.isfinite(loss) else math.inf
+        return losses[step]
+
+    low = high = best = start
+    at(start)
+    while len(losses) < _MAX_EVALUATIONS:
+        if best == high and losses[best] < math.inf:
+            high *= factor
+            at(high)
+        elif best == low and low / factor >= smallest:
+            low /= factor
+            at(low)
+        else:
+            break
+        best = min(losses, key=lambda step: (losses[step], step))
+    if refine and low < best < high and losses[best] < baseline:
+        vertex = _vertex(best, factor, losses)
+        if vertex is not None:
+            at(vertex)
+    best = min(losses, key=lambda step: (losses[step], step))
+    evaluations = tuple(losses.items())
+    if losses[best] < baseline:
+        return LineSearchResult(step_size=best, loss=losses[best], baseline=baseline, evaluations=evaluations)
+    return LineSearchResult(step_size=0.0, loss=baseline, baseline=baseline, evaluations=evaluations)
+
+
+def _vertex(best: float, factor: float, losses: dict[float, float]) -> float | None:
+    """Return the step at the vertex of the parabola through the best step and its neighbours."""
+    ordered = sorted(losses)
+    place = ordered.index(best)
+    left, middle, right = (losses[ordered[place + k]] for k in (-1, 0, 1))
+    curvature = left - 2 * middle + right
+    if not math.isfinite(curvature) or curvature <= 0:
+        return None
+    shift = 0.5 * (left - right) / curvature
+    return best * factor**shift if abs(shift) > 0.1 else None

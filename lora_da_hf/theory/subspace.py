@@ -1,0 +1,166 @@
+"""The extreme eigenvectors of a symmetric operator: exactly, or by block Krylov with a residual check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Apply = Callable[[Tensor], Tensor]
+
+_KRYLOV_TOLERANCE = 1e-7
+_KRYLOV_OVERSAMPLING = 8
+_DENSE_BELOW = 384
+_START_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenpairs:
+    """Some eigenpairs of a symmetric matrix.
+
+    Attributes:
+        eigenvalues: ``[k]``.
+        vectors: ``[d, k]``, orthonormal columns, the entry of largest magnitude of each being positive.
+        residual: Largest ``||M v - lambda v||``, relative to the largest magnitude among the eigenvalues found.
+        solver: ``"eigh"`` or ``"krylov"``.
+        converged: Whether the residual met the solver's tolerance.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor
+    residual: float
+    solver: str
+    converged: bool = True
+
+
+def leading_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor, solver: str = "auto") -> Eigenpairs:
+    """Find the algebraically largest eigenpairs of a symmetric operator, in descending order.
+
+    Args:
+        apply: Maps ``[d, k]`` to ``M [d, k]``.
+        dimension: d.
+        count: How many pairs, at most d.
+        like: A tensor whose dtype and device the work is done in.
+        solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to
+            ``"eigh"`` if its residual stays above 1e-7), or ``"auto"``: Krylov where it is faster.
+
+    Returns:
+        The pairs, with the sign convention of `Eigenpairs`. Within a repeated eigenvalue the basis is arbitrary but
+        deterministic.
+    """
+    if solver == "krylov" or (solver == "auto" and dimension > _DENSE_BELOW and 8 * count < dimension):
+        found = block_krylov(apply, dimension, count, like=like)
+        if found.converged:
+            return found
+    matrix = apply(torch.eye(dimension, dtype=like.dtype, device=like.device))
+    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) * 0.5)
+    eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
+    return Eigenpairs(
+        eigenvalues=eigenvalues,
+        vectors=fix_signs(vectors),
+        residual=relative_residual(matrix @ vectors, vectors, eigenvalues),
+        solver="eigh",
+    )
+
+
+def block_krylov(
+    apply: Apply, dimension: int, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE
+) -> Eigenpairs:
+    """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
+
+    The start block is random with a fixed seed, so the same operator gives the same bits. The basis grows until the
+    residual meets the tolerance or it spans half of the space, where an exact solver is cheaper.
+
+    Args:
+        apply: Maps ``[d, k]`` to ``M [d, k]``.
+        dimension: d.
+        count: How many pairs.
+        like: A tensor whose dtype and device the work is done in.
+        tolerance: Largest residual, relative to the largest eigenvalue found, that counts as converged. In float32
+            it is raised to what the dtype can resolve.
+
+    Returns:
+        The pairs in descending order; ``converged`` says whether the tolerance was met.
+    """
+    tolerance = max(tolerance, 100 * torch.finfo(like.dtype).eps)
+    block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
+    generator = torch.Generator().manual_seed(_START_SEED)
+    start = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
+    block = torch.linalg.qr(start).Q
+    basis, image = block, apply(block)
+    while True:
+        projected = basis.mT @ image
+        values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
+        values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count]
+        vectors = basis @ coordinates
+        residual = relative_residual(image @ coordinates, vectors, values)
+        full = basis.shape[1] + block_size > max(dimension // 2, block_size)
+        if residual <= tolerance or full:
+            return Eigenpairs(
+                eigenvalues=values,
+                vectors=fix_signs(vectors),
+                residual=residual,
+                solver="krylov",
+                converged=residual <= tolerance,
+            )
+        block = _orthonormal_part(image[:, -block_size:], basis)
+        basis = torch.cat([basis, block], dim=1)
+        image = torch.cat([image, apply(block)], dim=1)
+
+
+def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:
+    for _ in range(2):
+        block = block - basis @ (basis.mT @ block)
+        block = torch.linalg.qr(block).Q
+    return block
+
+
+def relative_residual(image: Tensor, vectors: Tensor, eigenvalues: Tensor) -> float:
+    """Return the largest ``||M v - lambda v||`` over the columns, relative to the largest ``|lambda|``.
+
+    Args:
+        image: ``M @ vectors``, ``[d, k]``.
+        vectors: ``[d, k]``.
+        eigenvalues: ``[k]``.
+    """
+    largest = eigenvalues.abs().max().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return ((image - vectors * eigenvalues).norm(dim=0).max() / largest).item()
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Flip columns of ``vectors [d, k]`` so that the entry of largest magnitude of each is positive."""
+    pivot = vectors.abs().argmax(dim=0, keepdim=True)
+    return vectors * vectors.gather(0, pivot).sign()
+
+
+def complete_basis(pairs: Eigenpairs) -> Eigenpairs:
+    """Replace the null directions of a positive semidefinite operator by a defined orthonormal completion.
+
+    Eigenvectors of eigenvalue zero are arbitrary. Each is replaced by the coordinate axis that lies farthest from the
+    span so far (the first of equals), made orthogonal to it.
+
+    Args:
+        pairs: Leading eigenpairs, in descending order.
+
+    Returns:
+        The same pairs where the eigenvalues are above rounding error, and completed ones, with eigenvalue 0, elsewhere.
+    """
+    vectors, eigenvalues = pairs.vectors, pairs.eigenvalues
+    dimension, count = vectors.shape
+    threshold = 8 * dimension * torch.finfo(eigenvalues.dtype).eps * eigenvalues[0].abs()
+    rank = int((eigenvalues > threshold).sum().item())
+    if rank == count:
+        return pairs
+    basis = vectors[:, :rank]
+    for _ in range(count - rank):
+        axis = int(basis.square().sum(dim=1).round(decimals=12).argmin().item()) if basis.shape[1] else 0
+        column = torch.zeros(dimension, 1, dtype=vectors.dtype, device=vectors.device)
+        column[axis] = 1.0
+        for _ in range(2):
+            column = column - basis @ (basis.mT @ column)
+            column = column / column.norm()
+        basis = torch.cat([basis, fix_signs(column)], dim=1)
+    eigenvalues = torch.where(torch.arange(count, device=eigenvalues.device) < rank, eigenvalues, 0.0)
+    return replace(pairs, eigenvalues=eigenvalues, vectors=basis)

@@ -1,0 +1,181 @@
+"""The initialisation as a callback, for `transformers.Trainer` and everything derived from it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_da_hf.adapters.targets import active_adapter_name, freeze_a
+from lora_da_hf.artifacts.schema import REPORT_FILE
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import DataError
+from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.pipeline import initialize_lora_da
+from lora_da_hf.report import LoRADAReport
+from lora_da_hf.samples import RawCollate, samples_of_loader
+from lora_da_hf.statistics.losses import ComputeLoss
+
+logger = logging.getLogger(__name__)
+
+TrainerLoss = Callable[..., Any]
+"""A loss as `Trainer.compute_loss` takes and returns it."""
+
+INIT_FOLDER = "lora_da"
+
+_initialized: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class LoRADACallback(TrainerCallback):
+    """Initialises the LoRA adapter from the training data after everything is prepared, before the first step.
+
+    It runs once for each model object: not on a resumed run, not on a second ``train()``, but again for a new
+    model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
+
+    A callback does not get the trainer. Give it ``compute_loss=trainer.compute_loss`` (or set the attribute after the
+    trainer was made) if the trainer's loss is not the one that the model returns; `LoRADATrainer` does that by itself.
+
+    Attributes:
+        compute_loss: The loss, as `Trainer.compute_loss`; None: what the model returns.
+        report: What the last initialisation did; None before.
+        on_report: Called with the report once it is there.
+
+    Args:
+        config: The settings; None: ``LoRADAConfig()``.
+        compute_loss: See above.
+        train_dataset: Where samples come from; None: the data set of the trainer's data loader.
+        data_collator: Makes batches; None: the data loader's.
+        adapter_name: The adapter; None: the active one.
+    """
+
+    def __init__(
+        self,
+        config: LoRADAConfig | None = None,
+        *,
+        compute_loss: TrainerLoss | None = None,
+        train_dataset: Any = None,
+        data_collator: RawCollate | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        self.config = config or LoRADAConfig()
+        self.compute_loss = compute_loss
+        self.train_dataset = train_dataset
+        self.data_collator = data_collator
+        self.adapter_name = adapter_name
+        self.report: LoRADAReport | None = None
+        self.on_report: Callable[[LoRADAReport], None] | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Freeze A, if that is asked for, before the trainer makes its optimizer."""
+        if self.config.freeze_a and model is not None:
+            freeze_a(model, self.adapter_name)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Initialise the adapter, unless this run resumes another or the model was initialised already."""
+        if model is None:
+            raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
+        folder = Path(args.output_dir or ".") / INIT_FOLDER
+        name = self.adapter_name or active_adapter_name(model)
+        if state.global_step > 0:
+            logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
+            self._recall_report(folder)
+            return
+        if name in _initialized.get(model, ()):
+            logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
+            return
+        samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
+        samples = self.train_dataset if self.train_dataset is not None else samples
+        if samples is None:
+            raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
+        self._note_unseen_loss(args)
+        with _no_averaging_over_devices(args):
+            self.report = initialize_lora_da(
+                model,
+                samples,
+                config=self.config,
+                compute_loss=None if self.compute_loss is None else adapt_loss(self.compute_loss),
+                data_collator=self.data_collator or collator,
+                adapter_name=name,
+                output_dir=folder,
+                batch_size=args.train_batch_size,
+                seed=args.seed,
+                device=input_device(model) if _is_dispatched(model) else args.device,
+                progress=not args.disable_tqdm,
+            )
+        _initialized.setdefault(model, set()).add(name)
+        logger.info("%s", self.report)
+        if self.on_report is not None:
+            self.on_report(self.report)
+        else:
+            state.log_history.append({**self.report.metrics(), "step": state.global_step})
+
+    def _recall_report(self, folder: Path) -> None:
+        if (folder / REPORT_FILE).is_file():
+            self.report = LoRADAReport.load(folder / REPORT_FILE)
+
+    def _note_unseen_loss(self, args: TrainingArguments) -> None:
+        if self.compute_loss is None and args.label_smoothing_factor:
+            logger.warning(
+                "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
+                "trainer.compute_loss to use the trainer's."
+            )
+
+
+def _is_dispatched(model: nn.Module) -> bool:
+    return getattr(model, "hf_device_map", None) is not None
+
+
+def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
+    """Make a loss of `Trainer.compute_loss`'s kind one that the statistics pass can call.
+
+    A loss that takes no ``num_items_in_batch`` is called without it.
+    """
+    parameters = inspect.signature(compute_loss).parameters.values()
+    takes_items = any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        extra = {"num_items_in_batch": num_items} if takes_items else {}
+        result = compute_loss(model, dict(batch), **extra)
+        result = result[0] if isinstance(result, tuple) else result
+        if not isinstance(result, torch.Tensor):
+            raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
+        return result
+
+    return loss
+
+
+@contextmanager
+def _no_averaging_over_devices(args: TrainingArguments) -> Generator[None]:
+    """Keep `Trainer.compute_loss` from multiplying the loss by the number of processes."""
+    before = args.average_tokens_across_devices
+    args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = before
+
+
+__all__ = ["INIT_FOLDER", "LoRADACallback", "adapt_loss", "model_loss"]

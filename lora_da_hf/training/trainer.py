@@ -1,0 +1,121 @@
+"""`Trainer` with a LoRA adapter that starts from the data."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from lora_da_hf.adapters.targets import freeze_a
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ConfigError, TargetError
+from lora_da_hf.report import LoRADAReport
+from lora_da_hf.training.callback import LoRADACallback
+
+
+class LoRADATrainer(Trainer):
+    """A drop-in for `transformers.Trainer` that initialises the LoRA adapter from the training data.
+
+    It takes everything that `Trainer` takes. The initialisation uses the trainer's own data, collator, loss, precision
+    and device, runs once before the first step, is logged, and is written to ``output_dir/lora_da``.
+
+    Args:
+        model: A plain model, with ``peft_config``, or a PEFT model with a fresh LoRA adapter.
+        args: As for `Trainer`.
+        trainer_args: Further positional arguments of `Trainer`.
+        peft_config: How to wrap a plain model, or what ``model_init`` returns.
+        da_config: The settings of the initialisation; None: ``LoRADAConfig()``.
+        trainer_kwargs: Keyword arguments of `Trainer`.
+
+    Raises:
+        ConfigError: if ``peft_config`` is given for a model that has an adapter, or is no `LoraConfig`.
+        TargetError: if the model has no LoRA layer and there is no ``peft_config``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        peft_config: LoraConfig | None = None,
+        da_config: LoRADAConfig | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        given: Any = peft_config
+        if given is not None and not isinstance(given, LoraConfig):
+            raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
+        self._lora_da = LoRADACallback(da_config)
+        if model is not None:
+            set_seed(args.seed if args is not None else TrainingArguments.seed)
+            model = _with_adapter(model, peft_config)
+        model_init = _bound_model_init(trainer_args, trainer_kwargs)
+        if model_init is not None:
+            position = _MODEL_INIT_POSITION
+            wrapped = _wrap_model_init(model_init, peft_config)
+            if "model_init" in trainer_kwargs:
+                trainer_kwargs["model_init"] = wrapped
+            else:
+                trainer_args = (*trainer_args[:position], wrapped, *trainer_args[position + 1 :])
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        self._lora_da.compute_loss = self._loss_for_statistics
+        self._lora_da.on_report = self._log_report
+        self.add_callback(self._lora_da)
+
+    @property
+    def lora_da_report(self) -> LoRADAReport | None:
+        """What the initialisation did; None before training."""
+        return self._lora_da.report
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer as `Trainer` does, of B alone if A is to be frozen."""
+        if self._lora_da.config.freeze_a:
+            target: Any = self.model if model is None else model
+            freeze_a(target)
+        return super().create_optimizer(model)
+
+    def _loss_for_statistics(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
+    def _log_report(self, report: LoRADAReport) -> None:
+        self.log(report.metrics())
+
+
+# Trainer's positional parameters after model and args
+_MODEL_INIT_POSITION = list(inspect.signature(Trainer.__init__).parameters).index("model_init") - 3
+
+
+def _bound_model_init(trainer_args: tuple[Any, ...], trainer_kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    if len(trainer_args) > _MODEL_INIT_POSITION:
+        return trainer_args[_MODEL_INIT_POSITION]
+    return trainer_kwargs.get("model_init")
+
+
+def _wrap_model_init(model_init: Callable[..., Any], peft_config: LoraConfig | None) -> Callable[..., Any]:
+    @functools.wraps(model_init)  # keeps the signature, which Trainer looks at
+    def wrapped(*args: Any) -> nn.Module:
+        return _with_adapter(model_init(*args), peft_config)
+
+    wrapped.__signature__ = inspect.signature(model_init)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
+
+
+def _with_adapter(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
+    has_adapter = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
+    if has_adapter and peft_config is not None:
+        raise ConfigError("The model has an adapter already. Leave peft_config out, or give the plain model.")
+    if has_adapter:
+        return model
+    if peft_config is None:
+        raise TargetError(
+            "The model has no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig(...), or a model that was "
+            "wrapped with get_peft_model."
+        )
+    return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
