@@ -1,11 +1,17 @@
 """LoRA adapters that start in the right place, computed from the data they will be trained on."""
 
-from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import LoRADAError
-from lora_da_hf.pipeline import initialize_lora_da
-from lora_da_hf.report import LoRADAReport
-from lora_da_hf.training.callback import LoRADACallback
-from lora_da_hf.training.trainer import LoRADATrainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_da_hf.config import LoRADAConfig
+    from lora_da_hf.errors import LoRADAError
+    from lora_da_hf.pipeline import initialize_lora_da
+    from lora_da_hf.report import LoRADAReport
+    from lora_da_hf.training.callback import LoRADACallback
+    from lora_da_hf.training.trainer import LoRADATrainer
 
 __all__ = [
     "LoRADACallback",
@@ -15,3 +21,25 @@ __all__ = [
     "LoRADATrainer",
     "initialize_lora_da",
 ]
+
+_HOMES = {
+    "LoRADACallback": "lora_da_hf.training.callback",
+    "LoRADAConfig": "lora_da_hf.config",
+    "LoRADAError": "lora_da_hf.errors",
+    "LoRADAReport": "lora_da_hf.report",
+    "LoRADATrainer": "lora_da_hf.training.trainer",
+    "initialize_lora_da": "lora_da_hf.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `lora_da_hf.theory` needs torch alone, not transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

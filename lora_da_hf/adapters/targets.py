@@ -175,9 +175,9 @@ def _check_fresh(targets: list[Target]) -> None:
     used = [target.name for target in targets if bool(target.lora_B.detach().any())]
     if used:
         raise AdapterAlreadyTrainedError(
-            f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or it was "
-            "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave LoRA-DA "
-            "out or resume from a checkpoint."
+            f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "
+            "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave "
+            "LoRA-DA out or resume from a checkpoint."
         )
 
 

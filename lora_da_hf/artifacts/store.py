@@ -67,7 +67,8 @@ def atomic_folder(target: Path) -> Generator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
+        for path in partial.iterdir():
+            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
             _sync(path)
         partial.chmod(0o777 & ~_umask())
         if target.exists():
@@ -88,9 +89,8 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_init(

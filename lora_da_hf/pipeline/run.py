@@ -1,0 +1,138 @@
+"""`initialize_lora_da`: the stages in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_da_hf.adapters.targets import find_targets, freeze_a
+from lora_da_hf.adapters.write import read_factors, write_factors
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.pipeline.gather import gather_statistics, probe
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.save import save_init
+from lora_da_hf.pipeline.solve import solve
+from lora_da_hf.pipeline.step import find_step, write_adapter
+from lora_da_hf.report import LoRADAReport
+from lora_da_hf.samples import (
+    RawCollate,
+    SampleSplits,
+    choose_samples,
+    is_loader,
+    on_device,
+    pad_samples,
+    samples_of_loader,
+)
+from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.model_state import prepared_for_pass
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_SEED = 42
+
+
+def initialize_lora_da(
+    model: nn.Module,
+    samples: Any,
+    *,
+    config: LoRADAConfig | None = None,
+    population_size: int | None = None,
+    compute_loss: ComputeLoss | None = None,
+    data_collator: RawCollate | None = None,
+    adapter_name: str | None = None,
+    output_dir: str | Path | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> LoRADAReport:
+    """Initialise a LoRA adapter from data, in place (arXiv 2510.24561).
+
+    The base weights are not touched. The adapter is an ordinary one afterwards, and not a no-op: its step was chosen to
+    lower the loss. In a run of several processes each must call this with the same samples, and they share the work.
+
+    Args:
+        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
+        samples: A list or data set of tokenised samples, a stream of them, or a data loader.
+        config: The settings; None: ``LoRADAConfig()``.
+        population_size: N, how many samples training draws from; None: the config's, or the number of samples.
+        compute_loss: Maps model, batch and number of items to a scalar loss, dividing the sum over labels by the
+            number of items unless that is None; None: the loss that the model returns.
+        data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
+        adapter_name: The adapter; None: the active one.
+        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere.
+        batch_size: Used if the config gives none.
+        seed: Used if the config gives none.
+        device: Where batches go; None: where the embeddings are.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        TargetError: if there is nothing that can be initialised.
+        AdapterAlreadyTrainedError: if the adapter is not a fresh one.
+        DataError: if the samples cannot be used.
+        StatisticsError: if the pass fails, or a layer's tap was never called.
+        SolveError: if no layer can be solved.
+
+    Whatever is raised, the model and its adapter are as they were.
+    """
+    config = config or LoRADAConfig()
+    if is_loader(samples):
+        samples, loader_collator = samples_of_loader(samples)
+        data_collator = data_collator or loader_collator
+    job = Job(
+        model=model,
+        config=config,
+        ranks=Ranks.current(),
+        scan=find_targets(model, adapter_name),
+        compute_loss=compute_loss or model_loss,
+        collate=on_device(data_collator or pad_samples, device or input_device(model)),
+        seed=_first(config.seed, seed, DEFAULT_SEED),
+        batch_size=_first(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
+        progress=progress,
+    )
+    splits = choose_samples(samples, config, seed=job.seed, population_size=population_size)
+    return _run(job, splits, Path(output_dir) if output_dir is not None else None)
+
+
+def _first(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
+
+
+def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADAReport:
+    """Do it all, and put the adapter back as it was if anything fails."""
+    before = {name: read_factors(target) for name, target in job.targets.items()}
+    try:
+        with prepared_for_pass(job.model, seed=job.seed):
+            settings, shared = probe(job, splits)
+            result = gather_statistics(job, splits, settings, shared)
+            solved = solve(job, result, shared, splits.population_size)
+            step = find_step(job, splits, settings, solved.solutions)
+            write_adapter(job, splits, settings, solved.solutions, step)
+        if output_dir is not None:
+            with job.stage("save"), job.ranks.together("save"):
+                job.report.artifact = str(output_dir)
+                if job.ranks.is_main:
+                    save_init(
+                        output_dir,
+                        model=job.model,
+                        scan=job.scan,
+                        solutions=solved.solutions,
+                        statistics=solved.statistics,
+                        shared_inputs=shared,
+                        report=job.report,
+                        seed=job.seed,
+                    )
+    except BaseException:
+        for name, factors in before.items():
+            write_factors(job.targets[name], *factors)
+        raise
+    if job.config.freeze_a:
+        freeze_a(job.model, job.scan.adapter_name)
+    return job.report

@@ -1,0 +1,145 @@
+"""The stage that decides how far step 0 goes, and the one that writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.adapters.targets import Target
+from lora_da_hf.adapters.trial import TrialAdapters
+from lora_da_hf.adapters.write import update_norm, write_factors
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.records import LayerSolution
+from lora_da_hf.samples import SampleSplits
+from lora_da_hf.statistics.collect import PassSettings
+from lora_da_hf.theory.adapter_factors import paper_step_size, split_factors
+from lora_da_hf.theory.line_search import LineSearchResult, line_search
+
+_FIRST_STEP = 0.1
+_LADDER_RATIO = 4
+_LADDER_SAMPLES = 4
+
+
+def find_step(
+    job: Job, splits: SampleSplits, settings: PassSettings, solutions: dict[str, LayerSolution]
+) -> float | None:
+    """Decide the step: the config's, or the one of the lowest loss on the search samples.
+
+    Nothing is written meanwhile. The report gets the steps tried, and the best step for a ladder of ranks.
+
+    Returns:
+        The step; 0 if none helps; None if each layer's follows from `stable_gamma`.
+    """
+    job.report.num_search_samples, job.report.num_unseen_samples = len(splits.search), len(splits.unseen)
+    if splits.unseen:
+        with job.stage("evaluate"):
+            job.report.unseen_loss_before = job.loss(splits.unseen, settings)
+    if not job.config.searches_step:
+        job.report.step_size = None if job.config.step_size is None else float(job.config.step_size)
+        return job.report.step_size
+    bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solutions.items()}
+    with job.stage("line search"):
+        baseline = job.loss(splits.search, settings)
+        with TrialAdapters([job.targets[name] for name in solutions], bases) as trial:
+            found = _search(job, trial, splits.search, settings, baseline)
+            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found)
+    job.report.search_loss_before = baseline
+    job.report.search = list(found.evaluations)
+    job.report.step_size = found.step_size
+    if not found.helped:
+        job.report.notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
+    return found.step_size
+
+
+def _search(
+    job: Job,
+    trial: TrialAdapters,
+    samples: list[Any],
+    settings: PassSettings,
+    baseline: float,
+    *,
+    rank: int | None = None,
+    start: float = _FIRST_STEP,
+) -> LineSearchResult:
+    def evaluate(step: float) -> float:
+        trial.rank, trial.step_size = rank, step
+        return job.loss(samples, settings)
+
+    factor = 10**0.5 if rank is None else 2.0
+    return line_search(evaluate, baseline=baseline, start=start, factor=factor, refine=rank is None)
+
+
+def _search_ladder(
+    job: Job, trial: TrialAdapters, samples: list[Any], settings: PassSettings, found: LineSearchResult
+) -> dict[int, float]:
+    """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
+    used = {target.rank for target in job.targets.values()}
+    largest = max(job.max_rank(target) for target in job.targets.values())
+    ladder = [largest // _LADDER_RATIO**k for k in range(largest.bit_length()) if largest >= _LADDER_RATIO**k]
+    by_rank = {rank: found.step_size for rank in used if len(used) == 1}
+    part = samples[:_LADDER_SAMPLES]
+    trial.step_size = 0.0
+    baseline = found.baseline if len(part) == len(samples) else job.loss(part, settings)
+    start = found.step_size or _FIRST_STEP
+    for rank in ladder:
+        if rank not in by_rank:
+            by_rank[rank] = _search(job, trial, part, settings, baseline, rank=rank, start=start).step_size
+        start = by_rank[rank] or start
+    return dict(sorted(by_rank.items()))
+
+
+def write_adapter(
+    job: Job,
+    splits: SampleSplits,
+    settings: PassSettings,
+    solutions: dict[str, LayerSolution],
+    step: float | None,
+) -> None:
+    """Write the factors, and measure the loss with what was written, in the dtype that is stored.
+
+    If the loss on the search samples is above the base's after all, B is zero instead.
+    """
+    _write(job, solutions, step)
+    if splits.search:
+        with job.stage("line search"):
+            after = job.loss(splits.search, settings)
+        before = job.report.search_loss_before
+        if step and before is not None and not after <= before:
+            job.report.notes.append(
+                f"step {step:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, above the "
+                f"base's {before:.6f}: B is zero instead"
+            )
+            _write(job, solutions, 0.0)
+            job.report.step_size, after = 0.0, before
+        job.report.search_loss_after = after
+    if splits.unseen:
+        with job.stage("evaluate"):
+            job.report.unseen_loss_after = job.loss(splits.unseen, settings)
+    for layer in job.report.layers:
+        layer.update_norm = update_norm(job.targets[layer.name])
+
+
+def _write(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
+    with job.stage("write"):
+        for name, solution in solutions.items():
+            write_factors(job.targets[name], *_factors(job, job.targets[name], solution, step))
+
+
+def _factors(job: Job, target: Target, solution: LayerSolution, step: float | None) -> tuple[Tensor, Tensor]:
+    basis_A, basis_B = solution.at_rank(target.rank)
+    if step == 0.0:  # the subspace without the step: what is written stays a no-op
+        lora_A, lora_B = split_factors(
+            basis_A, basis_B, peft_scaling=target.peft_scaling, step_size=1.0, factor_split="default_norm"
+        )
+        return lora_A, torch.zeros_like(lora_B)
+    if step is None:
+        step = paper_step_size(target.peft_scaling, job.config.stable_gamma)
+    return split_factors(
+        basis_A,
+        basis_B,
+        peft_scaling=target.peft_scaling,
+        step_size=step,
+        factor_split=job.config.factor_split,
+    )
