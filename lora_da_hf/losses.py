@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lora_da_hf.errors import DataError
@@ -48,7 +49,11 @@ def accepts_loss_kwargs(model: nn.Module) -> bool:
 def shifts_labels(model: nn.Module) -> bool:
     """Tell whether position t of the model predicts label t + 1."""
     base = base_model_of(model)
-    causal = LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+    loss_type = getattr(base, "loss_type", None)
+    if loss_type is None:  # a class name that says nothing, as GPT2LMHeadModel: transformers then takes the causal loss
+        causal = isinstance(base, PreTrainedModel) and base.can_generate()
+    else:
+        causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
 
 

@@ -9,6 +9,18 @@ from pathlib import Path
 from typing import Any
 
 _FULL_TABLE_UP_TO = 32
+_COLUMNS: tuple[str, ...] = (
+    "layer",
+    "rank",
+    "tokens",
+    "damping in",
+    "damping out",
+    "displacement",
+    "lowest eigenvalue",
+    "solver",
+    "residual",
+    "|sBA|",
+)
 
 
 @dataclass(kw_only=True)
@@ -141,16 +153,7 @@ class LoRADAReport:
         Args:
             every_layer: One row a layer; otherwise one row for the layers of each kind, with ranges.
         """
-        header = [
-            "layer",
-            "rank",
-            "tokens",
-            "displacement",
-            "lowest eigenvalue",
-            "solver",
-            "residual",
-            "|sBA|",
-        ]
+        header = list(_COLUMNS)
         rows = [_row(group) for group in ([[layer] for layer in self.layers] if every_layer else _kinds(self.layers))]
         parts = [
             "LoRA-DA initialisation",
@@ -205,7 +208,9 @@ def _row(group: list[LayerReport]) -> list[str]:
         name,
         span([layer.rank for layer in group], "d"),
         span([layer.num_tokens for layer in group], "d"),
-        span([layer.displacement_norm for layer in group], ".2e"),
+        span([layer.input_damping for layer in group], ".1e"),
+        span([layer.output_damping for layer in group], ".1e"),
+        span([layer.displacement_norm for layer in group], ".1e"),
         span([layer.eigenvalues[0] for layer in group], ".3f"),
         "/".join(sorted({layer.solver for layer in group})),
         f"{max(layer.residual for layer in group):.0e}",

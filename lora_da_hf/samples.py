@@ -45,8 +45,8 @@ def choose_samples(
 ) -> SampleSplits:
     """Draw disjoint sets of samples for the statistics, the line search and the final check.
 
-    With fewer samples than asked, the search and the unseen set get at most an eighth of them each, and the
-    statistics the rest.
+    The search and the unseen set get at most an eighth of the data each. With fewer samples than asked, the statistics
+    get the rest.
 
     Args:
         samples: A sequence or map-style data set, or a stream, which is read from its head.
@@ -63,14 +63,15 @@ def choose_samples(
         indexable: Any = samples
         length = len(samples)
         population_size = population_size or length
-        indices = list(range(length))
-        if config.sample_selection == "random" and length:
-            indices = random.Random(seed).sample(indices, min(wanted, length))
-        indices = indices[:wanted]
+        indices = list(range(min(wanted, length)))
+        if config.sample_selection == "random":
+            indices = random.Random(seed).sample(range(length), len(indices))
         drawn = [indexable[index] for index in indices]
+        data_size = length
     elif isinstance(samples, Iterable):
         drawn = list(itertools.islice(iter(samples), wanted))
         indices = list(range(len(drawn)))
+        data_size = max(population_size or 0, wanted) if len(drawn) == wanted else len(drawn)
     else:
         raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
     if not drawn:
@@ -80,10 +81,12 @@ def choose_samples(
             "The training data is a stream, so its size is not known. Give population_size: about how many samples "
             "training will see."
         )
-    return _split(drawn, indices, config, population_size)
+    return _split(drawn, indices, config, population_size, data_size)
 
 
-def _split(drawn: list[Any], indices: list[int], config: LoRADAConfig, population_size: int) -> SampleSplits:
+def _split(
+    drawn: list[Any], indices: list[int], config: LoRADAConfig, population_size: int, data_size: int
+) -> SampleSplits:
     available = len(drawn)
     notes = []
     search = unseen = 0
@@ -93,8 +96,8 @@ def _split(drawn: list[Any], indices: list[int], config: LoRADAConfig, populatio
                 "There is one sample only, and the line search needs one that the statistics did not see. Give more "
                 "samples, or a step_size."
             )
-        search = min(config.search_samples, max(1, available // 8))
-        unseen = min(config.search_samples, available // 8)
+        search = min(config.search_samples, max(1, data_size // 8))
+        unseen = min(config.search_samples, data_size // 8)
     elif available > config.num_samples:
         unseen = min(config.search_samples, available - config.num_samples)
     statistics = min(config.num_samples, available - search - unseen)

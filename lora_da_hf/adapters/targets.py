@@ -166,9 +166,30 @@ def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
                 f"{name}: {what} is on the meta device, so it has no values. Load the model's weights before the "
                 "initialisation, and make the adapter without low_cpu_mem_usage=True."
             )
+    if _is_packed(target.base_layer):
+        raise UnsupportedLayerError(
+            f"{name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the model "
+            "ran in evaluation mode before. Load it again, and initialise before any evaluation."
+        )
     if layer.merged:
         raise TargetError(f"{name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
     return target
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False) is True
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Put bitsandbytes' 4-bit layers in train mode, which changes nothing else of them.
+
+    In evaluation mode without gradients they rewrite their weights in place on some CPUs, to a layout that lets no
+    gradient through.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
 
 
 def _check_fresh(targets: list[Target]) -> None:
@@ -181,16 +202,17 @@ def _check_fresh(targets: list[Target]) -> None:
         )
 
 
-def freeze_a(model: nn.Module, adapter_name: str | None = None) -> int:
+def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
     """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made.
 
     Returns:
-        The number of layers.
+        The parameters that were not frozen before.
     """
     adapter_name = adapter_name or active_adapter_name(model)
-    count = 0
+    frozen: list[nn.Parameter] = []
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-            layer.lora_A[adapter_name].requires_grad_(False)
-            count += 1
-    return count
+            weight: Any = layer.lora_A[adapter_name].weight
+            if weight.requires_grad:
+                frozen.append(weight.requires_grad_(False))
+    return frozen

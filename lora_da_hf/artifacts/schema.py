@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from lora_da_hf.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 KIND = "lora-da-init"
+CHECKSUM = "checksum"
 MANIFEST_FILE = "lora_da_manifest.json"
 BASIS_FILE = "lora_da_basis.safetensors"
 REPORT_FILE = "lora_da_report.json"
@@ -98,8 +100,13 @@ class Manifest:
     kind: str = field(default=KIND)
 
     def to_json(self) -> str:
-        """Return the manifest as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        """Return the manifest as JSON text, with a checksum of everything else in it."""
+        values = dataclasses.asdict(self)
+        return _to_json({**values, CHECKSUM: hashlib.sha256(_to_json(values).encode()).hexdigest()})
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
 def parse_manifest(text: str, *, source: str) -> Manifest:
@@ -110,11 +117,12 @@ def parse_manifest(text: str, *, source: str) -> Manifest:
         source: Where it comes from, for messages.
 
     Raises:
-        ArtifactError: if it is no JSON, of another schema, or a field is missing, unknown or of the wrong type.
+        ArtifactError: if it is no JSON, of another schema, a field is missing, unknown or of the wrong type, or the
+            text is not to the letter what was written.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{source} is not valid JSON ({error}): truncated or changed. Fetch it again.") from error
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise ArtifactError(f"{source} is not the manifest of a LoRA-DA initialisation.")
@@ -126,8 +134,11 @@ def parse_manifest(text: str, *, source: str) -> Manifest:
         )
     layers = {n: _read(LayerEntry, v, f"{source}: layer {n}") for n, v in _mapping(fields, "layers", source).items()}
     files = {n: _read(FileEntry, v, f"{source}: file {n}") for n, v in _mapping(fields, "files", source).items()}
-    manifest = _read(Manifest, {**fields, "layers": layers, "files": files}, source)
+    rest = {name: value for name, value in fields.items() if name != CHECKSUM}
+    manifest = _read(Manifest, {**rest, "layers": layers, "files": files}, source)
     _check_values(manifest, source)
+    if manifest.to_json() != text:
+        raise ArtifactError(f"{source} was changed after it was written: its checksum is another. Fetch it again.")
     return manifest
 
 
@@ -136,6 +147,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice")
     return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _mapping(values: dict[str, Any], name: str, source: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def save_statistics(folder: Path, statistics: Mapping[str, LayerStatistics], sha
 
 
 def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatistics]:
-    """Read the statistics of a stored initialisation, in the layers' order.
+    """Read the statistics of a stored initialisation; layers that share an input share its second moment.
 
     Args:
         folder: The initialisation's folder, checked by `load_init`.
@@ -69,15 +69,17 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
     for file in files:
         tensors.update(read_tensors(folder / file, None))
     loaded: dict[str, LayerStatistics] = {}
+    moments: dict[str, Tensor] = {}
     for name, layer in manifest.layers.items():
         leader = layer.shares_input_with
         d_in, d_out = layer.in_features, layer.out_features
         weight_grad = _take(tensors, f"{name}.weight_grad", (d_out, d_in), folder)
         diagonal = _take(tensors, f"{name}.output_grad_second_moment_diag", (d_out,), folder)
         packed = _take(tensors, f"{leader}.input_second_moment", (d_in * (d_in + 1) // 2,), folder)
-        moment = loaded[leader].input_second_moment if leader in loaded else unpack_upper(packed, d_in)
+        if leader not in moments:
+            moments[leader] = unpack_upper(packed, d_in)
         loaded[name] = LayerStatistics(
-            input_second_moment=moment,
+            input_second_moment=moments[leader],
             output_grad_second_moment_diag=diagonal,
             weight_grad=weight_grad,
             num_input_tokens=layer.num_tokens,

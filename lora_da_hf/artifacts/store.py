@@ -31,6 +31,7 @@ from lora_da_hf.artifacts.schema import (
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
 _CHUNK = 1 << 20
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,12 @@ def atomic_folder(target: Path) -> Generator[Path]:
         if target.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
             target.rename(aside / target.name)
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except BaseException:
+                (aside / target.name).rename(target)
+                aside.rmdir()
+                raise
             shutil.rmtree(aside)
         else:
             partial.rename(target)
@@ -120,7 +126,7 @@ def write_init(
             save_statistics(partial)
         entries = {path.name: file_entry(path) for path in sorted(partial.iterdir())}
         manifest = make_manifest(entries)
-        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode("utf-8"))
     return manifest
 
 
@@ -157,10 +163,10 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     """
     folder = Path(folder)
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not text: it was changed. Fetch it again.") from error
     manifest = parse_manifest(text, source=str(path))
@@ -178,7 +184,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
         )
     }
     tensors = read_tensors(folder / BASIS_FILE, expected)
-    read_tensors(folder / ADAPTER_FILE, None)
+    _check_adapter(folder / ADAPTER_FILE, manifest)
     bases = {
         name: StoredBasis(
             basis_A=tensors[f"{name}.basis_A"],
@@ -188,6 +194,20 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
         for name in manifest.layers
     }
     return StoredInit(folder=folder, manifest=manifest, bases=bases)
+
+
+def _check_adapter(path: Path, manifest: Manifest) -> None:
+    """Verify that the adapter holds finite factors of the announced shapes; it may hold those of kept layers too."""
+    tensors = read_tensors(path, None)
+    for name, layer in manifest.layers.items():
+        shapes = {"lora_A": (layer.rank, layer.in_features), "lora_B": (layer.out_features, layer.rank)}
+        for factor, shape in shapes.items():
+            tensor = tensors.get(f"{_PEFT_PREFIX}{name}.{factor}.weight")
+            if tensor is None or tuple(tensor.shape) != shape:
+                found = "missing" if tensor is None else f"{list(tensor.shape)}"
+                raise ArtifactError(
+                    f"{path}: {factor} of {name} is {found}, not {list(shape)} as the manifest says. Fetch it again."
+                )
 
 
 def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect
 from lora_da_hf.statistics.losses import find_reduction
+from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import read_batch_tokens
 
@@ -24,9 +25,11 @@ def probe(job: Job, splits: SampleSplits) -> tuple[PassSettings, dict[str, str]]
         The settings of the pass, and the leader of each layer in the order that they are called.
     """
     shifts = shifts_labels(job.model)
-    with job.stage("probe"), job.ranks.together("probe"):
+    with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
         labelled = _labelled(job, splits.statistics, shifts, count=2)
+        if splits.search:
+            _labelled(job, splits.search, shifts, count=1)
         first = job.collate(labelled[:1])
         layers = {name: target.base_layer for name, target in job.targets.items()}
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.targets import find_targets, freeze_a
+from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.losses import input_device, model_loss
 from lora_da_hf.pipeline.gather import gather_statistics, probe
 from lora_da_hf.pipeline.job import Job
@@ -105,15 +107,27 @@ def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
+def _check_baseline(report: LoRADAReport) -> None:
+    """Verify that the base's loss on the search samples is a number: no step could lower it otherwise."""
+    before = report.search_loss_before
+    if before is not None and not math.isfinite(before):
+        raise NonFiniteError(
+            f"The loss of the {report.num_search_samples} search samples is {before} without any adapter. Check the "
+            "samples (labels inside the vocabulary) and the model's dtype."
+        )
+
+
 def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
     before = {name: read_factors(target) for name, target in job.targets.items()}
     try:
         with prepared_for_pass(job.model, seed=job.seed):
+            keep_weights_unpacked(job.model)
             settings, shared = probe(job, splits)
             result = gather_statistics(job, splits, settings, shared)
             solved = solve(job, result, shared, splits.population_size)
             step = find_step(job, splits, settings, solved.solutions)
+            _check_baseline(job.report)
             write_adapter(job, splits, settings, solved.solutions, step)
         if output_dir is not None:
             with job.stage("save"), job.ranks.together("save"):

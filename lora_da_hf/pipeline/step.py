@@ -122,7 +122,7 @@ def write_adapter(
 
 
 def _write(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
-    with job.stage("write"):
+    with job.stage("write"), job.ranks.together("write"):
         for name, solution in solutions.items():
             write_factors(job.targets[name], *_factors(job, job.targets[name], solution, step))
 

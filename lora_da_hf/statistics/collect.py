@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_da_hf.errors import DataError, NonFiniteError, StatisticsError
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
+from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
@@ -205,7 +206,7 @@ def evaluate_loss(
     """
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
-    with torch.no_grad():
+    with torch.no_grad(), without_checkpointing(model):
         for batch_samples in _batches(samples, 1 if single else batch_size):
             batch = collate(batch_samples)
             tokens: BatchTokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels)

@@ -92,6 +92,19 @@ def _evaluation_mode(model: nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Generator[None]:
+    """Turn gradient checkpointing off for passes without gradients, inside `prepared_for_pass`."""
+    modules = [module for module in checkpointing_modules(model) if module.training]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextlib.contextmanager
 def _no_generation_cache(model: nn.Module) -> Generator[None]:
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -223,23 +224,20 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[]
 
     Returns:
         For each layer the name of the first layer that was fed the same tensor: itself if none was, or if it was
-        not called. Keys are in the order of the calls, so a leader comes before those that follow it.
+        not called, or called more than once. Keys are in the order of the first calls, so a leader comes before
+        those that follow it.
     """
-    leaders: dict[str, str] = {}
-    current: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    shapes_differ: set[str] = set()
+    inputs: dict[str, list[int]] = {}
+    current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+    numbers = itertools.count()
 
     def watch(name: str) -> Callable[..., None]:
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             layer_input = _first_tensor(args, kwargs)
             known = current.get(id(layer_input))
-            if known is None or known[0]() is not layer_input:
-                current[id(layer_input)] = (weakref.ref(layer_input), name)
-                leader = name
-            else:
-                leader = leaders[known[1]]
-            if leaders.setdefault(name, leader) != leader:  # called again with another partner
-                shapes_differ.add(name)
+            if known is None or known[0]() is not layer_input:  # an id is used again once its tensor is gone
+                known = current[id(layer_input)] = (weakref.ref(layer_input), next(numbers))
+            inputs.setdefault(name, []).append(known[1])
 
         return on_forward
 
@@ -249,11 +247,8 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[]
     finally:
         for handle in handles:
             handle.remove()
-    for name in layers:
-        leaders.setdefault(name, name)
-    return _without(leaders, shapes_differ)
-
-
-def _without(leaders: dict[str, str], inconsistent: Iterable[str]) -> dict[str, str]:
-    apart = set(inconsistent)
-    return {name: name if name in apart or leader in apart else leader for name, leader in leaders.items()}
+    leaders: dict[str, str] = {}
+    first_fed: dict[int, str] = {}
+    for name, fed in inputs.items():
+        leaders[name] = first_fed.setdefault(fed[0], name) if len(fed) == 1 else name
+    return leaders | {name: name for name in layers if name not in leaders}

@@ -39,12 +39,17 @@ class BatchTokens:
             None if every row counts.
 
         Raises:
-            SingleSamplesNeeded: if the layer's rows cannot be matched to the tokens and some tokens do not count.
+            SingleSamplesNeeded: if the layer's rows cannot be matched to the tokens and some tokens do not count, or
+                if they match two sequences of which different tokens count.
         """
         for matches in (lambda mask: mask.shape == leading_shape, lambda mask: mask.numel() == leading_shape.numel()):
-            for mask, kept in zip(self.masks, self._kept, strict=True):
-                if matches(mask):
-                    return kept
+            found = [kept for mask, kept in zip(self.masks, self._kept, strict=True) if matches(mask)]
+            if self.num_samples > 1 and any(not _same(kept, found[0]) for kept in found[1:]):
+                raise SingleSamplesNeeded(
+                    f"the rows of {layer}, {list(leading_shape)}, could be those of either of the model's sequences"
+                )
+            if found:
+                return found[0]
         if all(kept is None for kept in self._kept):
             return None
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
@@ -59,6 +64,10 @@ class BatchTokens:
     def num_labelled(self) -> int:
         """Number of samples that have a label, or of all if labels are unknown."""
         return self.num_samples if self.label_counts is None else int((self.label_counts > 0).sum().item())
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def read_batch_tokens(

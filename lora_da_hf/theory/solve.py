@@ -88,7 +88,7 @@ def solve_layer(
     if config.solver == "krylov" and pairs.solver != "krylov":
         notes.append("Krylov did not converge; solved exactly")
     if dtype != torch.float64:
-        guidance, pairs, note = _verified(guidance, pairs, rank)
+        guidance, pairs, note = _verified(guidance, pairs, rank, config.solver)
         notes += note
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
@@ -105,7 +105,7 @@ def solve_layer(
     )
 
 
-def _verified(guidance: Guidance, pairs: Eigenpairs, rank: int) -> tuple[Guidance, Eigenpairs, list[str]]:
+def _verified(guidance: Guidance, pairs: Eigenpairs, rank: int, solver: str) -> tuple[Guidance, Eigenpairs, list[str]]:
     """Check a narrow solve in float64, and repeat it there if it misses the tolerance."""
     wide = Guidance(
         displacement=guidance.displacement.double(),
@@ -122,4 +122,4 @@ def _verified(guidance: Guidance, pairs: Eigenpairs, rank: int) -> tuple[Guidanc
         )
         return guidance, checked, []
     note = f"float32 left a residual of {residual:.1e}; solved again in float64"
-    return wide, lowest_subspace(wide, rank), [note]
+    return wide, lowest_subspace(wide, rank, solver=solver), [note]

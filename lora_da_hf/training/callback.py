@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import DataError
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import initialize_lora_da
 from lora_da_hf.report import LoRADAReport
@@ -72,6 +73,7 @@ class LoRADACallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.report: LoRADAReport | None = None
         self.on_report: Callable[[LoRADAReport], None] | None = None
+        self._is_training = False
 
     def on_init_end(
         self,
@@ -99,12 +101,19 @@ class LoRADACallback(TrainerCallback):
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
         name = self.adapter_name or active_adapter_name(model)
+        starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
+        if self.config.freeze_a:
+            self._freeze_a_late(model, name, kwargs.get("optimizer"))
+        initialized = _initialized.setdefault(model, set())
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
+            initialized.add(name)
             self._recall_report(folder)
             return
-        if name in _initialized.get(model, ()):
+        if name in initialized:
             logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
+            if starts_over and self.report is not None:
+                self._log(self.report, state)
             return
         samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
         samples = self.train_dataset if self.train_dataset is not None else samples
@@ -120,17 +129,43 @@ class LoRADACallback(TrainerCallback):
                 data_collator=self.data_collator or collator,
                 adapter_name=name,
                 output_dir=folder,
-                batch_size=args.train_batch_size,
+                batch_size=state.train_batch_size or args.train_batch_size,
                 seed=args.seed,
                 device=input_device(model) if _is_dispatched(model) else args.device,
                 progress=not args.disable_tqdm,
             )
-        _initialized.setdefault(model, set()).add(name)
+        initialized.add(name)
         logger.info("%s", self.report)
+        self._log(self.report, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that training came to its end."""
+        self._is_training = False
+
+    def _log(self, report: LoRADAReport, state: TrainerState) -> None:
         if self.on_report is not None:
-            self.on_report(self.report)
+            self.on_report(report)
         else:
-            state.log_history.append({**self.report.metrics(), "step": state.global_step})
+            state.log_history.append({**report.metrics(), "step": state.global_step})
+
+    def _freeze_a_late(self, model: nn.Module, name: str, optimizer: Any) -> None:
+        """Freeze A of a model that was made after `on_init_end`, and take it out of the optimizer.
+
+        Raises:
+            ConfigError: if there are several processes, which count on A's gradient by now.
+        """
+        late = {id(parameter) for parameter in freeze_a(model, name)}
+        if not late:
+            return
+        if Ranks.current().size > 1 or optimizer is None:
+            raise ConfigError(
+                "freeze_a came too late: the optimizer has A already. Give LoRADACallback to the trainer when it is "
+                "made, and with model_init use LoRADATrainer."
+            )
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in late]
 
     def _recall_report(self, folder: Path) -> None:
         if (folder / REPORT_FILE).is_file():

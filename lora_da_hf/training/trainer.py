@@ -73,12 +73,12 @@ class LoRADATrainer(Trainer):
         """What the initialisation did; None before training."""
         return self._lora_da.report
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer as `Trainer` does, of B alone if A is to be frozen."""
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer as `Trainer` does (older versions take no model), of B alone if A is to be frozen."""
         if self._lora_da.config.freeze_a:
-            target: Any = self.model if model is None else model
-            freeze_a(target)
-        return super().create_optimizer(model)
+            model: Any = args[0] if args and args[0] is not None else self.model
+            freeze_a(model)
+        return super().create_optimizer(*args, **kwargs)
 
     def _loss_for_statistics(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         with self.compute_loss_context_manager():

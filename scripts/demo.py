@@ -1,0 +1,298 @@
+"""Fine-tune a small language model twice on this machine, from plain LoRA and from LoRA-DA, and compare.
+
+The model is SmolLM2-135M-Instruct, the task is to write the body of a Python function from its signature and
+docstring, and the data are the functions of Python's standard library. Both runs are `scripts/run_clm.py` with the
+same flags but `--init`, and see the same batches in the same order. The number of steps is chosen so that it takes
+about eight minutes on this machine.
+
+    python scripts/demo.py
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from demo_data import MAX_TOKENS, folder_name, write_data
+from demo_model import fetch_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CACHE = Path(".cache")
+LABELS = {"lora": "plain LoRA", "lora_da": "LoRA-DA"}
+SAME = 5e-4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the demo computes."""
+
+    steps: int
+    eval_samples: int
+    da_samples: int
+    search_samples: int
+
+
+FULL = Budget(steps=50, eval_samples=48, da_samples=64, search_samples=8)
+SMALL = Budget(steps=50, eval_samples=24, da_samples=32, search_samples=4)
+QUICK = Budget(steps=2, eval_samples=8, da_samples=16, search_samples=2)
+ENOUGH_STEPS = 20
+FEWEST_STEPS = 16
+SECONDS = 450
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left behind: losses by step."""
+
+    folder: Path
+    train: dict[int, float]
+    validation: dict[int, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read the losses that the trainer recorded."""
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+        validation = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+        return cls(folder, train, validation)
+
+    @property
+    def at_start(self) -> float:
+        """Validation loss before the first step, after the initialisation."""
+        return self.validation[0]
+
+    @property
+    def at_end(self) -> float:
+        """Validation loss after the last step."""
+        return self.validation[max(self.validation)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps of each run (default: what fits, up to {FULL.steps})"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
+    parser.add_argument("--model", help="another causal language model, a folder or a name on the Hub")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="precision of the frozen weights; auto: whichever this CPU multiplies faster (the default)",
+    )
+    parser.add_argument("--quick", action="store_true", help="two steps on a few functions: only to see it work")
+    arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    return arguments
+
+
+def measure_speed(dtype: str) -> float:
+    """Return how many floating-point operations a second this CPU does in a layer of the model."""
+    import torch
+
+    tokens, inputs, outputs = 1024, 576, 1536
+    left = torch.randn(tokens, inputs).to(getattr(torch, dtype))
+    right = torch.randn(inputs, outputs).to(getattr(torch, dtype))
+    seconds = []
+    for _ in range(300):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return 2 * tokens * inputs * outputs / statistics.median(seconds)
+
+
+def fit(speed: float) -> Budget:
+    """Return the budget that fits into the time: with fewer steps, and on a slow CPU also with fewer samples."""
+    full = with_fitting_steps(FULL, speed)
+    return full if full.steps >= ENOUGH_STEPS else with_fitting_steps(SMALL, speed)
+
+
+def with_fitting_steps(budget: Budget, speed: float) -> Budget:
+    """Lower the number of steps to what fits: an even number.
+
+    The costs were measured with SmolLM2-135M: a step takes nearly twice as long as its matrix products, a forward
+    pass less than half a step, and starting twice and solving the eigenproblems of the initialisation a minute.
+    """
+    step = 1.9 * 4 * 135e6 * BATCH_SIZE * 140 / speed
+    passes = 6 * budget.eval_samples + 12 * budget.search_samples
+    fixed = 80 + (budget.da_samples + 0.43 * passes) / BATCH_SIZE * step
+    steps = int((SECONDS - fixed) / (2 * step)) // 2 * 2
+    return replace(budget, steps=max(FEWEST_STEPS, min(budget.steps, steps)))
+
+
+def plan(arguments: argparse.Namespace) -> tuple[str, Budget]:
+    """Choose the precision and the number of steps, as far as the command line leaves them open."""
+    dtypes = ("bfloat16", "float32") if arguments.dtype == "auto" else (arguments.dtype,)
+    speeds = {dtype: measure_speed(dtype) for dtype in dtypes}
+    dtype = max(speeds, key=speeds.__getitem__)
+    budget = QUICK if arguments.quick else fit(speeds[dtype])
+    if arguments.steps is not None:
+        budget = replace(budget, steps=arguments.steps)
+    measured = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
+    print(f"This CPU does {measured}. The weights are {dtype}; each run has {budget.steps} steps.")
+    return dtype, budget
+
+
+def make_data(model: str) -> tuple[Path, Path]:
+    """Write the data, with lengths as this model counts them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    folder = CACHE / "demo_data" / f"{folder_name()}-{tokenizer.vocab_size}"
+    return write_data(folder, lambda text: len(tokenizer(text)["input_ids"]))
+
+
+def command(init: str, model: str, data: tuple[Path, Path], output_dir: Path, dtype: str, budget: Budget) -> list[str]:
+    """Return the command of one run. Two commands differ in `--init` and `--output_dir` only."""
+    flags = {
+        "init": init,
+        "output_dir": output_dir,
+        "model_name_or_path": model,
+        "dtype": dtype,
+        "train_file": data[0],
+        "validation_file": data[1],
+        "prompt_column": "prompt",
+        "completion_column": "completion",
+        "block_size": MAX_TOKENS,
+        "max_eval_samples": budget.eval_samples,
+        "lora_rank": 8,
+        "da_num_samples": budget.da_samples,
+        "da_search_samples": budget.search_samples,
+        "max_steps": budget.steps,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_eval_batch_size": BATCH_SIZE,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(0.03 * budget.steps),
+        "seed": 42,
+        "logging_steps": max(1, budget.steps // 20),
+        "eval_strategy": "steps",
+        "eval_steps": math.ceil(budget.steps / 2),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    switches = ["--do_train", "--do_eval", "--eval_on_start", "--use_rslora", "--use_cpu"]
+    pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "scripts/run_clm.py", *pairs, *switches]
+
+
+def execute(arguments: list[str], output_dir: Path) -> Run:
+    """Run one training from scratch and read its losses."""
+    shutil.rmtree(output_dir, ignore_errors=True)
+    print(f"\n$ {shlex.join(['python', *arguments[1:]])}\n", flush=True)
+    if subprocess.run(arguments, check=False).returncode != 0:
+        sys.exit("The training above failed, so the demo stops here. The command above repeats it alone.")
+    return Run.read(output_dir)
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Write the validation losses as a table."""
+    steps = sorted(set.intersection(*(set(run.validation) for run in runs.values())))
+    rows = [["validation loss", *(f"step {step}" for step in steps)]]
+    rows.append(["base model", f"{runs['lora'].at_start:.4f}", *("" for _ in steps[1:])])
+    rows += [[LABELS[init], *(f"{run.validation[step]:.4f}" for step in steps)] for init, run in runs.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def verdict(when: str, loss: float, other: float, other_name: str) -> str:
+    """Say which loss is lower, and by how much."""
+    difference = loss - other
+    if abs(difference) < SAME:
+        return f"{when}, LoRA-DA's validation loss is that of {other_name} (they differ by {difference:+.5f})."
+    word = "lower" if difference < 0 else "HIGHER"
+    size = f"{abs(difference):.4f} ({abs(difference) / other:.2%})"
+    return f"{when}, LoRA-DA's validation loss is {size} {word} than that of {other_name}."
+
+
+def draw(runs: dict[str, Run], path: Path) -> None:
+    """Plot training and validation losses of both runs side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for init, run in runs.items():
+        left.plot(list(run.train), list(run.train.values()), label=LABELS[init])
+        right.plot(list(run.validation), list(run.validation.values()), marker="o", label=LABELS[init])
+    right.axhline(runs["lora"].at_start, color="grey", linestyle=":", label="base model")
+    for axes, title in ((left, "training"), (right, "validation")):
+        axes.set(title=title, xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def save_summary(runs: dict[str, Run], seconds: dict[str, float], path: Path) -> None:
+    """Store every number of the comparison."""
+    losses = {init: {"train": run.train, "validation": run.validation} for init, run in runs.items()}
+    path.write_text(json.dumps({"losses": losses, "seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+
+
+def report(runs: dict[str, Run], seconds: dict[str, float], eval_samples: int, output_dir: Path) -> None:
+    """Print the results, and where the files are."""
+    lora, lora_da = runs["lora"], runs["lora_da"]
+    print(f"\n{table(runs)}\n")
+    print(verdict("Before the first step", lora_da.at_start, lora.at_start, "the base model"))
+    print(verdict("After the last step", lora_da.at_end, lora.at_end, LABELS["lora"]))
+    print(
+        f"This is one seed on {eval_samples} held-out functions: a small difference may be chance.\n"
+        f"Seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}.\n"
+    )
+    places = {
+        "comparison": output_dir / "comparison.png",
+        "loss curves": f"{lora.folder / 'loss_curve.png'}, {lora_da.folder / 'loss_curve.png'}",
+        "adapters": f"{lora.folder}, {lora_da.folder}",
+        "initialisation": lora_da.folder / "lora_da" / "lora_da_report.json",
+        "all numbers": output_dir / "summary.json",
+    }
+    for name, place in places.items():
+        print(f"{name + ':':<16}{place}")
+
+
+def main() -> None:
+    """Run the demo."""
+    arguments = parse_arguments()
+    arguments.output_dir = arguments.output_dir.absolute()
+    os.chdir(REPOSITORY)
+    output_dir = shorten(arguments.output_dir)
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+
+    def finished(stage: str) -> None:
+        seconds[stage] = round(time.monotonic() - started - sum(seconds.values()), 1)
+
+    model = arguments.model or str(fetch_model(CACHE / "smollm2-135m-instruct"))
+    finished("model")
+    data = make_data(model)
+    print(f"The data are in {data[0].parent}.")
+    finished("data")
+    dtype, budget = plan(arguments)
+    runs = {}
+    for init in LABELS:
+        folder = output_dir / init
+        runs[init] = execute(command(init, model, data, folder, dtype, budget), folder)
+        finished(LABELS[init])
+    draw(runs, output_dir / "comparison.png")
+    save_summary(runs, seconds, output_dir / "summary.json")
+    report(runs, seconds, budget.eval_samples, output_dir)
+
+
+def shorten(path: Path) -> Path:
+    """Return a path as seen from the repository, if it lies inside."""
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
+
+
+if __name__ == "__main__":
+    main()

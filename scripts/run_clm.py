@@ -1,0 +1,700 @@
+"""Fine-tune a causal language model with LoRA, with or without the LoRA-DA initialisation.
+
+Data comes from the Hugging Face Hub (`--dataset_name`) or a csv, json, jsonl or txt file (`--train_file`).
+Plain text is tokenised, joined and cut into blocks. With `--prompt_column` and `--completion_column` each row
+is one sample, and only the completion counts in the loss.
+
+Examples:
+    python scripts/run_clm.py --model_name_or_path MODEL --train_file notes.txt --do_train --output_dir out
+    python scripts/run_clm.py --model_name_or_path MODEL --train_file train.jsonl --prompt_column question \
+        --completion_column answer --init lora --do_train --do_eval --output_dir out
+    python scripts/run_clm.py settings.yaml --learning_rate 1e-4
+    torchrun --nproc_per_node 2 scripts/run_clm.py settings.yaml
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import transformers
+import yaml
+from datasets import Dataset, IterableDataset, load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from lora_da_hf import LoRADATrainer
+from lora_da_hf.training.arguments import LoRADAArguments
+
+logger = logging.getLogger("run_clm")
+
+LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+IGNORED_LABEL = -100
+SPLIT_SEED = 0
+SHUFFLE_BUFFER = 10_000
+
+Rows = Dataset | IterableDataset
+
+
+class InputError(ValueError):
+    """The data or the model cannot be used as the flags say."""
+
+
+def setting(default: Any, help_text: str) -> Any:
+    """Make a dataclass field whose help text the command line shows."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer are loaded, and how."""
+
+    model_name_or_path: str | None = setting(None, "Model on the Hub, or a local folder.")
+    tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
+    model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
+    cache_dir: str | None = setting(None, "Where models and datasets from the Hub are kept.")
+    token: str | None = setting(None, "Access token for the Hub. None: the one you are logged in with.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision of the frozen weights; auto: as stored. The adapter is float32 in any case."
+    )
+    trust_remote_code: bool = setting(False, "Run model code that comes with the checkpoint.")
+
+
+@dataclass
+class DataArguments:
+    """Where the data comes from and how a row becomes a sample."""
+
+    dataset_name: str | None = setting(None, "Dataset on the Hub, or a local dataset folder.")
+    dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
+    train_file: str | None = setting(None, "Training data: a csv, json, jsonl or txt file.")
+    validation_file: str | None = setting(None, "Validation data: a csv, json, jsonl or txt file.")
+    validation_split_percentage: int = setting(
+        5, "Share of the training rows that --do_eval holds out when there is no validation data."
+    )
+    max_train_samples: int | None = setting(None, "Use this many training samples at most.")
+    max_eval_samples: int | None = setting(None, "Use this many validation samples at most.")
+    streaming: bool = setting(False, "Read the data while training instead of preparing it first.")
+    block_size: int | None = setting(
+        None,
+        "Tokens in a block of plain text, and the most tokens of a prompt with its completion. "
+        "None: 1024, or the model's limit if that is lower.",
+    )
+    text_column: str | None = setting(None, "Column with plain text. None: `text`, or else the first column.")
+    prompt_column: str | None = setting(None, "Column with prompts, which do not count in the loss.")
+    completion_column: str | None = setting(None, "Column with completions, which alone count in the loss.")
+    use_chat_template: bool = setting(
+        False, "Write prompt and completion as a user turn and its reply, with the tokenizer's chat template."
+    )
+    preprocessing_num_workers: int | None = setting(None, "Processes that tokenise the data.")
+    overwrite_cache: bool = setting(False, "Tokenise again even if a cached result exists.")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are prompt and completion instead of plain text."""
+        return self.prompt_column is not None
+
+
+@dataclass
+class AdapterArguments:
+    """The LoRA adapter."""
+
+    init: Literal["lora_da", "lora"] = setting(
+        "lora_da", "lora_da: initialise the adapter from the training data. lora: PEFT's own initialisation."
+    )
+    lora_rank: int = setting(8, "Rank of the adapter.")
+    lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
+    use_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input during training.")
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Names of the layers that get an adapter; all-linear: all but the output head."},
+    )
+
+    def to_peft(self) -> LoraConfig:
+        """Make the configuration that PEFT reads."""
+        names = self.target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules="all-linear" if names == ["all-linear"] else names,
+        )
+
+
+@dataclass
+class Arguments:
+    """Everything the command line says."""
+
+    model: ModelArguments
+    data: DataArguments
+    adapter: AdapterArguments
+    da: LoRADAArguments
+    training: TrainingArguments
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Read flags, and a config file whose values the flags override.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Returns:
+        The checked arguments. A mistake ends the program with a message and exit status 2.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, AdapterArguments, LoRADAArguments, TrainingArguments),
+        allow_abbrev=False,
+        description=__doc__.splitlines()[0],
+        epilog="A .json, .yaml or .yml file, as first argument or after --config, holds names and values of "
+        "flags. Flags on the command line override it.",
+    )
+    path, flags = split_off_config(argv)
+    if path is not None:
+        flags = read_config(parser, path) + flags
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+        arguments = Arguments(*parsed)
+        arguments.da.to_config()
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}{suggestion(parser, unknown[0])}")
+    check_arguments(parser.error, arguments)
+    arguments.training.resume_from_checkpoint = find_checkpoint(parser.error, arguments.training)
+    return arguments
+
+
+def split_off_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Take the config file, if there is one, out of the command line."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, flags = finder.parse_known_args(argv)
+    if found.config is None and flags and flags[0].endswith(CONFIG_SUFFIXES) and not flags[0].startswith("-"):
+        return flags[0], flags[1:]
+    return found.config, flags
+
+
+def read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """Turn a config file into flags, so that its values are checked just as flags are.
+
+    Args:
+        parser: Knows which names exist. Values that no flag can express become its defaults.
+        path: A .json, .yaml or .yml file.
+    """
+    suffix = Path(path).suffix
+    if suffix not in CONFIG_SUFFIXES:
+        parser.error(f"config file {path} must end in {', '.join(CONFIG_SUFFIXES)}")
+    if not Path(path).is_file():
+        parser.error(f"config file {path} does not exist")
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        parser.error(f"config file {path} is not valid {suffix[1:]}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"config file {path} must hold names and values of flags, not a {type(values).__name__}")
+    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in actions:
+            parser.error(f"config file {path}: unknown setting {name!r}{suggestion(parser, str(name))}")
+        flags += flags_of(parser, actions[name], str(name), value)
+    return flags
+
+
+def flags_of(parser: argparse.ArgumentParser, action: argparse.Action, name: str, value: Any) -> list[str]:
+    """Write one setting of a config file as flags."""
+    if isinstance(value, list) and action.nargs == "+":
+        return [f"--{name}", *map(str, value)]
+    if value is None or isinstance(value, dict | list):
+        parser.set_defaults(**{action.dest: value})
+        return []
+    return [f"--{name}={value}"]
+
+
+def suggestion(parser: argparse.ArgumentParser, name: str) -> str:
+    """Name the flag that was probably meant."""
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(name.lstrip("-").partition("=")[0], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+
+
+def check_arguments(fail: Any, arguments: Arguments) -> None:
+    """Find contradictions before anything is loaded.
+
+    Args:
+        fail: Called with a message that says what to change; does not return.
+        arguments: What was parsed.
+    """
+    data, training = arguments.data, arguments.training
+    if not arguments.model.model_name_or_path:
+        fail("--model_name_or_path is missing: name a model on the Hub or a local folder")
+    if not (training.do_train or training.do_eval):
+        fail("nothing to do: give --do_train, --do_eval or both")
+    if data.dataset_name and (data.train_file or data.validation_file):
+        fail("give either --dataset_name or --train_file and --validation_file, not both")
+    if training.do_train and not (data.dataset_name or data.train_file):
+        fail("--do_train needs data: give --dataset_name or --train_file")
+    if training.do_eval and not (data.dataset_name or data.train_file or data.validation_file):
+        fail("--do_eval needs data: give --dataset_name, --validation_file or --train_file")
+    for flag in ("train_file", "validation_file"):
+        check_file(fail, flag, getattr(data, flag))
+    check_columns_and_sizes(fail, data)
+    if data.streaming and training.do_train and training.max_steps <= 0:
+        fail("--streaming has no length: give --max_steps")
+    if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
+        fail(f"--output_dir {training.output_dir} is a file: name a folder")
+
+
+def check_file(fail: Any, flag: str, path: str | None) -> None:
+    """Check that a data file exists and is of a kind that can be read."""
+    if path is None:
+        return
+    if Path(path).suffix not in LOADER_OF_SUFFIX:
+        fail(f"--{flag} {path}: the name must end in one of {', '.join(LOADER_OF_SUFFIX)}")
+    if not Path(path).is_file():
+        fail(f"--{flag} {path} does not exist")
+
+
+def check_columns_and_sizes(fail: Any, data: DataArguments) -> None:
+    """Check the flags that say how rows become samples."""
+    if (data.prompt_column is None) != (data.completion_column is None):
+        missing = "--completion_column" if data.prompt_column else "--prompt_column"
+        fail(f"{missing} is missing: prompts and completions are only used together")
+    if data.has_pairs and data.text_column:
+        fail("give either --text_column, or --prompt_column and --completion_column, not all three")
+    if data.use_chat_template and not data.has_pairs:
+        fail("--use_chat_template needs --prompt_column and --completion_column")
+    if not 1 <= data.validation_split_percentage <= 99:
+        fail(f"--validation_split_percentage must be 1 to 99, got {data.validation_split_percentage}")
+    for flag, least in (
+        ("block_size", 2),
+        ("max_train_samples", 1),
+        ("max_eval_samples", 1),
+        ("preprocessing_num_workers", 1),
+    ):
+        value = getattr(data, flag)
+        if value is not None and value < least:
+            fail(f"--{flag} must be at least {least}, got {value}")
+
+
+def find_checkpoint(fail: Any, training: TrainingArguments) -> str | None:
+    """Find the checkpoint to go on from: a folder, or `last` for the newest in the output folder."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    if wanted.lower() in ("last", "true"):
+        newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        if newest is None:
+            fail(f"--resume_from_checkpoint {wanted}: {training.output_dir} holds no checkpoint")
+        return newest
+    if not Path(wanted).is_dir():
+        fail(f"--resume_from_checkpoint {wanted} is not a folder; give a checkpoint-N folder, or `last`")
+    return wanted
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def load_rows(data: DataArguments, model: ModelArguments, training: TrainingArguments) -> dict[str, Rows]:
+    """Load the splits that the run needs, and hold out validation rows if there are none.
+
+    Returns:
+        Untokenised rows under `train` and `validation`, as far as the run needs them.
+    """
+    if data.dataset_name:
+        splits = load_dataset(
+            data.dataset_name,
+            data.dataset_config_name,
+            cache_dir=model.cache_dir,
+            token=model.token,
+            streaming=data.streaming,
+        )
+        found = {name: splits[name] for name in ("train", "validation") if name in splits}
+    else:
+        files = {"train": data.train_file, "validation": data.validation_file}
+        found = {name: load_file(path, data, model) for name, path in files.items() if path}
+    if training.do_train and "train" not in found:
+        raise InputError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
+    if training.do_eval and "validation" not in found:
+        found = hold_out(found, data)
+    wanted = {"train": training.do_train, "validation": training.do_eval}
+    return {name: rows for name, rows in found.items() if wanted[name]}
+
+
+def load_file(path: str, data: DataArguments, model: ModelArguments) -> Rows:
+    """Load one csv, json, jsonl or txt file."""
+    loader = LOADER_OF_SUFFIX[Path(path).suffix]
+    options = {"keep_linebreaks": True} if loader == "text" else {}
+    return load_dataset(
+        loader,
+        data_files=path,
+        split="train",
+        cache_dir=model.cache_dir,
+        streaming=data.streaming,
+        **options,
+    )
+
+
+def hold_out(found: dict[str, Rows], data: DataArguments) -> dict[str, Rows]:
+    """Split validation rows off the training rows: the same rows whatever the training seed is."""
+    if "train" not in found:
+        raise InputError(f"{data.dataset_name} has neither a `train` nor a `validation` split.")
+    if data.streaming:
+        raise InputError("With --streaming no rows can be held out for --do_eval: give --validation_file.")
+    if len(found["train"]) < 2:
+        raise InputError("A single row cannot be split into training and validation: give --validation_file.")
+    count = max(1, len(found["train"]) * data.validation_split_percentage // 100)
+    parts = found["train"].train_test_split(test_size=count, seed=SPLIT_SEED)
+    logger.info("No validation data: %d of %d training rows are held out.", count, len(found["train"]))
+    return {"train": parts["train"], "validation": parts["test"]}
+
+
+def prepare_samples(
+    rows: dict[str, Rows], tokenizer: PreTrainedTokenizerBase, block_size: int, arguments: Arguments
+) -> dict[str, Rows]:
+    """Tokenise every split and keep at most as many samples as asked for."""
+    data = arguments.data
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples}
+    samples = {}
+    for name, split in rows.items():
+        if name == "train" and data.streaming:
+            split = split.shuffle(seed=arguments.training.data_seed, buffer_size=SHUFFLE_BUFFER)
+        samples[name] = tokenize(name, split, tokenizer, block_size, data)
+        if limits[name] is not None:
+            samples[name] = first(samples[name], limits[name])
+    return samples
+
+
+def first(samples: Rows, count: int) -> Rows:
+    """Return the first samples, as many as there are up to a count."""
+    return samples.take(count if isinstance(samples, IterableDataset) else min(count, len(samples)))
+
+
+def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: DataArguments) -> Rows:
+    """Turn the rows of one split into samples with input ids, attention mask and labels."""
+    columns = column_names(name, split)
+    if data.has_pairs:
+        require_columns(name, columns, data.prompt_column, data.completion_column)
+        encode_pair = pair_encoder(tokenizer, data)
+        encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
+    else:
+        column = data.text_column or ("text" if "text" in columns else columns[0])
+        require_columns(name, columns, column)
+        encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
+    if isinstance(split, IterableDataset):
+        return split.map(encode, batched=True, remove_columns=columns)
+    samples = split.map(
+        encode,
+        batched=True,
+        remove_columns=columns,
+        num_proc=data.preprocessing_num_workers,
+        load_from_cache_file=not data.overwrite_cache,
+        desc=f"Tokenising {name}",
+    )
+    if len(samples) == 0:
+        advice = "prompts leave no room, so raise it" if data.has_pairs else "there is less text, so lower it"
+        raise InputError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
+    if data.has_pairs and len(samples) < len(split):
+        logger.warning(
+            "%d of %d %s rows are left out: after cutting to %d tokens (--block_size) no completion is left.",
+            *(len(split) - len(samples), len(split), name, block_size),
+        )
+    return samples
+
+
+def column_names(name: str, split: Rows) -> list[str]:
+    """List the columns of a split, which a stream may only show in its first row."""
+    if split.column_names is not None:
+        return split.column_names
+    first = next(iter(split), None)
+    if first is None:
+        raise InputError(f"The {name} data is empty.")
+    return list(first)
+
+
+def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:
+    """Check that columns exist."""
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise InputError(f"The {name} data has no column {missing[0]!r}, only {', '.join(columns)}.")
+
+
+def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
+    """Return a column's texts; an empty cell is an empty text."""
+    texts = ["" if value is None else value for value in batch[column]]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"Column {column!r} must hold text, not {type(text).__name__}: {text!r:.80}")
+    return texts
+
+
+def encode_text(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, block_size: int
+) -> dict[str, list[list[int]]]:
+    """Join the tokens of a batch of texts and cut them into blocks, without the incomplete last one."""
+    texts = strings(batch, column)
+    tokens = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"] if texts else []))
+    starts = range(0, len(tokens) - block_size + 1, block_size)
+    blocks = [tokens[start : start + block_size] for start in starts]
+    return {
+        "input_ids": blocks,
+        "attention_mask": [[1] * block_size for _ in blocks],
+        "labels": [list(block) for block in blocks],
+    }
+
+
+def encode_pairs(
+    batch: dict[str, list[Any]], encode_pair: Any, block_size: int, data: DataArguments
+) -> dict[str, list[list[int]]]:
+    """Encode prompts and completions, cut to the block size, and leave out rows without any label.
+
+    Args:
+        batch: Columns of rows.
+        encode_pair: Gives the token ids of one prompt and of its completion.
+        block_size: Tokens that a sample may have.
+        data: Names the columns.
+    """
+    samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, completion in zip(
+        strings(batch, data.prompt_column), strings(batch, data.completion_column), strict=True
+    ):
+        prompt_ids, completion_ids = encode_pair(prompt, completion)
+        if len(prompt_ids) >= block_size:
+            continue
+        input_ids = (prompt_ids + completion_ids)[:block_size]
+        samples["input_ids"].append(input_ids)
+        samples["attention_mask"].append([1] * len(input_ids))
+        samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
+    return samples
+
+
+def pair_encoder(tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Any:
+    """Choose how a prompt and its completion become token ids."""
+    if not data.use_chat_template:
+        return partial(encode_plain_pair, tokenizer=tokenizer)
+    if tokenizer.chat_template is None:
+        raise InputError("--use_chat_template: the tokenizer has no chat template. Leave the flag out.")
+    return partial(encode_chat_pair, tokenizer=tokenizer)
+
+
+def encode_plain_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Encode a pair as it stands, with an end-of-text token after the completion."""
+    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
+    completion_ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    return prompt_ids, [*completion_ids, tokenizer.eos_token_id]
+
+
+def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Encode a pair as a user turn and its reply."""
+    question = [{"role": "user", "content": prompt}]
+    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    answer = [*question, {"role": "assistant", "content": completion}]
+    whole = tokenizer.apply_chat_template(answer, tokenize=False)
+    if not whole.startswith(before):
+        raise InputError(
+            "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
+            "reply cannot be told apart. Leave the flag out."
+        )
+    prompt_ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
+    return prompt_ids, tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
+
+
+# ----------------------------------------------------------------------------------------- model and trainer
+
+
+def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
+    shared = {
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    name = arguments.model_name_or_path
+    revision = arguments.model_revision
+    if arguments.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name, **shared)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **shared)
+    if tokenizer.eos_token is None:
+        raise InputError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "
+            "use the tokenizer that belongs to the model."
+        )
+    return model, tokenizer
+
+
+def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if wanted is not None and wanted > limit:
+        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
+    return min(wanted or 1024, limit)
+
+
+def make_trainer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: dict[str, Rows], arguments: Arguments
+) -> Trainer:
+    """Make the trainer. Only the class and the adapter's initialisation depend on `--init`."""
+    collator = DataCollatorForSeq2Seq(tokenizer) if arguments.data.has_pairs else default_data_collator
+    shared = {
+        "args": arguments.training,
+        "train_dataset": samples.get("train"),
+        "eval_dataset": samples.get("validation"),
+        "data_collator": collator,
+        "processing_class": tokenizer,
+    }
+    peft_config = arguments.adapter.to_peft()
+    set_seed(arguments.training.seed)  # so that both start from the same random adapter
+    if arguments.adapter.init == "lora":
+        return Trainer(model=get_peft_model(model, peft_config), **shared)
+    return LoRADATrainer(model=model, peft_config=peft_config, da_config=arguments.da.to_config(), **shared)
+
+
+# ------------------------------------------------------------------------------------------------------- run
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, then save the adapter and the metrics."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    if not isinstance(trainer.train_dataset, IterableDataset):
+        metrics["train_samples"] = len(trainer.train_dataset)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Return loss and perplexity on the validation data, and save them."""
+    metrics = last_evaluation(trainer) or trainer.evaluate()
+    if not isinstance(trainer.eval_dataset, IterableDataset):
+        metrics["eval_samples"] = len(trainer.eval_dataset)
+    try:
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+    except OverflowError:
+        metrics["perplexity"] = math.inf
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def last_evaluation(trainer: Trainer) -> dict[str, float] | None:
+    """Return what training evaluated after its last step, if the weights are still those."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step > 0:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return None
+
+
+def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
+    """Plot training and validation loss by step; without matplotlib, say so instead."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No loss curve: matplotlib is not installed. `pip install matplotlib` brings it.")
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def set_up_logging(training: TrainingArguments) -> None:
+    """Log at the level that the flags ask for, less on all ranks but the first."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = training.get_process_log_level()
+    logger.setLevel(logging.INFO if training.should_log else logging.ERROR)
+    datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
+    transformers.utils.logging.set_verbosity(level)
+    if not training.should_log:
+        datasets.disable_progress_bars()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the program.
+
+    Args:
+        argv: The command line without the program's name. None: the process's own.
+
+    Returns:
+        The evaluation's metrics; empty without `--do_eval`.
+
+    Raises:
+        InputError: if the data or the model cannot be used as the flags say.
+    """
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    training = arguments.training
+    set_up_logging(training)
+    if training.data_seed is None:
+        training.data_seed = training.seed  # so that no draw before training can change the order of the data
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False
+    with training.main_process_first(desc="load the data"):
+        rows = load_rows(arguments.data, arguments.model, training)
+    model, tokenizer = load_model(arguments.model)
+    block_size = choose_block_size(arguments.data.block_size, model, tokenizer)
+    with training.main_process_first(desc="tokenise the data"):
+        samples = prepare_samples(rows, tokenizer, block_size, arguments)
+    trainer = make_trainer(model, tokenizer, samples, arguments)
+    if training.do_train:
+        train(trainer, training.resume_from_checkpoint)
+    metrics = evaluate(trainer) if training.do_eval else {}
+    if training.do_train:
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            draw_loss_curve(trainer.state.log_history, Path(training.output_dir) / "loss_curve.png")
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"run_clm.py: error: {error}")

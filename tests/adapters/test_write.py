@@ -1,0 +1,110 @@
+import contextlib
+
+import pytest
+import torch
+from harness import adapter_weights, assert_same_tensors, collate, make_learnable_samples
+
+from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.adapters.trial import TrialAdapters
+from lora_da_hf.adapters.write import read_factors, update_norm, write_factors
+from lora_da_hf.errors import WriteError
+from lora_da_hf.theory.adapter_factors import split_factors
+
+
+def random_bases(targets, rank=4, scale=0.05):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        target.name: (
+            torch.randn(rank, target.in_features, generator=generator, dtype=torch.float64) * scale,
+            torch.randn(target.out_features, rank, generator=generator, dtype=torch.float64) * scale,
+        )
+        for target in targets
+    }
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**collate(make_learnable_samples(4))).logits
+
+
+def write(targets, bases, step):
+    for target in targets:
+        basis_A, basis_B = (bases[target.name][0][: target.rank], bases[target.name][1][:, : target.rank])
+        factors = split_factors(
+            basis_A, basis_B, peft_scaling=target.peft_scaling, step_size=step, factor_split="default_norm"
+        )
+        write_factors(target, *factors)
+
+
+def test_factors_are_written_in_place_and_read_back(lora_model):
+    target = find_targets(lora_model()).targets[0]
+    parameters = target.lora_A, target.lora_B
+    lora_A, lora_B = torch.randn(4, 48, dtype=torch.float64), torch.randn(48, 4, dtype=torch.float64)
+    write_factors(target, lora_A, lora_B)
+    assert (target.layer.lora_A["default"].weight, target.layer.lora_B["default"].weight) == parameters
+    assert torch.equal(target.lora_A, lora_A.float())
+    assert torch.equal(target.lora_B, lora_B.float())
+    copies = read_factors(target)
+    assert_same_tensors(dict(enumerate(copies)), {0: target.lora_A.detach(), 1: target.lora_B.detach()})
+    with torch.no_grad():
+        target.lora_A.zero_()
+    assert copies[0].any()
+
+
+def test_another_shape_is_refused(lora_model):
+    target = find_targets(lora_model()).targets[0]
+    with pytest.raises(WriteError, match=r"q_proj: lora_A has shape \[4, 48\] and the initialisation \[3, 48\]"):
+        write_factors(target, torch.zeros(3, 48), torch.zeros(48, 3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e39])
+def test_what_is_not_finite_in_the_adapters_dtype_is_refused(lora_model, value):
+    target = find_targets(lora_model()).targets[0]
+    with pytest.raises(WriteError, match=r"lora_B reads back differently from what was written, or is not finite in"):
+        write_factors(target, torch.zeros(4, 48), torch.full((48, 4), value, dtype=torch.float64))
+
+
+def test_the_norm_is_that_of_the_scaled_product(lora_model):
+    target = find_targets(lora_model()).targets[0]
+    write_factors(target, torch.randn(4, 48), torch.randn(48, 4))
+    expected = (target.peft_scaling * target.lora_B @ target.lora_A).norm().item()
+    assert update_norm(target) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_trial_gives_what_the_written_adapter_gives_and_writes_nothing(lora_model):
+    model = lora_model(rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 1})
+    targets = find_targets(model).targets
+    bases = random_bases(targets)
+    before, base = adapter_weights(model), logits(model)
+    with TrialAdapters(targets, bases) as trial:
+        assert torch.equal(logits(model), base)
+        trial.step_size = 0.7
+        tried = logits(model)
+        trial.rank = 1
+        tried_smaller = logits(model)
+    assert_same_tensors(adapter_weights(model), before)
+    assert torch.equal(logits(model), base)
+    write(targets, bases, 0.7)
+    torch.testing.assert_close(logits(model), tried, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(tried, base, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(tried, tried_smaller, rtol=1e-3, atol=1e-3)
+
+
+def test_a_trial_at_a_rank_gives_what_an_adapter_of_that_rank_gives(lora_model):
+    model, small = lora_model(r=4), lora_model(r=2)
+    targets = find_targets(model).targets
+    bases = random_bases(targets)
+    with TrialAdapters(targets, bases) as trial:
+        trial.rank, trial.step_size = 2, 0.7
+        tried = logits(model)
+    write(find_targets(small).targets, bases, 0.7)
+    torch.testing.assert_close(logits(small), tried, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trial_leaves_no_hook_behind_though_it_fails(lora_model):
+    model = lora_model()
+    targets = find_targets(model).targets
+    with contextlib.suppress(KeyboardInterrupt), TrialAdapters(targets, random_bases(targets)):
+        assert all(target.base_layer._forward_hooks for target in targets)
+        raise KeyboardInterrupt
+    assert not any(target.base_layer._forward_hooks for target in targets)

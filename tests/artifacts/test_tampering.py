@@ -1,0 +1,401 @@
+import dataclasses
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from harness import collate, make_config, make_learnable_samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lora_da_hf import initialize_lora_da
+from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import file_entry, load_init, read_tensors
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
+from lora_da_hf.pipeline.save import base_model_facts
+
+LAYER = "model.layers.0.self_attn.q_proj"
+STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
+FILES = [ADAPTER_FILE, "adapter_config.json", BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    from conftest import make_lora_model
+
+    folder = tmp_path_factory.mktemp("original") / "init"
+    model = make_lora_model(target_modules=["q_proj", "v_proj"])
+    initialize_lora_da(
+        model,
+        make_learnable_samples(24),
+        config=make_config(save_statistics=True, step_size=0.1),
+        data_collator=collate,
+        output_dir=folder,
+        progress=False,
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "init")
+
+
+def change_manifest(folder, change):
+    """Change the values of the manifest, without a new checksum."""
+    path = folder / MANIFEST_FILE
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def forge_manifest(folder, **changes):
+    """Write the manifest as this library would, with the sizes and hashes of the files as they are now."""
+    manifest = load_init_unchecked(folder)
+    files = {name: file_entry(folder / name) for name in manifest.files}
+    forged = dataclasses.replace(manifest, files=files, **changes)
+    (folder / MANIFEST_FILE).write_text(forged.to_json())
+
+
+def load_init_unchecked(folder):
+    from lora_da_hf.artifacts.schema import parse_manifest
+
+    return parse_manifest((folder / MANIFEST_FILE).read_text(), source="here")
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refuses(folder, match, kind=ArtifactError, **settings):
+    with pytest.raises(kind, match=match) as caught:
+        load_init(folder, **settings)
+    assert str(folder) in str(caught.value) or kind is BaseModelMismatchError
+
+
+def test_what_was_not_touched_is_accepted(folder):
+    assert set(load_init(folder).manifest.files) == set(FILES)
+
+
+# Files
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_changed_byte_is_refused(folder, file):
+    data = bytearray((folder / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / file).write_bytes(data)
+    refuses(folder, "another SHA-256 than the manifest says: it was changed. Fetch it again")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_refused(folder, file):
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[:-1])
+    refuses(folder, f"{file} has {len(data) - 1} bytes and the manifest says {len(data)}: truncated or changed")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_refused(folder, file):
+    (folder / file).unlink()
+    refuses(folder, f"{file} is listed in the manifest and is not there as a file")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_link_in_the_place_of_a_file_is_refused(folder, file):
+    (folder / file).rename(folder.parent / file)
+    (folder / file).symlink_to(folder.parent / file)
+    refuses(folder, f"{file} is listed in the manifest and is not there as a file")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_folder_in_the_place_of_a_file_is_refused(folder, file):
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    refuses(folder, f"{file} is listed in the manifest and is not there as a file")
+
+
+# The manifest
+
+
+def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
+    (folder / MANIFEST_FILE).unlink()
+    refuses(folder, "does not exist: this is not a LoRA-DA initialisation, or it is incomplete")
+    refuses(tmp_path / "nowhere", "does not exist")
+
+
+def test_a_link_in_the_place_of_the_manifest_is_refused(folder):
+    (folder / MANIFEST_FILE).rename(folder.parent / "manifest")
+    (folder / MANIFEST_FILE).symlink_to(folder.parent / "manifest")
+    refuses(folder, "does not exist")
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -2])
+def test_a_truncated_manifest_is_refused(folder, length):
+    data = (folder / MANIFEST_FILE).read_bytes()
+    (folder / MANIFEST_FILE).write_bytes(data[:length])
+    refuses(folder, "is not valid JSON .*: truncated or changed. Fetch it again")
+
+
+def test_a_manifest_that_lacks_its_last_line_break_is_refused(folder):
+    data = (folder / MANIFEST_FILE).read_bytes()
+    (folder / MANIFEST_FILE).write_bytes(data[:-1])
+    refuses(folder, "was changed after it was written: its checksum is another")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"[" * 100_000, b'"text"', b"[]", b"null", b"{}"])
+def test_what_is_no_manifest_at_all_is_refused(folder, data):
+    (folder / MANIFEST_FILE).write_bytes(data)
+    refuses(folder, "is not text|is not valid JSON|is not the manifest of a LoRA-DA initialisation")
+
+
+def test_another_schema_version_is_refused_and_says_what_to_do(folder):
+    change_manifest(folder, lambda values: values.update(schema_version=2))
+    refuses(folder, "has schema version 2 and this version of lora_da_hf reads 1. Install the version that wrote it")
+
+
+def test_another_kind_of_file_is_refused(folder):
+    change_manifest(folder, lambda values: values.update(kind="something-else"))
+    refuses(folder, "is not the manifest of a LoRA-DA initialisation")
+
+
+def test_a_key_that_occurs_twice_in_the_manifest_is_refused(folder):
+    text = (folder / MANIFEST_FILE).read_text()
+    (folder / MANIFEST_FILE).write_text(text.replace('"seed": 42', '"seed": 43,\n "seed": 42'))
+    refuses(folder, "a key occurs twice")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_in_the_manifest_is_refused(folder, number):
+    text = (folder / MANIFEST_FILE).read_text()
+    assert '"step_size": 0.1,' in text
+    (folder / MANIFEST_FILE).write_text(text.replace('"step_size": 0.1,', f'"step_size": {number},', 1))
+    refuses(folder, f"{number} is no number")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("seed"), "expected the fields"),
+        (lambda m: m.update(extra=1), "expected the fields"),
+        (lambda m: m.update(seed="42"), "seed='42' is not"),
+        (lambda m: m.update(seed=True), "seed=True is not"),
+        (lambda m: m.update(step_size="0.1"), "step_size='0.1' is not"),
+        (lambda m: m.update(layers=[]), "layers is missing or no mapping"),
+        (lambda m: m.pop("files"), "files is missing or no mapping"),
+        (lambda m: m.update(layers={}), "it lists no layer"),
+        (lambda m: m["layers"][LAYER].pop("rank"), f"layer {LAYER}: expected the fields"),
+        (lambda m: m["layers"].update({LAYER: 3}), f"layer {LAYER}: expected the fields"),
+        (lambda m: m["layers"][LAYER].update(rank=0), f"sizes of layer {LAYER} contradict each other"),
+        (lambda m: m["layers"][LAYER].update(rank=-1), f"sizes of layer {LAYER} contradict each other"),
+        (lambda m: m["layers"][LAYER].update(rank=5), f"sizes of layer {LAYER} contradict each other"),
+        (lambda m: m["layers"][LAYER].update(in_features=3), f"sizes of layer {LAYER} contradict each other"),
+        (lambda m: m["layers"][LAYER].update(out_features=2**40), f"sizes of layer {LAYER} contradict each other"),
+        (lambda m: m["layers"][LAYER].update(rank=2.0), "rank=2.0 is not"),
+        (lambda m: m["layers"][LAYER].update(peft_scaling=-1.0), f"entry of layer {LAYER} is malformed"),
+        (lambda m: m["layers"][LAYER].update(shares_input_with="elsewhere"), f"entry of layer {LAYER} is malformed"),
+        (lambda m: m["files"].pop(BASIS_FILE), f"the files .*{BASIS_FILE}.* are not listed"),
+        (lambda m: m["files"][BASIS_FILE].update(sha256="ab"), f"the entry of file '{BASIS_FILE}' is malformed"),
+        (lambda m: m["files"][BASIS_FILE].update(size=-1), f"the entry of file '{BASIS_FILE}' is malformed"),
+        (lambda m: m["files"].update({"../x": m["files"][BASIS_FILE]}), r"the entry of file '\.\./x' is malformed"),
+        (lambda m: m["files"].update({"/etc/x": m["files"][BASIS_FILE]}), "the entry of file '/etc/x' is malformed"),
+        (lambda m: m["files"].update({"..": m["files"][BASIS_FILE]}), r"the entry of file '\.\.' is malformed"),
+        (lambda m: m.update(step_size=0.2), "its checksum is another"),
+        (lambda m: m.update(checksum="0" * 64), "its checksum is another"),
+        (lambda m: m.pop("checksum"), "its checksum is another"),
+        (lambda m: m["layers"][LAYER].update(peft_scaling=1.0), "its checksum is another"),
+        (lambda m: m["base_model"].update(weights_sha256=None), "its checksum is another"),
+    ],
+)
+def test_a_changed_manifest_is_refused(folder, change, message):
+    change_manifest(folder, change)
+    refuses(folder, message)
+
+
+# Tensors, with a manifest that agrees on sizes and hashes
+
+
+@pytest.mark.parametrize("file", [BASIS_FILE, ADAPTER_FILE])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_even_with_the_right_hash(folder, file, value):
+    key = f"{LAYER}.basis_A" if file == BASIS_FILE else f"base_model.model.{LAYER}.lora_B.weight"
+    change_tensors(folder / file, lambda tensors: tensors[key][1, 1].fill_(value))
+    forge_manifest(folder)
+    refuses(folder, "holds NaN or infinity. Do not use it; compute it again")
+
+
+def test_statistics_that_are_not_finite_are_refused_when_they_are_read(folder):
+    change_tensors(folder / STATISTICS_FILE, lambda tensors: tensors[f"{LAYER}.weight_grad"][0, 0].fill_(float("nan")))
+    forge_manifest(folder)
+    stored = load_init(folder)
+    with pytest.raises(ArtifactError, match="weight_grad holds NaN or infinity"):
+        load_statistics(stored.folder, stored.manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.basis_B"), "and the manifest disagree on the tensors in it"),
+        (lambda t: t.update(more=torch.zeros(1)), "and the manifest disagree on the tensors in it"),
+        (
+            lambda t: t.update({f"{LAYER}.basis_A": t[f"{LAYER}.basis_A"].double()}),
+            r"basis_A is F64 \[4, 48\], not F32 \[4, 48\] as the manifest says",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.basis_A": t[f"{LAYER}.basis_A"][:2].clone()}),
+            r"basis_A is F32 \[2, 48\], not F32 \[4, 48\] as the manifest says",
+        ),
+    ],
+)
+def test_another_basis_than_the_manifest_announces_is_refused(folder, change, message):
+    change_tensors(folder / BASIS_FILE, change)
+    forge_manifest(folder)
+    refuses(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"base_model.model.{LAYER}.lora_A.weight"), "is missing"),
+        (
+            lambda t: t.update({f"base_model.model.{LAYER}.lora_A.weight": torch.zeros(3, 48)}),
+            r"is \[3, 48\], not \[4, 48\]",
+        ),
+    ],
+)
+def test_another_adapter_than_the_manifest_announces_is_refused(folder, change, message):
+    change_tensors(folder / ADAPTER_FILE, change)
+    forge_manifest(folder)
+    refuses(folder, f"lora_A of {LAYER} {message}")
+
+
+@pytest.mark.parametrize("changes", [{"max_rank": 3, "rank": 3}, {"out_features": 47}, {"in_features": 49}])
+def test_other_shapes_in_the_manifest_than_in_the_files_are_refused(folder, changes):
+    layers = dict(load_init(folder).manifest.layers)
+    layers[LAYER] = dataclasses.replace(layers[LAYER], **changes)
+    forge_manifest(folder, layers=layers)
+    refuses(folder, "as the manifest says")
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = change(data[8 : 8 + length])
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
+@pytest.mark.parametrize("file", [BASIS_FILE, ADAPTER_FILE])
+def test_a_tensor_that_occurs_twice_in_a_header_is_refused(folder, file):
+    def twice(header):
+        first = header.index(b'"', header.index(b"}"))  # after the metadata
+        entry = header[first : header.index(b"}", first) + 1]
+        return header.rstrip()[:-1] + b"," + entry + b"}"
+
+    rewrite_header(folder / file, twice)
+    forge_manifest(folder)
+    refuses(folder, "a tensor's name occurs twice in the header")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"short", struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 3) + b"{x}", struct.pack("<Q", 2) + b"{}x"],
+)
+def test_what_is_no_safetensors_file_is_refused(folder, data):
+    (folder / BASIS_FILE).write_bytes(data)
+    forge_manifest(folder)
+    refuses(folder, "is not a valid safetensors file|disagree on the tensors")
+
+
+def test_a_pickle_is_refused_and_not_run(folder, tmp_path):
+    torch.save({"basis": torch.zeros(2)}, folder / BASIS_FILE)
+    forge_manifest(folder)
+    refuses(folder, "is not a valid safetensors file")
+    with pytest.raises(ArtifactError, match="is not a valid safetensors file"):
+        read_tensors(folder / BASIS_FILE, None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_changed_byte_anywhere_is_refused(original, tmp_path_factory, data):
+    file = data.draw(st.sampled_from([MANIFEST_FILE, *FILES]))
+    content = bytearray((original / file).read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    folder = tmp_path_factory.getbasetemp() / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in original.iterdir():
+        if path.name == file:
+            (folder / file).write_bytes(content)
+        else:
+            (folder / path.name).hardlink_to(path)
+    with pytest.raises(ArtifactError):
+        load_init(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(place=st.integers(0, 2**20), mask=st.integers(1, 255))
+def test_a_changed_byte_of_a_file_whose_hash_was_forged_is_refused_or_leaves_finite_tensors(
+    original, tmp_path_factory, place, mask
+):
+    folder = tmp_path_factory.getbasetemp() / "forged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    content = bytearray((folder / BASIS_FILE).read_bytes())
+    content[place % min(len(content), 1200)] ^= mask  # the header and the first numbers
+    (folder / BASIS_FILE).write_bytes(content)
+    forge_manifest(folder)
+    try:
+        bases = load_init(folder).bases
+    except ArtifactError:
+        return
+    assert all(basis.basis_A.isfinite().all() and basis.basis_B.isfinite().all() for basis in bases.values())
+
+
+# The base
+
+
+def facts(model):
+    return base_model_facts(model, find_targets(model))
+
+
+def test_the_base_that_it_was_computed_for_is_accepted(folder, lora_model):
+    load_init(folder, base_model=facts(lora_model(target_modules=["q_proj", "v_proj"])))
+
+
+def test_a_bfloat16_copy_of_the_base_is_accepted(folder, lora_model, tiny_llama):
+    model = tiny_llama().to(torch.bfloat16)
+    load_init(folder, base_model=facts(lora_model(model=model, target_modules=["q_proj", "v_proj"])))
+
+
+def test_a_base_of_another_shape_is_refused_with_the_difference(folder, lora_model, tiny_llama):
+    model = lora_model(model=tiny_llama(num_key_value_heads=1), target_modules=["q_proj", "v_proj"])
+    refuses(
+        folder,
+        "the model differs: num_key_value_heads is 1 and was 2. Use that base, or compute an initialisation",
+        BaseModelMismatchError,
+        base_model=facts(model),
+    )
+
+
+def test_a_base_with_other_weights_is_refused(folder, lora_model, tiny_llama):
+    model = lora_model(model=tiny_llama(seed=1), target_modules=["q_proj", "v_proj"])
+    refuses(folder, "its weights have another fingerprint", BaseModelMismatchError, base_model=facts(model))
+
+
+def test_a_fine_tuned_base_is_refused(folder, lora_model, tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1.05)
+    found = facts(lora_model(model=model, target_modules=["q_proj", "v_proj"]))
+    refuses(folder, "its weights have another fingerprint", BaseModelMismatchError, base_model=found)
+
+
+def test_another_base_is_an_artifact_error_too():
+    assert issubclass(BaseModelMismatchError, ArtifactError)

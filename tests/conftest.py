@@ -1,0 +1,70 @@
+"""Small models and samples that all tests share. Every fixture is a factory, so a test may make several."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 96
+
+
+def make_tiny_llama(*, seed=0, dtype=torch.float32, **overrides):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attn_implementation": "eager",
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides})).to(dtype)
+
+
+def make_token_samples(count, *, seed=0, min_length=5, max_length=14, vocabulary=VOCABULARY):
+    """Make token lists of different lengths, with a prompt of a different length each masked out of the labels."""
+    generator = random.Random(seed)
+    samples = []
+    for _ in range(count):
+        length = generator.randint(min_length, max_length)
+        ids = [generator.randrange(3, vocabulary) for _ in range(length)]
+        prompt = generator.randint(1, length - 2)
+        samples.append(
+            {"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * prompt + ids[prompt:]},
+        )
+    return samples
+
+
+def make_lora_model(*, model=None, seed=0, autocast_adapter_dtype=True, **lora):
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+    model = make_tiny_llama(seed=seed) if model is None else model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, LoraConfig(**{**settings, **lora}), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Return ``tiny_llama(*, seed=0, dtype=float32, **LlamaConfig fields)``, a fresh and seeded model."""
+    return make_tiny_llama
+
+
+@pytest.fixture
+def token_samples():
+    """Return ``token_samples(count, *, seed=0, min_length=5, max_length=14)``."""
+    return make_token_samples
+
+
+@pytest.fixture
+def lora_model():
+    """Return ``lora_model(*, model=None, seed=0, **LoraConfig fields)``: a fresh tiny Llama with a fresh adapter."""
+    return make_lora_model

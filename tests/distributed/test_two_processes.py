@@ -1,0 +1,283 @@
+"""Two gloo processes against one. Processes may abort at exit in gloo's teardown: what counts is what they wrote."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import worker
+from harness import (
+    adapter_weights,
+    assert_same_tensors,
+    assert_statistics_equal,
+    collate,
+    factors,
+    relative_error,
+)
+from safetensors.torch import load_file
+
+from lora_da_hf import initialize_lora_da
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.config import Damping
+from lora_da_hf.theory.displacement import displacement, spectral_norm
+from lora_da_hf.theory.guidance import build_guidance
+from lora_da_hf.theory.kronecker import inverse_output_factor
+from lora_da_hf.theory.solve import factorize
+
+pytestmark = pytest.mark.multi_rank
+
+TIMEOUT = 240
+
+
+def launch(scenarios, folder):
+    """Run the worker in two processes, and return what they printed."""
+    tests = Path(__file__).parents[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *(str(tests / "distributed" / "worker.py"), scenarios, str(folder)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the processes hang\n{output[-4000:]}")
+    if not all((folder / f"done.rank{rank}.json").is_file() for rank in range(2)):
+        pytest.fail(output[-4000:])
+    return output
+
+
+@pytest.fixture(scope="module")
+def initialized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("initialized")
+    launch("initialize", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    launch("train", folder)
+    return folder
+
+
+def result(folder, name, rank):
+    return json.loads((folder / f"{name}.rank{rank}.json").read_text())
+
+
+def adapter(folder, name, rank):
+    return load_file(folder / f"{name}.rank{rank}.safetensors")
+
+
+def stored_statistics(folder):
+    stored = load_init(folder)
+    return load_statistics(stored.folder, stored.manifest)
+
+
+def products(weights):
+    return {name: weights[name.replace("lora_A", "lora_B")] @ a for name, a in factors(weights, "A").items()}
+
+
+def assert_products_equal(found, expected, tolerance):
+    found, expected = products(found), products(expected)
+    assert set(found) == set(expected)
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
+
+
+def one_process(folder, lora_model, samples, config):
+    model = lora_model()
+    report = initialize_lora_da(
+        model, samples, config=config, data_collator=collate, output_dir=folder / "single", progress=False
+    )
+    return report, adapter_weights(model)
+
+
+def guidance_of(statistics, name, config, population_size):
+    """Return the objective of a basis under the guidance matrix of these statistics."""
+    factorized = factorize(statistics, config, layer=name)
+    inverse_output, _ = inverse_output_factor(
+        statistics.output_grad_second_moment_diag.double(),
+        Damping.parse(config.output_damping, "output_damping"),
+        layer=name,
+    )
+    step = displacement(statistics.weight_grad.double(), inverse_output, factorized)
+    guidance = build_guidance(
+        step,
+        inverse_output,
+        factorized,
+        displacement_norm=spectral_norm(step),
+        population_size=population_size,
+        bias_weight=config.bias_weight,
+        variance_weight=config.variance_weight,
+        normalize_terms=config.normalize_guidance_terms,
+    )
+
+    def objective(basis_A):
+        basis = basis_A.double()
+        return (basis @ guidance.apply(basis.mT)).trace().item()
+
+    return objective
+
+
+def test_statistics_of_uneven_shares_are_those_of_one_process(initialized, tmp_path, lora_model):
+    config = worker.seven_config(save_statistics=True)
+    report, _ = one_process(tmp_path, lora_model, worker.seven_samples(), config)
+    found, expected = stored_statistics(initialized / "stored"), stored_statistics(tmp_path / "single")
+    assert_statistics_equal(found, expected, 1e-5)
+    counts = [[(s.num_input_tokens, s.num_output_tokens) for s in each.values()] for each in (found, expected)]
+    assert counts[0] == counts[1]
+    for rank in range(2):
+        shared = result(initialized, "shared", rank)
+        assert shared["num_samples"] == report.num_samples == 7
+        assert shared["data_fingerprint"] == report.data_fingerprint
+        assert [layer["num_tokens"] for layer in shared["layers"]] == [layer.num_tokens for layer in report.layers]
+
+
+def test_the_guidance_objective_is_that_of_one_process(initialized, tmp_path, lora_model):
+    config = worker.seven_config(save_statistics=True)
+    report, _ = one_process(tmp_path, lora_model, worker.seven_samples(), config)
+    statistics = stored_statistics(tmp_path / "single")
+    bases = {name: load_init(folder).bases for name, folder in _folders(initialized, tmp_path).items()}
+    for layer in report.layers:
+        objective = guidance_of(statistics[layer.name], layer.name, config, report.population_size)
+        best = objective(bases["single"][layer.name].basis_A)
+        assert best == pytest.approx(sum(layer.eigenvalues), rel=1e-5)
+        for which in ("shared", "stored"):
+            assert objective(bases[which][layer.name].basis_A) == pytest.approx(best, rel=1e-5), layer.name
+
+
+def _folders(initialized, tmp_path):
+    return {"shared": initialized / "shared", "stored": initialized / "stored", "single": tmp_path / "single"}
+
+
+def test_both_processes_have_the_same_adapter_and_it_is_that_of_one(initialized, tmp_path, lora_model):
+    _, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config())
+    for name in ("shared", "stored"):
+        adapters = [adapter(initialized, name, rank) for rank in range(2)]
+        assert_same_tensors(adapters[1], adapters[0])
+        assert_products_equal(adapters[0], expected, 1e-4)
+        assert_same_tensors(adapters[0], load_file(initialized / name / "adapter_model.safetensors"))
+
+
+def test_a_process_without_any_sample_takes_part(initialized, tmp_path, lora_model):
+    config = worker.seven_config(save_statistics=True)
+    report, expected = one_process(tmp_path, lora_model, worker.seven_samples()[:1], config)
+    assert report.num_samples == 1
+    found = stored_statistics(initialized / "one_sample")
+    assert_statistics_equal(found, stored_statistics(tmp_path / "single"), 1e-5)
+    adapters = [adapter(initialized, "one_sample", rank) for rank in range(2)]
+    assert_same_tensors(adapters[1], adapters[0])
+    assert_products_equal(adapters[0], expected, 1e-4)
+
+
+def test_a_loss_that_is_nan_on_one_process_fails_on_both(initialized):
+    innocent, guilty = (result(initialized, "nan", rank) for rank in range(2))
+    assert guilty["message"].startswith("NonFiniteError: The loss of a batch is nan")
+    assert innocent["message"] == f"PeerFailed: Process 1 failed in the statistics pass: {guilty['message']}"
+    assert innocent["adapter_as_before"]
+    assert guilty["adapter_as_before"]
+
+
+@pytest.mark.parametrize(
+    ("name", "guilty", "stage", "message"),
+    [
+        ("failing_solve", 1, "solve", "NonFiniteError: broken on purpose"),
+        ("failing_save", 0, "save", "OSError: no space left on purpose"),
+    ],
+)
+def test_a_failure_of_one_process_fails_both_and_undoes_both(initialized, name, guilty, stage, message):
+    results = [result(initialized, name, rank) for rank in range(2)]
+    assert results[guilty]["message"] == message
+    assert results[1 - guilty]["message"] == f"PeerFailed: Process {guilty} failed in the {stage}: {message}"
+    assert all(each["adapter_as_before"] for each in results)
+    assert not (initialized / name).exists()
+
+
+def test_an_initialisation_after_failures_is_the_same_as_without(initialized):
+    assert_same_tensors(adapter(initialized, "after_failures", 1), adapter(initialized, "shared", 0))
+
+
+# The trainer under DDP
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    trainer = worker.make_trainer(folder, "trained")
+    trainer.train()
+    return trainer, load_file(folder / "trained" / "lora_da" / "adapter_model.safetensors")
+
+
+def test_training_runs_under_ddp(trained):
+    for rank in range(2):
+        found = result(trained, "trained", rank)
+        assert found["world_size"] == 2
+        assert found["wrapped"] == "DistributedDataParallel"
+
+
+def test_the_report_of_two_processes_is_that_of_one(trained, single):
+    expected = single[0].lora_da_report.to_dict()
+    loose = {
+        "step_size",
+        "search_loss_before",
+        "search_loss_after",
+        "unseen_loss_before",
+        "unseen_loss_after",
+    }
+    exact = {"num_samples", "num_search_samples", "num_unseen_samples", "population_size", "batch_size", "notes"}
+    exact |= {"data_fingerprint", "kept", "config", "num_unlabelled", "loss_reduction"}
+    for rank in range(2):
+        found = result(trained, "trained", rank)["report"]
+        assert {key: found[key] for key in exact} == {key: expected[key] for key in exact}
+        for key in loose:
+            assert math.isclose(found[key], expected[key], rel_tol=1e-3), key
+        for mine, theirs in zip(found["layers"], expected["layers"], strict=True):
+            assert mine["name"] == theirs["name"]
+            assert mine["num_tokens"] == theirs["num_tokens"]
+            assert sum(mine["eigenvalues"]) == pytest.approx(sum(theirs["eigenvalues"]), rel=1e-5)
+            assert mine["update_norm"] == pytest.approx(theirs["update_norm"], rel=1e-3)
+
+
+def test_training_under_ddp_starts_where_one_process_does(trained, single):
+    starts = [adapter(trained, "trained.start", rank) for rank in range(2)]
+    assert_same_tensors(starts[1], starts[0])
+    assert_products_equal(starts[0], single[1], 1e-3)
+    assert_same_tensors(starts[0], load_file(trained / "trained" / "lora_da" / "adapter_model.safetensors"))
+
+
+def test_training_under_ddp_moves_both_processes_together(trained):
+    starts, ends = ([adapter(trained, f"trained.{when}", rank) for rank in range(2)] for when in ("start", "end"))
+    assert_same_tensors(ends[1], ends[0])
+    assert all((ends[0][name] != starts[0][name]).any() for name in starts[0])
+    losses = [entry["loss"] for entry in result(trained, "trained", 0)["log"] if "loss" in entry]
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_only_the_main_processs_log_is_printed_but_both_have_the_report(trained):
+    for rank in range(2):
+        log = result(trained, "trained", rank)["log"]
+        assert "lora_da_step_size" in log[0]
+        assert log[0]["step"] == 0
+
+
+def test_a_frozen_a_trains_under_ddp(trained):
+    starts, ends = ([adapter(trained, f"frozen.{when}", rank) for rank in range(2)] for when in ("start", "end"))
+    assert_same_tensors(ends[1], ends[0])
+    assert_same_tensors(factors(ends[0], "A"), factors(starts[0], "A"))
+    assert all((ends[0][name] != starts[0][name]).any() for name in factors(starts[0], "B"))
+    names = result(trained, "frozen", 0)["optimizer"]
+    assert names
+    assert all("lora_B" in name for name in names)

@@ -1,0 +1,190 @@
+"""What one of two processes does; the tests compare the files that it leaves.
+
+Usage: worker.py SCENARIOS FOLDER, started by torchrun with the tests' folder on the path.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import make_lora_model, make_tiny_llama
+from harness import adapter_weights, collate, make_args, make_config, make_learnable_samples, make_lora_config
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+import lora_da_hf.pipeline.run
+from lora_da_hf import LoRADATrainer, initialize_lora_da
+from lora_da_hf.errors import NonFiniteError
+
+RANK = int(os.environ.get("RANK", "0"))
+MARK = 95  # a token that no other sample has
+
+
+def seven_samples():
+    return make_learnable_samples(7)
+
+
+def seven_config(**overrides):
+    return make_config(num_samples=7, sample_selection="head", step_size=0.05, batch_size=2, **overrides)
+
+
+def trainer_samples():
+    return make_learnable_samples(31)
+
+
+def trainer_config(**overrides):
+    return make_config(num_samples=13, search_samples=5, batch_size=3, **overrides)
+
+
+def write(folder, name, value):
+    """Write a result so that it is there as a whole or not at all."""
+    path = folder / f"{name}.rank{RANK}.json"
+    path.with_suffix(".part").write_text(json.dumps(value))
+    path.with_suffix(".part").rename(path)
+
+
+def write_adapter(folder, name, weights):
+    save_file(weights, folder / f"{name}.rank{RANK}.safetensors")
+
+
+def initialize(folder, name, samples, config, **settings):
+    model = make_lora_model()
+    report = initialize_lora_da(
+        model, samples, config=config, data_collator=collate, output_dir=folder / name, progress=False, **settings
+    )
+    write_adapter(folder, name, adapter_weights(model))
+    write(folder, name, report.to_dict())
+
+
+def fail(folder, name, samples=None, **settings):
+    """Run an initialisation that fails on one process, and say what each of them got."""
+    model = make_lora_model()
+    before = adapter_weights(model)
+    samples = seven_samples() if samples is None else samples
+    try:
+        initialize_lora_da(model, samples, config=seven_config(), progress=False, **settings)
+        message = None
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    after = adapter_weights(model)
+    same = all(torch.equal(after[key], before[key]) for key in before)
+    write(folder, name, {"message": message, "adapter_as_before": same})
+
+
+def nan_on_one_process(folder):
+    samples = [*seven_samples()]
+    ids = samples[3]["input_ids"]  # of the second process's share, and not one that the probe looks at
+    samples[3] = {**samples[3], "input_ids": [MARK, *ids[1:]]}
+
+    def loss(model, batch, num_items):
+        extra = {} if num_items is None else {"num_items_in_batch": num_items}
+        value = model(**batch, **extra).loss
+        return value * float("nan") if (batch["input_ids"] == MARK).any() else value
+
+    fail(folder, "nan", samples, compute_loss=loss)
+
+
+def failing_solve(folder):
+    """Fail in the solve of the second process only."""
+    import lora_da_hf.pipeline.solve as module
+
+    original = module.solve_layer
+
+    def broken(*args, **kwargs):
+        if RANK == 1:
+            raise NonFiniteError("broken on purpose")
+        return original(*args, **kwargs)
+
+    module.solve_layer = broken
+    try:
+        fail(folder, "failing_solve")
+    finally:
+        module.solve_layer = original
+
+
+def failing_save(folder):
+    """Fail when the first process writes files, which the second does not."""
+    original = lora_da_hf.pipeline.run.save_init
+
+    def broken(*args, **kwargs):
+        raise OSError("no space left on purpose")
+
+    lora_da_hf.pipeline.run.save_init = broken
+    try:
+        fail(folder, "failing_save", output_dir=folder / "failing_save")
+    finally:
+        lora_da_hf.pipeline.run.save_init = original
+
+
+class KeepWeights(TrainerCallback):
+    """Keeps the adapter as the first step finds it."""
+
+    start = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.start is None:
+            self.start = adapter_weights(model)
+
+
+def make_trainer(folder, name, **config):
+    return LoRADATrainer(
+        model=make_tiny_llama(),
+        args=make_args(
+            folder / name,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            average_tokens_across_devices=True,
+            ddp_find_unused_parameters=False,
+        ),
+        train_dataset=trainer_samples(),
+        data_collator=collate,
+        peft_config=make_lora_config(),
+        da_config=trainer_config(**config),
+        callbacks=[KeepWeights()],
+    )
+
+
+def train(folder, name, **config):
+    trainer = make_trainer(folder, name, **config)
+    trainer.train()
+    keep = next(c for c in trainer.callback_handler.callbacks if isinstance(c, KeepWeights))
+    write_adapter(folder, f"{name}.start", keep.start)
+    write_adapter(folder, f"{name}.end", adapter_weights(trainer.model))
+    parameters = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    names = [n for n, p in trainer.model.named_parameters() if id(p) in parameters]
+    write(
+        folder,
+        name,
+        {
+            "report": trainer.lora_da_report.to_dict(),
+            "log": trainer.state.log_history,
+            "optimizer": names,
+            "world_size": trainer.args.world_size,
+            "wrapped": type(trainer.model_wrapped).__name__,
+        },
+    )
+
+
+def main():
+    scenarios, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if scenarios == "initialize":
+        dist.init_process_group("gloo")
+        initialize(folder, "shared", seven_samples(), seven_config())
+        initialize(folder, "stored", seven_samples(), seven_config(save_statistics=True))
+        initialize(folder, "one_sample", seven_samples()[:1], seven_config(save_statistics=True))
+        nan_on_one_process(folder)
+        failing_solve(folder)
+        failing_save(folder)
+        initialize(folder, "after_failures", seven_samples(), seven_config())
+    elif scenarios == "train":
+        train(folder, "trained")
+        train(folder, "frozen", freeze_a=True)
+    write(folder, "done", True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_same_tensors,
+    assert_statistics_equal,
+    autograd_statistics,
+    base_linear_layers,
+    collate,
+    factors,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    relative_error,
+)
+from peft import get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+import lora_da_hf.pipeline.run as run_module
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.adapters import write as write_module
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import UnsupportedLayerError
+from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM
+
+
+@pytest.fixture
+def samples():
+    return make_learnable_samples(24)
+
+
+def initialize(model, samples, folder=None, *, config=None, data_collator=None, compute_loss=None, **overrides):
+    return initialize_lora_da(
+        model,
+        samples,
+        config=config or make_config(**overrides),
+        data_collator=data_collator,
+        compute_loss=compute_loss,
+        output_dir=folder,
+        progress=False,
+    )
+
+
+def stored_statistics(folder):
+    stored = load_init(folder)
+    return load_statistics(stored.folder, stored.manifest)
+
+
+def token_loss(model, samples):
+    """Compute the mean loss over the labels of all samples, one sample at a time."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in samples:
+            batch = collate([sample])
+            logits = model.eval()(input_ids=batch["input_ids"]).logits[0, :-1].double()
+            labels = batch["labels"][0, 1:]
+            total += cross_entropy(logits, labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+    return total / count
+
+
+def sample_loss(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
+
+
+def update_of(model):
+    """Return what PEFT adds to each weight: ``scaling * B @ A``."""
+    return {
+        name: layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        for name, layer in model.get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+# The data
+
+
+def test_statistics_are_those_of_autograd(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "init", sample_selection="head", save_statistics=True)
+    expected = autograd_statistics(lora_model(), samples[:12], sample_loss)
+    assert_statistics_equal(stored_statistics(tmp_path / "init"), expected, 2e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_data_loader_gives_what_its_data_set_and_collator_give(lora_model, samples, batch_size):
+    listed, loaded = lora_model(), lora_model()
+    first = initialize(listed, samples, data_collator=collate)
+    loader = DataLoader(samples, batch_size=batch_size, collate_fn=collate, shuffle=True)
+    second = initialize(loaded, loader)
+    assert_same_tensors(adapter_weights(loaded), adapter_weights(listed))
+    assert second.data_fingerprint == first.data_fingerprint
+
+
+def test_the_default_collator_pads_like_any_other(lora_model, samples):
+    own, other = lora_model(), lora_model()
+    initialize(own, samples)
+    initialize(other, samples, data_collator=collate)
+    assert_same_tensors(adapter_weights(own), adapter_weights(other))
+
+
+def test_fewer_samples_than_asked_are_used_and_noted(lora_model, samples):
+    report = initialize(lora_model(), samples, config=LoRADAConfig())
+    assert (report.num_samples, report.num_search_samples, report.num_unseen_samples) == (18, 3, 3)
+    assert "18 samples for the statistics instead of 256: there are 24" in report.notes
+    assert "18 samples for the statistics instead of 256" in str(report)
+
+
+def test_the_same_inputs_give_the_same_bits(lora_model, samples):
+    one, two = lora_model(), lora_model()
+    first = initialize(one, samples)
+    torch.rand(7)
+    second = initialize(two, samples)
+    assert_same_tensors(adapter_weights(one), adapter_weights(two))
+    assert first.search == second.search
+    third = initialize(lora_model(), samples, seed=1)
+    assert third.data_fingerprint != first.data_fingerprint
+
+
+def test_random_state_and_mode_are_as_before(lora_model, samples):
+    model = lora_model()
+    model.train()
+    model.get_base_model().model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    initialize(model, samples)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_dropout_plays_no_part(tmp_path, tiny_llama, lora_model, samples):
+    quiet = initialize(lora_model(), samples)
+    noisy_model = lora_model(model=tiny_llama(attention_dropout=0.5), lora_dropout=0.5)
+    noisy_model.train()
+    noisy = initialize(noisy_model, samples)
+    assert noisy.search == quiet.search
+
+
+def test_layers_of_gpt2s_kind_are_initialised_too(tmp_path, samples):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    model = get_peft_model(
+        GPT2LMHeadModel(config), make_lora_config(target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+    )
+    report = initialize(model, samples, tmp_path / "init")
+    assert len(report.layers) == 8
+    shapes = {
+        (entry.in_features, entry.out_features) for entry in load_init(tmp_path / "init").manifest.layers.values()
+    }
+    assert shapes == {(48, 144), (48, 48), (48, 192), (192, 48)}
+    assert report.search_loss_after < report.search_loss_before
+
+
+# The step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_on_the_search_samples_does_not_rise(tiny_llama, lora_model, samples, dtype):
+    model = lora_model(model=tiny_llama(dtype=dtype), autocast_adapter_dtype=False)
+    untouched = lora_model(model=tiny_llama(dtype=dtype), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    report = initialize(model, samples, sample_selection="head")
+    search, unseen = 12 + report.num_search_samples, report.num_unseen_samples
+    assert search > 12
+    assert unseen > 0
+    before, after = (token_loss(m, samples[12:search]) for m in (untouched, model))
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    assert report.search_loss_before == pytest.approx(before, rel=tolerance)
+    assert report.search_loss_after == pytest.approx(after, rel=tolerance)
+    assert after < before
+    assert report.unseen_loss_after == pytest.approx(
+        token_loss(model, samples[search : search + unseen]), rel=tolerance
+    )
+
+
+def test_the_step_is_the_best_of_those_tried(lora_model, samples):
+    report = initialize(lora_model(), samples)
+    losses = dict(report.search)
+    assert len(losses) >= 4
+    assert losses[report.step_size] == min(losses.values())
+    assert report.search_loss_after == pytest.approx(losses[report.step_size], rel=1e-5)
+    assert min(losses) < report.step_size < max(losses)
+
+
+def test_the_update_of_each_layer_is_the_step_times_the_stored_basis(tmp_path, lora_model, samples):
+    model = lora_model()
+    report = initialize(model, samples, tmp_path / "init")
+    bases = load_init(tmp_path / "init").bases
+    for name, update in update_of(model).items():
+        expected = report.step_size * bases[name].basis_B @ bases[name].basis_A
+        assert relative_error(update, expected) < 1e-5
+    norms = {layer.name: layer.update_norm for layer in report.layers}
+    assert norms == {name: pytest.approx(update.norm().item(), rel=1e-4) for name, update in update_of(model).items()}
+
+
+def uphill(model, batch, num_items):
+    """Compute the loss with its gradient negated."""
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    loss = model(**batch, **extra).loss
+    return 2 * loss.detach() - loss
+
+
+def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model, samples):
+    model = lora_model()
+    before = token_loss(model, samples)
+    report = initialize(model, samples, tmp_path / "init", compute_loss=uphill)
+    weights = adapter_weights(model)
+    assert report.step_size == 0
+    assert report.search_loss_after == report.search_loss_before
+    assert any("no step lowers the loss on the search samples: B is zero" in note for note in report.notes)
+    assert not any(b.any() for b in factors(weights, "B").values())
+    for a in factors(weights, "A").values():
+        torch.testing.assert_close(a.norm(dim=1), torch.full((4,), DEFAULT_ROW_NORM))
+    assert token_loss(model, samples) == before
+    assert load_init(tmp_path / "init").manifest.step_size == 0
+
+
+def test_a_number_is_the_step(lora_model, samples):
+    model = lora_model()
+    report = initialize(model, samples, step_size=0.25)
+    assert report.step_size == 0.25
+    assert report.search == []
+    assert report.search_loss_before is None
+    for update in update_of(model).values():
+        assert 0 < torch.linalg.matrix_norm(update, 2).item() <= 0.25 * (1 + 1e-5)
+
+
+def test_stable_gamma_is_the_papers_way_to_say_the_step(tmp_path, lora_model, samples):
+    model = lora_model(alpha_pattern={"up_proj": 2})
+    report = initialize(model, samples, tmp_path / "init", step_size=None, stable_gamma=64.0)
+    bases = load_init(tmp_path / "init").bases
+    assert report.step_size is None
+    assert load_init(tmp_path / "init").manifest.step_size is None
+    for name, update in update_of(model).items():
+        scaling = 0.5 if "up_proj" in name else 4.0
+        assert relative_error(update, scaling / 64 * bases[name].basis_B @ bases[name].basis_A) < 1e-5
+
+
+def test_the_papers_preset_splits_by_the_square_root_of_gamma(tmp_path, lora_model, samples):
+    model = lora_model()
+    initialize(model, samples, tmp_path / "init", config=LoRADAConfig.paper(num_samples=12, input_damping=1e-3))
+    bases = load_init(tmp_path / "init").bases
+    weights = adapter_weights(model)
+    for name, basis in bases.items():
+        prefix = f"base_model.model.{name}"
+        torch.testing.assert_close(weights[f"{prefix}.lora_A.weight"], basis.basis_A / 32)
+        torch.testing.assert_close(weights[f"{prefix}.lora_B.weight"], basis.basis_B / 32)
+
+
+@pytest.mark.parametrize("split", ["default_norm", "orthonormal", "balanced"])
+def test_every_split_gives_the_same_product(lora_model, samples, split):
+    model, reference = lora_model(), lora_model()
+    initialize(model, samples, step_size=0.1, factor_split=split)
+    initialize(reference, samples, step_size=0.1)
+    expected = update_of(reference)
+    for name, update in update_of(model).items():
+        assert relative_error(update, expected[name]) < 1e-5
+    if split == "default_norm":
+        for a in factors(adapter_weights(model), "A").values():
+            torch.testing.assert_close(a.norm(dim=1), torch.full((4,), DEFAULT_ROW_NORM))
+    if split == "balanced":
+        weights = adapter_weights(model)
+        for name, a in factors(weights, "A").items():
+            b = weights[name.replace("lora_A", "lora_B")]
+            torch.testing.assert_close(torch.linalg.svdvals(a), torch.linalg.svdvals(b)[:4], rtol=1e-3, atol=1e-6)
+
+
+def test_a_larger_max_rank_is_stored_and_changes_nothing_that_is_written(tmp_path, lora_model, samples):
+    plain, large = lora_model(), lora_model()
+    initialize(plain, samples, tmp_path / "plain", step_size=0.1)
+    initialize(large, samples, tmp_path / "large", step_size=0.1, max_rank=16)
+    expected = update_of(plain)
+    for name, update in update_of(large).items():
+        assert relative_error(update, expected[name]) < 1e-5
+    assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "large").bases.values()} == {16}
+    assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "plain").bases.values()} == {4}
+
+
+def test_a_smaller_max_rank_does_not_cut_the_adapter(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "init", step_size=0.1, max_rank=2)
+    assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "init").bases.values()} == {4}
+
+
+def test_a_max_rank_above_the_input_size_is_cut_to_it(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "init", step_size=0.1, max_rank=500)
+    sizes = {layer.max_rank - layer.in_features for layer in load_init(tmp_path / "init").manifest.layers.values()}
+    assert sizes == {0}
+
+
+def test_steps_for_smaller_ranks_are_searched(lora_model, samples):
+    report = initialize(lora_model(), samples, max_rank=16)
+    assert set(report.step_size_by_rank) == {1, 4, 16}
+    assert report.step_size_by_rank[4] == report.step_size
+    assert all(step > 0 for step in report.step_size_by_rank.values())
+
+
+def test_freeze_a_leaves_b_alone_trainable(lora_model, samples):
+    model = lora_model()
+    initialize(model, samples, freeze_a=True)
+    assert all(p.requires_grad == ("lora_B" in name) for name, p in model.named_parameters())
+
+
+# Quantised bases
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra"
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_statistics_through_quantised_layers_are_those_of_the_weights_they_stand_for(
+    tmp_path, tiny_llama, lora_model, samples, bits
+):
+    size = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_llama(**size).save_pretrained(tmp_path / "base")
+    settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base",
+        quantization_config=BitsAndBytesConfig(**settings),
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    model = lora_model(model=quantised)
+    plain = tiny_llama(**size)
+    kinds = set()
+    with torch.no_grad():
+        for name, layer in base_linear_layers(model).items():
+            kinds.add(type(layer).__name__)
+            plain.get_submodule(name).weight.copy_(dequantised(layer, bits))
+    assert kinds == {f"Linear{'4bit' if bits == 4 else '8bitLt'}"}
+    settings = {"sample_selection": "head", "save_statistics": True}
+    report = initialize(model, samples, tmp_path / "quantised", **settings)
+    initialize(lora_model(model=plain), samples, tmp_path / "plain", **settings)
+    assert len(report.layers) == LINEAR_LAYERS
+    assert report.search_loss_after < report.search_loss_before
+    found, expected = (stored_statistics(tmp_path / which) for which in ("quantised", "plain"))
+    assert_statistics_equal(found, expected, 1e-4 if bits == 4 else 0.1)
+    if bits == 4:  # in the layout that training needs
+        for name, layer in base_linear_layers(model).items():
+            assert torch.equal(dequantised(layer, bits), plain.get_submodule(name).weight), name
+
+
+def test_a_4_bit_weight_that_is_packed_for_inference_is_an_error(lora_model, samples):
+    model = lora_model()
+    layer = next(iter(base_linear_layers(model).values()))
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # as bitsandbytes marks it
+    with pytest.raises(UnsupportedLayerError, match="packed for inference on the CPU, which lets no gradient through"):
+        initialize(model, samples)
+
+
+def dequantised(layer, bits):
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    if bits == 4:
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+
+
+# Failure
+
+
+def test_a_failure_in_any_stage_puts_the_adapter_back(lora_model, samples, monkeypatch):
+    for stage in ("probe", "gather_statistics", "solve", "find_step", "write_adapter"):
+        model = lora_model()
+        before = adapter_weights(model)
+
+        def fails(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, stage, fails)
+            with pytest.raises(KeyboardInterrupt):
+                initialize(model, samples)
+        assert_same_tensors(adapter_weights(model), before)
+        assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+        assert not any(layer._forward_hooks for layer in base_linear_layers(model).values())
+
+
+def test_a_failure_in_the_middle_of_the_write_puts_the_adapter_back(lora_model, samples, monkeypatch):
+    import lora_da_hf.pipeline.step as step_module
+
+    model = lora_model()
+    before = adapter_weights(model)
+    written = []
+
+    def fails_at_the_fifth(target, lora_A, lora_B):
+        written.append(target.name)
+        if len(written) == 5:
+            raise RuntimeError("no more")
+        write_module.write_factors(target, lora_A, lora_B)
+
+    monkeypatch.setattr(step_module, "write_factors", fails_at_the_fifth)
+    with pytest.raises(RuntimeError, match="no more"):
+        initialize(model, samples)
+    assert len(set(written)) == 5
+    assert_same_tensors(adapter_weights(model), before)
+    monkeypatch.undo()
+    other = lora_model()
+    initialize(model, samples)
+    initialize(other, samples)
+    assert_same_tensors(adapter_weights(model), adapter_weights(other))

@@ -1,0 +1,521 @@
+"""scripts/run_clm.py, run in this process on a tiny random model."""
+
+import csv
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import run_clm
+
+# PEFT 0.21 still asks transformers 5.23 for the old name of a property.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+WORDS = [f"w{i}" for i in range(40)]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def make_tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "user", "assistant", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=64,
+    )
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+def sentence(i, length=12):
+    return " ".join(WORDS[(i * 7 + j * (i % 3 + 1)) % len(WORDS)] for j in range(length))
+
+
+TEXTS = [sentence(i) for i in range(40)]
+PAIRS = [{"question": sentence(i, 4 + i % 3), "answer": sentence(i + 1, 3 + i % 4)} for i in range(24)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+
+
+PAIR_FLAGS = ["--prompt_column", "question", "--completion_column", "answer"]
+
+
+def flags(model_dir, out, *more, init="lora", steps=3):
+    shared = ["--model_name_or_path", model_dir, "--output_dir", out, "--init", init, "--use_cpu"]
+    budget = [
+        "--max_steps",
+        steps,
+        "--per_device_train_batch_size",
+        4,
+        "--logging_steps",
+        1,
+        "--lora_rank",
+        2,
+    ]
+    quiet = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--da_num_samples", 16]
+    small = ["--da_search_samples", 2]
+    return [str(flag) for flag in [*shared, *budget, *quiet, *small, *more]]
+
+
+def losses(out):
+    return [entry["loss"] for entry in state(out)["log_history"] if "loss" in entry]
+
+
+def state(out):
+    return json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Datasets that the script hands to the trainer, by split."""
+    seen = {}
+    make_trainer = run_clm.make_trainer
+
+    def record(model, tokenizer, samples, arguments):
+        seen.update(samples)
+        return make_trainer(model, tokenizer, samples, arguments)
+
+    monkeypatch.setattr(run_clm, "make_trainer", record)
+    return seen
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Input ids of every training step."""
+    seen = []
+    training_step = Trainer.training_step
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"].tolist())
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    return seen
+
+
+# ------------------------------------------------------------------------------------------------ plain text
+
+
+def write_texts(path):
+    if path.suffix == ".txt":
+        path.write_text("\n".join(TEXTS), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)]), encoding="utf-8")
+    else:
+        write_jsonl(path, [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl"])
+def test_plain_text_is_joined_and_cut_into_blocks(model_dir, tmp_path, samples, suffix):
+    train_file = write_texts(tmp_path / f"text{suffix}")
+    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--block_size", 8, "--do_train"))
+    tokenizer = make_tokenizer()
+    tokens = [token for text in TEXTS for token in tokenizer(text)["input_ids"]]
+    blocks = [tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)]
+    assert samples["train"]["input_ids"][:] == blocks
+    assert samples["train"]["labels"][:] == blocks
+    assert samples["train"].column_names == ["input_ids", "attention_mask", "labels"]
+
+
+def test_block_size_is_the_models_limit_at_most(model_dir, tmp_path, samples, caplog):
+    train_file = write_texts(tmp_path / "text.txt")
+    arguments = flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train", steps=1)
+    run_clm.main(arguments)
+    assert len(samples["train"][0]["input_ids"]) == 64
+    run_clm.main([*arguments, "--block_size", "100"])
+    assert len(samples["train"][0]["input_ids"]) == 64
+    assert "more than the model takes" in caplog.text
+
+
+def test_empty_cells_are_empty_texts(model_dir, tmp_path, samples):
+    train_file = write_jsonl(tmp_path / "text.jsonl", [{"text": None}, *({"text": text} for text in TEXTS)])
+    arguments = flags(model_dir, tmp_path / "out", "--train_file", train_file, "--block_size", 8, "--do_train")
+    run_clm.main(arguments)
+    assert samples["train"][0]["input_ids"][0] == 1
+
+
+def test_streaming(model_dir, tmp_path):
+    train_file = write_texts(tmp_path / "text.txt")
+    validation_file = write_texts(tmp_path / "validation.jsonl")
+    more = [
+        "--train_file",
+        train_file,
+        "--validation_file",
+        validation_file,
+        "--streaming",
+        "--block_size",
+        8,
+    ]
+    metrics = run_clm.main(flags(model_dir, tmp_path / "out", *more, "--do_train", "--do_eval"))
+    assert len(losses(tmp_path / "out")) == 3
+    assert metrics["eval_loss"] > 0
+
+
+# --------------------------------------------------------------------------------------- prompt and completion
+
+
+def test_only_the_completion_has_labels(model_dir, tmp_path, samples, pairs_file):
+    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train"))
+    tokenizer = make_tokenizer()
+    assert len(samples["train"]) == len(PAIRS)
+    for sample, row in zip(samples["train"], PAIRS, strict=True):
+        prompt = [1, *tokenizer.convert_tokens_to_ids(row["question"].split())]
+        completion = [*tokenizer.convert_tokens_to_ids(row["answer"].split()), 2]
+        assert sample["input_ids"] == prompt + completion
+        assert sample["attention_mask"] == [1] * len(prompt + completion)
+        assert sample["labels"] == [-100] * len(prompt) + completion
+
+
+def test_padding_has_no_label_and_no_attention(model_dir, tmp_path, monkeypatch, pairs_file):
+    seen = []
+    training_step = Trainer.training_step
+
+    def record(self, model, inputs, *args, **kwargs):
+        seen.append({name: tensor.tolist() for name, tensor in inputs.items()})
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train"))
+    padded = 0
+    for batch in seen:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            length = sum(mask)
+            assert mask == [1] * length + [0] * (len(mask) - length)
+            assert ids[length - 1] == labels[length - 1] == 2
+            assert ids[length:] == [2] * (len(ids) - length)
+            assert labels[length:] == [-100] * (len(ids) - length)
+            padded += len(ids) - length
+    assert padded
+
+
+def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path, samples, caplog):
+    rows = [{"question": "w1 w2", "answer": "w3 w4 w5 w6"}, {"question": "w1 " * 9, "answer": "w2"}]
+    train_file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    more = ["--train_file", train_file, *PAIR_FLAGS, "--block_size", 5, "--do_train"]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    ids = make_tokenizer().convert_tokens_to_ids(["w1", "w2", "w3", "w4"])
+    assert samples["train"]["input_ids"][:] == [[1, *ids]]
+    assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]]]
+    assert "1 of 2 train rows are left out" in caplog.text
+
+
+def test_chat_template(model_dir, tmp_path, samples, pairs_file):
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--use_chat_template", "--do_train"]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    ids = make_tokenizer().convert_tokens_to_ids
+    for sample, row in zip(samples["train"], PAIRS, strict=True):
+        prompt = ids(["user", *row["question"].split(), "</s>", "assistant"])
+        completion = ids([*row["answer"].split(), "</s>"])
+        assert sample["input_ids"] == prompt + completion
+        assert sample["labels"] == [-100] * len(prompt) + completion
+
+
+# ----------------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("init", ["lora", "lora_da"])
+def test_files_of_a_run(model_dir, tmp_path, pairs_file, init):
+    out = tmp_path / "out"
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--do_eval", "--eval_on_start"]
+    metrics = run_clm.main(flags(model_dir, out, *more, init=init))
+    assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-5)
+    assert metrics["eval_samples"] == 1
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+    assert json.loads((out / "train_results.json").read_text())["train_samples"] == len(PAIRS) - 1
+    assert (out / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len(losses(out)) == 3
+    assert next(entry["step"] for entry in state(out)["log_history"] if "eval_loss" in entry) == 0
+    base = LlamaForCausalLM.from_pretrained(model_dir)
+    adapter = PeftModel.from_pretrained(base, out)
+    assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters())
+    assert (out / "lora_da" / "lora_da_report.json").is_file() == (init == "lora_da")
+
+
+def test_both_inits_see_the_same_batches_and_validation_rows(model_dir, tmp_path, pairs_file, batches, samples):
+    seen, validation = {}, {}
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--do_eval", "--lora_dropout", 0.1]
+    for init in ("lora", "lora_da"):
+        run_clm.main(flags(model_dir, tmp_path / init, *more, init=init, steps=14))
+        seen[init], validation[init] = list(batches), samples["validation"]["input_ids"][:]
+        batches.clear()
+    assert len(seen["lora"]) == 14
+    assert any(first != second for first, second in pairwise(seen["lora"]))
+    assert seen["lora"] == seen["lora_da"]
+    assert validation["lora"] == validation["lora_da"]
+
+
+def test_another_seed_gives_another_order(model_dir, tmp_path, pairs_file, batches):
+    for seed in (1, 2):
+        more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--seed", seed]
+        run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    assert batches[:3] != batches[3:]
+
+
+def test_evaluation_after_the_last_step_is_not_repeated(model_dir, tmp_path, pairs_file, monkeypatch):
+    calls = []
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, *a, **k: calls.append(1) or evaluate(self, *a, **k))
+    more = [
+        "--train_file",
+        pairs_file,
+        *PAIR_FLAGS,
+        "--do_train",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        2,
+    ]
+    metrics = run_clm.main(flags(model_dir, tmp_path / "out", *more, steps=4))
+    assert len(calls) == 2
+    assert metrics["eval_loss"] == state(tmp_path / "out")["log_history"][-2]["eval_loss"]
+
+
+def test_evaluation_alone_measures_the_base_model(model_dir, tmp_path, pairs_file):
+    more = ["--validation_file", pairs_file, *PAIR_FLAGS, "--do_eval"]
+    lora, lora_da = (
+        run_clm.main(flags(model_dir, tmp_path / init, *more, init=init))["eval_loss"] for init in ("lora", "lora_da")
+    )
+    assert lora == lora_da
+    assert not (tmp_path / "lora" / "loss_curve.png").exists()
+
+
+def test_adapter_is_float32_over_bfloat16_weights(model_dir, tmp_path, pairs_file, monkeypatch):
+    models = []
+    make_trainer = run_clm.make_trainer
+    monkeypatch.setattr(run_clm, "make_trainer", lambda *args: models.append(make_trainer(*args)) or models[-1])
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--dtype", "bfloat16"]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    dtypes = {("lora_" in name, tensor.dtype) for name, tensor in models[0].model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("init", ["lora", "lora_da"])
+def test_resumed_run_ends_like_an_uninterrupted_one(model_dir, tmp_path, pairs_file, init):
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--lora_dropout", 0.1]
+    saving = ["--save_strategy", "steps", "--save_steps", 2]
+    out = tmp_path / "out"
+    run_clm.main(flags(model_dir, out, *more, *saving, init=init, steps=4))
+    whole = losses(out)
+    run_clm.main(flags(model_dir, out, *more, "--resume_from_checkpoint", out / "checkpoint-2", init=init, steps=4))
+    assert losses(out) == pytest.approx(whole, rel=1e-5)
+    run_clm.main(flags(model_dir, out, *more, "--resume_from_checkpoint", "last", init=init, steps=6))
+    assert losses(out)[:4] == pytest.approx(whole, rel=1e-5)
+    assert len(losses(out)) == 6
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
+@pytest.mark.parametrize("form", ["alone", "with flags"])
+def test_config_file(model_dir, tmp_path, suffix, form, pairs_file):
+    settings = {
+        "model_name_or_path": str(model_dir),
+        "output_dir": str(tmp_path / "out"),
+        "train_file": str(pairs_file),
+        "prompt_column": "question",
+        "completion_column": "answer",
+        "target_modules": ["q_proj", "v_proj"],
+        "learning_rate": "1e-3",
+        "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        "max_eval_samples": None,
+        "use_rslora": True,
+        "do_train": True,
+        "use_cpu": True,
+        "da_num_samples": 5,
+        "da_step_size": 0.25,
+    }
+    path = tmp_path / f"settings{suffix}"
+    path.write_text(json.dumps(settings) if suffix == ".json" else yaml.safe_dump(settings), encoding="utf-8")
+    argv = [str(path)] if form == "alone" else ["--init", "lora", "--config", str(path), "--learning_rate", "2e-3"]
+    arguments = run_clm.parse_arguments(argv)
+    assert arguments.training.learning_rate == (1e-3 if form == "alone" else 2e-3)
+    assert arguments.adapter.init == ("lora_da" if form == "alone" else "lora")
+    assert arguments.adapter.to_peft().target_modules == {"q_proj", "v_proj"}
+    assert arguments.adapter.use_rslora
+    assert arguments.training.do_train
+    assert arguments.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert arguments.data.max_eval_samples is None
+    assert (arguments.da.to_config().num_samples, arguments.da.to_config().step_size) == (5, 0.25)
+
+
+def test_training_from_a_config_file(model_dir, tmp_path, pairs_file):
+    argv = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS)
+    argv.remove("--use_cpu")
+    settings = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True)}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({**settings, "use_cpu": True}), encoding="utf-8")
+    run_clm.main([str(path), "--do_train"])
+    assert len(losses(tmp_path / "out")) == 3
+
+
+def fails(capsys, argv):
+    with pytest.raises(SystemExit) as exit_info:
+        run_clm.main([str(flag) for flag in argv])
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "nothing to do: give --do_train, --do_eval or both"),
+        (["--do_train"], "--do_train needs data: give --dataset_name or --train_file"),
+        (["--do_eval"], "--do_eval needs data"),
+        (["--do_train", "--train_file", "a.parquet"], "a.parquet: the name must end in one of .csv, .json"),
+        (["--do_train", "--train_file", "missing.csv"], "--train_file missing.csv does not exist"),
+        (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
+        (["--do_train", "--dataset_name", "d", "--prompt_column", "p"], "--completion_column is missing"),
+        (["--do_train", "--dataset_name", "d", "--completion_column", "c"], "--prompt_column is missing"),
+        (["--do_train", "--dataset_name", "d", *PAIR_FLAGS, "--text_column", "t"], "not all three"),
+        (["--do_train", "--dataset_name", "d", "--use_chat_template"], "needs --prompt_column"),
+        (
+            ["--do_train", "--dataset_name", "d", "--block_size", "1"],
+            "--block_size must be at least 2, got 1",
+        ),
+        (
+            ["--do_train", "--dataset_name", "d", "--validation_split_percentage", "0"],
+            "must be 1 to 99, got 0",
+        ),
+        (["--do_train", "--dataset_name", "d", "--streaming"], "give --max_steps"),
+        (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
+        (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
+        (["--do_train", "--dataset_name", "d", "--da_num_samples", "0"], "num_samples"),
+        (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "nowhere"], "is not a folder"),
+        (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),
+        (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
+        (["--config", "settings.toml"], "must end in .json, .yaml, .yml"),
+    ],
+)
+def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, [*MODEL, *more])
+
+
+def test_output_dir_that_is_a_file(capsys, pairs_file):
+    argv = ["--model_name_or_path", "m", "--do_train", "--train_file", pairs_file, "--output_dir", pairs_file]
+    assert "is a file: name a folder" in fails(capsys, argv)
+
+
+def test_missing_model(capsys):
+    assert "--model_name_or_path is missing" in fails(capsys, ["--do_train"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid json"),
+        ("[1]", "must hold names and values of flags, not a list"),
+        ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ('{"learning_rate": "fast"}', "invalid float value"),
+    ],
+)
+def test_wrong_config_file(capsys, tmp_path, text, message):
+    path = tmp_path / "settings.json"
+    path.write_text(text, encoding="utf-8")
+    assert message in fails(capsys, [path])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--prompt_column", "question", "--completion_column", "reply"],
+            "no column 'reply', only question, answer",
+        ),
+        (["--text_column", "body"], "no column 'body', only question, answer"),
+        (["--text_column", "answer", "--block_size", "64", "--do_eval"], "there is less text, so lower it"),
+        ([*PAIR_FLAGS, "--block_size", "3"], "prompts leave no room, so raise it"),
+        ([*PAIR_FLAGS, "--streaming", "--do_eval"], "give --validation_file"),
+    ],
+)
+def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
+    with pytest.raises(run_clm.InputError, match=message):
+        run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more, "--do_train"))
+
+
+def test_columns_that_are_not_text(model_dir, tmp_path):
+    train_file = write_jsonl(tmp_path / "numbers.jsonl", [{"text": 1}, {"text": 2}])
+    with pytest.raises(run_clm.InputError, match="must hold text, not int"):
+        run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train"))
+
+
+def test_tokenizer_that_is_too_large(model_dir, tmp_path, pairs_file):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    more = ["--train_file", pairs_file, "--tokenizer_name", tmp_path / "tokenizer", "--do_train"]
+    with pytest.raises(run_clm.InputError, match="use the tokenizer that belongs to the model"):
+        run_clm.main(flags(model_dir, tmp_path / "out", *more))
+
+
+def test_chat_template_that_is_missing(model_dir, tmp_path, pairs_file):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    more = ["--tokenizer_name", tmp_path / "tokenizer", *PAIR_FLAGS, "--use_chat_template", "--do_train"]
+    with pytest.raises(run_clm.InputError, match="has no chat template"):
+        run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more))
+
+
+def test_without_matplotlib_the_curve_is_left_out(model_dir, tmp_path, pairs_file, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train"))
+    assert "matplotlib is not installed" in caplog.text
+    assert not (tmp_path / "out" / "loss_curve.png").exists()

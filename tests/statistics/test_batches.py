@@ -1,0 +1,296 @@
+"""The statistics do not depend on how samples are batched, padded or ordered, whatever the loss is."""
+
+import random
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lora_da_hf.errors import StatisticsError
+from lora_da_hf.losses import model_loss
+from lora_da_hf.samples import pad_samples
+
+
+def pad_left(samples):
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
+        for name, value in padding.items()
+    }
+
+
+def pad_far(samples):
+    """Pad on the right to a length that no sample has."""
+    batch = pad_samples(samples)
+    return {name: functional.pad(value, (0, 7), value=-100 if name == "labels" else 0) for name, value in batch.items()}
+
+
+@pytest.fixture
+def unlabelled():
+    return {"input_ids": [5, 6, 7, 8], "attention_mask": [1] * 4, "labels": [-100] * 4}
+
+
+@pytest.mark.parametrize("token_mask", ["attention", "labels"])
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("collate", [pad_samples, pad_left, pad_far])
+def test_batch_size_and_padding_do_not_matter(
+    tiny_llama, token_samples, collected, assert_equal_statistics, token_mask, batch_size, collate
+):
+    model, samples = tiny_llama(), token_samples(8)  # in float64 transformers makes NaN of rows that see nothing
+    single = collected(model, samples, token_mask=token_mask)
+    found = collected(model, samples, token_mask=token_mask, batch_size=batch_size, collate=collate)
+    assert (found.result.batch_size, found.result.notes) == (batch_size, [])
+    assert found.reduction.kind == "sum"
+    assert_equal_statistics(found.statistics, single.statistics, tolerance=3e-6)
+
+
+def test_order_does_not_matter(tiny_llama, token_samples, collected, assert_equal_statistics):
+    model, samples = tiny_llama(), token_samples(9)
+    expected = collected(model, samples, batch_size=4).statistics
+    random.Random(1).shuffle(samples)
+    assert_equal_statistics(collected(model, samples, batch_size=4).statistics, expected, tolerance=1e-6)
+
+
+def test_the_two_masks_differ_in_the_moments_and_not_in_the_gradient(tiny_llama, token_samples, collected):
+    model, samples = tiny_llama(), token_samples(5)
+    attention, labels = (collected(model, samples, token_mask=mask).statistics for mask in ("attention", "labels"))
+    predicting = sum(sum(label != -100 for label in sample["labels"][1:]) for sample in samples)
+    for name in attention:
+        assert torch.equal(attention[name].weight_grad, labels[name].weight_grad)
+        assert labels[name].num_input_tokens == labels[name].num_output_tokens == predicting
+        assert attention[name].num_input_tokens > predicting
+        assert not torch.allclose(attention[name].input_second_moment, labels[name].input_second_moment, rtol=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_samples_without_labels_count_nowhere(
+    tiny_llama, token_samples, unlabelled, collected, assert_equal_statistics, batch_size
+):
+    model, samples = tiny_llama(), token_samples(5)
+    expected = collected(model, samples)
+    found = collected(model, [samples[0], unlabelled, *samples[1:], unlabelled], batch_size=batch_size)
+    assert (found.result.num_samples, found.result.num_unlabelled) == (5, 2)
+    assert_equal_statistics(found.statistics, expected.statistics)
+
+
+def test_a_label_in_first_place_predicts_nothing(tiny_llama, token_samples, collected):
+    samples = token_samples(3)
+    samples[1]["labels"] = [samples[1]["input_ids"][0]] + [-100] * (len(samples[1]["labels"]) - 1)
+    found = collected(tiny_llama(), samples)
+    assert (found.result.num_samples, found.result.num_unlabelled) == (2, 1)
+
+
+def per_token_losses(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return losses, targets != -100
+
+
+def token_mean(model, batch, num_items):
+    """A custom loss that is the mean over the batch's labels and knows of no number of items."""
+    losses, counted = per_token_losses(model, batch)
+    return losses.sum() / counted.sum()
+
+
+def sample_mean(model, batch, num_items):
+    losses, counted = per_token_losses(model, batch)
+    return (losses.sum(1) / counted.sum(1)).mean()
+
+
+def honest_sum(model, batch, num_items):
+    losses, counted = per_token_losses(model, batch)
+    return losses.sum() / (counted.sum() if num_items is None else num_items)
+
+
+def label_smoothing(model, batch, num_items):
+    """As Trainer's label smoother does it: a mean over the batch's labels, with all of the vocabulary in it."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    return functional.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "declared", "batch_size", "kind"),
+    [
+        (model_loss, "auto", 4, "sum"),
+        (honest_sum, "auto", 4, "sum"),
+        (token_mean, "auto", 1, "unknown"),
+        (sample_mean, "auto", 1, "unknown"),
+        (label_smoothing, "auto", 1, "unknown"),
+        (token_mean, "token_mean", 4, "token_mean"),
+        (label_smoothing, "token_mean", 4, "token_mean"),
+        (sample_mean, "sample_mean", 4, "sample_mean"),
+    ],
+)
+def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
+    tiny_llama, token_samples, collected, stacked, assert_equal_statistics, loss, declared, batch_size, kind
+):
+    model, samples = tiny_llama(), token_samples(7)
+    found = collected(model, samples, batch_size=4, compute_loss=loss, declared=declared)
+    assert (found.reduction.kind, found.result.batch_size) == (kind, batch_size)
+    notes = ["run one sample at a time: the loss does not divide by num_items_in_batch"] if kind == "unknown" else []
+    assert found.result.notes == notes
+    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss))
+
+
+def test_a_wrong_declaration_is_taken_at_its_word(tiny_llama, token_samples, collected):
+    """What the user says is not checked: this pins down that it is used at all."""
+    model, samples = tiny_llama(), token_samples(7)
+    right, wrong = (
+        collected(model, samples, batch_size=4, compute_loss=token_mean, declared=declared).statistics
+        for declared in ("token_mean", "sample_mean")
+    )
+    name = next(iter(right))
+    assert not torch.allclose(right[name].weight_grad, wrong[name].weight_grad, rtol=1e-2)
+
+
+def test_a_model_without_output_embeddings_is_run_one_sample_at_a_time(
+    tiny_llama, token_samples, collected, assert_equal_statistics
+):
+    model, samples = tiny_llama(), token_samples(5)
+    expected = collected(model, samples).statistics
+    model.get_output_embeddings = lambda: None
+    progress = []
+    found = collected(model, samples, batch_size=3, on_samples=progress.append)
+    assert found.result.batch_size == 1
+    assert found.result.notes == [
+        "run one sample at a time: the model has no output embeddings to weight its samples at"
+    ]
+    assert sum(progress) == 5
+    assert_equal_statistics(found.statistics, expected)
+
+
+def test_equal_label_counts_need_no_output_embeddings(tiny_llama, token_samples, collected, assert_equal_statistics):
+    samples = token_samples(4, min_length=8, max_length=8)
+    for sample in samples:
+        sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
+    model = tiny_llama()
+    expected = collected(model, samples).statistics
+    model.get_output_embeddings = lambda: None
+    found = collected(model, samples, batch_size=2)
+    assert (found.result.batch_size, found.result.notes) == (2, [])
+    assert_equal_statistics(found.statistics, expected)
+
+
+def test_starting_over_takes_the_progress_back(tiny_llama, token_samples, collected):
+    samples = token_samples(4, min_length=8, max_length=8)
+    for sample in samples[:2]:  # a first batch that can be weighted by one number, and a second that cannot
+        sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
+    samples[2]["labels"], samples[3]["labels"] = ([-100] * k + samples[2]["input_ids"][k:] for k in (2, 5))
+    model = tiny_llama()
+    model.get_output_embeddings = lambda: None
+    progress = []
+    collected(model, samples, batch_size=2, on_samples=progress.append)
+    assert progress == [2, -2, 1, 1, 1, 1]
+
+
+class FlatHead(nn.Module):
+    """A model that forgets which row is whose before it makes the logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 6)
+        self.first = nn.Linear(6, 6)
+        self.lm_head = nn.Linear(6, 96)
+        self.loss_type = "ForCausalLM"  # its labels shift
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, labels, attention_mask=None, num_items_in_batch=None):
+        logits = self.lm_head(self.first(self.embed(input_ids)).reshape(-1, 6))
+        targets = functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
+        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def own_loss(model, batch, num_items):
+    return model(**batch, num_items_in_batch=num_items)
+
+
+class FlatLayers(FlatHead):
+    """A model that drops padding before its layers, so that rows cannot be matched to tokens."""
+
+    def forward(self, input_ids, labels, attention_mask, num_items_in_batch=None):
+        kept = attention_mask.bool()
+        hidden = self.embed(input_ids).new_zeros(*input_ids.shape, 6)
+        hidden[kept] = self.first(self.embed(input_ids)[kept])
+        logits = self.lm_head(hidden)
+        targets = functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (FlatHead, "the model's head does not keep the samples apart in its first dimension"),
+        (FlatLayers, r"the rows of first, \[\d+\], do not match the token mask \[3, \d+\]"),
+    ],
+)
+def test_a_model_that_mixes_samples_is_run_one_at_a_time(
+    token_samples, collected, stacked, assert_equal_statistics, kind, reason
+):
+    model, samples = kind(), token_samples(6)
+    found = collected(model, samples, batch_size=3, compute_loss=own_loss)
+    assert found.reduction.kind == "sum"
+    assert found.result.batch_size == 1
+    (note,) = found.result.notes
+    assert note.startswith("run one sample at a time: ")
+    assert re.search(reason, note)
+    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
+
+
+def test_a_model_that_cannot_be_run_even_so_is_an_error(token_samples, collected):
+    """The collator pads single samples, and the model drops the padding."""
+    with pytest.raises(StatisticsError, match="cannot be taken even one sample at a time: the rows of first") as caught:
+        collected(FlatLayers(), token_samples(3), batch_size=2, collate=pad_far, compute_loss=own_loss)
+    assert "If the collator pads single samples, turn that off" in str(caught.value)
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=96,
+        d_model=24,
+        d_kv=6,
+        d_ff=32,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        dropout_rate=0.3,
+        tie_word_embeddings=False,
+    )
+    return T5ForConditionalGeneration(config).train()
+
+
+def sequence_pairs(*lengths):
+    return [
+        {"input_ids": list(range(3, 3 + n)), "attention_mask": [1] * n, "labels": list(range(40, 40 + m))}
+        for n, m in lengths
+    ]
+
+
+def test_an_encoder_decoder_counts_the_tokens_of_each_side(collected, assert_equal_statistics):
+    model, samples = tiny_t5(), sequence_pairs((5, 3), (7, 2), (4, 6))
+    single, together = (collected(model, samples, batch_size=size, declared="token_mean") for size in (1, 3))
+    assert together.result.batch_size == 3
+    for name, statistics in together.statistics.items():
+        reads_target = name.startswith("decoder") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert statistics.num_input_tokens == statistics.num_output_tokens == (11 if reads_target else 16), name
+    assert_equal_statistics(together.statistics, single.statistics, tolerance=1e-4)
+
+
+def test_an_encoder_decoder_whose_two_sides_look_alike_is_run_one_sample_at_a_time(collected, assert_equal_statistics):
+    model, samples = tiny_t5(), sequence_pairs((5, 3), (7, 2), (4, 7))  # both sides are padded to 7
+    single, together = (collected(model, samples, batch_size=size, declared="token_mean") for size in (1, 3))
+    assert together.result.batch_size == 1
+    (note,) = together.result.notes
+    assert "could be those of either of the model's sequences" in note
+    assert_equal_statistics(together.statistics, single.statistics)

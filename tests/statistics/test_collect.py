@@ -1,0 +1,251 @@
+"""The pass beyond its sums: what a loss is, evaluation, digests, and errors that say what to do."""
+
+import pytest
+import torch
+
+from lora_da_hf.errors import DataError, NonFiniteError
+from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
+from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.collect import (
+    PassSettings,
+    check_lengths,
+    check_loss,
+    digest_sample,
+    evaluate_loss,
+    sample_length,
+)
+from lora_da_hf.statistics.losses import LossReduction, find_reduction
+from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
+
+
+def settings_of(kind):
+    return PassSettings(
+        batch_size=4, token_mask="attention", shifts_labels=True, reduction=LossReduction(kind=kind, reason="")
+    )
+
+
+def mean_of_labels(model, samples):
+    total = count = 0.0
+    for sample in samples:
+        labels = sum(label != -100 for label in sample["labels"][1:])
+        with torch.no_grad():
+            total += model_loss(model, pad_samples([sample]), None).item() * labels
+        count += labels
+    return total, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["sum", "token_mean"])
+def test_the_evaluated_loss_is_the_mean_over_labels_at_any_batch_size(tiny_llama, token_samples, kind, batch_size):
+    model, samples = tiny_llama().eval(), token_samples(7)
+    total, count = evaluate_loss(
+        model,
+        samples,
+        collate=pad_samples,
+        compute_loss=model_loss,
+        settings=settings_of(kind),
+        batch_size=batch_size,
+    )
+    expected, labels = mean_of_labels(model, samples)
+    assert count == labels
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["unknown", "sample_mean"])
+def test_a_loss_of_another_kind_is_averaged_over_samples(tiny_llama, token_samples, kind):
+    model, samples = tiny_llama().eval(), token_samples(7)
+    losses = [model_loss(model, pad_samples([sample]), None).item() for sample in samples]
+    sizes = []
+
+    def mean_of_samples(model, batch, num_items):
+        rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(batch["labels"]))]
+        sizes.append(len(rows))
+        return sum(model_loss(model, row, None) for row in rows) / len(rows)
+
+    total, count = evaluate_loss(
+        model,
+        samples,
+        collate=pad_samples,
+        compute_loss=mean_of_samples,
+        settings=settings_of(kind),
+        batch_size=4,
+    )
+    assert count == 7
+    assert total == pytest.approx(sum(losses), rel=1e-5)
+    assert max(sizes) == (1 if kind == "unknown" else 4)
+
+
+def test_evaluation_leaves_out_samples_without_labels_and_takes_no_gradient(tiny_llama, token_samples):
+    model, samples = tiny_llama().eval(), token_samples(3)
+    samples.append({"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [-100] * 3})
+    seen = []
+
+    def watching(model, batch, num_items):
+        loss = model_loss(model, batch, num_items)
+        seen.append(loss.requires_grad)
+        return loss
+
+    options = {"collate": pad_samples, "settings": settings_of("sum"), "batch_size": 1}
+    with_it = evaluate_loss(model, samples, compute_loss=watching, **options)
+    assert with_it == evaluate_loss(model, samples[:3], compute_loss=model_loss, **options)
+    assert seen == [False] * 3
+
+
+def test_a_loss_that_is_not_finite_passes_through_evaluation(tiny_llama, token_samples):
+    total, _ = evaluate_loss(
+        tiny_llama().eval(),
+        token_samples(3),
+        collate=pad_samples,
+        compute_loss=lambda *_: torch.tensor(torch.nan),
+        settings=settings_of("sum"),
+        batch_size=1,
+    )
+    assert total != total
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_loss_that_is_not_finite_stops_the_pass(tiny_llama, token_samples, collected, value):
+    def bad(model, batch, num_items):
+        return model_loss(model, batch, num_items) * value
+
+    with pytest.raises(NonFiniteError, match=r"The loss of a batch is -?(nan|inf)\. Check the samples"):
+        collected(tiny_llama(), token_samples(3), compute_loss=bad)
+
+
+def test_a_finite_loss_is_returned_as_a_number():
+    assert check_loss(torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True)) == 2.5
+
+
+def test_digests_depend_on_content_names_types_and_shapes():
+    first = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[3, 4]])}
+    variants = [
+        {"labels": first["labels"], "input_ids": first["input_ids"], "text": "no tensor"},
+        {"input_ids": torch.tensor([[1, 3]]), "labels": first["labels"]},
+        {"input_ids": first["labels"], "labels": first["input_ids"]},
+        {"input_ids": first["input_ids"].int(), "labels": first["labels"]},
+        {"input_ids": torch.tensor([[1], [2]]), "labels": first["labels"]},
+        {"input_ids": first["input_ids"]},
+        {"input_ids": torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), "labels": first["labels"]},
+    ]
+    digests = [digest_sample(batch) for batch in (first, *variants)]
+    assert digests[0] == digests[1]
+    assert len(set(digests[1:])) == len(variants)
+    assert len(digests[0]) == 64
+
+
+def test_digests_come_in_the_order_of_the_samples_at_any_batch_size(tiny_llama, token_samples, collected):
+    model, samples = tiny_llama(), token_samples(5)
+    expected = [digest_sample(pad_samples([sample])) for sample in samples]
+    for batch_size in (1, 3):
+        assert collected(model, samples, batch_size=batch_size).result.sample_digests == expected
+
+
+def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_samples):
+    samples = token_samples(3, min_length=9, max_length=9)
+    check_lengths(samples, 9)
+    check_lengths(samples, None)
+    check_lengths([], 9)
+    with pytest.raises(
+        DataError, match=r"A sample has 9 tokens and the model allows 8 .* Truncate samples to 8 tokens"
+    ):
+        check_lengths(samples, 8)
+
+
+@pytest.mark.parametrize(("sample", "length"), [({"input_ids": [1, 2]}, 2), ({"pixels": [1]}, 0), ([1, 2, 3], 0)])
+def test_the_length_of_a_sample_is_its_number_of_tokens(sample, length):
+    assert sample_length(sample) == length
+
+
+def test_long_samples_come_first(tiny_llama, token_samples, collected):
+    lengths = []
+
+    def watching(model, batch, num_items):
+        if torch.is_grad_enabled():
+            lengths.append(batch["input_ids"].shape[1])
+        return model_loss(model, batch, num_items)
+
+    collected(tiny_llama(), token_samples(8), batch_size=2, compute_loss=watching)
+    assert len(lengths) == 4
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def reduction_of(loss, samples, model=None, **options):
+    return find_reduction(loss, model or torch.nn.Linear(1, 1), pad_samples, samples, **options)
+
+
+def toy(values, *, divides=True):
+    """Return a loss that depends on the batch's size only."""
+    return lambda model, batch, num_items: torch.tensor(float(values[len(batch["x"])])) / (num_items if divides else 1)
+
+
+PAIR = [{"x": [1.0]}, {"x": [2.0]}]
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "reason"),
+    [
+        (toy({1: 1.0, 2: 2.0}), "sum", "measured"),
+        (toy({1: 1.0, 2: 1.0}), "unknown", "the loss of two samples is not the sum of theirs"),
+        (toy({1: 1.0, 2: 2.0}, divides=False), "unknown", "the loss does not divide by num_items_in_batch"),
+        (toy({1: torch.nan, 2: torch.nan}), "unknown", "the loss does not divide by num_items_in_batch"),
+    ],
+)
+def test_the_reduction_is_measured_on_two_samples(loss, kind, reason):
+    found = reduction_of(loss, PAIR)
+    assert found.kind == kind
+    assert found.reason.startswith(reason)
+
+
+def test_one_sample_tells_nothing_about_the_reduction():
+    assert reduction_of(toy({1: 1.0}), PAIR[:1]).reason == "there is one sample only"
+
+
+@pytest.mark.parametrize("declared", ["token_mean", "sample_mean"])
+def test_a_declared_reduction_is_not_measured(declared):
+    found = reduction_of(lambda *_: pytest.fail("measured"), PAIR, declared=declared)
+    assert (found.kind, found.reason) == (declared, "declared by loss_reduction")
+
+
+def test_a_half_precision_model_is_measured_with_more_tolerance():
+    off = toy({1: 1.0, 2: 2.02})
+    assert reduction_of(off, PAIR).kind == "unknown"
+    assert reduction_of(off, PAIR, model=torch.nn.Linear(1, 1).bfloat16()).kind == "sum"
+
+
+def tokens_with(counts):
+    mask = torch.ones(len(counts), 3, dtype=torch.bool)
+    return BatchTokens(num_samples=len(counts), label_counts=torch.tensor(counts), masks=(mask,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "weights"),
+    [
+        ("sum", [2, 4], [0.5, 0.25]),
+        ("sum", [4, 4], 0.25),
+        ("sum", [4], 0.25),
+        ("sum", [0, 4], [0.0, 0.25]),
+        ("token_mean", [2, 4], [3.0, 1.5]),
+        ("token_mean", [3, 3], 2.0),
+        ("token_mean", [5], 1.0),
+        ("sample_mean", [2, 4], 2.0),
+        ("unknown", [5], 1.0),
+        ("unknown", [2, 4], None),
+    ],
+)
+def test_weights_make_each_gradient_that_of_the_samples_own_mean(kind, counts, weights):
+    found = LossReduction(kind=kind, reason="").sample_weights(tokens_with(counts))
+    assert (found.tolist() if isinstance(found, torch.Tensor) else found) == weights
+
+
+def test_stock_losses_of_causal_models_shift_their_labels(tiny_llama):
+    model = tiny_llama()
+    assert shifts_labels(model)
+    assert accepts_loss_kwargs(model)
+    assert not shifts_labels(torch.nn.Linear(1, 1))
+    tokens = read_batch_tokens(pad_samples([{"input_ids": [5, 6], "labels": [5, -100]}]), shifts_labels=True)
+    assert tokens.num_labelled == 0
+
+
+def test_a_model_that_returns_no_loss_is_an_error(tiny_llama):
+    with pytest.raises(DataError, match=r"returned no loss from \['input_ids'\]\. Add labels to the samples"):
+        model_loss(tiny_llama(), {"input_ids": torch.tensor([[5, 6]])}, None)

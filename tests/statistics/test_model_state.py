@@ -1,0 +1,205 @@
+"""The pass leaves nothing behind, whether it succeeds or not."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.losses import model_loss
+from lora_da_hf.statistics.model_state import checkpointing_modules, prepared_for_pass
+
+
+def hooks_of(module):
+    return [len(value) for name, value in sorted(vars(module).items()) if name.endswith("_hooks")]
+
+
+def state_of(model):
+    """Return everything that an initialisation might disturb, but for the adapter's weights."""
+    return {
+        "hooks": [hooks_of(module) for module in model.modules()],
+        "modules": [name for name, _ in model.named_modules()],
+        "training": [module.training for module in model.modules()],
+        "dropouts": [
+            (name, value)
+            for module in model.modules()
+            for name, value in sorted(vars(module).items())
+            if isinstance(value, float)
+        ],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "parameters": [id(parameter) for parameter in model.parameters()],
+        "grads": [None if parameter.grad is None else parameter.grad.sum().item() for parameter in model.parameters()],
+        "base": [p.sum().item() for name, p in model.named_parameters() if "lora_" not in name],
+        "use_cache": model.config.use_cache,
+        "python": random.getstate(),
+        "numpy": [str(part) for part in np.random.get_state()],
+        "torch": torch.get_rng_state().tolist(),
+        "grad_enabled": torch.is_grad_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def adapter_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.fixture
+def disturbed(lora_model, tiny_llama):
+    """Return a model in an unusual state: parts of it in evaluation mode, a foreign hook, odd dropouts, gradients."""
+
+    def make(*, checkpointing=False, grads=False):
+        model = lora_model(model=tiny_llama(attention_dropout=0.25), lora_dropout=0.1).train()
+        base = model.base_model.model
+        base.model.layers[0].eval()
+        base.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+        base.model.layers[1].mlp.gate_proj.lora_A["default"].weight.requires_grad_(False)
+        base.config.use_cache = True
+        if checkpointing:
+            for module in base.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = True
+                    module._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
+                        f, *args, use_reentrant=False
+                    )
+        if grads:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        return model
+
+    return make
+
+
+def run(model, samples, **options):
+    config = LoRADAConfig(search_samples=2, batch_size=3, **options.pop("settings", {}))
+    return initialize_lora_da(model, samples, config=config, progress=False, **options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_run_that_succeeds_leaves_nothing_behind(disturbed, token_samples, checkpointing, grads):
+    model = disturbed(checkpointing=checkpointing, grads=grads)
+    state, adapter = state_of(model), adapter_of(model)
+    run(model, token_samples(16))
+    assert state_of(model) == state
+    assert any(not torch.equal(value, adapter[name]) for name, value in adapter_of(model).items())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [1, 3, 8, 10, 12])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_that_fails_in_the_middle_leaves_nothing_behind(disturbed, token_samples, checkpointing, call, error):
+    model = disturbed(checkpointing=checkpointing)
+    state, adapter = state_of(model), adapter_of(model)
+    calls = []
+
+    def failing(model, batch, num_items):
+        calls.append(torch.is_grad_enabled())
+        if len(calls) == call:
+            raise error("in mid-pass")
+        return model_loss(model, batch, num_items)
+
+    with pytest.raises(error, match="in mid-pass"):
+        run(model, token_samples(16), compute_loss=failing)
+    assert len(calls) == call
+    assert state_of(model) == state
+    for name, value in adapter_of(model).items():
+        assert torch.equal(value, adapter[name])
+
+
+def test_the_calls_that_fail_above_reach_the_probe_the_pass_and_the_search(disturbed, token_samples):
+    with_gradient = []
+
+    def counting(model, batch, num_items):
+        with_gradient.append(torch.is_grad_enabled())
+        return model_loss(model, batch, num_items)
+
+    run(disturbed(), token_samples(16), compute_loss=counting)
+    assert not with_gradient[0]
+    assert not with_gradient[2]
+    assert with_gradient[7]
+    assert not with_gradient[9] or not with_gradient[11]
+
+
+def test_an_error_in_the_backward_pass_leaves_nothing_behind(disturbed, token_samples):
+    model = disturbed()
+    state = state_of(model)
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("in the backward pass")
+
+    def failing(model, batch, num_items):
+        return Failing.apply(model_loss(model, batch, num_items))
+
+    with pytest.raises(RuntimeError, match="in the backward pass"):
+        run(model, token_samples(16), compute_loss=failing)
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_parameter_ever_has_or_asks_for_a_gradient(disturbed, token_samples, checkpointing):
+    model = disturbed(checkpointing=checkpointing)
+    seen = []
+
+    def watching(model, batch, num_items):
+        seen.append([p.requires_grad or p.grad is not None for p in model.parameters()])
+        return model_loss(model, batch, num_items)
+
+    run(model, token_samples(16), compute_loss=watching)
+    seen.append([p.grad is not None for p in model.parameters()])
+    assert len(seen) > 10
+    assert not any(any(flags) for flags in seen)
+
+
+def test_inside_dropout_and_caches_are_off_and_only_what_checkpoints_is_in_train_mode(disturbed):
+    model = disturbed(checkpointing=True)
+    checkpointing = checkpointing_modules(model)
+    assert len(checkpointing) >= 2
+    with prepared_for_pass(model, seed=0):
+        assert [module for module in model.modules() if module.training] == checkpointing
+        assert model.config.use_cache is False
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_random_state_inside_is_that_of_the_seed_and_is_restored_after_an_error(tiny_llama):
+    model = tiny_llama()
+
+    def draw_and_fail(seed):
+        with prepared_for_pass(model, seed=seed):
+            values.append((random.random(), np.random.rand(), torch.rand(()).item()))
+            raise RuntimeError("stop")
+
+    values = []
+    before = (random.getstate(), torch.get_rng_state())
+    for seed in (1, 1, 2):
+        with pytest.raises(RuntimeError, match="stop"):
+            draw_and_fail(seed)
+    assert values[0] == values[1]
+    assert all(a != b for a, b in zip(values[1], values[2], strict=True))
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_use_cache_comes_back_as_it_was(tiny_llama, use_cache):
+    model = tiny_llama(use_cache=use_cache)
+    with prepared_for_pass(model, seed=0):
+        assert model.config.use_cache is False
+    assert model.config.use_cache is use_cache
+
+
+def test_two_runs_give_the_same_bits_whatever_the_random_state(lora_model, token_samples):
+    factors = []
+    for seed in (1, 2):
+        model = lora_model()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        run(model, token_samples(16))
+        factors.append(adapter_of(model))
+    assert all(torch.equal(value, factors[1][name]) for name, value in factors[0].items())

@@ -1,0 +1,349 @@
+"""The taps give what autograd gives, whatever the model does between its layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from lora_da_hf.errors import StatisticsError
+from lora_da_hf.statistics.model_state import prepared_for_pass
+from lora_da_hf.statistics.taps import SampleWeights, Taps, find_shared_inputs
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=24, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(config)
+
+
+def tiny_opt(**dropout):
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=96,
+            hidden_size=24,
+            word_embed_proj_dim=24,
+            ffn_dim=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            init_std=0.2,
+            **dropout,
+        )
+    )
+
+
+def checkpoint(model, *, reentrant):
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    kwargs = {"use_reentrant": reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("token_mask", ["attention", "labels"])
+@pytest.mark.parametrize("make", ["llama", "gpt2", "opt"])
+def test_they_give_weight_grad_and_per_token_moments_of_autograd(
+    tiny_llama, token_samples, collected, stacked, assert_equal_statistics, make, token_mask
+):
+    model = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}[make]()
+    samples = token_samples(6)
+    found = collected(model, samples, batch_size=3, token_mask=token_mask)
+    assert_equal_statistics(found.statistics, stacked(model, samples, token_mask=token_mask))
+    assert found.result.batch_size == 3
+
+
+def test_layers_fed_the_same_tensor_share_one_input_sum(tiny_llama, token_samples, collected):
+    found = collected(tiny_llama(), token_samples(2))
+    sums = {id(tap.input_sum) for tap in found.result.taps.taps.values()}
+    assert len(found.statistics) == 14
+    assert len(sums) == 8  # in each of two layers: q, k, v; o; gate, up; down
+    leaders = {name: leader for name, leader in found.shared.items() if name != leader}
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert leaders.pop(f"{layer}.self_attn.k_proj") == f"{layer}.self_attn.q_proj"
+        assert leaders.pop(f"{layer}.self_attn.v_proj") == f"{layer}.self_attn.q_proj"
+        assert leaders.pop(f"{layer}.mlp.up_proj") == f"{layer}.mlp.gate_proj"
+    assert not leaders
+
+
+def test_a_shared_input_is_counted_once(tiny_llama, token_samples, collected):
+    samples = token_samples(3)
+    found = collected(tiny_llama(), samples)
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    assert {s.num_input_tokens for s in found.statistics.values()} == {tokens}
+    assert {s.num_output_tokens for s in found.statistics.values()} == {tokens}
+
+
+class Toy(nn.Module):
+    """A model with the loss in its hands: tokens to hidden, some layers, tokens from hidden."""
+
+    def __init__(self, *, width=6, vocabulary=96):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(vocabulary, width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+    def hidden(self, x):
+        return self.second(self.first(x).tanh())
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, labels, attention_mask=None, num_items_in_batch=None):
+        logits = self.lm_head(self.hidden(self.embed(input_ids)))
+        targets = functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction="sum")
+        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class CalledTwice(Toy):
+    def hidden(self, x):
+        return self.second(self.first(self.first(x).tanh()).tanh())
+
+
+class InPlace(Toy):
+    def hidden(self, x):
+        hidden = self.first(x)
+        hidden.mul_(2.0).relu_()
+        output = self.second(hidden)
+        output += x
+        return output
+
+
+class UnusedOutput(Toy):
+    def hidden(self, x):
+        self.first(x + 1)
+        return super().hidden(x)
+
+
+class SharedThenApart(Toy):
+    """Both layers are fed one tensor, and then the first of them another one."""
+
+    def hidden(self, x):
+        y = self.first(x) + self.second(x)
+        return self.first(y.tanh())
+
+
+class KeywordInput(Toy):
+    def hidden(self, x):
+        return self.second(input=self.first(input=x).tanh())
+
+
+def toy_loss(model, batch, num_items):
+    return model(**batch, num_items_in_batch=num_items)
+
+
+@pytest.fixture
+def toy_collected(collected, monkeypatch):
+    """Return ``collected`` for toys, whose labels shift as a causal language model's do."""
+    monkeypatch.setitem(collected.__globals__, "shifts_labels", lambda model: True)
+    return lambda model, samples, **options: collected(model, samples, compute_loss=toy_loss, **options)
+
+
+@pytest.mark.parametrize("kind", [Toy, CalledTwice, InPlace, SharedThenApart])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_unusual_uses_of_a_layer_give_what_autograd_gives(
+    kind, batch_size, token_samples, toy_collected, stacked, assert_equal_statistics
+):
+    model, samples = kind(), token_samples(5)
+    found = toy_collected(model, samples, batch_size=batch_size)
+    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=toy_loss))
+    assert found.result.batch_size == batch_size
+
+
+def test_a_layer_called_twice_counts_its_tokens_twice(token_samples, toy_collected):
+    samples = token_samples(5)
+    found = toy_collected(CalledTwice(), samples).statistics
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    assert (found["first"].num_input_tokens, found["second"].num_input_tokens) == (2 * tokens, tokens)
+
+
+def test_an_output_that_is_not_used_counts_nowhere(token_samples, toy_collected, assert_equal_statistics):
+    samples = token_samples(5)
+    used, unused = (toy_collected(kind(), samples).statistics for kind in (Toy, UnusedOutput))
+    assert_equal_statistics(unused, used)
+
+
+def test_an_input_given_by_keyword_is_found(token_samples, toy_collected, assert_equal_statistics):
+    samples = token_samples(5)
+    positional, keyword = (toy_collected(kind(), samples).statistics for kind in (Toy, KeywordInput))
+    assert_equal_statistics(keyword, positional)
+
+
+def test_a_layer_called_without_a_tensor_is_an_error():
+    class Odd(nn.Linear):
+        def forward(self, x=None):
+            return super().forward(torch.ones(1, 2))
+
+    odd = Odd(2, 2)
+    with pytest.raises(StatisticsError, match=r"called without a tensor\. Exclude it from target_modules"):
+        find_shared_inputs({"odd": odd}, odd)
+    assert not odd._forward_pre_hooks
+
+
+def test_layers_that_stop_sharing_their_input_are_an_error(token_samples):
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    taps = Taps(
+        {"first": first, "second": second},
+        widths={"first": (3, 2), "second": (3, 2)},
+        shared_inputs={"first": "first", "second": "first"},
+        devices=dict.fromkeys(("first", "second"), torch.device("cpu")),
+    )
+    with taps:
+        first(torch.ones(1, 3))
+        with pytest.raises(StatisticsError, match="second and first were fed the same tensor on the first sample"):
+            second(torch.ones(1, 3))
+
+
+def test_a_backward_pass_outside_of_the_pass_is_an_error():
+    layer = nn.Linear(3, 2)
+    taps = Taps({"a": layer}, widths={"a": (3, 2)}, shared_inputs={"a": "a"}, devices={"a": torch.device("cpu")})
+    with taps, pytest.raises(StatisticsError, match="outside of the statistics pass"):
+        layer(torch.ones(1, 3)).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", ["llama", "gpt2", "opt"])
+def test_gradient_checkpointing_changes_nothing(
+    tiny_llama, token_samples, collected, assert_equal_statistics, make, reentrant
+):
+    make = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}[make]
+    samples = token_samples(5)
+    expected = collected(make(), samples, batch_size=2).statistics
+    model = make()
+    checkpoint(model, reentrant=reentrant)
+    model.train()
+    found = collected(model, samples, batch_size=2)
+    assert_equal_statistics(found.statistics, expected, tolerance=1e-6)
+    first = next(iter(found.result.taps.taps.values()))
+    assert first.forward_calls == 2 * first.backward_calls  # it did recompute
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off_in_train_mode(
+    tiny_llama, token_samples, collected, stacked, assert_equal_statistics, checkpointing
+):
+    samples = token_samples(4)
+    for model in (
+        tiny_llama(attention_dropout=0.5),
+        tiny_opt(dropout=0.5, attention_dropout=0.5, activation_dropout=0.5, layerdrop=0.5),
+    ):
+        model.train()
+        if checkpointing:
+            checkpoint(model, reentrant=False)
+        found = collected(model, samples, batch_size=2).statistics
+        assert_equal_statistics(found, stacked(model, samples))
+
+
+def captured_moments(model, samples):
+    """Return the mean of x x^T over the inputs that the layers of ``model`` really see, in float64."""
+    rows = {}
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, output, name=name: rows.setdefault(name, []).append(args[0].detach().double().squeeze(0))
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and "lm_head" not in name
+    ]
+    with prepared_for_pass(model, seed=0), torch.no_grad():
+        for sample in samples:
+            model(**{key: torch.tensor([value]) for key, value in sample.items()})
+    for handle in handles:
+        handle.remove()
+    return {name: (x := torch.cat(parts)).mT @ x / len(x) for name, parts in rows.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_summed_in_float32(
+    tiny_llama, token_samples, collected, assert_equal_statistics, dtype
+):
+    samples = token_samples(12)
+    model = tiny_llama(dtype=dtype)
+    found = collected(model, samples).statistics
+    assert {getattr(s, f).dtype for s in found.values() for f in ("input_second_moment", "weight_grad")} == {
+        torch.float32
+    }
+    for name, moment in captured_moments(model, samples).items():
+        torch.testing.assert_close(found[name].input_second_moment.double(), moment, rtol=1e-5, atol=1e-5)
+    exact = collected(tiny_llama(), samples).statistics
+    assert_equal_statistics(found, exact, tolerance=0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_small_gradients_survive_float16(token_samples, toy_collected, assert_equal_statistics):
+    """In float16 a gradient below 6e-8 is zero: the pass scales the loss and divides it out again."""
+
+    class Faint(Toy):
+        def hidden(self, x):
+            return super().hidden(x) * 2**-14
+
+        def forward(self, **batch):
+            return super().forward(**batch).float()
+
+    samples = token_samples(4, min_length=12)
+    found, exact = (toy_collected(Faint().to(dtype), samples).statistics for dtype in (torch.float16, torch.float64))
+    assert_equal_statistics(found, exact, tolerance=0.1)
+
+
+def test_autocast_around_the_pass_does_not_reach_the_sums(tiny_llama, token_samples, collected):
+    samples = token_samples(12)
+    model = tiny_llama()
+    exact = collected(model, samples).statistics
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = collected(model, samples).statistics
+        moments = captured_moments(model, samples)
+    for name, moment in moments.items():
+        torch.testing.assert_close(found[name].input_second_moment.double(), moment, rtol=1e-5, atol=1e-5)
+        error = (found[name].weight_grad - exact[name].weight_grad).norm() / exact[name].weight_grad.norm()
+        assert 1e-5 < error.item() < 0.1  # autocast did change the model, and no more than bfloat16 does
+
+
+def test_float64_sums_are_those_of_float64(tiny_llama, token_samples, collected, stacked, assert_equal_statistics):
+    samples = token_samples(4)
+    model = tiny_llama(dtype=torch.float64)
+    found = collected(model, samples, dtype=torch.float64).statistics
+    assert all(s.weight_grad.dtype == torch.float64 for s in found.values())
+    assert_equal_statistics(found, stacked(model, samples), tolerance=1e-6)
+    moments = captured_moments(model, samples)
+    for name, moment in moments.items():
+        torch.testing.assert_close(found[name].input_second_moment, moment, rtol=0, atol=1e-12)
+
+
+def tokens_of(shape):
+    return BatchTokens(num_samples=shape[0], label_counts=None, masks=(torch.ones(shape, dtype=torch.bool),))
+
+
+def test_sample_weights_scale_the_gradient_of_each_sample_and_nothing_else():
+    head = nn.Linear(3, 5, bias=False)
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain = torch.autograd.grad(head(x).square().sum(), x)[0]
+    with SampleWeights(head) as weights:
+        weights.start(torch.tensor([2.0, 0.5]))
+        output = head(x)
+        torch.testing.assert_close(output, functional.linear(x, head.weight))
+        found = torch.autograd.grad(output.square().sum(), x)[0]
+        weights.check()
+    torch.testing.assert_close(found, plain * torch.tensor([2.0, 0.5])[:, None, None])
+    assert not head._forward_hooks
+
+
+def test_sample_weights_notice_a_loss_that_goes_around_the_head():
+    head, x = nn.Linear(3, 5), torch.ones(2, 3, requires_grad=True)
+    for uses in (0, 2):
+        with SampleWeights(head) as weights:
+            weights.start(torch.ones(2))
+            (sum((head(x).sum() for _ in range(uses)), start=x.sum())).backward()
+            with pytest.raises(SingleSamplesNeeded, match="does not go through the model's output layer exactly once"):
+                weights.check()
+
+
+def test_sample_weights_need_the_samples_in_the_first_dimension():
+    head = nn.Linear(3, 5)
+    with SampleWeights(head) as weights:
+        weights.start(torch.ones(2))
+        with pytest.raises(SingleSamplesNeeded, match="does not keep the samples apart"):
+            head(torch.ones(8, 3))

@@ -1,0 +1,131 @@
+"""A layer whose tap sees nothing is an error that says why, or is kept as it was if the user says so."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.errors import NonFiniteError, TapNotCalledError
+from lora_da_hf.losses import model_loss
+
+
+def run(model, samples, *, compute_loss=None, **settings):
+    config = LoRADAConfig(step_size=0.1, batch_size=3, **settings)
+    return initialize_lora_da(model, samples, config=config, compute_loss=compute_loss, progress=False)
+
+
+@pytest.fixture
+def fused(lora_model):
+    """Return a model of which one MLP reads the weight of its gate itself, as fused kernels do."""
+    model = lora_model()
+    mlp = model.base_model.model.model.layers[1].mlp
+
+    def forward(x):
+        gate = functional.linear(x, mlp.gate_proj.weight)
+        return mlp.down_proj(functional.silu(gate) * mlp.up_proj(x))
+
+    mlp.forward = forward
+    return model
+
+
+def test_a_fused_layer_is_an_error_that_names_it(fused, token_samples):
+    with pytest.raises(TapNotCalledError) as caught:
+        run(fused, token_samples(6))
+    message = str(caught.value)
+    assert message.startswith("The taps of 1 of 14 layers were never called (model.layers.1.mlp.gate_proj first).")
+    assert "set uncalled_layers='keep'" in message
+    assert "initialise before torch.compile, and without fused kernels" in message
+
+
+def test_a_fused_layer_keeps_its_initialisation_if_the_user_says_so(fused, token_samples):
+    layer = fused.base_model.model.model.layers[1].mlp.gate_proj
+    before = layer.lora_A["default"].weight.detach().clone()
+    report = run(fused, token_samples(6), uncalled_layers="keep")
+    assert report.kept == {"model.layers.1.mlp.gate_proj": "no sample goes through it"}
+    assert len(report.layers) == 13
+    assert torch.equal(layer.lora_A["default"].weight, before)
+    assert not layer.lora_B["default"].weight.any()
+
+
+def test_where_no_layer_at_all_is_called_it_is_an_error_even_then(lora_model, token_samples):
+    model = lora_model(target_modules=["gate_proj"], layers_to_transform=[1])
+    mlp = model.base_model.model.model.layers[1].mlp
+    mlp.forward = lambda x: functional.linear(functional.linear(x, mlp.gate_proj.weight), mlp.down_proj.weight)
+    with pytest.raises(TapNotCalledError, match="The taps of 1 of 1 layers were never called"):
+        run(model, token_samples(6), uncalled_layers="keep")
+
+
+# dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_a_model_compiled_before_gives_the_same_or_an_error_and_nothing_else(lora_model, token_samples):
+    """Whether hooks installed after compilation are called differs between versions of torch."""
+    samples = token_samples(6, min_length=8, max_length=8)
+    batch = {name: torch.tensor([sample[name] for sample in samples[:3]]) for name in samples[0]}
+    plain, compiled = (lora_model(target_modules=["gate_proj", "down_proj"]) for _ in range(2))
+    for layer in compiled.base_model.model.model.layers:
+        layer.mlp.compile(backend="eager")
+    with torch.no_grad():
+        compiled(**batch)
+    run(plain, samples)
+    message = ""
+    try:
+        run(compiled, samples)
+    except TapNotCalledError as error:
+        message = str(error)
+    finally:
+        torch.compiler.reset()
+    if message:
+        assert "initialise before torch.compile" in message
+        return
+    expected = dict(plain.named_parameters())
+    for name, parameter in compiled.named_parameters():
+        torch.testing.assert_close(parameter, expected[name])
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda loss: loss.detach(),
+        lambda loss: loss.detach().requires_grad_(),
+    ],
+)
+def test_a_loss_that_is_cut_off_is_an_error(lora_model, token_samples, cut):
+    with pytest.raises(TapNotCalledError, match=r"No gradient came back .* the loss is cut off .* Check compute_loss"):
+        run(lora_model(), token_samples(6), compute_loss=lambda *inputs: cut(model_loss(*inputs)))
+
+
+class DeadEnd(nn.Module):
+    """Wraps an MLP so that its output counts for nothing."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x).detach() * 0
+
+
+def test_layers_that_the_loss_does_not_depend_on_are_kept(lora_model, token_samples):
+    model = lora_model()
+    layer = model.base_model.model.model.layers[1]
+    layer.mlp = DeadEnd(layer.mlp)
+    report = run(model, token_samples(6))
+    assert report.kept == {
+        f"model.layers.1.mlp.mlp.{name}": "the loss does not depend on it"
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert len(report.layers) == 11
+
+
+def test_a_nan_in_the_pass_is_an_error_and_the_adapter_stays(lora_model, token_samples):
+    model = lora_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def sometimes_nan(model, batch, num_items):
+        loss = model_loss(model, batch, num_items)
+        return loss * torch.nan if torch.is_grad_enabled() else loss
+
+    with pytest.raises(NonFiniteError, match="The loss of a batch is nan"):
+        run(model, token_samples(6), compute_loss=sometimes_nan)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from harness import collate, make_learnable_samples
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+from lora_da_hf.errors import DataError
+from lora_da_hf.losses import (
+    accepts_loss_kwargs,
+    base_model_of,
+    input_device,
+    max_sample_length,
+    model_loss,
+    shifts_labels,
+)
+
+
+def make_bert():
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=96,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def make_t5():
+    return T5(T5Config(vocab_size=96, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2))
+
+
+def make_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+
+
+def test_the_base_is_the_model_inside_the_adapter(lora_model, tiny_llama):
+    model = tiny_llama()
+    assert base_model_of(model) is model
+    assert base_model_of(lora_model(model=model)) is model
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_models_loss_is_a_sum_over_labels_divided_by_the_number_of_items(lora_model, tiny_llama, wrapped):
+    model = lora_model() if wrapped else tiny_llama()
+    batch = collate(make_learnable_samples(3))
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    mean = model_loss(model, batch, None)
+    total = model_loss(model, batch, torch.tensor(1))
+    torch.testing.assert_close(total, mean * labels)
+    torch.testing.assert_close(model_loss(model, batch, torch.tensor(labels)), mean)
+
+
+def test_a_model_that_takes_no_number_of_items_gets_none():
+    class Strict(torch.nn.Module):
+        def forward(self, x):
+            return (x.sum(),)
+
+    assert not accepts_loss_kwargs(Strict())
+    assert model_loss(Strict(), {"x": torch.ones(3)}, torch.tensor(2)).item() == 3
+
+
+def test_a_model_may_declare_what_it_takes():
+    class Declared(torch.nn.Module):
+        accepts_loss_kwargs = False
+
+        def forward(self, x, **kwargs):
+            assert not kwargs
+            return (x.sum(),)
+
+    assert model_loss(Declared(), {"x": torch.ones(3)}, torch.tensor(2)).item() == 3
+
+
+def test_a_model_without_a_loss_is_an_error(tiny_llama):
+    batch = collate(make_learnable_samples(2))
+    del batch["labels"]
+    with pytest.raises(DataError, match=r"returned no loss from \['attention_mask', 'input_ids'\]. Add labels"):
+        model_loss(tiny_llama(), batch, None)
+
+
+def test_decoders_shift_their_labels_and_others_do_not(tiny_llama, lora_model):
+    assert shifts_labels(tiny_llama())
+    assert shifts_labels(lora_model())
+    assert shifts_labels(make_gpt2())
+    assert not shifts_labels(make_t5())
+    assert not shifts_labels(make_bert())
+    assert not shifts_labels(torch.nn.Linear(2, 2))
+
+
+def test_the_longest_sample_is_what_the_position_embeddings_allow(tiny_llama):
+    assert max_sample_length(tiny_llama()) == 64
+    assert max_sample_length(make_bert()) == 32
+    assert max_sample_length(make_gpt2()) == 32
+    assert max_sample_length(make_t5()) is None  # relative positions
+    assert max_sample_length(torch.nn.Linear(2, 2)) is None
+
+
+def test_batches_go_where_the_embeddings_are(tiny_llama):
+    model = tiny_llama()
+    model.model.embed_tokens.to("meta")
+    assert input_device(model).type == "meta"
+    assert input_device(torch.nn.Linear(2, 2)).type == "cpu"

@@ -1,0 +1,254 @@
+"""Which samples are used for what, and how they become batches."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import DataError
+from lora_da_hf.samples import choose_samples, is_loader, on_device, pad_samples, samples_of_loader
+
+
+def choose(samples, *, seed=0, population_size=None, **settings):
+    return choose_samples(
+        samples,
+        LoRADAConfig(**{"num_samples": 10, "search_samples": 4, **settings}),
+        seed=seed,
+        population_size=population_size,
+    )
+
+
+def sizes(splits):
+    return len(splits.statistics), len(splits.search), len(splits.unseen)
+
+
+def test_the_sets_are_disjoint_and_the_indices_say_where_they_come_from():
+    samples = list(range(100, 200))
+    splits = choose(samples)
+    drawn = [*splits.statistics, *splits.search, *splits.unseen]
+    assert sizes(splits) == (10, 4, 4)
+    assert len(set(drawn)) == 18
+    assert [samples[index] for index in splits.indices] == drawn
+    assert splits.population_size == 100
+    assert splits.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [
+        (100, (10, 4, 4)),
+        (18, (10, 2, 2)),
+        (32, (10, 4, 4)),
+        (31, (10, 3, 3)),
+        (16, (10, 2, 2)),
+        (14, (10, 1, 1)),
+        (11, (9, 1, 1)),
+        (8, (6, 1, 1)),
+        (7, (6, 1, 0)),
+        (2, (1, 1, 0)),
+    ],
+)
+def test_the_search_takes_an_eighth_of_the_data_at_most(available, expected):
+    splits = choose(list(range(available)))
+    assert sizes(splits) == expected
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"), [(30, (10, 0, 4)), (12, (10, 0, 2)), (10, (10, 0, 0)), (1, (1, 0, 0))]
+)
+def test_without_a_search_what_is_left_over_is_unseen(available, expected):
+    assert sizes(choose(list(range(available)), step_size=0.1)) == expected
+
+
+def test_fewer_samples_than_asked_for_are_noted():
+    assert choose(list(range(7))).notes == ("6 samples for the statistics instead of 10: there are 7",)
+
+
+def test_a_random_choice_is_fixed_by_the_seed():
+    first, again, other = (choose(list(range(1000)), seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.indices != other.indices
+    assert sorted(first.indices) != list(range(18))
+
+
+def test_the_head_is_the_head_whatever_the_seed():
+    for seed in (1, 2):
+        splits = choose(list(range(1000)), seed=seed, sample_selection="head")
+        assert splits.indices == tuple(range(18))
+        assert splits.statistics == list(range(10))
+
+
+def test_only_what_is_used_is_read():
+    class Lazy:
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 10**9
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return index
+
+    lazy = Lazy()
+    splits = choose(lazy)
+    assert len(lazy.read) == 18
+    assert splits.population_size == 10**9
+
+
+def endless():
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def test_a_stream_is_read_from_its_head_and_no_further():
+    stream = endless()
+    splits = choose(stream, population_size=500)
+    assert splits.statistics == list(range(10))
+    assert splits.indices == tuple(range(18))
+    assert splits.population_size == 500
+    assert next(stream) == 18
+
+
+def test_a_stream_without_a_population_size_is_an_error():
+    with pytest.raises(
+        DataError, match=r"The training data is a stream, so its size is not known\. Give population_size"
+    ):
+        choose(endless())
+
+
+def test_a_stream_that_ends_early_gives_what_it_has():
+    assert sizes(choose(iter(range(9)), population_size=9)) == (7, 1, 1)
+
+
+@pytest.mark.parametrize(("argument", "setting", "expected"), [(7, 8, 7), (None, 8, 8), (None, None, 20)])
+def test_the_population_is_the_arguments_or_the_configs_or_the_length(argument, setting, expected):
+    config = LoRADAConfig(population_size=setting)
+    splits = choose_samples(list(range(20)), config, seed=0, population_size=argument)
+    assert splits.population_size == expected
+
+
+@pytest.mark.parametrize("samples", [[], iter([])])
+def test_no_sample_at_all_is_an_error(samples):
+    with pytest.raises(DataError, match="There is no sample to take statistics from"):
+        choose(samples, population_size=1)
+
+
+def test_one_sample_cannot_be_searched_on():
+    with pytest.raises(DataError, match=r"There is one sample only, .* Give more samples, or a step_size"):
+        choose([1])
+
+
+def test_what_is_no_collection_is_an_error():
+    with pytest.raises(DataError, match="samples is a int; give a list, a data set or a data loader"):
+        choose(3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(40))
+
+
+class Sized(list):
+    """A map-style data set."""
+
+
+def test_a_loader_gives_its_data_set_and_its_collator():
+    data = Sized([{"input_ids": [1]}, {"input_ids": [2]}])
+    loader = DataLoader(data, batch_size=2, collate_fn=pad_samples)
+    assert is_loader(loader)
+    samples, collate = samples_of_loader(loader)
+    assert samples is data
+    assert collate is pad_samples
+
+
+def test_a_loader_over_a_stream_gives_the_stream_even_if_it_is_sharded():
+    stream = Stream()
+    shard = type("IterableDatasetShard", (Stream,), {"dataset": stream})()
+    for dataset in (stream, shard):
+        samples, _ = samples_of_loader(DataLoader(dataset, batch_size=2))
+        assert samples is stream
+        assert choose(samples, population_size=40).statistics == list(range(10))
+
+
+def test_an_iterable_of_batches_gives_its_rows():
+    batches = [{"input_ids": torch.tensor([[1, 2], [3, 4]]), "text": ["a", "b"]}, {"input_ids": torch.tensor([[5, 6]])}]
+    samples, collate = samples_of_loader(batches)
+    assert collate is None
+    assert [{k: v.tolist() for k, v in row.items()} for row in samples] == [
+        {"input_ids": [1, 2]},
+        {"input_ids": [3, 4]},
+        {"input_ids": [5, 6]},
+    ]
+
+
+@pytest.mark.parametrize("samples", [[1], {"input_ids": [1]}, iter([1]), Sized()])
+def test_samples_are_no_loader(samples):
+    assert not is_loader(samples)
+
+
+def test_padding_is_on_the_right_with_ignored_labels():
+    batch = pad_samples(
+        [
+            {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": [-100, 2, 3]},
+            {"input_ids": [4], "attention_mask": [1], "labels": [4]},
+        ]
+    )
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3], [4, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 2, 3], [4, -100, -100]],
+    }
+
+
+def test_samples_without_an_attention_mask_get_one_and_are_not_changed():
+    samples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+    assert pad_samples(samples)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert samples == [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
+
+
+def test_numbers_and_tensors_of_one_shape_are_stacked():
+    batch = pad_samples(
+        [{"pixel_values": torch.ones(2, 3), "labels": 1}, {"pixel_values": torch.zeros(2, 3), "labels": 0}]
+    )
+    assert batch["pixel_values"].shape == (2, 2, 3)
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_a_value_of_none_is_left_out():
+    assert set(pad_samples([{"input_ids": [1], "token_type_ids": None}])) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (["some text"], r"A sample is a str; it must map names .* Give a data_collator"),
+        ([[1, 2]], r"A sample is a list"),
+        ([{"input_ids": [1], "text": "a"}], r"The sample's 'text' is a str, .* Tokenise the samples first"),
+        (
+            [{"input_ids": [1], "parts": [[1], [2, 3]]}],
+            r"The sample's 'parts' is a list, which cannot be made a tensor",
+        ),
+        (
+            [{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}],
+            r"Samples have different keys: \['input_ids', 'labels'\] and others",
+        ),
+    ],
+)
+def test_samples_of_another_form_are_an_error(samples, message):
+    with pytest.raises(DataError, match=message):
+        pad_samples(samples)
+
+
+def test_batches_go_to_the_device_and_other_values_stay():
+    collate = on_device(lambda samples: {"input_ids": torch.tensor(samples), "names": ["a"]}, "meta")
+    batch = collate((1, 2))
+    assert batch["input_ids"].device.type == "meta"
+    assert batch["names"] == ["a"]
+
+
+def test_a_collator_that_makes_no_mapping_is_an_error():
+    with pytest.raises(DataError, match="The data collator made a list; it must make a mapping of tensors"):
+        on_device(lambda samples: samples, "cpu")([1])

@@ -1,0 +1,153 @@
+"""The guidance matrix, and that no other subspace of the same rank scores lower on it."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_da_hf.theory.guidance import check_residual_in_float64, lowest_subspace
+from lora_da_hf.theory.kronecker import FactorizedInput
+from lora_da_hf.theory.subspace import Eigenpairs
+
+WEIGHTS = [(1.0, 0.0), (1.0, 0.03), (1.0, 10.0), (0.5, 1.0), (0.0, 1.0)]
+
+
+def random_frame(dimension, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(dimension, rank, generator=generator, dtype=torch.float64)).Q
+
+
+@pytest.mark.parametrize(("bias_weight", "variance_weight"), WEIGHTS)
+def test_it_is_the_papers_formula(problem, guidance_of, bias_weight, variance_weight):
+    statistics = problem()
+    guidance = guidance_of(
+        statistics, damping=1e-2, bias_weight=bias_weight, variance_weight=variance_weight, population_size=50
+    )
+    z_inv = torch.linalg.inv(statistics.input_second_moment + 1e-2 * torch.eye(10, dtype=torch.float64))
+    y_inv = 1 / (statistics.output_grad_second_moment_diag + 1e-2)
+    step = -y_inv[:, None] * statistics.weight_grad @ z_inv
+    sigma = torch.linalg.svdvals(step)[0]
+    unit = step / sigma
+    expected = -bias_weight * unit.mT @ unit + variance_weight * y_inv.sum() / (50 * sigma**2) * z_inv
+    torch.testing.assert_close(guidance.dense(), expected, rtol=1e-9, atol=1e-11)
+    vectors = random_frame(10, 3, 0)
+    torch.testing.assert_close(guidance.apply(vectors), expected @ vectors, rtol=1e-9, atol=1e-11)
+    assert guidance.objective(vectors) == pytest.approx(torch.trace(vectors.mT @ expected @ vectors).item())
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (10, 12)])
+def test_normalised_terms_have_one_frobenius_norm(problem, guidance_of, d_out, d_in):
+    guidance = guidance_of(problem(d_out, d_in), variance_weight=2.0, normalize_terms=True)
+    bias = (guidance.displacement.mT @ guidance.displacement).norm().item()
+    variance = (guidance.variance_coefficient * guidance.factorized_input.inverse()).norm().item()
+    assert variance == pytest.approx(2.0 * bias)
+
+
+def test_normalised_terms_do_not_depend_on_the_population_size(problem, guidance_of):
+    small, large = (guidance_of(problem(), normalize_terms=True, population_size=n).dense() for n in (1, 10**6))
+    assert torch.equal(small, large)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "krylov", "auto"])
+@pytest.mark.parametrize(("bias_weight", "variance_weight"), WEIGHTS)
+def test_the_subspace_is_that_of_the_dense_lowest_eigenvectors(
+    problem, guidance_of, projector, bias_weight, variance_weight, solver
+):
+    guidance = guidance_of(problem(), bias_weight=bias_weight, variance_weight=variance_weight)
+    pairs = lowest_subspace(guidance, 4, solver=solver)
+    values, vectors = torch.linalg.eigh(guidance.dense())
+    torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, :4]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(pairs.eigenvalues, values[:4], rtol=1e-9, atol=1e-11)
+    assert guidance.objective(pairs.vectors) == pytest.approx(values[:4].sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("variance_weight", [0.0, 0.03])
+def test_on_a_wide_layer_krylov_converges_to_what_eigh_finds(problem, guidance_of, projector, variance_weight):
+    guidance = guidance_of(problem(60, 420, tokens=600, samples=40), damping=0.1, variance_weight=variance_weight)
+    krylov, exact = (lowest_subspace(guidance, 8, solver=solver) for solver in ("krylov", "eigh"))
+    assert (krylov.solver, exact.solver) == ("krylov", "eigh")
+    assert krylov.residual <= 1e-7
+    torch.testing.assert_close(projector(krylov.vectors), projector(exact.vectors), rtol=0, atol=1e-5)
+    assert guidance.objective(krylov.vectors) == pytest.approx(guidance.objective(exact.vectors), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 10])
+def test_without_variance_it_is_the_truncated_svd_of_the_displacement(problem, guidance_of, projector, rank):
+    guidance = guidance_of(problem(), variance_weight=0.0)
+    basis = lowest_subspace(guidance, rank).vectors
+    left, singular, right = torch.linalg.svd(guidance.displacement, full_matrices=False)
+    truncated = left[:, :rank] * singular[:rank] @ right[:rank]
+    torch.testing.assert_close(projector(basis), projector(right[:rank].mT), rtol=0, atol=1e-8)
+    torch.testing.assert_close(guidance.displacement @ projector(basis), truncated, rtol=0, atol=1e-9)
+
+
+def test_without_bias_it_is_the_leading_subspace_of_the_inputs(problem, guidance_of, projector):
+    statistics = problem()
+    basis = lowest_subspace(guidance_of(statistics, bias_weight=0.0, variance_weight=1.0), 3).vectors
+    inputs = torch.linalg.eigh(statistics.input_second_moment).eigenvectors[:, -3:]
+    torch.testing.assert_close(projector(basis), projector(inputs), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31), rank=st.integers(1, 9), weights=st.sampled_from(WEIGHTS))
+def test_no_random_frame_scores_lower(problem, guidance_of, seed, rank, weights):
+    guidance = guidance_of(problem(seed=seed % 7), bias_weight=weights[0], variance_weight=weights[1])
+    best = guidance.objective(lowest_subspace(guidance, rank).vectors)
+    assert guidance.objective(random_frame(10, rank, seed)) >= best - 1e-10 * abs(best)
+
+
+def test_a_turn_away_from_the_solution_scores_higher(problem, guidance_of):
+    guidance = guidance_of(problem())
+    basis = lowest_subspace(guidance, 3).vectors
+    for seed in range(20):
+        turned = torch.linalg.qr(basis + 1e-2 * random_frame(10, 3, seed)).Q
+        assert guidance.objective(turned) > guidance.objective(basis)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "krylov"])
+@pytest.mark.parametrize("variance_weight", [0.0, 0.03])
+def test_the_basis_of_a_smaller_rank_is_the_first_columns_of_a_larger_one(
+    problem, guidance_of, variance_weight, solver
+):
+    guidance = guidance_of(problem(30, 120, tokens=200, samples=6), damping=0.1, variance_weight=variance_weight)
+    large = lowest_subspace(guidance, 12, solver=solver)
+    for rank in (1, 4, 8):
+        small = lowest_subspace(guidance, rank, solver=solver)
+        torch.testing.assert_close(small.vectors, large.vectors[:, :rank], rtol=0, atol=1e-5)
+        torch.testing.assert_close(small.eigenvalues, large.eigenvalues[:rank], rtol=0, atol=1e-9)
+    assert (large.eigenvalues.diff() >= -1e-12).all()
+
+
+def test_beyond_the_rank_of_the_displacement_the_basis_is_completed_with_directions_it_does_not_move(
+    problem, guidance_of
+):
+    guidance = guidance_of(problem(samples=3), variance_weight=0.0)
+    pairs = lowest_subspace(guidance, 6)
+    identity = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, identity, rtol=0, atol=1e-12)
+    assert (pairs.eigenvalues[:3] < 0).all()
+    assert (pairs.eigenvalues[3:] == 0).all()
+    assert (guidance.displacement @ pairs.vectors[:, 3:]).norm().item() < 1e-12
+
+
+def test_with_a_variance_term_the_rest_of_the_basis_follows_the_inputs_not_the_axes(problem, guidance_of, projector):
+    guidance = guidance_of(problem(samples=3), variance_weight=1e-6)
+    pairs = lowest_subspace(guidance, 6)
+    vectors = torch.linalg.eigh(guidance.dense()).eigenvectors[:, :6]
+    torch.testing.assert_close(projector(pairs.vectors), projector(vectors), rtol=0, atol=1e-6)
+    assert (pairs.eigenvalues[3:] > 0).all()
+
+
+def test_the_residual_in_float64_is_small_for_eigenvectors_and_large_for_others(problem, guidance_of):
+    guidance = guidance_of(problem())
+    exact = lowest_subspace(guidance, 3)
+    assert check_residual_in_float64(guidance, exact) < 1e-12
+    noise = 1e-3 * random_frame(10, 3, 0)
+    off = Eigenpairs(eigenvalues=exact.eigenvalues, vectors=exact.vectors + noise, residual=0.0, solver="eigh")
+    assert 1e-5 < check_residual_in_float64(guidance, off) < 1e-2
+
+
+def test_the_parts_need_no_dense_matrix_to_be_applied(problem, guidance_of, monkeypatch):
+    guidance = guidance_of(problem(60, 420, tokens=600, samples=40), damping=0.1)
+    monkeypatch.setattr(FactorizedInput, "inverse", lambda self: pytest.fail("the inverse was formed"))
+    assert lowest_subspace(guidance, 8, solver="krylov").solver == "krylov"

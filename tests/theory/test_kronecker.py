@@ -1,0 +1,130 @@
+"""Damping rules, and a Cholesky factorisation that never fails in silence."""
+
+import pytest
+import torch
+
+from lora_da_hf.config import Damping
+from lora_da_hf.errors import NonFiniteError, SolveError
+from lora_da_hf.theory.kronecker import damping_value, factorize_input, inverse_output_factor
+
+
+@pytest.mark.parametrize(
+    ("damping", "expected"),
+    [
+        (Damping(amount=0.5), 0.5),
+        (Damping(amount=0.5, reference="mean"), 0.5 * 2.75),
+        (Damping(amount=0.5, reference="median"), 0.5 * 2.0),
+    ],
+)
+def test_a_damping_rule_becomes_an_amount(damping, expected):
+    assert damping_value(damping, torch.tensor([4.0, 1.0, 2.0, 4.0])) == pytest.approx(expected)
+
+
+def test_the_factor_solves_and_inverts_the_symmetrised_damped_moment(problem):
+    moment = problem().input_second_moment
+    lopsided = moment + torch.triu(torch.full_like(moment, 1e-3), 1)
+    factorized = factorize_input(lopsided, Damping(amount=0.1), layer="a")
+    z = (lopsided + lopsided.mT) / 2 + 0.1 * torch.eye(10, dtype=torch.float64)
+    right = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(factorized.solve(right), torch.linalg.solve(z, right))
+    torch.testing.assert_close(factorized.inverse(), torch.linalg.inv(z))
+    assert (factorized.damping, factorized.notes) == (0.1, ())
+
+
+def test_factorising_leaves_its_argument_alone(problem):
+    moment = problem().input_second_moment
+    before = moment.clone()
+    factorize_input(moment, Damping(amount=0.1), layer="a")
+    assert torch.equal(moment, before)
+
+
+def test_where_float32_fails_float64_follows_and_the_note_says_so():
+    moment = torch.diag(torch.tensor([1e12, 1.0, 1.0], dtype=torch.float64))
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    moment = rotation @ moment @ rotation.mT
+    factorized = factorize_input(moment, Damping(amount=1.0), layer="a", dtype=torch.float32)
+    assert factorized.cholesky.dtype == torch.float64
+    assert factorized.damping == 1.0
+    (note,) = factorized.notes
+    assert note.startswith("Cholesky in float32 with damping 1 ")
+
+
+def test_where_float64_fails_too_the_damping_is_raised_tenfold_and_each_try_is_noted():
+    moment = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    factorized = factorize_input(moment, Damping(amount=0.01), layer="a", dtype=torch.float32)
+    assert factorized.damping == pytest.approx(1.0)
+    assert [note.split(" failed")[0] for note in factorized.notes] == [
+        "Cholesky in float32 with damping 0.01",
+        "Cholesky in float64 with damping 0.01",
+        "Cholesky in float64 with damping 0.1",
+    ]
+    assert all(note.endswith("failed at pivot 2") for note in factorized.notes)
+
+
+def test_a_rank_deficient_moment_without_damping_gets_some():
+    moment = torch.ones(3, 3, dtype=torch.float64)
+    factorized = factorize_input(moment, Damping(amount=0.0), layer="a")
+    assert 0 < factorized.damping < 1e-3
+    assert factorized.notes
+    assert torch.isfinite(factorized.inverse()).all()
+
+
+def test_an_inaccurate_factor_counts_as_failed(monkeypatch):
+    exact = torch.linalg.cholesky_ex
+    calls = []
+
+    def inaccurate_once(matrix):
+        calls.append(matrix.dtype)
+        factor, info = exact(matrix)
+        return (factor * 1.01, info) if len(calls) == 1 else (factor, info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", inaccurate_once)
+    factorized = factorize_input(torch.eye(3, dtype=torch.float64), Damping(amount=0.5), layer="a")
+    assert factorized.damping == pytest.approx(5.0)
+    assert factorized.notes == ("Cholesky in float64 with damping 0.5 was inaccurate",)
+
+
+def test_where_nothing_helps_the_error_says_which_layer_and_what_to_do(monkeypatch):
+    tried = []
+
+    def failing(matrix):
+        tried.append((matrix.dtype, matrix[0, 0].item() - 2.0))
+        return torch.full_like(matrix, torch.nan), torch.tensor(2)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    with pytest.raises(SolveError) as caught:
+        factorize_input(2 * torch.eye(3), Damping(amount=0.5), layer="layers.3.q_proj", dtype=torch.float32)
+    assert str(caught.value) == (
+        "Cholesky failed for layers.3.q_proj, input second moment [3, 3], even with damping 5e+11 (pivot 2). Raise "
+        "input_damping or collect more samples."
+    )
+    assert [dtype for dtype, _ in tried] == [torch.float32] + [torch.float64] * 13
+    assert [amount for _, amount in tried] == pytest.approx([0.5, *(0.5 * 10**k for k in range(13))])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_input_moment_that_is_not_finite_is_named(value):
+    moment = torch.eye(3)
+    moment[0, 1] = value
+    with pytest.raises(NonFiniteError, match=r"input second moment of layers\.3\.q_proj is not finite"):
+        factorize_input(moment, Damping(amount=0.5), layer="layers.3.q_proj")
+
+
+def test_the_output_factor_is_inverted_with_its_damping():
+    diagonal = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    inverse, amount = inverse_output_factor(diagonal, Damping(amount=0.5, reference="mean"), layer="a")
+    assert amount == 1.0
+    torch.testing.assert_close(inverse, torch.tensor([0.5, 0.25], dtype=torch.float64))
+
+
+def test_an_undamped_zero_in_the_output_factor_is_an_error():
+    with pytest.raises(
+        SolveError, match=r"of a\.b has a zero entry and the output damping is 0, .* Raise output_damping"
+    ):
+        inverse_output_factor(torch.tensor([1.0, 0.0]), Damping(amount=0.0), layer="a.b")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_output_factor_that_is_not_finite_is_named(value):
+    with pytest.raises(NonFiniteError, match=r"output-gradient second moment of a\.b is not finite"):
+        inverse_output_factor(torch.tensor([1.0, value]), Damping(amount=0.1), layer="a.b")

@@ -1,0 +1,113 @@
+"""The step that is found is never above the loss of no step, and is near the best one."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_da_hf.theory.line_search import line_search
+
+LOSSES = st.floats(allow_nan=True, allow_infinity=True)
+FACTOR = 10**0.5
+
+
+def bowl(minimum, *, depth=1.0, power=2.0, baseline=1.0):
+    """Return a loss that is unimodal in the logarithm of the step."""
+    return lambda step: baseline - depth + abs(math.log10(step / minimum)) ** power
+
+
+@given(losses=st.lists(LOSSES, min_size=24, max_size=24), baseline=LOSSES, refine=st.booleans())
+def test_whatever_the_loss_does_the_result_is_never_above_the_baseline(losses, baseline, refine):
+    left = list(losses)
+    tried = []
+
+    def evaluate(step):
+        tried.append(step)
+        return left.pop() if left else 0.5
+
+    result = line_search(evaluate, baseline=baseline, refine=refine)
+    assert len(tried) == len(set(tried)) == len(result.evaluations) <= 25
+    assert min(tried) >= 1e-5
+    if result.helped:
+        assert result.loss < baseline
+        assert (result.step_size, result.loss) in result.evaluations
+        assert result.loss == min(loss for _, loss in result.evaluations)
+    else:
+        assert result.step_size == 0.0
+        assert result.loss is baseline
+
+
+@given(
+    exponent=st.floats(-4.4, 5.0),
+    power=st.floats(0.3, 4.0),
+    start=st.sampled_from([1e-3, 0.1, 1.0]),
+    scale=st.floats(0.01, 100),
+)
+def test_the_minimum_of_a_unimodal_loss_is_found_within_a_factor(exponent, power, start, scale):
+    minimum = 10**exponent
+    loss = bowl(minimum, power=power)
+    result = line_search(lambda step: scale * loss(step), baseline=math.inf, start=start)
+    assert 1 / FACTOR - 1e-9 <= result.step_size / minimum <= FACTOR + 1e-9
+
+
+@given(exponent=st.floats(-4.2, 5.0))
+def test_the_vertex_of_a_parabola_is_found(exponent):
+    minimum = 10**exponent
+    result = line_search(bowl(minimum), baseline=2.0)
+    assert abs(math.log10(result.step_size / minimum)) <= 0.1 * 0.5 + 1e-6  # shifts below a tenth are not worth a pass
+
+
+def test_without_refinement_only_the_grid_is_tried():
+    result = line_search(bowl(0.2), baseline=2.0, refine=False)
+    assert {round(math.log10(step / 0.1) * 2, 6) for step, _ in result.evaluations} <= set(range(-10, 10))
+
+
+@pytest.mark.parametrize("minimum", [2e-5, 1e-4, 0.1, 1e3, 1e6])
+def test_a_minimum_far_from_the_start_is_reached_on_either_side(minimum):
+    result = line_search(bowl(minimum), baseline=20.0)
+    assert result.step_size == pytest.approx(minimum, rel=1.0)
+    assert result.helped
+
+
+def test_a_search_that_falls_for_ever_ends():
+    result = line_search(lambda step: -math.log(step), baseline=0.0)
+    assert len(result.evaluations) == 24
+    assert result.step_size == max(step for step, _ in result.evaluations)
+
+
+def test_a_search_that_rises_for_ever_ends_above_the_smallest_step():
+    result = line_search(lambda step: 2 + step, baseline=1.0)
+    assert result.step_size == 0.0
+    assert result.loss == 1.0
+    assert not result.helped
+    assert 1e-5 <= min(step for step, _ in result.evaluations) < 1e-5 * FACTOR
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_counts_as_a_rise(value):
+    loss = bowl(0.01)
+    result = line_search(lambda step: loss(step) if step < 0.05 else value, baseline=2.0)
+    assert result.step_size == pytest.approx(0.01, rel=0.2)
+    assert all(not math.isnan(loss) for _, loss in result.evaluations)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
+def test_where_every_step_is_bad_there_is_none(value):
+    result = line_search(lambda step: value, baseline=1.0)
+    assert (result.step_size, result.loss, result.helped) == (0.0, 1.0, False)
+
+
+def test_a_baseline_that_is_not_finite_is_beaten_by_no_step_if_it_is_nan():
+    assert not line_search(lambda step: 1.0, baseline=math.nan).helped
+
+
+def test_of_equal_losses_the_smaller_step_wins():
+    result = line_search(lambda step: 0.5, baseline=1.0)
+    assert result.step_size == min(step for step, _ in result.evaluations)
+
+
+def test_a_shallow_minimum_above_the_baseline_is_not_taken():
+    result = line_search(bowl(0.1, depth=-0.5), baseline=1.0)
+    assert result.step_size == 0.0
+    assert min(loss for _, loss in result.evaluations) > 1.0

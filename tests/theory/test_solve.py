@@ -1,0 +1,175 @@
+"""One layer from statistics to subspace: precision, notes, errors and invariances."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lora_da_hf.errors import NonFiniteError, SolveError
+from lora_da_hf.theory import solve as solve_module
+from lora_da_hf.theory.solve import factorize, solve_dtype, solve_layer
+
+
+def solve(statistics, config, *, rank=4, population_size=100):
+    factorized = factorize(statistics, config, layer="layers.3.q_proj")
+    return solve_layer(
+        statistics, factorized, config, layer="layers.3.q_proj", rank=rank, population_size=population_size
+    )
+
+
+def scaled(statistics, *, loss=1.0, inputs=1.0):
+    return dataclasses.replace(
+        statistics,
+        input_second_moment=statistics.input_second_moment * inputs**2,
+        output_grad_second_moment_diag=statistics.output_grad_second_moment_diag * loss**2,
+        weight_grad=statistics.weight_grad * loss * inputs,
+    )
+
+
+def subspace(solution):
+    return solution.basis_A.mT @ solution.basis_A
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(12, 10, 4), (3, 10, 5), (10, 4, 4), (1, 6, 2)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_solution_has_pefts_layout_and_b_is_the_displacement_of_a(problem, config, d_out, d_in, rank, normalize):
+    statistics = problem(d_out, d_in)
+    solution = solve(statistics, config(normalize_displacement=normalize), rank=rank)
+    assert solution.basis_A.shape == (rank, d_in)
+    assert solution.basis_B.shape == (d_out, rank)
+    assert solution.eigenvalues.shape == (rank,)
+    gram = solution.basis_A @ solution.basis_A.mT
+    torch.testing.assert_close(gram, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+    z = statistics.input_second_moment + solution.input_damping * torch.eye(d_in, dtype=torch.float64)
+    y = statistics.output_grad_second_moment_diag + solution.output_damping
+    step = -torch.linalg.solve(z, (statistics.weight_grad / y[:, None]).mT).mT
+    assert solution.displacement_norm == pytest.approx(torch.linalg.svdvals(step)[0].item())
+    if normalize:
+        step = step / solution.displacement_norm
+    torch.testing.assert_close(solution.basis_B, step @ solution.basis_A.mT, rtol=1e-8, atol=1e-10)
+
+
+def test_the_dampings_are_multiples_of_the_means_of_the_diagonals(problem, config):
+    statistics = problem()
+    solution = solve(statistics, config(input_damping="0.2*mean", output_damping="0.3*median"))
+    assert solution.input_damping == pytest.approx(0.2 * statistics.input_second_moment.diagonal().mean().item())
+    assert solution.output_damping == pytest.approx(0.3 * statistics.output_grad_second_moment_diag.median().item())
+
+
+@pytest.mark.parametrize("scale", [1e-5, 3.0, 1e4])
+@pytest.mark.parametrize("what", ["loss", "inputs"])
+def test_with_relative_damping_the_scale_does_not_matter(problem, config, what, scale):
+    settings = config(variance_weight=1.0)
+    before, after = solve(problem(), settings), solve(scaled(problem(), **{what: scale}), settings)
+    torch.testing.assert_close(subspace(after), subspace(before), rtol=0, atol=1e-8)
+    torch.testing.assert_close(after.basis_B @ after.basis_A, before.basis_B @ before.basis_A, rtol=0, atol=1e-8)
+    torch.testing.assert_close(after.eigenvalues, before.eigenvalues)
+
+
+def test_with_absolute_damping_the_scale_does_matter(problem, config):
+    settings = config(input_damping=0.1, output_damping=0.1, variance_weight=1.0)
+    before, after = solve(problem(), settings), solve(scaled(problem(), loss=1e-2), settings)
+    assert (subspace(after) - subspace(before)).norm().item() > 0.1
+
+
+def test_a_large_population_leaves_no_variance_and_a_small_one_leaves_no_bias(problem, config):
+    statistics = problem()
+    settings = config(variance_weight=1.0)
+    few, many = (solve(statistics, settings, population_size=n) for n in (1, 10**12))
+    none = solve(statistics, config(variance_weight=0.0))
+    torch.testing.assert_close(subspace(many), subspace(none), rtol=0, atol=1e-6)
+    assert (subspace(few) - subspace(none)).norm().item() > 0.1
+
+
+def test_smaller_ranks_are_slices(problem, config):
+    large, small = (solve(problem(), config(), rank=rank) for rank in (8, 3))
+    lora_A, lora_B = large.at_rank(3)
+    torch.testing.assert_close(lora_A, small.basis_A, rtol=0, atol=1e-9)
+    torch.testing.assert_close(lora_B, small.basis_B, rtol=0, atol=1e-9)
+
+
+def test_the_same_statistics_give_the_same_bits(problem, config):
+    first, second = (solve(problem(60, 420, samples=30), config(), rank=8) for _ in range(2))
+    assert torch.equal(first.basis_A, second.basis_A)
+    assert torch.equal(first.basis_B, second.basis_B)
+
+
+@pytest.mark.parametrize(
+    ("setting", "width", "expected"),
+    [
+        ("auto", 8192, torch.float64),
+        ("auto", 8193, torch.float32),
+        ("float32", 4, torch.float32),
+        ("float64", 10**5, torch.float64),
+    ],
+)
+def test_wide_layers_are_solved_in_float32(config, setting, width, expected):
+    assert solve_dtype(config(solve_dtype=setting), width) == expected
+
+
+@pytest.mark.parametrize("solver", ["eigh", "krylov"])
+def test_float32_finds_the_subspace_of_float64_and_measures_its_residual_there(problem, config, solver):
+    statistics = problem(60, 420, tokens=600, samples=30)
+    narrow, wide = (
+        solve(statistics, config(solve_dtype=dtype, solver=solver), rank=6) for dtype in ("float32", "float64")
+    )
+    assert narrow.basis_A.dtype == torch.float32
+    assert wide.basis_A.dtype == torch.float64
+    assert narrow.solver == wide.solver == solver
+    assert 1e-9 < narrow.residual < 1e-4  # what float32 leaves: not what it believes to leave
+    torch.testing.assert_close(subspace(narrow).double(), subspace(wide), rtol=0, atol=1e-3)
+    assert narrow.notes == wide.notes == ()
+
+
+def test_a_float32_solve_that_misses_is_repeated_in_float64_and_noted(problem, config, monkeypatch):
+    monkeypatch.setattr(solve_module, "check_residual_in_float64", lambda guidance, pairs: 0.5)
+    solution = solve(problem(), config(solve_dtype="float32"))
+    assert solution.notes == ("float32 left a residual of 5.0e-01; solved again in float64",)
+    assert solution.basis_A.dtype == solution.basis_B.dtype == torch.float64
+    assert solution.residual < 1e-10
+
+
+def test_where_float32_cannot_be_factorised_the_layer_is_solved_in_float64(problem, config):
+    statistics = problem(12, 10, tokens=4)  # fewer tokens than inputs
+    solution = solve(statistics, config(solve_dtype="float32", input_damping=1e-12))
+    assert solution.basis_A.dtype == torch.float64
+    assert solution.notes[0].startswith("Cholesky in float32 with damping 1e-12")
+
+
+def test_krylov_that_falls_back_is_noted_when_it_was_asked_for(problem, config):
+    statistics = problem(12, 40)
+    asked = solve(statistics, config(solver="krylov", variance_weight=1e3), rank=4)
+    assert asked.solver == "eigh"
+    assert asked.notes == ("Krylov did not converge; solved exactly",)
+    exact = solve(statistics, config(solver="eigh", variance_weight=1e3), rank=4)
+    assert exact.notes == ()
+    torch.testing.assert_close(subspace(asked), subspace(exact), rtol=0, atol=1e-9)
+
+
+def test_a_zero_gradient_is_an_error_that_names_the_layer(problem, config):
+    statistics = dataclasses.replace(problem(), weight_grad=torch.zeros(12, 10, dtype=torch.float64))
+    with pytest.raises(SolveError, match=r"weight gradient of layers\.3\.q_proj is zero"):
+        solve(statistics, config())
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("weight_grad", r"weight gradient of layers\.3\.q_proj is not finite"),
+        ("input_second_moment", r"input second moment of layers\.3\.q_proj is not finite"),
+        ("output_grad_second_moment_diag", r"output-gradient second moment of layers\.3\.q_proj is not finite"),
+    ],
+)
+def test_a_statistic_that_is_not_finite_is_named(problem, config, field, message):
+    statistics = problem()
+    value = getattr(statistics, field).clone()
+    value.view(-1)[1] = torch.nan
+    with pytest.raises(NonFiniteError, match=message):
+        solve(dataclasses.replace(statistics, **{field: value}), config())
+
+
+def test_no_output_damping_and_a_dead_output_is_an_error(problem, config):
+    statistics = problem()
+    statistics.output_grad_second_moment_diag[2] = 0.0
+    with pytest.raises(SolveError, match="Raise output_damping"):
+        solve(statistics, config(output_damping=0.0))

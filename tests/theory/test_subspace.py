@@ -1,0 +1,156 @@
+"""Extreme eigenvectors, exactly and by block Krylov; signs, completion and residuals."""
+
+import pytest
+import torch
+
+from lora_da_hf.theory.subspace import (
+    Eigenpairs,
+    block_krylov,
+    complete_basis,
+    fix_signs,
+    leading_eigenpairs,
+    relative_residual,
+)
+
+
+def symmetric(eigenvalues, *, seed=0, dtype=torch.float64):
+    values = torch.as_tensor(eigenvalues, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    return (rotation * values @ rotation.mT).to(dtype)
+
+
+def decaying(dimension, **options):
+    return symmetric(0.7 ** torch.arange(dimension, dtype=torch.float64), **options)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "krylov", "auto"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_largest_eigenpairs_come_in_descending_order(projector, solver, count):
+    matrix = decaying(120)
+    pairs = leading_eigenpairs(lambda v: matrix @ v, 120, count, like=matrix, solver=solver)
+    values, vectors = torch.linalg.eigh(matrix)
+    torch.testing.assert_close(pairs.eigenvalues, values.flip(0)[:count], rtol=0, atol=1e-9)
+    torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, -count:]), rtol=0, atol=1e-6)
+    assert pairs.residual <= 1e-7
+    assert pairs.converged
+
+
+@pytest.mark.parametrize(
+    ("dimension", "count", "solver"), [(384, 4, "eigh"), (385, 4, "krylov"), (400, 50, "eigh"), (400, 49, "krylov")]
+)
+def test_auto_takes_krylov_only_where_it_is_faster(dimension, count, solver):
+    matrix = torch.diag(0.3 ** torch.arange(dimension, dtype=torch.float64))
+    assert leading_eigenpairs(lambda v: matrix @ v, dimension, count, like=matrix).solver == solver
+
+
+def test_algebraically_largest_is_not_largest_in_magnitude(projector):
+    matrix = symmetric([-100.0, *[0.5**k for k in range(99)]])
+    for solver in ("eigh", "krylov"):
+        pairs = leading_eigenpairs(lambda v: matrix @ v, 100, 2, like=matrix, solver=solver)
+        torch.testing.assert_close(pairs.eigenvalues, torch.tensor([1.0, 0.5], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_krylov_that_does_not_converge_falls_back_to_an_exact_solve(projector):
+    matrix = symmetric(torch.linspace(1.0, 1.1, 60))  # no gap anywhere
+    assert not block_krylov(lambda v: matrix @ v, 60, 4, like=matrix).converged
+    pairs = leading_eigenpairs(lambda v: matrix @ v, 60, 4, like=matrix, solver="krylov")
+    assert pairs.solver == "eigh"
+    assert pairs.converged
+    vectors = torch.linalg.eigh(matrix).eigenvectors
+    torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, -4:]), rtol=0, atol=1e-8)
+
+
+def test_krylov_reports_the_residual_that_it_has():
+    matrix = decaying(200)
+    pairs = block_krylov(lambda v: matrix @ v, 200, 4, like=matrix)
+    residual = (matrix @ pairs.vectors - pairs.vectors * pairs.eigenvalues).norm(dim=0).max().item()
+    assert pairs.residual == pytest.approx(residual / pairs.eigenvalues[0].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("true_rank", [1, 3])
+def test_krylov_stays_orthonormal_on_an_operator_of_lower_rank_than_asked(true_rank):
+    matrix = symmetric([1.0 / (k + 1) for k in range(true_rank)] + [0.0] * (200 - true_rank))
+    pairs = block_krylov(lambda v: matrix @ v, 200, 8, like=matrix)
+    assert pairs.converged
+    torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(pairs.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:8], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_in_float32_krylov_is_not_fooled_by_the_scale(projector, scale):
+    matrix = decaying(200, dtype=torch.float32) * scale
+    pairs = block_krylov(lambda v: matrix @ v, 200, 4, like=matrix)
+    vectors = torch.linalg.eigh(matrix.double() / scale).eigenvectors[:, -4:].float()
+    assert pairs.converged
+    torch.testing.assert_close(projector(pairs.vectors), projector(vectors), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "krylov"])
+def test_the_same_operator_gives_the_same_bits(solver):
+    matrix = decaying(150)
+    torch.manual_seed(1)
+    first = leading_eigenpairs(lambda v: matrix @ v, 150, 4, like=matrix, solver=solver)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = leading_eigenpairs(lambda v: matrix @ v, 150, 4, like=matrix, solver=solver)
+    assert torch.equal(first.vectors, second.vectors)
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_signs_make_the_largest_entry_of_each_column_positive():
+    vectors = torch.tensor([[0.6, -0.8], [-0.8, 0.6]])
+    torch.testing.assert_close(fix_signs(vectors), torch.tensor([[-0.6, 0.8], [0.8, -0.6]]))
+
+
+def test_the_residual_is_relative_to_the_largest_eigenvalue():
+    vectors = torch.eye(3, dtype=torch.float64)[:, :2]
+    eigenvalues = torch.tensor([-4.0, 1.0], dtype=torch.float64)
+    image = vectors * eigenvalues
+    assert relative_residual(image, vectors, eigenvalues) == 0.0
+    image[2, 1] = 2.0
+    assert relative_residual(image, vectors, eigenvalues) == pytest.approx(0.5)
+
+
+def pairs_of(vectors, eigenvalues):
+    return Eigenpairs(
+        eigenvalues=torch.tensor(eigenvalues, dtype=torch.float64), vectors=vectors, residual=0.0, solver="eigh"
+    )
+
+
+def test_null_directions_become_the_first_axes_that_are_farthest_from_the_span():
+    axes = torch.eye(5, dtype=torch.float64)
+    leading = axes[:, [1]]
+    arbitrary = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    completed = complete_basis(pairs_of(torch.cat([leading, arbitrary[:, :3]], dim=1), [1.0, 1e-17, 0.0, -1e-18]))
+    torch.testing.assert_close(completed.vectors, axes[:, [1, 0, 2, 3]], rtol=0, atol=1e-15)
+    assert completed.eigenvalues.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_completion_does_not_depend_on_the_null_vectors_that_the_solver_gave():
+    basis = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    leading, null = basis[:, :2], basis[:, 2:]
+    turned = null @ torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q
+    first, second = (
+        complete_basis(pairs_of(torch.cat([leading, part[:, :3]], dim=1), [1.0, 0.5, 0.0, 0.0, 0.0]))
+        for part in (null, turned)
+    )
+    assert torch.equal(first.vectors, second.vectors)
+    assert torch.equal(first.vectors[:, :2], leading)
+    gram = first.vectors.mT @ first.vectors
+    torch.testing.assert_close(gram, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
+    farthest = leading.square().sum(dim=1).argmin()
+    axis = torch.eye(7, dtype=torch.float64)[:, farthest]
+    expected = axis - leading @ (leading.mT @ axis)
+    torch.testing.assert_close(first.vectors[:, 2], fix_signs((expected / expected.norm())[:, None])[:, 0])
+
+
+def test_an_operator_that_is_zero_is_completed_with_the_first_axes():
+    completed = complete_basis(pairs_of(torch.eye(4, dtype=torch.float64)[:, [3, 2]], [0.0, 0.0]))
+    assert torch.equal(completed.vectors, torch.eye(4, dtype=torch.float64)[:, :2])
+
+
+def test_a_basis_without_null_directions_stays():
+    pairs = pairs_of(torch.eye(4, dtype=torch.float64)[:, [3, 2]], [1.0, 1e-6])
+    assert complete_basis(pairs) is pairs

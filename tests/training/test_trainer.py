@@ -1,0 +1,715 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from datasets import Dataset, IterableDataset
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_same_tensors,
+    assert_statistics_equal,
+    autograd_statistics,
+    base_linear_layers,
+    collate,
+    factors,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    written_adapter,
+)
+from peft import IA3Config, PeftModel
+from torch.nn.functional import cross_entropy
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import Trainer, TrainerCallback
+
+from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
+from lora_da_hf.training import callback as callback_module
+
+
+@pytest.fixture
+def samples():
+    return make_learnable_samples(24)
+
+
+@pytest.fixture
+def count_initializations(monkeypatch):
+    """Return a list that grows with each initialisation."""
+    calls = []
+    original = callback_module.initialize_lora_da
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(callback_module, "initialize_lora_da", counted)
+    return calls
+
+
+def make_trainer(folder, model, samples, kind=LoRADATrainer, da_config=None, arguments=None, **settings):
+    if issubclass(kind, LoRADATrainer):
+        settings["da_config"] = da_config or make_config()
+    return kind(
+        model=model,
+        args=make_args(folder, **(arguments or {})),
+        train_dataset=samples,
+        data_collator=settings.pop("data_collator", collate),
+        **settings,
+    )
+
+
+def stored_statistics(folder):
+    stored = load_init(folder / "lora_da")
+    return load_statistics(stored.folder, stored.manifest)
+
+
+class Recording:
+    """Records the batches of training, in order, and the state of the random generator in each step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not hasattr(self, "batches"):
+            self.batches, self.random_states = [], []
+        self.batches.append(inputs["input_ids"].clone())
+        self.random_states.append(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class RecordingTrainer(Recording, Trainer):
+    pass
+
+
+class RecordingLoRADATrainer(Recording, LoRADATrainer):
+    pass
+
+
+# What it takes
+
+
+def test_a_plain_model_is_wrapped_and_starts_from_the_data(tmp_path, tiny_llama, samples):
+    trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.lora_da_report is None
+    trainer.train()
+    report = trainer.lora_da_report
+    assert report is not None
+    assert len(report.layers) == LINEAR_LAYERS
+    assert not report.kept
+    assert report.step_size > 0
+    assert report.search_loss_after <= report.search_loss_before
+    assert all(tensor.any() for tensor in written_adapter(tmp_path / "lora_da").values())
+
+
+def test_a_model_with_an_adapter_is_taken_as_it_is(tmp_path, lora_model, samples):
+    model = lora_model(r=3)
+    trainer = make_trainer(tmp_path, model, samples)
+    assert trainer.model is model
+    trainer.train()
+    assert {layer.rank for layer in trainer.lora_da_report.layers} == {3}
+
+
+@pytest.mark.parametrize("takes_trial", [False, True])
+@pytest.mark.parametrize("positional", [False, True])
+def test_model_init_gives_the_model_that_is_wrapped(tmp_path, tiny_llama, samples, takes_trial, positional):
+    trials = []
+
+    def without_argument():
+        return tiny_llama()
+
+    def with_argument(trial):
+        trials.append(trial)
+        return tiny_llama()
+
+    model_init = with_argument if takes_trial else without_argument
+    settings = {"peft_config": make_lora_config(), "da_config": make_config()}
+    if positional:
+        trainer = LoRADATrainer(None, make_args(tmp_path), collate, samples, None, None, model_init, **settings)
+    else:
+        trainer = LoRADATrainer(
+            model_init=model_init,
+            args=make_args(tmp_path),
+            data_collator=collate,
+            train_dataset=samples,
+            **settings,
+        )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
+    assert trials == ([None, None] if takes_trial else [])
+
+
+def test_model_init_may_wrap_the_model_by_itself(tmp_path, lora_model, samples):
+    trainer = make_trainer(tmp_path, None, samples, model_init=lambda: lora_model())
+    trainer.train()
+    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
+
+
+def test_everything_but_the_start_of_the_adapter_is_as_with_trainer(tmp_path, lora_model, samples):
+    kwargs = {"arguments": {"max_steps": 8, "seed": 7}}
+    plain = make_trainer(tmp_path / "plain", lora_model(), samples, RecordingTrainer, **kwargs)
+    plain.train()
+    ours = make_trainer(tmp_path / "ours", lora_model(), samples, RecordingLoRADATrainer, **kwargs)
+    ours.train()
+    assert len(ours.batches) == len(plain.batches) == 8
+    for found, expected in zip(ours.batches, plain.batches, strict=True):
+        assert torch.equal(found, expected)
+    assert ours.random_states == plain.random_states
+    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (ours, plain)]
+    assert rates[0] == rates[1]
+    assert len(rates[0]) == 8
+
+
+def test_the_adapter_that_peft_config_makes_does_not_depend_on_what_ran_before(tmp_path, tiny_llama, samples):
+    weights = []
+    for number in (1, 2):
+        torch.rand(number)
+        trainer = make_trainer(tmp_path / str(number), tiny_llama(), samples, peft_config=make_lora_config())
+        weights.append(adapter_weights(trainer.model))
+    assert_same_tensors(weights[0], weights[1])
+
+
+def test_the_report_is_in_the_log_and_in_the_folder(tmp_path, tiny_llama, samples):
+    trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    report = trainer.lora_da_report
+    assert entry["step"] == 0
+    assert entry["lora_da_step_size"] == report.step_size
+    assert entry["lora_da_layers"] == LINEAR_LAYERS
+    assert entry["lora_da_search_loss_after"] == report.search_loss_after
+    assert sum("lora_da_step_size" in e for e in trainer.state.log_history) == 1
+    assert json.loads((tmp_path / "lora_da" / "lora_da_report.json").read_text())["step_size"] == report.step_size
+
+
+# The loss
+
+
+class CallsSuper(LoRADATrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = 3 * loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class TokenMean(LoRADATrainer):
+    """A loss of its own that divides by the batch's labels, whatever it is told."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        logits, labels = outputs.logits[:, :-1], inputs["labels"][:, 1:]
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten()) * 2
+        return (loss, outputs) if return_outputs else loss
+
+
+class ReturnsOutputs(LoRADATrainer):
+    """A loss that returns its outputs whether they are asked for or not."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return (loss, None) if not model.training else loss
+
+
+def summed_loss(outputs, labels, num_items_in_batch=None):
+    losses = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return losses / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def sample_loss(model, batch, factor=1.0, smoothing=0.0):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][0, 1:]
+    kept = labels != -100
+    log_probabilities = logits[0, :-1][kept].log_softmax(-1)
+    likelihood = -log_probabilities.gather(1, labels[kept][:, None]).mean()
+    return factor * ((1 - smoothing) * likelihood - smoothing * log_probabilities.mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "arguments", "reference", "reduction"),
+    [
+        pytest.param(LoRADATrainer, {}, {}, {}, "sum", id="the model's"),
+        pytest.param(
+            LoRADATrainer,
+            {},
+            {"label_smoothing_factor": 0.2},
+            {"smoothing": 0.2},
+            "sum",
+            id="label smoothing",
+        ),
+        pytest.param(CallsSuper, {}, {}, {"factor": 3.0}, "sum", id="overridden, calling super"),
+        pytest.param(TokenMean, {}, {}, {"factor": 2.0}, "unknown", id="overridden, a batch mean"),
+        pytest.param(ReturnsOutputs, {}, {}, {}, "sum", id="overridden, returning outputs"),
+        pytest.param(LoRADATrainer, {"compute_loss_func": summed_loss}, {}, {}, "sum", id="compute_loss_func, a sum"),
+        pytest.param(
+            LoRADATrainer, {"compute_loss_func": mean_loss}, {}, {}, "unknown", id="compute_loss_func, a mean"
+        ),
+    ],
+)
+def test_statistics_are_those_of_the_trainers_own_loss_sample_by_sample(
+    tmp_path, lora_model, samples, kind, settings, arguments, reference, reduction
+):
+    config = make_config(sample_selection="head", save_statistics=True, step_size=0.01)
+    trainer = make_trainer(tmp_path, lora_model(), samples, kind, config, arguments, **settings)
+    trainer.train()
+    expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, **reference))
+    assert_statistics_equal(stored_statistics(tmp_path), expected, 2e-5)
+    assert trainer.lora_da_report.loss_reduction.startswith(reduction)
+    assert trainer.lora_da_report.batch_size == (4 if reduction == "sum" else 1)
+
+
+def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_path, lora_model, samples):
+    config = make_config(
+        sample_selection="head", save_statistics=True, step_size=0.01, loss_reduction="token_mean", batch_size=5
+    )
+    trainer = make_trainer(tmp_path, lora_model(), samples, TokenMean, config)
+    trainer.train()
+    expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, factor=2.0))
+    assert_statistics_equal(stored_statistics(tmp_path), expected, 2e-5)
+    assert trainer.lora_da_report.batch_size == 5
+
+
+def test_a_loss_that_is_no_tensor_is_an_error(tmp_path, lora_model, samples):
+    class NoTensor(LoRADATrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 1.0
+
+    with pytest.raises(DataError, match="compute_loss returned a float, and it must return a scalar tensor"):
+        make_trainer(tmp_path, lora_model(), samples, NoTensor).train()
+
+
+def test_gradient_accumulation_and_averaging_over_devices_do_not_change_the_statistics(tmp_path, lora_model, samples):
+    found = []
+    for number, arguments in enumerate(
+        [
+            {},
+            {"gradient_accumulation_steps": 3, "average_tokens_across_devices": True},
+            {"per_device_train_batch_size": 1, "average_tokens_across_devices": False},
+        ]
+    ):
+        folder = tmp_path / str(number)
+        make_trainer(
+            folder, lora_model(), samples, da_config=make_config(save_statistics=True), arguments=arguments
+        ).train()
+        found.append(stored_statistics(folder))
+    assert_statistics_equal(found[1], found[0], 1e-5)
+    assert_statistics_equal(found[2], found[0], 1e-5)
+
+
+# The first step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+def test_training_goes_on_from_the_written_weights_as_trainer_would(tmp_path, tiny_llama, samples, optimizer):
+    arguments = {"max_steps": 3, "optim": optimizer}
+    ours = make_trainer(
+        tmp_path / "ours", tiny_llama(), samples, arguments=arguments, peft_config=make_lora_config(lora_dropout=0.1)
+    )
+    ours.train()
+    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours" / "lora_da", is_trainable=True)
+    before = adapter_weights(start)
+    plain = make_trainer(tmp_path / "plain", start, samples, Trainer, arguments=arguments)
+    plain.train()
+    after = adapter_weights(ours.model)
+    assert_same_tensors(after, adapter_weights(plain.model))
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_no_gradient_is_left_for_the_first_step(tmp_path, lora_model, samples):
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.gradients = [name for name, p in model.named_parameters() if p.grad is not None]
+            self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+            self.training = model.training
+
+    watch = Watch()
+    trainer = make_trainer(tmp_path, lora_model(), samples, callbacks=[watch])
+    trainer.train()
+    assert watch.gradients == []
+    assert watch.trainable == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
+    assert watch.training
+
+
+# Once
+
+
+def test_a_resumed_run_is_not_initialised_and_ends_where_an_uninterrupted_one_does(
+    tmp_path, tiny_llama, samples, count_initializations
+):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = {"peft_config": make_lora_config(), "arguments": arguments}
+    whole = make_trainer(tmp_path, tiny_llama(), samples, **settings)
+    whole.train()
+    assert len(count_initializations) == 1
+    resumed = make_trainer(tmp_path, tiny_llama(), samples, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(count_initializations) == 1
+    assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
+    assert resumed.lora_da_report.step_size == whole.lora_da_report.step_size
+
+
+def test_training_on_after_a_resumed_run_does_not_initialise(tmp_path, tiny_llama, samples, count_initializations):
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    settings = {"peft_config": make_lora_config(), "arguments": arguments}
+    make_trainer(tmp_path, tiny_llama(), samples, **settings).train()
+    resumed = make_trainer(tmp_path, tiny_llama(), samples, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    resumed.train()
+    assert len(count_initializations) == 1
+
+
+def test_a_second_train_goes_on_from_the_first(tmp_path, lora_model, samples, count_initializations):
+    trainer = make_trainer(tmp_path, lora_model(), samples, arguments={"learning_rate": 0.0})
+    trainer.train()
+    report, weights = trainer.lora_da_report, adapter_weights(trainer.model)
+    trainer.train()
+    assert len(count_initializations) == 1
+    assert trainer.lora_da_report is report
+    assert_same_tensors(adapter_weights(trainer.model), weights)
+
+
+def test_two_trainers_on_one_model_initialise_it_once(tmp_path, lora_model, samples, count_initializations):
+    model = lora_model()
+    make_trainer(tmp_path / "one", model, samples).train()
+    make_trainer(tmp_path / "two", model, samples).train()
+    assert len(count_initializations) == 1
+    assert not (tmp_path / "two" / "lora_da").exists()
+
+
+def test_an_adapter_that_was_trained_before_is_refused(tmp_path, lora_model, samples):
+    model = lora_model()
+    make_trainer(tmp_path / "plain", model, samples, Trainer).train()
+    with pytest.raises(AdapterAlreadyTrainedError, match="resume from a checkpoint"):
+        make_trainer(tmp_path / "ours", model, samples).train()
+
+
+def test_each_model_of_model_init_is_initialised(tmp_path, tiny_llama, samples, count_initializations):
+    trainer = make_trainer(tmp_path, None, samples, model_init=lambda: tiny_llama(), peft_config=make_lora_config())
+    trainer.train()
+    first, first_model = adapter_weights(trainer.model), trainer.model
+    trainer.train()
+    assert trainer.model is not first_model
+    assert len(count_initializations) == 2
+    assert_same_tensors(adapter_weights(trainer.model), first)
+
+
+class RunsOutOfMemory(LoRADATrainer):
+    """Fails in its first training step, unless the batch is small."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.sizes = [*getattr(self, "sizes", []), len(inputs["input_ids"])]
+        if len(inputs["input_ids"]) > 3:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisation(
+    tmp_path, lora_model, samples, count_initializations
+):
+    trainer = make_trainer(
+        tmp_path,
+        lora_model(),
+        samples,
+        RunsOutOfMemory,
+        arguments={"auto_find_batch_size": True, "learning_rate": 0.0},
+    )
+    trainer.train()
+    assert trainer.sizes[0] == 4
+    assert trainer.sizes[-1] < 4
+    assert len(count_initializations) == 1
+    assert_same_tensors(adapter_weights(trainer.model), written_adapter(tmp_path / "lora_da"))
+    assert [e["step"] for e in trainer.state.log_history if "lora_da_step_size" in e] == [0]
+
+
+def test_running_out_of_memory_in_the_statistics_tries_a_smaller_batch_size_there(
+    tmp_path, lora_model, samples, count_initializations
+):
+    class Greedy(LoRADATrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            if len(inputs["input_ids"]) > 3:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = make_trainer(tmp_path, lora_model(), samples, Greedy, arguments={"auto_find_batch_size": True})
+    trainer.train()
+    assert len(count_initializations) == 2
+    assert 1 < trainer.lora_da_report.batch_size <= 3
+
+
+# A frozen A
+
+
+def optimizer_parameters(trainer):
+    return {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+
+
+def make_frozen_a_trainer(folder, model, samples, with_callback):
+    config = make_config(freeze_a=True)
+    arguments = {"max_steps": 3}
+    if with_callback:
+        callbacks = [LoRADACallback(config)]
+        return make_trainer(folder, model, samples, Trainer, arguments=arguments, callbacks=callbacks)
+    return make_trainer(folder, model, samples, da_config=config, arguments=arguments)
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_frozen_a_is_not_in_the_optimizer_and_does_not_change(tmp_path, lora_model, samples, with_callback):
+    trainer = make_frozen_a_trainer(tmp_path, lora_model(), samples, with_callback)
+    trainer.train()
+    named = dict(trainer.model.named_parameters())
+    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
+    assert {name for name, p in named.items() if p.requires_grad} == {name for name in named if "lora_B" in name}
+    start, end = written_adapter(tmp_path / "lora_da"), adapter_weights(trainer.model)
+    assert_same_tensors(factors(end, "A"), factors(start, "A"))
+    assert all(not torch.equal(end[name], start[name]) for name in factors(start, "B"))
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_frozen_a_of_each_new_model_of_model_init_stays_out_of_the_optimizer(
+    tmp_path, lora_model, samples, with_callback
+):
+    config = make_config(freeze_a=True)
+    kind, settings = (Trainer, {"callbacks": [LoRADACallback(config)]}) if with_callback else (LoRADATrainer, {})
+    trainer = make_trainer(tmp_path, None, samples, kind, config, model_init=lambda: lora_model(), **settings)
+    trainer.train()
+    named = dict(trainer.model.named_parameters())
+    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
+
+
+def kept_inputs_of_a(model, batch):
+    """Count the layers whose input to A is kept for the backward pass."""
+    inputs, kept = {}, set()
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        for name, module in model.named_modules()
+        if name.endswith("lora_A.default")
+    ]
+
+    def pack(tensor):
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert inputs
+    return sum(tensor.data_ptr() in kept for tensor in inputs.values()), len(inputs)
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_training_with_a_frozen_a_keeps_no_input_of_a(tmp_path, lora_model, samples, with_callback):
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]  # their inputs are kept by nothing else
+    frozen = make_frozen_a_trainer(tmp_path / "frozen", lora_model(target_modules=targets), samples, with_callback)
+    trainable = make_trainer(tmp_path / "trainable", lora_model(target_modules=targets), samples)
+    frozen.train()
+    trainable.train()
+    batch = collate(samples[:4])
+    assert kept_inputs_of_a(trainable.model, batch) == (8, 8)
+    assert kept_inputs_of_a(frozen.model, batch) == (0, 8)
+
+
+# Precision and memory
+
+
+def test_bfloat16_weights_give_statistics_near_those_of_float32(tmp_path, tiny_llama, samples):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        trainer = make_trainer(
+            folder,
+            tiny_llama(dtype=dtype),
+            samples,
+            da_config=make_config(save_statistics=True),
+            peft_config=make_lora_config(),
+        )
+        trainer.train()
+        assert {p.dtype for _, p in trainer.model.named_parameters() if p.requires_grad} == {torch.float32}
+        assert trainer.lora_da_report.search_loss_after <= trainer.lora_da_report.search_loss_before
+        found[dtype] = stored_statistics(folder)
+    assert all(s.weight_grad.dtype == torch.float32 for s in found[torch.bfloat16].values())
+    assert_statistics_equal(found[torch.bfloat16], found[torch.float32], 0.1)
+
+
+def test_bf16_training_takes_statistics_under_autocast(tmp_path, lora_model, samples, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    found = {}
+    for bf16 in (False, True):
+        folder = tmp_path / str(bf16)
+        model = lora_model()
+        dtypes = set()
+        for layer in base_linear_layers(model).values():
+            layer.register_forward_hook(lambda _, args, output, dtypes=dtypes: dtypes.add(output.dtype))
+        config = make_config(save_statistics=True)
+        make_trainer(folder, model, samples, da_config=config, arguments={"bf16": bf16}).train()
+        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+        found[bf16] = stored_statistics(folder)
+    assert_statistics_equal(found[True], found[False], 0.1)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, lora_model, samples, use_reentrant):
+    config = make_config(save_statistics=True)
+    plain = make_trainer(tmp_path / "plain", lora_model(), samples, da_config=config)
+    plain.train()
+    model = lora_model()
+    if use_reentrant:
+        model.enable_input_require_grads()  # what Trainer asks for with this kind of checkpointing
+    checkpointed = make_trainer(
+        tmp_path / "checkpointed",
+        model,
+        samples,
+        da_config=config,
+        arguments={
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+        },
+    )
+    checkpointed.train()
+    found, expected = (stored_statistics(tmp_path / which) for which in ("checkpointed", "plain"))
+    assert_statistics_equal(found, expected, 1e-6)
+    assert [s.num_input_tokens for s in found.values()] == [s.num_input_tokens for s in expected.values()]
+    assert checkpointed.lora_da_report.step_size == pytest.approx(plain.lora_da_report.step_size, rel=1e-4)
+
+
+@pytest.mark.parametrize("entries", [1, 2])
+def test_a_model_with_a_device_map_gives_the_same(tmp_path, tiny_llama, samples, entries):
+    parts = {"model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"}
+    device_map = {"": "cpu"} if entries == 1 else {part: "cpu" for part in parts}
+    reports, statistics = [], []
+    for dispatched in (False, True):
+        model = tiny_llama()
+        if dispatched:
+            model = dispatch_model(model, device_map=device_map, force_hooks=True)
+        folder = tmp_path / str(dispatched)
+        config = make_config(save_statistics=True)
+        trainer = make_trainer(folder, model, samples, da_config=config, peft_config=make_lora_config())
+        trainer.train()
+        reports.append(trainer.lora_da_report)
+        statistics.append(stored_statistics(folder))
+    assert_statistics_equal(statistics[1], statistics[0], 1e-6)
+    assert reports[1].step_size == reports[0].step_size
+
+
+# Data
+
+
+class Stream(TorchIterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def make_stream(kind, samples):
+    return Stream(samples) if kind == "torch" else IterableDataset.from_generator(lambda: iter(samples))
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, lora_model, samples, kind):
+    config = make_config(population_size=1000, step_size=0.01)
+    trainer = make_trainer(
+        tmp_path, lora_model(), make_stream(kind, samples), RecordingLoRADATrainer, config, {"max_steps": 2}
+    )
+    trainer.train()
+    assert trainer.lora_da_report.population_size == 1000
+    assert trainer.lora_da_report.num_samples == 12
+    assert torch.equal(trainer.batches[0], collate(samples[:4])["input_ids"])
+    listed = make_trainer(
+        tmp_path / "list",
+        lora_model(),
+        samples,
+        da_config=make_config(sample_selection="head", population_size=1000, step_size=0.01),
+    )
+    listed.train()
+    assert listed.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
+    assert_same_tensors(written_adapter(tmp_path / "lora_da"), written_adapter(tmp_path / "list" / "lora_da"))
+
+
+def test_a_stream_without_a_population_size_is_an_error(tmp_path, lora_model, samples):
+    with pytest.raises(DataError, match=r"is a stream, so its size is not known. Give population_size"):
+        make_trainer(tmp_path, lora_model(), Stream(samples)).train()
+
+
+def test_the_population_is_the_length_of_the_training_set_unless_it_is_given(tmp_path, lora_model, samples):
+    trainer = make_trainer(tmp_path / "length", lora_model(), samples)
+    trainer.train()
+    assert trainer.lora_da_report.population_size == 24
+    trainer = make_trainer(tmp_path / "given", lora_model(), samples, da_config=make_config(population_size=10_000))
+    trainer.train()
+    assert trainer.lora_da_report.population_size == 10_000
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_columns_that_the_model_does_not_take_are_left_out(tmp_path, lora_model, samples, as_dataset):
+    rows = [{**sample, "text": f"row {number}", "score": 0.5} for number, sample in enumerate(samples)]
+    seen = []
+
+    def strict_collate(features):
+        seen.extend(set(feature) for feature in features)
+        return collate(features)
+
+    dataset = Dataset.from_list(rows) if as_dataset else rows
+    trainer = make_trainer(tmp_path, lora_model(), dataset, data_collator=strict_collate)
+    trainer.train()
+    plain = make_trainer(tmp_path / "plain", lora_model(), samples)
+    plain.train()
+    assert {frozenset(columns) for columns in seen} == {frozenset({"input_ids", "labels", "attention_mask"})}
+    assert plain.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_random_choice_of_samples_follows_the_trainers_seed(tmp_path, lora_model, seed):
+    samples = make_learnable_samples(80)
+    prints = []
+    for trainer_seed in (1, seed):
+        folder = tmp_path / f"{len(prints)}"
+        trainer = make_trainer(folder, lora_model(), samples, arguments={"seed": trainer_seed})
+        trainer.train()
+        prints.append(trainer.lora_da_report.data_fingerprint)
+    assert (prints[0] == prints[1]) == (seed == 1)
+
+
+# Errors
+
+
+def test_a_model_without_adapter_and_without_peft_config_is_an_error(tmp_path, tiny_llama, samples):
+    with pytest.raises(TargetError, match=r"no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig\(...\)"):
+        make_trainer(tmp_path, tiny_llama(), samples)
+
+
+def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_model, samples):
+    with pytest.raises(ConfigError, match=r"has an adapter already. Leave peft_config out, or give the plain model"):
+        make_trainer(tmp_path, lora_model(), samples, peft_config=make_lora_config())
+
+
+def test_a_peft_config_of_another_method_is_an_error(tmp_path, tiny_llama, samples):
+    with pytest.raises(ConfigError, match="peft_config is a IA3Config; LoRA-DA initialises LoRA: LoraConfig"):
+        make_trainer(tmp_path, tiny_llama(), samples, peft_config=IA3Config(target_modules=["k_proj"]))
+
+
+def test_a_failed_initialisation_leaves_model_and_folder_as_they_were(tmp_path, lora_model, samples):
+    class Fails(LoRADATrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return super().compute_loss(model, inputs, **kwargs) * float("nan")
+
+    model = lora_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with pytest.raises(Exception, match="nan"):
+        make_trainer(tmp_path, model, samples, Fails).train()
+    assert_same_tensors({n: p.detach() for n, p in model.named_parameters()}, before)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert not any(layer._forward_hooks for layer in base_linear_layers(model).values())
+    assert not (Path(tmp_path) / "lora_da").exists()
