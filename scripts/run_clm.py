@@ -43,7 +43,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from lora_da_hf import LoRADATrainer
+from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.training.arguments import LoRADAArguments
 
 logger = logging.getLogger("run_clm")
@@ -696,5 +696,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, LoRADAError) as error:
         sys.exit(f"run_clm.py: error: {error}")

@@ -57,7 +57,9 @@ def test_the_search_takes_an_eighth_of_the_data_at_most(available, expected):
     ("available", "expected"), [(30, (10, 0, 4)), (12, (10, 0, 2)), (10, (10, 0, 0)), (1, (1, 0, 0))]
 )
 def test_without_a_search_what_is_left_over_is_unseen(available, expected):
-    assert sizes(choose(list(range(available)), step_size=0.1)) == expected
+    splits = choose(list(range(available)), step_size=0.1)
+    assert sizes(splits) == expected
+    assert len(splits.indices) == sum(expected)
 
 
 def test_fewer_samples_than_asked_for_are_noted():

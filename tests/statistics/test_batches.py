@@ -165,6 +165,26 @@ def test_a_model_without_output_embeddings_is_run_one_sample_at_a_time(
     assert_equal_statistics(found.statistics, expected)
 
 
+def test_a_loss_that_goes_around_the_head_is_run_one_sample_at_a_time(
+    tiny_llama, token_samples, collected, assert_equal_statistics
+):
+    """As fused losses do, which never make the logits."""
+    model, samples = tiny_llama(), token_samples(5)
+
+    def fused(model, batch, num_items):
+        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        logits = functional.linear(hidden, model.lm_head.weight)
+        targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+        return loss / ((targets != -100).sum() if num_items is None else num_items)
+
+    found = collected(model, samples, batch_size=3, compute_loss=fused)
+    assert found.result.notes == [
+        "run one sample at a time: the loss does not go through the model's output layer exactly once"
+    ]
+    assert_equal_statistics(found.statistics, collected(model, samples).statistics)
+
+
 def test_equal_label_counts_need_no_output_embeddings(tiny_llama, token_samples, collected, assert_equal_statistics):
     samples = token_samples(4, min_length=8, max_length=8)
     for sample in samples:

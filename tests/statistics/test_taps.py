@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.model_state import prepared_for_pass
+from lora_da_hf.statistics.moments import InputMomentSum
 from lora_da_hf.statistics.taps import SampleWeights, Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
@@ -224,6 +225,19 @@ def test_gradient_checkpointing_changes_nothing(
     assert first.forward_calls == 2 * first.backward_calls  # it did recompute
 
 
+def test_reentrant_checkpointing_needs_no_help_from_the_user(tiny_llama, token_samples, collected):
+    """Reentrant checkpointing drops the graph of inputs that need no gradient, as those of a frozen embedding."""
+    samples = token_samples(3)
+    model = tiny_llama()
+    expected = collected(model, samples).statistics
+    checkpoint(model, reentrant=True)
+    model.disable_input_require_grads()
+    model.train()
+    for name, statistics in collected(model, samples).statistics.items():
+        torch.testing.assert_close(statistics.weight_grad, expected[name].weight_grad, rtol=1e-5, atol=1e-7)
+        assert statistics.weight_grad.any()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off_in_train_mode(
     tiny_llama, token_samples, collected, stacked, assert_equal_statistics, checkpointing
@@ -279,7 +293,7 @@ def test_small_gradients_survive_float16(token_samples, toy_collected, assert_eq
 
     class Faint(Toy):
         def hidden(self, x):
-            return super().hidden(x) * 2**-14
+            return super().hidden(x) * 2**-18
 
         def forward(self, **batch):
             return super().forward(**batch).float()
@@ -300,6 +314,26 @@ def test_autocast_around_the_pass_does_not_reach_the_sums(tiny_llama, token_samp
         torch.testing.assert_close(found[name].input_second_moment.double(), moment, rtol=1e-5, atol=1e-5)
         error = (found[name].weight_grad - exact[name].weight_grad).norm() / exact[name].weight_grad.norm()
         assert 1e-5 < error.item() < 0.1  # autocast did change the model, and no more than bfloat16 does
+
+
+def test_sums_are_taken_in_full_precision_whatever_the_ambient_flags(tiny_llama, token_samples, collected, monkeypatch):
+    seen = set()
+    add = InputMomentSum.add
+
+    def watching(self, rows):
+        seen.add((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        add(self, rows)
+
+    monkeypatch.setattr(InputMomentSum, "add", watching)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            collected(tiny_llama(), token_samples(2))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {("highest", False)}
 
 
 def test_float64_sums_are_those_of_float64(tiny_llama, token_samples, collected, stacked, assert_equal_statistics):

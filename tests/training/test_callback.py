@@ -189,9 +189,7 @@ def test_freezing_a_after_ddp_counted_on_its_gradient_is_an_error(tmp_path, lora
     trainer = make_trainer(tmp_path, lora_model(), samples, LoRADACallback(make_config()))
     late = LoRADACallback(make_config(freeze_a=True))
     optimizer = trainer.create_optimizer()
-    with pytest.raises(
-        ConfigError, match="freeze_a came too late: the optimizer has A already"
-    ):
+    with pytest.raises(ConfigError, match="freeze_a came too late: the optimizer has A already"):
         late.on_train_begin(trainer.args, trainer.state, None, model=trainer.model, optimizer=optimizer)
 
 
