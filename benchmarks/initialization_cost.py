@@ -13,6 +13,7 @@ the passes alone: no solve is charged to it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import platform
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import sample_length
 
@@ -39,6 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LAYERS_PER_FISHER_PASS = 8
 METHODS = ("bare", "initialization", "schedule", "schedule_single")
+STAGES = {"statistics": "statistics", "solve": "solve", "write": "write", "line_search": "line search"}
 TITLES = {
     "bare": "bare forward and backward pass, gradients of all weights",
     "statistics": "statistics pass",
@@ -163,15 +166,12 @@ def initialization(model: nn.Module, samples: list[Any], options: argparse.Names
         sample_selection="head",
     )
     lora = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
-    reset_peak()
-    start_peak = peak_mib()
     peaks: dict[str, float] = {}
     record_peaks(peaks)
     report = initialize_lora_da(lora, samples, config=config, population_size=len(samples), progress=False)
     return {
         "stages": report.seconds,
-        "start_mib": start_peak,
-        "statistics_peak_mib": peaks["statistics"],
+        "stage_peaks_mib": peaks,
         "num_statistics": report.num_samples,
         "step_size": report.step_size,
         "unseen_loss": [report.unseen_loss_before, report.unseen_loss_after],
@@ -180,17 +180,17 @@ def initialization(model: nn.Module, samples: list[Any], options: argparse.Names
 
 
 def record_peaks(peaks: dict[str, float]) -> None:
-    """Note the peak at the end of the statistics pass."""
-    from lora_da_hf.pipeline import run
+    """Note the peak within each stage."""
+    time_stage = Job.stage
 
-    gather = run.gather_statistics
+    @contextlib.contextmanager
+    def measured_stage(job: Job, name: str) -> Iterator[None]:
+        reset_peak()
+        with time_stage(job, name):
+            yield
+        peaks[name] = max(peaks.get(name, 0.0), peak_mib())
 
-    def gather_and_note(*args: Any) -> Any:
-        result = gather(*args)
-        peaks["statistics"] = peak_mib()
-        return result
-
-    run.gather_statistics = gather_and_note
+    Job.stage = measured_stage  # type: ignore[method-assign]
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
-    return {"seconds": seconds, "peak_mib": peak_mib(), "start_mib": start, "tokens": tokens, **extra}
+    peak = max(extra["stage_peaks_mib"].values()) if extra else peak_mib()
+    return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, **extra}
 
 
 # ---- arithmetic
@@ -294,9 +295,7 @@ def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]
     rows = {method: [run["seconds"] for run in runs] for method, runs in found.items()}
     stages = [run["stages"] for run in found.get("initialization", [])]
     if stages:
-        rows["statistics"] = [stage["statistics"] for stage in stages]
-        rows["solve"] = [stage["solve"] for stage in stages]
-        rows["write"] = [stage["write"] for stage in stages]
+        rows |= {name: [seconds[stage] for seconds in stages] for name, stage in STAGES.items()}
         rows["line_search"] = [stage["line search"] + stage.get("evaluate", 0.0) for stage in stages]
         rows["initialization"] = [sum(stage.values()) for stage in stages]
     return rows
@@ -306,8 +305,9 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
     rows = seconds_of(found)
     median = {name: statistics.median(values) for name, values in rows.items()}
     peaks = {name: statistics.median(run["peak_mib"] for run in runs) for name, runs in found.items()}
-    if "initialization" in found:
-        peaks["statistics"] = statistics.median(run["statistics_peak_mib"] for run in found["initialization"])
+    for name, stage in STAGES.items():
+        if "initialization" in found:
+            peaks[name] = statistics.median(run["stage_peaks_mib"][stage] for run in found["initialization"])
     flops = arithmetic(model)
     lines = ["| | seconds, median (range) | x bare | peak over bare, MiB | MFLOP a token |", "|---|---|---|---|---|"]
     for name, title in TITLES.items():

@@ -114,7 +114,7 @@ class LoRADAConfig:
 
     step_size: float | str | None = _setting(
         "line_search",
-        "How far step 0 goes: the spectral norm of scaling * B @ A at most. A number, line_search, or None to "
+        "How far step 0 goes: what the displacement, normalised or not, is multiplied with. A number, line_search, or None to "
         "follow `stable_gamma`.",
     )
     stable_gamma: float = _setting(
@@ -143,7 +143,10 @@ class LoRADAConfig:
         None,
         "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter.",
     )
-    save_statistics: bool = _setting(False, "Store the full statistics too (large), for a later change of settings.")
+    save_statistics: bool = _setting(
+        False,
+        "Store the full statistics too (large), for a later change of settings. The first process then solves alone.",
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)

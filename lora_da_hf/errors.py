@@ -26,6 +26,10 @@ class UnsupportedLayerError(TargetError):
     """A base layer cannot be tapped, so no statistics can be taken for it."""
 
 
+class UnsupportedSetupError(LoRADAError, RuntimeError):
+    """The training run is of a kind that an initialisation cannot be made in."""
+
+
 class DataError(LoRADAError, ValueError):
     """The samples cannot be used: none at all, none with a label, too long, or of an unknown form."""
 

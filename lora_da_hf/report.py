@@ -74,7 +74,7 @@ class LoRADAReport:
         loss_reduction: What the loss of a batch is, and where that is known from.
         step_size: How far step 0 goes; 0 if no step helped; None if the layers' steps differ (`stable_gamma`).
         step_size_by_rank: The searched step for a ladder of ranks.
-        search: Steps tried, with their losses.
+        search: Steps tried, with their losses; None for one that is not finite.
         search_loss_before: Loss of the base model on the search samples.
         search_loss_after: Loss there after the write, in the dtype that is stored.
         unseen_loss_before: Loss of the base model on the unseen samples.
@@ -97,7 +97,7 @@ class LoRADAReport:
     loss_reduction: str = ""
     step_size: float | None = None
     step_size_by_rank: dict[int, float] = field(default_factory=dict)
-    search: list[tuple[float, float]] = field(default_factory=list)
+    search: list[tuple[float, float | None]] = field(default_factory=list)
     search_loss_before: float | None = None
     search_loss_after: float | None = None
     unseen_loss_before: float | None = None
@@ -119,7 +119,7 @@ class LoRADAReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> LoRADAReport:

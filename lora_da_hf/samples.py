@@ -59,6 +59,8 @@ def choose_samples(
     """
     population_size = population_size or config.population_size
     wanted = config.num_samples + 2 * config.search_samples
+    if isinstance(samples, Mapping):
+        raise DataError("samples is a mapping; give a list of samples, each a mapping of its own.")
     if isinstance(samples, Sized) and hasattr(samples, "__getitem__"):
         indexable: Any = samples
         length = len(samples)

@@ -74,7 +74,6 @@ class ModelArguments:
     tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
     model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
     cache_dir: str | None = setting(None, "Where models and datasets from the Hub are kept.")
-    token: str | None = setting(None, "Access token for the Hub. None: the one you are logged in with.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the frozen weights; auto: as stored. The adapter is float32 in any case."
     )
@@ -535,7 +534,6 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
     shared = {
         "cache_dir": arguments.cache_dir,
-        "token": arguments.token,
         "trust_remote_code": arguments.trust_remote_code,
     }
     name = arguments.model_name_or_path
@@ -583,7 +581,12 @@ def make_trainer(
     peft_config = arguments.adapter.to_peft()
     set_seed(arguments.training.seed)  # so that both start from the same random adapter
     if arguments.adapter.init == "lora":
-        return Trainer(model=get_peft_model(model, peft_config), **shared)
+        model = get_peft_model(model, peft_config)
+        if arguments.da.da_freeze_a:
+            for name, parameter in model.named_parameters():
+                if ".lora_A." in name:
+                    parameter.requires_grad_(False)
+        return Trainer(model=model, **shared)
     return LoRADATrainer(model=model, peft_config=peft_config, da_config=arguments.da.to_config(), **shared)
 
 
@@ -593,6 +596,8 @@ def make_trainer(
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, then save the adapter and the metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if isinstance(trainer, LoRADATrainer) and trainer.is_world_process_zero():
+        print(trainer.lora_da_report)
     trainer.save_model()
     if not isinstance(trainer.train_dataset, IterableDataset):
         metrics["train_samples"] = len(trainer.train_dataset)

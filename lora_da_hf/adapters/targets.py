@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,15 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
         AdapterAlreadyTrainedError: if a B is not zero, so that the adapter is not a fresh one.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
     """
-    adapter_name = adapter_name or active_adapter_name(model)
+    active = active_adapter_name(model)
+    adapter_name = adapter_name or active
+    if not any(isinstance(m, LoraLayer) and adapter_name in m.r for m in model.modules()):
+        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}.")
+    if adapter_name != active:
+        raise TargetError(
+            f"Adapter {adapter_name!r} is not the active one, {active!r} is: statistics and losses would be "
+            f"those of the other one. Call model.set_adapter({adapter_name!r}) first."
+        )
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for full_name, layer in model.named_modules():
@@ -109,8 +118,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
             kept[name] = f"rank {target.rank} is above its input size {target.in_features}"
         else:
             targets.append(target)
-    if not targets and not kept:
-        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}.")
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
@@ -163,7 +170,8 @@ def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
     for what, weight in weights.items():
         if weight is not None and weight.device.type == "meta":
             raise TargetError(
-                f"{name}: {what} is on the meta device, so it has no values. Load the model's weights before the "
+                f"{name}: {what} is on the meta device, so it has no values. Load the model's weights (without "
+                "offloading layers to the CPU or the disk) before the "
                 "initialisation, and make the adapter without low_cpu_mem_usage=True."
             )
     if _is_packed(target.base_layer):
@@ -200,6 +208,24 @@ def _check_fresh(targets: list[Target]) -> None:
             "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave "
             "LoRA-DA out or resume from a checkpoint."
         )
+
+
+_initialized: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def mark_initialized(model: nn.Module, adapter_name: str) -> None:
+    """Remember that an adapter was initialised, for as long as its modules live."""
+    _initialized.update(_modules_of_a(model, adapter_name))
+
+
+def was_initialized(model: nn.Module, adapter_name: str) -> bool:
+    """Tell whether an adapter was initialised before. One that was deleted and added again was not."""
+    return any(module in _initialized for module in _modules_of_a(model, adapter_name))
+
+
+def _modules_of_a(model: nn.Module, adapter_name: str) -> list[nn.Module]:
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [layer.lora_A[adapter_name] for layer in layers if adapter_name in layer.lora_A]
 
 
 def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:

@@ -33,7 +33,8 @@ def config_facts(config: Any) -> dict[str, Any]:
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     """Hash an evenly spaced sample of the entries of each weight, rounded to bfloat16.
 
-    A bfloat16 copy of float32 weights has the same fingerprint; a fine-tuned or otherwise changed model does not.
+    A bfloat16 copy of float32 weights has the same fingerprint. Weights that were trained on have another, unless they
+    changed by less than bfloat16 resolves in every entry sampled.
 
     Args:
         weights: Names and weights, in a fixed order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
 
 def _take(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], folder: Path) -> Tensor:
     tensor = tensors.get(key)
-    if tensor is None or tuple(tensor.shape) != shape:
-        found = "missing" if tensor is None else f"{list(tensor.shape)}"
+    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
+        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ArtifactError(f"{folder}: {key} is {found} and should be {list(shape)}. Compute it again.")
     return tensor

@@ -81,7 +81,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
                 (aside / target.name).rename(target)
                 aside.rmdir()
                 raise
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             partial.rename(target)
     finally:

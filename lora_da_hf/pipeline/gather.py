@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 from typing import Any
 
 import torch
@@ -18,18 +20,23 @@ from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import read_batch_tokens
 
 
-def probe(job: Job, splits: SampleSplits) -> tuple[PassSettings, dict[str, str]]:
+def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, dict[str, str]]:
     """Learn from one or two samples how the loss is made and which layers share an input.
 
     Returns:
-        The settings of the pass, and the leader of each layer in the order that they are called.
+        The samples, with labelled ones alone for the search and the final check; the settings of the pass; and the
+        leader of each layer in the order that they are called.
     """
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
         labelled = _labelled(job, splits.statistics, shifts, count=2)
-        if splits.search:
-            _labelled(job, splits.search, shifts, count=1)
+        if not labelled:
+            raise DataError(
+                f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how labels "
+                "are masked, and that samples are not truncated before their completion begins."
+            )
+        splits = _with_labels(job, splits, shifts)
         first = job.collate(labelled[:1])
         layers = {name: target.base_layer for name, target in job.targets.items()}
 
@@ -50,26 +57,68 @@ def probe(job: Job, splits: SampleSplits) -> tuple[PassSettings, dict[str, str]]
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
     job.report.notes += splits.notes
-    return settings, shared
+    return splits, settings, shared
 
 
-def _labelled(job: Job, samples: list[Any], shifts: bool, count: int) -> list[Any]:
-    found: list[Any] = []
-    for sample in samples:
-        if read_batch_tokens(job.collate([sample]), shifts_labels=shifts).num_labelled:
-            found.append(sample)
-            if len(found) == count:
-                break
-    if not found:
-        raise DataError(
-            f"None of the {len(samples)} samples has a label that counts (all are -100). Check how labels are masked, "
-            "and that samples are not truncated before their completion begins."
-        )
-    return found
+def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
+    """Leave samples without a label out of the search and the final check; a search that loses all gets another one."""
+    unseen = _labelled(job, splits.unseen, shifts)
+    search = _labelled(job, splits.search, shifts)
+    statistics = splits.statistics
+    if splits.search and not search and unseen:
+        search, unseen = unseen[:1], unseen[1:]
+    elif splits.search and not search:
+        spare = next((k for k in reversed(range(len(statistics))) if _labelled(job, [statistics[k]], shifts)), 0)
+        if len(_labelled(job, statistics, shifts, count=2)) < 2:
+            raise DataError(
+                "One sample alone has a label, and the line search needs one that the statistics did not see. Give more "
+                "labelled samples, or a step_size."
+            )
+        search = [statistics[spare]]
+        statistics = [*statistics[:spare], *statistics[spare + 1 :]]
+    return dataclasses.replace(splits, statistics=statistics, search=search, unseen=unseen)
 
 
-def gather_statistics(job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]) -> PassResult:
-    """Run the pass over this process's share of the samples, and count what all of them saw."""
+def _labelled(job: Job, samples: list[Any], shifts: bool, count: int | None = None) -> list[Any]:
+    """Return the first ``count`` samples that have a label, or all of them."""
+    has_label = (s for s in samples if read_batch_tokens(job.collate([s]), shifts_labels=shifts).num_labelled)
+    return list(itertools.islice(has_label, count))
+
+
+def gather_statistics(
+    job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]
+) -> tuple[PassResult, dict[str, str]]:
+    """Run the pass over this process's share of the samples, and count what all of them saw.
+
+    The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
+    its leader, the pass is repeated with those layers apart.
+
+    Returns:
+        The sums, and the leader of each layer that they were taken with.
+    """
+    with job.stage("statistics"):
+        result = _run_pass(job, splits, settings, shared)
+        apart = _groups_with_different_counts(job, result.taps, shared)
+        if apart:
+            job.report.notes.append(
+                f"{len(apart)} layers that share an input got gradients on their own: collected again"
+            )
+            shared = {name: name if leader in apart else leader for name, leader in shared.items()}
+            result = _run_pass(job, splits, settings, shared)
+        _count(job, result)
+        _check_called(job, result.taps)
+    return result, shared
+
+
+def _groups_with_different_counts(job: Job, taps: Taps, shared: dict[str, str]) -> set[str]:
+    """Return the leaders of groups in which a layer that got gradients counted other tokens than the leader."""
+    names = list(shared)
+    own = job.ranks.sum([float(taps.taps[name].sums.num_tokens) for name in names])
+    led = job.ranks.sum([float(taps.taps[shared[name]].input_sum.num_tokens) for name in names])
+    return {shared[name] for name, mine, leads in zip(names, own, led, strict=True) if mine and mine != leads}
+
+
+def _run_pass(job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]) -> PassResult:
     mine = job.ranks.share(splits.statistics)
 
     def make_taps() -> Taps:
@@ -81,20 +130,16 @@ def gather_statistics(job: Job, splits: SampleSplits, settings: PassSettings, sh
             dtype=getattr(torch, job.config.accumulate_dtype),
         )
 
-    with job.stage("statistics"):
-        with job.bar(len(mine), "LoRA-DA statistics") as bar, job.ranks.together("statistics pass"):
-            result = collect(
-                job.model,
-                mine,
-                collate=job.collate,
-                compute_loss=job.compute_loss,
-                settings=settings,
-                make_taps=make_taps,
-                on_samples=bar.update,
-            )
-        _count(job, result)
-        _check_called(job, result.taps)
-    return result
+    with job.bar(len(mine), "LoRA-DA statistics") as bar, job.ranks.together("statistics pass"):
+        return collect(
+            job.model,
+            mine,
+            collate=job.collate,
+            compute_loss=job.compute_loss,
+            settings=settings,
+            make_taps=make_taps,
+            on_samples=bar.update,
+        )
 
 
 def _count(job: Job, result: PassResult) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked
+from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import NonFiniteError
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device, model_loss
 from lora_da_hf.pipeline.gather import gather_statistics, probe
 from lora_da_hf.pipeline.job import Job
@@ -88,33 +88,39 @@ def initialize_lora_da(
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
+    if population_size is not None and population_size < 1:
+        raise ConfigError(f"population_size={population_size!r} must be at least 1.")
+    ranks = Ranks.current()
+    with ranks.together("search for LoRA layers"):
+        scan = find_targets(model, adapter_name)
     job = Job(
         model=model,
         config=config,
-        ranks=Ranks.current(),
-        scan=find_targets(model, adapter_name),
+        ranks=ranks,
+        scan=scan,
         compute_loss=compute_loss or model_loss,
         collate=on_device(data_collator or pad_samples, device or input_device(model)),
         seed=_first(config.seed, seed, DEFAULT_SEED),
         batch_size=_first(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
     )
-    splits = choose_samples(samples, config, seed=job.seed, population_size=population_size)
+    splits = _choose_samples(job, samples, population_size)
     return _run(job, splits, Path(output_dir) if output_dir is not None else None)
+
+
+def _choose_samples(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
+    """Choose the same samples on every process: a stream is read by the first one, since others may see other parts."""
+    reads = isinstance(samples, Sized) or job.ranks.is_main
+    with job.ranks.together("choice of samples"):
+        mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
+    splits = mine if isinstance(samples, Sized) else job.ranks.gather(mine)[0]
+    if splits is None:
+        raise DataError("The first process chose no samples.")
+    return splits
 
 
 def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)
-
-
-def _check_baseline(report: LoRADAReport) -> None:
-    """Verify that the base's loss on the search samples is a number: no step could lower it otherwise."""
-    before = report.search_loss_before
-    if before is not None and not math.isfinite(before):
-        raise NonFiniteError(
-            f"The loss of the {report.num_search_samples} search samples is {before} without any adapter. Check the "
-            "samples (labels inside the vocabulary) and the model's dtype."
-        )
 
 
 def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADAReport:
@@ -123,11 +129,10 @@ def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADARepor
     try:
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
-            settings, shared = probe(job, splits)
-            result = gather_statistics(job, splits, settings, shared)
+            splits, settings, shared = probe(job, splits)
+            result, shared = gather_statistics(job, splits, settings, shared)
             solved = solve(job, result, shared, splits.population_size)
             step = find_step(job, splits, settings, solved.solutions)
-            _check_baseline(job.report)
             write_adapter(job, splits, settings, solved.solutions, step)
         if output_dir is not None:
             with job.stage("save"), job.ranks.together("save"):
@@ -147,6 +152,7 @@ def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADARepor
         for name, factors in before.items():
             write_factors(job.targets[name], *factors)
         raise
+    mark_initialized(job.model, job.scan.adapter_name)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)
     return job.report

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
-from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
 from lora_da_hf.artifacts.schema import REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import save_statistics
@@ -51,7 +51,7 @@ def save_init(
     def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         return Manifest(
             config=report.config,
-            base_model=base_model_facts(model, scan),
+            base_model=base_model_facts(model),
             data={
                 "fingerprint": report.data_fingerprint,
                 "num_samples": report.num_samples,
@@ -106,15 +106,21 @@ def _layer_entry(target: Target, solution: LayerSolution, report: LayerReport, l
     )
 
 
-def base_model_facts(model: nn.Module, scan: TargetScan) -> dict[str, Any]:
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of the base model under the names that they have without an adapter."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and ".modules_to_save." not in name:
+            yield base_name(name).replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+
+
+def base_model_facts(model: nn.Module) -> dict[str, Any]:
     """Return name, revision, config facts and weights fingerprint of the base model."""
     config: Any = getattr(base_model_of(model), "config", None)
-    weights: Any = ((target.name, target.base_layer.weight) for target in scan.targets)
     return {
         "name_or_path": getattr(config, "_name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
         "config": config_facts(config),
-        "weights_sha256": weights_fingerprint(weights),
+        "weights_sha256": weights_fingerprint(base_weights(model)),
     }
 
 

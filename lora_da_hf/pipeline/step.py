@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
+from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.samples import SampleSplits
@@ -18,6 +20,7 @@ from lora_da_hf.theory.adapter_factors import paper_step_size, split_factors
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
 
 _FIRST_STEP = 0.1
+_SMALLEST_STEP = 1e-5
 _LADDER_RATIO = 4
 _LADDER_SAMPLES = 4
 
@@ -42,15 +45,28 @@ def find_step(
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solutions.items()}
     with job.stage("line search"):
         baseline = job.loss(splits.search, settings)
+        if not math.isfinite(baseline):
+            raise NonFiniteError(
+                f"The loss of the {len(splits.search)} search samples is {baseline} without any adapter. Check the "
+                "samples (labels inside the vocabulary) and the model's dtype."
+            )
         with TrialAdapters([job.targets[name] for name in solutions], bases) as trial:
-            found = _search(job, trial, splits.search, settings, baseline)
-            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found)
+            scale = _step_scale(job, solutions)
+            found = _search(job, trial, splits.search, settings, baseline, scale=scale)
+            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found, scale)
     job.report.search_loss_before = baseline
-    job.report.search = list(found.evaluations)
+    job.report.search = [(step, loss if math.isfinite(loss) else None) for step, loss in found.evaluations]
     job.report.step_size = found.step_size
     if not found.helped:
         job.report.notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
     return found.step_size
+
+
+def _step_scale(job: Job, solutions: dict[str, LayerSolution]) -> float:
+    """Return the step that moves the layers by spectral norm 1 at most."""
+    if job.config.normalize_displacement:
+        return 1.0
+    return 1.0 / max(solution.displacement_norm for solution in solutions.values())
 
 
 def _search(
@@ -60,19 +76,32 @@ def _search(
     settings: PassSettings,
     baseline: float,
     *,
+    scale: float,
     rank: int | None = None,
-    start: float = _FIRST_STEP,
+    start: float | None = None,
 ) -> LineSearchResult:
     def evaluate(step: float) -> float:
         trial.rank, trial.step_size = rank, step
         return job.loss(samples, settings)
 
     factor = 10**0.5 if rank is None else 2.0
-    return line_search(evaluate, baseline=baseline, start=start, factor=factor, refine=rank is None)
+    return line_search(
+        evaluate,
+        baseline=baseline,
+        start=start or _FIRST_STEP * scale,
+        factor=factor,
+        smallest=_SMALLEST_STEP * scale,
+        refine=rank is None,
+    )
 
 
 def _search_ladder(
-    job: Job, trial: TrialAdapters, samples: list[Any], settings: PassSettings, found: LineSearchResult
+    job: Job,
+    trial: TrialAdapters,
+    samples: list[Any],
+    settings: PassSettings,
+    found: LineSearchResult,
+    scale: float,
 ) -> dict[int, float]:
     """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
     used = {target.rank for target in job.targets.values()}
@@ -82,10 +111,10 @@ def _search_ladder(
     part = samples[:_LADDER_SAMPLES]
     trial.step_size = 0.0
     baseline = found.baseline if len(part) == len(samples) else job.loss(part, settings)
-    start = found.step_size or _FIRST_STEP
+    start = found.step_size or None
     for rank in ladder:
         if rank not in by_rank:
-            by_rank[rank] = _search(job, trial, part, settings, baseline, rank=rank, start=start).step_size
+            by_rank[rank] = _search(job, trial, part, settings, baseline, scale=scale, rank=rank, start=start).step_size
         start = by_rank[rank] or start
     return dict(sorted(by_rank.items()))
 

@@ -95,7 +95,7 @@ def collect(
         done = 0
         try:
             for batch_samples in _batches(samples, batch_size):
-                _add_batch(model, collate(batch_samples), compute_loss, settings, result)
+                _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)
                 done += len(batch_samples)
                 on_samples(len(batch_samples))
         except SingleSamplesNeeded as reason:
@@ -126,11 +126,14 @@ def sample_length(sample: Any) -> int:
 def _add_batch(
     model: nn.Module,
     batch: Mapping[str, Any],
+    num_samples: int,
     compute_loss: ComputeLoss,
     settings: PassSettings,
     result: PassResult,
 ) -> None:
     tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, token_mask=settings.token_mask)
+    if num_samples > 1 and tokens.num_samples != num_samples:
+        raise SingleSamplesNeeded(f"the collator makes {tokens.num_samples} rows of {num_samples} samples")
     result.num_samples += tokens.num_labelled
     result.num_unlabelled += tokens.num_samples - tokens.num_labelled
     if tokens.num_labelled == 0:
@@ -140,24 +143,16 @@ def _add_batch(
         raise SingleSamplesNeeded("the labels of each sample cannot be counted")
     taps = result.taps
     taps.tokens = tokens
-    taps.gradient_scale = _HALF_PRECISION_SCALE if _is_half(model) else 1.0
-    per_sample = weights * taps.gradient_scale if isinstance(weights, Tensor) else None
-    with taps, _weighted_head(model, per_sample) as head:
+    with taps, _weighted_head(model, weights if isinstance(weights, Tensor) else None) as head:
         loss = settings.reduction.loss(compute_loss, model, batch)
         check_loss(loss)
-        scale = 1.0 if isinstance(weights, Tensor) else weights * taps.gradient_scale
+        # gradients in float16, whose range is too small for them as they are
+        taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
         if loss.requires_grad:
-            (loss * scale).backward()
+            (loss * (taps.gradient_scale if isinstance(weights, Tensor) else weights * taps.gradient_scale)).backward()
         if head is not None:
             head.check()
     taps.tokens = None
-
-
-def _is_half(model: nn.Module) -> bool:
-    """Tell whether gradients may be float16, whose range is too small for them as they are."""
-    if any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) == torch.float16 for d in ("cpu", "cuda")):
-        return True
-    return any(parameter.dtype == torch.float16 for parameter in model.parameters())
 
 
 @contextlib.contextmanager

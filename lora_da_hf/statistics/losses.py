@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,11 +91,11 @@ def find_reduction(
     if len(samples) < 2:
         return LossReduction(kind="unknown", reason="there is one sample only")
     pair = samples[:2]
-    with torch.no_grad():
+    with torch.no_grad(), _watch_precision() as seen:
         both = collate(pair)
         one, two = (compute(model, both, _items(n, both)).double().item() for n in (1, 2))
         parts = sum(compute(model, batch, _items(1, batch)).double().item() for batch in (collate([s]) for s in pair))
-    tolerance = 2e-2 if _has_half_weights(model) else 1e-3
+    tolerance = 2e-2 if seen & {torch.bfloat16, torch.float16} else 1e-3
     if not _close(two * 2, one, tolerance):
         return LossReduction(kind="unknown", reason="the loss does not divide by num_items_in_batch")
     if not _close(parts, one, tolerance):
@@ -107,8 +108,20 @@ def _items(number: int, batch: Mapping[str, Any]) -> Tensor:
     return torch.tensor(number, device=device)
 
 
-def _has_half_weights(model: nn.Module) -> bool:
-    return torch.is_autocast_enabled() or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+@contextlib.contextmanager
+def _watch_precision() -> Generator[set[torch.dtype]]:
+    """Note the dtypes that modules put out, which autocast inside the model decides."""
+    seen: set[torch.dtype] = set()
+
+    def on_forward(_: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.add(output.dtype)
+
+    handle = nn.modules.module.register_module_forward_hook(on_forward)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _close(found: float, expected: float, tolerance: float) -> bool:

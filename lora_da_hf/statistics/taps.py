@@ -100,6 +100,7 @@ class Taps:
     ) -> None:
         self.tokens: BatchTokens | None = None
         self.gradient_scale = 1.0
+        self.saw_float16 = False
         self._layers = dict(layers)
         self._dtype = dtype
         self._handles: list[Any] = []
@@ -129,6 +130,7 @@ class Taps:
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             layer_input = _first_tensor(args, kwargs)
             tap.forward_calls += 1
+            self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
             tap.last_input = weakref.ref(layer_input)
             if tap.leader is not None:
                 expected = tap.leader.last_input

@@ -25,7 +25,7 @@ def displacement(weight_grad: Tensor, inverse_output: Tensor, factorized_input: 
 def spectral_norm(matrix: Tensor) -> float:
     """Return the largest singular value of ``matrix [m, n]``.
 
-    It is the square root of the largest eigenvalue of the smaller Gram matrix, which is applied and never formed.
+    It is the square root of the largest eigenvalue of the smaller Gram matrix, which is not formed for large ones.
     """
     narrow = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     scale = narrow.abs().max().item()

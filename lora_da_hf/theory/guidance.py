@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,14 +128,20 @@ def check_residual_in_float64(guidance: Guidance, pairs: Eigenpairs) -> float:
     """Measure in float64 the residual of a subspace that was solved in a narrower dtype.
 
     Args:
-        guidance: G, in float64.
+        guidance: G, in the narrower dtype.
         pairs: What the narrower solve found.
 
     Returns:
         The largest residual relative to the largest eigenvalue, with Rayleigh quotients as eigenvalues.
     """
+    narrow = guidance.factorized_input
+    wide = replace(
+        guidance,
+        displacement=guidance.displacement.double(),
+        factorized_input=replace(narrow, cholesky=narrow.cholesky.double()),
+    )
     vectors = torch.linalg.qr(pairs.vectors.double()).Q
-    image = guidance.apply(vectors)
+    image = wide.apply(vectors)
     projected = vectors.mT @ image
     error = image - vectors @ projected
     scale = torch.linalg.eigvalsh((projected + projected.mT) * 0.5).abs().max()

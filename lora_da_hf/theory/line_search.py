@@ -42,9 +42,9 @@ def line_search(
 ) -> LineSearchResult:
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
 
-    From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below its
-    right neighbour. A bracketed minimum is refined once, at the vertex of the parabola through the three points in the
-    logarithm of the step. A loss that is not finite counts as a rise.
+    From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below that of
+    its right neighbour or of no step. A bracketed minimum is refined once, at the vertex of the parabola through the
+    three points in the logarithm of the step. A loss that is not finite counts as a rise.
 
     Args:
         evaluate: The loss at a step.
@@ -71,7 +71,7 @@ def line_search(
         if best == high and losses[best] < math.inf:
             high *= factor
             at(high)
-        elif best == low and low / factor >= smallest:
+        elif (best == low or losses[best] >= baseline) and low / factor >= smallest:
             low /= factor
             at(low)
         else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+from torch import Tensor
 
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
@@ -10,7 +13,6 @@ from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.theory.displacement import displacement, spectral_norm
 from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
-from lora_da_hf.theory.subspace import Eigenpairs
 
 _FLOAT64_UP_TO = 8192
 _FLOAT32_RESIDUAL = 1e-4
@@ -87,9 +89,24 @@ def solve_layer(
     notes = list(factorized_input.notes)
     if config.solver == "krylov" and pairs.solver != "krylov":
         notes.append("Krylov did not converge; solved exactly")
+    residual = pairs.residual
     if dtype != torch.float64:
-        guidance, pairs, note = _verified(guidance, pairs, rank, config.solver)
-        notes += note
+        residual = max(
+            check_residual_in_float64(guidance, pairs),
+            _solve_residual(statistics, inverse_output, factorized_input, guidance, norm, pairs.vectors, config),
+        )
+        if not residual <= _FLOAT32_RESIDUAL:
+            wide = dataclasses.replace(config, solve_dtype="float64")
+            again = solve_layer(
+                statistics,
+                factorize(statistics, wide, layer=layer),
+                wide,
+                layer=layer,
+                rank=rank,
+                population_size=population_size,
+            )
+            note = f"float32 left a residual of {residual:.1e}; solved again in float64"
+            return dataclasses.replace(again, notes=(*notes, note, *again.notes))
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     return LayerSolution(
@@ -100,26 +117,41 @@ def solve_layer(
         input_damping=factorized_input.damping,
         output_damping=output_damping,
         solver=pairs.solver,
-        residual=pairs.residual,
+        residual=residual,
         notes=tuple(notes),
     )
 
 
-def _verified(guidance: Guidance, pairs: Eigenpairs, rank: int, solver: str) -> tuple[Guidance, Eigenpairs, list[str]]:
-    """Check a narrow solve in float64, and repeat it there if it misses the tolerance."""
-    wide = Guidance(
-        displacement=guidance.displacement.double(),
-        factorized_input=FactorizedInput(
-            cholesky=guidance.factorized_input.cholesky.double(), damping=guidance.factorized_input.damping
-        ),
-        bias_coefficient=guidance.bias_coefficient,
-        variance_coefficient=guidance.variance_coefficient,
-    )
-    residual = check_residual_in_float64(wide, pairs)
-    if residual <= _FLOAT32_RESIDUAL:
-        checked = Eigenpairs(
-            eigenvalues=pairs.eigenvalues, vectors=pairs.vectors, residual=residual, solver=pairs.solver
-        )
-        return guidance, checked, []
-    note = f"float32 left a residual of {residual:.1e}; solved again in float64"
-    return wide, lowest_subspace(wide, rank, solver=solver), [note]
+def _solve_residual(
+    statistics: LayerStatistics,
+    inverse_output: Tensor,
+    factorized_input: FactorizedInput,
+    guidance: Guidance,
+    norm: float,
+    vectors: Tensor,
+    config: LoRADAConfig,
+) -> float:
+    """Measure in float64 how far the solves with a narrower Cholesky factor miss their right-hand sides.
+
+    Args:
+        statistics: Of the layer.
+        inverse_output: ``[d_out]``.
+        factorized_input: The narrow factor.
+        guidance: Made of the narrow displacement.
+        norm: What the displacement was divided by, if it was.
+        vectors: ``[d_in, r]``, of which the variance term takes ``Z^-1``.
+        config: Says whether the displacement was divided.
+
+    Returns:
+        The larger relative residual.
+    """
+    moment = statistics.input_second_moment.double()
+    damped = (moment + moment.mT) * 0.5
+    damped.diagonal().add_(factorized_input.damping)
+    expected = -inverse_output.double()[:, None] * statistics.weight_grad.double()
+    step = guidance.displacement.double() * (norm if config.normalize_displacement else 1.0)
+    missed = ((step @ damped - expected).norm() / expected.norm()).item()
+    if guidance.variance_coefficient:
+        solved = factorized_input.solve(vectors).double()
+        missed = max(missed, ((damped @ solved - vectors.double()).norm() / vectors.double().norm()).item())
+    return missed

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import logging
-import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_da_hf.adapters.targets import active_adapter_name, freeze_a
+from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import initialize_lora_da
 from lora_da_hf.report import LoRADAReport
@@ -31,8 +32,6 @@ TrainerLoss = Callable[..., Any]
 """A loss as `Trainer.compute_loss` takes and returns it."""
 
 INIT_FOLDER = "lora_da"
-
-_initialized: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 class LoRADACallback(TrainerCallback):
@@ -100,17 +99,17 @@ class LoRADACallback(TrainerCallback):
         if model is None:
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
+        _refuse_partitioned_runs(args)
         name = self.adapter_name or active_adapter_name(model)
         starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
         if self.config.freeze_a:
             self._freeze_a_late(model, name, kwargs.get("optimizer"))
-        initialized = _initialized.setdefault(model, set())
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
-            initialized.add(name)
+            mark_initialized(model, name)
             self._recall_report(folder)
             return
-        if name in initialized:
+        if was_initialized(model, name):
             logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
             if starts_over and self.report is not None:
                 self._log(self.report, state)
@@ -134,7 +133,6 @@ class LoRADACallback(TrainerCallback):
                 device=input_device(model) if _is_dispatched(model) else args.device,
                 progress=not args.disable_tqdm,
             )
-        initialized.add(name)
         logger.info("%s", self.report)
         self._log(self.report, state)
 
@@ -151,25 +149,27 @@ class LoRADACallback(TrainerCallback):
             state.log_history.append({**report.metrics(), "step": state.global_step})
 
     def _freeze_a_late(self, model: nn.Module, name: str, optimizer: Any) -> None:
-        """Freeze A of a model that was made after `on_init_end`, and take it out of the optimizer.
+        """Freeze A of a model that was made after `on_init_end`, and take it out of an optimizer that was given it.
 
         Raises:
             ConfigError: if there are several processes, which count on A's gradient by now.
         """
-        late = {id(parameter) for parameter in freeze_a(model, name)}
-        if not late:
-            return
-        if Ranks.current().size > 1 or optimizer is None:
+        late = freeze_a(model, name)
+        if late and (Ranks.current().size > 1 or optimizer is None):
             raise ConfigError(
                 "freeze_a came too late: the optimizer has A already. Give LoRADACallback to the trainer when it is "
                 "made, and with model_init use LoRADATrainer."
             )
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in late]
+        for group in getattr(optimizer, "param_groups", ()):
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
 
     def _recall_report(self, folder: Path) -> None:
-        if (folder / REPORT_FILE).is_file():
+        try:
             self.report = LoRADAReport.load(folder / REPORT_FILE)
+        except FileNotFoundError:
+            logger.info("LoRA-DA: %s has no report of the initialisation", folder)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("LoRA-DA: the report in %s cannot be read (%s); training goes on without it", folder, error)
 
     def _note_unseen_loss(self, args: TrainingArguments) -> None:
         if self.compute_loss is None and args.label_smoothing_factor:
@@ -177,6 +177,22 @@ class LoRADACallback(TrainerCallback):
                 "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
                 "trainer.compute_loss to use the trainer's."
             )
+
+
+def _refuse_partitioned_runs(args: TrainingArguments) -> None:
+    """Refuse DeepSpeed and FSDP, which keep copies of the weights that would overwrite what is written.
+
+    Raises:
+        UnsupportedSetupError: under either.
+    """
+    kind = PartialState().distributed_type
+    if args.deepspeed or args.fsdp or kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise UnsupportedSetupError(
+            "LoRA-DA does not work inside a DeepSpeed or FSDP run yet: their copies of the weights would overwrite the "
+            "initialisation at the first step. Initialise in a plain process with "
+            "initialize_lora_da(..., output_dir=...), and load that adapter with "
+            "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+        )
 
 
 def _is_dispatched(model: nn.Module) -> bool:

@@ -76,8 +76,8 @@ class LoRADATrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does (older versions take no model), of B alone if A is to be frozen."""
         if self._lora_da.config.freeze_a:
-            model: Any = args[0] if args and args[0] is not None else self.model
-            freeze_a(model)
+            given: Any = kwargs.get("model", args[0] if args else None)
+            freeze_a(self.model if given is None else given)  # pyright: ignore[reportArgumentType]
         return super().create_optimizer(*args, **kwargs)
 
     def _loss_for_statistics(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:

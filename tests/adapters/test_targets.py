@@ -41,8 +41,10 @@ def test_the_adapter_that_is_named_is_looked_at(lora_model):
     model = lora_model()
     model.add_adapter("second", make_lora_config(r=2, target_modules=["q_proj"]))
     assert active_adapter_name(model) == "default"
-    assert [target.rank for target in find_targets(model, "second").targets] == [2, 2]
+    with pytest.raises(TargetError, match="'second' is not the active one, 'default' is"):
+        find_targets(model, "second")
     model.set_adapter("second")
+    assert [target.rank for target in find_targets(model, "second").targets] == [2, 2]
     assert active_adapter_name(model) == "second"
     assert len(find_targets(model).targets) == 2
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_da_hf import initialize_lora_da
-from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init, read_tensors
@@ -362,7 +361,7 @@ def test_a_changed_byte_of_a_file_whose_hash_was_forged_is_refused_or_leaves_fin
 
 
 def facts(model):
-    return base_model_facts(model, find_targets(model))
+    return base_model_facts(model)
 
 
 def test_the_base_that_it_was_computed_for_is_accepted(folder, lora_model):

@@ -93,6 +93,7 @@ def test_a_model_on_the_meta_device(tiny_llama, lora_model, samples):
 def test_an_adapter_on_the_meta_device(lora_model, samples):
     model = lora_model()
     model.add_adapter("empty", make_lora_config(), low_cpu_mem_usage=True)
+    model.set_adapter("empty")
     refuses(
         TargetError,
         "lora_A is on the meta device, .* make the adapter without low_cpu_mem_usage=True",
@@ -260,10 +261,23 @@ def test_a_label_at_the_first_position_alone_is_none(lora_model, samples):
     refuses(DataError, "None of the 12 samples has a label that counts", lora_model(), shifted_away)
 
 
-def test_no_label_in_the_samples_of_the_line_search(lora_model, samples):
+def test_without_a_label_in_the_samples_of_the_line_search_another_one_is_taken(lora_model, samples):
     rows = [unlabelled(s) if number >= 12 else s for number, s in enumerate(samples)]
-    config = make_config(sample_selection="head")
-    refuses(DataError, r"None of the \d samples has a label that counts", lora_model(), rows, config=config)
+    report = initialize(lora_model(), rows, config=make_config(sample_selection="head"))
+    assert (report.num_samples, report.num_search_samples, report.num_unseen_samples) == (11, 1, 0)
+    assert report.search_loss_after <= report.search_loss_before
+    assert report.unseen_loss_before is None
+
+
+def test_one_labelled_sample_is_not_enough_for_a_line_search(lora_model, samples):
+    rows = [unlabelled(s) if number else s for number, s in enumerate(samples)]
+    refuses(
+        DataError,
+        "One sample alone has a label, .* or a step_size",
+        lora_model(),
+        rows,
+        config=make_config(sample_selection="head"),
+    )
 
 
 def test_samples_without_a_label_are_counted_and_change_nothing_else(lora_model, samples):

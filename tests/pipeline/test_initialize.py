@@ -223,6 +223,22 @@ def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model,
     assert load_init(tmp_path / "init").manifest.step_size == 0
 
 
+def test_a_step_that_does_not_help_once_it_is_written_is_taken_back(lora_model, samples):
+    def worse_once_written(model, batch, num_items):
+        extra = {} if num_items is None else {"num_items_in_batch": num_items}
+        written = any(b.any() for b in factors(adapter_weights(model), "B").values())
+        return model(**batch, **extra).loss * (10 if written else 1)
+
+    model = lora_model()
+    report = initialize(model, samples, compute_loss=worse_once_written)
+    assert min(loss for _, loss in report.search) < report.search_loss_before  # the search itself found a step
+    assert report.step_size == 0
+    assert report.search_loss_after == report.search_loss_before
+    assert any("once it was stored in the adapter's dtype" in note for note in report.notes)
+    assert not any(b.any() for b in factors(adapter_weights(model), "B").values())
+    assert {layer.update_norm for layer in report.layers} == {0.0}
+
+
 def test_a_number_is_the_step(lora_model, samples):
     model = lora_model()
     report = initialize(model, samples, step_size=0.25)

@@ -472,6 +472,14 @@ def test_a_frozen_a_is_not_in_the_optimizer_and_does_not_change(tmp_path, lora_m
 
 
 @pytest.mark.parametrize("with_callback", [False, True])
+def test_a_is_frozen_before_the_optimizer_is_made(tmp_path, lora_model, samples, with_callback):
+    trainer = make_frozen_a_trainer(tmp_path, lora_model(), samples, with_callback)
+    trainer.create_optimizer()
+    named = dict(trainer.model.named_parameters())
+    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
+
+
+@pytest.mark.parametrize("with_callback", [False, True])
 def test_a_frozen_a_of_each_new_model_of_model_init_stays_out_of_the_optimizer(
     tmp_path, lora_model, samples, with_callback
 ):

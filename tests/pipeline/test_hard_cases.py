@@ -1,0 +1,231 @@
+"""Inputs that used to give a wrong result in silence: each must be handled or refused."""
+
+import json
+
+import pytest
+import torch
+from harness import adapter_weights, make_args, make_lora_config
+from transformers import Trainer
+from transformers.data.data_collator import DataCollatorWithFlattening
+
+from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, initialize_lora_da
+from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, UnsupportedSetupError
+from lora_da_hf.losses import model_loss
+from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics import taps
+from lora_da_hf.theory.line_search import line_search
+
+FIXED = LoRADAConfig(num_samples=12, step_size=0.1, search_samples=0, sample_selection="head")
+
+
+def plain(samples):
+    return [{"input_ids": s["input_ids"], "labels": s["labels"]} for s in samples]
+
+
+def test_a_collator_that_joins_samples_in_one_row_does_not_change_the_statistics(lora_model, token_samples):
+    samples = plain(token_samples(12))
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
+    reports = []
+    models = [lora_model(), lora_model()]
+    for model, batch_size in zip(models, (1, 4), strict=True):
+        reports.append(
+            initialize_lora_da(
+                model, samples, config=FIXED, data_collator=collator, batch_size=batch_size, progress=False
+            )
+        )
+    assert [report.num_samples for report in reports] == [12, 12]
+    assert reports[1].batch_size == 1
+    expected, found = map(adapter_weights, models)
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-5), name
+
+
+def test_a_leader_without_gradient_does_not_starve_the_layers_that_share_its_input(lora_model, token_samples):
+    model, alone = lora_model(target_modules=["q_proj", "k_proj", "v_proj"]), lora_model(target_modules=["v_proj"])
+
+    def without_queries_and_keys(model, batch, num_items):
+        # a uniform attention does not depend on q and k, so that the first of the layers gets no gradient
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.scaling = 0.0
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.q_proj.register_forward_hook(lambda m, a, out: out.detach())
+            layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: out.detach())
+        return model_loss(model, batch, num_items)
+
+    def uniform(model, batch, num_items):
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.scaling = 0.0
+        return model_loss(model, batch, num_items)
+
+    samples = token_samples(12)
+    report = initialize_lora_da(model, samples, config=FIXED, compute_loss=without_queries_and_keys, progress=False)
+    initialize_lora_da(alone, samples, config=FIXED, compute_loss=uniform, progress=False)
+    assert {name.rsplit(".", 1)[-1] for name in report.kept} == {"q_proj", "k_proj"}
+    assert {layer.name.rsplit(".", 1)[-1] for layer in report.layers} == {"v_proj"}
+    assert all(layer.num_tokens > 0 for layer in report.layers)
+    expected, found = adapter_weights(alone), adapter_weights(model)
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-6), name
+
+
+def test_a_search_goes_on_to_small_steps_while_large_ones_saturate_above_the_base():
+    def loss(step):
+        return 5.0 - 0.1 * min(step, 0.3) if step > 0.05 else 3.9
+
+    found = line_search(loss, baseline=4.0)
+    assert found.step_size > 0
+    assert found.loss < 4.0
+
+
+def test_gradients_in_float16_are_scaled_and_give_the_statistics_of_float32(lora_model, token_samples, monkeypatch):
+    scales = []
+    add = taps.Taps._add
+
+    def note_scale(self, tap, x, g):
+        scales.append(self.gradient_scale)
+        add(self, tap, x, g)
+
+    monkeypatch.setattr(taps.Taps, "_add", note_scale)
+    half, full = lora_model(), lora_model()
+
+    def in_float16(model, batch, num_items):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return model_loss(model, batch, num_items)
+
+    samples = token_samples(12)
+    initialize_lora_da(half, samples, config=FIXED, compute_loss=in_float16, progress=False)
+    assert set(scales) == {2.0**12}
+    scales.clear()
+    initialize_lora_da(full, samples, config=FIXED, progress=False)
+    assert set(scales) == {1.0}
+    expected, found = adapter_weights(full), adapter_weights(half)
+    for name in (name for name in expected if "lora_B" in name):
+        a, b = name.replace("lora_B", "lora_A"), name
+        product, other = expected[b] @ expected[a], found[b] @ found[a]
+        assert (product - other).norm() <= 0.1 * product.norm(), name
+
+
+def test_deepspeed_and_fsdp_runs_are_refused(lora_model, token_samples, tmp_path, monkeypatch):
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    trainer = Trainer(
+        model=lora_model(),
+        args=make_args(tmp_path),
+        train_dataset=token_samples(12),
+        data_collator=pad_samples,
+        callbacks=[LoRADACallback(FIXED)],
+    )
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.DEEPSPEED)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LoRADACallback))
+    with pytest.raises(UnsupportedSetupError, match="does not work inside a DeepSpeed or FSDP run yet"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_an_adapter_initialised_by_the_function_is_left_alone_by_the_trainer(lora_model, token_samples, tmp_path):
+    model, samples = lora_model(), token_samples(12)
+    initialize_lora_da(model, samples, config=FIXED, progress=False)
+    trainer = LoRADATrainer(
+        model=model,
+        args=make_args(tmp_path, max_steps=1, learning_rate=0.0),
+        train_dataset=samples,
+        data_collator=pad_samples,
+        da_config=FIXED,
+    )
+    before = adapter_weights(model)
+    trainer.train()
+    after = adapter_weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trainer.lora_da_report is None
+    with pytest.raises(AdapterAlreadyTrainedError):
+        initialize_lora_da(model, samples, config=FIXED, progress=False)
+
+
+def test_an_adapter_that_was_deleted_and_added_again_is_a_fresh_one(lora_model, token_samples, tmp_path):
+    model, samples = lora_model(), token_samples(12)
+    arguments = {"train_dataset": samples, "data_collator": pad_samples, "da_config": FIXED}
+    LoRADATrainer(model=model, args=make_args(tmp_path / "a", max_steps=1), **arguments).train()
+    model.add_adapter("other", make_lora_config())
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", make_lora_config())
+    model.set_adapter("default")
+    again = LoRADATrainer(model=model, args=make_args(tmp_path / "b", max_steps=1), **arguments)
+    again.train()
+    assert again.lora_da_report is not None
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"layers": [], "unknown": 1})])
+def test_a_damaged_report_does_not_stop_a_resumed_run(lora_model, token_samples, tmp_path, caplog, content):
+    samples = token_samples(12)
+
+    def trainer(steps):
+        return LoRADATrainer(
+            model=lora_model(),
+            args=make_args(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1),
+            train_dataset=samples,
+            data_collator=pad_samples,
+            da_config=FIXED,
+        )
+
+    trainer(1).train()
+    (tmp_path / "lora_da" / "lora_da_report.json").write_text(content)
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert resumed.lora_da_report is None
+    assert "cannot be read" in caplog.text
+
+
+def test_a_users_optimizer_gets_b_alone_if_a_is_frozen(lora_model, token_samples, tmp_path):
+    model, samples = lora_model(), token_samples(12)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    trainer = LoRADATrainer(
+        model=model,
+        args=make_args(tmp_path, max_steps=1),
+        train_dataset=samples,
+        data_collator=pad_samples,
+        optimizers=(optimizer, None),
+        da_config=LoRADAConfig(**{**FIXED.to_dict(), "freeze_a": True}),
+    )
+    trainer.train()
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+    assert trained
+    assert all("lora_B" in name for name in trained)
+
+
+def test_samples_that_are_a_mapping_of_columns_and_a_population_that_is_none(lora_model, token_samples):
+    with pytest.raises(DataError, match="samples is a mapping; give a list"):
+        initialize_lora_da(lora_model(), {"input_ids": [[1, 2]]}, config=FIXED, progress=False)
+    with pytest.raises(ConfigError, match="population_size=-5 must be at least 1"):
+        initialize_lora_da(lora_model(), token_samples(12), config=FIXED, population_size=-5, progress=False)
+
+
+def test_the_fingerprint_sees_layers_that_have_no_adapter(lora_model):
+    from lora_da_hf.pipeline.save import base_model_facts
+
+    model, same = lora_model(target_modules=["q_proj"]), lora_model(target_modules=["v_proj", "up_proj"])
+    expected = base_model_facts(model)["weights_sha256"]
+    assert base_model_facts(same)["weights_sha256"] == expected
+    assert base_model_facts(same.bfloat16())["weights_sha256"] == expected
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert base_model_facts(model)["weights_sha256"] != expected
+
+
+def test_float32_solves_that_lose_the_displacement_are_done_again_in_float64(lora_model, token_samples):
+    model = lora_model()
+    config = LoRADAConfig(**{**FIXED.to_dict(), "solve_dtype": "float32", "input_damping": 1e-7})
+    report = initialize_lora_da(model, token_samples(12), config=config, progress=False)
+    exact = lora_model()
+    wide = LoRADAConfig(**{**config.to_dict(), "solve_dtype": "float64"})
+    initialize_lora_da(exact, token_samples(12), config=wide, progress=False)
+    found, expected = adapter_weights(model), adapter_weights(exact)
+    for layer in report.layers:
+        again = any("again in float64" in note or "Cholesky in float32" in note for note in layer.notes)
+        assert again or layer.residual <= 1e-4
+        name = next(n for n in expected if layer.name in n and "lora_B" in n)
+        product = expected[name] @ expected[name.replace("lora_B", "lora_A")]
+        other = found[name] @ found[name.replace("lora_B", "lora_A")]
+        assert (product - other).norm() <= 5e-3 * product.norm(), layer.name
