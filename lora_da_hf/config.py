@@ -114,8 +114,8 @@ class LoRADAConfig:
 
     step_size: float | str | None = _setting(
         "line_search",
-        "How far step 0 goes: what the displacement, normalised or not, is multiplied with. A number, line_search, or None to "
-        "follow `stable_gamma`.",
+        "How far step 0 goes: what the displacement, normalised or not, is multiplied with. A number, line_search, "
+        "or None to follow `stable_gamma`.",
     )
     stable_gamma: float = _setting(
         1024.0, "The paper's way to say the step: scaling / stable_gamma. Used only if step_size is None."
@@ -145,7 +145,7 @@ class LoRADAConfig:
     )
     save_statistics: bool = _setting(
         False,
-        "Store the full statistics too (large), for a later change of settings. The first process then solves alone.",
+        "Store the full statistics too (large), for a later change of settings. One process then solves alone.",
     )
 
     def __post_init__(self) -> None:

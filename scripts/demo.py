@@ -266,6 +266,8 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.output_dir = arguments.output_dir.absolute()
     os.chdir(REPOSITORY)
+    # Threads that wait without spinning cost little on a quiet machine, and save half the time on a busy one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output_dir = shorten(arguments.output_dir)
     seconds: dict[str, float] = {}
     started = time.monotonic()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_da_hf.adapters.targets import Target
+
+
+@contextlib.contextmanager
+def adapters_off(targets: Sequence[Target]) -> Generator[None]:
+    """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time."""
+    before = [(target.layer, target.layer._disable_adapters) for target in targets]
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True  # enable_adapters() would touch requires_grad too
+        yield
+    finally:
+        for layer, disabled in before:
+            layer._disable_adapters = disabled
 
 
 class TrialAdapters:

@@ -33,8 +33,8 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
         labelled = _labelled(job, splits.statistics, shifts, count=2)
         if not labelled:
             raise DataError(
-                f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how labels "
-                "are masked, and that samples are not truncated before their completion begins."
+                f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "
+                "labels are masked, and that samples are not truncated before their completion begins."
             )
         splits = _with_labels(job, splits, shifts)
         first = job.collate(labelled[:1])
@@ -71,8 +71,8 @@ def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
         spare = next((k for k in reversed(range(len(statistics))) if _labelled(job, [statistics[k]], shifts)), 0)
         if len(_labelled(job, statistics, shifts, count=2)) < 2:
             raise DataError(
-                "One sample alone has a label, and the line search needs one that the statistics did not see. Give more "
-                "labelled samples, or a step_size."
+                "One sample alone has a label, and the line search needs one that the statistics did not see. Give "
+                "more labelled samples, or a step_size."
             )
         search = [statistics[spare]]
         statistics = [*statistics[:spare], *statistics[spare + 1 :]]

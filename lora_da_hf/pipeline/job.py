@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,7 @@ class Job:
         seed: Of every random choice.
         batch_size: Samples run together.
         progress: Whether to show progress bars.
+        output_dir: Where the initialisation is written; None: nowhere.
         targets: The layers to initialise, by name.
         report: What was done so far.
     """
@@ -46,6 +48,7 @@ class Job:
     seed: int
     batch_size: int
     progress: bool
+    output_dir: Path | None
     targets: dict[str, Target] = field(init=False)
     report: LoRADAReport = field(init=False)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
+from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
@@ -103,9 +104,10 @@ def initialize_lora_da(
         seed=_first(config.seed, seed, DEFAULT_SEED),
         batch_size=_first(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
+        output_dir=Path(output_dir) if output_dir is not None else None,
     )
     splits = _choose_samples(job, samples, population_size)
-    return _run(job, splits, Path(output_dir) if output_dir is not None else None)
+    return _run(job, splits)
 
 
 def _choose_samples(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
@@ -123,23 +125,24 @@ def _first(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
-def _run(job: Job, splits: SampleSplits, output_dir: Path | None) -> LoRADAReport:
+def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
     before = {name: read_factors(target) for name, target in job.targets.items()}
     try:
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
-            splits, settings, shared = probe(job, splits)
-            result, shared = gather_statistics(job, splits, settings, shared)
-            solved = solve(job, result, shared, splits.population_size)
-            step = find_step(job, splits, settings, solved.solutions)
+            with adapters_off(job.scan.targets):
+                splits, settings, shared = probe(job, splits)
+                result, shared = gather_statistics(job, splits, settings, shared)
+                solved = solve(job, result, shared, splits.population_size)
+                step = find_step(job, splits, settings, solved.solutions)
             write_adapter(job, splits, settings, solved.solutions, step)
-        if output_dir is not None:
+        if job.output_dir is not None:
             with job.stage("save"), job.ranks.together("save"):
-                job.report.artifact = str(output_dir)
+                job.report.artifact = str(job.output_dir)
                 if job.ranks.is_main:
                     save_init(
-                        output_dir,
+                        job.output_dir,
                         model=job.model,
                         scan=job.scan,
                         solutions=solved.solutions,

@@ -108,6 +108,8 @@ def _search_ladder(
     largest = max(job.max_rank(target) for target in job.targets.values())
     ladder = [largest // _LADDER_RATIO**k for k in range(largest.bit_length()) if largest >= _LADDER_RATIO**k]
     by_rank = {rank: found.step_size for rank in used if len(used) == 1}
+    if job.output_dir is None:  # only a stored initialisation is used at other ranks
+        return by_rank
     part = samples[:_LADDER_SAMPLES]
     trial.step_size = 0.0
     baseline = found.baseline if len(part) == len(samples) else job.loss(part, settings)

@@ -92,13 +92,13 @@ def find_reduction(
         return LossReduction(kind="unknown", reason="there is one sample only")
     pair = samples[:2]
     with torch.no_grad(), _watch_precision() as seen:
-        both = collate(pair)
-        one, two = (compute(model, both, _items(n, both)).double().item() for n in (1, 2))
-        parts = sum(compute(model, batch, _items(1, batch)).double().item() for batch in (collate([s]) for s in pair))
+        both, first, second = collate(pair), collate(pair[:1]), collate(pair[1:])
+        whole, part, other = (compute(model, b, _items(1, b)).double().item() for b in (both, first, second))
+        halved = compute(model, first, _items(2, first)).double().item()
     tolerance = 2e-2 if seen & {torch.bfloat16, torch.float16} else 1e-3
-    if not _close(two * 2, one, tolerance):
+    if not _close(halved * 2, part, tolerance):
         return LossReduction(kind="unknown", reason="the loss does not divide by num_items_in_batch")
-    if not _close(parts, one, tolerance):
+    if not _close(part + other, whole, tolerance):
         return LossReduction(kind="unknown", reason="the loss of two samples is not the sum of theirs")
     return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
 

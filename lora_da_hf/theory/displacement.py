@@ -7,6 +7,8 @@ from torch import Tensor
 from lora_da_hf.theory.kronecker import FactorizedInput
 from lora_da_hf.theory.subspace import leading_eigenpairs
 
+_NORM_TOLERANCE = 1e-6
+
 
 def displacement(weight_grad: Tensor, inverse_output: Tensor, factorized_input: FactorizedInput) -> Tensor:
     """Compute ``D = - diag(inverse_output) weight_grad Z^-1`` (K-FAC with a diagonal output factor).
@@ -32,5 +34,9 @@ def spectral_norm(matrix: Tensor) -> float:
     if scale == 0:
         return 0.0
     narrow = narrow / scale
-    value = leading_eigenpairs(lambda v: narrow.mT @ (narrow @ v), narrow.shape[1], 1, like=narrow).eigenvalues[0]
+    # an eigenvalue is accurate to the square of the residual
+    pairs = leading_eigenpairs(
+        lambda v: narrow.mT @ (narrow @ v), narrow.shape[1], 1, like=narrow, tolerance=_NORM_TOLERANCE
+    )
+    value = pairs.eigenvalues[0]
     return scale * value.clamp_min(0).sqrt().item()

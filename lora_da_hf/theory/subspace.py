@@ -13,6 +13,7 @@ Apply = Callable[[Tensor], Tensor]
 _KRYLOV_TOLERANCE = 1e-7
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
+_CHECKED_FROM = 5
 _START_SEED = 0
 
 
@@ -35,7 +36,15 @@ class Eigenpairs:
     converged: bool = True
 
 
-def leading_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor, solver: str = "auto") -> Eigenpairs:
+def leading_eigenpairs(
+    apply: Apply,
+    dimension: int,
+    count: int,
+    *,
+    like: Tensor,
+    solver: str = "auto",
+    tolerance: float = _KRYLOV_TOLERANCE,
+) -> Eigenpairs:
     """Find the algebraically largest eigenpairs of a symmetric operator, in descending order.
 
     Args:
@@ -44,14 +53,16 @@ def leading_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor
         count: How many pairs, at most d.
         like: A tensor whose dtype and device the work is done in.
         solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to
-            ``"eigh"`` if its residual stays above 1e-7), or ``"auto"``: Krylov where it is faster.
+            ``"eigh"`` if its residual stays above the tolerance), or ``"auto"``: Krylov where it is faster.
+
+        tolerance: Largest relative residual of Krylov.
 
     Returns:
         The pairs, with the sign convention of `Eigenpairs`. Within a repeated eigenvalue the basis is arbitrary but
         deterministic.
     """
     if solver == "krylov" or (solver == "auto" and dimension > _DENSE_BELOW and 8 * count < dimension):
-        found = block_krylov(apply, dimension, count, like=like)
+        found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance)
         if found.converged:
             return found
     matrix = apply(torch.eye(dimension, dtype=like.dtype, device=like.device))
@@ -90,13 +101,17 @@ def block_krylov(
     start = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
     block = torch.linalg.qr(start).Q
     basis, image = block, apply(block)
+    largest = max(dimension // 2, block_size)
     while True:
+        full = basis.shape[1] + block_size > largest
+        if basis.shape[1] < _CHECKED_FROM * block_size and not full:
+            basis, image = _extended(basis, image, block_size, apply)
+            continue
         projected = basis.mT @ image
         values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
         values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count]
         vectors = basis @ coordinates
         residual = relative_residual(image @ coordinates, vectors, values)
-        full = basis.shape[1] + block_size > max(dimension // 2, block_size)
         if residual <= tolerance or full:
             return Eigenpairs(
                 eigenvalues=values,
@@ -105,9 +120,13 @@ def block_krylov(
                 solver="krylov",
                 converged=residual <= tolerance,
             )
-        block = _orthonormal_part(image[:, -block_size:], basis)
-        basis = torch.cat([basis, block], dim=1)
-        image = torch.cat([image, apply(block)], dim=1)
+        basis, image = _extended(basis, image, block_size, apply)
+
+
+def _extended(basis: Tensor, image: Tensor, block_size: int, apply: Apply) -> tuple[Tensor, Tensor]:
+    """Add the next block to a Krylov basis, orthonormal to it, and its image."""
+    block = _orthonormal_part(image[:, -block_size:], basis)
+    return torch.cat([basis, block], dim=1), torch.cat([image, apply(block)], dim=1)
 
 
 def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:

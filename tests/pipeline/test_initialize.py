@@ -311,8 +311,10 @@ def test_a_max_rank_above_the_input_size_is_cut_to_it(tmp_path, lora_model, samp
     assert sizes == {0}
 
 
-def test_steps_for_smaller_ranks_are_searched(lora_model, samples):
-    report = initialize(lora_model(), samples, max_rank=16)
+def test_steps_for_other_ranks_are_searched_for_what_is_stored(lora_model, samples, tmp_path):
+    report = initialize_lora_da(
+        lora_model(), samples, config=make_config(max_rank=16), output_dir=tmp_path / "init", progress=False
+    )
     assert set(report.step_size_by_rank) == {1, 4, 16}
     assert report.step_size_by_rank[4] == report.step_size
     assert all(step > 0 for step in report.step_size_by_rank.values())
