@@ -49,11 +49,6 @@ class Ranks:
         if self.size > 1:
             dist.reduce(tensor, dst=owner)
 
-    def broadcast_(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite ``tensor`` with the owner's, in place."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=owner)
-
     def gather(self, value: T) -> list[T]:
         """Return every process's value, by rank, on all of them."""
         if self.size == 1:

@@ -15,7 +15,6 @@ def test_one_process_is_the_simplest_case():
     assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
     tensor = torch.arange(3.0)
     ranks.reduce_sum_(tensor, 0)
-    ranks.broadcast_(tensor, 0)
     assert torch.equal(tensor, torch.arange(3.0))
 
 
