@@ -18,6 +18,7 @@ from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
+_MAX_PADDING = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +113,18 @@ def collect(
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples of similar length together: it saves padding, and the order does not matter."""
-    ordered = sorted(samples, key=sample_length, reverse=True)
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    """Batch samples of similar length together: it saves padding, and the order does not matter.
+
+    No sample is padded to more than half again its length, so a batch may be smaller than ``batch_size``.
+    """
+    batches: list[list[Any]] = []
+    for sample in sorted(samples, key=sample_length, reverse=True):
+        last = batches[-1] if batches else []
+        if last and len(last) < batch_size and sample_length(last[0]) <= _MAX_PADDING * sample_length(sample):
+            last.append(sample)
+        else:
+            batches.append([sample])
+    return batches
 
 
 def sample_length(sample: Any) -> int:

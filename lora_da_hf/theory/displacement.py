@@ -24,6 +24,13 @@ def displacement(weight_grad: Tensor, inverse_output: Tensor, factorized_input: 
     return factorized_input.solve((inverse_output[:, None] * weight_grad).mT).mT.neg()
 
 
+def gram_product(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``matrix^T matrix vectors`` for ``matrix [m, n]`` and ``vectors [n, k]``."""
+    # a few columns on the right of a transposed matrix take MKL ten times as long as a few rows on its left
+    rows = (vectors.mT.contiguous() @ matrix.mT) @ matrix
+    return rows.mT
+
+
 def spectral_norm(matrix: Tensor) -> float:
     """Return the largest singular value of ``matrix [m, n]``.
 
@@ -36,7 +43,7 @@ def spectral_norm(matrix: Tensor) -> float:
     narrow = narrow / scale
     # an eigenvalue is accurate to the square of the residual
     pairs = leading_eigenpairs(
-        lambda v: narrow.mT @ (narrow @ v), narrow.shape[1], 1, like=narrow, tolerance=_NORM_TOLERANCE
+        lambda v: gram_product(narrow, v), narrow.shape[1], 1, like=narrow, tolerance=_NORM_TOLERANCE
     )
     value = pairs.eigenvalues[0]
     return scale * value.clamp_min(0).sqrt().item()

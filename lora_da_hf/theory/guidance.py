@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lora_da_hf.theory.displacement import gram_product
 from lora_da_hf.theory.kronecker import FactorizedInput
 from lora_da_hf.theory.subspace import Eigenpairs, complete_basis, leading_eigenpairs
 
@@ -29,7 +30,7 @@ class Guidance:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V [d_in, k]`` without forming G."""
-        product = self.displacement.mT @ (self.displacement @ vectors) * -self.bias_coefficient
+        product = gram_product(self.displacement, vectors) * -self.bias_coefficient
         if self.variance_coefficient:
             product += self.factorized_input.solve(vectors) * self.variance_coefficient
         return product

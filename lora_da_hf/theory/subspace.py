@@ -13,7 +13,7 @@ Apply = Callable[[Tensor], Tensor]
 _KRYLOV_TOLERANCE = 1e-7
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
-_CHECKED_FROM = 5
+_CHECKED_FROM = 7
 _START_SEED = 0
 
 
@@ -97,42 +97,56 @@ def block_krylov(
     """
     tolerance = max(tolerance, 100 * torch.finfo(like.dtype).eps)
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
+    largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
     start = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
-    block = torch.linalg.qr(start).Q
-    basis, image = block, apply(block)
-    largest = max(dimension // 2, block_size)
+    block = torch.linalg.qr(start).Q.mT
+    rows, image = _Rows(like, dimension), _Rows(like, dimension)  # the basis and its image, a vector to each row
     while True:
-        full = basis.shape[1] + block_size > largest
-        if basis.shape[1] < _CHECKED_FROM * block_size and not full:
-            basis, image = _extended(basis, image, block_size, apply)
-            continue
-        projected = basis.mT @ image
-        values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
-        values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count]
-        vectors = basis @ coordinates
-        residual = relative_residual(image @ coordinates, vectors, values)
-        if residual <= tolerance or full:
-            return Eigenpairs(
-                eigenvalues=values,
-                vectors=fix_signs(vectors),
-                residual=residual,
-                solver="krylov",
-                converged=residual <= tolerance,
-            )
-        basis, image = _extended(basis, image, block_size, apply)
+        rows.append(block)
+        image.append(apply(block.mT).mT)
+        full = rows.count + block_size > largest
+        if full or rows.count >= _CHECKED_FROM * block_size:
+            projected = rows.filled @ image.filled.mT
+            values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
+            values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count].mT
+            vectors = (coordinates @ rows.filled).mT
+            residual = relative_residual((coordinates @ image.filled).mT, vectors, values)
+            if residual <= tolerance or full:
+                return Eigenpairs(
+                    eigenvalues=values,
+                    vectors=fix_signs(vectors),
+                    residual=residual,
+                    solver="krylov",
+                    converged=residual <= tolerance,
+                )
+        block = _orthonormal_part(image.filled[-block_size:], rows.filled)
 
 
-def _extended(basis: Tensor, image: Tensor, block_size: int, apply: Apply) -> tuple[Tensor, Tensor]:
-    """Add the next block to a Krylov basis, orthonormal to it, and its image."""
-    block = _orthonormal_part(image[:, -block_size:], basis)
-    return torch.cat([basis, block], dim=1), torch.cat([image, apply(block)], dim=1)
+class _Rows:
+    """A growing matrix ``[count, width]`` whose storage doubles, so that adding rows does not copy it each time."""
+
+    def __init__(self, like: Tensor, width: int) -> None:
+        self._storage = torch.empty(256, width, dtype=like.dtype, device=like.device)
+        self.count = 0
+
+    @property
+    def filled(self) -> Tensor:
+        return self._storage[: self.count]
+
+    def append(self, rows: Tensor) -> None:
+        end = self.count + rows.shape[0]
+        while end > self._storage.shape[0]:
+            self._storage = torch.cat([self._storage, torch.empty_like(self._storage)])
+        self._storage[self.count : end] = rows
+        self.count = end
 
 
 def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:
+    """Return orthonormal rows that span the part of the rows of ``block`` that is orthogonal to those of ``basis``."""
     for _ in range(2):
-        block = block - basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
+        block = block - (block @ basis.mT) @ basis
+        block = torch.linalg.qr(block.mT).Q.mT
     return block
 
 

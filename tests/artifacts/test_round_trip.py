@@ -16,8 +16,10 @@ from harness import (
     relative_error,
     written_adapter,
 )
+from packaging.version import Version
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -318,6 +320,9 @@ def test_an_adapter_of_another_name_is_stored_like_any_other(tmp_path, tiny_llam
     assert torch.equal(logits(loaded, samples), logits(model, samples))
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers itself refuses this version of PEFT"
+)
 def test_an_adapter_of_transformers_own_is_stored_too(tmp_path, tiny_llama, samples):
     model = tiny_llama()
     model.add_adapter(make_lora_config())
