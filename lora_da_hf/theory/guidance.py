@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_da_hf.theory.displacement import gram_product
+from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.kronecker import FactorizedInput
 from lora_da_hf.theory.subspace import Eigenpairs, complete_basis, leading_eigenpairs
 
@@ -17,27 +17,37 @@ class Guidance:
     """``G = - bias_coefficient * D^T D + variance_coefficient * Z^-1``, kept as its parts.
 
     Attributes:
-        displacement: ``[d_out, d_in]``, normalised or not.
-        factorized_input: The Cholesky factor of Z.
+        displacement: D, with the Cholesky factor of Z.
         bias_coefficient: Weight of the bias term.
         variance_coefficient: Weight of the variance term, with everything multiplied in.
     """
 
-    displacement: Tensor
-    factorized_input: FactorizedInput
+    displacement: Displacement
     bias_coefficient: float
     variance_coefficient: float
 
+    @property
+    def factorized_input(self) -> FactorizedInput:
+        """The Cholesky factor of Z."""
+        return self.displacement.factorized_input
+
+    @property
+    def width(self) -> int:
+        """The number of inputs, d_in."""
+        return self.displacement.scaled_gradient.shape[1]
+
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V [d_in, k]`` without forming G."""
-        product = gram_product(self.displacement, vectors) * -self.bias_coefficient
+        solved = self.factorized_input.solve(vectors)
+        product = self.displacement.transposed_times_apply(solved) * -self.bias_coefficient
         if self.variance_coefficient:
-            product += self.factorized_input.solve(vectors) * self.variance_coefficient
+            product += solved * self.variance_coefficient
         return product
 
     def dense(self) -> Tensor:
         """Return G, ``[d_in, d_in]``."""
-        matrix = self.displacement.mT @ self.displacement * -self.bias_coefficient
+        displacement = self.displacement.dense()
+        matrix = displacement.mT @ displacement * -self.bias_coefficient
         if self.variance_coefficient:
             matrix += self.factorized_input.inverse() * self.variance_coefficient
         return matrix
@@ -48,11 +58,9 @@ class Guidance:
 
 
 def build_guidance(
-    displacement: Tensor,
+    displacement: Displacement,
     inverse_output: Tensor,
-    factorized_input: FactorizedInput,
     *,
-    displacement_norm: float,
     population_size: int,
     bias_weight: float,
     variance_weight: float,
@@ -60,36 +68,27 @@ def build_guidance(
 ) -> Guidance:
     """Weigh bias against variance (arXiv 2510.24561, the guidance matrix).
 
-    ``G = - bias_weight D^^T D^ + variance_weight c Z^-1`` with ``D^ = D / displacement_norm`` and
-    ``c = sum(inverse_output) / (population_size * displacement_norm**2)``.
+    ``G = - bias_weight D^T D + variance_weight c Z^-1`` with ``c = sum(inverse_output) / population_size``. Dividing D
+    by a number, as ``normalize_displacement`` does, divides G by its square and leaves its eigenvectors alone.
 
     Args:
-        displacement: D, ``[d_out, d_in]``.
+        displacement: D.
         inverse_output: ``[d_out]``, inverse of the damped output factor.
-        factorized_input: The Cholesky factor of Z.
-        displacement_norm: What D is divided by: its largest singular value, or 1 to leave it.
         population_size: N, the number of samples that training draws from.
         bias_weight: Weight of the bias term.
         variance_weight: Weight of the variance term.
-        normalize_terms: Bring ``Z^-1`` to the Frobenius norm of ``D^^T D^`` first; c then drops out.
+        normalize_terms: Bring ``Z^-1`` to the Frobenius norm of ``D^T D`` first; c then drops out.
 
     Returns:
         G in the dtype of ``displacement``.
     """
-    displacement = displacement / displacement_norm
-    variance = 0.0
+    variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
-        narrow = displacement if displacement.shape[0] >= displacement.shape[1] else displacement.mT
-        ratio = (narrow.mT @ narrow).norm() / factorized_input.inverse().norm()
+        dense = displacement.dense()
+        narrow = dense if dense.shape[0] >= dense.shape[1] else dense.mT
+        ratio = (narrow.mT @ narrow).norm() / displacement.factorized_input.inverse().norm()
         variance = variance_weight * ratio.item()
-    elif variance_weight:
-        variance = variance_weight * inverse_output.sum().item() / (population_size * displacement_norm**2)
-    return Guidance(
-        displacement=displacement,
-        factorized_input=factorized_input,
-        bias_coefficient=bias_weight,
-        variance_coefficient=variance,
-    )
+    return Guidance(displacement=displacement, bias_coefficient=bias_weight, variance_coefficient=variance)
 
 
 def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> Eigenpairs:
@@ -106,13 +105,17 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
     Returns:
         Eigenvalues ``[r]`` ascending and vectors ``[d_in, r]``.
     """
-    dimension = guidance.displacement.shape[1]
+    dimension = guidance.width
     if solver == "eigh" or (solver == "auto" and rank == dimension):
         dense = guidance.dense()
         pairs = leading_eigenpairs(lambda v: -(dense @ v), dimension, rank, like=dense, solver="eigh")
     else:
         pairs = leading_eigenpairs(
-            lambda v: -guidance.apply(v), dimension, rank, like=guidance.displacement, solver=solver
+            lambda v: -guidance.apply(v),
+            dimension,
+            rank,
+            like=guidance.displacement.scaled_gradient,
+            solver=solver,
         )
     if not guidance.variance_coefficient:
         pairs = complete_basis(pairs)
@@ -135,11 +138,13 @@ def check_residual_in_float64(guidance: Guidance, pairs: Eigenpairs) -> float:
     Returns:
         The largest residual relative to the largest eigenvalue, with Rayleigh quotients as eigenvalues.
     """
-    narrow = guidance.factorized_input
+    narrow = guidance.displacement
     wide = replace(
         guidance,
-        displacement=guidance.displacement.double(),
-        factorized_input=replace(narrow, cholesky=narrow.cholesky.double()),
+        displacement=Displacement(
+            scaled_gradient=narrow.scaled_gradient.double(),
+            factorized_input=replace(narrow.factorized_input, cholesky=narrow.factorized_input.cholesky.double()),
+        ),
     )
     vectors = torch.linalg.qr(pairs.vectors.double()).Q
     image = wide.apply(vectors)

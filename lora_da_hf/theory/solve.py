@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.theory.displacement import displacement, spectral_norm
+from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
 
@@ -73,13 +73,10 @@ def solve_layer(
     inverse_output, output_damping = inverse_output_factor(
         output_diag, Damping.parse(config.output_damping, "output_damping"), layer=layer
     )
-    step = displacement(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
-    norm = spectral_norm(step)
+    displacement = Displacement.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
     guidance = build_guidance(
-        step,
+        displacement,
         inverse_output,
-        factorized_input,
-        displacement_norm=norm if config.normalize_displacement else 1.0,
         population_size=population_size,
         bias_weight=config.bias_weight,
         variance_weight=config.variance_weight,
@@ -93,7 +90,7 @@ def solve_layer(
     if dtype != torch.float64:
         residual = max(
             check_residual_in_float64(guidance, pairs),
-            _solve_residual(statistics, inverse_output, factorized_input, guidance, norm, pairs.vectors, config),
+            _solve_residual(statistics, guidance, pairs.vectors),
         )
         if not residual <= _FLOAT32_RESIDUAL:
             wide = dataclasses.replace(config, solve_dtype="float64")
@@ -109,10 +106,12 @@ def solve_layer(
             return dataclasses.replace(again, notes=(*notes, note, *again.notes))
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
+    norm = displacement.norm(start=pairs.vectors)
+    divisor = norm if config.normalize_displacement else 1.0
     return LayerSolution(
         basis_A=pairs.vectors.mT.contiguous(),
-        basis_B=guidance.displacement @ pairs.vectors,
-        eigenvalues=pairs.eigenvalues,
+        basis_B=displacement.apply(pairs.vectors) / divisor,
+        eigenvalues=pairs.eigenvalues / divisor**2,
         displacement_norm=norm,
         input_damping=factorized_input.damping,
         output_damping=output_damping,
@@ -122,36 +121,25 @@ def solve_layer(
     )
 
 
-def _solve_residual(
-    statistics: LayerStatistics,
-    inverse_output: Tensor,
-    factorized_input: FactorizedInput,
-    guidance: Guidance,
-    norm: float,
-    vectors: Tensor,
-    config: LoRADAConfig,
-) -> float:
+def _solve_residual(statistics: LayerStatistics, guidance: Guidance, vectors: Tensor) -> float:
     """Measure in float64 how far the solves with a narrower Cholesky factor miss their right-hand sides.
 
     Args:
         statistics: Of the layer.
-        inverse_output: ``[d_out]``.
-        factorized_input: The narrow factor.
-        guidance: Made of the narrow displacement.
-        norm: What the displacement was divided by, if it was.
-        vectors: ``[d_in, r]``, of which the variance term takes ``Z^-1``.
-        config: Says whether the displacement was divided.
+        guidance: G, in the narrower dtype.
+        vectors: ``[d_in, r]``, of which ``Z^-1`` and D^T D are taken.
 
     Returns:
         The larger relative residual.
     """
     moment = statistics.input_second_moment.double()
     damped = (moment + moment.mT) * 0.5
-    damped.diagonal().add_(factorized_input.damping)
-    expected = -inverse_output.double()[:, None] * statistics.weight_grad.double()
-    step = guidance.displacement.double() * (norm if config.normalize_displacement else 1.0)
-    missed = ((step @ damped - expected).norm() / expected.norm()).item()
-    if guidance.variance_coefficient:
-        solved = factorized_input.solve(vectors).double()
-        missed = max(missed, ((damped @ solved - vectors.double()).norm() / vectors.double().norm()).item())
+    damped.diagonal().add_(guidance.factorized_input.damping)
+    gradient = guidance.displacement.scaled_gradient.double()
+    solved = guidance.factorized_input.solve(vectors)
+    gram = guidance.displacement.transposed_times_apply(solved)
+    missed = 0.0
+    for found, expected in ((solved, vectors.double()), (gram, gradient.mT @ (gradient @ solved.double()))):
+        error = damped @ found.double() - expected
+        missed = max(missed, (error.norm() / expected.norm()).item())
     return missed

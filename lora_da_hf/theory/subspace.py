@@ -14,6 +14,7 @@ _KRYLOV_TOLERANCE = 1e-7
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
 _CHECKED_FROM = 7
+_CHECKED_FROM_START = 3
 _START_SEED = 0
 
 
@@ -44,6 +45,7 @@ def leading_eigenpairs(
     like: Tensor,
     solver: str = "auto",
     tolerance: float = _KRYLOV_TOLERANCE,
+    start: Tensor | None = None,
 ) -> Eigenpairs:
     """Find the algebraically largest eigenpairs of a symmetric operator, in descending order.
 
@@ -54,15 +56,15 @@ def leading_eigenpairs(
         like: A tensor whose dtype and device the work is done in.
         solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to
             ``"eigh"`` if its residual stays above the tolerance), or ``"auto"``: Krylov where it is faster.
-
         tolerance: Largest relative residual of Krylov.
+        start: ``[d, k]``, orthonormal vectors that Krylov may start from.
 
     Returns:
         The pairs, with the sign convention of `Eigenpairs`. Within a repeated eigenvalue the basis is arbitrary but
         deterministic.
     """
     if solver == "krylov" or (solver == "auto" and dimension > _DENSE_BELOW and 8 * count < dimension):
-        found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance)
+        found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
         if found.converged:
             return found
     matrix = apply(torch.eye(dimension, dtype=like.dtype, device=like.device))
@@ -77,7 +79,13 @@ def leading_eigenpairs(
 
 
 def block_krylov(
-    apply: Apply, dimension: int, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE
+    apply: Apply,
+    dimension: int,
+    count: int,
+    *,
+    like: Tensor,
+    tolerance: float = _KRYLOV_TOLERANCE,
+    start: Tensor | None = None,
 ) -> Eigenpairs:
     """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
 
@@ -91,6 +99,7 @@ def block_krylov(
         like: A tensor whose dtype and device the work is done in.
         tolerance: Largest residual, relative to the largest eigenvalue found, that counts as converged. In float32
             it is raised to what the dtype can resolve.
+        start: ``[d, k]``, orthonormal vectors that the start block takes in beside random ones.
 
     Returns:
         The pairs in descending order; ``converged`` says whether the tolerance was met.
@@ -99,14 +108,19 @@ def block_krylov(
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
     largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
-    start = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
-    block = torch.linalg.qr(start).Q.mT
+    block = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
+    checked_from = _CHECKED_FROM * block_size
+    if start is not None:
+        given = min(start.shape[1], block_size // 2)
+        block[:, :given] = start[:, :given]
+        checked_from = _CHECKED_FROM_START * block_size
+    block = torch.linalg.qr(block).Q.mT
     rows, image = _Rows(like, dimension), _Rows(like, dimension)  # the basis and its image, a vector to each row
     while True:
         rows.append(block)
         image.append(apply(block.mT).mT)
         full = rows.count + block_size > largest
-        if full or rows.count >= _CHECKED_FROM * block_size:
+        if full or rows.count >= checked_from:
             projected = rows.filled @ image.filled.mT
             values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
             values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count].mT

@@ -24,7 +24,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.config import Damping
-from lora_da_hf.theory.displacement import displacement, spectral_norm
+from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.guidance import build_guidance
 from lora_da_hf.theory.kronecker import inverse_output_factor
 from lora_da_hf.theory.solve import factorize
@@ -112,12 +112,9 @@ def guidance_of(statistics, name, config, population_size):
         Damping.parse(config.output_damping, "output_damping"),
         layer=name,
     )
-    step = displacement(statistics.weight_grad.double(), inverse_output, factorized)
     guidance = build_guidance(
-        step,
+        Displacement.of(statistics.weight_grad.double(), inverse_output, factorized),
         inverse_output,
-        factorized,
-        displacement_norm=spectral_norm(step),
         population_size=population_size,
         bias_weight=config.bias_weight,
         variance_weight=config.variance_weight,

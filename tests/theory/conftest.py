@@ -5,7 +5,7 @@ import torch
 
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.displacement import displacement, spectral_norm
+from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.guidance import build_guidance
 from lora_da_hf.theory.kronecker import factorize_input, inverse_output_factor
 
@@ -36,12 +36,9 @@ def make_guidance(statistics, *, damping=1e-2, variance_weight=0.1, population_s
     rule = Damping(amount=damping)
     factorized = factorize_input(statistics.input_second_moment, rule, layer="a", dtype=statistics.weight_grad.dtype)
     y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag, rule, layer="a")
-    step = displacement(statistics.weight_grad, y_inv, factorized)
     return build_guidance(
-        step,
+        Displacement.of(statistics.weight_grad, y_inv, factorized),
         y_inv,
-        factorized,
-        displacement_norm=overrides.pop("displacement_norm", spectral_norm(step)),
         population_size=population_size,
         bias_weight=overrides.pop("bias_weight", 1.0),
         variance_weight=variance_weight,

@@ -4,14 +4,23 @@ import pytest
 import torch
 
 from lora_da_hf.config import Damping
-from lora_da_hf.theory.displacement import displacement, spectral_norm
+from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
 
 
 def displacement_of(statistics, *, input_damping, output_damping):
     factorized = factorize_input(statistics.input_second_moment, input_damping, layer="a")
     y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag, output_damping, layer="a")
-    return displacement(statistics.weight_grad, y_inv, factorized)
+    return Displacement.of(statistics.weight_grad, y_inv, factorized)
+
+
+def identity_input(width, dtype=torch.float64):
+    return FactorizedInput(cholesky=torch.eye(width, dtype=dtype), damping=0.0)
+
+
+def spectral_norm(matrix, start=None):
+    displacement = Displacement(scaled_gradient=matrix, factorized_input=identity_input(matrix.shape[1], matrix.dtype))
+    return displacement.norm(start)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(6, 5), (5, 6), (1, 4), (4, 1)])
@@ -25,21 +34,32 @@ def test_it_solves_the_vectorised_kronecker_system(problem, d_out, d_in, damping
     y = torch.diag(statistics.output_grad_second_moment_diag + 2 * damping)
     # row-major vectorisation of [d_out, d_in]: (Y kron Z) vec(D) = vec(Y D Z)
     expected = torch.linalg.solve(torch.kron(y, z), -statistics.weight_grad.reshape(-1)).reshape(d_out, d_in)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.dense(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(6, 5), (5, 6), (1, 4), (4, 1)])
+def test_products_with_vectors_are_those_of_the_dense_matrix(problem, d_out, d_in):
+    found = displacement_of(problem(d_out, d_in), input_damping=Damping(amount=0.1), output_damping=Damping(amount=0.1))
+    dense = found.dense()
+    vectors = torch.randn(d_in, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    torch.testing.assert_close(found.apply(vectors), dense @ vectors)
+    gram = found.transposed_times_apply(found.factorized_input.solve(vectors))
+    torch.testing.assert_close(gram, dense.mT @ dense @ vectors)
+    assert found.norm() == pytest.approx(torch.linalg.svdvals(dense)[0].item(), rel=1e-9)
 
 
 def test_with_identity_factors_it_is_the_negative_gradient(problem):
     gradient = problem().weight_grad
-    identity = FactorizedInput(cholesky=torch.eye(gradient.shape[1], dtype=torch.float64), damping=0.0)
-    found = displacement(gradient, torch.ones(gradient.shape[0], dtype=torch.float64), identity)
-    torch.testing.assert_close(found, -gradient)
+    ones = torch.ones(gradient.shape[0], dtype=torch.float64)
+    found = Displacement.of(gradient, ones, identity_input(gradient.shape[1]))
+    torch.testing.assert_close(found.dense(), -gradient)
 
 
 def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem):
     statistics = problem()
     big = Damping(amount=1e6)
     found = displacement_of(statistics, input_damping=big, output_damping=big)
-    torch.testing.assert_close(found * 1e12, -statistics.weight_grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.dense() * 1e12, -statistics.weight_grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1, 1), (1, 7), (60, 40), (500, 450), (30, 600)])
@@ -62,6 +82,14 @@ def test_the_spectral_norm_of_close_singular_values_is_the_larger():
     left, right = (torch.linalg.qr(torch.randn(500, 500, generator=generator, dtype=torch.float64)).Q for _ in range(2))
     values = torch.linspace(1.0, 0.9, 500, dtype=torch.float64)
     assert spectral_norm(left * values @ right) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_spectral_norm_does_not_depend_on_where_it_starts(good):
+    matrix = torch.randn(500, 450, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, values, right = torch.linalg.svd(matrix)
+    start = right[:8].mT if good else right[-8:].mT
+    assert spectral_norm(matrix, start) == pytest.approx(values[0].item(), rel=1e-9)
 
 
 def test_the_spectral_norm_of_zero_is_zero():

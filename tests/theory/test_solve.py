@@ -47,6 +47,10 @@ def test_the_solution_has_pefts_layout_and_b_is_the_displacement_of_a(problem, c
     if normalize:
         step = step / solution.displacement_norm
     torch.testing.assert_close(solution.basis_B, step @ solution.basis_A.mT, rtol=1e-8, atol=1e-10)
+    noise = 0.03 * y.reciprocal().sum() / 100 * torch.linalg.inv(z)
+    guidance = -step.mT @ step + noise / (solution.displacement_norm**2 if normalize else 1)
+    expected = torch.linalg.eigvalsh(guidance)[:rank]
+    torch.testing.assert_close(solution.eigenvalues, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
 
 
 def test_the_dampings_are_multiples_of_the_means_of_the_diagonals(problem, config):
