@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import platform
 import re
@@ -64,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
     parser.add_argument("--output", type=Path, default=RESULTS / "initialization_cost.json")
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -271,8 +273,12 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Run every method once, then all of them again, so that a slow spell of the machine hits all alike."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
+    if options.resume and options.output.exists():
+        found |= earlier_runs(options)
     for repeat in range(options.repeats):
         for method in options.methods:
+            if len(found[method]) > repeat:
+                continue
             command = [sys.executable, __file__, "--worker", method, "--model", options.model]
             for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length"):
                 command += [f"--{name}", str(getattr(options, name))]
@@ -284,9 +290,25 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def earlier_runs(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Read the runs of the output file, if they are of the same code, settings and machine."""
+    content = json.loads(options.output.read_text())
+    if content["settings"] != settings(options) or content["machine"] != machine():
+        raise SystemExit(f"{options.output} holds runs of another day, code, setting or machine: run without --resume.")
+    return content["runs"]
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the figures depend on, the code of the package among it."""
+    digest = hashlib.sha256()
+    for path in sorted((REPOSITORY / "lora_da_hf").rglob("*.py")):
+        digest.update(path.read_bytes())
+    names = ("num_samples", "search_samples", "batch_size", "max_length")
+    return {name: getattr(options, name) for name in names} | {"package_sha256": digest.hexdigest()[:16]}
+
+
 def save(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
-    settings = {k: getattr(options, k) for k in ("num_samples", "search_samples", "batch_size", "max_length")}
-    content = {"machine": machine(), "settings": settings, "runs": found}
+    content = {"machine": machine(), "settings": settings(options), "runs": found}
     options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 256
+_WIDE = 1024
 
 
 class InputMomentSum:
@@ -52,8 +53,9 @@ def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:
         rows: ``[tokens, d]``, in the dtype of ``total``.
     """
     width = total.shape[0]
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
+    block = _BLOCK if width >= _WIDE else _BLOCK // 2
+    for start in range(0, width, block):
+        stop = min(start + block, width)
         total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
 
 

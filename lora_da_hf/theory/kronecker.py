@@ -93,8 +93,9 @@ def factorize_input(
         damped = _damped(input_second_moment, tried_amount, tried_dtype)
         cholesky, info = torch.linalg.cholesky_ex(damped)
         pivot = int(info.item())
-        if pivot == 0 and _solves(cholesky, damped):
-            return FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
+        factorized = FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
+        if pivot == 0 and _solves(factorized, damped):
+            return factorized
         why = f"failed at pivot {pivot}" if pivot else "was inaccurate"
         notes.append(f"Cholesky in {str(tried_dtype).removeprefix('torch.')} with damping {tried_amount:.2g} {why}")
     raise SolveError(
@@ -109,10 +110,10 @@ def _damped(moment: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
     return damped
 
 
-def _solves(cholesky: Tensor, damped: Tensor) -> bool:
+def _solves(factorized: FactorizedInput, damped: Tensor) -> bool:
     target = torch.ones(damped.shape[0], 1, dtype=damped.dtype, device=damped.device)
     target[1::2] = -1.0
-    error = damped @ torch.cholesky_solve(target, cholesky) - target
+    error = damped @ factorized.solve(target) - target
     return bool(torch.isfinite(error).all()) and error.norm().item() <= 1e-3 * target.norm().item()
 
 
