@@ -18,7 +18,7 @@ from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
-_MAX_PADDING = 1.25
+_LITTLE_PADDING = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,13 @@ def collect(
 def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
     """Batch samples of similar length together: it saves padding, and the order does not matter.
 
-    No sample is padded by more than a quarter of its length, so a batch may be smaller than ``batch_size``.
+    No sample is padded by more than a quarter of its length, or 16 tokens, so a batch may be smaller than ``batch_size``.
     """
     batches: list[list[Any]] = []
     for sample in sorted(samples, key=sample_length, reverse=True):
         last = batches[-1] if batches else []
-        if last and len(last) < batch_size and sample_length(last[0]) <= _MAX_PADDING * sample_length(sample):
+        length = sample_length(sample)
+        if last and len(last) < batch_size and sample_length(last[0]) <= length + max(length // 4, _LITTLE_PADDING):
             last.append(sample)
         else:
             batches.append([sample])
