@@ -276,8 +276,8 @@ def test_another_adapter_than_the_manifest_announces_is_refused(folder, change, 
 
 @pytest.mark.parametrize("changes", [{"max_rank": 3, "rank": 3}, {"out_features": 47}, {"in_features": 49}])
 def test_other_shapes_in_the_manifest_than_in_the_files_are_refused(folder, changes):
-    layers = dict(load_init(folder).manifest.layers)
-    layers[LAYER] = dataclasses.replace(layers[LAYER], **changes)
+    layers = load_init(folder).manifest.layers
+    layers = {name: dataclasses.replace(layer, **changes) for name, layer in layers.items()}
     forge_manifest(folder, layers=layers)
     refuses(folder, "as the manifest says")
 
