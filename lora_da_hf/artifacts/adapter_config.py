@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -67,15 +68,20 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ArtifactError(f"{path} is not the config of a LoRA adapter. Fetch it again.")
     config: dict[str, Any] = values
-    hints = get_type_hints(LoraConfig)
+    hints = _hints()
     unknown = sorted(key for key in set(config) - set(hints) if config[key])
     if unknown:
         raise ArtifactError(f"{path}: this version of PEFT does not know {unknown}. Install the one that wrote it.")
-    check_types(config, {**hints, "init_lora_weights": bool | str, "lora_alpha": float}, str(path))
+    check_types(config, hints, str(path))
     _check_plain(path, config)
     _check_base(path, config, manifest)
     _check_layers(path, config, manifest)
     return config
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return {**get_type_hints(LoraConfig), "init_lora_weights": bool | str, "lora_alpha": float}
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:

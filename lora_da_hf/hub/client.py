@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import (
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
-from lora_da_hf.errors import ArtifactError, HubError
+from lora_da_hf.errors import ArtifactError, HubError, LoRADAError
 
 LIBRARY = "lora_da_hf"
 
@@ -42,9 +42,9 @@ def hub_errors(doing: str) -> Generator[None]:
     """
     try:
         yield
+    except LoRADAError:
+        raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, (ArtifactError, HubError)):
-            raise
         raise HubError(f"{doing} failed: {_reason(error)}") from error
 
 
@@ -60,15 +60,18 @@ def _reason(error: Exception) -> str:
         return "the repo has no such branch, tag or commit. Look at its history on its page."
     if isinstance(error, RemoteEntryNotFoundError):
         return f"the repo has no {MANIFEST_FILE} or lacks a file of it, so it holds no complete LoRA-DA initialisation."
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) and not _http_cause(error):
+    response = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    if response is not None:
+        return _refusal(response.response.status_code)
+    if any(isinstance(cause, HTTPError) for cause in _causes(error)):
+        return "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return "it is not completely in the cache, and the network is off. Pull it once with the network on."
-    response = _http_cause(error)
-    if response is None:
-        text = str(error) or type(error).__name__
-        if isinstance(error, (HTTPError, ConnectionError, LocalEntryNotFoundError)):
-            return f"the Hub could not be reached ({text}). Check the network and HF_ENDPOINT, or work offline."
-        return f"{text}. Correct that and try again."
-    status = response.response.status_code
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    return f"{text}. Correct that and try again."
+
+
+def _refusal(status: int) -> str:
     if status == 412:
         return "somebody else pushed meanwhile. Look at what changed, and push again on top of it."
     if status in (401, 403):
@@ -76,11 +79,10 @@ def _reason(error: Exception) -> str:
     return f"the Hub answered {status}. Try again later."
 
 
-def _http_cause(error: BaseException | None) -> HfHubHTTPError | None:
-    """Return the HTTP error that an error is or was raised for."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error
 
 
 def check_tree(manifest: Manifest, info: ModelInfo) -> None:

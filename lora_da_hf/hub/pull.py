@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from lora_da_hf.pipeline.save import base_model_facts
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
+
+_Put = Callable[[Path, Path], Any]
+"""Copies or links a file of the cache to a second place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,8 @@ def pull_init(
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
         base_model: The model that it will be used on, or its facts (``config``, ``weights_sha256``); None: not compared.
         cache_dir: The client's cache; None: its default.
-        local_dir: Where to put the checked folder; None: in the cache, with hard links, so that it takes no space.
+        local_dir: Where to put the checked folder; None: in the cache, with hard links, so that it takes no space. What
+            is at local_dir is replaced.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
@@ -123,11 +127,15 @@ def pull_init(
             check_tree(manifest, info)
         _check_use(manifest, base_model, rank)
         checked = path.parents[2] / _CHECKED
-        whole = Path(local_dir) if local_dir is not None and rank is None else checked / commit
         checked.mkdir(exist_ok=True)
         with WeakFileLock(checked / f"{commit}.lock"):
-            _collect(source, manifest, path, whole)
-            folder = whole if rank is None else _cut(whole, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
+            if rank is not None:
+                whole = _collect(source, manifest, path, checked / commit, _link)
+                folder = _cut(whole, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
+            elif local_dir is not None:
+                folder = _collect(source, manifest, path, Path(local_dir), shutil.copyfile)
+            else:
+                folder = _collect(source, manifest, path, checked / commit, _link)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 
@@ -154,27 +162,36 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
         raise HubError(f"Rank {rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
 
 
-def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path) -> None:
+def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> Path:
     """Make a folder of the manifest and its files, and check all of it; if it fails, there is none."""
-    commit = manifest_path.parent.name
-    with atomic_folder(folder) as partial:
-        _link(manifest_path, partial / MANIFEST_FILE)
-        for name, entry in manifest.files.items():
-            _place(source, commit, partial / name, entry)
-        load_init(partial)
-        check_statistics(partial, manifest)
+    if not _is_complete(folder, manifest):
+        with atomic_folder(folder) as partial:
+            put(manifest_path, partial / MANIFEST_FILE)
+            for name, entry in manifest.files.items():
+                _place(source, manifest_path.parent.name, partial / name, entry, put)
+            load_init(partial)
+            check_statistics(partial, manifest)
+    return folder
 
 
-def _place(source: _Source, commit: str, target: Path, entry: FileEntry) -> None:
+def _is_complete(folder: Path, manifest: Manifest) -> bool:
+    """Tell whether an earlier pull made the folder, and every byte of it is still the same."""
+    try:
+        return load_init(folder).manifest == manifest
+    except ArtifactError:
+        return False
+
+
+def _place(source: _Source, commit: str, target: Path, entry: FileEntry, put: _Put) -> None:
     """Put one file in its place; a copy in the cache that was damaged is fetched once more."""
-    _link(source.fetch(target.name, commit), target)
+    put(source.fetch(target.name, commit), target)
     try:
         check_file(target, entry)
     except ArtifactError:
         if source.offline:
             raise
         target.unlink()
-        _link(source.fetch(target.name, commit, again=True), target)
+        put(source.fetch(target.name, commit, again=True), target)
         check_file(target, entry)
 
 
