@@ -60,3 +60,7 @@ class ArtifactError(LoRADAError, ValueError):
 
 class BaseModelMismatchError(ArtifactError):
     """A stored initialisation was computed for another base model."""
+
+
+class HubError(LoRADAError, RuntimeError):
+    """The Hub refused, could not be reached, or does not have what was asked for."""

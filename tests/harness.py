@@ -1,5 +1,6 @@
 """What tests of training, storage and several processes share: arguments, comparisons, and statistics by autograd."""
 
+import dataclasses
 import itertools
 import random
 from dataclasses import dataclass
@@ -7,13 +8,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from lora_da_hf import LoRADAConfig
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, parse_manifest
+from lora_da_hf.artifacts.store import file_entry
 
 LINEAR_LAYERS = 14
 
@@ -75,6 +78,38 @@ def make_args(folder, **overrides):
         "disable_tqdm": True,
     }
     return TrainingArguments(**{**settings, **overrides})
+
+
+BASE_NAME = "org/base"
+
+
+def make_init(folder, **config):
+    """Write an initialisation of four small layers, with its statistics, for a base called org/base."""
+    from conftest import make_lora_model, make_tiny_llama
+
+    initialize_lora_da(
+        make_lora_model(model=make_tiny_llama(name_or_path=BASE_NAME), target_modules=["q_proj", "v_proj"]),
+        make_learnable_samples(24),
+        config=make_config(**{"save_statistics": True, "step_size": 0.1, **config}),
+        data_collator=collate,
+        output_dir=folder,
+        progress=False,
+    )
+    return folder
+
+
+def forge_manifest(folder, **changes):
+    """Write the manifest as this library would, with the sizes and hashes of the files as they are now."""
+    manifest = parse_manifest((folder / MANIFEST_FILE).read_bytes(), source="here")
+    files = {name: file_entry(folder / name) for name in manifest.files}
+    forged = dataclasses.replace(manifest, **{"files": files, **changes})
+    (folder / MANIFEST_FILE).write_text(forged.to_json())
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def adapter_weights(model):

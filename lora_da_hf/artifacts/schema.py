@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
-from lora_da_hf.errors import ArtifactError
+from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json, read_dataclass
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ArtifactError, ConfigError
 
 SCHEMA_VERSION = 1
 KIND = "lora-da-init"
@@ -20,10 +24,25 @@ REPORT_FILE = "lora_da_report.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE)
+STATISTICS_PREFIX = "lora_da_statistics-"
+MAX_MANIFEST_BYTES = 64 << 20
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHARD = re.compile(re.escape(STATISTICS_PREFIX) + r"([0-9]{5})-of-([0-9]{5})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIZE = 2**31
+_DATA_FACTS: dict[str, Any] = {
+    "fingerprint": str,
+    "num_samples": int,
+    "num_unlabelled": int,
+    "num_search_samples": int,
+    "population_size": int,
+}
+_BASE_FACTS: dict[str, Any] = {
+    "name_or_path": str | None,
+    "revision": str | None,
+    "config": dict[str, int | float | str | bool],
+    "weights_sha256": str | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,94 +128,111 @@ def _to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
-def parse_manifest(text: str, *, source: str) -> Manifest:
-    """Read and validate the text of a manifest.
+def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
+    """Read and validate a manifest.
 
     Args:
-        text: JSON.
+        data: JSON.
         source: Where it comes from, for messages.
 
     Raises:
-        ArtifactError: if it is no JSON, of another schema, a field is missing, unknown or of the wrong type, or the
-            text is not to the letter what was written.
+        ArtifactError: if it is no JSON, of another schema, a field is missing, unknown, of the wrong type or out of
+            range, two of them contradict each other, or the text is not to the letter what was written.
     """
-    try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source} is not valid JSON ({error}): truncated or changed. Fetch it again.") from error
-    if not isinstance(values, dict) or values.get("kind") != KIND:
+    data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{source} has {len(data)} bytes, more than any manifest. Do not use it.")
+    fields = parse_json(data, source)
+    if not isinstance(fields, dict) or fields.get("kind") != KIND:
         raise ArtifactError(f"{source} is not the manifest of a LoRA-DA initialisation.")
-    fields: dict[str, Any] = values
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"{source} has schema version {fields.get('schema_version')!r} and this version of lora_da_hf reads "
             f"{SCHEMA_VERSION}. Install the version that wrote it, or compute the initialisation again."
         )
-    layers = {n: _read(LayerEntry, v, f"{source}: layer {n}") for n, v in _mapping(fields, "layers", source).items()}
-    files = {n: _read(FileEntry, v, f"{source}: file {n}") for n, v in _mapping(fields, "files", source).items()}
+    layers = _entries(LayerEntry, fields.get("layers"), source, "layer")
+    files = _entries(FileEntry, fields.get("files"), source, "file")
     rest = {name: value for name, value in fields.items() if name != CHECKSUM}
-    manifest = _read(Manifest, {**rest, "layers": layers, "files": files}, source)
-    _check_values(manifest, source)
-    if manifest.to_json() != text:
+    manifest: Manifest = read_dataclass(Manifest, {**rest, "layers": layers, "files": files}, source)
+    _check_files(manifest.files, source)
+    _check_layers(manifest, source)
+    _check_facts(manifest, source)
+    if manifest.to_json().encode() != data:
         raise ArtifactError(f"{source} was changed after it was written: its checksum is another. Fetch it again.")
     return manifest
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return values
+def _entries(kind: Any, values: Any, source: str, what: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{source}: {what}s is missing or no mapping. Fetch it again.")
+    entries: dict[str, Any] = values
+    return {name: read_dataclass(kind, value, f"{source}: {what} {name}") for name, value in entries.items()}
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _mapping(values: dict[str, Any], name: str, source: str) -> dict[str, Any]:
-    found = values.get(name)
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{source}: {name} is missing or no mapping.")
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def _read(kind: Any, values: Any, source: str) -> Any:
-    hints = get_type_hints(kind)
-    if not isinstance(values, dict) or set(values) != set(hints):  # pyright: ignore[reportUnknownArgumentType]
-        raise ArtifactError(f"{source}: expected the fields {sorted(hints)}.")
-    for name, hint in hints.items():
-        if not _fits(values[name], hint):
-            raise ArtifactError(f"{source}: {name}={values[name]!r} is not {hint}.")
-    return kind(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint == float | None:
-        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    origin = getattr(hint, "__origin__", hint)
-    if not isinstance(value, origin):
-        return False
-    if origin is dict:
-        return all(_fits(v, hint.__args__[1]) for v in value.values()) if hint.__args__[1] is not Any else True
-    return True
-
-
-def _check_values(manifest: Manifest, source: str) -> None:
-    for name, entry in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name) or not _SHA256.fullmatch(entry.sha256) or entry.size < 0:
+def _check_files(files: Mapping[str, FileEntry], source: str) -> None:
+    shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    allowed = {*REQUIRED_FILES, *(shard.group() for shard in shards)}
+    for name, entry in files.items():
+        if name not in allowed or not _SHA256.fullmatch(entry.sha256) or entry.size < 0:
             raise ArtifactError(f"{source}: the entry of file {name!r} is malformed.")
-    missing = [name for name in REQUIRED_FILES if name not in manifest.files]
+    missing = [name for name in REQUIRED_FILES if name not in files]
     if missing:
         raise ArtifactError(f"{source}: the files {missing} are not listed.")
+    if sorted(int(shard[1]) for shard in shards) != list(range(1, len(shards) + 1)) or any(
+        int(shard[2]) != len(shards) for shard in shards
+    ):
+        raise ArtifactError(f"{source}: the statistics are listed in part: {sorted(s.group() for s in shards)[:3]}.")
+
+
+def _check_layers(manifest: Manifest, source: str) -> None:
+    if not manifest.layers:
+        raise ArtifactError(f"{source}: it lists no layer.")
     for name, layer in manifest.layers.items():
         sizes = (layer.in_features, layer.out_features, layer.rank, layer.max_rank)
         if not all(0 < size < _MAX_SIZE for size in sizes) or not layer.rank <= layer.max_rank <= layer.in_features:
             raise ArtifactError(f"{source}: the sizes of layer {name} contradict each other.")
-        if not 0 < layer.peft_scaling < float("inf") or layer.shares_input_with not in manifest.layers:
+        leader = manifest.layers.get(layer.shares_input_with)
+        positive = layer.peft_scaling > 0 and layer.num_tokens > 0 and layer.num_grad_tokens > 0
+        if not positive or min(layer.input_damping, layer.output_damping) < 0 or leader is None:
             raise ArtifactError(f"{source}: the entry of layer {name} is malformed.")
-    if not manifest.layers:
-        raise ArtifactError(f"{source}: it lists no layer.")
+        if leader.shares_input_with != layer.shares_input_with or any(
+            getattr(leader, what) != getattr(layer, what) for what in ("in_features", "num_tokens", "input_damping")
+        ):
+            raise ArtifactError(
+                f"{source}: layer {name} shares the input of {layer.shares_input_with}, and they contradict each other."
+            )
+    both = sorted(set(manifest.kept) & set(manifest.layers))
+    if both:
+        raise ArtifactError(f"{source}: layer {both[0]} is both initialised and kept as PEFT made it.")
+
+
+def _check_facts(manifest: Manifest, source: str) -> None:
+    """Verify what is not about one layer: settings, data, base, steps, seed, versions."""
+    try:
+        config = LoRADAConfig.from_dict(manifest.config)
+    except ConfigError as error:
+        raise ArtifactError(f"{source}: the settings are not valid. {error}") from error
+    for what, facts, hints in (("data", manifest.data, _DATA_FACTS), ("base_model", manifest.base_model, _BASE_FACTS)):
+        missing = sorted(set(hints) - set(facts))
+        if missing:
+            raise ArtifactError(f"{source}: {what} does not say {missing}. Fetch it again.")
+        check_types(facts, hints, f"{source}: {what}")
+        if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in hints):
+            raise ArtifactError(f"{source}: {what} holds more than plain facts.")
+    hashes = [manifest.data["fingerprint"], manifest.base_model["weights_sha256"] or "0" * 64]
+    counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
+    if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:
+        raise ArtifactError(f"{source}: a fingerprint or a count is malformed.")
+    largest = max(layer.max_rank for layer in manifest.layers.values())
+    steps = [manifest.step_size or 0.0, *manifest.step_size_by_rank.values()]
+    ranks = manifest.step_size_by_rank
+    if min(steps) < 0 or not fits(ranks, dict[int, float]) or any(not 0 < int(rank) <= largest for rank in ranks):
+        raise ArtifactError(f"{source}: the steps are malformed: {dict(list(ranks.items())[:3])}.")
+    if manifest.seed < 0 or config.seed not in (None, manifest.seed):
+        raise ArtifactError(f"{source}: seed {manifest.seed} contradicts the settings, which say {config.seed}.")
+    if not manifest.adapter_name or "lora_da_hf" not in manifest.versions:
+        raise ArtifactError(f"{source}: the adapter's name or the version that wrote it is missing.")
+    try:
+        datetime.datetime.fromisoformat(manifest.created)
+    except ValueError as error:
+        raise ArtifactError(f"{source}: created={manifest.created!r} is no date.") from error

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.schema import Manifest
-from lora_da_hf.artifacts.store import read_tensors
+from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, Manifest
+from lora_da_hf.artifacts.tensors import iterate_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
 
-STATISTICS_PREFIX = "lora_da_statistics-"
 _SHARD_BYTES = 2 << 30
+_INPUT = "input_second_moment"
+_OUTPUT = "output_grad_second_moment_diag"
+_GRAD = "weight_grad"
+_ROUNDING = 1e-3
+_SMALLEST = 1e-30
 
 
 def save_statistics(folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str]) -> None:
@@ -35,11 +39,11 @@ def save_statistics(folder: Path, statistics: Mapping[str, LayerStatistics], sha
     size = 0
     for name, layer in statistics.items():
         tensors = {
-            f"{name}.weight_grad": layer.weight_grad.cpu().contiguous(),
-            f"{name}.output_grad_second_moment_diag": layer.output_grad_second_moment_diag.cpu().contiguous(),
+            f"{name}.{_GRAD}": layer.weight_grad.cpu().contiguous(),
+            f"{name}.{_OUTPUT}": layer.output_grad_second_moment_diag.cpu().contiguous(),
         }
         if shared_inputs[name] == name:
-            tensors[f"{name}.input_second_moment"] = pack_upper(layer.input_second_moment.cpu())
+            tensors[f"{name}.{_INPUT}"] = pack_upper(layer.input_second_moment.cpu())
         added = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if shards[-1] and size + added > _SHARD_BYTES:
             shards.append({})
@@ -59,39 +63,101 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
         manifest: Its manifest.
 
     Raises:
-        ArtifactError: if they were not stored, or a tensor is missing or of another size.
+        ArtifactError: if they were not stored, a tensor is missing, of another size or dtype, not finite, or cannot be
+            what it is called: a second moment with a negative diagonal, or off its diagonal above what that allows.
     """
-    files = sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
-    if not files:
-        raise ArtifactError(
-            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_tensors(folder / file, None))
+    tensors = dict(_read_checked(folder, manifest))
     loaded: dict[str, LayerStatistics] = {}
     moments: dict[str, Tensor] = {}
     for name, layer in manifest.layers.items():
         leader = layer.shares_input_with
-        d_in, d_out = layer.in_features, layer.out_features
-        weight_grad = _take(tensors, f"{name}.weight_grad", (d_out, d_in), folder)
-        diagonal = _take(tensors, f"{name}.output_grad_second_moment_diag", (d_out,), folder)
-        packed = _take(tensors, f"{leader}.input_second_moment", (d_in * (d_in + 1) // 2,), folder)
         if leader not in moments:
-            moments[leader] = unpack_upper(packed, d_in)
+            moments[leader] = unpack_upper(tensors[f"{leader}.{_INPUT}"], layer.in_features)
         loaded[name] = LayerStatistics(
             input_second_moment=moments[leader],
-            output_grad_second_moment_diag=diagonal,
-            weight_grad=weight_grad,
+            output_grad_second_moment_diag=tensors[f"{name}.{_OUTPUT}"],
+            weight_grad=tensors[f"{name}.{_GRAD}"],
             num_input_tokens=layer.num_tokens,
             num_output_tokens=layer.num_grad_tokens,
         )
     return loaded
 
 
-def _take(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], folder: Path) -> Tensor:
-    tensor = tensors.get(key)
-    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
-        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ArtifactError(f"{folder}: {key} is {found} and should be {list(shape)}. Compute it again.")
-    return tensor
+def check_statistics(folder: Path, manifest: Manifest) -> None:
+    """Look at every number of the stored statistics, one tensor at a time, as `load_statistics` does.
+
+    Raises:
+        ArtifactError: as `load_statistics`, if there are any.
+    """
+    if statistics_files(manifest):
+        for _ in _read_checked(folder, manifest):
+            pass
+
+
+def statistics_files(manifest: Manifest) -> list[str]:
+    """Return the names of the files that hold statistics, in order; none if they were not stored."""
+    return sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
+
+
+def check_statistics_headers(folder: Path, manifest: Manifest) -> None:
+    """Verify keys, shapes and dtypes of the stored statistics, if there are any.
+
+    Raises:
+        ArtifactError: if a tensor is missing, unknown, there twice, or of another shape or dtype.
+    """
+    files = statistics_files(manifest)
+    shapes = _shapes(manifest)
+    dtypes: set[str] = set()
+    for file in files:
+        path = folder / file
+        for name, (shape, dtype) in tensor_specs(path, max_tensors=len(shapes)).items():
+            expected = shapes.pop(name, None)
+            dtypes.add(dtype)
+            if shape != expected or not dtypes < {"F32", "F64"}:
+                raise ArtifactError(
+                    f"{path}: {name} is {dtype} {list(shape)} and should be {list(expected or ())} in one precision, "
+                    "F32 or F64. Compute it again."
+                )
+    if files and shapes:
+        name, shape = next(iter(shapes.items()))
+        raise ArtifactError(f"{folder}: {name} is missing and should be {list(shape)}. Compute it again.")
+
+
+def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in manifest.layers.items():
+        shapes[f"{name}.{_GRAD}"] = (layer.out_features, layer.in_features)
+        shapes[f"{name}.{_OUTPUT}"] = (layer.out_features,)
+        if layer.shares_input_with == name:
+            shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
+    return shapes
+
+
+def _read_checked(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    files = statistics_files(manifest)
+    if not files:
+        raise ArtifactError(
+            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
+        )
+    check_statistics_headers(folder, manifest)
+    widths = {f"{name}.{_INPUT}": layer.in_features for name, layer in manifest.layers.items()}
+    for file in files:
+        for name, tensor in iterate_tensors(folder / file):
+            if name in widths:
+                _check_moment(tensor, widths[name], name, folder / file)
+            elif name.endswith(_OUTPUT) and (tensor < 0).any():
+                raise ArtifactError(f"{folder / file}: {name} is negative in places. Fetch it again.")
+            yield name, tensor
+
+
+def _check_moment(packed: Tensor, width: int, name: str, path: Path) -> None:
+    """Verify a diagonal that is not negative, and Cauchy and Schwarz's inequality, row by row of the triangle."""
+    lengths = torch.arange(width, 0, -1)
+    diagonal = packed[torch.cumsum(lengths, 0) - lengths].double()
+    roots = diagonal.clamp_min(0).sqrt()
+    start = 0
+    for row in range(width):
+        entries = packed[start : start + width - row].double().abs()
+        start += width - row
+        if diagonal[row] < 0 or (entries > roots[row] * roots[row:] * (1 + _ROUNDING) + _SMALLEST).any():
+            raise ArtifactError(f"{path}: row {row} of {name} is not that of a second moment. Fetch it again.")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -15,38 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.consistency import StoredBasis, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.schema import (
+    ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASIS_FILE,
     MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    REPORT_FILE,
     FileEntry,
     Manifest,
     parse_manifest,
 )
+from lora_da_hf.artifacts.statistics_store import check_statistics_headers
+from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
+__all__ = [
+    "StoredBasis",
+    "StoredInit",
+    "atomic_folder",
+    "basis_tensors",
+    "check_base_model",
+    "check_file",
+    "file_entry",
+    "load_init",
+    "load_manifest",
+    "read_tensors",
+    "write_init",
+]
+
+UNLISTED_FILES = ("README.md", ".gitattributes")
+"""What a folder may hold besides, apart from PNG files. Nothing of it is read."""
+
 _CHUNK = 1 << 20
-_PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredBasis:
-    """The stored subspace of one layer.
-
-    Attributes:
-        basis_A: ``[max_rank, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, the displacement times the input basis.
-        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
-    """
-
-    basis_A: Tensor
-    basis_B: Tensor
-    eigenvalues: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,39 +157,26 @@ def file_entry(path: Path) -> FileEntry:
 def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None) -> StoredInit:
     """Read an initialisation, checking everything before it is used.
 
+    Hashes, headers, shapes and finiteness of every file but the numbers of stored statistics, which
+    `load_statistics` and `check_statistics` look at; and that basis, adapter, its config and the report tell one story.
+
     Args:
         folder: What `write_init` wrote.
         base_model: Facts of the model it will be used on (``config`` and ``weights_sha256``); None: not compared.
 
     Raises:
-        ArtifactError: if a file is missing, truncated, changed, of another schema, or holds anything but the
-            tensors that the manifest announces.
+        ArtifactError: if a file is missing, truncated, changed, of another schema, not listed, holds anything but the
+            tensors that the manifest announces, or contradicts another one.
         BaseModelMismatchError: if it was computed for another base model.
     """
     folder = Path(folder)
-    path = folder / MANIFEST_FILE
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError(f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete.")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not text: it was changed. Fetch it again.") from error
-    manifest = parse_manifest(text, source=str(path))
+    manifest = load_manifest(folder)
     if base_model is not None:
         check_base_model(manifest, base_model)
+    _check_nothing_else(folder, manifest)
     for name, entry in manifest.files.items():
-        _check_file(folder / name, entry)
-    expected = {
-        key: (shape, dtype)
-        for name, layer in manifest.layers.items()
-        for key, shape, dtype in (
-            (f"{name}.basis_A", (layer.max_rank, layer.in_features), "F32"),
-            (f"{name}.basis_B", (layer.out_features, layer.max_rank), "F32"),
-            (f"{name}.eigenvalues", (layer.max_rank,), "F64"),
-        )
-    }
-    tensors = read_tensors(folder / BASIS_FILE, expected)
-    _check_adapter(folder / ADAPTER_FILE, manifest)
+        check_file(folder / name, entry)
+    tensors = read_tensors(folder / BASIS_FILE, _basis_specs(manifest))
     bases = {
         name: StoredBasis(
             basis_A=tensors[f"{name}.basis_A"],
@@ -193,21 +185,49 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
         )
         for name in manifest.layers
     }
+    check_statistics_headers(folder, manifest)
+    check_bases(folder / BASIS_FILE, bases, manifest)
+    check_report(folder / REPORT_FILE, bases, manifest)
+    config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
+    adapter = read_tensors(folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
+    check_adapter(folder / ADAPTER_FILE, adapter, bases, config, manifest)
     return StoredInit(folder=folder, manifest=manifest, bases=bases)
 
 
-def _check_adapter(path: Path, manifest: Manifest) -> None:
-    """Verify that the adapter holds finite factors of the announced shapes; it may hold those of kept layers too."""
-    tensors = read_tensors(path, None)
-    for name, layer in manifest.layers.items():
-        shapes = {"lora_A": (layer.rank, layer.in_features), "lora_B": (layer.out_features, layer.rank)}
-        for factor, shape in shapes.items():
-            tensor = tensors.get(f"{_PEFT_PREFIX}{name}.{factor}.weight")
-            if tensor is None or tuple(tensor.shape) != shape:
-                found = "missing" if tensor is None else f"{list(tensor.shape)}"
-                raise ArtifactError(
-                    f"{path}: {factor} of {name} is {found}, not {list(shape)} as the manifest says. Fetch it again."
-                )
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder, and look at nothing else.
+
+    Raises:
+        ArtifactError: if there is none, or it is not valid.
+    """
+    path = folder / MANIFEST_FILE
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete.")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{path} is larger than any manifest. Do not use it.")
+    return parse_manifest(path.read_bytes(), source=str(path))
+
+
+def _basis_specs(manifest: Manifest) -> TensorSpecs:
+    return {
+        key: (shape, dtype)
+        for name, layer in manifest.layers.items()
+        for key, shape, dtype in (
+            (f"{name}.basis_A", (layer.max_rank, layer.in_features), "F32"),
+            (f"{name}.basis_B", (layer.out_features, layer.max_rank), "F32"),
+            (f"{name}.eigenvalues", (layer.max_rank,), "F64"),
+        )
+    }
+
+
+def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
+    """Verify that the folder holds what the manifest lists, and at most a card and its pictures besides."""
+    for path in sorted(folder.iterdir()):
+        if path.name in (MANIFEST_FILE, *manifest.files):
+            continue
+        is_card = path.name in UNLISTED_FILES or path.suffix == ".png"
+        if not is_card or path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 
 
 def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:
@@ -227,7 +247,12 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:
         )
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        ArtifactError: if it is missing, a link, or of another size or hash.
+    """
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} is listed in the manifest and is not there as a file. Fetch it again.")
     size = path.stat().st_size
@@ -235,61 +260,3 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         raise ArtifactError(f"{path} has {size} bytes and the manifest says {entry.size}: truncated or changed.")
     if file_entry(path).sha256 != entry.sha256:
         raise ArtifactError(f"{path} has another SHA-256 than the manifest says: it was changed. Fetch it again.")
-
-
-def read_tensors(path: Path, expected: Mapping[str, tuple[tuple[int, ...], str]] | None) -> dict[str, Tensor]:
-    """Read a safetensors file, header first.
-
-    Args:
-        path: The file.
-        expected: Shape and dtype of each key; None: anything finite is accepted.
-
-    Raises:
-        ArtifactError: if it is no safetensors file, its keys, shapes or dtypes are others, or a value is not finite.
-    """
-    try:
-        _check_no_duplicate_keys(path)
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if expected is not None:
-                _check_header(path, file, set(names), expected)
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is not a valid safetensors file ({error}). Fetch it again.") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not math.isfinite(tensor.double().sum().item()):
-            raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it; compute it again.")
-    return tensors
-
-
-def _check_header(path: Path, file: Any, names: set[str], expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    if names != set(expected):
-        wrong = sorted(names ^ set(expected))[:3]
-        raise ArtifactError(f"{path} and the manifest disagree on the tensors in it: {wrong} and maybe more.")
-    for name, (shape, dtype) in expected.items():
-        found = file.get_slice(name)
-        if tuple(found.get_shape()) != shape or found.get_dtype() != dtype:
-            raise ArtifactError(
-                f"{path}: {name} is {found.get_dtype()} {found.get_shape()}, not {dtype} {list(shape)} as the manifest "
-                "says. Fetch it again."
-            )
-
-
-def _check_no_duplicate_keys(path: Path) -> None:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(path.stat().st_size, 100 * _CHUNK):
-            raise ArtifactError(f"{path} is not a valid safetensors file: its header is longer than the file.")
-        header = file.read(length)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ArtifactError(f"{path}: a tensor's name occurs twice in the header. Fetch it again.")
-        return dict(pairs)
-
-    try:
-        json.loads(header, object_pairs_hook=unique)
-    except ValueError as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path} is not a valid safetensors file: its header is no JSON.") from error

@@ -1,0 +1,155 @@
+"""The checks of an adapter's PEFT config: that it is a plain LoRA adapter, and the one that the manifest describes."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
+from lora_da_hf.errors import ArtifactError
+
+PEFT_PREFIX = "base_model.model."
+
+_MAX_BYTES = 4 << 20
+_INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
+"""How PEFT may have made a fresh adapter whose B is zero and whose base is untouched."""
+_EMPTY = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""What makes PEFT load other files or code, change the base, or compute something else than ``s B A x``."""
+_MATCHING = (
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "target_modules",
+    "target_parameters",
+)
+_DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """Verify ``adapter_config.json``: types, nothing that loads code, ranks and scalings as the manifest says.
+
+    Args:
+        path: The file, whose hash was compared already.
+        manifest: Of its folder.
+
+    Returns:
+        Its values.
+
+    Raises:
+        ArtifactError: if PEFT would make another adapter of it than the manifest describes.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ArtifactError(f"{path} is larger than any adapter config. Do not use it.")
+    values = parse_json(path.read_bytes(), str(path))
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise ArtifactError(f"{path} is not the config of a LoRA adapter. Fetch it again.")
+    config: dict[str, Any] = values
+    hints = _hints()
+    unknown = sorted(key for key in set(config) - set(hints) if config[key])
+    if unknown:
+        raise ArtifactError(f"{path}: this version of PEFT does not know {unknown}. Install the one that wrote it.")
+    check_types(config, hints, str(path))
+    _check_plain(path, config)
+    _check_base(path, config, manifest)
+    _check_layers(path, config, manifest)
+    return config
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return {**get_type_hints(LoraConfig), "init_lora_weights": bool | str, "lora_alpha": float}
+
+
+def _check_plain(path: Path, config: dict[str, Any]) -> None:
+    used = [key for key in _EMPTY if config.get(key)]
+    if used or config.get("init_lora_weights", True) not in _INIT_LORA_WEIGHTS:
+        raise ArtifactError(
+            f"{path}: {used or 'init_lora_weights'} is not that of a plain LoRA adapter. Do not use it."
+        )
+    mapping = config.get("auto_mapping") or {}
+    known = {"base_model_class", "parent_library"}
+    if set(mapping) - known or not all(_DOTTED_NAME.fullmatch(str(name)) for name in mapping.values() if name):
+        raise ArtifactError(f"{path}: auto_mapping is not the name of a class: {mapping}. Do not use it.")
+    if not 0 <= config.get("lora_dropout", 0.0) < 1:
+        raise ArtifactError(f"{path}: lora_dropout={config['lora_dropout']} is no probability. Fetch it again.")
+
+
+def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
+    named, expected = config.get("base_model_name_or_path"), manifest.base_model["name_or_path"]
+    if named and expected and named != expected:
+        raise ArtifactError(f"{path} names the base {named!r} and the manifest {expected!r}. Do not use it.")
+
+
+def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
+    matching: Any = SimpleNamespace(**{key: config.get(key) for key in _MATCHING})
+    for name, layer in manifest.layers.items():
+        try:
+            rank = _pattern(config, "rank_pattern", name, config.get("r"))
+            alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
+            found = bool(check_target_module_exists(matching, name))
+        except Exception as error:  # PEFT's own code on patterns from outside
+            raise ArtifactError(
+                f"{path}: PEFT cannot match its patterns with {name}: {error}. Do not use it."
+            ) from error
+        if not found:
+            raise ArtifactError(f"{path}: its target_modules leave {name} out. Fetch it again.")
+        if rank != layer.rank or not fits(alpha, float):
+            raise ArtifactError(f"{path}: {name} has rank {rank} and alpha {alpha}, the manifest says {layer.rank}.")
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
+            raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
+
+
+def _pattern(config: dict[str, Any], pattern: str, name: str, default: Any) -> Any:
+    values: dict[str, Any] = config.get(pattern) or {}
+    return values.get(get_pattern_key(list(values), name), default)
+
+
+def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> bool:
+    """Tell whether a tensor of the adapter's file is one that PEFT may load beside those of the manifest's layers.
+
+    PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
+
+    Args:
+        key: The tensor's name.
+        config: The checked adapter config.
+        manifest: Of the folder.
+    """
+    path = key.removeprefix(PEFT_PREFIX)
+    module, _, parameter = path.rpartition(".")
+    if not key.startswith(PEFT_PREFIX):
+        return False
+    if path.partition(".lora_")[0] in manifest.kept:
+        return True
+    if parameter == "bias" and (config.get("bias") or "none") != "none":
+        return True
+    if config.get("trainable_token_indices") and parameter == "trainable_tokens_delta":
+        return True
+    if config.get("lora_bias") and path.endswith(".lora_B.bias"):
+        return True
+    saved: list[str] = config.get("modules_to_save") or []
+    return any(f".{name}." in f".{module}." for name in saved)

@@ -1,0 +1,190 @@
+"""The checks that need more than one file: basis, adapter and report must tell one story."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, is_adapter_tensor
+from lora_da_hf.artifacts.schema import LayerEntry, Manifest
+from lora_da_hf.artifacts.strict_json import parse_json, read_dataclass
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ArtifactError
+from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.theory.adapter_factors import paper_step_size
+
+_BASIS_TOLERANCE = 1e-4
+_EIGENVALUE_TOLERANCE = 1e-3
+_ADAPTER_TOLERANCE = 1e-4
+"""Relative; and four roundings of the adapter's dtype."""
+_REPORTED = ("rank", "peft_scaling", "num_tokens", "num_grad_tokens", "input_damping", "output_damping")
+_COUNTS = ("num_samples", "num_unlabelled", "num_search_samples", "population_size")
+_MAX_REPORT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBasis:
+    """The stored subspace of one layer.
+
+    Attributes:
+        basis_A: ``[max_rank, d_in]``, the transposed input basis.
+        basis_B: ``[d_out, max_rank]``, the displacement times the input basis.
+        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
+    """
+
+    basis_A: Tensor
+    basis_B: Tensor
+    eigenvalues: Tensor
+
+
+def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest) -> None:
+    """Verify that rows are orthonormal, eigenvalues ascend, and that none promises more than its direction gives.
+
+    The guidance matrix is a positive semidefinite term minus ``bias_weight D^T D``, so an eigenvalue is never below
+    ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``.
+
+    Args:
+        path: The basis file, for messages.
+        bases: By layer.
+        manifest: Of the folder.
+
+    Raises:
+        ArtifactError: naming the layer.
+    """
+    config = LoRADAConfig.from_dict(manifest.config)
+    for name, basis in bases.items():
+        rows, columns = basis.basis_A.double(), basis.basis_B.double()
+        gram = rows @ rows.mT
+        if (gram - torch.eye(len(rows), dtype=gram.dtype)).abs().max() > _BASIS_TOLERANCE:
+            raise ArtifactError(f"{path}: the rows of basis_A of {name} are not orthonormal. Fetch it again.")
+        values = basis.eigenvalues
+        if (values.diff() < 0).any():
+            raise ArtifactError(f"{path}: the eigenvalues of {name} do not ascend. Fetch it again.")
+        explained = config.bias_weight * columns.square().sum(dim=0)
+        scale = values.abs().max().item()
+        if (-values - explained > _EIGENVALUE_TOLERANCE * scale).any():
+            raise ArtifactError(f"{path}: basis_B of {name} does not explain its eigenvalues. Fetch it again.")
+        largest = torch.linalg.eigvalsh(columns.mT @ columns)[-1].item()
+        if config.normalize_displacement and largest > 1 + _EIGENVALUE_TOLERANCE:
+            raise ArtifactError(f"{path}: basis_B of {name} is longer than a normalised displacement. Fetch it again.")
+
+
+def check_adapter(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    bases: Mapping[str, StoredBasis],
+    config: dict[str, Any],
+    manifest: Manifest,
+) -> None:
+    """Verify that ``s B A`` of each layer is the step times the basis at the adapter's rank, and nothing else is there.
+
+    Args:
+        path: The adapter's file, for messages.
+        tensors: Its tensors, finite ones.
+        bases: By layer, checked.
+        config: The checked adapter config.
+        manifest: Of the folder.
+
+    Raises:
+        ArtifactError: naming the tensor.
+    """
+    known: set[str] = set()
+    for name, layer in manifest.layers.items():
+        factors: list[Tensor] = []
+        for factor, shape in (("A", (layer.rank, layer.in_features)), ("B", (layer.out_features, layer.rank))):
+            key = f"{PEFT_PREFIX}{name}.lora_{factor}.weight"
+            tensor = tensors.get(key)
+            if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                found = "missing" if tensor is None else f"{list(tensor.shape)}"
+                raise ArtifactError(
+                    f"{path}: lora_{factor} of {name} is {found}, not {list(shape)} as the manifest says. "
+                    "Fetch it again."
+                )
+            known.add(key)
+            factors.append(tensor)
+        missed = _missed(factors[0], factors[1], bases[name], layer, _step(manifest, layer))
+        tolerance = _ADAPTER_TOLERANCE + 4 * max(torch.finfo(tensor.dtype).eps for tensor in factors)
+        if not missed <= tolerance:
+            raise ArtifactError(
+                f"{path}: the adapter of {name} is not the step of the manifest along the stored basis: it misses it "
+                f"by {missed:.1e} of its size. Fetch it again."
+            )
+    extra = sorted(key for key in tensors if key not in known and not is_adapter_tensor(key, config, manifest))
+    if extra:
+        raise ArtifactError(f"{path}: {extra[0]!r} is no tensor of this adapter. Do not use it.")
+
+
+def _step(manifest: Manifest, layer: LayerEntry) -> float:
+    if manifest.step_size is None:
+        return paper_step_size(layer.peft_scaling, LoRADAConfig.from_dict(manifest.config).stable_gamma)
+    return manifest.step_size
+
+
+def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, layer: LayerEntry, step: float) -> float:
+    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter.
+
+    Of a step of 0, any B that is not zero misses it wholly, and so does an A outside of the basis at every step.
+    """
+    rows = basis.basis_A[: layer.rank].double()
+    columns = basis.basis_B[:, : layer.rank].double()
+    wide_A, wide_B = lora_A.double(), lora_B.double()
+    inside = wide_A @ rows.mT
+    outside = (wide_A - inside @ rows).norm() / wide_A.norm()
+    if step == 0.0:
+        return math.inf if wide_B.any() else outside.item()
+    expected = columns * step
+    along = (layer.peft_scaling * (wide_B @ inside) - expected).norm() / expected.norm()
+    return max(outside.item(), along.item())
+
+
+def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest) -> None:
+    """Verify that the report says of settings, data, layers and steps what manifest and basis say.
+
+    Args:
+        path: The report's file, whose hash was compared already.
+        bases: By layer.
+        manifest: Of the folder.
+
+    Raises:
+        ArtifactError: naming the first thing that they disagree on.
+    """
+    if path.stat().st_size > _MAX_REPORT_BYTES:
+        raise ArtifactError(f"{path} is larger than any report. Do not use it.")
+    values = parse_json(path.read_bytes(), str(path))
+    entries = values.get("layers") if isinstance(values, dict) else None
+    if not isinstance(entries, list):
+        raise ArtifactError(f"{path} is not the report of an initialisation. Fetch it again.")
+    layers: list[LayerReport] = [read_dataclass(LayerReport, entry, f"{path}: a layer") for entry in entries]
+    report: LoRADAReport = read_dataclass(LoRADAReport, {**values, "layers": layers}, str(path))
+    facts = {
+        "config": (report.config, manifest.config),
+        "step_size": (report.step_size, manifest.step_size),
+        "step_size_by_rank": (report.step_size_by_rank, manifest.step_size_by_rank),
+        "kept": (report.kept, manifest.kept),
+        "data_fingerprint": (report.data_fingerprint, manifest.data["fingerprint"]),
+        "layers": (sorted(layer.name for layer in layers), sorted(manifest.layers)),
+        **{name: (getattr(report, name), manifest.data[name]) for name in _COUNTS},
+    }
+    for layer in layers:
+        if layer.name in manifest.layers:
+            facts |= _layer_facts(layer, manifest.layers[layer.name], bases[layer.name])
+    for what, (found, expected) in facts.items():
+        if found != expected:
+            raise ArtifactError(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there.")
+    sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
+    if min(*sizes, *report.seconds.values(), report.num_unseen_samples, report.batch_size - 1) < 0:
+        raise ArtifactError(f"{path}: a count, a time, a norm or a residual is negative. Fetch it again.")
+
+
+def _layer_facts(report: LayerReport, entry: LayerEntry, basis: StoredBasis) -> dict[str, tuple[Any, Any]]:
+    stored = basis.eigenvalues.tolist()
+    facts: dict[str, tuple[Any, Any]] = {
+        f"{what} of {report.name}": (getattr(report, what), getattr(entry, what)) for what in _REPORTED
+    }
+    return {**facts, f"eigenvalues of {report.name}": (report.eigenvalues[: len(stored)], stored)}

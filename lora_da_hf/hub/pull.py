@@ -1,0 +1,209 @@
+"""Fetching an initialisation: complete and checked, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelInfo, hf_hub_url
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.utils import WeakFileLock
+from torch import nn
+
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, load_init
+from lora_da_hf.errors import ArtifactError, HubError
+from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
+from lora_da_hf.pipeline.save import base_model_facts
+
+_CHECKED = "lora_da"
+"""Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
+
+_Put = Callable[[Path, Path], Any]
+"""Copies or links a file of the cache to a second place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PulledInit:
+    """A fetched initialisation, on disk and checked.
+
+    Attributes:
+        folder: For `load_init`, and for ``PeftModel.from_pretrained``.
+        repo_id: Owner and name.
+        revision: What was asked for.
+        commit: What that was resolved to: the one to cite.
+    """
+
+    folder: Path
+    repo_id: str
+    revision: str | None
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A repo and how its files are fetched."""
+
+    api: HfApi
+    repo_id: str
+    cache_dir: Path | None
+    offline: bool
+
+    def resolve(self, revision: str | None) -> ModelInfo:
+        """Ask the Hub what a revision is now, and whether its files may be read, before the cache is looked at."""
+        info = self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+        check_manifest_size(info)
+        url = hf_hub_url(self.repo_id, MANIFEST_FILE, revision=info.sha, endpoint=self.api.endpoint)
+        self.api.get_hf_file_metadata(url=url)
+        return info
+
+    def fetch(self, name: str, revision: str | None, *, again: bool = False) -> Path:
+        """Return the path of a file in the client's cache, which the client compares by size alone."""
+        path = self.api.hf_hub_download(
+            self.repo_id,
+            name,
+            revision=revision,
+            cache_dir=self.cache_dir,
+            local_files_only=self.offline,
+            force_download=again,
+        )
+        return Path(path)
+
+
+def pull_init(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    rank: int | None = None,
+    base_model: nn.Module | Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    local_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+) -> PulledInit:
+    """Fetch an initialisation from the Hub, and check it before it is used.
+
+    The revision is resolved to a commit first. The manifest comes next, and with it the base model is compared, before
+    anything large is downloaded. Then come exactly the files that the manifest lists, and every check of `load_init`.
+    Files in the cache are hashed again. With the network off, all of it must be in the cache. With the network on,
+    nothing is taken from the cache that the Hub does not let the token read now.
+
+    Args:
+        repo_id: Owner and name.
+        revision: Branch, tag or commit; None: main.
+        rank: Give an adapter of this rank, up to the stored one; None: as it was published.
+        base_model: The model that it will be used on, or its facts (``config``, ``weights_sha256``); None: not compared.
+        cache_dir: The client's cache; None: its default.
+        local_dir: Where to put the checked folder; None: in the cache, with hard links, so that it takes no space. What
+            is at local_dir is replaced.
+        local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
+        token: None: the one of the environment or of `hf auth login`.
+        endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
+
+    Raises:
+        HubError: if the repo or revision is not there or not readable, or the cache is incomplete with the network off.
+        ArtifactError: if anything in it is not as the manifest says.
+        BaseModelMismatchError: if it was computed for another base model.
+    """
+    source = _Source(
+        api=make_api(token=token, endpoint=endpoint),
+        repo_id=repo_id,
+        cache_dir=Path(cache_dir) if cache_dir is not None else None,
+        offline=local_files_only or is_offline_mode(),
+    )
+    with hub_errors(f"Pulling {repo_id}{f'@{revision}' if revision else ''}"):
+        info = None if source.offline else source.resolve(revision)
+        path, manifest = _fetch_manifest(source, revision)
+        commit = path.parent.name
+        if info is not None:
+            if commit != info.sha:
+                raise HubError(f"{repo_id} changed while it was read: it was {info.sha}, now {commit}. Pull again.")
+            check_tree(manifest, info)
+        _check_use(manifest, base_model, rank)
+        checked = path.parents[2] / _CHECKED
+        checked.mkdir(exist_ok=True)
+        with WeakFileLock(checked / f"{commit}.lock"):
+            if rank is not None:
+                whole = _collect(source, manifest, path, checked / commit, _link)
+                folder = _cut(whole, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
+            elif local_dir is not None:
+                folder = _collect(source, manifest, path, Path(local_dir), shutil.copyfile)
+            else:
+                folder = _collect(source, manifest, path, checked / commit, _link)
+    return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
+
+
+def _fetch_manifest(source: _Source, revision: str | None) -> tuple[Path, Manifest]:
+    """Fetch the manifest; a copy in the cache that was damaged is fetched once more."""
+    path = source.fetch(MANIFEST_FILE, revision)
+    where = f"{MANIFEST_FILE} of {source.repo_id}"
+    try:
+        return path, parse_manifest(path.read_bytes(), source=where)
+    except ArtifactError:
+        if source.offline:
+            raise
+    path = source.fetch(MANIFEST_FILE, revision, again=True)
+    return path, parse_manifest(path.read_bytes(), source=where)
+
+
+def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | None, rank: int | None) -> None:
+    """Compare base and rank with what the manifest offers, before anything large is fetched."""
+    if base_model is not None:
+        is_model = isinstance(base_model, nn.Module)
+        check_base_model(manifest, base_model_facts(base_model) if is_model else base_model)
+    largest = max(layer.max_rank for layer in manifest.layers.values())
+    if rank is not None and not 1 <= rank <= largest:
+        raise HubError(f"Rank {rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
+
+
+def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> Path:
+    """Make a folder of the manifest and its files, and check all of it; if it fails, there is none."""
+    if not _is_complete(folder, manifest):
+        with atomic_folder(folder) as partial:
+            put(manifest_path, partial / MANIFEST_FILE)
+            for name, entry in manifest.files.items():
+                _place(source, manifest_path.parent.name, partial / name, entry, put)
+            load_init(partial)
+            check_statistics(partial, manifest)
+    return folder
+
+
+def _is_complete(folder: Path, manifest: Manifest) -> bool:
+    """Tell whether an earlier pull made the folder, and every byte of it is still the same."""
+    try:
+        return load_init(folder).manifest == manifest
+    except ArtifactError:
+        return False
+
+
+def _place(source: _Source, commit: str, target: Path, entry: FileEntry, put: _Put) -> None:
+    """Put one file in its place; a copy in the cache that was damaged is fetched once more."""
+    put(source.fetch(target.name, commit), target)
+    try:
+        check_file(target, entry)
+    except ArtifactError:
+        if source.offline:
+            raise
+        target.unlink()
+        put(source.fetch(target.name, commit, again=True), target)
+        check_file(target, entry)
+
+
+def _link(cached: Path, target: Path) -> None:
+    """Link a file of the cache to a second place, or copy it where the file system cannot."""
+    try:
+        os.link(cached.resolve(), target)
+    except OSError:
+        shutil.copyfile(cached, target)
+
+
+def _cut(whole: Path, target: Path, rank: int) -> Path:
+    from lora_da_hf.pipeline.reuse import cut_init
+
+    return cut_init(whole, target, rank=rank)

@@ -1,0 +1,597 @@
+"""Generated corruptions of a stored initialisation: every one is refused with an error of this library."""
+
+import copy
+import hashlib
+import json
+import pickle
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from harness import BASE_NAME, change_tensors, make_init
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.store import file_entry, load_init
+from lora_da_hf.errors import ArtifactError, LoRADAError
+from lora_da_hf.pipeline.save import base_model_facts
+
+STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
+FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
+TENSOR_FILES = [ADAPTER_FILE, BASIS_FILE, STATISTICS_FILE]
+LAYER = "model.layers.0.self_attn.q_proj"
+many = settings(max_examples=550, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return make_init(tmp_path_factory.mktemp("original") / "init")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return base_model_facts(make_tiny_llama(name_or_path=BASE_NAME))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("corrupt")
+
+
+def fresh_copy(original, place):
+    shutil.rmtree(place)
+    place.mkdir()
+    return shutil.copytree(original, place / "init")
+
+
+def contents(folder):
+    return {path.name: None if path.is_symlink() or path.is_dir() else path.read_bytes() for path in folder.iterdir()}
+
+
+def use(folder, base):
+    """Do what anybody does who uses an initialisation."""
+    stored = load_init(folder, base_model=base)
+    check_statistics(folder, stored.manifest)
+
+
+def test_what_is_not_corrupt_is_accepted(original, base):
+    use(original, base)
+
+
+# Bytes: the manifest knows better
+
+
+def flip(data, draw):
+    place = draw(st.integers(0, len(data) - 1))
+    return data[:place] + bytes([data[place] ^ draw(st.integers(1, 255))]) + data[place + 1 :]
+
+
+def truncate(data, draw):
+    return data[: draw(st.integers(0, len(data) - 1))]
+
+
+def extend(data, draw):
+    return data + draw(st.binary(min_size=1, max_size=64))
+
+
+def insert(data, draw):
+    place = draw(st.integers(0, len(data)))
+    return data[:place] + draw(st.binary(min_size=1, max_size=64)) + data[place:]
+
+
+def zero(data, draw):
+    start = draw(st.integers(0, len(data) - 1))
+    length = draw(st.integers(1, 64))
+    return data[:start] + bytes(len(data[start : start + length])) + data[start + length :]
+
+
+def replace(data, draw):
+    return draw(st.sampled_from([b"", b"{}", b"[]", b"null", pickle.dumps({"a": 1}), b"\xff\xfe", b"[" * 5000]))
+
+
+def swap_halves(data, draw):
+    middle = draw(st.integers(1, len(data) - 1))
+    return data[middle:] + data[:middle]
+
+
+@many
+@given(st.data())
+def test_other_bytes_are_refused(original, base, place, data):
+    folder = fresh_copy(original, place)
+    path = folder / data.draw(st.sampled_from(FILES))
+    change = data.draw(st.sampled_from([flip, truncate, extend, insert, zero, replace, swap_halves]))
+    changed = change(path.read_bytes(), data.draw)
+    assume(changed != path.read_bytes())
+    path.write_bytes(changed)
+    with pytest.raises(LoRADAError):
+        use(folder, base)
+
+
+# Meaning: sizes, hashes and the manifest's checksum are those of what is there
+
+
+def forge(folder, change=lambda values: None):
+    """Write a manifest whose hashes are right, and whose values are whatever a change makes of them."""
+    values = json.loads((folder / MANIFEST_FILE).read_text())
+    for name in list(values["files"]):
+        if (folder / name).is_file():
+            entry = file_entry(folder / name)
+            values["files"][name] = {"size": entry.size, "sha256": entry.sha256}
+    change(values)
+    values.pop("checksum", None)
+    values["checksum"] = hashlib.sha256(text_of(values).encode()).hexdigest()
+    (folder / MANIFEST_FILE).write_text(text_of(values))
+
+
+def text_of(values):
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def entry_of(tensor, draw):
+    return tuple(draw(st.integers(0, size - 1)) for size in tensor.shape)
+
+
+def far(draw):
+    return draw(st.floats(0.5, 1e6)) * draw(st.sampled_from([-1, 1]))
+
+
+def not_finite(folder, draw):
+    def change(tensors):
+        tensor = tensors[draw(st.sampled_from(sorted(tensors)))]
+        tensor[entry_of(tensor, draw)] = draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+
+    change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
+    forge(folder)
+
+
+def moved_entry(folder, draw):
+    """Move one number of basis or adapter so far that it is no rounding."""
+
+    def change(tensors):
+        tensor = tensors[draw(st.sampled_from(sorted(tensors)))]
+        tensor[entry_of(tensor, draw)] += far(draw)
+
+    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    forge(folder)
+
+
+def scaled_tensor(folder, draw):
+    def change(tensors):
+        tensors[draw(st.sampled_from(sorted(tensors)))] *= draw(st.sampled_from([0.0, 0.5, -1.0, 1.01, 2.0, 1e9]))
+
+    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    forge(folder)
+
+
+def exchanged_rows(folder, draw):
+    def change(tensors):
+        tensor = tensors[draw(st.sampled_from(sorted(tensors)))]
+        first, second = draw(st.lists(st.integers(0, len(tensor) - 1), min_size=2, max_size=2, unique=True))
+        tensor[[first, second]] = tensor[[second, first]]
+
+    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    forge(folder)
+
+
+def exchanged_tensors(folder, draw):
+    def change(tensors):
+        first, second = draw(st.lists(st.sampled_from(sorted(tensors)), min_size=2, max_size=2, unique=True))
+        tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+
+    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    forge(folder)
+
+
+def impossible_statistics(folder, draw):
+    def change(tensors):
+        name = draw(st.sampled_from(sorted(name for name in tensors if "weight_grad" not in name)))
+        tensor = tensors[name]
+        if "output" in name:
+            tensor[entry_of(tensor, draw)] = -draw(st.floats(1e-6, 1e6))
+            return
+        column = draw(st.integers(1, 47))
+        tensor[column] = tensor[0] * draw(st.floats(1e6, 1e9))  # above what the diagonal allows
+        if draw(st.booleans()):
+            tensor[0] = -draw(st.floats(1e-6, 1e6))
+
+    change_tensors(folder / STATISTICS_FILE, change)
+    forge(folder)
+
+
+def other_tensors(folder, draw):
+    """Leave out, rename, add, cut, transpose or retype a tensor."""
+
+    def change(tensors):
+        name = draw(st.sampled_from(sorted(tensors)))
+        tensor = tensors[name]
+        what = draw(st.sampled_from(["drop", "rename", "add", "cut", "grow", "flatten", "dtype"]))
+        if what in ("drop", "rename"):
+            del tensors[name]
+        if what in ("rename", "add"):
+            prefix = draw(st.sampled_from(["", "base_model.model.", "base_model.model.model."]))
+            tensors[prefix + draw(st.sampled_from(["x", "lm_head.weight", "layers.0.mlp.up_proj.weight", "é"]))] = (
+                tensor
+            )
+        if what == "cut":
+            tensors[name] = tensor[:-1].clone()
+        if what == "grow":
+            tensors[name] = torch.cat([tensor, tensor[:1]])
+        if what == "flatten":
+            tensors[name] = tensor.reshape(1, -1).clone()
+        if what == "dtype":
+            kinds = [torch.int32, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.complex64]
+            tensors[name] = tensor.to(draw(st.sampled_from(kinds)))
+
+    change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
+    forge(folder)
+
+
+def other_header(folder, draw):
+    path = folder / draw(st.sampled_from(TENSOR_FILES))
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    name = draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))
+    entry = header[name]
+    what = draw(st.sampled_from(["shape", "dtype", "offsets", "twice", "length", "text", "deep", "extra"]))
+    if what == "shape":
+        entry["shape"] = draw(st.sampled_from([[], [-1], [2**62, 8], [1.5], None, "x"]))
+    if what == "dtype":
+        entry["dtype"] = draw(st.sampled_from(["F8_E4M3", "F8_E8M0", "F4", "C64", "U64", "X", "", 3, None, "BF16"]))
+    if what == "offsets":
+        entry["data_offsets"] = draw(st.sampled_from([[0, 0], [1, 9], [-4, 0], [0, 2**62], [], None, [8, 0]]))
+    if what == "extra":
+        header["x"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(rest), len(rest)]}
+    text = json.dumps(header).encode()
+    if what == "twice":
+        text = text[:-1] + b"," + json.dumps({name: entry}).encode()[1:]
+    if what == "text":
+        text = draw(st.sampled_from([b"", b"{", b"[]", b"null", b"{}", b"\xff" * 9, b'{"a": 1}', b"NaN", text[:-1]]))
+    if what == "deep":
+        text = b'{"__metadata__": ' + b"[" * 3000 + b"]" * 3000 + b"," + text[1:]
+    stated = draw(st.sampled_from([0, 1, 2**20, 2**62, 2**64 - 1])) if what == "length" else len(text)
+    path.write_bytes(struct.pack("<Q", stated) + text + rest)
+    forge(folder)
+
+
+def leaves(values, path=()):
+    """Yield the paths of what is no container, or an empty one."""
+    children = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    if not children or not values:
+        yield path
+    for key, value in children:
+        yield from leaves(value, (*path, key))
+
+
+def at(values, path):
+    for key in path:
+        values = values[key]
+    return values
+
+
+def put(values, path, value):
+    at(values, path[:-1])[path[-1]] = value
+
+
+def wrong_type(value, draw):
+    """Return what no field takes in the place of a value."""
+    if isinstance(value, (dict, list)):
+        return draw(st.sampled_from([3, "x", True, None, 1.5]))
+    return draw(st.sampled_from([{"x": [1]}, [[1]], {"": None}, [None]]))
+
+
+def other_value(value, draw):
+    """Return another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return draw(st.sampled_from([value + 1, value - 1, -value - 1, 0, 2**40, 2**70]))
+    if isinstance(value, float):
+        return draw(st.sampled_from([value + 1.0, value * 1.5, -value - 1.0, 1e300]))
+    return draw(st.sampled_from([f"{value}x", "", "\x1b[31m", "x" * 5000, "\ud800"]))
+
+
+def checked_in_manifest(path):
+    """Tell whether another value of the same type contradicts another file, the base or a range."""
+    sections = ("layers", "config", "data", "step_size", "step_size_by_rank", "schema_version", "kind", "kept")
+    return path[0] in sections or path[:2] in (
+        ("base_model", "weights_sha256"),
+        ("base_model", "name_or_path"),
+        ("base_model", "config"),
+    )
+
+
+def contradicting_manifest(folder, draw):
+    def change(values):
+        paths = [path for path in leaves(values) if checked_in_manifest(path) and at(values, path) is not None]
+        path = draw(st.sampled_from([path for path in paths if not isinstance(at(values, path), (dict, list))]))
+        put(values, path, other_value(at(values, path), draw))
+
+    forge(folder, change)
+
+
+def mistyped_manifest(folder, draw):
+    def change(values):
+        path = draw(st.sampled_from([path for path in leaves(values) if path != ("checksum",)]))
+        put(values, path, wrong_type(at(values, path), draw))
+
+    forge(folder, change)
+
+
+def incomplete_manifest(folder, draw):
+    """Leave a key out, add one that means something, or rename one."""
+
+    def change(values):
+        paths = [
+            p for p in leaves(values) if p[0] not in ("versions", "checksum") and p[:2] != ("base_model", "config")
+        ]
+        path = draw(st.sampled_from(paths))
+        path = path[: draw(st.integers(1, len(path)))]
+        value = at(values, path[:-1]).pop(path[-1])
+        if draw(st.booleans()):
+            at(values, path[:-1])[draw(st.sampled_from(["x", "", "0", "-1", "007", "../x", "\x1b[31m", "\ud800"]))] = (
+                value
+            )
+
+    forge(folder, change)
+
+
+def senseless_manifest(folder, draw):
+    changes = {
+        "created": ["", "yesterday", "2026-13-40"],
+        "seed": [-1, 2**63, 2**80],
+        "adapter_name": ["", "\x1b[31m"],
+        "versions": [{}, {"torch": "2"}, {"lora_da_hf": "\x00"}],
+        "step_size": [-0.1, 1e400, 2.0, None, 0.0],
+        "step_size_by_rank": [{"0": 0.1}, {"99": 0.1}, {"x": 0.1}, {"-1": 0.1}, {"01": 0.1}, {"1": -0.1}, {"1": 1e400}],
+        "kept": [{LAYER: "it is both"}, {"x": "\x1b[31m"}, {"lm_head": "not so in the report"}],
+        "layers": [{}],
+        "schema_version": [0, 2, "1", 1.5, None],
+    }
+    name = draw(st.sampled_from(sorted(changes)))
+    value = draw(st.sampled_from(changes[name]))
+    forge(folder, lambda values: values.update({name: copy.deepcopy(value)}))
+
+
+def unlisted_or_odd_files(folder, draw):
+    name = draw(
+        st.sampled_from(
+            [
+                "adapter_model.bin",
+                "modeling.py",
+                "..",
+                "../x",
+                "/etc/passwd",
+                "a/b",
+                "a\\b",
+                "lora_da_statistics-00002-of-00002.safetensors",
+                "lora_da_statistics-00001-of-00002.safetensors",
+                "C:x",
+                ".hidden",
+                "con\x00",
+                "README.md",
+            ]
+        )
+    )
+    plain = "/" not in name and "\x00" not in name and name != ".."
+    listed = not plain or name == "README.md" or draw(st.booleans())
+    if plain:
+        (folder / name).write_bytes(pickle.dumps({"a": 1}))
+    entry = {"size": 4, "sha256": "0" * 64}
+    if plain and listed:
+        found = file_entry(folder / name)
+        entry = {"size": found.size, "sha256": found.sha256}
+    forge(folder, lambda values: values["files"].update({name: entry} if listed else {}))
+
+
+def no_plain_file(folder, draw):
+    path = folder / draw(st.sampled_from(FILES))
+    forge(folder)
+    moved = folder.parent / path.name
+    path.rename(moved)
+    what = draw(st.sampled_from(["link", "folder", "nothing", "dangling"]))
+    if what == "folder":
+        path.mkdir()
+    elif what != "nothing":
+        path.symlink_to(moved if what == "link" else folder.parent / "nowhere")
+
+
+def other_file(folder, draw):
+    """Put another file, a pickle or nothing in the place of one, with its hash."""
+    names = [name for name in FILES if name != MANIFEST_FILE]
+    first, second = draw(st.lists(st.sampled_from(names), min_size=2, max_size=2, unique=True))
+    choices = [(folder / second).read_bytes(), b"", pickle.dumps({"a": 1}), b"\x80\x04.", b"PK\x03\x04" + bytes(200)]
+    (folder / first).write_bytes(draw(st.sampled_from(choices)))
+    forge(folder)
+
+
+def changed_json(name, change):
+    def corrupt(folder, draw):
+        values = json.loads((folder / name).read_text())
+        change(values, draw)
+        (folder / name).write_text(json.dumps(values))
+        forge(folder)
+
+    corrupt.__name__ = change.__name__
+    return corrupt
+
+
+def mistyped_report(values, draw):
+    path = draw(st.sampled_from(list(leaves(values))))
+    put(values, path, wrong_type(at(values, path), draw))
+
+
+def incomplete_report(values, draw):
+    paths = [path for path in leaves(values) if path[0] != "seconds" and path[0] != "search"]
+    path = draw(st.sampled_from(paths))
+    path = path[: draw(st.integers(1, len(path)))]
+    at(values, path[:-1]).pop(path[-1])
+
+
+FREE = ("notes", "solver", "residual", "displacement_norm", "update_norm", "loss_reduction", "batch_size", "artifact")
+
+
+def contradicting_report(values, draw):
+    sections = ("layers", "config", "step_size", "step_size_by_rank", "data_fingerprint", "num_samples")
+    paths = [p for p in leaves(values) if p[0] in (*sections, "population_size") and not set(p) & set(FREE)]
+    paths = [path for path in paths if isinstance(at(values, path), (int, float, str))]
+    path = draw(st.sampled_from(paths))
+    changed = other_value(at(values, path), draw)
+    assume(changed != at(values, path))
+    put(values, path, changed)
+
+
+def senseless_report(values, draw):
+    changes = {
+        "seconds": [{"solve": -1.0}, {"solve": 1e400}],
+        "num_unseen_samples": [-1],
+        "batch_size": [0, -3],
+        "search_loss_before": [1e400],
+        "search": [[[0.1]], [[None, 1.0]]],
+        "layers": [[], [3]],
+        "kept": [{"lm_head": "not so in the manifest"}],
+        "notes": ["x", [3], ["\x1b[31m"]],
+    }
+    name = draw(st.sampled_from(sorted(changes)))
+    values[name] = draw(st.sampled_from(changes[name]))
+
+
+CONFIG_CHANGES = {
+    "peft_type": ["LOHA", None, 3, ["LORA"]],
+    "r": [3, 5, 0, -4, "4", None, 4.5, 2**70],
+    "lora_alpha": [8, 0, -16, "16", None, 1e400, 2**70],
+    "rank_pattern": [{"q_proj": 3}, {"q_proj": "4"}, {"(": 4}, [4], {LAYER: 0}, {"v_proj": None}],
+    "alpha_pattern": [{"v_proj": 8}, {"v_proj": "x"}, {"v_proj": 2**2000}, {"[": 4}, "x"],
+    "use_rslora": [True, "yes", 1],
+    "use_dora": [True],
+    "use_qalora": [True],
+    "target_modules": [["q_proj"], [], None, "x", "(", ".*mlp.*", [3], {"q_proj": 1}, "all-linear"],
+    "exclude_modules": [["v_proj"], ".*q_proj", "(", 3],
+    "modules_to_save": [["q_proj"], "q_proj", [3], ["("]],
+    "layers_to_transform": [[0], 1, "0"],
+    "init_lora_weights": [False, "pissa", "olora", "corda", "loftq", "pissa_niter_4", None, 3],
+    "megatron_config": [{"a": 1}],
+    "corda_config": [{"cache_file": "/tmp/x"}],
+    "loftq_config": [{"loftq_bits": 4}],
+    "layer_replication": [[[0, 1]], "x"],
+    "lora_dropout": [-0.1, 1.0, 2, "0", None, 1e400],
+    "auto_mapping": [
+        {"base_model_class": "os; x", "parent_library": "os"},
+        {"x": "os"},
+        {"parent_library": "a/b"},
+        "os",
+    ],
+    "base_model_name_or_path": ["org/other", 3, "\x1b[31m"],
+    "trust_remote_code": [True, "yes"],
+    "custom_module": ["evil.py"],
+    "inference_mode": ["yes", 3],
+    "bias": ["some", 3],
+    "task_type": [3, ["CAUSAL_LM"]],
+}
+
+
+def other_adapter_config(values, draw):
+    name = draw(st.sampled_from(sorted(CONFIG_CHANGES)))
+    values[name] = draw(st.sampled_from(CONFIG_CHANGES[name]))
+
+
+def broken_json(folder, draw):
+    path = folder / draw(st.sampled_from([ADAPTER_CONFIG_FILE, REPORT_FILE]))
+    text = path.read_text()
+    key = json.dumps(sorted(json.loads(text))[0])
+    choices = [
+        text[: len(text) // 2],
+        text.replace(key, f'{key}: null, "x": NaN, {key}', 1),
+        text.replace("{", f"{{{key}: null,", 1),
+        text.replace("{", '{"\\ud800": null,', 1),
+        text.replace("{", '{"x": ' + "[" * 3000 + "]" * 3000 + ",", 1),
+        text.replace("{", '{"x": ' + "9" * 6000 + ",", 1),
+        f"[{text}]",
+        "null",
+        "",
+        "\ufeff" + text,
+    ]
+    path.write_text(draw(st.sampled_from(choices)), encoding="utf-8")
+    forge(folder)
+
+
+CORRUPTIONS = [
+    not_finite,
+    moved_entry,
+    scaled_tensor,
+    exchanged_rows,
+    exchanged_tensors,
+    impossible_statistics,
+    other_tensors,
+    other_header,
+    contradicting_manifest,
+    mistyped_manifest,
+    incomplete_manifest,
+    senseless_manifest,
+    unlisted_or_odd_files,
+    no_plain_file,
+    other_file,
+    changed_json(REPORT_FILE, mistyped_report),
+    changed_json(REPORT_FILE, incomplete_report),
+    changed_json(REPORT_FILE, contradicting_report),
+    changed_json(REPORT_FILE, senseless_report),
+    changed_json(ADAPTER_CONFIG_FILE, other_adapter_config),
+    broken_json,
+]
+
+
+@many
+@given(corrupt=st.sampled_from(CORRUPTIONS), data=st.data())
+def test_another_meaning_is_refused_with_every_hash_right(original, base, place, corrupt, data):
+    folder = fresh_copy(original, place)
+    before = contents(folder)
+    corrupt(folder, data.draw)
+    assume(contents(folder) != before)
+    with pytest.raises(LoRADAError):
+        use(folder, base)
+
+
+# One by one
+
+
+def test_a_header_of_99_megabytes_is_not_parsed(original, place):
+    folder = fresh_copy(original, place)
+    data = (folder / BASIS_FILE).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + length] + b" " * (99 << 20)
+    (folder / BASIS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    forge(folder)
+    with pytest.raises(ArtifactError, match=r"its header has \d+ bytes, and 12 tensors need \d+ at most"):
+        load_init(folder)
+
+
+def test_a_base_weight_in_the_adapter_is_refused(original, place):
+    folder = fresh_copy(original, place)
+    key = "base_model.model.model.layers.0.mlp.up_proj.weight"
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update({key: torch.zeros(80, 48)}))
+    forge(folder)
+    with pytest.raises(ArtifactError, match=f"'{key}' is no tensor of this adapter"):
+        load_init(folder)
+
+
+def test_an_adapter_in_another_precision_is_accepted(original, place):
+    folder = fresh_copy(original, place)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / ADAPTER_FILE).items()}
+    save_file(tensors, folder / ADAPTER_FILE)
+    forge(folder)
+    load_init(folder)
+
+
+def test_a_card_and_its_pictures_may_lie_beside(original, place):
+    folder = fresh_copy(original, place)
+    for name in ("README.md", "spectra.png", ".gitattributes"):
+        (folder / name).write_bytes(b"anything")
+    load_init(folder)
+    (folder / "notes.txt").write_text("x")
+    with pytest.raises(ArtifactError, match=r"notes.txt is not listed in the manifest. Remove it, or fetch"):
+        load_init(folder)

@@ -1,0 +1,538 @@
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from harness import assert_same_tensors, change_tensors, forge_manifest, written_adapter
+from huggingface_hub import HfApi
+from peft import PeftModel
+
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, HubError
+from lora_da_hf.hub import list_inits
+from lora_da_hf.pipeline.save import base_model_facts
+
+REPO = "alice/init"
+STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def api(hub):
+    return HfApi(endpoint=hub.endpoint, token="hf_alice")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def forget(hub):
+    hub.log.clear()
+
+
+# The whole way
+
+
+def test_what_is_pulled_is_what_was_pushed_to_the_bit_and_loads(init, push, pull):
+    pushed = push()
+    pulled = pull()
+    assert contents(pulled.folder) == contents(init)
+    assert (pulled.repo_id, pulled.commit, pulled.revision) == (REPO, pushed.commit, None)
+    assert_same_tensors(written_adapter(pulled.folder), written_adapter(init))
+    tokens = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    logits = [
+        PeftModel.from_pretrained(make_tiny_llama(), folder).eval()(**tokens).logits for folder in (init, pulled.folder)
+    ]
+    assert torch.equal(*logits)
+
+
+def test_a_push_is_one_commit_with_card_and_manifest_tagged_by_schema(hub, push):
+    pushed = push()
+    repo = hub.repos[REPO]
+    assert list(repo.commits)[1:] == [pushed.commit]
+    assert {"README.md", MANIFEST_FILE, ADAPTER_FILE, STATISTICS_FILE} <= set(repo.commits[pushed.commit])
+    assert repo.tags == {"schema-v1": pushed.commit}
+    assert (pushed.tag, pushed.changed, pushed.private, pushed.pull_request_url) == ("schema-v1", True, True, None)
+    assert pushed.url == f"{hub.endpoint}/{REPO}/commit/{pushed.commit}"
+
+
+def test_pull_by_tag_commit_and_branch(api, init, another, push, pull):
+    first = push()
+    api.create_branch(REPO, branch="old", revision=first.commit)
+    second = push(another())
+    assert second.commit != first.commit
+    assert pull().commit == pull(revision="main").commit == pull(revision="schema-v1").commit == second.commit
+    for revision in ("old", first.commit, first.commit[:8]):
+        pulled = pull(revision=revision)
+        assert (pulled.commit, pulled.revision) == (first.commit, revision)
+        assert contents(pulled.folder) == contents(init)
+
+
+def test_a_second_push_removes_what_the_first_had_and_it_has_not(hub, another, push, pull):
+    push()
+    second = push(another())
+    assert STATISTICS_FILE not in hub.repos[REPO].commits[second.commit]
+    assert hub.repos[REPO].tags == {"schema-v1": second.commit}
+    assert not (pull().folder / STATISTICS_FILE).exists()
+
+
+def test_a_push_to_a_branch_leaves_main_and_the_tag(api, another, push, pull):
+    first = push()
+    api.create_branch(REPO, branch="trial")
+    second = push(another(), revision="trial")
+    assert second.tag is None
+    assert pull().commit == pull(revision="schema-v1").commit == first.commit
+    assert pull(revision="trial").commit == second.commit
+
+
+def test_a_push_without_changes_makes_no_commit(hub, push):
+    first = push()
+    again = push()
+    assert (again.commit, again.changed) == (first.commit, False)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_a_tag_that_an_interrupted_push_did_not_set_is_set_by_the_next(hub, push):
+    first = push()
+    hub.repos[REPO].tags.clear()
+    assert push().tag == "schema-v1"
+    assert hub.repos[REPO].tags == {"schema-v1": first.commit}
+
+
+def test_a_pull_request_leaves_the_branch_and_can_be_pulled(hub, another, push, pull):
+    first = push()
+    proposed = push(another(), create_pr=True)
+    assert proposed.pull_request_url == f"{hub.endpoint}/{REPO}/discussions/1"
+    assert proposed.tag is None
+    assert pull().commit == first.commit
+    assert pull(revision="refs/pr/1").commit == proposed.commit
+
+
+def test_what_was_deleted_is_not_there(api, push, pull):
+    push()
+    pull()
+    api.delete_repo(REPO)
+    with pytest.raises(HubError, match=r"Pulling alice/init failed: there is no such repo, or it is private"):
+        pull()
+
+
+def test_the_storage_never_sees_a_token_and_the_hub_does(hub, push, pull):
+    hub.multipart_above = 4096
+    push()
+    pull()
+    assert {seen.authorization for seen in hub.seen(server="storage")} == {None}
+    assert hub.seen(server="storage", method="PUT", contains=".part2")
+    assert hub.seen(server="storage", method="GET")
+    assert hub.seen(server="hub", method="POST", contains="/commit/")[0].authorization == "Bearer hf_alice"
+
+
+# Concurrent writers
+
+
+def test_a_stale_parent_is_refused(hub, another, push):
+    first = push()
+    push(another())
+    with pytest.raises(HubError, match="somebody else pushed meanwhile. Look at what changed, and push again"):
+        push(parent_commit=first.commit)
+    assert len(hub.repos[REPO].commits) == 3
+
+
+def test_of_two_writers_at_once_one_wins(hub, init, another, push):
+    push(init)
+    other = another()
+    third = shutil.copytree(other, other.parent / "third")
+    forge_manifest(third, created="2020-01-01T00:00:00+00:00")
+    hub.before_commit = threading.Barrier(2, timeout=30).wait
+    results = []
+
+    def write(folder):
+        try:
+            results.append(push(folder))
+        except HubError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=write, args=(folder,)) for folder in (other, third)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lost = [result for result in results if isinstance(result, HubError)]
+    (won,) = [result for result in results if not isinstance(result, HubError)]
+    assert len(lost) == 1
+    assert "somebody else pushed meanwhile" in str(lost[0])
+    assert hub.repos[REPO].branches["main"] == won.commit == hub.repos[REPO].tags["schema-v1"]
+    assert len(hub.repos[REPO].commits) == 3
+
+
+# Who may read and write
+
+
+def test_a_private_repo_needs_a_token(push, pull, tmp_path):
+    push()
+    for token in (False, "hf_bob"):
+        with pytest.raises(HubError, match="it is private and the token in use may not read it"):
+            pull(token=token, cache_dir=tmp_path / "other")
+
+
+def test_what_may_not_be_read_any_more_is_not_taken_from_the_cache(hub, push, pull):
+    push()
+    pull()
+    with pytest.raises(HubError, match="it is private and the token in use may not read it"):
+        pull(token=False)
+    hub.repos[REPO].private, hub.repos[REPO].gated = False, True
+    with pytest.raises(HubError, match="the repo is gated. Accept its conditions on its page"):
+        pull(token=False)
+
+
+def test_a_gated_repo_can_be_read_by_whom_it_lets(hub, push, pull):
+    push(private=False, license="mit")
+    hub.repos[REPO].gated = True
+    with pytest.raises(HubError, match="the repo is gated"):
+        pull(token="hf_bob")
+    hub.repos[REPO].accepted.add("bob")
+    assert load_init(pull(token="hf_bob").folder)
+
+
+def test_somebody_elses_repo_cannot_be_written(push):
+    push(private=False, license="mit")
+    with pytest.raises(HubError, match=r"the token in use does not allow it \(403\)"):
+        push(token="hf_bob", private=False, license="mit", card="another card")
+
+
+def test_a_repo_that_turns_out_public_is_an_error_before_anything_is_sent(hub, push):
+    hub.default_public = True
+    with pytest.raises(HubError, match="alice/init is public, and private=True was asked for. Make it private"):
+        push()
+    assert len(hub.repos[REPO].commits) == 1
+    assert not hub.seen(server="storage")
+
+
+def test_a_repo_that_is_made_public_during_the_push_is_an_error(hub, push):
+    def publish():
+        hub.repos[REPO].private = False
+
+    hub.before_commit = publish
+    with pytest.raises(HubError, match="alice/init is public, and private=True was asked for"):
+        push()
+
+
+def make_base(hub, text, **settings):
+    from local_hub import File, Repo
+
+    repo = hub.repos["org/base"] = Repo("org/base", private=False, **settings)
+    content = f"---\n{text}\n---\n".encode()
+    repo.branches["main"] = repo.add_commit({"README.md": File(size=len(content), content=content)})
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, known):
+    make_base(hub, "license: mit" if known else "language: en")
+    if known:
+        assert not push(private=False).private
+        return
+    with pytest.raises(
+        HubError, match="needs a licence, and the Hub names none for its base 'org/base'. Pass license="
+    ):
+        push(private=False)
+    assert REPO not in hub.repos
+    assert not push(private=False, license="mit").private
+
+
+def test_a_base_that_the_hub_does_not_know_has_no_licence(push):
+    with pytest.raises(HubError, match="the Hub names none for its base 'org/base'"):
+        push(private=False)
+    assert push().private
+
+
+def test_a_gated_base_is_warned_about(hub, push):
+    make_base(hub, "license: other", gated=True)
+    with pytest.warns(
+        UserWarning, match="The base model 'org/base' is gated: see whether its conditions let you share"
+    ):
+        push()
+
+
+def test_a_card_with_broken_metadata_is_refused_before_anything_is_sent(hub, push):
+    with pytest.raises(HubError, match=r"Pushing alice/init failed: Invalid metadata in README.md"):
+        push(card="---\ntags: [\n---\n")
+    assert not hub.seen(server="storage")
+
+
+def test_a_folder_that_is_not_valid_is_not_pushed(hub, init, push):
+    (init / REPORT_FILE).write_text("{}")
+    with pytest.raises(ArtifactError, match=f"{REPORT_FILE} has 2 bytes"):
+        push()
+    assert not hub.log
+
+
+def test_statistics_that_are_not_finite_are_not_pushed(hub, init, push):
+    change_tensors(init / STATISTICS_FILE, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+    forge_manifest(init)
+    with pytest.raises(ArtifactError, match="holds NaN or infinity"):
+        push()
+    assert not hub.log
+
+
+# Broken connections
+
+
+def test_an_interrupted_upload_leaves_no_commit_and_is_taken_up(hub, init, push, pull):
+    hub.uploads_left = 1
+    with pytest.raises(HubError, match="Pushing alice/init failed"):
+        push()
+    assert len(hub.repos[REPO].commits) == 1
+    assert hub.repos[REPO].tags == {}
+    hub.uploads_left = None
+    sent = {path.name for path in hub.folder.iterdir()}
+    assert len(sent) == 1
+    forget(hub)
+    push()
+    again = {seen.path.split("?")[0].strip("/") for seen in hub.seen(server="storage", method="PUT")}
+    assert len(again) == 2
+    assert not again & sent
+    assert contents(pull().folder) == contents(init)
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub, init, push, pull):
+    push()
+    hub.cuts_left = 1
+    assert contents(pull().folder) == contents(init)
+    assert [seen.range for seen in hub.seen(server="storage", method="GET") if seen.range != "bytes=0-"][1:] != []
+
+
+def test_a_download_that_keeps_breaking_off_leaves_nothing_that_passes_and_the_next_completes(
+    hub, init, push, pull, tmp_path
+):
+    push()
+    hub.cuts_left = 1000
+    with pytest.raises(HubError, match="Pulling alice/init failed"):
+        pull()
+    hub.cuts_left = 0
+    with pytest.raises(HubError, match="it is not completely in the cache, and the network is off"):
+        pull(local_files_only=True)
+    assert not list((tmp_path / "cache").glob(f"**/lora_da/*/{ADAPTER_FILE}"))
+    assert contents(pull().folder) == contents(init)
+
+
+# Offline
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_what_was_pulled_is_there_without_a_network(hub, init, push, pull, monkeypatch, by_environment):
+    pushed = push()
+    pull(revision="schema-v1")
+    hub.close()
+    if by_environment:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = {} if by_environment else {"local_files_only": True}
+    for revision in ("schema-v1", pushed.commit):
+        pulled = pull(revision=revision, **offline)
+        assert pulled.commit == pushed.commit
+        assert contents(pulled.folder) == contents(init)
+    with pytest.raises(HubError, match="it is not completely in the cache, and the network is off"):
+        pull(revision="main", **offline)
+
+
+def test_without_a_network_and_without_being_told_so_the_cache_is_not_used(hub, push, pull):
+    push()
+    pull()
+    hub.close()
+    with pytest.raises(HubError, match="the Hub could not be reached, or broke off. Check the network"):
+        pull()
+
+
+def test_a_snapshot_that_lost_a_file_does_not_pass_offline(push, pull, tmp_path):
+    pushed = push()
+    pulled = pull()
+    shutil.rmtree(pulled.folder)
+    (snapshot,) = (tmp_path / "cache").glob(f"*/snapshots/{pushed.commit}")
+    (snapshot / ADAPTER_FILE).unlink()
+    with pytest.raises(HubError, match="it is not completely in the cache"):
+        pull(local_files_only=True)
+    assert not pulled.folder.exists()
+
+
+# Damage and tampering
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_a_damaged_cache_is_noticed_and_fetched_again(init, push, pull, tmp_path):
+    pushed = push()
+    folder = pull().folder
+    (snapshot,) = (tmp_path / "cache").glob(f"*/snapshots/{pushed.commit}")
+    for name in (ADAPTER_FILE, MANIFEST_FILE):
+        shutil.rmtree(folder)
+        damage((snapshot / name).resolve())
+        with pytest.raises(ArtifactError, match=f"{name}.*changed"):
+            pull(local_files_only=True)
+        assert contents(pull().folder) == contents(init)
+
+
+def test_a_checked_folder_that_was_changed_later_is_made_again(init, push, pull):
+    push()
+    folder = pull().folder
+    (folder / REPORT_FILE).unlink()
+    (folder / REPORT_FILE).write_text("{}")
+    assert contents(pull().folder) == contents(init)
+
+
+def test_a_blob_of_the_same_size_with_other_bytes_is_refused(hub, init, push, pull):
+    push()
+    damage(hub.blob(load_init(init).manifest.files[ADAPTER_FILE].sha256))
+    with pytest.raises(ArtifactError, match=f"{ADAPTER_FILE} has another SHA-256 than the manifest says"):
+        pull()
+
+
+def republish(hub, change):
+    """Change the files of the newest commit behind the client's back."""
+    repo = hub.repos[REPO]
+    change(repo.commits[repo.branches["main"]])
+
+
+def test_a_tree_that_announces_another_file_is_refused_before_it_is_fetched(hub, push, pull):
+    push()
+    republish(hub, lambda files: files.update({ADAPTER_FILE: files[STATISTICS_FILE]}))
+    forget(hub)
+    with pytest.raises(ArtifactError, match=f"{ADAPTER_FILE} has size .* and its manifest says"):
+        pull()
+    assert not hub.seen(server="storage")
+
+
+def test_a_tree_that_lacks_a_file_of_the_manifest_is_refused(hub, push, pull):
+    push()
+    republish(hub, lambda files: files.pop(REPORT_FILE))
+    with pytest.raises(ArtifactError, match=f"has no {REPORT_FILE}, which its manifest lists"):
+        pull()
+
+
+def test_a_repo_without_a_manifest_is_no_initialisation(hub, push, pull):
+    push()
+    republish(hub, lambda files: files.pop(MANIFEST_FILE))
+    with pytest.raises(HubError, match=f"has no {MANIFEST_FILE}: it holds no LoRA-DA initialisation"):
+        pull()
+
+
+def test_a_huge_manifest_is_not_fetched(hub, push, pull):
+    push()
+    republish(hub, lambda files: setattr(files[MANIFEST_FILE], "size", 1 << 30))
+    with pytest.raises(ArtifactError, match="is larger than any manifest"):
+        pull()
+
+
+def test_what_the_manifest_does_not_list_is_not_fetched(hub, push, pull):
+    from local_hub import File
+
+    push()
+    extra = {name: File(size=4, content=b"evil") for name in ("adapter_model.bin", "../up.txt", "modeling.py")}
+    republish(hub, lambda files: files.update(extra))
+    forget(hub)
+    assert not {"adapter_model.bin", "README.md", "modeling.py"} & {path.name for path in pull().folder.iterdir()}
+    assert {seen.path.rsplit("/", 1)[-1] for seen in hub.seen(contains="/resolve/")} == {
+        MANIFEST_FILE,
+        *load_init(pull().folder).manifest.files,
+    }
+
+
+# The base, the rank, the folder
+
+
+def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pull):
+    push()
+    forget(hub)
+    with pytest.raises(BaseModelMismatchError, match="num_key_value_heads is 1 and was 2"):
+        pull(base_model=make_tiny_llama(num_key_value_heads=1))
+    with pytest.raises(BaseModelMismatchError, match="its weights have another fingerprint"):
+        pull(base_model=make_tiny_llama(seed=1))
+    assert not hub.seen(server="storage")
+    assert pull(base_model=make_tiny_llama()).folder.exists()
+    assert pull(base_model=base_model_facts(make_tiny_llama())).folder.exists()
+
+
+def test_a_rank_that_is_not_stored_is_refused_before_anything_large_is_fetched(hub, push, pull):
+    push()
+    forget(hub)
+    with pytest.raises(HubError, match="Rank 7 cannot be taken from this initialisation: ask for one from 1 to 6"):
+        pull(rank=7)
+    assert not hub.seen(server="storage")
+
+
+def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, push, pull, tmp_path):
+    push()
+    mine = pull(local_dir=tmp_path / "mine").folder
+    assert mine == tmp_path / "mine"
+    assert contents(mine) == contents(init)
+    assert {path.stat().st_nlink for path in mine.iterdir()} == {1}
+    assert not list((tmp_path / "cache").glob(f"**/lora_da/**/{ADAPTER_FILE}"))
+
+
+def test_the_checked_folder_in_the_cache_takes_no_space(push, pull):
+    push()
+    folder = pull().folder
+    assert {path.stat().st_nlink for path in folder.iterdir()} == {2}
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_a_revision_that_is_not_there(push, pull):
+    push()
+    with pytest.raises(HubError, match="Pulling alice/init@v9 failed: the repo has no such branch, tag or commit"):
+        pull(revision="v9")
+
+
+def test_a_name_that_is_none(pull):
+    with pytest.raises(HubError, match=r"Pulling \.\./x failed: .*Correct that and try again"):
+        pull("../x")
+
+
+# Listing
+
+
+def test_listing_finds_what_one_may_see(hub, push):
+    first = push(repo_id="alice/one", private=False, license="mit")
+    push(repo_id="alice/two")
+    make_base(hub, "license: mit")
+
+    def names(**settings):
+        return [i.repo_id for i in list_inits(endpoint=hub.endpoint, **{"token": "hf_alice", **settings})]
+
+    assert names() == ["alice/one", "alice/two"]
+    assert names(token=False) == ["alice/one"]
+    assert names(base_model="org/base", limit=1) == ["alice/one"]
+    assert names(base_model="org/other") == names(author="bob") == []
+    (found,) = list_inits(endpoint=hub.endpoint, token=False)
+    assert (found.commit, found.private, found.base_model, found.rank) == (first.commit, False, "org/base", 4)
+    assert {"lora-da", "lora-init", "base_model:adapter:org/base"} <= set(found.tags)
+
+
+@pytest.mark.parametrize("rank", ["'4'", "[1]", "1.5", "{}", "true"])
+def test_what_a_card_says_is_not_trusted(hub, push, rank):
+    card = f"---\ntags: [lora-da, lora-init]\nbase_model: ['a\\e[31m']\nlora_da: {{rank: {rank}}}\n---\n"
+    push(card=card.replace("'a", '"a').replace("m'", 'm"'))
+    (found,) = list_inits(endpoint=hub.endpoint, token="hf_alice")
+    assert (found.rank, found.base_model) == (None, None)
+
+
+# Large files
+
+
+@pytest.mark.slow
+def test_200_megabytes_go_both_ways_in_parts(hub, init, push, pull):
+    config = json.loads((init / "adapter_config.json").read_text())
+    (init / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    large = torch.randn(50, 1 << 20)
+    change_tensors(init / ADAPTER_FILE, lambda tensors: tensors.update({"base_model.model.lm_head.weight": large}))
+    forge_manifest(init)
+    assert (init / ADAPTER_FILE).stat().st_size > 200_000_000
+    hub.multipart_above = 64 << 20
+    push()
+    assert len(hub.seen(server="storage", method="PUT", contains=".part")) == 4
+    hub.cuts_left = 1
+    folder = pull().folder
+    assert (folder / ADAPTER_FILE).read_bytes() == (init / ADAPTER_FILE).read_bytes()
