@@ -82,6 +82,8 @@ class Manifest:
         layers: By name.
         kept: Layers that keep PEFT's own initialisation, with the reason.
         files: By name, all files of the folder but the manifest.
+        refitted_from: The SHA-256 of the manifest that it was refitted from, and what was changed; empty if it was
+            computed from data.
     """
 
     config: dict[str, Any]
@@ -96,6 +98,7 @@ class Manifest:
     layers: dict[str, LayerEntry]
     kept: dict[str, str]
     files: dict[str, FileEntry]
+    refitted_from: dict[str, Any] = field(default_factory=dict[str, Any])
     schema_version: int = SCHEMA_VERSION
     kind: str = field(default=KIND)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,8 +31,10 @@ from lora_da_hf.artifacts.schema import (
 )
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 1 << 20
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,19 @@ class StoredBasis:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredInit:
-    """An initialisation that was read from a folder and passed every check."""
+    """An initialisation that was read from a folder and passed every check.
+
+    Attributes:
+        folder: Where it is.
+        manifest: Everything about it that is not a tensor.
+        bases: By layer.
+        notes: What the checks could not make sure of.
+    """
 
     folder: Path
     manifest: Manifest
     bases: dict[str, StoredBasis]
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -154,7 +165,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
 
     Args:
         folder: What `write_init` wrote.
-        base_model: Facts of the model it will be used on (``config`` and ``weights_sha256``); None: not compared.
+        base_model: Facts of the model it will be used on, as `check_base_model` takes them; None: not compared.
 
     Raises:
         ArtifactError: if a file is missing, truncated, changed, of another schema, or holds anything but the
@@ -170,8 +181,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not text: it was changed. Fetch it again.") from error
     manifest = parse_manifest(text, source=str(path))
-    if base_model is not None:
-        check_base_model(manifest, base_model)
+    notes = () if base_model is None else check_base_model(manifest, base_model)
     for name, entry in manifest.files.items():
         _check_file(folder / name, entry)
     expected = {
@@ -193,7 +203,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
         )
         for name in manifest.layers
     }
-    return StoredInit(folder=folder, manifest=manifest, bases=bases)
+    return StoredInit(folder=folder, manifest=manifest, bases=bases, notes=notes)
 
 
 def _check_adapter(path: Path, manifest: Manifest) -> None:
@@ -202,7 +212,7 @@ def _check_adapter(path: Path, manifest: Manifest) -> None:
     for name, layer in manifest.layers.items():
         shapes = {"lora_A": (layer.rank, layer.in_features), "lora_B": (layer.out_features, layer.rank)}
         for factor, shape in shapes.items():
-            tensor = tensors.get(f"{_PEFT_PREFIX}{name}.{factor}.weight")
+            tensor = tensors.get(f"{PEFT_PREFIX}{name}.{factor}.weight")
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "missing" if tensor is None else f"{list(tensor.shape)}"
                 raise ArtifactError(
@@ -210,21 +220,50 @@ def _check_adapter(path: Path, manifest: Manifest) -> None:
                 )
 
 
-def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:
+def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple[str, ...]:
     """Compare the base that an initialisation was computed for with the one it will be used on.
+
+    Bases are compared by config and by the fingerprint of their weights. A quantised base has no fingerprint: it is
+    compared by name and revision instead, which is logged as a warning.
+
+    Args:
+        manifest: Of the initialisation.
+        base_model: ``config``, ``weights_sha256``, ``name_or_path`` and ``revision`` of the model.
+
+    Returns:
+        What could not be made sure of.
 
     Raises:
         BaseModelMismatchError: naming every difference.
     """
-    found = differences(manifest.base_model.get("config") or {}, base_model.get("config") or {})
-    expected_hash, found_hash = manifest.base_model.get("weights_sha256"), base_model.get("weights_sha256")
-    if not found and expected_hash and found_hash and expected_hash != found_hash:
-        found = ["its weights have another fingerprint"]
+    stored = manifest.base_model
+    found = differences(stored.get("config") or {}, base_model.get("config") or {})
+    notes: tuple[str, ...] = ()
+    if stored.get("weights_sha256") and base_model.get("weights_sha256"):
+        if not found and stored["weights_sha256"] != base_model["weights_sha256"]:
+            found = ["its weights have another fingerprint"]
+    else:
+        found += _differences_of_names(stored, base_model)
+        notes = (
+            f"the base's weights are quantised and were not compared: that it is {stored.get('name_or_path')!r} is "
+            "taken from its name and revision",
+        )
     if found:
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {manifest.base_model.get('name_or_path')!r}, and the model differs: "
+            f"This initialisation was computed for {stored.get('name_or_path')!r}, and the model differs: "
             f"{'; '.join(found)}. Use that base, or compute an initialisation for this one."
         )
+    for note in notes:
+        logger.warning("LoRA-DA: %s", note)
+    return notes
+
+
+def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    if not expected.get("name_or_path") or not found.get("name_or_path"):
+        which = "the model" if expected.get("name_or_path") else "the base that it was computed for"
+        return [f"weights that are quantised are matched by name, and {which} has none"]
+    by_name = {key: expected.get(key) for key in ("name_or_path", "revision")}
+    return differences(by_name, found)
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:
