@@ -14,6 +14,7 @@ from lora_da_hf.errors import ArtifactError
 SCHEMA_VERSION = 1
 KIND = "lora-da-init"
 CHECKSUM = "checksum"
+REFITTED_FROM = "refitted_from"
 MANIFEST_FILE = "lora_da_manifest.json"
 BASIS_FILE = "lora_da_basis.safetensors"
 REPORT_FILE = "lora_da_report.json"
@@ -105,6 +106,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the manifest as JSON text, with a checksum of everything else in it."""
         values = dataclasses.asdict(self)
+        if not self.refitted_from:  # only manifests of refitted ones have it
+            del values[REFITTED_FROM]
         return _to_json({**values, CHECKSUM: hashlib.sha256(_to_json(values).encode()).hexdigest()})
 
 
@@ -137,7 +140,7 @@ def parse_manifest(text: str, *, source: str) -> Manifest:
         )
     layers = {n: _read(LayerEntry, v, f"{source}: layer {n}") for n, v in _mapping(fields, "layers", source).items()}
     files = {n: _read(FileEntry, v, f"{source}: file {n}") for n, v in _mapping(fields, "files", source).items()}
-    rest = {name: value for name, value in fields.items() if name != CHECKSUM}
+    rest = {REFITTED_FROM: {}, **{name: value for name, value in fields.items() if name != CHECKSUM}}
     manifest = _read(Manifest, {**rest, "layers": layers, "files": files}, source)
     _check_values(manifest, source)
     if manifest.to_json() != text:

@@ -245,8 +245,8 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
     else:
         found += _differences_of_names(stored, base_model)
         notes = (
-            f"the base's weights are quantised and were not compared: that it is {stored.get('name_or_path')!r} is "
-            "taken from its name and revision",
+            "the base's weights were not compared, since quantised or sharded ones have no fingerprint: that it is "
+            f"{stored.get('name_or_path')!r} is taken from its name and revision",
         )
     if found:
         raise BaseModelMismatchError(
@@ -261,7 +261,7 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
 def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     if not expected.get("name_or_path") or not found.get("name_or_path"):
         which = "the model" if expected.get("name_or_path") else "the base that it was computed for"
-        return [f"weights that are quantised are matched by name, and {which} has none"]
+        return [f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none"]
     by_name = {key: expected.get(key) for key in ("name_or_path", "revision")}
     return differences(by_name, found)
 

@@ -118,8 +118,8 @@ def refit_init(
     if solved_with or refit.config.save_statistics:
         refit.statistics = load_statistics(refit.stored.folder, refit.manifest)
     if solved_with:
-        step_is_given = step_size is not None or (config is not None and not config.searches_step)
-        _note_carried_step(refit, solved_with, step_is_given=step_is_given)
+        if step_size is None and refit.config.step_size == stored_config.step_size:
+            _note_carried_step(refit, solved_with)
         _solve_again(refit)
     if rank is not None:
         refit.ranks = {name: _possible_rank(refit, name, rank) for name in refit.bases}
@@ -200,15 +200,13 @@ def _divisor(peft_config: Mapping[str, Any], rank: int) -> float:
     return math.sqrt(rank) if peft_config.get("use_rslora") else rank
 
 
-def _note_carried_step(refit: _Refit, solved_with: list[str], *, step_is_given: bool) -> None:
-    """Note that a step was found with other settings.
+def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
+    """Note that the stored step was found with other settings.
 
     Raises:
         ConfigError: if it was found in other units.
     """
-    if step_is_given:
-        return
-    if "normalize_displacement" in solved_with:
+    if "normalize_displacement" in solved_with and refit.config.step_size is not None:
         raise ConfigError(
             "normalize_displacement changes what a step is measured in, so the stored one means nothing. Give a "
             "step_size."

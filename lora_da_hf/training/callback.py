@@ -147,7 +147,7 @@ class LoRADACallback(TrainerCallback):
             if self.init_from is None:
                 self.report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
-                self.report = self._apply(model, samples, folder, settings)
+                self.report = self._apply(self.init_from, model, samples, folder, settings)
         logger.info("%s", self.report)
         self._log(self.report, state)
 
@@ -165,12 +165,13 @@ class LoRADACallback(TrainerCallback):
             raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
         return samples, self.data_collator or collator
 
-    def _apply(self, model: nn.Module, samples: Any, folder: Path, settings: dict[str, Any]) -> LoRADAReport:
+    def _apply(
+        self, init_from: str | Path, model: nn.Module, samples: Any, folder: Path, settings: dict[str, Any]
+    ) -> LoRADAReport:
         """Start from the stored initialisation, and leave the report where a resumed run finds it."""
-        assert self.init_from is not None
         ranks = Ranks.current()
         with ranks.together("search for the initialisation"):
-            init = find_init(self.init_from, model)
+            init = find_init(init_from, model)
         report = apply_init(model, init, samples=samples, **settings)
         with ranks.together("writing of the report"):
             if ranks.is_main:

@@ -28,7 +28,7 @@ from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.targets import was_initialized
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE
-from lora_da_hf.artifacts.store import file_entry, load_init
+from lora_da_hf.artifacts.store import check_base_model, file_entry, load_init
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ArtifactError,
@@ -378,7 +378,7 @@ def test_a_quantised_base_is_matched_by_its_name_with_a_warning(tmp_path, tiny_l
     model = lora_model(model=load_quantised(base, bits))
     with caplog.at_level(logging.WARNING):
         report = apply_init(model, folder, step_size=0.1)
-    note = f"the base's weights are quantised and were not compared: that it is '{base}' is taken from its name"
+    note = f"quantised or sharded ones have no fingerprint: that it is '{base}' is taken from its name and revision"
     assert note in caplog.text
     assert any(note in entry for entry in report.notes)
     reference = lora_model(model=AutoModelForCausalLM.from_pretrained(base))
@@ -388,8 +388,21 @@ def test_a_quantised_base_is_matched_by_its_name_with_a_warning(tmp_path, tiny_l
         apply_init(lora_model(model=load_quantised(other, bits)), folder)
     nameless = load_quantised(base, bits)
     nameless.config._name_or_path = ""
-    with pytest.raises(BaseModelMismatchError, match="quantised are matched by name, and the model has none"):
+    with pytest.raises(BaseModelMismatchError, match="as quantised ones, are matched by name, and the model has none"):
         apply_init(lora_model(model=nameless), folder)
+
+
+def test_a_base_without_a_fingerprint_is_matched_by_revision_too(stored_init, caplog):
+    stored = load_init(stored_init).manifest
+    base = {**stored.base_model, "name_or_path": "someone/base", "revision": "c0ffee"}
+    manifest = dataclasses.replace(stored, base_model=base)
+    found = {**base, "weights_sha256": None}
+    for revision in ("c0ffee", None):  # a local copy has no revision
+        assert len(check_base_model(manifest, {**found, "revision": revision})) == 1
+    assert len(caplog.records) == 2
+    with pytest.raises(BaseModelMismatchError, match="revision is 'beef' and was 'c0ffee'"):
+        check_base_model(manifest, {**found, "revision": "beef"})
+    assert check_base_model(manifest, {**base, "name_or_path": "/a/copy"}) == ()
 
 
 # Damage
