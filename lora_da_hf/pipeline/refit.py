@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import datetime
 import json
 import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import load_statistics, save_statistics
 from lora_da_hf.artifacts.store import PEFT_PREFIX, StoredBasis, StoredInit, load_init, read_tensors, write_init
@@ -74,7 +71,7 @@ class _Refit:
 
     def scaling(self, name: str) -> float:
         """What PEFT multiplies ``B A`` with in a layer."""
-        return self.alphas[name] / _divisor(self.peft_config, self.ranks[name])
+        return self.alphas[name] / alpha_divisor(self.peft_config, self.ranks[name])
 
 
 def refit_init(
@@ -146,7 +143,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
     new = config_for_refit(stored.manifest, config)
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
-    peft_config = _read_peft_config(stored)
+    peft_config = read_peft_config(folder / ADAPTER_CONFIG_FILE)
     refit = _Refit(
         stored=stored,
         config=new,
@@ -155,7 +152,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
         reports={layer.name: layer for layer in load_report(stored).layers},
         statistics={},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
-        alphas={name: _peft_alpha(peft_config, name) for name in stored.manifest.layers},
+        alphas={name: alpha_of(peft_config, name) for name in stored.manifest.layers},
         notes=[],
     )
     for name, layer in stored.manifest.layers.items():
@@ -165,39 +162,6 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
                 f"{layer.peft_scaling:.6g}. Fetch it again."
             )
     return refit
-
-
-def _read_peft_config(stored: StoredInit) -> dict[str, Any]:
-    path = stored.folder / ADAPTER_CONFIG_FILE
-    try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
-        patterns = (values["rank_pattern"], values["alpha_pattern"])
-        sound = all(isinstance(pattern, dict) for pattern in patterns)
-        numbers = [values["r"], values["lora_alpha"], *(n for pattern in patterns for n in pattern.values())]
-        sound = sound and all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
-        for pattern in patterns:
-            for key in pattern:
-                re.compile(key)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). Fetch it again.") from error
-    if not sound:
-        raise ArtifactError(f"{path} is no configuration of a LoRA adapter: its ranks or alphas are not positive.")
-    return values
-
-
-def _peft_rank(peft_config: Mapping[str, Any], name: str) -> int:
-    pattern = peft_config["rank_pattern"]
-    return pattern.get(get_pattern_key(pattern.keys(), name), peft_config["r"])
-
-
-def _peft_alpha(peft_config: Mapping[str, Any], name: str) -> float:
-    pattern = peft_config["alpha_pattern"]
-    return pattern.get(get_pattern_key(pattern.keys(), name), peft_config["lora_alpha"])
-
-
-def _divisor(peft_config: Mapping[str, Any], rank: int) -> float:
-    """Return what PEFT divides alpha by."""
-    return math.sqrt(rank) if peft_config.get("use_rslora") else rank
 
 
 def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
@@ -273,38 +237,14 @@ def _spend(refit: _Refit, budget: int) -> None:
     scalings = {name: refit.scaling(name) for name in refit.ranks}
     refit.ranks = allocate_ranks(spectra, widths, budget)
     for name, rank in refit.ranks.items():
-        refit.alphas[name] = _whole(scalings[name] * _divisor(refit.peft_config, rank))
+        refit.alphas[name] = _whole(scalings[name] * alpha_divisor(refit.peft_config, rank))
     spent, ranks = num_adapter_parameters(refit.ranks, widths), refit.ranks.values()
     refit.notes.append(f"ranks {min(ranks)} to {max(ranks)}, which take {spent} of {budget} parameters")
-
-
-def _adapted_peft_config(refit: _Refit) -> dict[str, Any]:
-    """Return PEFT's configuration for the new ranks, with each layer that differs from the default by its full name.
-
-    Patterns of the user are written out, since PEFT takes the first that matches and sorts them when it saves.
-    """
-    old, kept = refit.peft_config, refit.manifest.kept
-    if refit.ranks == {name: layer.rank for name, layer in refit.manifest.layers.items()}:
-        return old
-    ranks = {**{name: _peft_rank(old, name) for name in kept}, **refit.ranks}
-    alphas = {**{name: _peft_alpha(old, name) for name in kept}, **refit.alphas}
-    default_rank = collections.Counter(refit.ranks.values()).most_common(1)[0][0]
-    return {
-        **old,
-        "r": default_rank,
-        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != default_rank},
-        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != old["lora_alpha"]},
-    }
 
 
 def _whole(alpha: float) -> float:
     """Return a number that is whole but for rounding as an integer, which is what PEFT's alpha is."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _exactly(name: str) -> str:
-    """Return the pattern that PEFT matches with this layer alone."""
-    return "^" + re.escape(name)
 
 
 def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredInit:
@@ -313,7 +253,9 @@ def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredIni
         refit.notes.append(source)
     else:
         step = None if refit.config.step_size is None else float(refit.config.step_size)
-    peft_config = _adapted_peft_config(refit)
+    peft_config, layers = refit.peft_config, refit.manifest.layers
+    if any(layers[name].rank != rank for name, rank in refit.ranks.items()):
+        peft_config = with_ranks(peft_config, refit.ranks, refit.alphas, refit.manifest.kept)
     tensors = read_tensors(refit.stored.folder / ADAPTER_FILE, None)
     for name in refit.ranks:
         _replace_factors(refit, tensors, name, step)
@@ -324,7 +266,7 @@ def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredIni
         (path / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def save_the_statistics(path: Path) -> None:
-        leaders = {name: layer.shares_input_with for name, layer in refit.manifest.layers.items()}
+        leaders = {name: layer.shares_input_with for name, layer in layers.items()}
         save_statistics(path, refit.statistics, leaders)
 
     report = _new_report(refit, step, output_dir)
@@ -363,7 +305,7 @@ def _new_report(refit: _Refit, step: float | None, output_dir: Path) -> LoRADARe
     old = load_report(refit.stored)
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
-        kept=dict(old.kept),
+        kept=dict(refit.manifest.kept),
         num_samples=old.num_samples,
         num_unlabelled=old.num_unlabelled,
         population_size=population_of(refit.manifest, refit.config),

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import json
 import logging
 import shutil
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from harness import (
     written_updates,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
@@ -109,6 +110,20 @@ def test_the_layers_compute_with_it_and_the_base_stays(stored_init, lora_model, 
     x = torch.randn(5, weight.shape[1])
     torch.testing.assert_close(layer(x), x @ (weight + written_updates(model)[MLP_DOWN].float()).T)
     assert torch.equal(layer.base_layer.weight, weight)
+
+
+def test_layers_of_gpt2_are_started_too(tmp_path, lora_model):
+    def make_gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+
+    adapted = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    folder = store_init(tmp_path / "init", lora_model(model=make_gpt2(), **adapted), max_rank=12)
+    model = lora_model(model=make_gpt2(), r=5, **adapted)
+    report = apply_init(model, folder, step_size=0.1)
+    ranks = {layer.name: layer.rank for layer in report.layers}
+    assert set(ranks) == {"transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"}
+    assert_updates_equal(written_updates(model), dense_updates(folder, ranks, 0.1))
 
 
 def test_the_split_is_the_stored_one_unless_another_is_asked_for(stored_init, lora_model):
@@ -426,7 +441,20 @@ def test_steps_that_make_no_sense_are_refused(folder, lora_model, steps):
         apply_init(lora_model(r=4), folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"layers": []}'])
+@pytest.mark.parametrize(
+    "changed", [{"eigenvalues": []}, {"displacement_norm": 1e999}, {"solver": 1}, {"name": "model.layers.7.q_proj"}]
+)
+def test_a_report_that_disagrees_with_the_manifest_is_refused(folder, lora_model, changed):
+    manifest = load_init(folder).manifest
+    values = json.loads((folder / REPORT_FILE).read_text())
+    values["layers"][3].update(changed)
+    (folder / REPORT_FILE).write_text(json.dumps(values))
+    forge(folder, manifest)
+    with pytest.raises(ArtifactError, match="and the manifest disagree on the layers"):
+        apply_init(lora_model(r=4), folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"layers": []}', '{"layers": [7]}'])
 def test_a_report_that_is_none_is_refused(folder, lora_model, content):
     manifest = load_init(folder).manifest
     (folder / REPORT_FILE).write_text(content)
