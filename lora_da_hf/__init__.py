@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_da_hf.config import LoRADAConfig
     from lora_da_hf.errors import LoRADAError
-    from lora_da_hf.pipeline import initialize_lora_da
+    from lora_da_hf.pipeline import apply_init, initialize_lora_da, refit_init
     from lora_da_hf.report import LoRADAReport
     from lora_da_hf.training.callback import LoRADACallback
     from lora_da_hf.training.trainer import LoRADATrainer
@@ -19,7 +19,9 @@ __all__ = [
     "LoRADAError",
     "LoRADAReport",
     "LoRADATrainer",
+    "apply_init",
     "initialize_lora_da",
+    "refit_init",
 ]
 
 _HOMES = {
@@ -28,7 +30,9 @@ _HOMES = {
     "LoRADAError": "lora_da_hf.errors",
     "LoRADAReport": "lora_da_hf.report",
     "LoRADATrainer": "lora_da_hf.training.trainer",
+    "apply_init": "lora_da_hf.pipeline",
     "initialize_lora_da": "lora_da_hf.pipeline",
+    "refit_init": "lora_da_hf.pipeline",
 }
 
 

@@ -83,7 +83,9 @@ class LoRADAReport:
         config: The settings.
         data_fingerprint: SHA-256 over the samples of the statistics.
         notes: What a user should know.
-        artifact: Where the initialisation was written, if it was.
+        artifact: Where the initialisation was written, if it was, or the folder that it was read from.
+        init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of the
+            manifest of a folder that is not known to be on the Hub. None if it was computed.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -107,6 +109,7 @@ class LoRADAReport:
     data_fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     artifact: str | None = None
+    init_from: str | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -173,12 +176,15 @@ class LoRADAReport:
     def _summary(self) -> list[str]:
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
         lines = [
+            f"init from   {self.init_from} ({self.artifact})" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
             f"step size   {step}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),
-            "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()),
+            "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
+            if self.seconds
+            else "",
         ]
         return [line for line in lines if line] + [f"note        {note}" for note in self.notes]
 

@@ -121,6 +121,14 @@ class AdapterArguments:
     init: Literal["lora_da", "lora"] = setting(
         "lora_da", "lora_da: initialise the adapter from the training data. lora: PEFT's own initialisation."
     )
+    init_from: str | None = setting(
+        None,
+        "Start from a stored LoRA-DA initialisation, without a pass over the data: a folder, or user/repo@revision on "
+        "the Hub.",
+    )
+    search_step: bool = setting(
+        False, "With --init_from: search the step anew on the training data instead of taking the stored one."
+    )
     lora_rank: int = setting(8, "Rank of the adapter.")
     lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
     use_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
@@ -253,7 +261,11 @@ def check_arguments(fail: Any, arguments: Arguments) -> None:
         fail: Called with a message that says what to change; does not return.
         arguments: What was parsed.
     """
-    data, training = arguments.data, arguments.training
+    data, training, adapter = arguments.data, arguments.training, arguments.adapter
+    if adapter.init_from and adapter.init != "lora_da":
+        fail("--init_from starts from a stored LoRA-DA initialisation: leave --init lora out")
+    if adapter.search_step and not adapter.init_from:
+        fail("--search_step needs --init_from: without it --da_step_size says how the step is found")
     if not arguments.model.model_name_or_path:
         fail("--model_name_or_path is missing: name a model on the Hub or a local folder")
     if not (training.do_train or training.do_eval):
@@ -587,7 +599,14 @@ def make_trainer(
                 if ".lora_A." in name:
                     parameter.requires_grad_(False)
         return Trainer(model=model, **shared)
-    return LoRADATrainer(model=model, peft_config=peft_config, da_config=arguments.da.to_config(), **shared)
+    return LoRADATrainer(
+        model=model,
+        peft_config=peft_config,
+        da_config=arguments.da.to_config(),
+        init_from=arguments.adapter.init_from,
+        search_step=arguments.adapter.search_step,
+        **shared,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- run

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from harness import STORED_RANK, store_init
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,3 +69,10 @@ def token_samples():
 def lora_model():
     """Return ``lora_model(*, model=None, seed=0, **LoraConfig fields)``: a fresh tiny Llama with a fresh adapter."""
     return make_lora_model
+
+
+@pytest.fixture(scope="session")
+def stored_init(tmp_path_factory):
+    """Return a folder with an initialisation of a tiny Llama: rank 8, stored up to 16, with statistics. Read only."""
+    folder = tmp_path_factory.mktemp("stored") / "init"
+    return store_init(folder, make_lora_model(r=STORED_RANK))

@@ -6,9 +6,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -17,6 +20,8 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, parse_manifest
 from lora_da_hf.artifacts.store import file_entry
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
 
 LINEAR_LAYERS = 14
 
@@ -221,3 +226,73 @@ def assert_statistics_equal(found, expected, tolerance):
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
+
+
+STORED_RANK = 8
+STORED_MAX_RANK = 16
+
+
+def store_init(folder, model, samples=None, **overrides):
+    """Compute an initialisation of rank 8 that is stored up to rank 16, with the full statistics."""
+    settings = {"max_rank": STORED_MAX_RANK, "save_statistics": True}
+    initialize_lora_da(
+        model,
+        make_learnable_samples(24) if samples is None else samples,
+        config=make_config(**{**settings, **overrides}),
+        data_collator=collate,
+        output_dir=folder,
+        progress=False,
+    )
+    return Path(folder)
+
+
+def dense_updates(folder, ranks, step, config=None):
+    """Compute ``step * D^ Q Q^T`` of each layer from stored statistics, by dense solves in numpy.
+
+    Args:
+        folder: A stored initialisation with statistics.
+        ranks: By layer.
+        step: By layer, or one for all.
+        config: Dampings and weights; None: the stored ones.
+    """
+    stored = load_init(folder)
+    config = config or LoRADAConfig.from_dict(stored.manifest.config)
+    statistics = load_statistics(stored.folder, stored.manifest)
+    population = config.population_size or stored.manifest.data["population_size"]
+    updates = {}
+    for name, rank in ranks.items():
+        moment = statistics[name].input_second_moment.double().numpy()
+        diagonal = statistics[name].output_grad_second_moment_diag.double().numpy()
+        inverse = np.linalg.inv(moment + _dense_damping(config.input_damping, moment.diagonal()) * np.eye(len(moment)))
+        inverse_output = 1 / (diagonal + _dense_damping(config.output_damping, diagonal))
+        displacement = -inverse_output[:, None] * statistics[name].weight_grad.double().numpy() @ inverse
+        norm = np.linalg.norm(displacement, 2) if config.normalize_displacement else 1.0
+        displacement = displacement / norm
+        variance = config.variance_weight * inverse_output.sum() / (population * norm**2)
+        _, vectors = np.linalg.eigh(variance * inverse - config.bias_weight * displacement.T @ displacement)
+        basis = vectors[:, :rank]
+        updates[name] = (step[name] if isinstance(step, dict) else step) * displacement @ basis @ basis.T
+    return updates
+
+
+def _dense_damping(setting, diagonal):
+    amount, _, reference = str(setting).partition("*")
+    return float(amount) * (getattr(np, reference)(diagonal) if reference else 1.0)
+
+
+def written_updates(model):
+    """Return ``scaling * B @ A`` of each layer of the active adapter, with PEFT's scaling, in float64."""
+    updates = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            adapter = layer.active_adapters[0]
+            factor_A, factor_B = (f[adapter].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
+            updates[name.removeprefix("base_model.model.")] = layer.scaling[adapter] * factor_B @ factor_A
+    return updates
+
+
+def assert_updates_equal(found, expected, tolerance=1e-6):
+    assert set(found) == set(expected)
+    errors = {name: relative_error(found[name], torch.from_numpy(expected[name])) for name in expected}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.2e}"

@@ -18,6 +18,7 @@ from lora_da_hf.errors import ArtifactError, ConfigError
 SCHEMA_VERSION = 1
 KIND = "lora-da-init"
 CHECKSUM = "checksum"
+REFITTED_FROM = "refitted_from"
 MANIFEST_FILE = "lora_da_manifest.json"
 BASIS_FILE = "lora_da_basis.safetensors"
 REPORT_FILE = "lora_da_report.json"
@@ -101,6 +102,8 @@ class Manifest:
         layers: By name.
         kept: Layers that keep PEFT's own initialisation, with the reason.
         files: By name, all files of the folder but the manifest.
+        refitted_from: The SHA-256 of the manifest that it was refitted from, and what was changed; empty if it was
+            computed from data.
     """
 
     config: dict[str, Any]
@@ -115,12 +118,15 @@ class Manifest:
     layers: dict[str, LayerEntry]
     kept: dict[str, str]
     files: dict[str, FileEntry]
+    refitted_from: dict[str, Any] = field(default_factory=dict[str, Any])
     schema_version: int = SCHEMA_VERSION
     kind: str = field(default=KIND)
 
     def to_json(self) -> str:
         """Return the manifest as JSON text, with a checksum of everything else in it."""
         values = dataclasses.asdict(self)
+        if not self.refitted_from:  # only manifests of refitted ones have it
+            del values[REFITTED_FROM]
         return _to_json({**values, CHECKSUM: hashlib.sha256(_to_json(values).encode()).hexdigest()})
 
 
@@ -152,7 +158,7 @@ def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
         )
     layers = _entries(LayerEntry, fields.get("layers"), source, "layer")
     files = _entries(FileEntry, fields.get("files"), source, "file")
-    rest = {name: value for name, value in fields.items() if name != CHECKSUM}
+    rest = {REFITTED_FROM: {}, **{name: value for name, value in fields.items() if name != CHECKSUM}}
     manifest: Manifest = read_dataclass(Manifest, {**rest, "layers": layers, "files": files}, source)
     _check_files(manifest.files, source)
     _check_layers(manifest, source)

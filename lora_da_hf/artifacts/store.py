@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -51,16 +52,26 @@ __all__ = [
 UNLISTED_FILES = ("README.md", ".gitattributes")
 """What a folder may hold besides, apart from PNG files. Nothing of it is read."""
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredInit:
-    """An initialisation that was read from a folder and passed every check."""
+    """An initialisation that was read from a folder and passed every check.
+
+    Attributes:
+        folder: Where it is.
+        manifest: Everything about it that is not a tensor.
+        bases: By layer.
+        notes: What the checks could not make sure of.
+    """
 
     folder: Path
     manifest: Manifest
     bases: dict[str, StoredBasis]
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -162,7 +173,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
 
     Args:
         folder: What `write_init` wrote.
-        base_model: Facts of the model it will be used on (``config`` and ``weights_sha256``); None: not compared.
+        base_model: Facts of the model it will be used on, as `check_base_model` takes them; None: not compared.
 
     Raises:
         ArtifactError: if a file is missing, truncated, changed, of another schema, not listed, holds anything but the
@@ -171,8 +182,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    if base_model is not None:
-        check_base_model(manifest, base_model)
+    notes = () if base_model is None else check_base_model(manifest, base_model)
     _check_nothing_else(folder, manifest)
     for name, entry in manifest.files.items():
         check_file(folder / name, entry)
@@ -191,7 +201,7 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     adapter = read_tensors(folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
     check_adapter(folder / ADAPTER_FILE, adapter, bases, config, manifest)
-    return StoredInit(folder=folder, manifest=manifest, bases=bases)
+    return StoredInit(folder=folder, manifest=manifest, bases=bases, notes=notes)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -230,21 +240,50 @@ def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 
 
-def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:
+def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple[str, ...]:
     """Compare the base that an initialisation was computed for with the one it will be used on.
+
+    Bases are compared by config and by the fingerprint of their weights. A quantised base has no fingerprint: it is
+    compared by name and revision instead, which is logged as a warning.
+
+    Args:
+        manifest: Of the initialisation.
+        base_model: ``config``, ``weights_sha256``, ``name_or_path`` and ``revision`` of the model.
+
+    Returns:
+        What could not be made sure of.
 
     Raises:
         BaseModelMismatchError: naming every difference.
     """
-    found = differences(manifest.base_model.get("config") or {}, base_model.get("config") or {})
-    expected_hash, found_hash = manifest.base_model.get("weights_sha256"), base_model.get("weights_sha256")
-    if not found and expected_hash and found_hash and expected_hash != found_hash:
-        found = ["its weights have another fingerprint"]
+    stored = manifest.base_model
+    found = differences(stored.get("config") or {}, base_model.get("config") or {})
+    notes: tuple[str, ...] = ()
+    if stored.get("weights_sha256") and base_model.get("weights_sha256"):
+        if not found and stored["weights_sha256"] != base_model["weights_sha256"]:
+            found = ["its weights have another fingerprint"]
+    else:
+        found += _differences_of_names(stored, base_model)
+        notes = (
+            "the base's weights were not compared, since quantised or sharded ones have no fingerprint: that it is "
+            f"{stored.get('name_or_path')!r} is taken from its name and revision",
+        )
     if found:
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {manifest.base_model.get('name_or_path')!r}, and the model differs: "
+            f"This initialisation was computed for {stored.get('name_or_path')!r}, and the model differs: "
             f"{'; '.join(found)}. Use that base, or compute an initialisation for this one."
         )
+    for note in notes:
+        logger.warning("LoRA-DA: %s", note)
+    return notes
+
+
+def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    if not expected.get("name_or_path") or not found.get("name_or_path"):
+        which = "the model" if expected.get("name_or_path") else "the base that it was computed for"
+        return [f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none"]
+    by_name = {key: expected.get(key) for key in ("name_or_path", "revision")}
+    return differences(by_name, found)
 
 
 def check_file(path: Path, entry: FileEntry) -> None:

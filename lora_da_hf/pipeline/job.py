@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.report import LoRADAReport
@@ -62,6 +63,17 @@ class Job:
         start = time.perf_counter()
         yield
         self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Generator[None]:
+        """Put the adapter back as it was if the block fails."""
+        before = {name: read_factors(target) for name, target in self.targets.items()}
+        try:
+            yield
+        except BaseException:
+            for name, factors in before.items():
+                write_factors(self.targets[name], *factors)
+            raise
 
     def bar(self, total: int, text: str) -> Any:
         """Make a progress bar, which only the main process shows."""

@@ -11,7 +11,6 @@ from torch import nn
 
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
@@ -101,16 +100,16 @@ def initialize_lora_da(
         scan=scan,
         compute_loss=compute_loss or model_loss,
         collate=on_device(data_collator or pad_samples, device or input_device(model)),
-        seed=_first(config.seed, seed, DEFAULT_SEED),
-        batch_size=_first(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
+        seed=first_given(config.seed, seed, DEFAULT_SEED),
+        batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
         output_dir=Path(output_dir) if output_dir is not None else None,
     )
-    splits = _choose_samples(job, samples, population_size)
+    splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 
 
-def _choose_samples(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
+def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
     """Choose the same samples on every process: a stream is read by the first one, since others may see other parts."""
     reads = isinstance(samples, Sized) or job.ranks.is_main
     with job.ranks.together("choice of samples"):
@@ -121,14 +120,14 @@ def _choose_samples(job: Job, samples: Any, population_size: int | None) -> Samp
     return splits
 
 
-def _first(*values: int | None) -> int:
+def first_given(*values: int | None) -> int:
+    """Return the first value that is not None."""
     return next(value for value in values if value is not None)
 
 
 def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
-    before = {name: read_factors(target) for name, target in job.targets.items()}
-    try:
+    with job.restored_on_failure():
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):
@@ -151,10 +150,6 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                         report=job.report,
                         seed=job.seed,
                     )
-    except BaseException:
-        for name, factors in before.items():
-            write_factors(job.targets[name], *factors)
-        raise
     mark_initialized(job.model, job.scan.adapter_name)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)

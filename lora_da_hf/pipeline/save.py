@@ -64,7 +64,7 @@ def save_init(
             step_size=report.step_size,
             step_size_by_rank={str(rank): step for rank, step in report.step_size_by_rank.items()},
             seed=seed,
-            versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+            versions=package_versions(),
             layers=layers,
             kept=dict(report.kept),
             files=files,
@@ -80,6 +80,11 @@ def save_init(
         ),
         make_manifest=make_manifest,
     )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the libraries that an initialisation depends on."""
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _leaders(shared_inputs: Mapping[str, str], solutions: Mapping[str, Any]) -> dict[str, str]:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
 from lora_da_hf.errors import NonFiniteError
@@ -16,7 +12,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassSettings
-from lora_da_hf.theory.adapter_factors import paper_step_size, split_factors
+from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
 
 _FIRST_STEP = 0.1
@@ -132,7 +128,7 @@ def write_adapter(
 
     If the loss on the search samples is above the base's after all, B is zero instead.
     """
-    _write(job, solutions, step)
+    write_solutions(job, solutions, step)
     if splits.search:
         with job.stage("line search"):
             after = job.loss(splits.search, settings)
@@ -142,35 +138,22 @@ def write_adapter(
                 f"step {step:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, above the "
                 f"base's {before:.6f}: B is zero instead"
             )
-            _write(job, solutions, 0.0)
+            write_solutions(job, solutions, 0.0)
             job.report.step_size, after = 0.0, before
         job.report.search_loss_after = after
     if splits.unseen:
         with job.stage("evaluate"):
             job.report.unseen_loss_after = job.loss(splits.unseen, settings)
-    for layer in job.report.layers:
-        layer.update_norm = update_norm(job.targets[layer.name])
 
 
-def _write(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
+def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
+    """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`; 0: B is zero."""
     with job.stage("write"), job.ranks.together("write"):
         for name, solution in solutions.items():
-            write_factors(job.targets[name], *_factors(job, job.targets[name], solution, step))
-
-
-def _factors(job: Job, target: Target, solution: LayerSolution, step: float | None) -> tuple[Tensor, Tensor]:
-    basis_A, basis_B = solution.at_rank(target.rank)
-    if step == 0.0:  # the subspace without the step: what is written stays a no-op
-        lora_A, lora_B = split_factors(
-            basis_A, basis_B, peft_scaling=target.peft_scaling, step_size=1.0, factor_split="default_norm"
-        )
-        return lora_A, torch.zeros_like(lora_B)
-    if step is None:
-        step = paper_step_size(target.peft_scaling, job.config.stable_gamma)
-    return split_factors(
-        basis_A,
-        basis_B,
-        peft_scaling=target.peft_scaling,
-        step_size=step,
-        factor_split=job.config.factor_split,
-    )
+            target = job.targets[name]
+            basis = solution.at_rank(target.rank)
+            write_factors(
+                target, *factors_at_step(*basis, job.config, peft_scaling=target.peft_scaling, step_size=step)
+            )
+    for layer in job.report.layers:
+        layer.update_norm = update_norm(job.targets[layer.name])

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_da_hf.config import LoRADAConfig
+
 DEFAULT_ROW_NORM = 1 / math.sqrt(3)
 """Expected norm of a row of A under PEFT's default: kaiming uniform, a = sqrt(5), has entry variance 1 / (3 d_in)."""
 
@@ -43,6 +45,33 @@ def split_factors(
             scaled_B = torch.cat([scaled_B, scaled_B.new_zeros(scaled_B.shape[0], missing)], dim=1)
         return scaled_A, scaled_B
     return basis_A * root, basis_B * root
+
+
+def factors_at_step(
+    basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, *, peft_scaling: float, step_size: float | None
+) -> tuple[Tensor, Tensor]:
+    """Split a basis as the config says, also without a step of its own and for no step at all.
+
+    Args:
+        basis_A: ``[r, d_in]``.
+        basis_B: ``[d_out, r]``.
+        config: Says how to split, and `stable_gamma`.
+        peft_scaling: The scaling that PEFT multiplies the product with.
+        step_size: How far step 0 goes; None: as `stable_gamma` says; 0: A spans the subspace and B is zero.
+
+    Returns:
+        ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``.
+    """
+    if step_size == 0.0:
+        lora_A, lora_B = split_factors(
+            basis_A, basis_B, peft_scaling=peft_scaling, step_size=1.0, factor_split="default_norm"
+        )
+        return lora_A, torch.zeros_like(lora_B)
+    if step_size is None:
+        step_size = paper_step_size(peft_scaling, config.stable_gamma)
+    return split_factors(
+        basis_A, basis_B, peft_scaling=peft_scaling, step_size=step_size, factor_split=config.factor_split
+    )
 
 
 def paper_step_size(peft_scaling: float, stable_gamma: float) -> float:

@@ -17,14 +17,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.schema import REPORT_FILE
+from lora_da_hf.artifacts.store import atomic_folder
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import input_device
-from lora_da_hf.pipeline import initialize_lora_da
+from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.training.init_source import find_init
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ class LoRADACallback(TrainerCallback):
     It runs once for each model object: not on a resumed run, not on a second ``train()``, but again for a new
     model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
 
+    With ``init_from`` there is no pass over data: the adapter starts from a stored initialisation, and only the report
+    is written.
+
     A callback does not get the trainer. Give it ``compute_loss=trainer.compute_loss`` (or set the attribute after the
     trainer was made) if the trainer's loss is not the one that the model returns; `LoRADATrainer` does that by itself.
 
@@ -54,6 +59,11 @@ class LoRADACallback(TrainerCallback):
         train_dataset: Where samples come from; None: the data set of the trainer's data loader.
         data_collator: Makes batches; None: the data loader's.
         adapter_name: The adapter; None: the active one.
+        init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub.
+        search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
+
+    Raises:
+        ConfigError: if ``search_step`` is given without ``init_from``.
     """
 
     def __init__(
@@ -64,8 +74,14 @@ class LoRADACallback(TrainerCallback):
         train_dataset: Any = None,
         data_collator: RawCollate | None = None,
         adapter_name: str | None = None,
+        init_from: str | Path | None = None,
+        search_step: bool = False,
     ) -> None:
+        if search_step and init_from is None:
+            raise ConfigError("search_step needs init_from: without it the config's step_size says how it is found.")
         self.config = config or LoRADAConfig()
+        self.init_from = init_from
+        self.search_step = search_step
         self.compute_loss = compute_loss
         self.train_dataset = train_dataset
         self.data_collator = data_collator
@@ -114,25 +130,24 @@ class LoRADACallback(TrainerCallback):
             if starts_over and self.report is not None:
                 self._log(self.report, state)
             return
-        samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
-        samples = self.train_dataset if self.train_dataset is not None else samples
-        if samples is None:
-            raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
-        self._note_unseen_loss(args)
+        settings: dict[str, Any] = {
+            "config": self.config,
+            "adapter_name": name,
+            "device": input_device(model) if _is_dispatched(model) else args.device,
+            "progress": not args.disable_tqdm,
+        }
+        if self.init_from is None or self.search_step:
+            samples, settings["data_collator"] = self._data(train_dataloader)
+            self._note_unseen_loss(args)
+            settings["compute_loss"] = None if self.compute_loss is None else adapt_loss(self.compute_loss)
+            settings["batch_size"] = state.train_batch_size or args.train_batch_size
+        else:
+            samples = None
         with _no_averaging_over_devices(args):
-            self.report = initialize_lora_da(
-                model,
-                samples,
-                config=self.config,
-                compute_loss=None if self.compute_loss is None else adapt_loss(self.compute_loss),
-                data_collator=self.data_collator or collator,
-                adapter_name=name,
-                output_dir=folder,
-                batch_size=state.train_batch_size or args.train_batch_size,
-                seed=args.seed,
-                device=input_device(model) if _is_dispatched(model) else args.device,
-                progress=not args.disable_tqdm,
-            )
+            if self.init_from is None:
+                self.report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
+            else:
+                self.report = self._apply(self.init_from, model, samples, folder, settings)
         logger.info("%s", self.report)
         self._log(self.report, state)
 
@@ -141,6 +156,28 @@ class LoRADACallback(TrainerCallback):
     ) -> None:
         """Note that training came to its end."""
         self._is_training = False
+
+    def _data(self, train_dataloader: Any) -> tuple[Any, RawCollate | None]:
+        """Return the samples and their collator, those that were given or the data loader's."""
+        samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
+        samples = self.train_dataset if self.train_dataset is not None else samples
+        if samples is None:
+            raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
+        return samples, self.data_collator or collator
+
+    def _apply(
+        self, init_from: str | Path, model: nn.Module, samples: Any, folder: Path, settings: dict[str, Any]
+    ) -> LoRADAReport:
+        """Start from the stored initialisation, and leave the report where a resumed run finds it."""
+        ranks = Ranks.current()
+        with ranks.together("search for the initialisation"):
+            init = find_init(init_from, model)
+        report = apply_init(model, init, samples=samples, **settings)
+        with ranks.together("writing of the report"):
+            if ranks.is_main:
+                with atomic_folder(folder) as partial:
+                    report.save(partial / REPORT_FILE)
+        return report
 
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:
         if self.on_report is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.callback import LoRADACallback
+from lora_da_hf.training.init_source import cite_init
 
 
 class LoRADATrainer(Trainer):
@@ -32,10 +34,14 @@ class LoRADATrainer(Trainer):
         trainer_args: Further positional arguments of `Trainer`.
         peft_config: How to wrap a plain model, or what ``model_init`` returns.
         da_config: The settings of the initialisation; None: ``LoRADAConfig()``.
+        init_from: A stored initialisation to start from instead: a folder, or ``user/repo@revision`` on the Hub. The
+            card that the trainer writes cites it.
+        search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
         trainer_kwargs: Keyword arguments of `Trainer`.
 
     Raises:
-        ConfigError: if ``peft_config`` is given for a model that has an adapter, or is no `LoraConfig`.
+        ConfigError: if ``peft_config`` is given for a model that has an adapter, or is no `LoraConfig`, or
+            ``search_step`` is given without ``init_from``.
         TargetError: if the model has no LoRA layer and there is no ``peft_config``.
     """
 
@@ -46,12 +52,14 @@ class LoRADATrainer(Trainer):
         *trainer_args: Any,
         peft_config: LoraConfig | None = None,
         da_config: LoRADAConfig | None = None,
+        init_from: str | Path | None = None,
+        search_step: bool = False,
         **trainer_kwargs: Any,
     ) -> None:
         given: Any = peft_config
         if given is not None and not isinstance(given, LoraConfig):
             raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
-        self._lora_da = LoRADACallback(da_config)
+        self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
         if model is not None:
             set_seed(args.seed if args is not None else TrainingArguments.seed)
             model = _with_adapter(model, peft_config)
@@ -79,6 +87,13 @@ class LoRADATrainer(Trainer):
             given: Any = kwargs.get("model", args[0] if args else None)
             freeze_a(self.model if given is None else given)  # pyright: ignore[reportArgumentType]
         return super().create_optimizer(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card as `Trainer` does, and cite the initialisation that training started from."""
+        super().create_model_card(*args, **kwargs)
+        report = self.lora_da_report
+        if report is not None and report.init_from is not None and self.is_world_process_zero():
+            cite_init(Path(self.args.output_dir or ".") / "README.md", report.init_from)
 
     def _loss_for_statistics(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         with self.compute_loss_context_manager():

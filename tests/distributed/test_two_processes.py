@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from harness import (
 )
 from safetensors.torch import load_file
 
-from lora_da_hf import initialize_lora_da
+from lora_da_hf import apply_init, initialize_lora_da, refit_init
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.config import Damping
@@ -42,7 +43,12 @@ def launch(scenarios, folder):
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
         *(str(tests / "distributed" / "worker.py"), scenarios, str(folder)),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -61,6 +67,16 @@ def launch(scenarios, folder):
 def initialized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("initialized")
     launch("initialize", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reused(tmp_path_factory, stored_init):
+    folder = tmp_path_factory.mktemp("reused")
+    for rank in range(2):
+        refit_init(stored_init, folder / f"of_rank_{rank}", rank=4 + rank)
+    shutil.copytree(stored_init, folder / "stored")
+    launch("reuse", folder)
     return folder
 
 
@@ -278,3 +294,39 @@ def test_a_frozen_a_trains_under_ddp(trained):
     names = result(trained, "frozen", 0)["optimizer"]
     assert names
     assert all("lora_B" in name for name in names)
+
+
+# A stored initialisation
+
+
+def test_both_processes_start_from_a_stored_initialisation_as_one_would(reused, lora_model):
+    model = lora_model(r=4)
+    report = apply_init(model, reused / "stored")
+    for rank in range(2):
+        assert_same_tensors(adapter(reused, "reused", rank), adapter_weights(model))
+        found = result(reused, "reused", rank)
+        assert (found["step_size"], found["init_from"]) == (report.step_size, report.init_from)
+
+
+def test_both_processes_search_the_step_together(reused, lora_model):
+    model = lora_model(r=4)
+    samples = worker.trainer_samples()
+    report = apply_init(model, reused / "stored", samples=samples, data_collator=collate, batch_size=3, progress=False)
+    found = [result(reused, "searched", rank) for rank in range(2)]
+    assert found[0]["search"] == found[1]["search"]
+    assert found[0]["step_size"] == pytest.approx(report.step_size, rel=1e-4)
+    assert found[0]["search_loss_after"] == pytest.approx(report.search_loss_after, rel=1e-5)
+    assert_same_tensors(*(adapter(reused, "searched", rank) for rank in range(2)))
+    assert_products_equal(adapter(reused, "searched", 0), adapter_weights(model), 1e-4)
+
+
+def test_an_initialisation_that_differs_between_processes_or_is_missing_at_one_is_refused_by_both(reused):
+    for rank in range(2):
+        assert result(reused, "different", rank)["adapter_as_before"]
+        assert "is not the same initialisation on all processes" in result(reused, "different", rank)["message"]
+        assert result(reused, "missing", rank)["adapter_as_before"]
+    assert result(reused, "missing", 0)["message"].startswith("ArtifactError: ")
+    assert (
+        "Process 0 failed in the reading of the initialisation: ArtifactError"
+        in result(reused, "missing", 1)["message"]
+    )

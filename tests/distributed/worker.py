@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import lora_da_hf.pipeline.run
-from lora_da_hf import LoRADATrainer, initialize_lora_da
+from lora_da_hf import LoRADATrainer, apply_init, initialize_lora_da
 from lora_da_hf.errors import NonFiniteError
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -119,6 +119,27 @@ def failing_save(folder):
         lora_da_hf.pipeline.run.save_init = original
 
 
+def reuse(folder):
+    """Start from the initialisations that the test stored."""
+    searched = {"samples": trainer_samples(), "data_collator": collate, "batch_size": 3}
+    for name, settings in (("reused", {}), ("searched", searched)):
+        model = make_lora_model(r=4)
+        report = apply_init(model, folder / "stored", progress=False, **settings)
+        write_adapter(folder, name, adapter_weights(model))
+        write(folder, name, report.to_dict())
+    for name, init in (("different", f"of_rank_{RANK}"), ("missing", "stored" if RANK else "nowhere")):
+        model = make_lora_model(r=4)
+        before = adapter_weights(model)
+        try:
+            apply_init(model, folder / init)
+            message = None
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+        after = adapter_weights(model)
+        same = all(torch.equal(after[key], before[key]) for key in before)
+        write(folder, name, {"message": message, "adapter_as_before": same})
+
+
 class KeepWeights(TrainerCallback):
     """Keeps the adapter as the first step finds it."""
 
@@ -180,6 +201,9 @@ def main():
         failing_solve(folder)
         failing_save(folder)
         initialize(folder, "after_failures", seven_samples(), seven_config())
+    elif scenarios == "reuse":
+        dist.init_process_group("gloo")
+        reuse(folder)
     elif scenarios == "train":
         train(folder, "trained")
         train(folder, "frozen", freeze_a=True)

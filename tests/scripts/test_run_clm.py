@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
@@ -285,6 +286,22 @@ def test_files_of_a_run(model_dir, tmp_path, pairs_file, init):
     assert (out / "lora_da" / "lora_da_report.json").is_file() == (init == "lora_da")
 
 
+def test_a_run_starts_from_the_initialisation_of_another(model_dir, tmp_path, pairs_file):
+    shared = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--learning_rate", 0.0]
+    run_clm.main(flags(model_dir, tmp_path / "first", *shared, init="lora_da"))
+    stored = ["--init_from", tmp_path / "first" / "lora_da"]
+    run_clm.main(flags(model_dir, tmp_path / "second", *shared, *stored, init="lora_da"))
+    weights = [load_file(tmp_path / which / "adapter_model.safetensors") for which in ("first", "second")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-6, atol=1e-9)
+        assert weight.any()
+    report = json.loads((tmp_path / "second" / "lora_da" / "lora_da_report.json").read_text(encoding="utf-8"))
+    assert report["init_from"].startswith("sha256:")
+    run_clm.main(flags(model_dir, tmp_path / "third", *shared, *stored, "--search_step", init="lora_da"))
+    report = json.loads((tmp_path / "third" / "lora_da" / "lora_da_report.json").read_text(encoding="utf-8"))
+    assert report["search"]
+
+
 def test_both_inits_see_the_same_batches_and_validation_rows(model_dir, tmp_path, pairs_file, batches, samples):
     seen, validation = {}, {}
     more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--do_eval", "--lora_dropout", 0.1]
@@ -438,6 +455,8 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
         (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
         (["--do_train", "--dataset_name", "d", "--da_num_samples", "0"], "num_samples"),
+        (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out"),
+        (["--do_train", "--dataset_name", "d", "--search_step"], "--search_step needs --init_from"),
         (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "nowhere"], "is not a folder"),
         (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),

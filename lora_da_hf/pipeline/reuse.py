@@ -1,0 +1,256 @@
+"""`apply_init`: an adapter from a stored initialisation, without a pass over data."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lora_da_hf.adapters.targets import Target, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
+from lora_da_hf.adapters.trial import adapters_off
+from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
+from lora_da_hf.artifacts.stored_report import load_report
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import ArtifactError, TargetError
+from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.pipeline.gather import probe
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
+from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions
+from lora_da_hf.pipeline.stored import config_for_use, manifest_digest, population_of, steps_by_rank, stored_step
+from lora_da_hf.records import LayerSolution
+from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.samples import RawCollate, is_loader, on_device, pad_samples, samples_of_loader
+from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.model_state import prepared_for_pass
+
+
+class PulledInit(Protocol):
+    """An initialisation that was fetched from the Hub."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        ...
+
+    @property
+    def repo_id(self) -> str:
+        """Its repository, ``user/name``."""
+        ...
+
+    @property
+    def commit(self) -> str:
+        """The commit that was fetched."""
+        ...
+
+
+def apply_init(
+    model: nn.Module,
+    init: str | Path | StoredInit | PulledInit,
+    *,
+    adapter_name: str | None = None,
+    config: LoRADAConfig | None = None,
+    step_size: float | None = None,
+    samples: Any = None,
+    compute_loss: ComputeLoss | None = None,
+    data_collator: RawCollate | None = None,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> LoRADAReport:
+    """Initialise a LoRA adapter from a stored initialisation, in place and without statistics.
+
+    Each layer gets the first columns of its stored basis at the rank and the scaling that PEFT gives it, so that
+    ``scaling * B A = step_size * D^ Q Q^T``. In a run of several processes each must call this, with the same folder.
+
+    Which step: the one given; or, where samples are given, the one that a new line search finds on them; or the
+    stored one, for these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored
+    initialisation did, so that on the same data they are none that its statistics saw.
+
+    Args:
+        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
+        init: A folder, what `load_init` read, or what was pulled from the Hub.
+        adapter_name: The adapter; None: the active one.
+        config: Settings of the step, the split and the search; what is not at its default replaces what is stored.
+        step_size: How far step 0 goes, whatever the config says.
+        samples: Samples to search the step on, or, with a step, to measure the loss on; None: neither.
+        compute_loss: As for `initialize_lora_da`.
+        data_collator: As for `initialize_lora_da`.
+        batch_size: Used if the config gives none.
+        device: Where batches go; None: where the embeddings are.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was done, with ``init_from`` and ``artifact`` saying where it came from.
+
+    Raises:
+        ArtifactError: if the initialisation is damaged, or differs between processes.
+        BaseModelMismatchError: if it was computed for another base.
+        TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
+        AdapterAlreadyTrainedError: if the adapter is not a fresh one.
+        ConfigError: if ``config`` asks for what only statistics can give.
+
+    Whatever is raised, the model and its adapter are as they were.
+    """
+    start = time.perf_counter()
+    ranks = Ranks.current()
+    with ranks.together("search for LoRA layers"):
+        scan = find_targets(model, adapter_name)
+    facts = base_model_facts(model)
+    with ranks.together("reading of the initialisation"):
+        stored, citation = _open(init, facts)
+        stored_report = load_report(stored)
+        given_step = step_size is not None or (config is not None and not config.searches_step)
+        config = config_for_use(stored.manifest, config)
+        if step_size is not None or (samples is not None and not given_step):
+            config = dataclasses.replace(config, step_size="line_search" if step_size is None else step_size)
+    if len(set(ranks.gather(manifest_digest(stored.manifest)))) > 1:
+        raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
+    if is_loader(samples):
+        samples, loader_collator = samples_of_loader(samples)
+        data_collator = data_collator or loader_collator
+    job = Job(
+        model=model,
+        config=config,
+        ranks=ranks,
+        scan=scan,
+        compute_loss=compute_loss or model_loss,
+        collate=on_device(data_collator or pad_samples, device or input_device(model)),
+        seed=first_given(config.seed, stored.manifest.seed),
+        batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
+        progress=progress,
+        output_dir=None,
+    )
+    job.report = _new_report(job, stored, stored_report, citation)
+    with ranks.together("matching of the layers"):
+        solutions = _match(job, stored, stored_report)
+    job.report.seconds["read"] = time.perf_counter() - start
+    with job.restored_on_failure():
+        if samples is None:
+            _write_without_data(job, stored.manifest, solutions, given_step=given_step)
+        else:
+            _write_with_data(job, stored.manifest, solutions, samples)
+    mark_initialized(model, scan.adapter_name)
+    if config.freeze_a:
+        freeze_a(model, scan.adapter_name)
+    return job.report
+
+
+def _open(init: str | Path | StoredInit | PulledInit, facts: dict[str, Any]) -> tuple[StoredInit, str]:
+    """Read and check an initialisation, and say how it is cited."""
+    if isinstance(init, StoredInit):
+        stored = dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
+        return stored, manifest_digest(stored.manifest)
+    if isinstance(init, str | Path):
+        stored = load_init(init, base_model=facts)
+        return stored, manifest_digest(stored.manifest)
+    return load_init(init.folder, base_model=facts), f"{init.repo_id}@{init.commit}"
+
+
+def _new_report(job: Job, stored: StoredInit, stored_report: LoRADAReport, citation: str) -> LoRADAReport:
+    """Start a report that says what the stored statistics were taken from."""
+    return LoRADAReport(
+        kept=dict(job.scan.kept),
+        num_samples=stored_report.num_samples,
+        num_unlabelled=stored_report.num_unlabelled,
+        population_size=stored_report.population_size,
+        batch_size=stored_report.batch_size,
+        loss_reduction=stored_report.loss_reduction,
+        data_fingerprint=stored_report.data_fingerprint,
+        step_size_by_rank=steps_by_rank(stored.manifest),
+        config=job.config.to_dict(),
+        notes=list(stored.notes),
+        artifact=str(stored.folder),
+        init_from=citation,
+    )
+
+
+def _match(job: Job, stored: StoredInit, stored_report: LoRADAReport) -> dict[str, LayerSolution]:
+    """Find the stored solution of each layer, and list what has none.
+
+    Raises:
+        TargetError: if a layer has none that fits, or none has one.
+    """
+    reports = {layer.name: layer for layer in stored_report.layers}
+    solutions: dict[str, LayerSolution] = {}
+    missing: list[str] = []
+    for name, target in job.targets.items():
+        if name in stored.bases:
+            _check_fits(target, stored.bases[name])
+            solutions[name] = _solution(stored.bases[name], reports[name], target.device)
+            job.report.layers.append(_layer_report(target, reports[name]))
+        elif name in stored.manifest.kept:
+            job.report.kept[name] = f"the stored initialisation has none for it: {stored.manifest.kept[name]}"
+        else:
+            missing.append(name)
+    if missing or not solutions:
+        raise TargetError(
+            f"The stored initialisation has nothing for {len(missing)} of {len(job.targets)} layers "
+            f"({next(iter(missing), 'all were kept')} first). Leave them out of target_modules, or compute an "
+            "initialisation for them."
+        )
+    unused = [name for name in stored.bases if name not in job.targets]
+    if unused:
+        job.report.notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")
+    return solutions
+
+
+def _check_fits(target: Target, basis: StoredBasis) -> None:
+    widths = (basis.basis_A.shape[1], basis.basis_B.shape[0])
+    if widths != (target.in_features, target.out_features):
+        raise TargetError(
+            f"{target.name} maps {target.in_features} to {target.out_features} features, and the stored layer of "
+            f"that name {widths[0]} to {widths[1]}. It was computed for another model."
+        )
+    if target.rank > basis.basis_A.shape[0]:
+        raise TargetError(
+            f"{target.name} has rank {target.rank}, and rank {basis.basis_A.shape[0]} is stored. Lower the adapter's "
+            "rank; or, if the full statistics are stored, use refit_init with a larger max_rank."
+        )
+
+
+def _solution(basis: StoredBasis, report: LayerReport, device: torch.device) -> LayerSolution:
+    return LayerSolution(
+        basis_A=basis.basis_A.to(device).double(),
+        basis_B=basis.basis_B.to(device).double(),
+        eigenvalues=basis.eigenvalues.to(device),
+        displacement_norm=report.displacement_norm,
+        input_damping=report.input_damping,
+        output_damping=report.output_damping,
+        solver=report.solver,
+        residual=report.residual,
+    )
+
+
+def _layer_report(target: Target, stored: LayerReport) -> LayerReport:
+    return dataclasses.replace(stored, rank=target.rank, peft_scaling=target.peft_scaling, notes=list(stored.notes))
+
+
+def _write_without_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], *, given_step: bool) -> None:
+    """Write at the step that was given, or at the stored one."""
+    if given_step:
+        step = None if job.config.step_size is None else float(job.config.step_size)
+    else:
+        step, source = stored_step(manifest, {name: job.targets[name].rank for name in solutions})
+        job.report.notes.append(source)
+    job.report.step_size = step
+    write_solutions(job, solutions, step)
+
+
+def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], samples: Any) -> None:
+    """Search the step on samples, or measure the loss on them, and write."""
+    splits = choose_together(job, samples, population_of(manifest, job.config))
+    splits = dataclasses.replace(splits, notes=())  # they would speak of statistics, which are not taken
+    with prepared_for_pass(job.model, seed=job.seed):
+        keep_weights_unpacked(job.model)
+        with adapters_off(job.scan.targets):
+            splits, settings, _ = probe(job, splits)
+            step = find_step(job, splits, settings, solutions)
+        write_adapter(job, splits, settings, solutions, step)

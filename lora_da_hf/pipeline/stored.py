@@ -1,0 +1,189 @@
+"""What a stored initialisation says about settings and steps, for ranks and settings that may be others."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ArtifactError, ConfigError
+
+SOLVE_SETTINGS = (
+    "population_size",
+    "input_damping",
+    "output_damping",
+    "bias_weight",
+    "variance_weight",
+    "normalize_displacement",
+    "normalize_guidance_terms",
+    "solver",
+    "solve_dtype",
+    "max_rank",
+)
+"""Settings of the solve, which full statistics allow to change."""
+
+WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
+"""Settings of what becomes of the solution, which the basis alone allows to change."""
+
+SOLVED_AGAIN_WITH = "solved_again_with"
+"""Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
+
+_SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
+_FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
+
+
+def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
+    """Return the names of the settings that differ."""
+    names = [setting.name for setting in dataclasses.fields(LoRADAConfig)]
+    return [name for name in names if getattr(config, name) != getattr(other, name)]
+
+
+def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
+    """Return the stored settings, with those of ``given`` that are not the default's in their place.
+
+    ``freeze_a`` concerns training, so it is always that of ``given``.
+
+    Raises:
+        ConfigError: if a setting that went into the stored solution is given otherwise.
+    """
+    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False)
+    if given is None:
+        return stored
+    wanted = {name: getattr(given, name) for name in changed_settings(given, LoRADAConfig())}
+    fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
+    if fixed:
+        raise ConfigError(
+            f"{_listed(given, fixed)}: the stored initialisation was computed with {_listed(stored, fixed)}. Leave "
+            "that out, or use refit_init first, or compute an initialisation anew."
+        )
+    return dataclasses.replace(stored, **wanted)
+
+
+def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
+    """Return the stored settings, with those of the solve and of the write that are given in their place.
+
+    What cannot be had offline stays as stored: a step that is to be searched, and a rank or a population of None.
+
+    Raises:
+        ConfigError: if a setting of the pass over the data is given that is neither the stored nor the default one.
+    """
+    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
+    if given is None:
+        return stored
+    free = (*SOLVE_SETTINGS, *WRITE_SETTINGS)
+    default = LoRADAConfig()
+    fixed = [
+        name
+        for name in changed_settings(given, stored)
+        if name not in free and getattr(given, name) != getattr(default, name)
+    ]
+    if fixed:
+        raise ConfigError(
+            f"{_listed(given, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
+            "changed without the data. Leave that out, or compute an initialisation anew."
+        )
+    values = {name: getattr(given, name) for name in free}
+    if given.searches_step:
+        values["step_size"] = stored.step_size
+    for name in ("max_rank", "population_size"):
+        values[name] = values[name] or getattr(stored, name)
+    return dataclasses.replace(stored, **values)
+
+
+def _listed(config: LoRADAConfig, names: list[str]) -> str:
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+
+
+def population_of(manifest: Manifest, config: LoRADAConfig) -> int:
+    """Return N of the variance term: the config's, or that of the data that the statistics are from.
+
+    Raises:
+        ArtifactError: if the manifest does not say it.
+    """
+    known = config.population_size or manifest.data.get("population_size")
+    if type(known) is not int or known < 1:
+        raise ArtifactError(f"The manifest's population_size is {known!r} and should be a number of samples.")
+    return known
+
+
+def solved_again_with(manifest: Manifest) -> dict[str, Any]:
+    """Return the settings that a refit changed after the step was found.
+
+    Raises:
+        ArtifactError: if the manifest has something else there.
+    """
+    found = manifest.refitted_from.get(SOLVED_AGAIN_WITH, {})
+    if not isinstance(found, dict):
+        raise ArtifactError(f"The manifest's refitted_from holds {found!r} where settings should be. Fetch it again.")
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return ``sha256:`` and the hash of the manifest file, which names an initialisation wherever it lies."""
+    return f"sha256:{hashlib.sha256(manifest.to_json().encode()).hexdigest()}"
+
+
+def steps_by_rank(manifest: Manifest) -> dict[int, float]:
+    """Return the searched step for a ladder of ranks, ascending.
+
+    Raises:
+        ArtifactError: if a rank or a step is none.
+    """
+    steps: dict[int, float] = {}
+    for rank, step in manifest.step_size_by_rank.items():
+        if not (rank.isascii() and rank.isdigit() and int(rank) > 0) or not 0 <= step < math.inf:
+            raise ArtifactError(f"The manifest's step {step!r} for rank {rank!r} makes no sense. Fetch it again.")
+        steps[int(rank)] = step
+    return dict(sorted(steps.items()))
+
+
+def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
+    """Choose the step for an adapter of any ranks from those that are stored.
+
+    It is the stored one where all ranks are as stored, or where it was not searched. Otherwise it comes from the ladder
+    of searched steps, at the geometric mean of the ranks: between two rungs the logarithm of the step is interpolated
+    in the logarithm of the rank; beyond the ends the nearest rung counts, and beside a rung where no step helped it is
+    0.
+
+    Args:
+        manifest: Of the initialisation.
+        ranks: Of the layers that will be written.
+
+    Returns:
+        The step, or None if it follows from `stable_gamma` and the layer's scaling; and where it is from.
+
+    Raises:
+        ArtifactError: if a stored rank or step is none.
+    """
+    step, source = _stored_step(manifest, ranks)
+    changed = solved_again_with(manifest)
+    if changed and manifest.step_size_by_rank:
+        source += f"; it was searched before {', '.join(map(str, changed))} changed"
+    return step, source
+
+
+def _stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
+    step, steps = manifest.step_size, steps_by_rank(manifest)
+    if step is None:
+        return None, "the step follows from stable_gamma and each layer's scaling"
+    if not 0 <= step < math.inf:
+        raise ArtifactError(f"The manifest's step_size is {step!r}. Fetch it again.")
+    if not steps:
+        return step, f"step {step:.4g}, which was given"
+    if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
+        return step, f"step {step:.4g}, as searched for these ranks"
+    rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
+    low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
+    high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))
+    if low == high:
+        same = math.isclose(low, rank)
+        return steps[low], f"step {steps[low]:.4g}, searched for rank {low}" + ("" if same else f", not {rank:.3g}")
+    if not steps[low] or not steps[high]:
+        return 0.0, f"step 0: for rank {low} or rank {high} no step helped"
+    share = math.log(rank / low) / math.log(high / low)
+    between = steps[low] ** (1 - share) * steps[high] ** share
+    return between, f"step {between:.4g}, interpolated for rank {rank:.3g} between those of ranks {low} and {high}"

@@ -1,0 +1,84 @@
+"""Ranks per layer, under a budget for all of them together."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from lora_da_hf.errors import ConfigError
+
+
+def num_adapter_parameters(ranks: Mapping[str, int], widths: Mapping[str, tuple[int, int]]) -> int:
+    """Return the size of A and B of all layers, ``sum r (d_in + d_out)``.
+
+    Args:
+        ranks: By layer.
+        widths: d_in and d_out by layer.
+    """
+    return sum(rank * sum(widths[name]) for name, rank in ranks.items())
+
+
+def allocate_ranks(
+    eigenvalues: Mapping[str, Sequence[float]],
+    widths: Mapping[str, tuple[int, int]],
+    budget: int,
+    *,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> dict[str, int]:
+    """Spend a budget of parameters where each lowers the objective most.
+
+    Rank r + 1 of a layer lowers ``trace(Q^T G Q)`` by ``-eigenvalues[r]`` and costs ``d_in + d_out`` parameters. Ranks
+    are added one at a time, the one with the largest decrease per parameter first, while they fit. Eigenvalues
+    ascend, so a layer's decreases shrink: with layers of one width no other choice within the budget lowers the sum
+    further, with different widths the best choice does by less than the first direction that did not fit. A direction
+    whose eigenvalue is not negative adds more variance than it takes bias away: it is never bought, and a part of the
+    budget may be left over.
+
+    Which eigenvalues compare across layers: G is in the units of what is written, since one step multiplies every
+    layer. With ``normalize_displacement`` those are units of each layer's own largest singular value, so the sum counts
+    what the update as written loses, and not the paper's expected distance of the weights: the sizes of the
+    displacements, which differ by orders of magnitude between layers, are left out of it. Without, it is that distance.
+    With ``normalize_guidance_terms`` the variance is relative to each layer's bias.
+
+    Args:
+        eigenvalues: Of each layer's guidance matrix, ascending, up to the rank that was solved.
+        widths: d_in and d_out of each layer.
+        budget: Parameters of all A and B together, ``sum r (d_in + d_out)``.
+        min_rank: What each layer gets at least, or all the directions that it has if they are fewer.
+        max_rank: What each gets at most; None: the rank that was solved.
+
+    Returns:
+        The rank of each layer, in the order of ``eigenvalues``. Equal decreases go to the earlier layer.
+
+    Raises:
+        ConfigError: if the bounds contradict each other, or the budget does not buy the least ranks.
+    """
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ConfigError(f"min_rank={min_rank} and max_rank={max_rank} are no range of ranks from 1 up.")
+    most = {name: min(len(values), max_rank or len(values)) for name, values in eigenvalues.items()}
+    ranks = {name: min(min_rank, rank) for name, rank in most.items()}
+    left = budget - num_adapter_parameters(ranks, widths)
+    if left < 0:
+        least, all_of_it = num_adapter_parameters(ranks, widths), num_adapter_parameters(most, widths)
+        raise ConfigError(
+            f"A rank budget of {budget} parameters is too small: rank {min_rank} in each of the {len(ranks)} layers "
+            f"takes {least}, and all that is stored {all_of_it}."
+        )
+
+    def offer(name: str) -> tuple[float, int, str]:
+        return eigenvalues[name][ranks[name]] / sum(widths[name]), order[name], name
+
+    order = {name: place for place, name in enumerate(ranks)}
+    offers = [offer(name) for name in ranks if ranks[name] < most[name]]
+    heapq.heapify(offers)
+    while offers:
+        change, _, name = heapq.heappop(offers)
+        cost = sum(widths[name])
+        if change >= 0 or cost > left:
+            continue
+        ranks[name] += 1
+        left -= cost
+        if ranks[name] < most[name]:
+            heapq.heappush(offers, offer(name))
+    return ranks

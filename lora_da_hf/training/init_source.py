@@ -1,0 +1,50 @@
+"""What `init_from` names, and how a card cites it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.pipeline.reuse import PulledInit
+
+CARD_KEY = "lora_da_init"
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
+
+
+def find_init(init_from: str | Path, model: nn.Module) -> Path | PulledInit:
+    """Return the folder that ``init_from`` names or, if there is none, what the Hub has under that name.
+
+    Args:
+        init_from: A folder, or ``user/repo`` or ``user/repo@revision``.
+        model: The model that it is for, which is compared with the initialisation's base before anything large is
+            fetched.
+
+    Raises:
+        ConfigError: if there is no such folder and it is no name of a repository.
+    """
+    if Path(init_from).is_dir():
+        return Path(init_from)
+    if not isinstance(init_from, str) or not _REPO.fullmatch(init_from):
+        raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
+    repo_id, _, revision = init_from.partition("@")
+    hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
+    return hub.pull_init(repo_id, base_model=model, **({"revision": revision} if revision else {}))
+
+
+def cite_init(card: Path, init_from: str) -> None:
+    """Add the initialisation that training started from to the metadata of a model card.
+
+    Args:
+        card: The card's file.
+        init_from: ``repo@commit``, or ``sha256:`` and the hash of the manifest of an initialisation in a folder.
+    """
+    content: Any = ModelCard.load(card)
+    content.data[CARD_KEY] = init_from
+    content.save(card)

@@ -1,0 +1,385 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_same_tensors,
+    assert_updates_equal,
+    dense_updates,
+    factors,
+    store_init,
+    written_adapter,
+    written_updates,
+)
+from peft import PeftConfig, PeftModel, get_peft_model
+
+import lora_da_hf.pipeline.refit
+from lora_da_hf import LoRADAConfig, apply_init, refit_init
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import file_entry, load_init
+from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.pipeline import cut_init
+from lora_da_hf.pipeline.stored import manifest_digest
+from lora_da_hf.report import LoRADAReport
+from lora_da_hf.theory.rank_budget import num_adapter_parameters
+
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def without_statistics(tmp_path_factory):
+    from conftest import make_lora_model
+
+    folder = tmp_path_factory.mktemp("bare") / "init"
+    return store_init(folder, make_lora_model(r=8, use_rslora=True), save_statistics=False)
+
+
+def changed(folder, **settings):
+    """Return the stored settings with others in their place."""
+    return dataclasses.replace(LoRADAConfig.from_dict(load_init(folder).manifest.config), **settings)
+
+
+def loaded(folder, tiny_llama):
+    """Load a folder's adapter as anybody would, with PEFT."""
+    return PeftModel.from_pretrained(tiny_llama(), folder)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def ranks_of(folder):
+    return {name: layer.rank for name, layer in load_init(folder).manifest.layers.items()}
+
+
+# Another rank
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16])
+def test_another_rank_needs_no_statistics_and_loads_with_peft(without_statistics, tmp_path, tiny_llama, rank):
+    refitted = refit_init(without_statistics, tmp_path / "new", rank=rank, step_size=0.05)
+    assert set(ranks_of(tmp_path / "new").values()) == {rank}
+    bases = load_init(without_statistics).bases
+    expected = {
+        name: 0.05 * (basis.basis_B[:, :rank].double() @ basis.basis_A[:rank].double()).numpy()
+        for name, basis in bases.items()
+    }
+    model = loaded(tmp_path / "new", tiny_llama)
+    assert_updates_equal(written_updates(model), expected)
+    assert {layer.peft_scaling for layer in refitted.manifest.layers.values()} == {16 / rank**0.5}
+    config = PeftConfig.from_pretrained(tmp_path / "new")
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (rank, 16, {}, {})
+    assert all(torch.equal(refitted.bases[name].basis_B, bases[name].basis_B) for name in bases)
+
+
+def test_cutting_and_applying_at_that_rank_is_the_same(without_statistics, tmp_path, lora_model):
+    folder = cut_init(without_statistics, tmp_path / "new", rank=2)
+    assert folder == tmp_path / "new"
+    model = lora_model(r=2, use_rslora=True)
+    report = apply_init(model, without_statistics)
+    assert load_init(folder).manifest.step_size == report.step_size
+    assert_same_tensors(written_adapter(folder), adapter_weights(model))
+
+
+def test_what_was_cut_can_be_used_at_any_stored_rank_all_the_same(stored_init, tmp_path, lora_model):
+    folder = cut_init(stored_init, tmp_path / "new", rank=2)
+    models = [lora_model(r=8), lora_model(r=8)]
+    steps = [
+        apply_init(model, source, step_size=0.1) for model, source in zip(models, (stored_init, folder), strict=True)
+    ]
+    assert_same_tensors(*map(adapter_weights, models))
+    assert steps[0].step_size_by_rank == steps[1].step_size_by_rank
+
+
+def test_ranks_by_layer_are_replaced_and_their_alphas_are_kept(tmp_path, lora_model, tiny_llama):
+    patterns = {"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"q_proj": 3}}
+    folder = store_init(tmp_path / "init", lora_model(r=4, **patterns))
+    refit_init(folder, tmp_path / "new", rank=2)
+    scalings = {name: layer.peft_scaling for name, layer in load_init(tmp_path / "new").manifest.layers.items()}
+    assert {scalings[name] for name in scalings if "q_proj" in name} == {1.5}
+    assert {scalings[name] for name in scalings if "q_proj" not in name} == {8.0}
+    config = PeftConfig.from_pretrained(tmp_path / "new")
+    assert config.rank_pattern == {}
+    assert set(config.alpha_pattern) == {rf"^model\.layers\.{n}\.self_attn\.q_proj" for n in range(2)}
+    found = written_updates(loaded(tmp_path / "new", tiny_llama))
+    fresh = lora_model(r=2, alpha_pattern={"q_proj": 3})
+    apply_init(fresh, folder)
+    assert_updates_equal(found, {name: update.numpy() for name, update in written_updates(fresh).items()})
+
+
+def test_a_layer_with_fewer_directions_gets_all_of_them(tmp_path, lora_model, tiny_llama):
+    small = tiny_llama(hidden_size=16, intermediate_size=40)
+    folder = store_init(tmp_path / "init", lora_model(model=small, r=8), max_rank=24)
+    refit_init(folder, tmp_path / "new", rank=20)
+    ranks = ranks_of(tmp_path / "new")
+    assert {name for name, rank in ranks.items() if rank == 20} == {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
+    assert set(ranks.values()) == {16, 20}
+    model = PeftModel.from_pretrained(tiny_llama(hidden_size=16, intermediate_size=40), tmp_path / "new")
+    expected = dense_updates(folder, ranks, load_init(tmp_path / "new").manifest.step_size)
+    assert_updates_equal(written_updates(model), expected)
+
+
+def test_layers_left_to_peft_keep_their_tensors_rank_and_scaling(tmp_path, lora_model, tiny_llama):
+    model = lora_model(r=4, rank_pattern={"o_proj": 50}, alpha_pattern={"o_proj": 5})
+    folder = store_init(tmp_path / "init", model)
+    before = written_adapter(folder)
+    refit_init(folder, tmp_path / "new", rank=2)
+    after = written_adapter(tmp_path / "new")
+    kept = {name for name in before if "o_proj" in name}
+    assert_same_tensors({name: after[name] for name in kept}, {name: before[name] for name in kept})
+    config = PeftConfig.from_pretrained(tmp_path / "new")
+    assert config.rank_pattern == {rf"^model\.layers\.{n}\.self_attn\.o_proj": 50 for n in range(2)}
+    layer = loaded(tmp_path / "new", tiny_llama).get_base_model().model.layers[1].self_attn.o_proj
+    assert (layer.r["default"], layer.scaling["default"]) == (50, 0.1)
+    assert load_init(tmp_path / "new").manifest.kept == load_init(folder).manifest.kept
+
+
+def test_the_dtype_of_the_stored_adapter_stays(tmp_path, lora_model, tiny_llama):
+    model = lora_model(model=tiny_llama(dtype=torch.bfloat16), autocast_adapter_dtype=False)
+    folder = store_init(tmp_path / "init", model)
+    refit_init(folder, tmp_path / "new", rank=2)
+    assert {tensor.dtype for tensor in written_adapter(tmp_path / "new").values()} == {torch.bfloat16}
+
+
+def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
+    with pytest.raises(ConfigError, match=r"down_proj: rank 17 is above the stored 16. Ask for a smaller one; or, if"):
+        refit_init(stored_init, tmp_path / "new", rank=17)
+    with pytest.raises(ConfigError, match="give a rank of at least 1"):
+        refit_init(stored_init, tmp_path / "new", rank=0)
+    assert not (tmp_path / "new").exists()
+
+
+# Other settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"input_damping": 1e-2, "output_damping": "0.3*mean"},
+        {"variance_weight": 0.5, "population_size": 7},
+        {"variance_weight": 0.0, "solver": "eigh"},
+        {"normalize_displacement": False, "step_size": 1e-3},
+    ],
+)
+def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_init, tmp_path, tiny_llama, settings):
+    config = changed(stored_init, **settings)
+    refitted = refit_init(stored_init, tmp_path / "new", config=config, rank=3)
+    step = refitted.manifest.step_size
+    expected = dense_updates(stored_init, dict.fromkeys(refitted.bases, 3), step, config)
+    assert_updates_equal(written_updates(loaded(tmp_path / "new", tiny_llama)), expected)
+    before = dense_updates(stored_init, {QUERY: 3}, step)[QUERY]
+    assert abs(expected[QUERY] - before).max() > 1e-4 * abs(before).max()
+    assert LoRADAConfig.from_dict(refitted.manifest.config) == dataclasses.replace(config, save_statistics=True)
+
+
+def test_a_larger_rank_than_the_stored_one_is_solved_from_statistics(stored_init, tmp_path, lora_model):
+    refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=30), rank=25)
+    assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {30}
+    ranks = ranks_of(tmp_path / "new")
+    assert set(ranks.values()) == {25}
+    model = lora_model(r=25)
+    apply_init(model, tmp_path / "new", step_size=0.1)
+    assert_updates_equal(written_updates(model), dense_updates(stored_init, ranks, 0.1))
+
+
+def test_settings_of_the_write_need_no_statistics(without_statistics, tmp_path):
+    config = changed(without_statistics, factor_split="orthonormal", step_size=0.02)
+    refitted = refit_init(without_statistics, tmp_path / "new", config=config)
+    assert (refitted.manifest.step_size, refitted.manifest.step_size_by_rank) == (0.02, {})
+    rows = [row.norm().item() for a in factors(written_adapter(tmp_path / "new"), "A").values() for row in a]
+    assert rows == pytest.approx([(0.02 / (16 / 8**0.5)) ** 0.5] * len(rows), rel=1e-5)
+    assert set(ranks_of(tmp_path / "new").values()) == {8}
+
+
+def test_a_config_that_says_nothing_of_rank_and_step_leaves_them_as_stored(without_statistics, tmp_path):
+    refitted = refit_init(without_statistics, tmp_path / "new", config=LoRADAConfig(factor_split="balanced"))
+    old = load_init(without_statistics).manifest
+    assert (refitted.manifest.step_size, refitted.manifest.config["max_rank"]) == (old.step_size, 16)
+    assert refitted.manifest.config["num_samples"] == 12
+
+
+def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
+    with pytest.raises(ArtifactError, match=r"has no statistics. Other settings need them: compute it again with save"):
+        refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, bias_weight=0.5))
+    with pytest.raises(ArtifactError, match="has no statistics"):
+        refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, save_statistics=True))
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_of_the_pass_cannot_be_changed(stored_init, tmp_path):
+    message = "token_mask='labels': the statistics were taken with token_mask='attention', which cannot be changed"
+    with pytest.raises(ConfigError, match=message):
+        refit_init(stored_init, tmp_path / "new", config=LoRADAConfig(token_mask="labels"))
+
+
+def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(stored_init, tmp_path, lora_model):
+    config = changed(stored_init, input_damping=1e-2)
+    refitted = refit_init(stored_init, tmp_path / "new", config=config)
+    assert refitted.manifest.step_size == load_init(stored_init).manifest.step_size
+    notes = LoRADAReport.load(tmp_path / "new" / REPORT_FILE).notes
+    assert any("searched before input_damping changed" in note for note in notes)
+    assert "searched before input_damping changed" in str(apply_init(lora_model(r=4), tmp_path / "new"))
+    again = refit_init(tmp_path / "new", tmp_path / "newer", rank=2)
+    assert again.manifest.refitted_from["solved_again_with"] == {"input_damping": 1e-2}
+    with pytest.raises(ConfigError, match="normalize_displacement changes what a step is measured in"):
+        refit_init(stored_init, tmp_path / "other", config=changed(stored_init, normalize_displacement=False))
+    given = refit_init(
+        stored_init, tmp_path / "given", config=changed(stored_init, step_size=0.1, save_statistics=True)
+    )
+    with pytest.raises(ConfigError, match=r"so the stored one means nothing. Give a step_size"):
+        refit_init(given.folder, tmp_path / "other", config=changed(given.folder, normalize_displacement=False))
+
+
+# Ranks under a budget
+
+
+def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(stored_init, tmp_path, lora_model):
+    layers = load_init(stored_init).manifest.layers
+    widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    budget = num_adapter_parameters(dict.fromkeys(widths, 4), widths)
+    refitted = refit_init(stored_init, tmp_path / "new", rank_budget=budget, step_size=0.05)
+    ranks = ranks_of(tmp_path / "new")
+    assert len(set(ranks.values())) > 2
+    spent = num_adapter_parameters(ranks, widths)
+    assert budget - min(map(sum, widths.values())) < spent <= budget
+    assert {layer.peft_scaling for layer in refitted.manifest.layers.values()} == {2.0}
+    config = PeftConfig.from_pretrained(tmp_path / "new")
+    assert all(type(alpha) is int for alpha in config.alpha_pattern.values())
+    expected = dense_updates(stored_init, ranks, 0.05)
+    config.inference_mode = False
+    fresh = get_peft_model(lora_model().unload(), config)
+    apply_init(fresh, stored_init, step_size=0.05)
+    assert_updates_equal(written_updates(fresh), expected)
+    assert {layer.scaling["default"] for layer in lora_layers(fresh)} == {2.0}
+    assert sum(p.numel() for name, p in fresh.named_parameters() if "lora_" in name) == spent
+    assert f"which take {spent} of {budget} parameters" in str(LoRADAReport.load(tmp_path / "new" / REPORT_FILE))
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
+
+
+def test_a_budget_keeps_rslora_s_scalings_too(without_statistics, tmp_path, tiny_llama):
+    refit_init(without_statistics, tmp_path / "new", rank_budget=5000)
+    assert len(set(ranks_of(tmp_path / "new").values())) > 2
+    scalings = [layer.scaling["default"] for layer in lora_layers(loaded(tmp_path / "new", tiny_llama))]
+    assert scalings == pytest.approx([16 / 8**0.5] * LINEAR_LAYERS, rel=1e-12)
+    stored = [layer.peft_scaling for layer in load_init(tmp_path / "new").manifest.layers.values()]
+    assert stored == scalings
+
+
+def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
+    with pytest.raises(ConfigError, match="A rank budget of 100 parameters is too small: rank 1 in each of the 14"):
+        refit_init(stored_init, tmp_path / "new", rank_budget=100)
+    with pytest.raises(ConfigError, match="give a rank of at least 1, or a budget, not both"):
+        refit_init(stored_init, tmp_path / "new", rank_budget=5000, rank=4)
+    assert not (tmp_path / "new").exists()
+
+
+# The folder
+
+
+def test_the_manifest_says_what_it_was_refitted_from(stored_init, tmp_path):
+    old = load_init(stored_init).manifest
+    new = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, population_size=99)).manifest
+    assert new.refitted_from == {
+        "manifest": manifest_digest(old),
+        "created": old.created,
+        "solved_again_with": {"population_size": 99},
+    }
+    assert old.refitted_from == {}
+    assert (new.base_model, new.seed, new.kept, new.adapter_name) == (
+        old.base_model,
+        old.seed,
+        old.kept,
+        old.adapter_name,
+    )
+    assert new.data == {**old.data, "population_size": 99}
+    text = (tmp_path / "new" / MANIFEST_FILE).read_text()
+    assert str(tmp_path) not in text
+
+
+def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
+    refit_init(stored_init, tmp_path / "bare", rank=2)
+    assert not list((tmp_path / "bare").glob("lora_da_statistics*"))
+    assert load_init(tmp_path / "bare").manifest.config["save_statistics"] is False
+    config = changed(stored_init, save_statistics=True)
+    refit_init(stored_init, tmp_path / "new", rank=2, config=config)
+    stored = [load_init(folder) for folder in (stored_init, tmp_path / "new")]
+    old, new = (load_statistics(init.folder, init.manifest) for init in stored)
+    for name, layer in old.items():
+        assert torch.equal(layer.input_second_moment, new[name].input_second_moment)
+        assert torch.equal(layer.weight_grad, new[name].weight_grad)
+        assert torch.equal(layer.output_grad_second_moment_diag, new[name].output_grad_second_moment_diag)
+
+
+def test_the_report_has_no_loss_that_was_not_measured(stored_init, tmp_path):
+    old = LoRADAReport.load(stored_init / REPORT_FILE)
+    refit_init(stored_init, tmp_path / "new", rank=2)
+    new = LoRADAReport.load(tmp_path / "new" / REPORT_FILE)
+    assert old.search_loss_after is not None
+    assert new.search_loss_after is None
+    assert (new.num_samples, new.data_fingerprint) == (old.num_samples, old.data_fingerprint)
+    assert {layer.rank for layer in new.layers} == {2}
+    assert all(0 < a.update_norm for a in new.layers)
+    assert "no loss was measured with this adapter" in str(new)
+
+
+def test_the_folder_itself_can_be_refitted(stored_init, tmp_path):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    refit_init(folder, folder, config=changed(folder, input_damping=0.5, save_statistics=True), rank=2)
+    assert set(ranks_of(folder).values()) == {2}
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    before = contents(folder)
+
+    def fails(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(lora_da_hf.pipeline.refit, "save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        refit_init(folder, folder, rank=2)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+# Damage
+
+
+def forge_peft_config(folder, change):
+    manifest = load_init(folder).manifest
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    files = {name: file_entry(folder / name) for name in manifest.files}
+    (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"lora_alpha": 17},
+            "gives model.layers.0.mlp.down_proj the scaling 2.125, and the manifest 2. Fetch it again",
+        ),
+        ({"use_rslora": True}, "and the manifest 2. Fetch it again"),
+        ({"r": None}, "a rank or an alpha is not positive"),
+        ({"lora_alpha": -1}, "a rank or an alpha is not positive"),
+        ({"rank_pattern": {"(": 4}}, "is no configuration of a LoRA adapter"),
+        ({"alpha_pattern": []}, "is no configuration of a LoRA adapter"),
+    ],
+)
+def test_a_peft_config_that_lies_is_refused(stored_init, tmp_path, change, message):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    forge_peft_config(folder, lambda values: values.update(change))
+    with pytest.raises(ArtifactError, match=message):
+        refit_init(folder, tmp_path / "new", rank=2)

@@ -1,0 +1,90 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
+
+SQUARE = {"a": (4, 6), "b": (4, 6), "c": (4, 6)}
+
+
+def decrease(spectra, ranks):
+    return -sum(sum(spectra[name][:rank]) for name, rank in ranks.items())
+
+
+def all_choices(spectra, widths, budget, least):
+    ranges = [range(min(least, len(values)), len(values) + 1) for values in spectra.values()]
+    for ranks in itertools.product(*ranges):
+        choice = dict(zip(spectra, ranks, strict=True))
+        if num_adapter_parameters(choice, widths) <= budget:
+            yield choice
+
+
+spectra_of = st.lists(st.floats(-1, 0.3), min_size=1, max_size=4).map(sorted)
+
+
+@settings(deadline=None)
+@given(st.fixed_dictionaries({name: spectra_of for name in SQUARE}), st.integers(0, 100), st.integers(1, 2))
+def test_with_equal_widths_nothing_within_the_budget_is_better(spectra, extra, least):
+    budget = 10 * 3 * least + extra
+    ranks = allocate_ranks(spectra, SQUARE, budget, min_rank=least)
+    best = max(decrease(spectra, choice) for choice in all_choices(spectra, SQUARE, budget, least))
+    assert num_adapter_parameters(ranks, SQUARE) <= budget
+    assert all(ranks[name] >= min(least, len(values)) for name, values in spectra.items())
+    assert decrease(spectra, ranks) == pytest.approx(best)
+
+
+@settings(deadline=None)
+@given(
+    st.fixed_dictionaries({name: spectra_of for name in "abc"}),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=3, max_size=3),
+    st.integers(0, 80),
+)
+def test_with_other_widths_the_best_is_better_by_less_than_one_direction(spectra, sizes, extra):
+    widths = dict(zip("abc", sizes, strict=True))
+    budget = num_adapter_parameters(dict.fromkeys(widths, 1), widths) + extra
+    ranks = allocate_ranks(spectra, widths, budget)
+    assert num_adapter_parameters(ranks, widths) <= budget
+    best = max(decrease(spectra, choice) for choice in all_choices(spectra, widths, budget, 1))
+    largest = max((-values[1] for values in spectra.values() if len(values) > 1), default=0.0)
+    assert best - decrease(spectra, ranks) <= max(largest, 0) + 1e-12
+
+
+def test_a_steep_spectrum_gets_little_and_a_flat_one_much():
+    spectra = {"steep": [-1.0, -0.01, -0.001], "flat": [-1.0, -0.9, -0.8]}
+    widths = {"steep": (5, 5), "flat": (5, 5)}
+    assert allocate_ranks(spectra, widths, 40) == {"steep": 1, "flat": 3}
+
+
+def test_a_direction_counts_by_what_it_costs():
+    spectra = {"wide": [-1.0, -0.5], "narrow": [-1.0, -0.2]}
+    widths = {"wide": (30, 30), "narrow": (5, 5)}
+    assert allocate_ranks(spectra, widths, 135) == {"wide": 1, "narrow": 2}
+    assert allocate_ranks(spectra, widths, 140) == {"wide": 2, "narrow": 2}
+
+
+def test_a_direction_that_adds_more_variance_than_it_takes_bias_away_is_not_bought():
+    spectra = {"a": [-0.5, 0.0, 0.2], "b": [0.1, 0.2]}
+    assert allocate_ranks(spectra, {"a": (1, 1), "b": (1, 1)}, 1000) == {"a": 1, "b": 1}
+
+
+def test_the_largest_rank_binds():
+    spectra = {"a": [-3.0, -2.0, -1.0], "b": [-0.1]}
+    assert allocate_ranks(spectra, {"a": (1, 1), "b": (1, 1)}, 1000, max_rank=2) == {"a": 2, "b": 1}
+
+
+def test_equal_layers_share_in_their_order():
+    spectra = {name: [-1.0, -0.5] for name in "abc"}
+    assert allocate_ranks(spectra, SQUARE, 40) == {"a": 2, "b": 1, "c": 1}
+
+
+def test_a_budget_or_bounds_that_cannot_be_are_refused():
+    spectra = {name: [-1.0, -0.5] for name in "abc"}
+    message = "budget of 59 parameters is too small: rank 2 in each of the 3 layers takes 60, and all that is stored 60"
+    with pytest.raises(ConfigError, match=message):
+        allocate_ranks(spectra, SQUARE, 59, min_rank=2)
+    for bounds in ({"min_rank": 0}, {"min_rank": 3, "max_rank": 2}):
+        with pytest.raises(ConfigError, match="are no range of ranks from 1 up"):
+            allocate_ranks(spectra, SQUARE, 60, **bounds)
