@@ -60,3 +60,11 @@ class ArtifactError(LoRADAError, ValueError):
 
 class BaseModelMismatchError(ArtifactError):
     """A stored initialisation was computed for another base model."""
+
+
+class CardError(LoRADAError, ValueError):
+    """A card cannot be rendered from the facts that were given."""
+
+
+class MissingDependencyError(LoRADAError, ImportError):
+    """An optional package that was asked for is not installed."""

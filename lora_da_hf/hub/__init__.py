@@ -1,0 +1,1 @@
+"""Initialisations on the Hugging Face Hub, and their cards."""
