@@ -18,9 +18,9 @@ import yaml
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError
-from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id, layer_type
+from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
 from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
-from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, draw_plots
+from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -213,6 +213,7 @@ def _environment() -> jinja2.Environment:
         code=code,
         text=escape,
         python=python_string,
+        python_list=lambda values: Markdown(f"[{', '.join(map(python_string, values))}]"),
         fixed=_fixed,
         short=lambda value: Markdown(f"{value:.4g}"),
         count=lambda value: Markdown(f"{value:,}"),
@@ -223,9 +224,9 @@ def _environment() -> jinja2.Environment:
         commas=lambda values: Markdown(", ".join(map(escape, values))),
         codes=lambda values: Markdown(", ".join(map(code, values))),
         model_link=lambda name: Markdown(f"[`{name}`](https://huggingface.co/{name})"),
-        verbatim=lambda text: Markdown(text),
+        directions_that_matter=directions_that_matter,
+        verbatim=Markdown,
     )
-    environment.globals["layer_type"] = layer_type
     return environment
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from lora_da_hf.errors import CardError
 
 MAX_LENGTH = 300
-_MARKUP = re.compile(r"([\\`*_\[\]~|$:@#!])")
+_MARKUP = re.compile(r"([\\`*_\[\]~|$@#!]|:(?=/))")
 _BLOCK_START = re.compile(r"^(?=[-+=>.)])")
-_LIST_NUMBER = re.compile(r"^(\d+)(?=[.)])")
+_LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")
 _WWW = re.compile(r"(?i)(?<=www)\.")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -58,4 +58,4 @@ def code(value: Any) -> Markdown:
 
 def python_string(value: Any) -> Markdown:
     """Return a value as a Python string literal, for a fenced block."""
-    return Markdown(json.dumps(clean(value)).replace("`", "\\x60"))
+    return Markdown(json.dumps(clean(value), ensure_ascii=False).replace("`", "\\x60"))

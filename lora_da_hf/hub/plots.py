@@ -16,6 +16,7 @@ SPECTRA_PLOT = "guidance_spectra.png"
 SEARCH_PLOT = "step_search.png"
 
 _MOST_TYPES = 10
+_MOST_TICKS = 8
 _OTHERS = "all others"
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -41,7 +42,7 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     """Draw the spectra of the guidance matrices as a PNG.
 
     Left, for each module type, the gain ``-eigenvalue`` of each stored direction, relative to the layer's first: the
-    median over the layers, and their range. Right, for each layer, how many directions matter: the sum of the
+    median over the layers, and their middle half. Right, for each layer, how many directions matter: the sum of the
     positive gains over the largest.
 
     Raises:
@@ -54,7 +55,7 @@ def draw_spectra(report: LoRADAReport) -> bytes:
         columns = _columns([relative_gains(layer) for layer in layers])
         ranks = range(1, len(columns) + 1)
         left.plot(ranks, [statistics.median(column) for column in columns], color=color, label=kind, marker=".")
-        left.fill_between(ranks, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12, lw=0)
+        left.fill_between(ranks, *_middle_half(columns), color=color, alpha=0.12, lw=0)
         depths = _by_depth(layers)
         heights = [statistics.median(map(directions_that_matter, depths[depth])) for depth in depths]
         right.plot(list(depths), heights, color=color, marker=".", lw=1)
@@ -73,7 +74,7 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(groups), 6), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(groups), 8), frameon=False)
     return _png(figure)
 
 
@@ -90,7 +91,7 @@ def draw_search(report: LoRADAReport) -> bytes:
     axes.plot([s for s, _ in tried], [loss for _, loss in tried], marker="o", label="steps tried")
     if before is not None:
         axes.axhline(before, color="grey", ls="--", label=f"base model ({before:.4f})")
-        axes.set_ylim(top=_top([loss for _, loss in tried], before))
+        axes.set_ylim(*_limits([loss for _, loss in tried], before))
     if report.step_size and report.search_loss_after is not None:
         label = f"chosen: {report.step_size:.3g} ({report.search_loss_after:.4f})"
         axes.plot([report.step_size], [report.search_loss_after], "*", ms=14, color="tab:orange", label=label)
@@ -103,6 +104,10 @@ def draw_search(report: LoRADAReport) -> bytes:
         ylabel=f"mean loss on {report.num_search_samples} search samples",
         xscale="log",
     )
+    if len(report.search) <= _MOST_TICKS:
+        steps = sorted(step for step, _ in report.search)
+        axes.set_xticks(steps, [f"{step:.2g}" for step in steps])
+        axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
@@ -152,10 +157,19 @@ def _columns(rows: list[list[float]]) -> list[list[float]]:
     return [[row[k] for row in rows if k < len(row)] for k in range(max(map(len, rows)))]
 
 
-def _top(losses: list[float], before: float) -> float:
-    """Return an upper end of the axis that leaves steps much too large outside, so that the minimum can be seen."""
+def _middle_half(columns: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Return the lower and the upper quartile of each column."""
+    quartiles = [statistics.quantiles(column, n=4, method="inclusive") if column[1:] else column * 3 for column in columns]
+    return [low for low, _, _ in quartiles], [high for _, _, high in quartiles]
+
+
+def _limits(losses: list[float], before: float) -> tuple[float, float]:
+    """Return the ends of the axis, which leave steps that are much too large outside, so that the minimum is seen."""
     lowest = min([*losses, before])
-    return before + 2 * max(before - lowest, 0.01 * abs(before), 1e-6)
+    gain = max(before - lowest, 0.01 * abs(before), 1e-6)
+    highest = min(max([*losses, before]), before + 2 * gain)
+    margin = 0.08 * max(highest - lowest, gain)
+    return lowest - margin, highest + margin
 
 
 def _colors(count: int) -> list[str]:
