@@ -1,6 +1,6 @@
 """Render hub_cards/example anew from the manifest, the report and the facts that lie there.
 
-    python scripts/render_example_card.py
+python scripts/render_example_card.py
 """
 
 import json

@@ -275,7 +275,11 @@ def load_rows(data: DataArguments, model: NamedModelArguments, training: Trainin
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
         files = {"train": data.train_file, "validation": data.validation_file}
-        found = {name: load_file(path, cache_dir=model.cache_dir, streaming=data.streaming) for name, path in files.items() if path}
+        found = {
+            name: load_file(path, cache_dir=model.cache_dir, streaming=data.streaming)
+            for name, path in files.items()
+            if path
+        }
     if training.do_train and "train" not in found:
         raise DataError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
     if training.do_eval and "validation" not in found:

@@ -103,9 +103,7 @@ def _base_model_facts(arguments: argparse.Namespace, output: Output) -> dict[str
     from lora_da_hf.pipeline.save import base_model_facts
 
     output.message(f"Loading {arguments.base_model}")
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.base_model, revision=arguments.model_revision, dtype="auto"
-    )
+    model = AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=arguments.model_revision, dtype="auto")
     return base_model_facts(model)
 
 

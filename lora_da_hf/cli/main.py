@@ -151,7 +151,9 @@ def make_parser(verb: Verb | None) -> argparse.ArgumentParser:
             each.name,
             help=each.summary,
             description=each.summary,
-            epilog="\n".join(["example:" if len(each.examples) == 1 else "examples:", *(f"  {e}" for e in each.examples)]),
+            epilog="\n".join(
+                ["example:" if len(each.examples) == 1 else "examples:", *(f"  {e}" for e in each.examples)]
+            ),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=flags,
             allow_abbrev=False,

@@ -8,7 +8,7 @@ import importlib.resources
 import math
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,24 +90,28 @@ def render_card(
         datasets=datasets,
         language=language,
     )
-    body = _environment().get_template(_TEMPLATE).render(
-        facts=facts,
-        report=facts.report,
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        repo_id=repo_id,
-        commit=commit,
-        datasets=list(datasets),
-        language=list(language),
-        hardware=hardware,
-        notes=list(notes),
-        plots=[plot for plot in (SPECTRA_PLOT, SEARCH_PLOT) if plot in plots],
-        spectra_plot=SPECTRA_PLOT,
-        search_plot=SEARCH_PLOT,
-        auto_class=_TASKS.get(facts.task_type or "", (None, "AutoModel"))[1],
-        command=_command(facts),
-        target_modules=sorted(facts.module_types),
+    body = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            facts=facts,
+            report=facts.report,
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+            repo_id=repo_id,
+            commit=commit,
+            datasets=list(datasets),
+            language=list(language),
+            hardware=hardware,
+            notes=list(notes),
+            plots=[plot for plot in (SPECTRA_PLOT, SEARCH_PLOT) if plot in plots],
+            spectra_plot=SPECTRA_PLOT,
+            search_plot=SEARCH_PLOT,
+            auto_class=_TASKS.get(facts.task_type or "", (None, "AutoModel"))[1],
+            command=_command(facts),
+            target_modules=sorted(facts.module_types),
+        )
     )
     return f"---\n{_to_yaml(metadata)}---\n\n{body}"
 
@@ -209,24 +213,24 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        code=code,
-        text=escape,
-        python=python_string,
-        python_list=lambda values: Markdown(f"[{', '.join(map(python_string, values))}]"),
-        fixed=_fixed,
-        short=lambda value: Markdown(f"{value:.4g}"),
-        count=lambda value: Markdown(f"{value:,}"),
-        bytes=lambda value: Markdown(human_size(value)),
-        seconds=lambda value: Markdown(f"{value:.1f} s"),
-        change=lambda after, before: Markdown(f"{100 * (after / before - 1):+.1f} %" if before else "no change"),
-        span=_span,
-        commas=lambda values: Markdown(", ".join(map(escape, values))),
-        codes=lambda values: Markdown(", ".join(map(code, values))),
-        model_link=lambda name: Markdown(f"[`{name}`](https://huggingface.co/{name})"),
-        directions_that_matter=directions_that_matter,
-        verbatim=Markdown,
-    )
+    filters: dict[str, Callable[..., Any]] = {
+        "code": code,
+        "text": escape,
+        "python": python_string,
+        "python_list": lambda values: Markdown(f"[{_joined(python_string, values)}]"),
+        "fixed": lambda value: Markdown(f"{value:.4f}"),
+        "short": lambda value: Markdown(f"{value:.4g}"),
+        "count": lambda value: Markdown(f"{value:,}"),
+        "bytes": lambda value: Markdown(human_size(value)),
+        "seconds": lambda value: Markdown(f"{value:.1f} s"),
+        "change": lambda after, before: Markdown(f"{100 * (after / before - 1):+.1f} %" if before else "no change"),
+        "span": _span,
+        "commas": lambda values: Markdown(_joined(escape, values)),
+        "model_link": lambda name: Markdown(f"[`{name}`](https://huggingface.co/{name})"),
+        "directions_that_matter": directions_that_matter,
+        "verbatim": Markdown,
+    }
+    environment.filters.update(filters)  # pyright: ignore[reportCallIssue, reportArgumentType] - jinja2 names its own
     return environment
 
 
@@ -237,8 +241,8 @@ def _template_folder() -> Traversable:
     return inside if inside.is_dir() else Path(str(package)).parent / "hub_cards"
 
 
-def _fixed(value: float) -> Markdown:
-    return Markdown(f"{value:.4f}")
+def _joined(form: Callable[[Any], str], values: Sequence[Any]) -> str:
+    return ", ".join(form(value) for value in values)
 
 
 def _span(values: Sequence[float], form: str = "d") -> Markdown:

@@ -97,7 +97,9 @@ def draw_search(report: LoRADAReport) -> bytes:
         axes.plot([report.step_size], [report.search_loss_after], "*", ms=14, color="tab:orange", label=label)
     failed = [step for step, loss in report.search if loss is None]
     if failed:
-        axes.plot(failed, [0.97] * len(failed), "x", color="tab:red", transform=axes.get_xaxis_transform(), label="no loss")
+        axes.plot(
+            failed, [0.97] * len(failed), "x", color="tab:red", transform=axes.get_xaxis_transform(), label="no loss"
+        )
     axes.set(
         title="Search for the step",
         xlabel="step size",
@@ -159,7 +161,9 @@ def _columns(rows: list[list[float]]) -> list[list[float]]:
 
 def _middle_half(columns: list[list[float]]) -> tuple[list[float], list[float]]:
     """Return the lower and the upper quartile of each column."""
-    quartiles = [statistics.quantiles(column, n=4, method="inclusive") if column[1:] else column * 3 for column in columns]
+    quartiles = [
+        statistics.quantiles(column, n=4, method="inclusive") if column[1:] else column * 3 for column in columns
+    ]
     return [low for low, _, _ in quartiles], [high for _, _, high in quartiles]
 
 

@@ -116,7 +116,7 @@ def encode_pairs(
     """
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for prompt, completion in zip(
-        strings(batch, data.prompt_column), strings(batch, data.completion_column), strict=True
+        strings(batch, data.prompt_column or ""), strings(batch, data.completion_column or ""), strict=True
     ):
         prompt_ids, completion_ids = encode_pair(prompt, completion)
         if len(prompt_ids) >= block_size:
@@ -139,24 +139,26 @@ def pair_encoder(tokenizer: PreTrainedTokenizerBase, data: TextArguments) -> Any
 
 def encode_plain_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Encode a pair as it stands, with an end-of-text token after the completion."""
-    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
-    completion_ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids, [*completion_ids, tokenizer.eos_token_id]
+    prompt_ids: Any = tokenizer(prompt, verbose=False)["input_ids"]
+    completion_ids: Any = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return prompt_ids, [*completion_ids, end]
 
 
 def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Encode a pair as a user turn and its reply."""
     question = [{"role": "user", "content": prompt}]
-    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    before: Any = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     answer = [*question, {"role": "assistant", "content": completion}]
-    whole = tokenizer.apply_chat_template(answer, tokenize=False)
+    whole: Any = tokenizer.apply_chat_template(answer, tokenize=False)
     if not whole.startswith(before):
         raise ConfigError(
             "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
             "reply cannot be told apart. Leave the flag out."
         )
-    prompt_ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids, tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
+    prompt_ids: Any = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
+    reply_ids: Any = tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
+    return prompt_ids, reply_ids
 
 
 def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -176,7 +178,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ConfigError(
             f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "

@@ -93,7 +93,7 @@ def test_numbers_are_those_of_manifest_and_report(stored):
         "**2.4000** with this initialisation and **3.0000** with plain LoRA",
         "(-20.0 %)",
         "any rank up to 8",
-        "`q_proj` × 3",
+        "`q_proj` x 3",
         "| statistics | 3.2 s |",
         "Computed on two cores.",
         "- It is small.",
@@ -143,7 +143,9 @@ ADAPTERS = [{"lora_alpha": 16, "task_type": "CAUSAL_LM"}, {}, {"lora_alpha": Non
 @pytest.mark.parametrize("base", BASES, ids=["hub", "local", "unnamed", "nothing"])
 def test_no_value_is_undefined_whatever_is_missing(stored, base):
     for manifest, report, adapter in itertools.product(MANIFESTS, REPORTS, ADAPTERS):
-        init = stored(manifest=make_manifest(**manifest, base_model=base), report=make_report(**report), adapter=adapter)
+        init = stored(
+            manifest=make_manifest(**manifest, base_model=base), report=make_report(**report), adapter=adapter
+        )
         for arguments in itertools.product(*ARGUMENTS.values()):
             card = render_card(init, **{name: value for part in arguments for name, value in part.items()})
             metadata, body = split(card)
@@ -268,5 +270,5 @@ def test_a_malformed_report_is_refused(stored, change):
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="lora_da_report.json"):
+    with pytest.raises(ArtifactError, match=r"lora_da_report\.json"):
         render_card(init, license=None)
