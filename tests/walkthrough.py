@@ -25,6 +25,7 @@ shown = types.ModuleType("IPython.display")
 shown.Image = lambda data: f"image of {len(data)} bytes"
 shown.display = print
 sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].version_info = (9, 0)  # matplotlib asks
 sys.modules["IPython.display"] = shown
 
 names = {"__name__": "__main__"}

@@ -97,7 +97,7 @@ def test_numbers_are_those_of_manifest_and_report(stored):
         "| statistics | 3.2 s |",
         "Computed on two cores.",
         "- It is small.",
-        "1.5 to 1.8 of 8",
+        "1.7 to 2.4 of 8",
         "- `lm_head`: not a linear layer",
         "| `adapter_model.safetensors` | 3.3 MiB |",
     ):
