@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags
+from lora_da_hf.cli.flags import Flags, base_model_facts_of
 from lora_da_hf.cli.output import Output, aligned
 
 
@@ -72,7 +72,7 @@ def verify_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.folder()
     flags.flag("base_model", metavar="MODEL", help="load this model and check that the initialisation belongs to it")
-    flags.flag("model_revision", default="main", help="its branch, tag or commit (default: main)")
+    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
     return flags
 
 
@@ -81,7 +81,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
 
-    base = _base_model_facts(arguments, output) if arguments.base_model else None
+    base = None
+    if arguments.base_model:
+        output.message(f"Loading {arguments.base_model}")
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision)
     manifest = load_init(arguments.folder, base_model=base).manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {
@@ -95,16 +98,6 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     text = f"OK: {len(manifest.files)} files, {human_size(size)}, {len(manifest.layers)} layers"
     text += f"; it belongs to {arguments.base_model}" if base is not None else "; the base model was not compared"
     output.result(values, bare="ok", text=text)
-
-
-def _base_model_facts(arguments: argparse.Namespace, output: Output) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
-    from lora_da_hf.pipeline.save import base_model_facts
-
-    output.message(f"Loading {arguments.base_model}")
-    model = AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=arguments.model_revision, dtype="auto")
-    return base_model_facts(model)
 
 
 def card_parser() -> argparse.ArgumentParser:

@@ -88,6 +88,15 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
+def base_model_facts_of(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Load a model and return the facts that initialisations are compared with."""
+    from transformers import AutoModelForCausalLM
+
+    from lora_da_hf.pipeline.save import base_model_facts
+
+    return base_model_facts(AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto"))
+
+
 def function(home: str, name: str) -> Any:
     """Import a function when it is needed: none of these modules is imported for a help text."""
     return getattr(importlib.import_module(home), name)

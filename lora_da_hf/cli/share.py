@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, function
+from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, function
 from lora_da_hf.cli.output import Output, aligned, table
 
 _HUB = "lora_da_hf.hub"
@@ -54,7 +54,8 @@ def pull_parser() -> argparse.ArgumentParser:
     flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     flags.flag("revision", help="branch, tag or commit; the same as behind an @")
     flags.flag("rank", type=at_least(1), help="rank that it will be used at, at most the stored one")
-    flags.flag("base_model", metavar="MODEL", help="refuse if it was computed for another base model")
+    flags.flag("base_model", metavar="MODEL", help="load this model and refuse if it was computed for another one")
+    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
     flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
     return flags
@@ -64,11 +65,15 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
     _progress(output)
     repo_id, _, revision = arguments.repo_id.partition("@")
+    base = None
+    if arguments.base_model:
+        output.message(f"Loading {arguments.base_model}")
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision)
     pulled = function(_HUB, "pull_init")(
         repo_id,
         revision=arguments.revision or revision or None,
         rank=arguments.rank,
-        base_model=arguments.base_model,
+        base_model=base,
         cache_dir=arguments.cache_dir,
         local_files_only=arguments.local_files_only,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import logging
 import math
 import re
 import shlex
@@ -17,13 +18,15 @@ import yaml
 
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import CardError
-from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
+from lora_da_hf.errors import CardError, MissingDependencyError
+from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id, read_report
 from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
 from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 FLAG_PREFIX = "da_"
@@ -124,12 +127,14 @@ def make_card(init: StoredInit, **facts: Any) -> dict[str, bytes]:
         facts: As `render_card` takes them, but ``plots``.
 
     Returns:
-        By file name: the card, and a PNG for each thing that the report has something of.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
+        By file name: the card, and a PNG for each thing that the report has something of. Without matplotlib there are
+        no plots, which is logged.
     """
-    plots = draw_plots(card_facts(init).report)
+    plots: dict[str, bytes] = {}
+    try:
+        plots = draw_plots(read_report(init.folder))
+    except MissingDependencyError as error:
+        logger.warning("The card has no plots. %s", error)
     return {CARD_FILE: render_card(init, plots=list(plots), **facts).encode("utf-8"), **plots}
 
 
@@ -160,6 +165,7 @@ def card_metadata(
                 "schema_version": facts.schema_version,
                 "kind": facts.kind,
                 "rank": facts.ranks[-1],
+                "max_rank": facts.max_rank,
                 "alpha": facts.alpha,
                 "target_modules": sorted(map(clean, facts.module_types)),
                 "base_revision": facts.base_revision,

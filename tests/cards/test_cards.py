@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
 
-from lora_da_hf.errors import ArtifactError, CardError, ConfigError
+from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
 from lora_da_hf.hub.cards import CARD_FILE, make_card, render_card
 from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT
@@ -58,6 +58,7 @@ def test_metadata_says_what_the_hub_filters_by(stored, tmp_path):
             "schema_version": 1,
             "kind": "lora-da-init",
             "rank": 4,
+            "max_rank": 8,
             "alpha": 16,
             "target_modules": ["q_proj", "up_proj", "v_proj"],
             "base_revision": "b" * 40,
@@ -111,6 +112,17 @@ def test_plots_are_shown_only_if_they_are_there(stored):
     assert set(files) == {CARD_FILE, SPECTRA_PLOT, SEARCH_PLOT}
     images = re.findall(r"!\[[^]]+\]\((.+)\)", files[CARD_FILE].decode())
     assert images == [SPECTRA_PLOT, SEARCH_PLOT]
+
+
+def test_without_matplotlib_the_card_has_no_plots_and_that_is_logged(stored, monkeypatch, caplog):
+    def refuse(report):
+        raise MissingDependencyError("Plots need matplotlib.")
+
+    monkeypatch.setattr(cards, "draw_plots", refuse)
+    files = make_card(stored(), license=None)
+    assert set(files) == {CARD_FILE}
+    assert b"![" not in files[CARD_FILE]
+    assert "The card has no plots. Plots need matplotlib." in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------- missing facts

@@ -315,6 +315,14 @@ def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
     assert lora_da("pull", *words, "--quiet")[1] == f"{tmp_path}\n"
 
 
+def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_path, stored):
+    pulled = SimpleNamespace(folder=tmp_path, repo_id="user/name", commit="c" * 40)
+    calls = replace("lora_da_hf.hub", "pull_init", pulled)
+    assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
+    expected = load_init(stored).manifest.base_model
+    assert calls[0][1]["base_model"]["weights_sha256"] == expected["weights_sha256"]
+
+
 def test_list_is_a_table(lora_da, replace):
     item = SimpleNamespace(
         repo_id="user/name", commit="c" * 40, private=True, base_model="org/base", rank=8, tags=["lora-da"]
