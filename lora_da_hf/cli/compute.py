@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, function, joined, new_folder, read, size_in_bytes
-from lora_da_hf.cli.output import Output
+from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
     LOADER_OF_SUFFIX,
@@ -87,13 +87,11 @@ def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
     if is_file and not data.is_file():
         raise DataError(f"{data} does not exist.")
     import datasets
-    from transformers.utils import logging
 
     from lora_da_hf.training.text_data import load_file
 
     if not output.shows_progress:
-        datasets.disable_progress_bars()
-        logging.disable_progress_bar()
+        hide_progress_bars()
     output.message(f"Reading {data}")
     if is_file:
         return load_file(str(data), cache_dir=arguments.cache_dir)

@@ -83,8 +83,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
 
     base = None
     if arguments.base_model:
-        output.message(f"Loading {arguments.base_model}")
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision)
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
     manifest = load_init(arguments.folder, base_model=base).manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {

@@ -8,6 +8,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -88,12 +89,15 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def base_model_facts_of(name: str, revision: str | None = None) -> dict[str, Any]:
+def base_model_facts_of(name: str, revision: str | None, output: Output) -> dict[str, Any]:
     """Load a model and return the facts that initialisations are compared with."""
     from transformers import AutoModelForCausalLM
 
     from lora_da_hf.pipeline.save import base_model_facts
 
+    if not output.shows_progress:
+        hide_progress_bars()
+    output.message(f"Loading {name}")
     return base_model_facts(AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto"))
 
 

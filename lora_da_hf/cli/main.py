@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +115,12 @@ def main(argv: list[str] | None = None) -> int:
         make_parser(None).print_help()
         return 0
     output = Output(as_json=arguments.json, quiet=arguments.quiet)
+    debug = arguments.debug or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     try:
-        getattr(importlib.import_module(verb.home), f"run_{verb.name}")(arguments, output)
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a library's output is no result
+            if not debug:  # what a library plans to rename is of no use here
+                warnings.simplefilter("ignore", FutureWarning)
+            getattr(importlib.import_module(verb.home), f"run_{verb.name}")(arguments, output)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if arguments.debug or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+        if debug:
             traceback.print_exc()
         message, hint = explain(error)
         print(printable(f"Error: {message}" + (f"\nHint: {hint}" if hint else "")), file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Output:
-    """Prints in one of three forms.
+    """Prints in one of three forms, to what is stdout when it is made.
 
     Args:
         as_json: Print a result as one compact JSON object.
@@ -20,6 +20,7 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self._stdout = sys.stdout
 
     @property
     def shows_progress(self) -> bool:
@@ -35,16 +36,28 @@ class Output:
             text: For people.
         """
         if self.as_json:
-            _print(json.dumps(values, separators=(",", ":"), ensure_ascii=True, allow_nan=False))
+            shown = json.dumps(values, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         elif self.quiet:
-            _print(printable(bare if isinstance(bare, str) else "\n".join(bare)))
+            shown = printable(bare if isinstance(bare, str) else "\n".join(bare))
         else:
-            _print(printable(text))
+            shown = printable(text)
+        print(shown, file=self._stdout, flush=True)
 
     def message(self, text: str) -> None:
         """Tell a person something that is no part of the result."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
+
+
+def hide_progress_bars() -> None:
+    """Turn off the bars of the libraries that download, read and load."""
+    import datasets
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def printable(text: str) -> str:
@@ -68,7 +81,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines
     )
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -67,8 +67,7 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     repo_id, _, revision = arguments.repo_id.partition("@")
     base = None
     if arguments.base_model:
-        output.message(f"Loading {arguments.base_model}")
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision)
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
     pulled = function(_HUB, "pull_init")(
         repo_id,
         revision=arguments.revision or revision or None,

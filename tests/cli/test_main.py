@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,16 @@ def test_an_interruption_leaves_with_130(lora_da, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lora_da_hf.cli.examine.run_show", interrupt)
     assert lora_da("show", tmp_path) == (130, "", "Stopped.\n")
+
+
+def test_what_a_library_prints_is_no_result(lora_da, tmp_path, monkeypatch):
+    def run(arguments, output):
+        print("a library's greeting")
+        warnings.warn("a name will change", FutureWarning, stacklevel=1)
+        output.result({"a": 1}, bare="", text="")
+
+    monkeypatch.setattr("lora_da_hf.cli.examine.run_show", run)
+    assert lora_da("show", tmp_path, "--json") == (0, '{"a":1}\n', "a library's greeting\n")
 
 
 def hub_error(kind, status=404):
