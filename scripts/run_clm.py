@@ -18,20 +18,16 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import transformers
 import yaml
-from datasets import Dataset, IterableDataset, load_dataset
-from peft import LoraConfig, get_peft_model
+from datasets import IterableDataset, load_dataset
+from peft import get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedModel,
@@ -44,44 +40,33 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
-from lora_da_hf.training.arguments import LoRADAArguments
+from lora_da_hf.errors import DataError
+from lora_da_hf.training.arguments import (
+    LOADER_OF_SUFFIX,
+    LoraArguments,
+    LoRADAArguments,
+    ModelArguments,
+    TextArguments,
+    setting,
+)
+from lora_da_hf.training.text_data import Rows, choose_block_size, load_file, load_model, tokenize
 
 logger = logging.getLogger("run_clm")
 
-LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
-IGNORED_LABEL = -100
 SPLIT_SEED = 0
 SHUFFLE_BUFFER = 10_000
 
-Rows = Dataset | IterableDataset
-
-
-class InputError(ValueError):
-    """The data or the model cannot be used as the flags say."""
-
-
-def setting(default: Any, help_text: str) -> Any:
-    """Make a dataclass field whose help text the command line shows."""
-    return field(default=default, metadata={"help": help_text})
-
 
 @dataclass
-class ModelArguments:
+class NamedModelArguments(ModelArguments):
     """Which model and tokenizer are loaded, and how."""
 
     model_name_or_path: str | None = setting(None, "Model on the Hub, or a local folder.")
-    tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
-    model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
-    cache_dir: str | None = setting(None, "Where models and datasets from the Hub are kept.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Precision of the frozen weights; auto: as stored. The adapter is float32 in any case."
-    )
-    trust_remote_code: bool = setting(False, "Run model code that comes with the checkpoint.")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(TextArguments):
     """Where the data comes from and how a row becomes a sample."""
 
     dataset_name: str | None = setting(None, "Dataset on the Hub, or a local dataset folder.")
@@ -94,29 +79,11 @@ class DataArguments:
     max_train_samples: int | None = setting(None, "Use this many training samples at most.")
     max_eval_samples: int | None = setting(None, "Use this many validation samples at most.")
     streaming: bool = setting(False, "Read the data while training instead of preparing it first.")
-    block_size: int | None = setting(
-        None,
-        "Tokens in a block of plain text, and the most tokens of a prompt with its completion. "
-        "None: 1024, or the model's limit if that is lower.",
-    )
-    text_column: str | None = setting(None, "Column with plain text. None: `text`, or else the first column.")
-    prompt_column: str | None = setting(None, "Column with prompts, which do not count in the loss.")
-    completion_column: str | None = setting(None, "Column with completions, which alone count in the loss.")
-    use_chat_template: bool = setting(
-        False, "Write prompt and completion as a user turn and its reply, with the tokenizer's chat template."
-    )
-    preprocessing_num_workers: int | None = setting(None, "Processes that tokenise the data.")
-    overwrite_cache: bool = setting(False, "Tokenise again even if a cached result exists.")
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether rows are prompt and completion instead of plain text."""
-        return self.prompt_column is not None
 
 
 @dataclass
-class AdapterArguments:
-    """The LoRA adapter."""
+class AdapterArguments(LoraArguments):
+    """The LoRA adapter and how it starts."""
 
     init: Literal["lora_da", "lora"] = setting(
         "lora_da", "lora_da: initialise the adapter from the training data. lora: PEFT's own initialisation."
@@ -129,33 +96,13 @@ class AdapterArguments:
     search_step: bool = setting(
         False, "With --init_from: search the step anew on the training data instead of taking the stored one."
     )
-    lora_rank: int = setting(8, "Rank of the adapter.")
-    lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
-    use_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
-    lora_dropout: float = setting(0.0, "Dropout on the adapter's input during training.")
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the layers that get an adapter; all-linear: all but the output head."},
-    )
-
-    def to_peft(self) -> LoraConfig:
-        """Make the configuration that PEFT reads."""
-        names = self.target_modules
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            target_modules="all-linear" if names == ["all-linear"] else names,
-        )
 
 
 @dataclass
 class Arguments:
     """Everything the command line says."""
 
-    model: ModelArguments
+    model: NamedModelArguments
     data: DataArguments
     adapter: AdapterArguments
     da: LoRADAArguments
@@ -175,7 +122,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         The checked arguments. A mistake ends the program with a message and exit status 2.
     """
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, AdapterArguments, LoRADAArguments, TrainingArguments),
+        (NamedModelArguments, DataArguments, AdapterArguments, LoRADAArguments, TrainingArguments),
         allow_abbrev=False,
         description=__doc__.splitlines()[0],
         epilog="A .json, .yaml or .yml file, as first argument or after --config, holds names and values of "
@@ -297,24 +244,13 @@ def check_file(fail: Any, flag: str, path: str | None) -> None:
 
 def check_columns_and_sizes(fail: Any, data: DataArguments) -> None:
     """Check the flags that say how rows become samples."""
-    if (data.prompt_column is None) != (data.completion_column is None):
-        missing = "--completion_column" if data.prompt_column else "--prompt_column"
-        fail(f"{missing} is missing: prompts and completions are only used together")
-    if data.has_pairs and data.text_column:
-        fail("give either --text_column, or --prompt_column and --completion_column, not all three")
-    if data.use_chat_template and not data.has_pairs:
-        fail("--use_chat_template needs --prompt_column and --completion_column")
+    data.check(fail)
     if not 1 <= data.validation_split_percentage <= 99:
         fail(f"--validation_split_percentage must be 1 to 99, got {data.validation_split_percentage}")
-    for flag, least in (
-        ("block_size", 2),
-        ("max_train_samples", 1),
-        ("max_eval_samples", 1),
-        ("preprocessing_num_workers", 1),
-    ):
+    for flag in ("max_train_samples", "max_eval_samples"):
         value = getattr(data, flag)
-        if value is not None and value < least:
-            fail(f"--{flag} must be at least {least}, got {value}")
+        if value is not None and value < 1:
+            fail(f"--{flag} must be at least 1, got {value}")
 
 
 def find_checkpoint(fail: Any, training: TrainingArguments) -> str | None:
@@ -335,7 +271,7 @@ def find_checkpoint(fail: Any, training: TrainingArguments) -> str | None:
 # ------------------------------------------------------------------------------------------------------ data
 
 
-def load_rows(data: DataArguments, model: ModelArguments, training: TrainingArguments) -> dict[str, Rows]:
+def load_rows(data: DataArguments, model: NamedModelArguments, training: TrainingArguments) -> dict[str, Rows]:
     """Load the splits that the run needs, and hold out validation rows if there are none.
 
     Returns:
@@ -346,43 +282,32 @@ def load_rows(data: DataArguments, model: ModelArguments, training: TrainingArgu
             data.dataset_name,
             data.dataset_config_name,
             cache_dir=model.cache_dir,
-            token=model.token,
             streaming=data.streaming,
         )
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
         files = {"train": data.train_file, "validation": data.validation_file}
-        found = {name: load_file(path, data, model) for name, path in files.items() if path}
+        found = {
+            name: load_file(path, cache_dir=model.cache_dir, streaming=data.streaming)
+            for name, path in files.items()
+            if path
+        }
     if training.do_train and "train" not in found:
-        raise InputError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
+        raise DataError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
     if training.do_eval and "validation" not in found:
         found = hold_out(found, data)
     wanted = {"train": training.do_train, "validation": training.do_eval}
     return {name: rows for name, rows in found.items() if wanted[name]}
 
 
-def load_file(path: str, data: DataArguments, model: ModelArguments) -> Rows:
-    """Load one csv, json, jsonl or txt file."""
-    loader = LOADER_OF_SUFFIX[Path(path).suffix]
-    options = {"keep_linebreaks": True} if loader == "text" else {}
-    return load_dataset(
-        loader,
-        data_files=path,
-        split="train",
-        cache_dir=model.cache_dir,
-        streaming=data.streaming,
-        **options,
-    )
-
-
 def hold_out(found: dict[str, Rows], data: DataArguments) -> dict[str, Rows]:
     """Split validation rows off the training rows: the same rows whatever the training seed is."""
     if "train" not in found:
-        raise InputError(f"{data.dataset_name} has neither a `train` nor a `validation` split.")
+        raise DataError(f"{data.dataset_name} has neither a `train` nor a `validation` split.")
     if data.streaming:
-        raise InputError("With --streaming no rows can be held out for --do_eval: give --validation_file.")
+        raise DataError("With --streaming no rows can be held out for --do_eval: give --validation_file.")
     if len(found["train"]) < 2:
-        raise InputError("A single row cannot be split into training and validation: give --validation_file.")
+        raise DataError("A single row cannot be split into training and validation: give --validation_file.")
     count = max(1, len(found["train"]) * data.validation_split_percentage // 100)
     parts = found["train"].train_test_split(test_size=count, seed=SPLIT_SEED)
     logger.info("No validation data: %d of %d training rows are held out.", count, len(found["train"]))
@@ -410,172 +335,7 @@ def first(samples: Rows, count: int) -> Rows:
     return samples.take(count if isinstance(samples, IterableDataset) else min(count, len(samples)))
 
 
-def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: DataArguments) -> Rows:
-    """Turn the rows of one split into samples with input ids, attention mask and labels."""
-    columns = column_names(name, split)
-    if data.has_pairs:
-        require_columns(name, columns, data.prompt_column, data.completion_column)
-        encode_pair = pair_encoder(tokenizer, data)
-        encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
-    else:
-        column = data.text_column or ("text" if "text" in columns else columns[0])
-        require_columns(name, columns, column)
-        encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
-    if isinstance(split, IterableDataset):
-        return split.map(encode, batched=True, remove_columns=columns)
-    samples = split.map(
-        encode,
-        batched=True,
-        remove_columns=columns,
-        num_proc=data.preprocessing_num_workers,
-        load_from_cache_file=not data.overwrite_cache,
-        desc=f"Tokenising {name}",
-    )
-    if len(samples) == 0:
-        advice = "prompts leave no room, so raise it" if data.has_pairs else "there is less text, so lower it"
-        raise InputError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
-    if data.has_pairs and len(samples) < len(split):
-        logger.warning(
-            "%d of %d %s rows are left out: after cutting to %d tokens (--block_size) no completion is left.",
-            *(len(split) - len(samples), len(split), name, block_size),
-        )
-    return samples
-
-
-def column_names(name: str, split: Rows) -> list[str]:
-    """List the columns of a split, which a stream may only show in its first row."""
-    if split.column_names is not None:
-        return split.column_names
-    first = next(iter(split), None)
-    if first is None:
-        raise InputError(f"The {name} data is empty.")
-    return list(first)
-
-
-def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:
-    """Check that columns exist."""
-    missing = [column for column in wanted if column not in columns]
-    if missing:
-        raise InputError(f"The {name} data has no column {missing[0]!r}, only {', '.join(columns)}.")
-
-
-def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
-    """Return a column's texts; an empty cell is an empty text."""
-    texts = ["" if value is None else value for value in batch[column]]
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"Column {column!r} must hold text, not {type(text).__name__}: {text!r:.80}")
-    return texts
-
-
-def encode_text(
-    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, block_size: int
-) -> dict[str, list[list[int]]]:
-    """Join the tokens of a batch of texts and cut them into blocks, without the incomplete last one."""
-    texts = strings(batch, column)
-    tokens = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"] if texts else []))
-    starts = range(0, len(tokens) - block_size + 1, block_size)
-    blocks = [tokens[start : start + block_size] for start in starts]
-    return {
-        "input_ids": blocks,
-        "attention_mask": [[1] * block_size for _ in blocks],
-        "labels": [list(block) for block in blocks],
-    }
-
-
-def encode_pairs(
-    batch: dict[str, list[Any]], encode_pair: Any, block_size: int, data: DataArguments
-) -> dict[str, list[list[int]]]:
-    """Encode prompts and completions, cut to the block size, and leave out rows without any label.
-
-    Args:
-        batch: Columns of rows.
-        encode_pair: Gives the token ids of one prompt and of its completion.
-        block_size: Tokens that a sample may have.
-        data: Names the columns.
-    """
-    samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, completion in zip(
-        strings(batch, data.prompt_column), strings(batch, data.completion_column), strict=True
-    ):
-        prompt_ids, completion_ids = encode_pair(prompt, completion)
-        if len(prompt_ids) >= block_size:
-            continue
-        input_ids = (prompt_ids + completion_ids)[:block_size]
-        samples["input_ids"].append(input_ids)
-        samples["attention_mask"].append([1] * len(input_ids))
-        samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
-    return samples
-
-
-def pair_encoder(tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Any:
-    """Choose how a prompt and its completion become token ids."""
-    if not data.use_chat_template:
-        return partial(encode_plain_pair, tokenizer=tokenizer)
-    if tokenizer.chat_template is None:
-        raise InputError("--use_chat_template: the tokenizer has no chat template. Leave the flag out.")
-    return partial(encode_chat_pair, tokenizer=tokenizer)
-
-
-def encode_plain_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Encode a pair as it stands, with an end-of-text token after the completion."""
-    prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
-    completion_ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids, [*completion_ids, tokenizer.eos_token_id]
-
-
-def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Encode a pair as a user turn and its reply."""
-    question = [{"role": "user", "content": prompt}]
-    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    answer = [*question, {"role": "assistant", "content": completion}]
-    whole = tokenizer.apply_chat_template(answer, tokenize=False)
-    if not whole.startswith(before):
-        raise InputError(
-            "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
-            "reply cannot be told apart. Leave the flag out."
-        )
-    prompt_ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids, tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
-
-
 # ----------------------------------------------------------------------------------------- model and trainer
-
-
-def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
-    shared = {
-        "cache_dir": arguments.cache_dir,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    name = arguments.model_name_or_path
-    revision = arguments.model_revision
-    if arguments.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name, **shared)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **shared)
-    if tokenizer.eos_token is None:
-        raise InputError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise InputError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "
-            "use the tokenizer that belongs to the model."
-        )
-    return model, tokenizer
-
-
-def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if wanted is not None and wanted > limit:
-        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
-    return min(wanted or 1024, limit)
 
 
 def make_trainer(
@@ -672,7 +432,8 @@ def set_up_logging(training: TrainingArguments) -> None:
     """Log at the level that the flags ask for, less on all ranks but the first."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = training.get_process_log_level()
-    logger.setLevel(logging.INFO if training.should_log else logging.ERROR)
+    for name in (logger.name, "lora_da_hf"):
+        logging.getLogger(name).setLevel(logging.INFO if training.should_log else logging.ERROR)
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     transformers.utils.logging.set_verbosity(level)
     if not training.should_log:
@@ -689,7 +450,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         The evaluation's metrics; empty without `--do_eval`.
 
     Raises:
-        InputError: if the data or the model cannot be used as the flags say.
+        LoRADAError: if the data or the model cannot be used as the flags say.
     """
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     training = arguments.training
@@ -700,7 +461,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         training.dataloader_pin_memory = False
     with training.main_process_first(desc="load the data"):
         rows = load_rows(arguments.data, arguments.model, training)
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = load_model(arguments.model.model_name_or_path, arguments.model)
     block_size = choose_block_size(arguments.data.block_size, model, tokenizer)
     with training.main_process_first(desc="tokenise the data"):
         samples = prepare_samples(rows, tokenizer, block_size, arguments)
@@ -720,5 +481,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, LoRADAError) as error:
+    except LoRADAError as error:
         sys.exit(f"run_clm.py: error: {error}")

@@ -1,11 +1,106 @@
-"""Every setting of `LoRADAConfig` as a command-line flag, for `transformers.HfArgumentParser`."""
+"""Flags that scripts and the command line share, as dataclasses for `transformers.HfArgumentParser`."""
 
 import dataclasses
-from typing import Any, Literal, Optional, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from lora_da_hf.config import LoRADAConfig
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 PREFIX = "da_"
+ALL_LINEAR = "all-linear"
+LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+
+
+def setting(default: Any, help_text: str) -> Any:
+    """Make a dataclass field whose help text the command line shows."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """How a model and its tokenizer are loaded."""
+
+    tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
+    model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
+    cache_dir: str | None = setting(None, "Where models and datasets from the Hub are kept.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision of the frozen weights; auto: as stored. The adapter is float32 in any case."
+    )
+    trust_remote_code: bool = setting(False, "Run model code that comes with the checkpoint.")
+
+
+@dataclass
+class TextArguments:
+    """How a row of data becomes a sample."""
+
+    block_size: int | None = setting(
+        None,
+        "Tokens in a block of plain text, and the most tokens of a prompt with its completion. "
+        "None: 1024, or the model's limit if that is lower.",
+    )
+    text_column: str | None = setting(None, "Column with plain text. None: `text`, or else the first column.")
+    prompt_column: str | None = setting(None, "Column with prompts, which do not count in the loss.")
+    completion_column: str | None = setting(None, "Column with completions, which alone count in the loss.")
+    use_chat_template: bool = setting(
+        False, "Write prompt and completion as a user turn and its reply, with the tokenizer's chat template."
+    )
+    preprocessing_num_workers: int | None = setting(None, "Processes that tokenise the data.")
+    overwrite_cache: bool = setting(False, "Tokenise again even if a cached result exists.")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are prompt and completion instead of plain text."""
+        return self.prompt_column is not None
+
+    def check(self, fail: Callable[[str], Any]) -> None:
+        """Find contradictions before anything is loaded.
+
+        Args:
+            fail: Called with a message that says what to change; does not return.
+        """
+        if (self.prompt_column is None) != (self.completion_column is None):
+            missing = "--completion_column" if self.prompt_column else "--prompt_column"
+            fail(f"{missing} is missing: prompts and completions are only used together")
+        if self.has_pairs and self.text_column:
+            fail("give either --text_column, or --prompt_column and --completion_column, not all three")
+        if self.use_chat_template and not self.has_pairs:
+            fail("--use_chat_template needs --prompt_column and --completion_column")
+        for flag, least in (("block_size", 2), ("preprocessing_num_workers", 1)):
+            value = getattr(self, flag)
+            if value is not None and value < least:
+                fail(f"--{flag} must be at least {least}, got {value}")
+
+
+@dataclass
+class LoraArguments:
+    """The LoRA adapter."""
+
+    lora_rank: int = setting(8, "Rank of the adapter.")
+    lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
+    use_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead.")
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input during training.")
+    target_modules: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "Names of the layers that get an adapter; all-linear: all but the output head."},
+    )
+
+    def to_peft(self) -> "LoraConfig":
+        """Make the configuration that PEFT reads."""
+        from peft import LoraConfig
+
+        names = self.target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+        )
 
 
 class _ToConfig:
@@ -18,10 +113,14 @@ class _ToConfig:
             ConfigError: if a value is out of range.
         """
         values = {}
-        for setting in dataclasses.fields(LoRADAConfig):
-            value = getattr(self, PREFIX + setting.name)
-            values[setting.name] = _number_if_it_is_one(value) if _is_mixed(setting.name) else value
+        for entry in dataclasses.fields(LoRADAConfig):
+            values[entry.name] = setting_of_flag(PREFIX + entry.name, getattr(self, PREFIX + entry.name))
         return LoRADAConfig(**values)
+
+
+def setting_of_flag(flag: str, value: Any) -> Any:
+    """Return the value of a setting from its flag's, which is text if the setting is a number or a word."""
+    return _number_if_it_is_one(value) if _is_mixed(flag.removeprefix(PREFIX)) else value
 
 
 def _hint(name: str) -> Any:
@@ -58,11 +157,11 @@ LoRADAArguments: Any = dataclasses.make_dataclass(
     "LoRADAArguments",
     [
         (
-            PREFIX + setting.name,
-            _flag_type(setting.name),
-            dataclasses.field(default=setting.default, metadata=dict(setting.metadata)),
+            PREFIX + entry.name,
+            _flag_type(entry.name),
+            field(default=entry.default, metadata=dict(entry.metadata)),
         )
-        for setting in dataclasses.fields(LoRADAConfig)
+        for entry in dataclasses.fields(LoRADAConfig)
     ],
     bases=(_ToConfig,),
 )

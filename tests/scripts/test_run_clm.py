@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import run_clm
 
+from lora_da_hf import LoRADAError
+
 # The csv reader of datasets 4.0 leaves its file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. .*FileIO.*csv:pytest.PytestUnraisableExceptionWarning"
@@ -507,13 +509,13 @@ def test_wrong_config_file(capsys, tmp_path, text, message):
     ],
 )
 def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
-    with pytest.raises(run_clm.InputError, match=message):
+    with pytest.raises(LoRADAError, match=message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more, "--do_train"))
 
 
 def test_columns_that_are_not_text(model_dir, tmp_path):
     train_file = write_jsonl(tmp_path / "numbers.jsonl", [{"text": 1}, {"text": 2}])
-    with pytest.raises(run_clm.InputError, match="must hold text, not int"):
+    with pytest.raises(LoRADAError, match="must hold text, not int"):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train"))
 
 
@@ -522,7 +524,7 @@ def test_tokenizer_that_is_too_large(model_dir, tmp_path, pairs_file):
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     more = ["--train_file", pairs_file, "--tokenizer_name", tmp_path / "tokenizer", "--do_train"]
-    with pytest.raises(run_clm.InputError, match="use the tokenizer that belongs to the model"):
+    with pytest.raises(LoRADAError, match="use the tokenizer that belongs to the model"):
         run_clm.main(flags(model_dir, tmp_path / "out", *more))
 
 
@@ -531,7 +533,7 @@ def test_chat_template_that_is_missing(model_dir, tmp_path, pairs_file):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     more = ["--tokenizer_name", tmp_path / "tokenizer", *PAIR_FLAGS, "--use_chat_template", "--do_train"]
-    with pytest.raises(run_clm.InputError, match="has no chat template"):
+    with pytest.raises(LoRADAError, match="has no chat template"):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more))
 
 

@@ -1,0 +1,1 @@
+"""`lora-da`, the command line."""

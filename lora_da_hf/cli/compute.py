@@ -1,0 +1,143 @@
+"""`lora-da init` and `lora-da plan`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, function, joined, new_folder, read, size_in_bytes
+from lora_da_hf.cli.output import Output, hide_progress_bars
+from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.training.arguments import (
+    LOADER_OF_SUFFIX,
+    LoraArguments,
+    LoRADAArguments,
+    ModelArguments,
+    TextArguments,
+)
+
+_DEFAULT_SEED = 42
+
+
+def init_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da init`."""
+    own = Flags()
+    own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
+    own.add_argument(
+        "data", metavar="DATA", help="a csv, json, jsonl or txt file, or the name of a data set on the Hub"
+    )
+    own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the initialisation")
+    own.flag("overwrite", action="store_true", help="replace an initialisation that is there")
+    own.flag("dataset_config_name", help="configuration of the data set")
+    own.flag("split", default="train", help="split of the data set, such as train[:5000] (default: train)")
+    return joined(own, dataclass_flags(LoraArguments, TextArguments, ModelArguments, LoRADAArguments))
+
+
+def run_init(arguments: argparse.Namespace, output: Output) -> None:
+    """Compute an initialisation without a trainer."""
+    text, settings = read(TextArguments, arguments), read(LoRADAArguments, arguments).to_config()
+    text.check(_refuse)
+    folder = new_folder(arguments.output, overwrite=arguments.overwrite)
+    rows = _load_rows(arguments, output)
+
+    from accelerate import PartialState
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from lora_da_hf.pipeline import initialize_lora_da
+    from lora_da_hf.training.text_data import choose_block_size, load_model, tokenize
+
+    output.message(f"Loading {arguments.model}")
+    model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
+    samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
+    set_seed(_DEFAULT_SEED if settings.seed is None else settings.seed)
+    peft_model: Any = get_peft_model(model, read(LoraArguments, arguments).to_peft())
+    report = initialize_lora_da(
+        peft_model.to(PartialState().device),
+        samples,
+        config=settings,
+        output_dir=folder,
+        progress=output.shows_progress,
+    )
+    if not PartialState().is_main_process:
+        return
+    values = {
+        "folder": str(folder),
+        "num_samples": report.num_samples,
+        "step_size": report.step_size,
+        "unseen_loss_before": report.unseen_loss_before,
+        "unseen_loss_after": report.unseen_loss_after,
+        "layers": len(report.layers),
+        "kept": len(report.kept),
+        "seconds": round(report.total_seconds, 3),
+    }
+    output.result(values, bare=str(folder), text=f"{report}\n\nWritten to {folder}")
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(f"{message}.")
+
+
+def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
+    """Load the data: a file if it is named like one, or else a data set."""
+    data = Path(arguments.data)
+    is_file = data.suffix in LOADER_OF_SUFFIX
+    if is_file and not data.is_file():
+        raise DataError(f"{data} does not exist.")
+    import datasets
+
+    from lora_da_hf.training.text_data import load_file
+
+    if not output.shows_progress:
+        hide_progress_bars()
+    output.message(f"Reading {data}")
+    if is_file:
+        return load_file(str(data), cache_dir=arguments.cache_dir)
+    return datasets.load_dataset(
+        arguments.data, arguments.dataset_config_name, split=arguments.split, cache_dir=arguments.cache_dir
+    )
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da plan`."""
+    own = Flags()
+    own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
+    own.flag("world_size", type=at_least(1), default=1, help="processes that share the work (default: 1)")
+    own.flag("memory_budget", type=size_in_bytes, help="memory for each process, such as 20GiB (default: what is free)")
+    return joined(own, dataclass_flags(LoraArguments, ModelArguments, LoRADAArguments))
+
+
+def run_plan(arguments: argparse.Namespace, output: Output) -> None:
+    """Print the plan of an initialisation of a model that is not loaded."""
+    settings = read(LoRADAArguments, arguments).to_config()
+    make_plan = function("lora_da_hf.pipeline.plan", "make_plan")
+    plan = make_plan(
+        _empty_model(arguments),
+        settings,
+        world_size=arguments.world_size,
+        memory_budget=arguments.memory_budget,
+    )
+    output.result(dataclasses.asdict(plan), bare=str(plan), text=str(plan))
+
+
+def _empty_model(arguments: argparse.Namespace) -> Any:
+    """Make the model with its adapter, without any weight: only its config is read."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loading = read(ModelArguments, arguments)
+    config = AutoConfig.from_pretrained(
+        arguments.model,
+        revision=loading.model_revision,
+        cache_dir=loading.cache_dir,
+        trust_remote_code=loading.trust_remote_code,
+    )
+    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
+        )
+        return get_peft_model(model, read(LoraArguments, arguments).to_peft())

@@ -1,0 +1,55 @@
+"""Errors as a message and a hint."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lora_da_hf.errors import LoRADAError
+
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN. Check that the token may do this."
+
+
+def explain(error: Exception) -> tuple[str, str | None]:
+    """Return what went wrong, and what to do about it where the message does not say that."""
+    if isinstance(error, LoRADAError):
+        return str(error), None
+    found = _from_hub(error) or _from_torch(error)
+    if found is not None:
+        return found
+    if isinstance(error, OSError):
+        return _first_lines(error), "Check the name or path; a private or gated model needs `hf auth login`."
+    return f"unexpected {type(error).__name__}: {_first_lines(error)}", "Run it again with --debug for the traceback."
+
+
+def _from_hub(error: Exception) -> tuple[str, str] | None:
+    """Explain an error of huggingface_hub, which can only be one if that is imported."""
+    if "huggingface_hub" not in sys.modules:
+        return None
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "This repository is gated.", f"Ask for access on its page. {_LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "This repository does not exist, or you may not see it.", _LOG_IN
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "This repository has no such revision.", "Give a branch, a tag or a whole commit."
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "You are not logged in.", _LOG_IN
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        return _first_lines(error), "Unset HF_HUB_OFFLINE, or check the connection and HF_ENDPOINT."
+    if isinstance(error, errors.HfHubHTTPError):
+        status: Any = getattr(error.response, "status_code", None)
+        return _first_lines(error), _LOG_IN if status in (401, 403) else "Check the connection and HF_ENDPOINT."
+    return None
+
+
+def _from_torch(error: Exception) -> tuple[str, str] | None:
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return _first_lines(error), "Lower --da_batch_size or --block_size; `lora-da plan` tells what is needed."
+    return None
+
+
+def _first_lines(error: Exception) -> str:
+    return "\n".join(str(error).strip().splitlines()[:4]) or type(error).__name__

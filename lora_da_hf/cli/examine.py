@@ -1,0 +1,140 @@
+"""`lora-da show`, `lora-da verify` and `lora-da card`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lora_da_hf.cli.flags import Flags, base_model_facts_of
+from lora_da_hf.cli.output import Output, aligned
+
+
+def show_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da show`."""
+    flags = Flags()
+    flags.folder()
+    flags.flag("plots", type=Path, metavar="FOLDER", help="write the plots there, as PNG files")
+    flags.flag("every_layer", action="store_true", help="one row for each layer, however many there are")
+    return flags
+
+
+def run_show(arguments: argparse.Namespace, output: Output) -> None:
+    """Print what is in a stored initialisation."""
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.hub.cards import human_size
+    from lora_da_hf.hub.facts import card_facts
+    from lora_da_hf.hub.plots import draw_plots
+
+    facts = card_facts(load_init(arguments.folder))
+    report = facts.report
+    written = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
+    values: dict[str, Any] = {
+        "folder": str(arguments.folder),
+        "base_model": facts.base_id or facts.base_name,
+        "base_revision": facts.base_revision,
+        "created": facts.created,
+        "ranks": facts.ranks,
+        "max_rank": facts.max_rank,
+        "alpha": facts.alpha,
+        "modules": facts.module_types,
+        "num_samples": facts.num_samples,
+        "num_tokens": facts.num_tokens,
+        "seed": facts.seed,
+        "step_size": facts.step_size,
+        "step_size_by_rank": report.step_size_by_rank,
+        "has_statistics": facts.has_statistics,
+        "bytes": facts.num_bytes,
+        "plots": written,
+    }
+    rows = [
+        ("base model", f"{values['base_model'] or 'not recorded'} @ {facts.base_revision or 'revision not recorded'}"),
+        ("computed", facts.created),
+        ("rank", f"{', '.join(map(str, facts.ranks))} of {facts.max_rank} stored"),
+        ("modules", ", ".join(f"{name} x {number}" for name, number in facts.module_types.items())),
+        ("tokens", f"{facts.num_tokens}"),
+        ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
+        ("statistics", "stored" if facts.has_statistics else "not stored"),
+        ("size", human_size(facts.num_bytes)),
+        *[("plot", path) for path in written],
+    ]
+    text = report.table(every_layer=True) if arguments.every_layer else str(report)
+    output.result(
+        {**values, "layers": [dataclasses.asdict(layer) for layer in report.layers], "kept": facts.kept},
+        bare=[layer.name for layer in report.layers],
+        text=f"{aligned(rows)}\n\n{text}",
+    )
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da verify`."""
+    flags = Flags()
+    flags.folder()
+    flags.flag("base_model", metavar="MODEL", help="load this model and check that the initialisation belongs to it")
+    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    return flags
+
+
+def run_verify(arguments: argparse.Namespace, output: Output) -> None:
+    """Check a stored initialisation."""
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.hub.cards import human_size
+
+    base = None
+    if arguments.base_model:
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
+    manifest = load_init(arguments.folder, base_model=base).manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    values = {
+        "ok": True,
+        "folder": str(arguments.folder),
+        "files": len(manifest.files),
+        "bytes": size,
+        "layers": len(manifest.layers),
+        "base_model_checked": base is not None,
+    }
+    text = f"OK: {len(manifest.files)} files, {human_size(size)}, {len(manifest.layers)} layers"
+    text += f"; it belongs to {arguments.base_model}" if base is not None else "; the base model was not compared"
+    output.result(values, bare="ok", text=text)
+
+
+def card_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da card`."""
+    flags = Flags()
+    flags.folder()
+    flags.flag("output", type=Path, metavar="FOLDER", help="write card and plots there (default: the card to stdout)")
+    flags.flag("license", help="the base model's licence, as the Hub names it, such as apache-2.0")
+    flags.flag("license_name", help="its name, if --license is other")
+    flags.flag("license_link", help="where its text is, if --license is other")
+    flags.flag("repo_id", metavar="USER/NAME", help="where it is published")
+    flags.flag("commit", help="the commit there that the card names")
+    flags.flag("base_model", metavar="MODEL", help="the base's name on the Hub, if a local copy was used")
+    flags.flag("datasets", nargs="+", default=[], metavar="NAME", help="data sets on the Hub, or a few words")
+    flags.flag("language", nargs="+", default=[], metavar="CODE", help="languages of the samples, such as en")
+    flags.flag("hardware", help="what it was computed on")
+    flags.flag("notes", nargs="+", default=[], metavar="SENTENCE", help="sentences for the section on limits")
+    return flags
+
+
+def run_card(arguments: argparse.Namespace, output: Output) -> None:
+    """Render the card of a stored initialisation."""
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.hub.cards import make_card, render_card
+
+    names = ("license", "license_name", "license_link", "repo_id", "commit", "base_model")
+    facts = {name: getattr(arguments, name) for name in (*names, "datasets", "language", "hardware", "notes")}
+    init = load_init(arguments.folder)
+    if arguments.output is None:
+        card = render_card(init, **facts)
+        output.result({"card": card}, bare=card.rstrip("\n"), text=card.rstrip("\n"))
+        return
+    written = _write(arguments.output, make_card(init, **facts))
+    output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [str(folder / name) for name in files]

@@ -1,0 +1,83 @@
+"""What a command says: its result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Output:
+    """Prints in one of three forms, to what is stdout when it is made.
+
+    Args:
+        as_json: Print a result as one compact JSON object.
+        quiet: Print the bare value of a result, and no messages.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._stdout = sys.stdout
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether a person is watching, who may want progress bars."""
+        return sys.stderr.isatty() and not self.as_json and not self.quiet
+
+    def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str) -> None:
+        """Print the result of a command.
+
+        Args:
+            values: For JSON.
+            bare: For `--quiet`: one value, or one for each line.
+            text: For people.
+        """
+        if self.as_json:
+            shown = json.dumps(values, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        elif self.quiet:
+            shown = printable(bare if isinstance(bare, str) else "\n".join(bare))
+        else:
+            shown = printable(text)
+        print(shown, file=self._stdout, flush=True)
+
+    def message(self, text: str) -> None:
+        """Tell a person something that is no part of the result."""
+        if not self.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+def hide_progress_bars() -> None:
+    """Turn off the bars of the libraries that download, read and load."""
+    import datasets
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which names from elsewhere may hold to take over a terminal."""
+    return "".join(
+        character if character == "\n" or not unicodedata.category(character).startswith("C") else "�"
+        for character in text
+    )
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Return names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text in columns under a header."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines
+    )

@@ -1,0 +1,54 @@
+"""`lora-da refit`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, function, joined, new_folder
+from lora_da_hf.cli.output import Output
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
+
+
+def refit_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da refit`. Settings that are not given stay as they were."""
+    own = Flags()
+    own.folder()
+    own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the new initialisation")
+    own.flag("overwrite", action="store_true", help="replace an initialisation that is there")
+    own.flag("rank", type=at_least(1), help="rank of the new adapter, at most the stored one")
+    own.flag("rank_budget", type=at_least(1), help="parameters of the adapter, shared out between the layers")
+    own.flag("step_size", type=float, help="how far step 0 goes (default: as the stored steps say)")
+    settings = dataclass_flags(LoRADAArguments)
+    for action in settings._actions:
+        action.default = argparse.SUPPRESS
+    return joined(own, settings)
+
+
+def run_refit(arguments: argparse.Namespace, output: Output) -> None:
+    """Make another initialisation from a stored one."""
+    folder = new_folder(arguments.output, overwrite=arguments.overwrite)
+    function("lora_da_hf.pipeline.refit", "refit_init")(
+        arguments.folder,
+        folder,
+        config=_changed_config(arguments),
+        rank=arguments.rank,
+        rank_budget=arguments.rank_budget,
+        step_size=arguments.step_size,
+    )
+    output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")
+
+
+def _changed_config(arguments: argparse.Namespace) -> LoRADAConfig | None:
+    """Return the stored settings with those on the command line in their place; None if there are none."""
+    given = {
+        flag.removeprefix(PREFIX): setting_of_flag(flag, value)
+        for flag, value in vars(arguments).items()
+        if flag.startswith(PREFIX)
+    }
+    if not given:
+        return None
+    from lora_da_hf.artifacts.store import load_init
+
+    return LoRADAConfig.from_dict({**load_init(arguments.folder).manifest.config, **given})

@@ -1,0 +1,116 @@
+"""`lora-da push`, `lora-da pull` and `lora-da list`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, function
+from lora_da_hf.cli.output import Output, aligned, table
+
+_HUB = "lora_da_hf.hub"
+_SHORT = 12
+
+
+def push_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da push`."""
+    flags = Flags()
+    flags.folder()
+    flags.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
+    flags.flag("public", action="store_true", help="let everybody see it (default: private)")
+    flags.flag("license", help="licence, if the base model's cannot be looked up")
+    flags.flag("card", type=Path, metavar="FILE", help="card to use (default: the one that `lora-da card` renders)")
+    flags.flag("create_pr", action="store_true", help="open a pull request instead of writing to the branch")
+    flags.flag("revision", help="branch to write to (default: main)")
+    flags.flag("parent_commit", help="refuse if the branch is not at this commit")
+    flags.flag("commit_message", help="message of the commit")
+    return flags
+
+
+def run_push(arguments: argparse.Namespace, output: Output) -> None:
+    """Publish a stored initialisation."""
+    _progress(output)
+    pushed = function(_HUB, "push_init")(
+        arguments.folder,
+        arguments.repo_id,
+        private=not arguments.public,
+        create_pr=arguments.create_pr,
+        parent_commit=arguments.parent_commit,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
+        license=arguments.license,
+    )
+    names = ("url", "repo_id", "commit", "pull_request_url", "tag")
+    values = {name: getattr(pushed, name) for name in names}
+    rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
+    output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))
+
+
+def pull_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da pull`."""
+    flags = Flags()
+    flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
+    flags.flag("revision", help="branch, tag or commit; the same as behind an @")
+    flags.flag("rank", type=at_least(1), help="rank that it will be used at, at most the stored one")
+    flags.flag("base_model", metavar="MODEL", help="load this model and refuse if it was computed for another one")
+    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
+    flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
+    return flags
+
+
+def run_pull(arguments: argparse.Namespace, output: Output) -> None:
+    """Fetch and check an initialisation."""
+    _progress(output)
+    repo_id, _, revision = arguments.repo_id.partition("@")
+    base = None
+    if arguments.base_model:
+        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
+    pulled = function(_HUB, "pull_init")(
+        repo_id,
+        revision=arguments.revision or revision or None,
+        rank=arguments.rank,
+        base_model=base,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
+    )
+    values = {"folder": str(pulled.folder), "repo_id": pulled.repo_id, "commit": pulled.commit}
+    output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
+
+
+def list_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da list`."""
+    flags = Flags()
+    flags.flag("base_model", metavar="MODEL", help="those for this base model")
+    flags.flag("author", help="those of this user or organisation")
+    flags.flag("limit", type=at_least(1), default=30, help="how many at most (default: 30)")
+    return flags
+
+
+def run_list(arguments: argparse.Namespace, output: Output) -> None:
+    """List initialisations on the Hub."""
+    listing = function(_HUB, "list_inits")
+    found = listing(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
+    names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
+    items: list[dict[str, Any]] = [{name: getattr(item, name) for name in names} for item in found]
+    rows = [
+        [
+            str(item["repo_id"]),
+            str(item["commit"] or "")[:_SHORT],
+            "private" if item["private"] else "public",
+            str(item["base_model"] or ""),
+            str(item["rank"] or ""),
+        ]
+        for item in items
+    ]
+    text = table(["repository", "commit", "", "base model", "rank"], rows) if rows else "Nothing found."
+    output.result({"initialisations": items}, bare=[str(item["repo_id"]) for item in items], text=text)
+
+
+def _progress(output: Output) -> None:
+    if not output.shows_progress:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()

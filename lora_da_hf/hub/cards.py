@@ -1,0 +1,282 @@
+"""The card of an initialisation: Markdown for people, metadata for the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import logging
+import math
+import re
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import CardError, MissingDependencyError
+from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id, read_report
+from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
+from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+FLAG_PREFIX = "da_"
+TAGS = ("lora", "peft", "lora-da", "lora-init")
+
+_TEMPLATE = "init_card.md.jinja"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+
+
+def render_card(
+    init: StoredInit,
+    *,
+    license: str | None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    repo_id: str | None = None,
+    commit: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    language: Sequence[str] = (),
+    hardware: str | None = None,
+    notes: Sequence[str] = (),
+    plots: Collection[str] = (),
+) -> str:
+    """Render the card of a stored initialisation.
+
+    Nothing of the samples is on it but their number, and every text from the manifest and the report is escaped.
+
+    Args:
+        init: The initialisation.
+        license: The base model's licence, as the Hub names it; None: the card says that it is not known.
+        license_name: Its name, if ``license`` is ``"other"``.
+        license_link: Where its text is, if ``license`` is ``"other"``.
+        repo_id: Where it is published; None: it is not.
+        commit: The commit there that the card's lines of use name.
+        base_model: Name of the base on the Hub, if it was computed from a local copy.
+        datasets: What the samples are from: names of data sets on the Hub, or a few words.
+        language: Codes of the samples' languages, such as ``"en"``.
+        hardware: What it was computed on.
+        notes: Sentences for the section on limits.
+        plots: Names of the plots that lie beside the card; others are not shown.
+
+    Raises:
+        CardError: if an argument is malformed.
+        ArtifactError: if the report or PEFT's configuration in the folder is malformed.
+    """
+    _check(license=license, license_link=license_link, repo_id=repo_id, commit=commit, language=language)
+    facts = card_facts(init, base_model=base_model)
+    metadata = card_metadata(
+        facts,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        datasets=datasets,
+        language=language,
+    )
+    body = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            facts=facts,
+            report=facts.report,
+            license=license,
+            license_name=license_name,
+            license_link=license_link,
+            repo_id=repo_id,
+            commit=commit,
+            datasets=list(datasets),
+            language=list(language),
+            hardware=hardware,
+            notes=list(notes),
+            plots=[plot for plot in (SPECTRA_PLOT, SEARCH_PLOT) if plot in plots],
+            spectra_plot=SPECTRA_PLOT,
+            search_plot=SEARCH_PLOT,
+            auto_class=_TASKS.get(facts.task_type or "", (None, "AutoModel"))[1],
+            command=_command(facts),
+            target_modules=sorted(facts.module_types),
+        )
+    )
+    return f"---\n{_to_yaml(metadata)}---\n\n{body}"
+
+
+def make_card(init: StoredInit, **facts: Any) -> dict[str, bytes]:
+    """Render the card and its plots.
+
+    Args:
+        init: The initialisation.
+        facts: As `render_card` takes them, but ``plots``.
+
+    Returns:
+        By file name: the card, and a PNG for each thing that the report has something of. Without matplotlib there are
+        no plots, which is logged.
+    """
+    plots: dict[str, bytes] = {}
+    try:
+        plots = draw_plots(read_report(init.folder))
+    except MissingDependencyError as error:
+        logger.warning("The card has no plots. %s", error)
+    return {CARD_FILE: render_card(init, plots=list(plots), **facts).encode("utf-8"), **plots}
+
+
+def card_metadata(
+    facts: CardFacts,
+    *,
+    license: str | None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: Sequence[str] = (),
+    language: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the metadata that the Hub reads. A key whose value is not known is left out."""
+    pipeline_tag = _TASKS.get(facts.task_type or "", (None, ""))[0]
+    values = {
+        "base_model": facts.base_id,
+        "base_model_relation": "adapter" if facts.base_id else None,
+        "library_name": "peft",
+        "license": license,
+        "license_name": license_name,
+        "license_link": license_link,
+        "datasets": [name for name in datasets if is_repo_id(name)],
+        "language": list(language),
+        "pipeline_tag": pipeline_tag,
+        "tags": [*TAGS, *([f"base_model:adapter:{facts.base_id}"] if facts.base_id else [])],
+        "lora_da": _known(
+            {
+                "schema_version": facts.schema_version,
+                "kind": facts.kind,
+                "rank": facts.ranks[-1],
+                "max_rank": facts.max_rank,
+                "alpha": facts.alpha,
+                "target_modules": sorted(map(clean, facts.module_types)),
+                "base_revision": facts.base_revision,
+                "base_fingerprint": facts.base_fingerprint,
+                "n_samples": facts.num_samples,
+                "n_tokens": facts.num_tokens,
+                "seed": facts.seed,
+                "files": {name: entry.sha256 for name, entry in sorted(facts.files.items())},
+            }
+        ),
+    }
+    return _known(values)
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value != []}
+
+
+def _to_yaml(metadata: dict[str, Any]) -> str:
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _check(
+    *,
+    license: str | None,
+    license_link: str | None,
+    repo_id: str | None,
+    commit: str | None,
+    language: Sequence[str],
+) -> None:
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise CardError(f"repo_id={repo_id!r} is no name of a repository on the Hub. Give one such as user/name.")
+    if commit is not None and not _COMMIT.fullmatch(commit):
+        raise CardError(f"commit={commit!r} is no commit. Give all 40 digits, as `lora-da pull` prints them.")
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise CardError(f"license={license!r} is no identifier of a licence. Give the Hub's, such as apache-2.0.")
+    if license_link is not None and not re.fullmatch(r"(https://[!-~]+|[A-Za-z0-9_.-]+)", license_link):
+        raise CardError(f"license_link={license_link!r} must be an https address or the name of a file beside it.")
+    wrong = [tag for tag in language if not _LANGUAGE.fullmatch(tag)]
+    if wrong:
+        raise CardError(f"language {wrong[0]!r} is no code of a language. Give one such as en.")
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (_template_folder() / name).read_text(encoding="utf-8")),
+        undefined=jinja2.StrictUndefined,
+        finalize=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "code": code,
+        "text": escape,
+        "python": python_string,
+        "python_list": lambda values: Markdown(f"[{_joined(python_string, values)}]"),
+        "fixed": lambda value: Markdown(f"{value:.4f}"),
+        "short": lambda value: Markdown(f"{value:.4g}"),
+        "count": lambda value: Markdown(f"{value:,}"),
+        "bytes": lambda value: Markdown(human_size(value)),
+        "seconds": lambda value: Markdown(f"{value:.1f} s"),
+        "change": lambda after, before: Markdown(f"{100 * (after / before - 1):+.1f} %" if before else "no change"),
+        "span": _span,
+        "commas": lambda values: Markdown(_joined(escape, values)),
+        "model_link": lambda name: Markdown(f"[`{name}`](https://huggingface.co/{name})"),
+        "directions_that_matter": directions_that_matter,
+        "verbatim": Markdown,
+    }
+    environment.filters.update(filters)  # pyright: ignore[reportCallIssue, reportArgumentType] - jinja2 names its own
+    return environment
+
+
+def _template_folder() -> Traversable:
+    """Return the folder of the templates: inside the installed package, or beside it in a checkout."""
+    package = importlib.resources.files("lora_da_hf")
+    inside = package / "hub_cards"
+    return inside if inside.is_dir() else Path(str(package)).parent / "hub_cards"
+
+
+def _joined(form: Callable[[Any], str], values: Sequence[Any]) -> str:
+    return ", ".join(form(value) for value in values)
+
+
+def _span(values: Sequence[float], form: str = "d") -> Markdown:
+    low, high = format(min(values), form), format(max(values), form)
+    return Markdown(low if low == high else f"{low} to {high}")
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes for people, in multiples of 1024."""
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def _command(facts: CardFacts) -> Markdown | None:
+    """Return the command line with these settings, or None if they are not known."""
+    if facts.config is None:
+        return None
+    words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
+    if facts.alpha is not None:
+        words += ["--lora_alpha", f"{facts.alpha:g}"]
+    words += ["--use_rslora"] if facts.uses_rslora else []
+    words += ["--target_modules", *sorted(map(clean, facts.module_types)), f"--{FLAG_PREFIX}seed", str(facts.seed)]
+    for setting in dataclasses.fields(LoRADAConfig):
+        value = getattr(facts.config, setting.name)
+        if value != setting.default and setting.name != "seed":
+            words += [f"--{FLAG_PREFIX}{setting.name}", str(value)]
+    return Markdown(" ".join(map(shlex.quote, words)).replace("`", "'"))

@@ -1,0 +1,272 @@
+"""What a card can say of an initialisation, as plain values; what is not known is None or empty."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, FileEntry
+from lora_da_hf.artifacts.statistics_store import STATISTICS_PREFIX
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.hub.markdown import clean
+from lora_da_hf.report import LayerReport, LoRADAReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """The facts of a stored initialisation.
+
+    Attributes:
+        base_id: Name of the base on the Hub.
+        base_name: Last part of what the base was loaded from, if that is not the Hub.
+        base_revision: Commit of the base.
+        base_fingerprint: SHA-256 of a sample of the base's weights.
+        schema_version: Of the manifest.
+        kind: Of the manifest.
+        created: When it was computed.
+        ranks: Ranks of the adapter, ascending.
+        max_rank: Rank that is stored for every layer.
+        alpha: `lora_alpha` of the adapter.
+        task_type: PEFT's task type.
+        uses_rslora: Whether the scaling is ``alpha / sqrt(r)``.
+        module_types: Last part of the layers' names, with their number.
+        num_layers: Layers that were initialised.
+        num_parameters: Numbers in the adapter's factors of these layers.
+        kept: Layers that keep PEFT's own initialisation, with the reason.
+        num_samples: Samples in the statistics.
+        num_tokens: Tokens in the statistics.
+        population_size: N of the variance term.
+        data_fingerprint: SHA-256 over the samples.
+        seed: Of every random choice.
+        step_size: How far step 0 goes; None if it differs between layers.
+        has_statistics: Whether the full statistics are stored.
+        config: The settings; None if this version does not know them.
+        versions: Of the libraries.
+        files: By name.
+        report: What was done.
+    """
+
+    base_id: str | None
+    base_name: str | None
+    base_revision: str | None
+    base_fingerprint: str | None
+    schema_version: int
+    kind: str
+    created: str
+    ranks: list[int]
+    max_rank: int
+    alpha: float | None
+    task_type: str | None
+    uses_rslora: bool
+    module_types: dict[str, int]
+    num_layers: int
+    num_parameters: int
+    kept: dict[str, str]
+    num_samples: int | None
+    num_tokens: int
+    population_size: int | None
+    data_fingerprint: str | None
+    seed: int
+    step_size: float | None
+    has_statistics: bool
+    config: LoRADAConfig | None
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    report: LoRADAReport
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
+    """Read the facts of a stored initialisation.
+
+    Args:
+        init: What `load_init` returned. Of its folder, the report and PEFT's configuration are read.
+        base_model: Name of the base on the Hub, if it was computed from a local copy.
+
+    Raises:
+        ArtifactError: if the report or the configuration is not what this library and PEFT write.
+        ConfigError: if ``base_model`` is no name that the Hub allows.
+    """
+    manifest = init.manifest
+    if base_model is not None and not is_repo_id(base_model):
+        raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
+    name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
+    base_id = base_model or (name if name and _is_from_hub(name, revision) else None)
+    adapter = _read_json(init.folder / ADAPTER_CONFIG_FILE)
+    layers = manifest.layers.values()
+    return CardFacts(
+        base_id=base_id,
+        base_name=Path(name).name if name and base_id != name else None,
+        base_revision=revision,
+        base_fingerprint=_text(manifest.base_model.get("weights_sha256")),
+        schema_version=manifest.schema_version,
+        kind=manifest.kind,
+        created=manifest.created,
+        ranks=sorted({layer.rank for layer in layers}),
+        max_rank=max(layer.max_rank for layer in layers),
+        alpha=_number(adapter.get("lora_alpha")),
+        task_type=_text(adapter.get("task_type")),
+        uses_rslora=adapter.get("use_rslora") is True,
+        module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
+        num_layers=len(layers),
+        num_parameters=sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
+        kept=manifest.kept,
+        num_samples=_count(manifest.data.get("num_samples")),
+        num_tokens=max(layer.num_tokens for layer in layers),
+        population_size=_count(manifest.data.get("population_size")),
+        data_fingerprint=_text(manifest.data.get("fingerprint")),
+        seed=manifest.seed,
+        step_size=manifest.step_size,
+        has_statistics=any(name.startswith(STATISTICS_PREFIX) for name in manifest.files),
+        config=_known_config(manifest.config),
+        versions=manifest.versions,
+        files=manifest.files,
+        report=read_report(init.folder),
+    )
+
+
+def layer_type(name: str) -> str:
+    """Return the last part of a layer's name, which layers of one kind share."""
+    return name.rsplit(".", 1)[-1]
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether the Hub allows this name for a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_from_hub(name: str, revision: str | None) -> bool:
+    """Tell a name on the Hub from a folder's: transformers records a commit for the former, or it has one slash."""
+    return is_repo_id(name) and (revision is not None or ("/" in name and not Path(name).is_dir()))
+
+
+def _text(value: Any) -> str | None:
+    return (clean(value) or None) if isinstance(value, str) else None
+
+
+def _number(value: Any) -> float | None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if fits else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _known_config(values: dict[str, Any]) -> LoRADAConfig | None:
+    try:
+        return LoRADAConfig.from_dict(values)
+    except ConfigError:  # of another version; the card then says so
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}). Fetch the initialisation again.") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path} holds a {type(values).__name__}, not names and values. Fetch it again.")
+    return values  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_report(folder: Path) -> LoRADAReport:
+    """Read the report of a stored initialisation, whose content may be anybody's.
+
+    Raises:
+        ArtifactError: if a value is missing, unknown or of another type.
+    """
+    path = folder / REPORT_FILE
+    values = _read_json(path)
+    try:
+        values["layers"] = [_checked(LayerReport(**layer), _LAYER_CHECKS) for layer in values["layers"]]
+        values["search"] = [(step, loss) for step, loss in values["search"]]
+        values["step_size_by_rank"] = {int(rank): step for rank, step in values["step_size_by_rank"].items()}
+        return _checked(LoRADAReport(**values), _REPORT_CHECKS)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not a report of this version ({error}). Fetch it again.") from error
+
+
+def _is_number(value: Any) -> bool:
+    return _number(value) is not None
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_count(value: Any) -> bool:
+    return _count(value) is not None
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)  # pyright: ignore
+
+
+def _is_search(value: Sequence[tuple[Any, Any]]) -> bool:
+    return all(_is_number(step) and _is_number_or_none(loss) for step, loss in value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))  # pyright: ignore
+
+
+def _is_mapping_to(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))  # pyright: ignore
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_LAYER_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "name": _is_text,
+    "eigenvalues": _is_numbers,
+    "displacement_norm": _is_number,
+    "residual": _is_number,
+    "update_norm": _is_number,
+    "solver": _is_text,
+}
+_REPORT_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "num_search_samples": _is_count,
+    "num_unseen_samples": _is_count,
+    "batch_size": _is_count,
+    "loss_reduction": _is_text,
+    "step_size": _is_number_or_none,
+    "step_size_by_rank": _is_mapping_to(_is_number),
+    "search": _is_search,
+    "search_loss_before": _is_number_or_none,
+    "search_loss_after": _is_number_or_none,
+    "unseen_loss_before": _is_number_or_none,
+    "unseen_loss_after": _is_number_or_none,
+    "seconds": _is_mapping_to(_is_number),
+    "notes": _is_texts,
+}
+
+
+def _checked(record: Any, checks: dict[str, Callable[[Any], bool]]) -> Any:
+    wrong = [name for name, holds in checks.items() if not holds(getattr(record, name))]
+    if wrong:
+        raise ValueError(f"{type(record).__name__}.{wrong[0]} has another type or is not finite")
+    return dataclasses.replace(record)

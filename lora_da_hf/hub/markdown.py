@@ -1,0 +1,61 @@
+"""Outside text on a card: whatever a manifest says, it stays text and cannot become markup, metadata or code."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+from lora_da_hf.errors import CardError
+
+MAX_LENGTH = 300
+_MARKUP = re.compile(r"([\\`*_\[\]~|$@#!]|:(?=/))")
+_BLOCK_START = re.compile(r"^(?=[-+=>.)])")
+_LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")
+_WWW = re.compile(r"(?i)(?<=www)\.")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+class Markdown(str):
+    """Text that is Markdown already and is printed as it stands."""
+
+    __slots__ = ()
+
+
+def clean(value: Any) -> str:
+    """Return text on one line, without control, format and surrogate characters, and of a bounded length."""
+    text = "".join(" " if _is_invisible(character) else character for character in str(value))
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"
+
+
+def _is_invisible(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category.startswith("C") or category in ("Zl", "Zp")
+
+
+def escape(value: Any) -> Markdown:
+    """Return a value as Markdown that shows just this text, in a paragraph or a table.
+
+    Raises:
+        CardError: if there is no value.
+    """
+    if isinstance(value, Markdown):
+        return value
+    if value is None:
+        raise CardError("The card's template prints a fact that is missing. Ask for it with `if` in the template.")
+    text = _MARKUP.sub(r"\\\1", clean(value))
+    text = "".join(_ENTITIES.get(character, character) for character in text)
+    return Markdown(_LIST_NUMBER.sub(r"\1\\", _BLOCK_START.sub(r"\\", _WWW.sub(r"\\.", text))))
+
+
+def code(value: Any) -> Markdown:
+    """Return a value as inline code. The two characters that could end it or a table's cell are replaced."""
+    text = clean(value).replace("`", "'").replace("|", "¦")
+    return Markdown(f"`{text}`" if text else "*(empty)*")
+
+
+def python_string(value: Any) -> Markdown:
+    """Return a value as a Python string literal, for a fenced block."""
+    return Markdown(json.dumps(clean(value), ensure_ascii=False).replace("`", "\\x60"))

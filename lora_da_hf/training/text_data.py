@@ -1,0 +1,196 @@
+"""Text as training data: rows from a file, tokenised samples, and the model that they are for."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
+from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, ModelArguments, TextArguments
+
+logger = logging.getLogger(__name__)
+
+Rows = Dataset | IterableDataset
+
+
+def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
+    """Load one csv, json, jsonl or txt file."""
+    loader = LOADER_OF_SUFFIX[Path(path).suffix]
+    options: dict[str, Any] = {"keep_linebreaks": True} if loader == "text" else {}
+    rows: Any = load_dataset(
+        loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
+    )
+    return rows
+
+
+def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
+    """Turn the rows of one split into samples with input ids, attention mask and labels."""
+    columns = column_names(name, split)
+    if data.has_pairs:
+        require_columns(name, columns, data.prompt_column, data.completion_column)
+        encode_pair = pair_encoder(tokenizer, data)
+        encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
+    else:
+        column = data.text_column or ("text" if "text" in columns else columns[0])
+        require_columns(name, columns, column)
+        encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
+    if isinstance(split, IterableDataset):
+        return split.map(encode, batched=True, remove_columns=columns)
+    samples = split.map(
+        encode,
+        batched=True,
+        remove_columns=columns,
+        num_proc=data.preprocessing_num_workers,
+        load_from_cache_file=not data.overwrite_cache,
+        desc=f"Tokenising {name}",
+    )
+    if len(samples) == 0:
+        advice = "prompts leave no room, so raise it" if data.has_pairs else "there is less text, so lower it"
+        raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
+    if data.has_pairs and len(samples) < len(split):
+        logger.warning(
+            "%d of %d %s rows are left out: after cutting to %d tokens (--block_size) no completion is left.",
+            *(len(split) - len(samples), len(split), name, block_size),
+        )
+    return samples
+
+
+def column_names(name: str, split: Rows) -> list[str]:
+    """List the columns of a split, which a stream may only show in its first row."""
+    if split.column_names is not None:
+        return split.column_names
+    first = next(iter(split), None)
+    if first is None:
+        raise DataError(f"The {name} data is empty.")
+    return list(first)
+
+
+def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:
+    """Check that columns exist."""
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise DataError(f"The {name} data has no column {missing[0]!r}, only {', '.join(columns)}.")
+
+
+def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
+    """Return a column's texts; an empty cell is an empty text."""
+    texts = ["" if value is None else value for value in batch[column]]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"Column {column!r} must hold text, not {type(text).__name__}: {text!r:.80}")
+    return texts
+
+
+def encode_text(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, block_size: int
+) -> dict[str, list[list[int]]]:
+    """Join the tokens of a batch of texts and cut them into blocks, without the incomplete last one."""
+    texts = strings(batch, column)
+    tokens = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"] if texts else []))
+    starts = range(0, len(tokens) - block_size + 1, block_size)
+    blocks = [tokens[start : start + block_size] for start in starts]
+    return {
+        "input_ids": blocks,
+        "attention_mask": [[1] * block_size for _ in blocks],
+        "labels": [list(block) for block in blocks],
+    }
+
+
+def encode_pairs(
+    batch: dict[str, list[Any]], encode_pair: Any, block_size: int, data: TextArguments
+) -> dict[str, list[list[int]]]:
+    """Encode prompts and completions, cut to the block size, and leave out rows without any label.
+
+    Args:
+        batch: Columns of rows.
+        encode_pair: Gives the token ids of one prompt and of its completion.
+        block_size: Tokens that a sample may have.
+        data: Names the columns.
+    """
+    samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, completion in zip(
+        strings(batch, data.prompt_column or ""), strings(batch, data.completion_column or ""), strict=True
+    ):
+        prompt_ids, completion_ids = encode_pair(prompt, completion)
+        if len(prompt_ids) >= block_size:
+            continue
+        input_ids = (prompt_ids + completion_ids)[:block_size]
+        samples["input_ids"].append(input_ids)
+        samples["attention_mask"].append([1] * len(input_ids))
+        samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
+    return samples
+
+
+def pair_encoder(tokenizer: PreTrainedTokenizerBase, data: TextArguments) -> Any:
+    """Choose how a prompt and its completion become token ids."""
+    if not data.use_chat_template:
+        return partial(encode_plain_pair, tokenizer=tokenizer)
+    if tokenizer.chat_template is None:
+        raise ConfigError("--use_chat_template: the tokenizer has no chat template. Leave the flag out.")
+    return partial(encode_chat_pair, tokenizer=tokenizer)
+
+
+def encode_plain_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Encode a pair as it stands, with an end-of-text token after the completion."""
+    prompt_ids: Any = tokenizer(prompt, verbose=False)["input_ids"]
+    completion_ids: Any = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return prompt_ids, [*completion_ids, end]
+
+
+def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Encode a pair as a user turn and its reply."""
+    question = [{"role": "user", "content": prompt}]
+    before: Any = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    answer = [*question, {"role": "assistant", "content": completion}]
+    whole: Any = tokenizer.apply_chat_template(answer, tokenize=False)
+    if not whole.startswith(before):
+        raise ConfigError(
+            "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
+            "reply cannot be told apart. Leave the flag out."
+        )
+    prompt_ids: Any = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
+    reply_ids: Any = tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
+    return prompt_ids, reply_ids
+
+
+def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
+    shared = {
+        "cache_dir": arguments.cache_dir,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    revision = arguments.model_revision
+    if arguments.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name, **shared)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **shared)
+    if tokenizer.eos_token is None:
+        raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
+    embeddings: Any = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "
+            "use the tokenizer that belongs to the model."
+        )
+    return model, tokenizer
+
+
+def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if wanted is not None and wanted > limit:
+        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
+    return min(wanted or 1024, limit)

@@ -1,0 +1,286 @@
+"""Cards: their metadata, their text, and what they are made of when facts are missing or hostile."""
+
+import itertools
+import json
+import re
+
+import jinja2
+import pytest
+import yaml
+from card_facts import COMMIT, LAYERS, make_manifest, make_report
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
+from markdown_it import MarkdownIt
+
+from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
+from lora_da_hf.hub import cards
+from lora_da_hf.hub.cards import CARD_FILE, make_card, render_card
+from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT
+
+PARSER = MarkdownIt("commonmark").enable("table")
+SECTIONS = [
+    "Use it",
+    "Compatible if",
+    "How it was computed",
+    "Does it help?",
+    "Diagnostics",
+    "Files",
+    "Cost and hardware",
+    "Privacy",
+    "Limits",
+    "Licences",
+    "Versions and command",
+    "Citation",
+]
+HOSTILE = '`|<script>\n---\n# x\n[a](http://e.example)!![b](c)\u202e{{ x }}"); import os; ("'
+
+
+def split(card):
+    _, metadata, body = card.split("---\n", 2)
+    return yaml.safe_load(metadata), body
+
+
+def test_metadata_says_what_the_hub_filters_by(stored, tmp_path):
+    card = render_card(stored(), license="apache-2.0", datasets=["gsm8k", "our own notes"], language=["en"])
+    (tmp_path / "card.md").write_text(card, encoding="utf-8")
+    metadata = metadata_load(tmp_path / "card.md")
+    files = {"adapter_model.safetensors": "a" * 64, "lora_da_report.json": "a" * 64}
+    assert metadata == {
+        "base_model": "org/base-model",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "datasets": ["gsm8k"],
+        "language": ["en"],
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "peft", "lora-da", "lora-init", "base_model:adapter:org/base-model"],
+        "lora_da": {
+            "schema_version": 1,
+            "kind": "lora-da-init",
+            "rank": 4,
+            "max_rank": 8,
+            "alpha": 16,
+            "target_modules": ["q_proj", "up_proj", "v_proj"],
+            "base_revision": "b" * 40,
+            "base_fingerprint": "f" * 64,
+            "n_samples": 12,
+            "n_tokens": 345,
+            "seed": 42,
+            "files": files,
+        },
+    }
+
+
+def test_the_clients_own_card_classes_accept_it(stored):
+    card = ModelCard(render_card(stored(), license="apache-2.0"))
+    assert card.data.base_model == "org/base-model"
+    assert "eval_results" not in ModelCardData(**card.data.to_dict()).to_dict()
+
+
+def test_sections_come_in_their_order(stored):
+    card = render_card(stored(), license="apache-2.0")
+    assert re.findall(r"^## (.+)$", card, re.MULTILINE) == SECTIONS
+    assert card.index("not a trained adapter") < card.index("| Base model |") < card.index("## Use it")
+
+
+def test_numbers_are_those_of_manifest_and_report(stored):
+    card = render_card(
+        stored(), license="apache-2.0", repo_id="user/init", commit=COMMIT, hardware="two cores", notes=["It is small."]
+    )
+    for fact in (
+        f'init_from="user/init@{COMMIT}"',
+        f'from_pretrained("org/base-model", revision="{"b" * 40}")',
+        "3 samples that neither the statistics nor the step search saw",
+        "**2.4000** with this initialisation and **3.0000** with plain LoRA",
+        "(-20.0 %)",
+        "any rank up to 8",
+        "`q_proj` x 3",
+        "| statistics | 3.2 s |",
+        "Computed on two cores.",
+        "- It is small.",
+        "1.7 to 2.4 of 8",
+        "- `lm_head`: not a linear layer",
+        "| `adapter_model.safetensors` | 3.3 MiB |",
+    ):
+        assert fact in card
+
+
+def test_plots_are_shown_only_if_they_are_there(stored):
+    init = stored()
+    assert "![" not in render_card(init, license=None)
+    files = make_card(init, license=None)
+    assert set(files) == {CARD_FILE, SPECTRA_PLOT, SEARCH_PLOT}
+    images = re.findall(r"!\[[^]]+\]\((.+)\)", files[CARD_FILE].decode())
+    assert images == [SPECTRA_PLOT, SEARCH_PLOT]
+
+
+def test_without_matplotlib_the_card_has_no_plots_and_that_is_logged(stored, monkeypatch, caplog):
+    def refuse(report):
+        raise MissingDependencyError("Plots need matplotlib.")
+
+    monkeypatch.setattr(cards, "draw_plots", refuse)
+    files = make_card(stored(), license=None)
+    assert set(files) == {CARD_FILE}
+    assert b"![" not in files[CARD_FILE]
+    assert "The card has no plots. Plots need matplotlib." in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------- missing facts
+
+ARGUMENTS = {
+    "license": [{"license": None}, {"license": "apache-2.0"}],
+    "repository": [{}, {"repo_id": "user/init"}, {"repo_id": "user/init", "commit": COMMIT}],
+    "data": [{}, {"datasets": ["gsm8k", "notes"], "language": ["en", "zh-Hant"]}],
+    "rest": [{}, {"hardware": "a GPU", "notes": ["A note."], "plots": [SPECTRA_PLOT, SEARCH_PLOT]}],
+}
+BASES = [
+    {"name_or_path": "org/base-model", "revision": "b" * 40, "config": {}, "weights_sha256": "f" * 64},
+    {"name_or_path": "/home/somebody/model", "revision": None, "config": {}, "weights_sha256": None},
+    {"name_or_path": None, "revision": None, "config": {}, "weights_sha256": None},
+    {},
+]
+MANIFESTS = [
+    {},
+    {"config": {"from": "a later version"}, "data": {}, "versions": {}, "kept": {}, "step_size": None},
+]
+REPORTS = [
+    {},
+    {"unseen_loss_before": None, "unseen_loss_after": None},
+    {"unseen_loss_after": None, "search": [], "search_loss_before": None, "search_loss_after": None},
+    {"layers": [], "seconds": {}, "notes": [], "loss_reduction": "", "step_size": None, "search": []},
+]
+ADAPTERS = [{"lora_alpha": 16, "task_type": "CAUSAL_LM"}, {}, {"lora_alpha": None, "task_type": None}]
+
+
+@pytest.mark.parametrize("base", BASES, ids=["hub", "local", "unnamed", "nothing"])
+def test_no_value_is_undefined_whatever_is_missing(stored, base):
+    for manifest, report, adapter in itertools.product(MANIFESTS, REPORTS, ADAPTERS):
+        init = stored(
+            manifest=make_manifest(**manifest, base_model=base), report=make_report(**report), adapter=adapter
+        )
+        for arguments in itertools.product(*ARGUMENTS.values()):
+            card = render_card(init, **{name: value for part in arguments for name, value in part.items()})
+            metadata, body = split(card)
+            ModelCardData(**metadata)
+            assert None not in metadata.values()
+            assert None not in metadata["lora_da"].values()
+            assert not re.search(r"\b(None|nan|inf|Undefined|null)\b|\{\{|\}\}|\{%|/home", body)
+            assert re.findall(r"^## (.+)$", body, re.MULTILINE) == SECTIONS
+
+
+def test_not_measured_is_said(stored):
+    card = render_card(stored(report=make_report(unseen_loss_after=None)), license=None)
+    assert "Not measured." in card
+    assert "licence is not known" in card
+
+
+def test_the_template_is_rendered_strictly(stored, monkeypatch):
+    monkeypatch.setattr(cards, "_TEMPLATE", "other")
+    template = jinja2.DictLoader({"other": "{{ facts.no_such_fact }}"})
+    monkeypatch.setattr(cards._environment(), "loader", template)
+    with pytest.raises(jinja2.UndefinedError, match="no_such_fact"):
+        render_card(stored(), license=None)
+
+
+# --------------------------------------------------------------------------------------------------- hostile facts
+
+
+def test_hostile_names_stay_text(stored):
+    layers = tuple(f"{name}{HOSTILE}" for name in LAYERS)
+    manifest = make_manifest(
+        layers,
+        base_model={"name_or_path": HOSTILE, "revision": HOSTILE, "config": {}, "weights_sha256": HOSTILE},
+        data={"fingerprint": HOSTILE, "num_samples": HOSTILE, "population_size": [HOSTILE]},
+        versions={HOSTILE: HOSTILE},
+        kept={HOSTILE: HOSTILE},
+        created=HOSTILE,
+    )
+    report = make_report(layers, notes=[HOSTILE], loss_reduction=HOSTILE, seconds={HOSTILE: 1.0})
+    adapter = {"lora_alpha": HOSTILE, "task_type": HOSTILE, "use_rslora": HOSTILE}
+    init = stored(manifest=manifest, report=report, adapter=adapter)
+    card = render_card(init, license=None, datasets=[HOSTILE], hardware=HOSTILE, notes=[HOSTILE])
+    metadata, body = split(card)
+    assert set(metadata) == {"library_name", "tags", "lora_da"}
+    tokens = list(PARSER.parse(body))
+    children = [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in [*tokens, *children]}
+    assert not kinds & {"html_block", "html_inline", "image"}
+    links = [child.attrs["href"] for child in children if child.type == "link_open"]
+    assert set(links) == {"https://arxiv.org/abs/2510.24561"}
+    assert [token.content for after, token in itertools.pairwise(tokens) if after.type == "heading_open"] == [
+        "LoRA-DA initialisation",
+        *SECTIONS,
+    ]
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "expected"),
+    [
+        ("org/model", None, "org/model"),
+        ("gpt2", "c" * 40, "gpt2"),
+        ("gpt2", None, None),
+        ("./outputs/model", None, None),
+        ("/home/somebody/model", None, None),
+        ("a b/c", "c" * 40, None),
+    ],
+)
+def test_only_names_on_the_hub_become_the_base_model(stored, name, revision, expected):
+    base = {"name_or_path": name, "revision": revision}
+    metadata, _ = split(render_card(stored(manifest=make_manifest(base_model=base)), license=None))
+    assert metadata.get("base_model") == expected
+
+
+def test_a_local_copy_can_be_named(stored):
+    init = stored(manifest=make_manifest(base_model={"name_or_path": "/home/somebody/copy"}))
+    metadata, body = split(render_card(init, license=None, base_model="org/model"))
+    assert metadata["base_model"] == "org/model"
+    assert "from a local copy named `copy`" in body
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repo_id": "a/b/c"}, "repo_id='a/b/c' is no name"),
+        ({"commit": "main"}, "commit='main' is no commit"),
+        ({"license": "Apache 2"}, "license='Apache 2' is no identifier"),
+        ({"license_link": "javascript:alert(1)"}, "must be an https address"),
+        ({"language": ["English!"]}, "'English!' is no code"),
+    ],
+)
+def test_malformed_arguments_are_refused(stored, arguments, message):
+    with pytest.raises(CardError, match=re.escape(message)):
+        render_card(stored(), **{"license": None, **arguments})
+
+
+def test_a_malformed_base_model_is_refused(stored):
+    with pytest.raises(ConfigError, match="no name of a model on the Hub"):
+        render_card(stored(), license=None, base_model="a b")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("seconds") and values.update(seconds=[1]),
+        lambda values: values.update(unseen_loss_before="low"),
+        lambda values: values.update(unseen_loss_before=float("nan")),
+        lambda values: values.update(search=[[1.0, "x"]]),
+        lambda values: values.update(search=3),
+        lambda values: values.update(notes=[3]),
+        lambda values: values.update(surprise=1),
+        lambda values: values["layers"][0].update(eigenvalues=[]),
+        lambda values: values["layers"][0].update(eigenvalues=["1"]),
+        lambda values: values["layers"].append("layer"),
+        lambda values: values.update(layers={"a": 1}),
+        lambda values: values.update(step_size_by_rank={"x": 1.0}),
+        lambda values: values.clear(),
+    ],
+)
+def test_a_malformed_report_is_refused(stored, change):
+    init = stored()
+    path = init.folder / "lora_da_report.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"lora_da_report\.json"):
+        render_card(init, license=None)

@@ -1,0 +1,342 @@
+"""What each verb does: on a small model where it computes, with the functions replaced where it only calls one."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from walkthrough import write_sums
+
+from lora_da_hf import LoRADAConfig
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.cli.flags import size_in_bytes
+from lora_da_hf.cli.main import VERBS, make_parser
+from lora_da_hf.hub.cards import render_card
+
+PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
+SMALL = ["--block_size", 32, "--lora_rank", 2, "--da_num_samples", 12, "--da_search_samples", 2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def stored(place, cache):
+    """Return the folder of an initialisation that `lora-da init` wrote."""
+    from lora_da_hf.cli.main import main
+
+    words = ["init", place / "model", place / "train.jsonl", place / "an-init", *PAIRS, *SMALL, "--da_max_rank", 4]
+    assert main([str(word) for word in [*words, "--quiet"]]) == 0
+    return place / "an-init"
+
+
+# ------------------------------------------------------------------------------------------------------------ init
+
+
+def test_init_stores_what_the_flags_say(stored):
+    manifest = load_init(stored).manifest
+    assert {layer.rank for layer in manifest.layers.values()} == {2}
+    assert {layer.max_rank for layer in manifest.layers.values()} == {4}
+    assert manifest.data["num_samples"] == 12
+    assert len(manifest.layers) == 14
+
+
+def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
+    words = [place / "model", place / "train.jsonl", tmp_path / "out", *PAIRS, *SMALL, "--da_seed", 7, "--json"]
+    code, out, err = lora_da("init", *words, "--target_modules", "q_proj", "v_proj")
+    facts = json.loads(out)
+    assert code == 0, err
+    assert facts["folder"] == str(tmp_path / "out")
+    assert facts["layers"] == 4
+    assert facts["unseen_loss_after"] > 0
+    assert load_init(tmp_path / "out").manifest.seed == 7
+    assert "%|" not in err  # no progress bar where nobody watches
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"notes.txt": "mine"}, "holds other things"), ({"lora_da_manifest.json": "{}"}, "give --overwrite")],
+)
+def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL)
+    assert code == 1
+    assert message in err
+    assert {path.name for path in tmp_path.iterdir()} == set(content)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing.jsonl"], "missing.jsonl does not exist"),
+        (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
+        (["train.jsonl", "--da_num_samples", "0"], "num_samples=0 must be at least 1"),
+        (["train.jsonl", "--text_column", "nothing"], "has no column 'nothing'"),
+    ],
+)
+def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    write_sums(tmp_path / "train.jsonl")
+    data, *flags = words
+    code, out, err = lora_da("init", place / "model", data, "out", *flags)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_init_of_a_model_that_is_not_there(lora_da, place, cache, tmp_path):
+    code, _, err = lora_da("init", tmp_path / "no-model", place / "train.jsonl", tmp_path / "out")
+    assert code == 1
+    assert "Hint: Check the name or path" in err
+
+
+# --------------------------------------------------------------------------------------------- show, verify, card
+
+
+def test_show_prints_a_table(lora_da, stored):
+    code, out, err = lora_da("show", stored)
+    assert (code, err) == (0, "")
+    assert "LoRA-DA initialisation" in out
+    assert "model.layers.0.self_attn.q_proj" in out
+    assert "2 of 4 stored" in out
+
+
+def test_show_as_json_and_bare(lora_da, stored):
+    facts = json.loads(lora_da("show", stored, "--json")[1])
+    assert facts["ranks"] == [2]
+    assert facts["modules"]["q_proj"] == 2
+    assert len(facts["layers"]) == 14
+    names = lora_da("show", stored, "--quiet")[1].split()
+    assert names == [layer["name"] for layer in facts["layers"]]
+
+
+def test_show_draws_plots(lora_da, stored, tmp_path):
+    facts = json.loads(lora_da("show", stored, "--plots", tmp_path / "plots", "--json")[1])
+    assert facts["plots"] == [str(tmp_path / "plots" / name) for name in ("guidance_spectra.png", "step_search.png")]
+    assert all((tmp_path / "plots" / name).stat().st_size > 10_000 for name in ("guidance_spectra.png",))
+
+
+def test_verify_accepts_what_was_written(lora_da, stored):
+    code, out, _ = lora_da("verify", stored)
+    assert code == 0
+    assert out.startswith("OK: 4 files")
+    assert lora_da("verify", stored, "--quiet")[:2] == (0, "ok\n")
+
+
+def test_verify_finds_a_flipped_bit(lora_da, stored, tmp_path):
+    copy = shutil.copytree(stored, tmp_path / "copy")
+    path = copy / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, out, err = lora_da("verify", copy)
+    assert (code, out) == (1, "")
+    assert "another SHA-256" in err
+
+
+def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_llama):
+    code, out, _ = lora_da("verify", stored, "--base_model", place / "model", "--json")
+    assert code == 0
+    assert json.loads(out)["base_model_checked"] is True
+    tiny_llama().save_pretrained(tmp_path / "other")
+    code, _, err = lora_da("verify", stored, "--base_model", tmp_path / "other")
+    assert code == 1
+    assert "the model differs" in err
+
+
+def test_card_goes_to_stdout(lora_da, stored):
+    words = ["--license", "mit", "--datasets", "gsm8k", "two words", "--language", "en", "--hardware", "two cores"]
+    code, out, err = lora_da("card", stored, *words, "--base_model", "org/model")
+    assert (code, err) == (0, "")
+    arguments = {"datasets": ["gsm8k", "two words"], "language": ["en"], "hardware": "two cores"}
+    assert out == render_card(load_init(stored), license="mit", base_model="org/model", **arguments)
+
+
+def test_card_holds_no_text_of_the_data(lora_da, place, cache, tmp_path):
+    rows = [{"prompt": f"xyzzy{k} plugh", "completion": f" frotz{k}"} for k in range(40)]
+    data = tmp_path / "secret-name.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lora_da("init", place / "model", data, tmp_path / "init", *PAIRS, *SMALL)
+    _, out, _ = lora_da("card", tmp_path / "init")
+    texts = [out, *(p.read_bytes().decode("latin-1") for p in (tmp_path / "init").iterdir())]
+    assert not any(word in text for word in ("xyzzy", "plugh", "frotz", "secret-name") for text in texts)
+
+
+def test_card_goes_to_a_folder_with_its_plots(lora_da, stored, tmp_path):
+    code, out, _ = lora_da("card", stored, "--output", tmp_path / "card", "--quiet")
+    assert code == 0
+    assert out.split() == [
+        str(tmp_path / "card" / name) for name in ("README.md", "guidance_spectra.png", "step_search.png")
+    ]
+
+
+def test_the_command_on_a_card_gives_the_same_settings(stored):
+    card = render_card(load_init(stored), license=None)
+    command = re.search(r"```\n(lora-da init .+)\n```", card)[1]
+    init = next(verb for verb in VERBS if verb.name == "init")
+    arguments = make_parser(init).parse_args(command.split()[1:])
+    from lora_da_hf.cli.flags import read
+    from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments
+
+    stored_config = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "seed": 42})
+    assert read(LoRADAArguments, arguments).to_config() == stored_config
+    assert read(LoraArguments, arguments).lora_rank == 2
+
+
+# --------------------------------------------------------------------------------------------- verbs that only call
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """Return ``replace(module, name, result)``, which puts a recorder in the place of a function."""
+
+    def make(module, name, result):
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return result
+
+        if module not in sys.modules:
+            monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        monkeypatch.setattr(sys.modules[module], name, record, raising=False)
+        return calls
+
+    return make
+
+
+@dataclass
+class FakePlan:
+    passes: int = 2
+    bytes_per_rank: list[int] = field(default_factory=lambda: [5])
+
+    def __str__(self):
+        return "2 passes"
+
+
+def test_plan_reads_a_config_alone(lora_da, replace, place, tmp_path):
+    shutil.copy(place / "model" / "config.json", tmp_path)
+    calls = replace("lora_da_hf.pipeline.plan", "make_plan", FakePlan())
+    words = ["--lora_rank", 4, "--world_size", 3, "--memory_budget", "2GiB", "--da_num_samples", 5]
+    assert lora_da("plan", tmp_path, *words)[:2] == (0, "2 passes\n")
+    ((model, config),) = [args for args, _ in calls]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.peft_config["default"].r == 4
+    assert config.num_samples == 5
+    assert calls[0][1] == {"world_size": 3, "memory_budget": 2 * 2**30}
+    assert json.loads(lora_da("plan", tmp_path, "--json")[1]) == {"passes": 2, "bytes_per_rank": [5]}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GiB", 20 * 2**30), ("1.5kb", 1500), ("8e9", 8 * 10**9), ("512 MiB", 512 * 2**20)]
+)
+def test_sizes_are_read(text, size):
+    assert size_in_bytes(text) == size
+
+
+def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
+    calls = replace("lora_da_hf.pipeline.refit", "refit_init", None)
+    code, out, err = lora_da("refit", stored, tmp_path / "new", "--rank", 2, "--quiet")
+    assert (code, out) == (0, f"{tmp_path / 'new'}\n"), err
+    lora_da("refit", stored, tmp_path / "new", "--da_input_damping", "0.3*mean", "--step_size", "0.5")
+    lora_da("refit", stored, tmp_path / "new", "--rank_budget", 1000)
+    assert [args for args, _ in calls] == [(stored, tmp_path / "new")] * 3
+    rest = {"config": None, "rank": None, "rank_budget": None, "step_size": None}
+    changed = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "input_damping": "0.3*mean"})
+    assert [kwargs for _, kwargs in calls] == [
+        {**rest, "rank": 2},
+        {**rest, "config": changed, "step_size": 0.5},
+        {**rest, "rank_budget": 1000},
+    ]
+
+
+PUSHED = SimpleNamespace(
+    url="https://hub.example/user/name", repo_id="user/name", commit="c" * 40, pull_request_url=None, tag="v1"
+)
+
+
+def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
+    calls = replace("lora_da_hf.hub", "push_init", PUSHED)
+    code, out, err = lora_da("push", tmp_path, "user/name")
+    assert (code, err) == (0, "")
+    assert "https://hub.example/user/name" in out
+    assert "pull request" not in out
+    assert calls[0] == (
+        (tmp_path, "user/name"),
+        {
+            "private": True,
+            "create_pr": False,
+            "parent_commit": None,
+            "revision": None,
+            "commit_message": None,
+            "card": None,
+            "license": None,
+        },
+    )
+
+
+def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
+    (tmp_path / "card.md").write_text("# card", encoding="utf-8")
+    calls = replace("lora_da_hf.hub", "push_init", PUSHED)
+    words = ["--public", "--create-pr", "--parent_commit", "d" * 40, "--revision", "next", "--commit_message", "Add"]
+    _, out, _ = lora_da("push", tmp_path, "user/name", *words, "--license", "mit", "--card", tmp_path / "card.md", "-q")
+    assert out == f"user/name@{'c' * 40}\n"
+    assert calls[0][1] == {
+        "private": False,
+        "create_pr": True,
+        "parent_commit": "d" * 40,
+        "revision": "next",
+        "commit_message": "Add",
+        "card": "# card",
+        "license": "mit",
+    }
+
+
+@pytest.mark.parametrize("words", [["user/name@v1"], ["user/name", "--revision", "v1"]])
+def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
+    pulled = SimpleNamespace(folder=tmp_path, repo_id="user/name", commit="c" * 40)
+    calls = replace("lora_da_hf.hub", "pull_init", pulled)
+    code, out, _ = lora_da("pull", *words, "--rank", 4, "--local_files_only", "--json")
+    assert code == 0
+    assert json.loads(out) == {"folder": str(tmp_path), "repo_id": "user/name", "commit": "c" * 40}
+    assert calls[0] == (
+        ("user/name",),
+        {"revision": "v1", "rank": 4, "base_model": None, "cache_dir": None, "local_files_only": True},
+    )
+    assert lora_da("pull", *words, "--quiet")[1] == f"{tmp_path}\n"
+
+
+def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_path, stored):
+    pulled = SimpleNamespace(folder=tmp_path, repo_id="user/name", commit="c" * 40)
+    calls = replace("lora_da_hf.hub", "pull_init", pulled)
+    assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
+    expected = load_init(stored).manifest.base_model
+    assert calls[0][1]["base_model"]["weights_sha256"] == expected["weights_sha256"]
+
+
+def test_list_is_a_table(lora_da, replace):
+    item = SimpleNamespace(
+        repo_id="user/name", commit="c" * 40, private=True, base_model="org/base", rank=8, tags=["lora-da"]
+    )
+    calls = replace("lora_da_hf.hub", "list_inits", [item])
+    _, out, _ = lora_da("list", "--base_model", "org/base", "--limit", 5)
+    assert calls[0] == ((), {"base_model": "org/base", "author": None, "limit": 5})
+    header, _, row = out.strip().splitlines()
+    assert header.split() == ["repository", "commit", "base", "model", "rank"]
+    assert row.split() == ["user/name", "c" * 12, "private", "org/base", "8"]
+    assert lora_da("list", "--quiet")[1] == "user/name\n"
+    assert json.loads(lora_da("list", "--json")[1])["initialisations"][0]["rank"] == 8
+
+
+def test_list_of_nothing(lora_da, replace):
+    replace("lora_da_hf.hub", "list_inits", [])
+    assert lora_da("list")[:2] == (0, "Nothing found.\n")

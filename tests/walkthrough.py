@@ -1,0 +1,154 @@
+"""Runs documents and notebooks as a reader would: their blocks in order, in a process of their own."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TESTS = Path(__file__).resolve().parent
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +=.,"
+
+RUNNER = """\
+import json, sys, types
+
+shown = types.ModuleType("IPython.display")
+shown.Image = lambda data: f"image of {len(data)} bytes"
+shown.display = print
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].version_info = (9, 0)  # matplotlib asks
+sys.modules["IPython.display"] = shown
+
+names = {"__name__": "__main__"}
+for kind, text in json.loads(sys.stdin.read()):
+    print(f"[{kind}] {text}", file=sys.stderr, flush=True)
+    if kind == "python":
+        exec(compile(text, "<block>", "exec"), names)
+    else:
+        from lora_da_hf.cli.main import main
+
+        code = main(json.loads(text))
+        if code:
+            sys.exit(f"exit code {code}")
+"""
+
+
+def make_model_folder(folder):
+    """Save a small random Llama with a tokenizer of single characters."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{character: 3 + k for k, character in enumerate(CHARACTERS)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(words),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                initializer_range=0.2,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        )
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<s>",
+        model_max_length=128,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_sums(path, count=64):
+    """Write rows with a prompt and a completion."""
+    rows = [{"prompt": f"{k} + {k % 7} =", "completion": f" {k + k % 7}"} for k in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def blocks_of_document(path, *, hub):
+    """Return the fenced blocks of a document as steps, with or without those behind a ``<!-- hub -->``."""
+    found = re.findall(r"(<!-- hub -->\n)?```(bash|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    steps = []
+    for needs_hub, language, text in found:
+        if needs_hub and not hub:
+            continue
+        if language == "python":
+            steps.append(("python", text))
+            continue
+        for line in text.replace("\\\n", " ").strip().splitlines():
+            program, *words = shlex.split(line)
+            assert program == "lora-da", line
+            steps.append(("lora-da", words))
+    return steps
+
+
+def cells_of_notebook(path, parameters):
+    """Return the code cells of a notebook as steps, with other values behind the cell of parameters."""
+    steps = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        text = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", []):
+            unknown = [name for name in parameters if not re.search(rf"^{name} = ", text, re.MULTILINE)]
+            assert not unknown, f"{path.name} has no parameters {unknown}"
+            text += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        steps.append(("python", text))
+    return steps
+
+
+def run_steps(steps, folder, *, replace=None, environment=None):
+    """Run steps in one new process in a folder.
+
+    Args:
+        steps: Pairs of ``"python"`` and code, or ``"lora-da"`` and its arguments.
+        folder: Where.
+        replace: Texts to put something else in the place of.
+        environment: Additional environment variables.
+
+    Returns:
+        What it wrote to stdout.
+    """
+    changed = []
+    for kind, content in steps:
+        text = content if kind == "python" else json.dumps(content)
+        for old, new in (replace or {}).items():
+            text = text.replace(old, new)
+        changed.append((kind, text))
+    home = folder / "home"
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(changed),
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **(environment or {"HF_HUB_OFFLINE": "1"}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, f"{process.stderr[-4000:]}"
+    return process.stdout
