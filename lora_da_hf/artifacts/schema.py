@@ -219,6 +219,8 @@ def _check_facts(manifest: Manifest, source: str) -> None:
         check_types(facts, hints, f"{source}: {what}")
         if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in hints):
             raise ArtifactError(f"{source}: {what} holds more than plain facts.")
+    if manifest.base_model["name_or_path"] == "":
+        raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
     hashes = [manifest.data["fingerprint"], manifest.base_model["weights_sha256"] or "0" * 64]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -98,7 +99,8 @@ def pull_init(
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
-        base_model: The model that it will be used on, or its facts (``config``, ``weights_sha256``); None: not compared.
+        base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``); None: it is not
+            compared.
         cache_dir: The client's cache; None: its default.
         local_dir: Where to put the checked folder; None: in the cache, with hard links, so that it takes no space. What
             is at local_dir is replaced.
@@ -204,6 +206,5 @@ def _link(cached: Path, target: Path) -> None:
 
 
 def _cut(whole: Path, target: Path, rank: int) -> Path:
-    from lora_da_hf.pipeline.reuse import cut_init
-
-    return cut_init(whole, target, rank=rank)
+    refit: Any = importlib.import_module("lora_da_hf.pipeline.refit")
+    return refit.cut_init(whole, target, rank=rank)
