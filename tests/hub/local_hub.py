@@ -152,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     name = ""
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *args):
         pass

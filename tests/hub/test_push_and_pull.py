@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, HubError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -483,7 +483,7 @@ def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pul
 def test_a_rank_that_is_not_stored_is_refused_before_anything_large_is_fetched(hub, push, pull):
     push()
     forget(hub)
-    with pytest.raises(HubError, match="Rank 7 cannot be taken from this initialisation: ask for one from 1 to 6"):
+    with pytest.raises(ConfigError, match="rank=7 cannot be taken from this initialisation: ask for one from 1 to 6"):
         pull(rank=7)
     assert not hub.seen(server="storage")
 
@@ -506,6 +506,17 @@ def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, p
     assert contents(mine) == contents(init)
     assert {path.stat().st_nlink for path in mine.iterdir()} == {1}
     assert not list((tmp_path / "cache").glob(f"**/lora_da/**/{ADAPTER_FILE}"))
+
+
+def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
+    push()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
+        pull(local_dir=folder)
+    (folder / "thesis.tex").unlink()
+    assert pull(local_dir=folder).folder == pull(local_dir=folder).folder == folder
 
 
 def test_the_checked_folder_in_the_cache_takes_no_space(push, pull):
