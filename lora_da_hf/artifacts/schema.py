@@ -225,7 +225,10 @@ def _check_facts(manifest: Manifest, source: str) -> None:
         check_types(facts, hints, f"{source}: {what}")
         if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in hints):
             raise ArtifactError(f"{source}: {what} holds more than plain facts.")
-    hashes = [manifest.data["fingerprint"], manifest.base_model["weights_sha256"] or "0" * 64]
+    if manifest.base_model["name_or_path"] == "":
+        raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
+    weights = manifest.base_model["weights_sha256"]
+    hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights])]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:
         raise ArtifactError(f"{source}: a fingerprint or a count is malformed.")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.schema import (
@@ -36,6 +36,7 @@ from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
 __all__ = [
+    "PEFT_PREFIX",
     "StoredBasis",
     "StoredInit",
     "atomic_folder",

@@ -17,6 +17,7 @@ TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and safetensors dtype of each tensor."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_MAX_TENSORS = 16384
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
 
@@ -27,12 +28,12 @@ def read_tensors(path: Path, expected: TensorSpecs | None, *, max_tensors: int |
     Args:
         path: The file.
         expected: Shape and dtype of each key; None: anything finite is accepted.
-        max_tensors: How many tensors a header may describe; None: as many as expected.
+        max_tensors: How many tensors the header may describe; None: as many as expected, or 16384.
 
     Raises:
         ArtifactError: if it is no safetensors file, its keys, shapes or dtypes are others, or a value is not finite.
     """
-    found = tensor_specs(path, max_tensors=max_tensors or len(expected or {}))
+    found = tensor_specs(path, max_tensors=max_tensors or len(expected or ()) or _MAX_TENSORS)
     if expected is not None:
         _compare(path, found, expected)
     return dict(iterate_tensors(path))

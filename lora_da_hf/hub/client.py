@@ -60,23 +60,27 @@ def _reason(error: Exception) -> str:
         return "the repo has no such branch, tag or commit. Look at its history on its page."
     if isinstance(error, RemoteEntryNotFoundError):
         return f"the repo has no {MANIFEST_FILE} or lacks a file of it, so it holds no complete LoRA-DA initialisation."
-    response = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
-    if response is not None:
-        return _refusal(response.response.status_code)
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    if isinstance(error, ValueError) and not isinstance(error, HTTPError):
+        return f"{text}. Correct that and try again."
+    refusal = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+    if refusal is not None:
+        return _refusal(refusal)
     if any(isinstance(cause, HTTPError) for cause in _causes(error)):
         return "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return "it is not completely in the cache, and the network is off. Pull it once with the network on."
-    text = str(error).strip().rstrip(".") or type(error).__name__
     return f"{text}. Correct that and try again."
 
 
-def _refusal(status: int) -> str:
+def _refusal(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
     if status == 412:
         return "somebody else pushed meanwhile. Look at what changed, and push again on top of it."
     if status in (401, 403):
         return f"the token in use does not allow it ({status}). Log in with one that does: `hf auth login`."
-    return f"the Hub answered {status}. Try again later."
+    said = f" ({error.server_message.strip().rstrip('.')})" if error.server_message else ""
+    return f"the Hub answered {status}{said}. Correct that, or try again later."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -106,7 +110,8 @@ def check_tree(manifest: Manifest, info: ModelInfo) -> None:
         for what, (value, expected) in announced.items():
             if value != expected:
                 raise ArtifactError(
-                    f"{info.id} at {info.sha}: {name} has {what} {value} and its manifest says {expected}. Do not use it."
+                    f"{info.id} at {info.sha}: {name} has {what} {value} and its manifest says {expected}. "
+                    "Do not use it."
                 )
 
 

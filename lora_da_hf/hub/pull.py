@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import nn
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.statistics_store import check_statistics
 from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, load_init
-from lora_da_hf.errors import ArtifactError, HubError
+from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -98,10 +99,11 @@ def pull_init(
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
-        base_model: The model that it will be used on, or its facts (``config``, ``weights_sha256``); None: not compared.
+        base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``); None: it is not
+            compared.
         cache_dir: The client's cache; None: its default.
-        local_dir: Where to put the checked folder; None: in the cache, with hard links, so that it takes no space. What
-            is at local_dir is replaced.
+        local_dir: Where to put the checked folder: a new or empty folder, or one with an initialisation, which is
+            replaced. None: in the cache, with hard links, so that it takes no space.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
@@ -110,7 +112,10 @@ def pull_init(
         HubError: if the repo or revision is not there or not readable, or the cache is incomplete with the network off.
         ArtifactError: if anything in it is not as the manifest says.
         BaseModelMismatchError: if it was computed for another base model.
+        ConfigError: if the rank is above the stored one, or local_dir holds something else.
     """
+    if local_dir is not None:
+        _check_replaceable(Path(local_dir))
     source = _Source(
         api=make_api(token=token, endpoint=endpoint),
         repo_id=repo_id,
@@ -129,13 +134,11 @@ def pull_init(
         checked = path.parents[2] / _CHECKED
         checked.mkdir(exist_ok=True)
         with WeakFileLock(checked / f"{commit}.lock"):
+            mine = Path(local_dir) if local_dir is not None and rank is None else None
+            folder = mine or checked / commit
+            _collect(source, manifest, path, folder, shutil.copyfile if mine else _link)
             if rank is not None:
-                whole = _collect(source, manifest, path, checked / commit, _link)
-                folder = _cut(whole, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
-            elif local_dir is not None:
-                folder = _collect(source, manifest, path, Path(local_dir), shutil.copyfile)
-            else:
-                folder = _collect(source, manifest, path, checked / commit, _link)
+                folder = _cut(folder, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 
@@ -159,10 +162,17 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
         check_base_model(manifest, base_model_facts(base_model) if is_model else base_model)
     largest = max(layer.max_rank for layer in manifest.layers.values())
     if rank is not None and not 1 <= rank <= largest:
-        raise HubError(f"Rank {rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
+        raise ConfigError(f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
 
 
-def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> Path:
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(
+            f"local_dir={str(folder)!r} holds something else, which would be replaced. Name a new folder."
+        )
+
+
+def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> None:
     """Make a folder of the manifest and its files, and check all of it; if it fails, there is none."""
     if not _is_complete(folder, manifest):
         with atomic_folder(folder) as partial:
@@ -171,7 +181,6 @@ def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: P
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
             load_init(partial)
             check_statistics(partial, manifest)
-    return folder
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
@@ -204,6 +213,5 @@ def _link(cached: Path, target: Path) -> None:
 
 
 def _cut(whole: Path, target: Path, rank: int) -> Path:
-    from lora_da_hf.pipeline.reuse import cut_init
-
-    return cut_init(whole, target, rank=rank)
+    refit: Any = importlib.import_module("lora_da_hf.pipeline.refit")
+    return refit.cut_init(whole, target, rank=rank)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -18,6 +20,7 @@ from lora_da_hf.hub.client import check_tree, hub_errors, make_api
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
+_CARD = "README.md"
 _OWN_FILES = "lora_da_"
 _MAIN = "main"
 
@@ -50,7 +53,14 @@ class BaseFacts:
     """What the Hub says of a base model: its licence, if it names one, and whether it is gated."""
 
     license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     gated: bool = False
+
+    def license_facts(self) -> dict[str, str | None]:
+        """Return what a card says of the licence; name and link go with a licence called other."""
+        names = ("license", "license_name", "license_link") if self.license == "other" else ("license",)
+        return {name: getattr(self, name) for name in names}
 
 
 def push_init(
@@ -97,13 +107,13 @@ def push_init(
     doing = f"Pushing {repo_id}"
     with hub_errors(doing):
         base = _base_facts(api, stored.manifest)
-        license = license or base.license
-        _check_license(stored.manifest, base, license, private=private)
+        _check_license(stored.manifest, base, license or base.license, private=private)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_private(head, private=private)
         with tempfile.TemporaryDirectory() as extra:
-            files = _init_files(stored) | _card_files(stored, Path(extra), card=card, license=license)
+            described = base.license_facts() if license in (None, base.license) else {"license": license}
+            files = _init_files(stored) | _card_files(stored, Path(extra), card, repo_id=repo_id, **described)
             commit = api.create_commit(
                 repo_id,
                 [*_additions(files), *_deletions(head, files)],
@@ -129,7 +139,7 @@ def push_init(
 
 
 def _base_facts(api: HfApi, manifest: Manifest) -> BaseFacts:
-    """Ask the Hub for licence and gate of the base; of one that it does not know, such as a folder, nothing is known."""
+    """Ask the Hub for licence and gate of the base; of one that it does not know, such as a folder, it says nothing."""
     name = manifest.base_model["name_or_path"]
     if not name:
         return BaseFacts()
@@ -137,8 +147,9 @@ def _base_facts(api: HfApi, manifest: Manifest) -> BaseFacts:
         info = api.model_info(name)
     except (RepositoryNotFoundError, HFValidationError):
         return BaseFacts()
-    named = info.card_data.get("license") if info.card_data is not None else None
-    return BaseFacts(license=named if isinstance(named, str) else None, gated=bool(info.gated))
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
+    named = {key: card.get(key) for key in ("license", "license_name", "license_link")}
+    return BaseFacts(gated=bool(info.gated), **{key: text for key, text in named.items() if isinstance(text, str)})
 
 
 def _check_license(manifest: Manifest, base: BaseFacts, license: str | None, *, private: bool) -> None:
@@ -155,6 +166,11 @@ def _check_license(manifest: Manifest, base: BaseFacts, license: str | None, *, 
         )
 
 
+def _message(manifest: Manifest) -> str:
+    name = manifest.base_model["name_or_path"]
+    return f"LoRA-DA initialisation for {name}" if name else "LoRA-DA initialisation"
+
+
 def _check_private(info: ModelInfo, *, private: bool) -> None:
     if private and not info.private:
         raise HubError(
@@ -167,16 +183,16 @@ def _init_files(stored: StoredInit) -> dict[str, Path]:
     return {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
 
 
-def _card_files(stored: StoredInit, extra: Path, *, card: str | None, license: str | None) -> dict[str, Path]:
+def _card_files(stored: StoredInit, extra: Path, card: str | None, **facts: str | None) -> dict[str, Path]:
     """Write the card, and its plots if it is rendered here, into a folder of their own."""
     if card is None:
-        from lora_da_hf.hub.cards import render_card
-        from lora_da_hf.hub.plots import write_plots
-
-        write_plots(stored, extra)
-        card = render_card(stored, license=license)
-    (extra / "README.md").write_text(card, encoding="utf-8")
-    return {path.name: path for path in sorted(extra.iterdir())}
+        cards: Any = importlib.import_module("lora_da_hf.hub.cards")
+        contents: dict[str, bytes] = cards.make_card(stored, **facts)
+    else:
+        contents = {_CARD: card.encode("utf-8")}
+    for name, content in contents.items():
+        (extra / name).write_bytes(content)
+    return {name: extra / name for name in contents}
 
 
 def _additions(files: dict[str, Path]) -> list[CommitOperationAdd]:

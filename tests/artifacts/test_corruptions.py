@@ -25,7 +25,7 @@ STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
 FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
 TENSOR_FILES = [ADAPTER_FILE, BASIS_FILE, STATISTICS_FILE]
 LAYER = "model.layers.0.self_attn.q_proj"
-many = settings(max_examples=550, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +214,8 @@ def other_tensors(folder, draw):
             del tensors[name]
         if what in ("rename", "add"):
             prefix = draw(st.sampled_from(["", "base_model.model.", "base_model.model.model."]))
-            tensors[prefix + draw(st.sampled_from(["x", "lm_head.weight", "layers.0.mlp.up_proj.weight", "é"]))] = (
-                tensor
-            )
+            added = draw(st.sampled_from(["x", "lm_head.weight", "layers.0.mlp.up_proj.weight", "é"]))
+            tensors[prefix + added] = tensor.clone()
         if what == "cut":
             tensors[name] = tensor[:-1].clone()
         if what == "grow":

@@ -113,6 +113,7 @@ class LocalHub:
         self.multipart_above = 1 << 40
         self.default_public = False
         self.before_commit = None
+        self.closed = False
         self._servers = {name: _serve(self, handler) for name, handler in (("hub", Front), ("storage", Storage))}
 
     @property
@@ -132,6 +133,7 @@ class LocalHub:
         return [s for s in found if server in (None, s.server) and method in (None, s.method)]
 
     def close(self):
+        self.closed = True  # connections that a client keeps open would be served on
         for server in self._servers.values():
             server.shutdown()
             server.server_close()
@@ -150,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     name = ""
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *args):
         pass
@@ -158,6 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = self.headers
         self.hub.log.append(Seen(self.name, self.command, self.path, headers["Authorization"], headers["Range"]))
         self.has_read = False
+        if self.hub.closed:
+            return self.hang_up()
         try:
             self.answer()
         except Refusal as refusal:

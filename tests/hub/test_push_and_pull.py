@@ -1,6 +1,11 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from peft import PeftModel
 
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, HubError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -134,7 +139,7 @@ def test_the_storage_never_sees_a_token_and_the_hub_does(hub, push, pull):
 def test_a_stale_parent_is_refused(hub, another, push):
     first = push()
     push(another())
-    with pytest.raises(HubError, match="somebody else pushed meanwhile. Look at what changed, and push again"):
+    with pytest.raises(HubError, match=r"somebody else pushed meanwhile. Look at what changed, and push again"):
         push(parent_commit=first.commit)
     assert len(hub.repos[REPO].commits) == 3
 
@@ -172,17 +177,17 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
 def test_a_private_repo_needs_a_token(push, pull, tmp_path):
     push()
     for token in (False, "hf_bob"):
-        with pytest.raises(HubError, match="it is private and the token in use may not read it"):
+        with pytest.raises(HubError, match=r"it is private and the token in use may not read it"):
             pull(token=token, cache_dir=tmp_path / "other")
 
 
 def test_what_may_not_be_read_any_more_is_not_taken_from_the_cache(hub, push, pull):
     push()
     pull()
-    with pytest.raises(HubError, match="it is private and the token in use may not read it"):
+    with pytest.raises(HubError, match=r"it is private and the token in use may not read it"):
         pull(token=False)
     hub.repos[REPO].private, hub.repos[REPO].gated = False, True
-    with pytest.raises(HubError, match="the repo is gated. Accept its conditions on its page"):
+    with pytest.raises(HubError, match=r"the repo is gated. Accept its conditions on its page"):
         pull(token=False)
 
 
@@ -203,7 +208,7 @@ def test_somebody_elses_repo_cannot_be_written(push):
 
 def test_a_repo_that_turns_out_public_is_an_error_before_anything_is_sent(hub, push):
     hub.default_public = True
-    with pytest.raises(HubError, match="alice/init is public, and private=True was asked for. Make it private"):
+    with pytest.raises(HubError, match=r"alice/init is public, and private=True was asked for. Make it private"):
         push()
     assert len(hub.repos[REPO].commits) == 1
     assert not hub.seen(server="storage")
@@ -233,7 +238,7 @@ def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, know
         assert not push(private=False).private
         return
     with pytest.raises(
-        HubError, match="needs a licence, and the Hub names none for its base 'org/base'. Pass license="
+        HubError, match=r"needs a licence, and the Hub names none for its base 'org/base'. Pass license="
     ):
         push(private=False)
     assert REPO not in hub.repos
@@ -244,6 +249,25 @@ def test_a_base_that_the_hub_does_not_know_has_no_licence(push):
     with pytest.raises(HubError, match="the Hub names none for its base 'org/base'"):
         push(private=False)
     assert push().private
+
+
+def test_the_card_is_rendered_with_what_the_hub_says_of_the_base(hub, push, monkeypatch):
+    make_base(hub, "license: other\nlicense_name: own\nlicense_link: https://example.org")
+    asked = {}
+
+    def make_card(init, **facts):
+        asked.update(facts)
+        return {"README.md": b"A card.", "spectra.png": b"\x89PNG"}
+
+    monkeypatch.setitem(sys.modules, "lora_da_hf.hub.cards", SimpleNamespace(make_card=make_card))
+    commit = push(card=None).commit
+    assert {"README.md", "spectra.png"} <= set(hub.repos[REPO].commits[commit])
+    assert asked == {
+        "repo_id": REPO,
+        "license": "other",
+        "license_name": "own",
+        "license_link": "https://example.org",
+    }
 
 
 def test_a_gated_base_is_warned_about(hub, push):
@@ -339,7 +363,7 @@ def test_without_a_network_and_without_being_told_so_the_cache_is_not_used(hub, 
     push()
     pull()
     hub.close()
-    with pytest.raises(HubError, match="the Hub could not be reached, or broke off. Check the network"):
+    with pytest.raises(HubError, match=r"the Hub could not be reached, or broke off. Check the network"):
         pull()
 
 
@@ -459,9 +483,20 @@ def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pul
 def test_a_rank_that_is_not_stored_is_refused_before_anything_large_is_fetched(hub, push, pull):
     push()
     forget(hub)
-    with pytest.raises(HubError, match="Rank 7 cannot be taken from this initialisation: ask for one from 1 to 6"):
+    with pytest.raises(ConfigError, match="rank=7 cannot be taken from this initialisation: ask for one from 1 to 6"):
         pull(rank=7)
     assert not hub.seen(server="storage")
+
+
+def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path, monkeypatch):
+    def cut_init(folder, output_dir, *, rank):
+        load_init(folder)
+        return Path(output_dir) / str(rank)
+
+    monkeypatch.setitem(sys.modules, "lora_da_hf.pipeline.refit", SimpleNamespace(cut_init=cut_init))
+    commit = push().commit
+    assert pull(rank=2).folder.parts[-2:] == (f"{commit}-rank-2", "2")
+    assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine" / "2"
 
 
 def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, push, pull, tmp_path):
@@ -471,6 +506,17 @@ def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, p
     assert contents(mine) == contents(init)
     assert {path.stat().st_nlink for path in mine.iterdir()} == {1}
     assert not list((tmp_path / "cache").glob(f"**/lora_da/**/{ADAPTER_FILE}"))
+
+
+def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
+    push()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
+        pull(local_dir=folder)
+    (folder / "thesis.tex").unlink()
+    assert pull(local_dir=folder).folder == pull(local_dir=folder).folder == folder
 
 
 def test_the_checked_folder_in_the_cache_takes_no_space(push, pull):
@@ -489,6 +535,29 @@ def test_a_revision_that_is_not_there(push, pull):
 def test_a_name_that_is_none(pull):
     with pytest.raises(HubError, match=r"Pulling \.\./x failed: .*Correct that and try again"):
         pull("../x")
+
+
+# Against the environment
+
+
+def test_endpoint_and_token_come_from_the_environment_and_offline_too(hub, push, tmp_path):
+    pushed = push()
+    script = (
+        "from lora_da_hf.hub import pull_init, list_inits\n"
+        f"print(pull_init({REPO!r}, cache_dir={str(tmp_path / 'cache')!r}).commit)\n"
+    )
+    names = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **names, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(script, **more):
+        return subprocess.run(
+            [sys.executable, "-c", script], env={**environment, **more}, capture_output=True, text=True, check=False
+        )
+
+    found = run(script + "print(*[init.repo_id for init in list_inits()])", HF_TOKEN="hf_alice")
+    assert found.stdout.split() == [pushed.commit, REPO], found.stderr
+    hub.close()
+    assert run(script, HF_HUB_OFFLINE="1").stdout.split() == [pushed.commit]
 
 
 # Listing
