@@ -61,7 +61,7 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
     Raises:
         ArtifactError: if they were not stored, or a tensor is missing or of another size.
     """
-    files = sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
+    files = statistics_files(manifest)
     if not files:
         raise ArtifactError(
             f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
@@ -87,6 +87,11 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
             num_output_tokens=layer.num_grad_tokens,
         )
     return loaded
+
+
+def statistics_files(manifest: Manifest) -> list[str]:
+    """Return the names of the files that hold statistics, in order; none if they were not stored."""
+    return sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
 
 
 def _take(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], folder: Path) -> Tensor:
