@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
-from lora_da_hf.artifacts.statistics_store import load_statistics, save_statistics
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
 from lora_da_hf.artifacts.stored_report import load_report
 from lora_da_hf.config import LoRADAConfig
@@ -32,7 +33,6 @@ from lora_da_hf.pipeline.stored import (
     steps_by_rank,
     stored_step,
 )
-from lora_da_hf.records import LayerStatistics
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
@@ -49,7 +49,6 @@ class _Refit:
         peft_config: PEFT's, for the stored ranks.
         bases: By layer, stored or solved anew.
         reports: By layer.
-        statistics: If they are needed.
         ranks: By layer.
         alphas: PEFT's, by layer.
         notes: What a user should know.
@@ -60,7 +59,6 @@ class _Refit:
     peft_config: dict[str, Any]
     bases: dict[str, StoredBasis]
     reports: dict[str, LayerReport]
-    statistics: dict[str, LayerStatistics]
     ranks: dict[str, int]
     alphas: dict[str, float]
     notes: list[str]
@@ -100,7 +98,8 @@ def refit_init(
         step_size: How far step 0 goes, whatever the config says.
 
     Returns:
-        The new initialisation, read back with every check. Full statistics go with it if ``config.save_statistics``.
+        The new initialisation, read back with every check. Full statistics are copied if ``config.save_statistics``, and
+        stay where they are without a config.
 
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
@@ -113,8 +112,8 @@ def refit_init(
     refit = _read(Path(folder), config, step_size)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
-    if solved_with or refit.config.save_statistics:
-        refit.statistics = load_statistics(refit.stored.folder, refit.manifest)
+    if refit.config.save_statistics and not statistics_files(refit.manifest):
+        raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
     if solved_with:
         if step_size is None and refit.config.step_size == stored_config.step_size:
             _note_carried_step(refit, solved_with)
@@ -151,7 +150,6 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
         peft_config=peft_config,
         bases=dict(stored.bases),
         reports={layer.name: layer for layer in load_report(stored).layers},
-        statistics={},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, name) for name in stored.manifest.layers},
         notes=[],
@@ -185,16 +183,17 @@ def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
 
 def _solve_again(refit: _Refit) -> None:
     """Solve every layer from its statistics with the new settings."""
+    statistics = load_statistics(refit.stored.folder, refit.manifest)
     population_size = population_of(refit.manifest, refit.config)
     groups: dict[str, list[str]] = {}
     for name, layer in refit.manifest.layers.items():
         groups.setdefault(layer.shares_input_with, []).append(name)
     for leader, names in groups.items():
-        factorized = factorize(refit.statistics[names[0]], refit.config, layer=leader)
+        factorized = factorize(statistics[names[0]], refit.config, layer=leader)
         for name in names:
             layer = refit.manifest.layers[name]
             solution = solve_layer(
-                refit.statistics[name],
+                statistics[name],
                 factorized,
                 refit.config,
                 layer=name,
@@ -266,9 +265,9 @@ def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredIni
         text = json.dumps(peft_config, indent=2, sort_keys=True)
         (path / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
 
-    def save_the_statistics(path: Path) -> None:
-        leaders = {name: layer.shares_input_with for name, layer in layers.items()}
-        save_statistics(path, refit.statistics, leaders)
+    def copy_statistics(path: Path) -> None:
+        for name in statistics_files(refit.manifest):
+            shutil.copyfile(refit.stored.folder / name, path / name)
 
     report = _new_report(refit, step, output_dir)
     write_init(
@@ -276,7 +275,7 @@ def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredIni
         bases=refit.bases,
         save_adapter=save_adapter,
         save_report=lambda path: report.save(path / REPORT_FILE),
-        save_statistics=save_the_statistics if refit.config.save_statistics else None,
+        save_statistics=copy_statistics if refit.config.save_statistics else None,
         make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
     )
     return load_init(output_dir)
@@ -309,16 +308,24 @@ def _new_report(refit: _Refit, step: float | None, output_dir: Path) -> LoRADARe
         kept=dict(refit.manifest.kept),
         num_samples=old.num_samples,
         num_unlabelled=old.num_unlabelled,
+        num_search_samples=old.num_search_samples,
         population_size=population_of(refit.manifest, refit.config),
         batch_size=old.batch_size,
         loss_reduction=old.loss_reduction,
         step_size=step,
-        step_size_by_rank=steps_by_rank(refit.manifest) if refit.config.searches_step else {},
+        step_size_by_rank=_ladder(refit),
         config=refit.config.to_dict(),
         data_fingerprint=old.data_fingerprint,
         notes=[*refit.notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
         artifact=str(output_dir),
     )
+
+
+def _ladder(refit: _Refit) -> dict[int, float]:
+    """Return the searched steps for the ranks that are stored, if the step is a searched one."""
+    largest = max(basis.basis_A.shape[0] for basis in refit.bases.values())
+    steps = steps_by_rank(refit.manifest) if refit.config.searches_step else {}
+    return {rank: step for rank, step in steps.items() if rank <= largest}
 
 
 def _new_manifest(refit: _Refit, step: float | None, solved_with: list[str], files: dict[str, FileEntry]) -> Manifest:
@@ -329,7 +336,7 @@ def _new_manifest(refit: _Refit, step: float | None, solved_with: list[str], fil
         data={**old.data, "population_size": population_of(old, refit.config)},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         step_size=step,
-        step_size_by_rank=old.step_size_by_rank if refit.config.searches_step else {},
+        step_size_by_rank={str(rank): found for rank, found in _ladder(refit).items()},
         versions=package_versions(),
         layers={name: _layer_entry(refit, name, layer) for name, layer in old.layers.items()},
         files=files,

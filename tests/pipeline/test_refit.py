@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 import lora_da_hf.pipeline.refit
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
+from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
@@ -206,7 +207,7 @@ def test_a_config_that_says_nothing_of_rank_and_step_leaves_them_as_stored(witho
 def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
     with pytest.raises(ArtifactError, match=r"has no statistics. Other settings need them: compute it again with save"):
         refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, bias_weight=0.5))
-    with pytest.raises(ArtifactError, match="has no statistics"):
+    with pytest.raises(ArtifactError, match=r"has no statistics to take along. Leave save_statistics out"):
         refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, save_statistics=True))
     assert not (tmp_path / "new").exists()
 
@@ -233,6 +234,13 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     )
     with pytest.raises(ConfigError, match=r"so the stored one means nothing. Give a step_size"):
         refit_init(given.folder, tmp_path / "other", config=changed(given.folder, normalize_displacement=False))
+
+
+def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_path):
+    refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=8))
+    assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {8}
+    assert set(refitted.manifest.step_size_by_rank) == {"1", "4", "8"}
+    assert set(LoRADAReport.load(tmp_path / "new" / REPORT_FILE).step_size_by_rank) == {1, 4, 8}
 
 
 # Ranks under a budget
@@ -354,32 +362,30 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
 # Damage
 
 
-def forge_peft_config(folder, change):
-    manifest = load_init(folder).manifest
-    path = folder / "adapter_config.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-    files = {name: file_entry(folder / name) for name in manifest.files}
-    (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"lora_alpha": 17},
-            "gives model.layers.0.mlp.down_proj the scaling 2.125, and the manifest 2. Fetch it again",
-        ),
-        ({"use_rslora": True}, "and the manifest 2. Fetch it again"),
         ({"r": None}, "a rank or an alpha is not positive"),
         ({"lora_alpha": -1}, "a rank or an alpha is not positive"),
+        ({"rank_pattern": {"q_proj": True}}, "a rank or an alpha is not positive"),
         ({"rank_pattern": {"(": 4}}, "is no configuration of a LoRA adapter"),
         ({"alpha_pattern": []}, "is no configuration of a LoRA adapter"),
     ],
 )
-def test_a_peft_config_that_lies_is_refused(stored_init, tmp_path, change, message):
-    folder = shutil.copytree(stored_init, tmp_path / "init")
-    forge_peft_config(folder, lambda values: values.update(change))
+def test_a_peft_config_that_cannot_be_is_refused(stored_init, tmp_path, change, message):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads((stored_init / path.name).read_text()), **change}))
     with pytest.raises(ArtifactError, match=message):
+        read_peft_config(path)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 17}, {"use_rslora": True}])
+def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp_path, change):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    manifest = load_init(folder).manifest
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    files = {name: file_entry(folder / name) for name in manifest.files}
+    (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
+    with pytest.raises(ArtifactError, match="the manifest"):
         refit_init(folder, tmp_path / "new", rank=2)

@@ -21,15 +21,16 @@ from harness import (
     store_init,
     written_updates,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.targets import was_initialized
 from lora_da_hf.adapters.write import write_factors
-from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE
-from lora_da_hf.artifacts.store import check_base_model, file_entry, load_init
+from lora_da_hf.artifacts.schema import BASIS_FILE, REPORT_FILE
+from lora_da_hf.artifacts.store import check_base_model, load_init
+from lora_da_hf.artifacts.stored_report import load_report
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ArtifactError,
@@ -52,11 +53,10 @@ def folder(stored_init, tmp_path):
     return shutil.copytree(stored_init, tmp_path / "init")
 
 
-def forge(folder, manifest=None, **changes):
-    """Change the manifest and write it as this library would, with the files as they are now."""
-    manifest = manifest or load_init(folder).manifest
-    files = {name: file_entry(folder / name) for name in manifest.files}
-    (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files, **changes).to_json())
+def with_manifest(folder, **changes):
+    """Return what is stored, with changes to its manifest."""
+    stored = load_init(folder)
+    return dataclasses.replace(stored, manifest=dataclasses.replace(stored.manifest, **changes))
 
 
 # The weights
@@ -165,26 +165,24 @@ def test_a_searched_rank_takes_its_step_and_one_between_two_is_interpolated(stor
     assert "interpolated for rank 2 between those of ranks 1 and 4" in str(between)
 
 
-def test_ranks_by_layer_take_one_step_at_their_geometric_mean(folder, lora_model):
-    forge(folder, step_size_by_rank={"1": 0.8, "4": 0.2, "16": 0.1})
+def test_ranks_by_layer_take_one_step_at_their_geometric_mean(stored_init, lora_model):
+    init = with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.2, "16": 0.1})
     pattern = {"q_proj": 16, "k_proj": 1, "v_proj": 16, "o_proj": 1}
     model = lora_model(r=4, rank_pattern=pattern)
-    assert apply_init(model, folder).step_size == pytest.approx(0.2)
+    assert apply_init(model, init).step_size == pytest.approx(0.2)
 
 
-def test_beside_a_rank_where_no_step_helped_the_step_is_zero(folder, lora_model):
-    forge(folder, step_size_by_rank={"1": 0.8, "4": 0.0})
+def test_beside_a_rank_where_no_step_helped_the_step_is_zero(stored_init, lora_model):
     model = lora_model(r=2)
-    report = apply_init(model, folder)
+    report = apply_init(model, with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.0}))
     assert report.step_size == 0.0
     assert not any(b.any() for b in factors(adapter_weights(model), "B").values())
     assert all(a.any() for a in factors(adapter_weights(model), "A").values())
     assert "step 0: for rank 1 or rank 4 no step helped" in report.notes
 
 
-def test_a_rank_beyond_the_searched_ones_takes_the_nearest_step(folder, lora_model):
-    forge(folder, step_size_by_rank={"1": 0.8, "4": 0.2})
-    report = apply_init(lora_model(r=12), folder)
+def test_a_rank_beyond_the_searched_ones_takes_the_nearest_step(stored_init, lora_model):
+    report = apply_init(lora_model(r=12), with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.2}))
     assert report.step_size == 0.2
     assert "step 0.2, searched for rank 4, not 12" in report.notes
 
@@ -435,46 +433,38 @@ def test_a_damaged_initialisation_is_refused_before_it_is_used(folder, lora_mode
 
 
 @pytest.mark.parametrize("steps", [{"four": 0.1}, {"0": 0.1}, {"4": -0.1}, {"-4": 0.1}])
-def test_steps_that_make_no_sense_are_refused(folder, lora_model, steps):
-    forge(folder, step_size_by_rank=steps)
+def test_steps_that_make_no_sense_are_refused(stored_init, lora_model, steps):
+    model = lora_model(r=4)
+    before = adapter_weights(model)
     with pytest.raises(ArtifactError, match="makes no sense"):
-        apply_init(lora_model(r=4), folder)
+        apply_init(model, with_manifest(stored_init, step_size_by_rank=steps))
+    assert_same_tensors(adapter_weights(model), before)
 
 
 @pytest.mark.parametrize(
     "changed", [{"eigenvalues": []}, {"displacement_norm": 1e999}, {"solver": 1}, {"name": "model.layers.7.q_proj"}]
 )
-def test_a_report_that_disagrees_with_the_manifest_is_refused(folder, lora_model, changed):
-    manifest = load_init(folder).manifest
+def test_a_report_that_disagrees_with_the_manifest_is_refused(folder, changed):
+    stored = load_init(folder)
     values = json.loads((folder / REPORT_FILE).read_text())
     values["layers"][3].update(changed)
     (folder / REPORT_FILE).write_text(json.dumps(values))
-    forge(folder, manifest)
     with pytest.raises(ArtifactError, match="and the manifest disagree on the layers"):
-        apply_init(lora_model(r=4), folder)
+        load_report(stored)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"layers": []}', '{"layers": [7]}'])
-def test_a_report_that_is_none_is_refused(folder, lora_model, content):
-    manifest = load_init(folder).manifest
+def test_a_report_that_is_none_is_refused(folder, content):
+    stored = load_init(folder)
     (folder / REPORT_FILE).write_text(content)
-    forge(folder, manifest)
     with pytest.raises(ArtifactError, match="is no report of an initialisation"):
-        apply_init(lora_model(r=4), folder)
+        load_report(stored)
 
 
-def test_a_stored_layer_of_other_widths_is_refused(folder, lora_model):
-    manifest = load_init(folder).manifest
-    tensors = load_file(folder / BASIS_FILE)
-    adapter = load_file(folder / "adapter_model.safetensors")
-    name = MLP_DOWN
-    tensors[f"{name}.basis_A"] = tensors[f"{name}.basis_A"][:, :40].contiguous()
-    key = f"base_model.model.{name}.lora_A.weight"
-    adapter[key] = adapter[key][:, :40].contiguous()
-    save_file(tensors, folder / BASIS_FILE)
-    save_file(adapter, folder / "adapter_model.safetensors")
-    forge(
-        folder, manifest, layers={**manifest.layers, name: dataclasses.replace(manifest.layers[name], in_features=40)}
-    )
-    with pytest.raises(TargetError, match=f"{name} maps 80 to 48 features, and the stored layer of that name 40 to 48"):
-        apply_init(lora_model(r=4), folder)
+def test_a_stored_layer_of_other_widths_is_refused(stored_init, lora_model):
+    stored = load_init(stored_init)
+    basis = stored.bases[MLP_DOWN]
+    narrow = dataclasses.replace(basis, basis_A=basis.basis_A[:, :40])
+    message = f"{MLP_DOWN} maps 80 to 48 features, and the stored layer of that name 40 to 48"
+    with pytest.raises(TargetError, match=message):
+        apply_init(lora_model(r=4), dataclasses.replace(stored, bases={**stored.bases, MLP_DOWN: narrow}))
