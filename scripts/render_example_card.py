@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_da_hf.artifacts.schema import CHECKSUM, MANIFEST_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.hub.cards import make_card
+from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 
@@ -26,7 +26,9 @@ def read_example(folder: Path = EXAMPLE) -> tuple[StoredInit, dict]:
 def main() -> None:
     """Write the card and its plots."""
     init, facts = read_example()
-    for name, content in make_card(init, **facts).items():
+    plots = card_plots(init)
+    card = render_card(init, plots=plots, **facts)
+    for name, content in {CARD_FILE: card.encode("utf-8"), **plots}.items():
         (EXAMPLE / name).write_bytes(content)
         print(EXAMPLE / name)
 

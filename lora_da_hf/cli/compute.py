@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -104,40 +104,38 @@ def plan_parser() -> argparse.ArgumentParser:
     """Return the flags of `lora-da plan`."""
     own = Flags()
     own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
+    own.flag("tokens", type=at_least(1), default=1024, help="tokens of a sample, at most (default: 1024)")
     own.flag("world_size", type=at_least(1), default=1, help="processes that share the work (default: 1)")
-    own.flag("memory_budget", type=size_in_bytes, help="memory for each process, such as 20GiB (default: what is free)")
+    own.flag("memory_budget", type=size_in_bytes, help="what sums may take in a process, such as 20GiB (default: all)")
     return joined(own, dataclass_flags(LoraArguments, ModelArguments, LoRADAArguments))
 
 
 def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     """Print the plan of an initialisation of a model that is not loaded."""
     settings = read(LoRADAArguments, arguments).to_config()
-    make_plan = function("lora_da_hf.pipeline.plan", "make_plan")
-    plan = make_plan(
-        _empty_model(arguments),
-        settings,
-        world_size=arguments.world_size,
-        memory_budget=arguments.memory_budget,
+    if not output.shows_progress:
+        hide_progress_bars()
+
+    from lora_da_hf.cli.planning import empty_model, measure_speed, workload
+
+    model = empty_model(arguments.model, arguments)
+    plan = function("lora_da_hf.pipeline.plan", "make_plan")(
+        workload(model, settings, tokens=arguments.tokens),
+        num_processes=arguments.world_size,
+        budget={0: arguments.memory_budget or math.inf},
+        schedule=settings.to_dict().get("schedule", "auto"),
+        solve_alone=settings.save_statistics,
     )
-    output.result(dataclasses.asdict(plan), bare=str(plan), text=str(plan))
-
-
-def _empty_model(arguments: argparse.Namespace) -> Any:
-    """Make the model with its adapter, without any weight: only its config is read."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    loading = read(ModelArguments, arguments)
-    config = AutoConfig.from_pretrained(
-        arguments.model,
-        revision=loading.model_revision,
-        cache_dir=loading.cache_dir,
-        trust_remote_code=loading.trust_remote_code,
-    )
-    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
-        )
-        return get_peft_model(model, read(LoraArguments, arguments).to_peft())
+    speed = measure_speed(model.dtype)
+    collect, solve = plan.seconds(speed)
+    values = {
+        "schedule": plan.schedule,
+        "processes": plan.num_processes,
+        "passes": len(plan.windows),
+        "peak_bytes": plan.peak_bytes,
+        "sent_bytes": plan.sent_bytes,
+        "statistics_seconds": round(collect, 1),
+        "solve_seconds": round(solve, 1),
+    }
+    text = f"{plan.describe(speed)} at this machine's speed"
+    output.result(values, bare=str(plan.peak_bytes), text=text)

@@ -120,7 +120,7 @@ def card_parser() -> argparse.ArgumentParser:
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import make_card, render_card
+    from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
 
     names = ("license", "license_name", "license_link", "repo_id", "commit", "base_model")
     facts = {name: getattr(arguments, name) for name in (*names, "datasets", "language", "hardware", "notes")}
@@ -129,7 +129,9 @@ def run_card(arguments: argparse.Namespace, output: Output) -> None:
         card = render_card(init, **facts)
         output.result({"card": card}, bare=card.rstrip("\n"), text=card.rstrip("\n"))
         return
-    written = _write(arguments.output, make_card(init, **facts))
+    plots = card_plots(init)
+    card = render_card(init, plots=plots, **facts)
+    written = _write(arguments.output, {CARD_FILE: card.encode("utf-8"), **plots})
     output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
-FLAG_PREFIX = "da_"
+_FLAG_PREFIX = "da_"
 TAGS = ("lora", "peft", "lora-da", "lora-init")
 
 _TEMPLATE = "init_card.md.jinja"
@@ -77,7 +77,7 @@ def render_card(
         language: Codes of the samples' languages, such as ``"en"``.
         hardware: What it was computed on.
         notes: Sentences for the section on limits.
-        plots: Names of the plots that lie beside the card; others are not shown.
+        plots: Names of the plots that lie beside the card, as `card_plots` has them; others are not shown.
 
     Raises:
         CardError: if an argument is malformed.
@@ -119,23 +119,22 @@ def render_card(
     return f"---\n{_to_yaml(metadata)}---\n\n{body}"
 
 
-def make_card(init: StoredInit, **facts: Any) -> dict[str, bytes]:
-    """Render the card and its plots.
-
-    Args:
-        init: The initialisation.
-        facts: As `render_card` takes them, but ``plots``.
+def card_plots(init: StoredInit) -> dict[str, bytes]:
+    """Draw the plots that go beside a card.
 
     Returns:
-        By file name: the card, and a PNG for each thing that the report has something of. Without matplotlib there are
-        no plots, which is logged.
+        By file name: a PNG for each thing that the report has something of. Without matplotlib there are none, which is
+        logged.
+
+    Raises:
+        ArtifactError: if the report in the folder is malformed.
     """
-    plots: dict[str, bytes] = {}
+    report = read_report(init.folder)
     try:
-        plots = draw_plots(read_report(init.folder))
+        return draw_plots(report)
     except MissingDependencyError as error:
         logger.warning("The card has no plots. %s", error)
-    return {CARD_FILE: render_card(init, plots=list(plots), **facts).encode("utf-8"), **plots}
+        return {}
 
 
 def card_metadata(
@@ -274,9 +273,9 @@ def _command(facts: CardFacts) -> Markdown | None:
     if facts.alpha is not None:
         words += ["--lora_alpha", f"{facts.alpha:g}"]
     words += ["--use_rslora"] if facts.uses_rslora else []
-    words += ["--target_modules", *sorted(map(clean, facts.module_types)), f"--{FLAG_PREFIX}seed", str(facts.seed)]
+    words += ["--target_modules", *sorted(map(clean, facts.module_types)), f"--{_FLAG_PREFIX}seed", str(facts.seed)]
     for setting in dataclasses.fields(LoRADAConfig):
         value = getattr(facts.config, setting.name)
         if value != setting.default and setting.name != "seed":
-            words += [f"--{FLAG_PREFIX}{setting.name}", str(value)]
+            words += [f"--{_FLAG_PREFIX}{setting.name}", str(value)]
     return Markdown(" ".join(map(shlex.quote, words)).replace("`", "'"))

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
-from lora_da_hf.hub.cards import CARD_FILE, make_card, render_card
+from lora_da_hf.hub.cards import card_plots, render_card
 from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT
 
 PARSER = MarkdownIt("commonmark").enable("table")
@@ -108,9 +108,9 @@ def test_numbers_are_those_of_manifest_and_report(stored):
 def test_plots_are_shown_only_if_they_are_there(stored):
     init = stored()
     assert "![" not in render_card(init, license=None)
-    files = make_card(init, license=None)
-    assert set(files) == {CARD_FILE, SPECTRA_PLOT, SEARCH_PLOT}
-    images = re.findall(r"!\[[^]]+\]\((.+)\)", files[CARD_FILE].decode())
+    plots = card_plots(init)
+    assert set(plots) == {SPECTRA_PLOT, SEARCH_PLOT}
+    images = re.findall(r"!\[[^]]+\]\((.+)\)", render_card(init, license=None, plots=plots))
     assert images == [SPECTRA_PLOT, SEARCH_PLOT]
 
 
@@ -119,9 +119,7 @@ def test_without_matplotlib_the_card_has_no_plots_and_that_is_logged(stored, mon
         raise MissingDependencyError("Plots need matplotlib.")
 
     monkeypatch.setattr(cards, "draw_plots", refuse)
-    files = make_card(stored(), license=None)
-    assert set(files) == {CARD_FILE}
-    assert b"![" not in files[CARD_FILE]
+    assert card_plots(stored()) == {}
     assert "The card has no plots. Plots need matplotlib." in caplog.text
 
 

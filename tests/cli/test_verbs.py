@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -214,26 +213,59 @@ def replace(monkeypatch):
     return make
 
 
-@dataclass
-class FakePlan:
-    passes: int = 2
-    bytes_per_rank: list[int] = field(default_factory=lambda: [5])
+class FakePlan(SimpleNamespace):
+    def seconds(self, speed):
+        assert speed > 1e6
+        return 3.0, 1.0
 
-    def __str__(self):
-        return "2 passes"
+    def describe(self, speed):
+        return f"{len(self.windows)} passes"
 
 
-def test_plan_reads_a_config_alone(lora_da, replace, place, tmp_path):
+PLAN = FakePlan(schedule="samples", num_processes=3, windows=(("a",), ("b",)), peak_bytes=5, sent_bytes=7)
+
+
+@pytest.fixture
+def plan_calls(replace, monkeypatch):
+    calls = replace("lora_da_hf.pipeline.plan", "make_plan", PLAN)
+    for name in ("Group", "Workload"):
+        monkeypatch.setattr(sys.modules["lora_da_hf.pipeline.plan"], name, SimpleNamespace, raising=False)
+    return calls
+
+
+def test_plan_reads_a_config_alone(lora_da, plan_calls, place, tmp_path):
     shutil.copy(place / "model" / "config.json", tmp_path)
-    calls = replace("lora_da_hf.pipeline.plan", "make_plan", FakePlan())
-    words = ["--lora_rank", 4, "--world_size", 3, "--memory_budget", "2GiB", "--da_num_samples", 5]
-    assert lora_da("plan", tmp_path, *words)[:2] == (0, "2 passes\n")
-    ((model, config),) = [args for args, _ in calls]
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert model.peft_config["default"].r == 4
-    assert config.num_samples == 5
-    assert calls[0][1] == {"world_size": 3, "memory_budget": 2 * 2**30}
-    assert json.loads(lora_da("plan", tmp_path, "--json")[1]) == {"passes": 2, "bytes_per_rank": [5]}
+    words = ["--lora_rank", 4, "--world_size", 3, "--memory_budget", "2GiB", "--da_num_samples", 5, "--tokens", 100]
+    code, out, err = lora_da("plan", tmp_path, *words)
+    assert (code, out) == (0, "2 passes at this machine's speed\n"), err
+    (work,) = plan_calls[0][0]
+    assert (work.num_samples, work.num_tokens, work.itemsize) == (5, 500, 4)
+    assert [(group.d_in, group.d_outs) for group in work.groups] == [
+        (32, (32, 16, 16)),
+        (32, (32,)),
+        (32, (48, 48)),
+        (48, (32,)),
+    ] * 2
+    linear = 2 * 32 * (32 + 16 + 16 + 32 + 3 * 48)
+    assert work.weights == linear + 32 * json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    assert plan_calls[0][1] == {
+        "num_processes": 3,
+        "budget": {0: 2 * 2**30},
+        "schedule": "auto",
+        "solve_alone": False,
+    }
+
+
+def test_plan_as_json(lora_da, plan_calls, place):
+    assert json.loads(lora_da("plan", place / "model", "--json")[1]) == {
+        "schedule": "samples",
+        "processes": 3,
+        "passes": 2,
+        "peak_bytes": 5,
+        "sent_bytes": 7,
+        "statistics_seconds": 3.0,
+        "solve_seconds": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
