@@ -66,18 +66,7 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
         ArtifactError: if they were not stored, a tensor is missing, of another size or dtype, not finite, or cannot be
             what it is called: a second moment with a negative diagonal, or off its diagonal above what that allows.
     """
-<<<<<<< HEAD
     tensors = dict(_read_checked(folder, manifest))
-=======
-    files = statistics_files(manifest)
-    if not files:
-        raise ArtifactError(
-            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_tensors(folder / file, None))
->>>>>>> reuse
     loaded: dict[str, LayerStatistics] = {}
     moments: dict[str, Tensor] = {}
     for name, layer in manifest.layers.items():
@@ -94,7 +83,6 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
     return loaded
 
 
-<<<<<<< HEAD
 def check_statistics(folder: Path, manifest: Manifest) -> None:
     """Look at every number of the stored statistics, one tensor at a time, as `load_statistics` does.
 
@@ -106,14 +94,11 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
             pass
 
 
-=======
->>>>>>> reuse
 def statistics_files(manifest: Manifest) -> list[str]:
     """Return the names of the files that hold statistics, in order; none if they were not stored."""
     return sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
 
 
-<<<<<<< HEAD
 def check_statistics_headers(folder: Path, manifest: Manifest) -> None:
     """Verify keys, shapes and dtypes of the stored statistics, if there are any.
 
@@ -176,11 +161,3 @@ def _check_moment(packed: Tensor, width: int, name: str, path: Path) -> None:
         start += width - row
         if diagonal[row] < 0 or (entries > roots[row] * roots[row:] * (1 + _ROUNDING) + _SMALLEST).any():
             raise ArtifactError(f"{path}: row {row} of {name} is not that of a second moment. Fetch it again.")
-=======
-def _take(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...], folder: Path) -> Tensor:
-    tensor = tensors.get(key)
-    if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
-        found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ArtifactError(f"{folder}: {key} is {found} and should be {list(shape)}. Compute it again.")
-    return tensor
->>>>>>> reuse
