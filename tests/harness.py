@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -19,9 +18,8 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, parse_manifest
-from lora_da_hf.artifacts.store import file_entry
 from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.store import file_entry, load_init
 
 LINEAR_LAYERS = 14
 

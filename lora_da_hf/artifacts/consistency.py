@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, is_adapter_tensor
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
-from lora_da_hf.artifacts.strict_json import parse_json, read_dataclass
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.adapter_factors import paper_step_size
 
 _BASIS_TOLERANCE = 1e-4
@@ -25,7 +25,6 @@ _ADAPTER_TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
 _REPORTED = ("rank", "peft_scaling", "num_tokens", "num_grad_tokens", "input_damping", "output_damping")
 _COUNTS = ("num_samples", "num_unlabelled", "num_search_samples", "population_size")
-_MAX_REPORT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +153,13 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
     Raises:
         ArtifactError: naming the first thing that they disagree on.
     """
-    if path.stat().st_size > _MAX_REPORT_BYTES:
-        raise ArtifactError(f"{path} is larger than any report. Do not use it.")
-    values = parse_json(path.read_bytes(), str(path))
-    entries = values.get("layers") if isinstance(values, dict) else None
-    if not isinstance(entries, list):
-        raise ArtifactError(f"{path} is not the report of an initialisation. Fetch it again.")
-    layers: list[LayerReport] = [read_dataclass(LayerReport, entry, f"{path}: a layer") for entry in entries]
-    report: LoRADAReport = read_dataclass(LoRADAReport, {**values, "layers": layers}, str(path))
+    report = read_report(path)
+    layers = report.layers
+    steps = {str(rank): step for rank, step in report.step_size_by_rank.items()}
     facts = {
         "config": (report.config, manifest.config),
         "step_size": (report.step_size, manifest.step_size),
-        "step_size_by_rank": (report.step_size_by_rank, manifest.step_size_by_rank),
+        "step_size_by_rank": (steps, manifest.step_size_by_rank),
         "kept": (report.kept, manifest.kept),
         "data_fingerprint": (report.data_fingerprint, manifest.data["fingerprint"]),
         "layers": (sorted(layer.name for layer in layers), sorted(manifest.layers)),

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import dataclasses
+from pathlib import Path
 
-from lora_da_hf.artifacts.schema import REPORT_FILE
-from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.strict_json import parse_json, read_dataclass
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.report import LayerReport, LoRADAReport
 
+_MAX_BYTES = 512 << 20
 
-def load_report(stored: StoredInit) -> LoRADAReport:
-    """Read the report of an initialisation.
 
-    Args:
-        stored: What `load_init` returned, so that the file's hash was checked.
+def read_report(path: Path) -> LoRADAReport:
+    """Read a report that comes from outside: every field there, of its type, and every number finite.
 
     Raises:
-        ArtifactError: if it is no report, or one of other layers than the manifest's.
+        ArtifactError: if it is anything else.
     """
-    path = stored.folder / REPORT_FILE
-    try:
-        report = LoRADAReport.load(path)
-        ranks = {layer.name: len(layer.eigenvalues) for layer in report.layers if _is_sound(layer)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no report of an initialisation ({error!r}). Fetch it again.") from error
-    if ranks != {name: layer.max_rank for name, layer in stored.manifest.layers.items()}:
-        raise ArtifactError(f"{path} and the manifest disagree on the layers. Fetch it again.")
-    return report
-
-
-def _is_sound(layer: LayerReport) -> bool:
-    numbers = (layer.displacement_norm, layer.residual, layer.input_damping, layer.output_damping, *layer.eigenvalues)
-    texts: list[Any] = [layer.solver, *layer.notes]
-    return all(map(math.isfinite, numbers)) and all(isinstance(text, str) for text in texts)
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{path} does not exist. Fetch the initialisation again.")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ArtifactError(f"{path} is larger than any report. Do not use it.")
+    values = parse_json(path.read_bytes(), str(path))
+    entries = values.get("layers") if isinstance(values, dict) else None
+    if not isinstance(entries, list):
+        raise ArtifactError(f"{path} is not the report of an initialisation. Fetch it again.")
+    layers: list[LayerReport] = [read_dataclass(LayerReport, entry, f"{path}: a layer") for entry in entries]
+    report: LoRADAReport = read_dataclass(LoRADAReport, {**values, "layers": layers}, str(path))
+    return dataclasses.replace(
+        report,
+        step_size_by_rank={int(rank): step for rank, step in report.step_size_by_rank.items()},
+        search=[(step, loss) for step, loss in report.search],
+    )

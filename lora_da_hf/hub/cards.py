@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError, MissingDependencyError
-from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id, read_report
+from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
 from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
 from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
 
@@ -129,7 +131,7 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
     Raises:
         ArtifactError: if the report in the folder is malformed.
     """
-    report = read_report(init.folder)
+    report = read_report(init.folder / REPORT_FILE)
     try:
         return draw_plots(report)
     except MissingDependencyError as error:

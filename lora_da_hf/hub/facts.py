@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, FileEntry
 from lora_da_hf.artifacts.statistics_store import STATISTICS_PREFIX
 from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.strict_json import parse_json
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.markdown import clean
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LoRADAReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
     name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
     base_id = base_model or (name if name and _is_from_hub(name, revision) else None)
-    adapter = _read_json(init.folder / ADAPTER_CONFIG_FILE)
+    adapter = parse_json((init.folder / ADAPTER_CONFIG_FILE).read_bytes(), str(init.folder / ADAPTER_CONFIG_FILE))
     layers = manifest.layers.values()
     return CardFacts(
         base_id=base_id,
@@ -135,7 +134,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         config=_known_config(manifest.config),
         versions=manifest.versions,
         files=manifest.files,
-        report=read_report(init.folder),
+        report=read_report(init.folder / REPORT_FILE),
     )
 
 
@@ -176,97 +175,3 @@ def _known_config(values: dict[str, Any]) -> LoRADAConfig | None:
         return LoRADAConfig.from_dict(values)
     except ConfigError:  # of another version; the card then says so
         return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}). Fetch the initialisation again.") from error
-    if not isinstance(values, dict):
-        raise ArtifactError(f"{path} holds a {type(values).__name__}, not names and values. Fetch it again.")
-    return values  # pyright: ignore[reportUnknownVariableType]
-
-
-def read_report(folder: Path) -> LoRADAReport:
-    """Read the report of a stored initialisation, whose content may be anybody's.
-
-    Raises:
-        ArtifactError: if a value is missing, unknown or of another type.
-    """
-    path = folder / REPORT_FILE
-    values = _read_json(path)
-    try:
-        values["layers"] = [_checked(LayerReport(**layer), _LAYER_CHECKS) for layer in values["layers"]]
-        values["search"] = [(step, loss) for step, loss in values["search"]]
-        values["step_size_by_rank"] = {int(rank): step for rank, step in values["step_size_by_rank"].items()}
-        return _checked(LoRADAReport(**values), _REPORT_CHECKS)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a report of this version ({error}). Fetch it again.") from error
-
-
-def _is_number(value: Any) -> bool:
-    return _number(value) is not None
-
-
-def _is_number_or_none(value: Any) -> bool:
-    return value is None or _is_number(value)
-
-
-def _is_count(value: Any) -> bool:
-    return _count(value) is not None
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)  # pyright: ignore
-
-
-def _is_search(value: Sequence[tuple[Any, Any]]) -> bool:
-    return all(_is_number(step) and _is_number_or_none(loss) for step, loss in value)
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))  # pyright: ignore
-
-
-def _is_mapping_to(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))  # pyright: ignore
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_LAYER_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "name": _is_text,
-    "eigenvalues": _is_numbers,
-    "displacement_norm": _is_number,
-    "residual": _is_number,
-    "update_norm": _is_number,
-    "solver": _is_text,
-}
-_REPORT_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "num_search_samples": _is_count,
-    "num_unseen_samples": _is_count,
-    "batch_size": _is_count,
-    "loss_reduction": _is_text,
-    "step_size": _is_number_or_none,
-    "step_size_by_rank": _is_mapping_to(_is_number),
-    "search": _is_search,
-    "search_loss_before": _is_number_or_none,
-    "search_loss_after": _is_number_or_none,
-    "unseen_loss_before": _is_number_or_none,
-    "unseen_loss_after": _is_number_or_none,
-    "seconds": _is_mapping_to(_is_number),
-    "notes": _is_texts,
-}
-
-
-def _checked(record: Any, checks: dict[str, Callable[[Any], bool]]) -> Any:
-    wrong = [name for name, holds in checks.items() if not holds(getattr(record, name))]
-    if wrong:
-        raise ValueError(f"{type(record).__name__}.{wrong[0]} has another type or is not finite")
-    return dataclasses.replace(record)

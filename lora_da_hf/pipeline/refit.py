@@ -13,12 +13,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
-from lora_da_hf.artifacts.stored_report import load_report
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.save import package_versions
@@ -149,7 +149,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
         config=new,
         peft_config=peft_config,
         bases=dict(stored.bases),
-        reports={layer.name: layer for layer in load_report(stored).layers},
+        reports={layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, name) for name in stored.manifest.layers},
         notes=[],
@@ -302,7 +302,7 @@ def _replace_factors(refit: _Refit, tensors: dict[str, Tensor], name: str, step:
 
 def _new_report(refit: _Refit, step: float | None, output_dir: Path) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
-    old = load_report(refit.stored)
+    old = read_report(refit.stored.folder / REPORT_FILE)
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
         kept=dict(refit.manifest.kept),

@@ -12,9 +12,9 @@ from torch import nn
 
 from lora_da_hf.adapters.targets import Target, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
-from lora_da_hf.artifacts.stored_report import load_report
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
@@ -106,7 +106,7 @@ def apply_init(
     facts = base_model_facts(model)
     with ranks.together("reading of the initialisation"):
         stored, citation = _open(init, facts)
-        stored_report = load_report(stored)
+        stored_report = read_report(stored.folder / REPORT_FILE)
         given_step = step_size is not None or (config is not None and not config.searches_step)
         config = config_for_use(stored.manifest, config)
         if step_size is not None or (samples is not None and not given_step):

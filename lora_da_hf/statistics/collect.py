@@ -115,7 +115,7 @@ def collect(
 def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
     """Batch samples of similar length together: it saves padding, and the order does not matter.
 
-    No sample is padded by more than a quarter of its length, or 16 tokens, so a batch may be smaller than ``batch_size``.
+    No sample is padded by more than a quarter of its length, or 16 tokens, so a batch may be smaller than asked.
     """
     batches: list[list[Any]] = []
     for sample in sorted(samples, key=sample_length, reverse=True):

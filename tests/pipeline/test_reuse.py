@@ -1,6 +1,5 @@
 import dataclasses
 import importlib.util
-import json
 import logging
 import shutil
 from types import SimpleNamespace
@@ -28,9 +27,8 @@ import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.targets import was_initialized
 from lora_da_hf.adapters.write import write_factors
-from lora_da_hf.artifacts.schema import BASIS_FILE, REPORT_FILE
+from lora_da_hf.artifacts.schema import BASIS_FILE
 from lora_da_hf.artifacts.store import check_base_model, load_init
-from lora_da_hf.artifacts.stored_report import load_report
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ArtifactError,
@@ -439,26 +437,6 @@ def test_steps_that_make_no_sense_are_refused(stored_init, lora_model, steps):
     with pytest.raises(ArtifactError, match="makes no sense"):
         apply_init(model, with_manifest(stored_init, step_size_by_rank=steps))
     assert_same_tensors(adapter_weights(model), before)
-
-
-@pytest.mark.parametrize(
-    "changed", [{"eigenvalues": []}, {"displacement_norm": 1e999}, {"solver": 1}, {"name": "model.layers.7.q_proj"}]
-)
-def test_a_report_that_disagrees_with_the_manifest_is_refused(folder, changed):
-    stored = load_init(folder)
-    values = json.loads((folder / REPORT_FILE).read_text())
-    values["layers"][3].update(changed)
-    (folder / REPORT_FILE).write_text(json.dumps(values))
-    with pytest.raises(ArtifactError, match="and the manifest disagree on the layers"):
-        load_report(stored)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"layers": []}', '{"layers": [7]}'])
-def test_a_report_that_is_none_is_refused(folder, content):
-    stored = load_init(folder)
-    (folder / REPORT_FILE).write_text(content)
-    with pytest.raises(ArtifactError, match="is no report of an initialisation"):
-        load_report(stored)
 
 
 def test_a_stored_layer_of_other_widths_is_refused(stored_init, lora_model):
