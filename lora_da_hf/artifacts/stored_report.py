@@ -27,6 +27,8 @@ def read_report(path: Path) -> LoRADAReport:
     if not isinstance(entries, list):
         raise ArtifactError(f"{path} is not the report of an initialisation. Fetch it again.")
     layers: list[LayerReport] = [read_dataclass(LayerReport, entry, f"{path}: a layer") for entry in entries]
+    if not all(layer.eigenvalues for layer in layers):
+        raise ArtifactError(f"{path}: a layer has no eigenvalues. Fetch it again.")
     report: LoRADAReport = read_dataclass(LoRADAReport, {**values, "layers": layers}, str(path))
     return dataclasses.replace(
         report,

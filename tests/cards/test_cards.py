@@ -193,7 +193,9 @@ def test_hostile_names_stay_text(stored):
         kept={HOSTILE: HOSTILE},
         created=HOSTILE,
     )
-    report = make_report(layers, notes=[HOSTILE], loss_reduction=HOSTILE, seconds={HOSTILE: 1.0})
+    text = "".join(c for c in HOSTILE if c.isprintable() or c == "\n")  # others are refused when a report is read
+    names = [f"{name}{text}" for name in LAYERS]
+    report = make_report(names, notes=[text], loss_reduction=text, seconds={text.replace("\n", " "): 1.0})
     adapter = {"lora_alpha": HOSTILE, "task_type": HOSTILE, "use_rslora": HOSTILE}
     init = stored(manifest=manifest, report=report, adapter=adapter)
     card = render_card(init, license=None, datasets=[HOSTILE], hardware=HOSTILE, notes=[HOSTILE])
