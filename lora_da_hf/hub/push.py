@@ -117,8 +117,7 @@ def push_init(
             commit = api.create_commit(
                 repo_id,
                 [*_additions(files), *_deletions(head, files)],
-                commit_message=commit_message
-                or f"LoRA-DA initialisation for {stored.manifest.base_model['name_or_path']}",
+                commit_message=commit_message or _message(stored.manifest),
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=parent_commit or head.sha,
