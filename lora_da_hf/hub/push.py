@@ -144,7 +144,14 @@ def _base_facts(api: HfApi, manifest: Manifest) -> BaseFacts:
         return BaseFacts()
     try:
         info = api.model_info(name)
-    except (RepositoryNotFoundError, HFValidationError):
+    except RepositoryNotFoundError:
+        return BaseFacts()
+    except HFValidationError:
+        warnings.warn(
+            f"The base model is called {name!r}, which is no name on the Hub: it is published as it is, and nobody can "
+            "find the base by it. Load the base by its name on the Hub before you initialise.",
+            stacklevel=3,
+        )
         return BaseFacts()
     card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
     named = {key: card.get(key) for key in ("license", "license_name", "license_link")}
