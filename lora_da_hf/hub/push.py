@@ -117,8 +117,7 @@ def push_init(
             commit = api.create_commit(
                 repo_id,
                 [*_additions(files), *_deletions(head, files)],
-                commit_message=commit_message
-                or f"LoRA-DA initialisation for {stored.manifest.base_model['name_or_path']}",
+                commit_message=commit_message or _message(stored.manifest),
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=parent_commit or head.sha,
@@ -145,7 +144,14 @@ def _base_facts(api: HfApi, manifest: Manifest) -> BaseFacts:
         return BaseFacts()
     try:
         info = api.model_info(name)
-    except (RepositoryNotFoundError, HFValidationError):
+    except RepositoryNotFoundError:
+        return BaseFacts()
+    except HFValidationError:
+        warnings.warn(
+            f"The base model is called {name!r}, which is no name on the Hub: it is published as it is, and nobody can "
+            "find the base by it. Load the base by its name on the Hub before you initialise.",
+            stacklevel=3,
+        )
         return BaseFacts()
     card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
     named = {key: card.get(key) for key in ("license", "license_name", "license_link")}

@@ -25,7 +25,7 @@ STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
 FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
 TENSOR_FILES = [ADAPTER_FILE, BASIS_FILE, STATISTICS_FILE]
 LAYER = "model.layers.0.self_attn.q_proj"
-many = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=550, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
