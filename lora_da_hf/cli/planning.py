@@ -69,13 +69,14 @@ def workload(model: Any, config: LoRADAConfig, *, tokens: int) -> Any:
         )
         for leader, names in members.items()
     )
-    linear = [module for module in model.get_base_model().modules() if isinstance(module, (nn.Linear, Conv1D))]
-    adapters = {id(part) for module in model.modules() if isinstance(module, LoraLayer) for part in module.modules()}
-    own = {id(layer) for layer in layers.values()}
-    weights = [_width(m) for m in linear if id(m) in own or id(m) not in adapters]
+    linear = [
+        _width(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name
+    ]
     return plan.Workload(
         groups=groups,
-        weights=sum(d_in * d_out for d_in, d_out in weights),
+        weights=sum(d_in * d_out for d_in, d_out in linear),
         num_samples=config.num_samples,
         num_tokens=config.num_samples * tokens,
         itemsize=getattr(torch, config.accumulate_dtype).itemsize,
