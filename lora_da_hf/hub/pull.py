@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from lora_da_hf.artifacts.statistics_store import check_statistics
 from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
+from lora_da_hf.pipeline.refit import cut_init
 from lora_da_hf.pipeline.save import base_model_facts
 
 _CHECKED = "lora_da"
@@ -138,7 +138,7 @@ def pull_init(
             folder = mine or checked / commit
             _collect(source, manifest, path, folder, shutil.copyfile if mine else _link)
             if rank is not None:
-                folder = _cut(folder, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank)
+                folder = cut_init(folder, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank=rank)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 
@@ -210,8 +210,3 @@ def _link(cached: Path, target: Path) -> None:
         os.link(cached.resolve(), target)
     except OSError:
         shutil.copyfile(cached, target)
-
-
-def _cut(whole: Path, target: Path, rank: int) -> Path:
-    refit: Any = importlib.import_module("lora_da_hf.pipeline.refit")
-    return refit.cut_init(whole, target, rank=rank)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from lora_da_hf.artifacts.statistics_store import check_statistics
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import HubError
+from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
 from lora_da_hf.hub.client import check_tree, hub_errors, make_api
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
-_CARD = "README.md"
 _OWN_FILES = "lora_da_"
 _MAIN = "main"
 
@@ -189,13 +188,13 @@ def _init_files(stored: StoredInit) -> dict[str, Path]:
     return {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
 
 
-def _card_files(stored: StoredInit, extra: Path, card: str | None, **facts: str | None) -> dict[str, Path]:
+def _card_files(stored: StoredInit, extra: Path, card: str | None, **facts: Any) -> dict[str, Path]:
     """Write the card, and its plots if it is rendered here, into a folder of their own."""
+    plots: dict[str, bytes] = {}
     if card is None:
-        cards: Any = importlib.import_module("lora_da_hf.hub.cards")
-        contents: dict[str, bytes] = cards.make_card(stored, **facts)
-    else:
-        contents = {_CARD: card.encode("utf-8")}
+        plots = card_plots(stored)
+        card = render_card(stored, plots=plots, **facts)
+    contents = {CARD_FILE: card.encode("utf-8"), **plots}
     for name, content in contents.items():
         (extra / name).write_bytes(content)
     return {name: extra / name for name in contents}

@@ -98,7 +98,7 @@ def refit_init(
         step_size: How far step 0 goes, whatever the config says.
 
     Returns:
-        The new initialisation, read back with every check. Full statistics are copied if ``config.save_statistics``, and
+        The new initialisation, read back with every check. Statistics are copied if ``config.save_statistics``, and
         stay where they are without a config.
 
     Raises:
@@ -274,7 +274,7 @@ def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredIni
         output_dir,
         bases=refit.bases,
         save_adapter=save_adapter,
-        save_report=lambda path: report.save(path / REPORT_FILE),
+        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
         save_statistics=copy_statistics if refit.config.save_statistics else None,
         make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 from collections.abc import Iterator, Mapping
@@ -74,7 +75,7 @@ def save_init(
         folder,
         bases=bases,
         save_adapter=lambda path: save_adapter(model, path, scan.adapter_name),
-        save_report=lambda path: report.save(path / REPORT_FILE),
+        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
         save_statistics=(
             (lambda path: save_statistics(path, {n: statistics[n] for n in layers}, leaders)) if statistics else None
         ),

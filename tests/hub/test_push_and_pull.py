@@ -4,11 +4,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import make_tiny_llama
 from harness import assert_same_tensors, change_tensors, forge_manifest, written_adapter
 from huggingface_hub import HfApi
@@ -251,23 +250,16 @@ def test_a_base_that_the_hub_does_not_know_has_no_licence(push):
     assert push().private
 
 
-def test_the_card_is_rendered_with_what_the_hub_says_of_the_base(hub, push, monkeypatch):
+def test_the_card_is_rendered_with_what_the_hub_says_of_the_base(hub, push):
     make_base(hub, "license: other\nlicense_name: own\nlicense_link: https://example.org")
-    asked = {}
-
-    def make_card(init, **facts):
-        asked.update(facts)
-        return {"README.md": b"A card.", "spectra.png": b"\x89PNG"}
-
-    monkeypatch.setitem(sys.modules, "lora_da_hf.hub.cards", SimpleNamespace(make_card=make_card))
     commit = push(card=None).commit
-    assert {"README.md", "spectra.png"} <= set(hub.repos[REPO].commits[commit])
-    assert asked == {
-        "repo_id": REPO,
-        "license": "other",
-        "license_name": "own",
-        "license_link": "https://example.org",
-    }
+    files = hub.repos[REPO].commits[commit]
+    assert {"README.md", "guidance_spectra.png"} <= set(files)
+    card = files["README.md"].content.decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    named = {name: metadata[name] for name in ("license", "license_name", "license_link")}
+    assert named == {"license": "other", "license_name": "own", "license_link": "https://example.org"}
+    assert REPO in card
 
 
 def test_a_gated_base_is_warned_about(hub, push):
@@ -499,15 +491,13 @@ def test_a_rank_that_is_not_stored_is_refused_before_anything_large_is_fetched(h
     assert not hub.seen(server="storage")
 
 
-def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path, monkeypatch):
-    def cut_init(folder, output_dir, *, rank):
-        load_init(folder)
-        return Path(output_dir) / str(rank)
-
-    monkeypatch.setitem(sys.modules, "lora_da_hf.pipeline.refit", SimpleNamespace(cut_init=cut_init))
+def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path):
     commit = push().commit
-    assert pull(rank=2).folder.parts[-2:] == (f"{commit}-rank-2", "2")
-    assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine" / "2"
+    folder = pull(rank=2).folder
+    assert folder.name == f"{commit}-rank-2"
+    assert {layer.rank for layer in load_init(folder).manifest.layers.values()} == {2}
+    assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine"
+    assert load_init(tmp_path / "mine").manifest.step_size == load_init(folder).manifest.step_size
 
 
 def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, push, pull, tmp_path):

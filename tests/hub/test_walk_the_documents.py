@@ -1,8 +1,4 @@
-"""docs/sharing.md and the notebook that shares, as a whole, against the Hub of the tests.
-
-Not collected under this name. As ``test_walk_the_documents.py`` it needs the fixture ``hub_server``, an object with
-``endpoint`` and ``token``.
-"""
+"""docs/sharing.md and the notebook that shares, as a whole, against the Hub of the tests."""
 
 from pathlib import Path
 
@@ -11,6 +7,7 @@ from huggingface_hub import HfApi
 from walkthrough import MODEL, blocks_of_document, cells_of_notebook, make_model_folder, run_steps, write_sums
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+TOKEN = "hf_alice"  # which the Hub of the tests knows
 LOCAL_MODEL = "models/tiny"
 NAMES = f"""\
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
@@ -26,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def user(hub_server):
-    return HfApi(endpoint=hub_server.endpoint, token=hub_server.token).whoami()["name"]
+def user(hub):
+    return HfApi(endpoint=hub.endpoint, token=TOKEN).whoami()["name"]
 
 
 @pytest.fixture
-def environment(hub_server):
-    return {"HF_ENDPOINT": hub_server.endpoint, "HF_TOKEN": hub_server.token}
+def environment(hub):
+    return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
 
 
 def test_every_block_of_the_document_runs(user, environment, tmp_path):
