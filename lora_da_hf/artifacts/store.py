@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Mapping
@@ -32,6 +33,7 @@ from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
 _CHUNK = 1 << 20
 _PEFT_PREFIX = "base_model.model."
+_EXPERT = re.compile(r"\[\d+\]$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +203,23 @@ def _check_adapter(path: Path, manifest: Manifest) -> None:
     tensors = read_tensors(path, None)
     for name, layer in manifest.layers.items():
         shapes = {"lora_A": (layer.rank, layer.in_features), "lora_B": (layer.out_features, layer.rank)}
+        stored_in = _EXPERT.sub("", name)
         for factor, shape in shapes.items():
-            tensor = tensors.get(f"{_PEFT_PREFIX}{name}.{factor}.weight")
+            tensor = tensors.get(f"{_PEFT_PREFIX}{stored_in}.{factor}.weight")
+            if tensor is not None and stored_in != name:
+                tensor = _of_expert(tensor, factor, layer.rank, int(name[len(stored_in) + 1 : -1]))
             if tensor is None or tuple(tensor.shape) != shape:
                 found = "missing" if tensor is None else f"{list(tensor.shape)}"
                 raise ArtifactError(
                     f"{path}: {factor} of {name} is {found}, not {list(shape)} as the manifest says. Fetch it again."
                 )
+
+
+def _of_expert(tensor: Tensor, factor: str, rank: int, index: int) -> Tensor:
+    """Return one expert's part of the factor of all experts, which PEFT stores by rows of A and columns of B."""
+    if factor == "lora_A":
+        return tensor[index * rank : (index + 1) * rank]
+    return tensor[:, index :: max(tensor.shape[1] // rank, 1)]
 
 
 def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> None:
