@@ -14,6 +14,10 @@ CLASSES = 3
 PATCHES = 4
 IMAGE_TOKEN = 60
 PADDED = "the loss of two samples is neither the sum nor a mean of theirs"
+EXPERTS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+}
 ROUTER = "is a parameter and no linear layer"
 
 COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -232,6 +236,7 @@ FAMILIES = {
         config=lambda: tf.GPT2Config(
             **COMMON, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2
         ),
+        lora={"fan_in_fan_out": True},
     ),
     "GPT-NeoX (fused qkv)": Family(model=tf.GPTNeoXForCausalLM, config=_decoder(tf.GPTNeoXConfig)),
     "Falcon (fused qkv)": Family(
@@ -253,11 +258,13 @@ FAMILIES = {
     "Mixtral (experts)": Family(
         model=tf.MixtralForCausalLM,
         config=_decoder(tf.MixtralConfig, num_local_experts=4, num_experts_per_tok=2),
+        lora=EXPERTS,
         kept={"mlp.gate": ROUTER},
     ),
     "Qwen3-MoE (experts)": Family(
         model=tf.Qwen3MoeForCausalLM,
         config=_decoder(tf.Qwen3MoeConfig, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        lora=EXPERTS,
         kept={"mlp.gate": ROUTER},
     ),
     "T5": Family(
