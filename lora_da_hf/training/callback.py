@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -119,7 +120,7 @@ class LoRADACallback(TrainerCallback):
         if samples is None:
             raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
         self._note_unseen_loss(args)
-        with _no_averaging_over_devices(args):
+        with _no_averaging_over_devices(args), _trainers_metrics_kept(self.compute_loss):
             self.report = initialize_lora_da(
                 model,
                 samples,
@@ -216,6 +217,19 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
         return result
 
     return loss
+
+
+@contextmanager
+def _trainers_metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
+    """Put back the metrics that the losses of TRL's trainers write down at each call: this is no evaluation."""
+    metrics: Any = getattr(getattr(compute_loss, "__self__", None), "_metrics", None)
+    before = copy.deepcopy(metrics)
+    try:
+        yield
+    finally:
+        if isinstance(metrics, dict):
+            metrics.clear()  # pyright: ignore[reportUnknownMemberType]
+            metrics.update(before)  # pyright: ignore[reportUnknownMemberType]
 
 
 @contextmanager
