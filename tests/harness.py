@@ -56,6 +56,16 @@ def collate(samples):
     }
 
 
+def pad_left(samples):
+    """Pad on the left."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
+        for name, value in padding.items()
+    }
+
+
 def make_lora_config(**overrides):
     return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **overrides})
 
@@ -177,6 +187,8 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
             output_grad_second_moment_diag=g.square().mean(0),
         )
     for name in weights.keys() - layers.keys():
+        if _lora_layers(model)[name].get_base_layer().is_transposed:
+            grads[name] = grads[name].mT
         found |= {f"{name}[{index}]": Reference(weight_grad=grad) for index, grad in enumerate(grads[name])}
     return found
 

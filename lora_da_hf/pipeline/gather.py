@@ -67,7 +67,8 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
     job.report.notes += splits.notes
     if is_packed(first):
         job.report.notes.append(
-            "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its labels"
+            "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
+            "labels"
         )
     return splits, settings, shared
 

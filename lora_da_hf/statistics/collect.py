@@ -95,7 +95,8 @@ def collect(
         notes.append(f"run one sample at a time: {settings.reduction.reason}")
     if settings.reduction.kind == "batch":
         notes.append(
-            f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch size"
+            f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
+            "size"
         )
     while True:
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)

@@ -50,8 +50,10 @@ class LossReduction:
         """
         if tokens.num_samples == 1 and self.kind != "sum":
             return 1.0
-        if self.kind in ("sample_mean", "batch"):
+        if self.kind == "batch":
             return float(tokens.num_samples)
+        if self.kind == "sample_mean":  # whether samples without a label are in the mean is not known
+            return float(tokens.num_samples) if tokens.num_labelled == tokens.num_samples else None
         counts = tokens.label_counts
         if self.kind == "unknown" or counts is None:
             return None

@@ -54,7 +54,7 @@ def causal_samples(count):
     samples = []
     for _ in range(count):
         ids = _counting(generator)
-        prompt = generator.randint(0, 4)
+        prompt = generator.randint(1, 4)
         samples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + ids[prompt:]})
     return samples
 
@@ -266,6 +266,11 @@ FAMILIES = {
         config=_decoder(tf.Qwen3MoeConfig, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
         lora=EXPERTS,
         kept={"mlp.gate": ROUTER},
+    ),
+    "GPT-OSS (experts, transposed, with biases)": Family(
+        model=tf.GptOssForCausalLM,
+        config=_decoder(tf.GptOssConfig, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        lora={**EXPERTS, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     ),
     "T5": Family(
         model=tf.T5ForConditionalGeneration,

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from harness import pad_left
 from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
@@ -12,15 +13,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-
-
-def pad_left(samples):
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
-        for name, value in padding.items()
-    }
 
 
 def pad_far(samples):

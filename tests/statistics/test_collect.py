@@ -269,6 +269,7 @@ def tokens_with(counts):
         ("token_mean", [3, 3], 2.0),
         ("token_mean", [5], 1.0),
         ("sample_mean", [2, 4], 2.0),
+        ("sample_mean", [0, 4], None),
         ("batch", [2, 4], 2.0),
         ("even_mean", [3, 3], 2.0),
         ("even_mean", [2, 4], None),

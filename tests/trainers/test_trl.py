@@ -206,7 +206,7 @@ def test_a_reward_model(tmp_path):
 
 
 def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):
-    """The pass runs the trainer's loss in evaluation mode, where TRL averages what it writes down until it is logged."""
+    """The pass runs the loss in evaluation mode, where TRL averages what it writes down until it is logged."""
     logged = []
     for number, with_loss in enumerate((False, True)):
         callback = make_callback()

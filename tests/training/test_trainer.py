@@ -410,6 +410,7 @@ class RunsOutOfMemory(LoRADATrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+@pytest.mark.support("Trainers", "`auto_find_batch_size`", "the initialisation is kept when training starts over")
 def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisation(
     tmp_path, lora_model, samples, count_initializations
 ):
@@ -623,6 +624,9 @@ def make_stream(kind, samples):
     return Stream(samples) if kind == "torch" else IterableDataset.from_generator(lambda: iter(samples))
 
 
+@pytest.mark.support(
+    "Trainers", "Streams (`IterableDataset`)", "samples are read from the head; `population_size` has to be given"
+)
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, lora_model, samples, kind):
     config = make_config(population_size=1000, step_size=0.01)

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.pipeline.save import base_model_facts
 
 SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
 EXPERT_LAYERS = 2 * 2 * 4
@@ -85,3 +86,10 @@ def test_step_zero_of_experts_is_that_of_the_search(tmp_path):
     tried = dict(report.search)
     assert report.search_loss_after == pytest.approx(tried[report.step_size], rel=1e-4)
     assert report.search_loss_after < report.search_loss_before
+
+
+def test_the_fingerprint_of_the_base_does_not_see_the_adapters_of_experts():
+    expected = base_model_facts(FAMILIES["Mixtral (experts)"].make_model())["weights_sha256"]
+    assert base_model_facts(make_mixtral())["weights_sha256"] == expected
+    few = make_mixtral(target_parameters=["experts.down_proj"])
+    assert base_model_facts(few)["weights_sha256"] == expected
