@@ -12,18 +12,18 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "support.md"
 TESTS = ("tests/families", "tests/losses", "tests/trainers", "tests/variants", "tests/training")
 SECTIONS = {
-    "Families": """Each is initialised with the trainer that is named, trained three steps, saved, and loaded again to the
-same logits. Its statistics are compared with autograd's gradients and, where a layer can be hooked, with moments taken one
-sample at a time. Linear layers are targeted, and the parameters of experts.""",
+    "Families": """Each is initialised with the trainer that is named, trained three steps, saved, and loaded again to
+the same logits. Its statistics are compared with autograd's gradients and, where a layer can be hooked, with moments
+taken one sample at a time. Linear layers are targeted, and the parameters of experts.""",
     "Losses": "What the statistics of a batch are made of. Each is compared with one sample at a time.",
     "Trainers": "",
     "PEFT": "",
 }
 INTRODUCTION = """# What is supported
 
-Every row is a test on a small model with random weights, which fails if an adapter was left at PEFT's default in silence.
-`python scripts/support_table.py` writes this page from the marks of the tests, and a test compares the two. Layers that
-keep PEFT's own initialisation are listed in the report of the run.
+Every row is a test on a small model with random weights, which fails if an adapter was left at PEFT's default in
+silence. `python scripts/support_table.py` writes this page from the marks of the tests, and a test compares the two.
+Layers that keep PEFT's own initialisation are listed in the report of the run.
 """
 
 
@@ -59,7 +59,7 @@ def table(rows: dict[tuple[str, str], tuple[str, str]]) -> str:
         parts.append(f"## {section}\n")
         parts += [f"{text}\n"] if text else []
         lines = [f"| {what} | {remark} | `{test}` |" for (s, what), (remark, test) in rows.items() if s == section]
-        parts.append("\n".join(["| | | test |", "|---|---|---|", *lines]) + "\n")
+        parts.append("\n".join(["| what | how | test |", "|---|---|---|", *lines]) + "\n")
     return "\n".join(parts)
 
 

@@ -98,11 +98,12 @@ def collect(
             f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
             "size"
         )
+    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
     while True:
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
         done = 0
         try:
-            for batch_samples in _batches(samples, batch_size):
+            for batch_samples in make_batches(samples, batch_size):
                 _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)
                 done += len(batch_samples)
                 on_samples(len(batch_samples))
@@ -120,11 +121,16 @@ def collect(
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples of similar length together, in batches of nearly equal size: it saves padding."""
+    """Batch samples of similar length together: it saves padding, and the order does not matter."""
     ordered = sorted(samples, key=sample_length, reverse=True)
-    number = -(-len(ordered) // batch_size)
-    ends = [len(ordered) * k // number for k in range(number + 1)] if number else [0]
-    return [ordered[start:end] for start, end in itertools.pairwise(ends)]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _whole_batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """Batch samples for a loss that needs them together: none is left alone."""
+    number = -(-len(samples) // batch_size)
+    ends = [len(samples) * k // number for k in range(number + 1)] if number else [0]
+    return [list(samples[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def sample_length(sample: Any) -> int:
@@ -227,8 +233,9 @@ def evaluate_loss(
     """
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
+    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
     with torch.no_grad(), without_checkpointing(model):
-        for batch_samples in _batches(samples, 1 if single else batch_size):
+        for batch_samples in make_batches(samples, 1 if single else batch_size):
             batch = collate(batch_samples)
             tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=len(batch_samples))
             if tokens.num_labelled == 0:

@@ -110,8 +110,8 @@ def find_reduction(
         divides = _close(halved * 2, sums[1], _tolerance(seen))
         if divides and counts is not None and _close(sums[1] + sums[2], sums[0], _tolerance(seen)):
             return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
-        losses = [compute(model, batch, None).double().item() for batch in batches]
-    return _mean_of(*losses, counts, _tolerance(seen))
+        whole, first, second = (compute(model, batch, None).double().item() for batch in batches)
+    return _mean_of(whole, first, second, counts, _tolerance(seen))
 
 
 def _pair(

@@ -221,8 +221,19 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
 
 @contextmanager
 def _trainers_metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
-    """Put back the metrics that the losses of TRL's trainers write down at each call: this is no evaluation."""
+    """Put back the metrics that the losses of TRL's trainers write down at each call: this is no evaluation.
+
+    Raises:
+        UnsupportedSetupError: in several processes, from all of which those losses gather their metrics at each call.
+    """
     metrics: Any = getattr(getattr(compute_loss, "__self__", None), "_metrics", None)
+    if isinstance(metrics, dict) and Ranks.current().size > 1:
+        raise UnsupportedSetupError(
+            f"The loss of a {type(getattr(compute_loss, '__self__', None)).__name__} gathers metrics from all "
+            "processes at each call, and they call it different numbers of times here, so they would wait for each "
+            "other for ever. Leave the callback's compute_loss unset if the model's own loss will do (SFT), or "
+            "initialise in one process."
+        )
     before = copy.deepcopy(metrics)
     try:
         yield

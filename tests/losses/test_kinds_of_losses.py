@@ -133,8 +133,7 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     assert report.loss_reduction.startswith("batch (measured: samples have a loss together and none alone")
     assert report.batch_size == 4
     assert "the loss is one of 4 samples together and cannot be split" in " ".join(report.notes)
-    batches = sorted(samples[:16], key=lambda sample: len(sample["input_ids"]), reverse=True)
-    groups = [batches[start : start + 4] for start in range(0, 16, 4)]
+    groups = [samples[start : start + 4] for start in range(0, 16, 4)]
     expected = autograd_statistics(
         only_the_encoder(),
         groups,
@@ -143,6 +142,19 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     )
     for name, layer in statistics.items():
         torch.testing.assert_close(layer.weight_grad.double(), expected[name].weight_grad, rtol=1e-3, atol=1e-5)
+
+
+def test_no_sample_is_left_alone_with_a_contrastive_loss(tmp_path):
+    sizes = []
+
+    def watched(model, batch, num_items):
+        if torch.is_grad_enabled():
+            sizes.append(len(batch["input_ids"]))
+        return contrastive(model, batch, num_items)
+
+    settings = {"num_samples": 9, "search_samples": 8}
+    statistics_of(tmp_path, only_the_encoder(), classification_samples(64), compute_loss=watched, **settings)
+    assert sizes == [3, 3, 3]
 
 
 @pytest.mark.support(

@@ -1,5 +1,7 @@
 """Ways to run a trainer that people use: compiled, in half precision, searched over, with and without our class."""
 
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -91,34 +93,45 @@ def test_a_compiled_run_starts_where_another_does(tmp_path, lora_model, samples,
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
 
 
-class RatesInTurn(HyperParamSearchBackendBase):
-    """A search over two learning rates, one trial each. It stands in for W&B's, whose trials are plain settings."""
+class Trial:
+    """As much of optuna's trials as Trainer looks at."""
 
-    name = "rates_in_turn"
+    def __init__(self, number, params):
+        self.number, self.params = number, params
+
+
+class RatesInTurn(HyperParamSearchBackendBase):
+    """A search over two learning rates, one trial each, in the place of optuna's."""
+
+    name = "optuna"
     rates = (1e-3, 1e-2)
 
     @staticmethod
     def is_available():
         return True
 
-    def default_hp_space(self, trial):
-        return trial
-
     def run(self, trainer, n_trials, direction, **kwargs):
         losses = []
-        for rate in self.rates:
-            trainer.train(trial={"learning_rate": rate})
+        for number, rate in enumerate(self.rates):
+            trainer.train(trial=Trial(number, {"learning_rate": rate}))
             losses.append(trainer.evaluate()["eval_loss"])
         best = min(range(len(losses)), key=losses.__getitem__)
         return BestRun(str(best), losses[best], {"learning_rate": self.rates[best]})
 
 
+@pytest.fixture
+def search_backend(monkeypatch):
+    optuna = types.SimpleNamespace(trial=types.SimpleNamespace(BaseTrial=Trial))
+    monkeypatch.setitem(sys.modules, "optuna", optuna)
+    monkeypatch.setattr(integration_utils, "is_optuna_available", lambda: True)
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, "optuna", RatesInTurn)
+
+
 @pytest.mark.support(
     "Trainers", "`hyperparameter_search`", "each trial's new model is initialised anew, from the same samples"
 )
-def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, samples, monkeypatch):
-    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
-    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, "wandb", RatesInTurn)
+@pytest.mark.usefixtures("search_backend")
+def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, samples):
     starts, models = [], []
 
     class Watching(LoRADATrainer):
@@ -136,7 +149,7 @@ def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, sample
         peft_config=make_lora_config(),
         da_config=make_config(),
     )
-    best = trainer.hyperparameter_search(hp_space=lambda trial: trial, n_trials=2, backend="wandb")
+    best = trainer.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
     assert best.hyperparameters == {"learning_rate": 1e-2}
     assert len(starts) == 2
     assert models[0] is not models[1]

@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from lora_da_hf import LoRADACallback
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import UnsupportedSetupError
 
 trl = pytest.importorskip("trl")
 
@@ -203,6 +205,16 @@ def test_a_reward_model(tmp_path):
     assert report.batch_size == 4
     assert report.search_loss_after < report.search_loss_before
     assert not trainer._metrics["eval"]
+
+
+def test_a_loss_that_gathers_from_all_processes_is_refused_in_several(tmp_path, lora_model, monkeypatch):
+    callback = make_callback()
+    trainer = make_dpo(tmp_path, lora_model(), callback)
+    callback.compute_loss = trainer.compute_loss
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
+    loader = trainer.get_train_dataloader()
+    with pytest.raises(UnsupportedSetupError, match="The loss of a DPOTrainer gathers metrics from all processes"):
+        callback.on_train_begin(trainer.args, trainer.state, None, model=trainer.model, train_dataloader=loader)
 
 
 def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):

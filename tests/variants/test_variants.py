@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families.zoo import FAMILIES
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.samples import pad_samples
 
 
 def row(what, remark, *values):
@@ -35,7 +37,7 @@ def train(folder, model, samples, steps=3, **settings):
         model=model,
         args=make_args(folder, max_steps=steps),
         train_dataset=samples,
-        data_collator=collate,
+        data_collator=settings.pop("data_collator", collate),
         da_config=settings.pop("da_config", make_config()),
         **settings,
     )
@@ -185,13 +187,28 @@ def test_the_output_head_as_a_target(tmp_path, tiny_llama, tied):
     assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report)
 
 
-@pytest.mark.support("PEFT", "Embeddings, convolutions, routers", "keep PEFT's own initialisation and are listed")
-def test_embeddings_are_listed(tmp_path, lora_model):
-    samples = make_learnable_samples(24)
-    lora = {"target_modules": ["embed_tokens", "v_proj"]}
-    trainer = train(tmp_path, lora_model(**lora), samples)
-    assert trainer.lora_da_report.kept == {"model.embed_tokens": "Embedding is not a linear layer"}
-    assert_initialized(tmp_path / "lora_da", lora_model(**lora), trainer.lora_da_report, kept=["embed_tokens"])
+LISTED = {
+    "Embeddings": ("Llama", ["embed_tokens", "v_proj"], "model.embed_tokens", "Embedding is not a linear layer"),
+    "Convolutions": (
+        "ViT (images)",
+        ["projection", "v_proj"],
+        "vit.embeddings.patch_embeddings.projection",
+        "Conv2d is not a linear layer",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "target_modules", "name", "reason"),
+    [row(what, "keep PEFT's own initialisation and are listed", *values) for what, values in LISTED.items()],
+)
+def test_what_is_no_linear_layer_is_listed(tmp_path, family, target_modules, name, reason):
+    def make():
+        return get_peft_model(FAMILIES[family].make_model(), make_lora_config(target_modules=target_modules))
+
+    trainer = train(tmp_path, make(), FAMILIES[family].samples(24), data_collator=pad_samples)
+    assert trainer.lora_da_report.kept == {name: reason}
+    assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report, kept=[name])
 
 
 @pytest.mark.support("PEFT", "Two adapters on one model", "the active one is initialised, the other stays")
