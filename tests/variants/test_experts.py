@@ -8,6 +8,7 @@ from harness import make_lora_config as lora_config
 from peft import get_peft_model
 
 from lora_da_hf import initialize_lora_da
+from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.pipeline.save import base_model_facts
@@ -93,3 +94,26 @@ def test_the_fingerprint_of_the_base_does_not_see_the_adapters_of_experts():
     assert base_model_facts(make_mixtral())["weights_sha256"] == expected
     few = make_mixtral(target_parameters=["experts.down_proj"])
     assert base_model_facts(few)["weights_sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda layer: setattr(layer, "_did_swap_in_out_features", False),
+            "is given by PEFT to the side of its outputs",
+        ),
+        (lambda layer: setattr(layer.get_base_layer(), "_is_expert_parallel", True), "is run in a way"),
+        (
+            lambda layer: setattr(layer.get_base_layer(), "has_gate", False),
+            "is not run by transformers' experts interface",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_run_one_by_one_are_listed(change, reason):
+    model = make_mixtral()
+    inner = model.get_base_model().model.layers[0].mlp.experts.base_layer  # that of gate_up_proj
+    change(inner)
+    kept = find_targets(model).kept
+    assert reason in kept["model.layers.0.mlp.experts.base_layer"]
+    assert "model.layers.1.mlp.experts.base_layer" not in kept
