@@ -54,8 +54,9 @@ def _random_state(seed: int) -> Generator[None]:
 def _frozen_parameters(model: nn.Module) -> Generator[None]:
     """Freeze everything; a loss that switches adapters on and off thaws them, so gradients are put back as well."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    for parameter in model.parameters():
+    for parameter, _, _ in before:
         parameter.requires_grad_(False)
+        parameter.grad = None  # one that is added to in place could not be put back
     try:
         yield
     finally:
