@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
 
 
@@ -18,13 +19,14 @@ def adapters_off(targets: Sequence[Target]) -> Generator[None]:
     """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time.
 
     No adapter is active meanwhile, which is not the same as disabled adapters: a loss that disables them to ask the
-    base model, or switches to another one, still can.
+    base model, or switches to another one, still can. Experts are run one by one.
     """
     before = [(target.layer, target.layer._active_adapter) for target in targets]
     try:
         for layer, _ in before:
             layer._active_adapter = []  # set_adapter() would touch requires_grad too
-        yield
+        with experts_apart(targets):
+            yield
     finally:
         for layer, active in before:
             layer._active_adapter = active

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.adapters.write import read_factors, write_factors
@@ -132,7 +131,7 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     try:
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
-            with adapters_off(job.scan.targets), experts_apart(job.scan.targets):
+            with adapters_off(job.scan.targets):
                 splits, settings, shared = probe(job, splits)
                 result, shared = gather_statistics(job, splits, settings, shared)
                 solved = solve(job, result, shared, splits.population_size)
