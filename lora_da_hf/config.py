@@ -92,10 +92,11 @@ class LoRADAConfig:
         "attention",
         "Tokens that the two second moments count: all that are attended to, or only those that predict a label.",
     )
-    loss_reduction: Literal["auto", "token_mean", "sample_mean"] = _setting(
+    loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = _setting(
         "auto",
-        "How the loss of a batch comes from its samples. auto: measured; a loss whose normaliser cannot be found is "
-        "run one sample at a time. token_mean, sample_mean: your word that it is a mean over labels, or samples.",
+        "How the loss of a batch comes from its samples. auto: measured; a loss that is no sum or mean is run one "
+        "sample at a time. token_mean, sample_mean: your word that it is a mean over labels, or samples. batch: a loss "
+        "that needs the samples together (contrastive), so the statistics depend on the batch size.",
     )
     accumulate_dtype: Literal["float32", "float64"] = _setting("float32", "Precision that statistics are summed in.")
 

@@ -54,7 +54,12 @@ def shifts_labels(model: nn.Module) -> bool:
         causal = isinstance(base, PreTrainedModel) and base.can_generate()
     else:
         causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
-    return causal and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return causal and not is_encoder_decoder(model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether a decoder reads the labels as a sequence of its own."""
+    return bool(getattr(getattr(base_model_of(model), "config", None), "is_encoder_decoder", False))
 
 
 def max_sample_length(model: nn.Module) -> int | None:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, parse_manifest
@@ -60,6 +62,16 @@ def collate(samples):
     }
 
 
+def pad_left(samples):
+    """Pad on the left."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
+        for name, value in padding.items()
+    }
+
+
 def make_lora_config(**overrides):
     return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **overrides})
 
@@ -68,7 +80,7 @@ def make_config(**overrides):
     return LoRADAConfig(**{"num_samples": 12, "search_samples": 4, **overrides})
 
 
-def make_args(folder, **overrides):
+def make_args(folder, kind=TrainingArguments, **overrides):
     settings = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -80,7 +92,7 @@ def make_args(folder, **overrides):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**{**settings, **overrides})
+    return kind(**{**settings, **overrides})
 
 
 BASE_NAME = "org/base"
@@ -138,76 +150,91 @@ def factors(state, which):
     return {name: tensor for name, tensor in state.items() if f"lora_{which}" in name}
 
 
-def base_linear_layers(model):
-    """Return the linear layers of the base model that carry adapters, by the base model's names."""
+def _lora_layers(model):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {
-        name: module.base_layer if hasattr(module, "base_layer") else module
-        for name, module in base.named_modules()
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
-    }
+    return {n: m for n, m in base.named_modules() if hasattr(m, "base_layer") and hasattr(m, "lora_A")}
+
+
+def base_linear_layers(model):
+    """Return the layers of the base model that carry adapters, by the base model's names."""
+    return {name: module.base_layer for name, module in _lora_layers(model).items()}
 
 
 @dataclass
 class Reference:
-    """Statistics of a layer computed one sample at a time by plain autograd."""
+    """Statistics of a layer computed one sample at a time by plain autograd; experts have the gradient alone."""
 
-    input_second_moment: torch.Tensor
-    output_grad_second_moment_diag: torch.Tensor
     weight_grad: torch.Tensor
+    input_second_moment: torch.Tensor | None = None
+    output_grad_second_moment_diag: torch.Tensor | None = None
 
 
-def autograd_statistics(model, samples, loss_of):
+def autograd_statistics(model, samples, loss_of, collate=collate):
     """Compute the statistics of every layer from autograd's own gradients.
 
     Args:
         model: A PEFT model whose adapter is a no-op.
         samples: Samples.
         loss_of: Maps the model and the batch of one sample to that sample's mean loss.
+        collate: Makes batches.
     """
-    layers = base_linear_layers(model)
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers = {n: m for n, m in base_linear_layers(model).items() if isinstance(m, torch.nn.Linear | Conv1D)}
+    weights = {**{name: layer.weight for name, layer in layers.items()}, **_expert_weights(model)}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mode = model.training
     model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    weights = {name: layer.weight.requires_grad_(True) for name, layer in layers.items()}
-    inputs, outputs = {}, {}
+    calls = []
 
     def keep(name):
         def hook(_, args, output):
-            inputs[name] = args[0].detach()
-            outputs[name] = output
             output.retain_grad()
+            calls.append((name, args[0].detach(), output))
+            return output.clone()  # what comes next may change it in place
 
         return hook
 
     handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
-    sums = {name: [0.0, 0.0, 0.0] for name in layers}
-    tokens = 0
+    rows = {name: ([], []) for name in layers}
     try:
-        for sample in samples:
-            loss_of(model, collate([sample])).backward()
-            tokens += len(sample["input_ids"])
-            for name, (moment, squares, grad) in sums.items():
-                x = inputs[name][0].double()
-                g = outputs[name].grad[0].double()
-                sums[name] = [moment + x.T @ x, squares + g.square().sum(0), grad + weights[name].grad.double()]
-                weights[name].grad = None
+        with model.disable_adapter():
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            for sample in samples:
+                loss_of(model, collate([sample])).backward()
+                for name, x, y in calls:
+                    if y.grad is not None:
+                        rows[name][0].append(x.reshape(-1, x.shape[-1]).double())
+                        rows[name][1].append(y.grad.reshape(-1, y.shape[-1]).double())
+                calls.clear()
+        grads = {name: weight.grad.double() / len(samples) for name, weight in weights.items()}
     finally:
         for handle in handles:
             handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
         model.train(mode)
-    return {
-        name: Reference(
-            input_second_moment=moment / tokens,
-            output_grad_second_moment_diag=squares / tokens,
-            weight_grad=grad / len(samples),
+    found = {}
+    for name, layer in layers.items():
+        x, g = (torch.cat(parts) for parts in rows[name])
+        found[name] = Reference(
+            weight_grad=grads[name].mT if isinstance(layer, Conv1D) else grads[name],
+            input_second_moment=x.mT @ x / len(x),
+            output_grad_second_moment_diag=g.square().mean(0),
         )
-        for name, (moment, squares, grad) in sums.items()
-    }
+    for name in weights.keys() - layers.keys():
+        if _lora_layers(model)[name].get_base_layer().is_transposed:
+            grads[name] = grads[name].mT
+        found |= {f"{name}[{index}]": Reference(weight_grad=grad) for index, grad in enumerate(grads[name])}
+    return found
+
+
+def _expert_weights(model):
+    """Return the parameters of all experts that carry adapters, by the names that PEFT's layers have."""
+    wrappers = {name: module for name, module in _lora_layers(model).items() if isinstance(module, ParamWrapper)}
+    return {name: module.get_param() for name, module in wrappers.items() if module.get_param().dim() == 3}
 
 
 def relative_error(found, expected):
@@ -215,12 +242,13 @@ def relative_error(found, expected):
 
 
 def assert_statistics_equal(found, expected, tolerance):
-    """Compare statistics by layer: relative, in the Frobenius norm."""
+    """Compare statistics by layer: relative, in the Frobenius norm. What the reference does not know is left out."""
     assert set(found) == set(expected)
     fields = ("input_second_moment", "output_grad_second_moment_diag", "weight_grad")
     errors = {
         (name, field): relative_error(getattr(found[name], field), getattr(expected[name], field))
         for name, field in itertools.product(expected, fields)
+        if getattr(expected[name], field) is not None
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
@@ -294,3 +322,41 @@ def assert_updates_equal(found, expected, tolerance=1e-6):
     errors = {name: relative_error(found[name], torch.from_numpy(expected[name])) for name in expected}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.2e}"
+def lora_layer_names(model):
+    """Return the name of every LoRA layer, an expert being one."""
+    experts = _expert_weights(model)
+    single = [name for name in _lora_layers(model) if name not in experts]
+    return {*single, *(f"{name}[{index}]" for name, weight in experts.items() for index in range(len(weight)))}
+
+
+def assert_initialized(folder, model, report, kept=()):
+    """Check that no layer was left at PEFT's default in silence.
+
+    Rows of A are orthogonal and of one norm after LoRA-DA, which random ones are not, and B is not zero.
+
+    Args:
+        folder: Where the initialisation was written.
+        model: The model with the adapter.
+        report: Its report.
+        kept: Endings of the names of layers that are expected to keep PEFT's own initialisation.
+    """
+    done = {layer.name for layer in report.layers}
+    assert done | set(report.kept) == lora_layer_names(model)
+    assert not done & set(report.kept)
+    assert all(name.endswith(tuple(kept)) for name in report.kept), report.kept
+    assert report.step_size > 0
+    state = written_adapter(folder)
+    for layer in report.layers:
+        lora_A, lora_B = written_factors(state, layer.name, layer.rank)
+        torch.testing.assert_close(3 * lora_A @ lora_A.mT, torch.eye(layer.rank), atol=1e-4, rtol=0)
+        assert lora_B.any(), layer.name
+
+
+def written_factors(state, name, rank):
+    """Return A and B of one layer of a stored adapter."""
+    stored_in, bracket, index = name.rstrip("]").partition("[")
+    lora_A, lora_B = (state[f"base_model.model.{stored_in}.lora_{which}.weight"] for which in "AB")
+    if bracket:
+        first, count = int(index) * rank, lora_A.shape[0] // rank
+        return lora_A[first : first + rank], lora_B[:, int(index) :: count]
+    return lora_A, lora_B

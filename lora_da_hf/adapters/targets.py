@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
 
 
@@ -26,6 +31,10 @@ class Target:
         peft_scaling: What PEFT multiplies ``B A`` with.
         in_features: d_in.
         out_features: d_out.
+        lora_A: ``[r, d_in]``.
+        lora_B: ``[d_out, r]``.
+        adapter_name: The adapter that the factors belong to.
+        magnitude: DoRA's magnitude of the layer; None: it has none.
     """
 
     name: str
@@ -35,13 +44,20 @@ class Target:
     peft_scaling: float
     in_features: int
     out_features: int
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: Tensor
+    lora_B: Tensor
+    adapter_name: str
+    magnitude: DoraLinearLayer | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the adapter, and with it the layer's statistics, live."""
         return self.lora_A.device
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it is an expert, which not every token goes through."""
+        return isinstance(self.base_layer, ExpertLinear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +129,12 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
         if reason:
             kept[name] = reason
             continue
-        target = _target(name, layer, adapter_name)
-        if target.rank > target.in_features:
-            kept[name] = f"rank {target.rank} is above its input size {target.in_features}"
-        else:
-            targets.append(target)
+        found = _expert_targets(name, layer, adapter_name) or [_target(name, layer, adapter_name)]
+        for target in found:
+            if target.rank > target.in_features:
+                kept[target.name] = f"rank {target.rank} is above its input size {target.in_features}"
+            else:
+                targets.append(_checked(target))
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
@@ -133,7 +150,9 @@ def base_name(full_name: str) -> str:
 def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
     base = layer.get_base_layer()
     variant: Any = layer.lora_variant.get(adapter_name)
-    if variant is not None:
+    if isinstance(layer, ParamWrapper):
+        return why_not_apart(layer)
+    if variant is not None and not _is_dora(layer, adapter_name):
         return f"its LoRA variant {type(variant).__name__} is not initialised from data"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
         return f"{type(base).__name__} is not a linear layer"
@@ -148,20 +167,42 @@ def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
     )
 
 
+def _is_dora(layer: LoraLayer, adapter_name: str) -> bool:
+    return type(layer.lora_variant.get(adapter_name)) is DoraLinearVariant
+
+
 def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
     factors: Any = layer
-    widths: Any = (layer.in_features, layer.out_features)
-    target = Target(
+    return Target(
         name=name,
         layer=layer,
         base_layer=layer.get_base_layer(),
         rank=layer.r[adapter_name],
         peft_scaling=layer.scaling[adapter_name],
-        in_features=widths[0],
-        out_features=widths[1],
+        in_features=factors.in_features,
+        out_features=factors.out_features,
         lora_A=factors.lora_A[adapter_name].weight,
         lora_B=factors.lora_B[adapter_name].weight,
+        adapter_name=adapter_name,
+        magnitude=factors.lora_magnitude_vector[adapter_name] if _is_dora(layer, adapter_name) else None,
     )
+
+
+def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Target]:
+    """Return a target for each expert of a layer of ``target_parameters``, named ``<layer>[<expert>]``."""
+    if not isinstance(layer, ParamWrapper):
+        return []
+    whole = _target(name, layer, adapter_name)
+    targets: list[Target] = []
+    for index in range(layer.num_experts):
+        lora_A, lora_B = expert_factors(layer, adapter_name, index)
+        base_layer = ExpertLinear(whole.base_layer, layer.parameter_name, index)
+        named = f"{name}[{index}]"
+        targets.append(dataclasses.replace(whole, name=named, base_layer=base_layer, lora_A=lora_A, lora_B=lora_B))
+    return targets
+
+
+def _checked(target: Target) -> Target:
     weights = {
         "its weight": getattr(target.base_layer, "weight", None),
         "lora_A": target.lora_A,
@@ -170,17 +211,17 @@ def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:
     for what, weight in weights.items():
         if weight is not None and weight.device.type == "meta":
             raise TargetError(
-                f"{name}: {what} is on the meta device, so it has no values. Load the model's weights (without "
+                f"{target.name}: {what} is on the meta device, so it has no values. Load the model's weights (without "
                 "offloading layers to the CPU or the disk) before the "
                 "initialisation, and make the adapter without low_cpu_mem_usage=True."
             )
     if _is_packed(target.base_layer):
         raise UnsupportedLayerError(
-            f"{name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the model "
-            "ran in evaluation mode before. Load it again, and initialise before any evaluation."
+            f"{target.name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the "
+            "model ran in evaluation mode before. Load it again, and initialise before any evaluation."
         )
-    if layer.merged:
-        raise TargetError(f"{name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
+    if target.layer.merged:
+        raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
     return target
 
 

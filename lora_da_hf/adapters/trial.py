@@ -10,20 +10,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
 
 
 @contextlib.contextmanager
 def adapters_off(targets: Sequence[Target]) -> Generator[None]:
-    """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time."""
-    before = [(target.layer, target.layer._disable_adapters) for target in targets]
+    """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time.
+
+    No adapter is active meanwhile, which is not the same as disabled adapters: a loss that disables them to ask the
+    base model, or switches to another one, still can. Experts are run one by one.
+    """
+    before = [(target.layer, target.layer._active_adapter) for target in targets]
     try:
         for layer, _ in before:
-            layer._disable_adapters = True  # enable_adapters() would touch requires_grad too
-        yield
+            layer._active_adapter = []  # set_adapter() would touch requires_grad too
+        with experts_apart(targets):
+            yield
     finally:
-        for layer, disabled in before:
-            layer._disable_adapters = disabled
+        for layer, active in before:
+            layer._active_adapter = active
 
 
 class TrialAdapters:
@@ -31,7 +37,8 @@ class TrialAdapters:
 
     The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. One forward pass costs
     what a pass with the adapter costs; changing the step or the rank costs nothing, and no parameter is touched,
-    however it is partitioned.
+    however it is partitioned. Passes with the adapters disabled or another one active, as reference models make them,
+    are left alone.
 
     Attributes:
         step_size: The step being tried.
@@ -67,7 +74,7 @@ class TrialAdapters:
         basis_A, basis_B = self._bases[target.name]
 
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if self.step_size == 0.0:
+            if self.step_size == 0.0 or _asks_another_model(target):
                 return output
             layer_input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             rank = min(self.rank or target.rank, basis_A.shape[0])
@@ -75,3 +82,8 @@ class TrialAdapters:
             return (output + offset * self.step_size).to(output.dtype)
 
         return on_forward
+
+
+def _asks_another_model(target: Target) -> bool:
+    """Tell whether the pass is one without this adapter: of the base, or of another adapter."""
+    return target.layer.disable_adapters or any(name != target.adapter_name for name in target.layer.active_adapters)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from lora_da_hf.adapters.targets import Target
@@ -11,6 +13,8 @@ from lora_da_hf.errors import WriteError
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     """Overwrite A and B of one layer in place: the Parameter objects stay, so an optimizer keeps its references.
+
+    The magnitude of a DoRA layer follows, so that its output is that of ``W + scaling * B A``.
 
     Args:
         target: The layer.
@@ -34,6 +38,16 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
                 f"{target.name}: {what} reads back differently from what was written, or is not finite in "
                 f"{parameter.dtype}. Something else owns this parameter."
             )
+    if target.magnitude is not None:
+        _match_magnitude(target, target.magnitude)
+
+
+def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
+    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does."""
+    with torch.no_grad():
+        product = target.lora_B @ target.lora_A
+        weight = dequantize_module_weight(target.base_layer).to(product)
+        magnitude.weight.copy_(magnitude.get_weight_norm(weight, product, target.peft_scaling))
 
 
 def read_factors(target: Target) -> tuple[Tensor, Tensor]:

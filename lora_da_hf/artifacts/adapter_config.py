@@ -33,7 +33,6 @@ _EMPTY = (
     "megatron_config",
     "monteclora_config",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -46,6 +45,7 @@ _MATCHING = (
     "target_modules",
     "target_parameters",
 )
+_EXPERT = re.compile(r"\[\d+\]$")
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
@@ -108,9 +108,9 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
     matching: Any = SimpleNamespace(**{key: config.get(key) for key in _MATCHING})
     for name, layer in manifest.layers.items():
         try:
-            rank = _pattern(config, "rank_pattern", name, config.get("r"))
-            alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha"))
-            found = bool(check_target_module_exists(matching, name))
+            rank = _pattern(config, "rank_pattern", holder_of(name), config.get("r"))
+            alpha = _pattern(config, "alpha_pattern", holder_of(name), config.get("lora_alpha"))
+            found = bool(check_target_module_exists(matching, name)) or holder_of(name) != name
         except Exception as error:  # PEFT's own code on patterns from outside
             raise ArtifactError(
                 f"{path}: PEFT cannot match its patterns with {name}: {error}. Do not use it."
@@ -122,6 +122,16 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
             raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
+
+
+def holder_of(name: str) -> str:
+    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
+    return _EXPERT.sub("", name)
+
+
+def expert_of(name: str) -> int:
+    """Return the number of the expert whose name it is."""
+    return int(name.removeprefix(holder_of(name))[1:-1])
 
 
 def _pattern(config: dict[str, Any], pattern: str, name: str, default: Any) -> Any:
@@ -148,6 +158,8 @@ def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> b
     if parameter == "bias" and (config.get("bias") or "none") != "none":
         return True
     if config.get("trainable_token_indices") and parameter == "trainable_tokens_delta":
+        return True
+    if config.get("use_dora") and path.partition(".lora_magnitude_vector")[0] in manifest.layers:
         return True
     if config.get("lora_bias") and path.endswith(".lora_B.bias"):
         return True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, is_adapter_tensor
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_adapter_tensor
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
@@ -97,8 +97,10 @@ def check_adapter(
     for name, layer in manifest.layers.items():
         factors: list[Tensor] = []
         for factor, shape in (("A", (layer.rank, layer.in_features)), ("B", (layer.out_features, layer.rank))):
-            key = f"{PEFT_PREFIX}{name}.lora_{factor}.weight"
+            key = f"{PEFT_PREFIX}{holder_of(name)}.lora_{factor}.weight"
             tensor = tensors.get(key)
+            if tensor is not None and holder_of(name) != name:
+                tensor = _of_expert(tensor, factor, layer.rank, expert_of(name))
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 found = "missing" if tensor is None else f"{list(tensor.shape)}"
                 raise ArtifactError(
@@ -117,6 +119,13 @@ def check_adapter(
     extra = sorted(key for key in tensors if key not in known and not is_adapter_tensor(key, config, manifest))
     if extra:
         raise ArtifactError(f"{path}: {extra[0]!r} is no tensor of this adapter. Do not use it.")
+
+
+def _of_expert(tensor: Tensor, factor: str, rank: int, index: int) -> Tensor:
+    """Return one expert's part of the factor of all experts, which PEFT stores by rows of A and columns of B."""
+    if factor == "A":
+        return tensor[index * rank : (index + 1) * rank]
+    return tensor[:, index :: max(tensor.shape[-1] // rank, 1)]
 
 
 def _step(manifest: Manifest, layer: LayerEntry) -> float:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from lora_da_hf.errors import DataError, TapNotCalledError
-from lora_da_hf.losses import max_sample_length, shifts_labels
+from lora_da_hf.losses import is_encoder_decoder, max_sample_length, shifts_labels
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect, sample_length
 from lora_da_hf.statistics.losses import find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import read_batch_tokens
+from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
+
+_PROBED_SAMPLES = 8
 
 
 def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, dict[str, str]]:
@@ -30,7 +32,7 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
-        labelled = _labelled(job, sorted(splits.statistics, key=sample_length), shifts, count=2)
+        labelled = _labelled(job, sorted(splits.statistics, key=sample_length), shifts, count=_PROBED_SAMPLES)
         if not labelled:
             raise DataError(
                 f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "
@@ -46,17 +48,28 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
 
         shared = find_shared_inputs(layers, run_forward)
         reduction = find_reduction(
-            job.compute_loss, job.model, job.collate, labelled, declared=job.config.loss_reduction
+            job.compute_loss,
+            job.model,
+            job.collate,
+            labelled,
+            shifts_labels=shifts,
+            declared=job.config.loss_reduction,
         )
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
         shifts_labels=shifts,
+        encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
     job.report.notes += splits.notes
+    if is_packed(first):
+        job.report.notes.append(
+            "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
+            "labels"
+        )
     return splits, settings, shared
 
 
@@ -160,7 +173,7 @@ def _check_called(job: Job, taps: Taps) -> None:
     names = list(taps.taps)
     calls = job.ranks.sum([float(taps.taps[name].forward_calls) for name in names])
     returns = job.ranks.sum([float(taps.taps[name].backward_calls) for name in names])
-    uncalled = [name for name, number in zip(names, calls, strict=True) if not number]
+    uncalled = [n for n, number in zip(names, calls, strict=True) if not number and not job.targets[n].is_routed]
     if uncalled and (job.config.uncalled_layers == "error" or len(uncalled) == len(names)):
         raise TapNotCalledError(
             f"The taps of {len(uncalled)} of {len(names)} layers were never called ({uncalled[0]} first). Either no "
@@ -175,6 +188,7 @@ def _check_called(job: Job, taps: Taps) -> None:
         )
     for name, called, returned in zip(names, calls, returns, strict=True):
         if not called:
-            job.report.kept[name] = "no sample goes through it"
+            routed = job.targets[name].is_routed
+            job.report.kept[name] = "no token is routed to it" if routed else "no sample goes through it"
         elif not returned:
             job.report.kept[name] = "the loss does not depend on it"

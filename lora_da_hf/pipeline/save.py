@@ -116,7 +116,8 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of the base model under the names that they have without an adapter."""
     for name, parameter in model.named_parameters():
         if "lora_" not in name and ".modules_to_save." not in name:
-            yield base_name(name).replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+            parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
+            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), parameter
 
 
 def base_model_facts(model: nn.Module) -> dict[str, Any]:

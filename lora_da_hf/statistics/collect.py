@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lora_da_hf.errors import DataError, NonFiniteError, StatisticsError
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import SampleWeights, Taps
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
+from lora_da_hf.statistics.token_masks import SingleSamplesNeeded, num_rows, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
 _LITTLE_PADDING = 16
@@ -29,12 +30,14 @@ class PassSettings:
         batch_size: Samples in a forward and backward pass.
         token_mask: Which tokens the second moments count.
         shifts_labels: Whether position t predicts label t + 1.
+        encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
     """
 
     batch_size: int
     token_mask: Literal["attention", "labels"]
     shifts_labels: bool
+    encoder_decoder: bool
     reduction: LossReduction
 
 
@@ -72,7 +75,7 @@ def collect(
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
 
     The result does not depend on the batch size, the padding or the order of the samples: each sample's gradient is
-    that of the mean loss over its own labels.
+    that of the mean loss over its own labels. A loss of the batch as a whole is the exception.
 
     Args:
         model: In the state of `prepared_for_pass`.
@@ -91,11 +94,17 @@ def collect(
     if settings.reduction.kind == "unknown" and batch_size > 1:
         batch_size = 1
         notes.append(f"run one sample at a time: {settings.reduction.reason}")
+    if settings.reduction.kind == "batch":
+        notes.append(
+            f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
+            "size"
+        )
+    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
     while True:
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
         done = 0
         try:
-            for batch_samples in _batches(samples, batch_size):
+            for batch_samples in make_batches(samples, batch_size):
                 _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)
                 done += len(batch_samples)
                 on_samples(len(batch_samples))
@@ -128,6 +137,13 @@ def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
     return batches
 
 
+def _whole_batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """Batch samples for a loss that needs them together: none is left alone."""
+    number = -(-len(samples) // batch_size)
+    ends = [len(samples) * k // number for k in range(number + 1)] if number else [0]
+    return [list(samples[start:end]) for start, end in itertools.pairwise(ends)]
+
+
 def sample_length(sample: Any) -> int:
     """Return the number of tokens of a sample, or 0 if it has no ``input_ids``."""
     ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
@@ -142,9 +158,15 @@ def _add_batch(
     settings: PassSettings,
     result: PassResult,
 ) -> None:
-    tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, token_mask=settings.token_mask)
-    if num_samples > 1 and tokens.num_samples != num_samples:
-        raise SingleSamplesNeeded(f"the collator makes {tokens.num_samples} rows of {num_samples} samples")
+    if num_rows(batch) % num_samples:
+        raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
+    tokens = read_batch_tokens(
+        batch,
+        shifts_labels=settings.shifts_labels,
+        encoder_decoder=settings.encoder_decoder,
+        token_mask=settings.token_mask,
+        num_samples=num_samples,
+    )
     result.num_samples += tokens.num_labelled
     result.num_unlabelled += tokens.num_samples - tokens.num_labelled
     if tokens.num_labelled == 0:
@@ -171,13 +193,23 @@ def _weighted_head(model: nn.Module, weights: Tensor | None) -> Any:
     if weights is None:
         yield None
         return
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if not isinstance(head, nn.Module):
-        raise SingleSamplesNeeded("the model has no output embeddings to weight its samples at")
+    head = _output_layer(model)
+    if head is None:
+        raise SingleSamplesNeeded("the model has no output layer to weight its samples at")
     with SampleWeights(head) as sample_weights:
         sample_weights.start(weights)
         yield sample_weights
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the output embeddings, or the last part of a model with another head."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module):
+        return head
+    get_base = getattr(model, "get_base_model", None)
+    base: Any = get_base() if callable(get_base) else model
+    return next(reversed(list(base.children())), None)
 
 
 def check_loss(loss: Tensor) -> float:
@@ -212,10 +244,11 @@ def evaluate_loss(
     """
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
+    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
     with torch.no_grad(), without_checkpointing(model):
-        for batch_samples in _batches(samples, 1 if single else batch_size):
+        for batch_samples in make_batches(samples, 1 if single else batch_size):
             batch = collate(batch_samples)
-            tokens: BatchTokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels)
+            tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=len(batch_samples))
             if tokens.num_labelled == 0:
                 continue
             loss = settings.reduction.loss(compute_loss, model, batch)

@@ -52,14 +52,17 @@ def _random_state(seed: int) -> Generator[None]:
 
 @contextlib.contextmanager
 def _frozen_parameters(model: nn.Module) -> Generator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
+    """Freeze everything; a loss that switches adapters on and off thaws them, so gradients are put back as well."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in before:
         parameter.requires_grad_(False)
+        parameter.grad = None  # one that is added to in place could not be put back
     try:
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, full_precision
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
+from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded
 
 
 class _TapFunction(torch.autograd.Function):
@@ -81,7 +82,8 @@ class Taps:
     """Taps on a set of layers, as a context manager: hooks exist only inside it.
 
     Args:
-        layers: The modules to tap by name: each maps ``[..., d_in]`` to ``[..., d_out]``.
+        layers: The modules to tap by name: each maps ``[..., d_in]`` to ``[..., d_out]``. One that is given some of the
+            tokens only says which by its attribute ``routed_tokens``.
         widths: ``(d_in, d_out)`` of each, since a partitioned weight does not tell.
         shared_inputs: For each layer the name of the layer whose input it shares (its own name if none), as
             `find_shared_inputs` gives it.
@@ -127,8 +129,9 @@ class Taps:
     def _hook(self, tap: _LayerTap) -> Callable[..., Tensor]:
         anchors: dict[torch.device, Tensor] = {}
 
-        def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             layer_input = _first_tensor(args, kwargs)
+            routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
             tap.forward_calls += 1
             self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
             tap.last_input = weakref.ref(layer_input)
@@ -141,15 +144,19 @@ class Taps:
                     )
             if output.device not in anchors:
                 anchors[output.device] = torch.zeros((), device=output.device, requires_grad=True)
-            return _TapFunction.apply(output, layer_input, anchors[output.device], lambda x, g: self._add(tap, x, g))
+            receive = functools.partial(self._add, tap, routed=routed)
+            return _TapFunction.apply(output, layer_input, anchors[output.device], receive)
 
         return on_forward
 
-    def _add(self, tap: _LayerTap, layer_input: Tensor, grad: Tensor) -> None:
+    def _add(self, tap: _LayerTap, layer_input: Tensor, grad: Tensor, *, routed: RoutedTokens | None = None) -> None:
         if self.tokens is None:
             raise StatisticsError("A backward pass reached a tap outside of the statistics pass.")
         tap.backward_calls += 1
-        kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
+        if routed is None:
+            kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
+        else:
+            kept = self.tokens.routed_rows(routed, layer=tap.name)
         device = tap.sums.squares.device
         with torch.no_grad(), full_precision(device.type):
             x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device, self._dtype)

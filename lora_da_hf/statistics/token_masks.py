@@ -12,9 +12,25 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
+_OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
+"""What transformers calls the inputs that are no tokens; names begin with these."""
+
 
 class SingleSamplesNeeded(Exception):
     """This model or loss cannot be collected in batches of several samples; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """Which tokens of a batch a layer is given.
+
+    Attributes:
+        indices: ``[rows]``, the place of each row's token among all of them.
+        count: How many there are.
+    """
+
+    indices: Tensor
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +39,23 @@ class BatchTokens:
 
     Attributes:
         num_samples: B.
-        label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels.
+        label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels, or they
+            cannot be told apart by sample.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
             reads (an encoder-decoder reads two).
+        other_modality: Whether the batch has inputs that are no tokens (images, audio), which no mask describes.
     """
 
     num_samples: int
     label_counts: Tensor | None
     masks: tuple[Tensor, ...]
+    other_modality: bool = False
 
     def rows(self, leading_shape: torch.Size, *, layer: str) -> Tensor | None:
         """Return the indices ``[kept]`` of the rows that count, for a layer with this shape before the last dimension.
+
+        Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
+        samples that have a label count.
 
         Returns:
             None if every row counts.
@@ -50,10 +72,22 @@ class BatchTokens:
                 )
             if found:
                 return found[0]
-        if all(kept is None for kept in self._kept):
+        all_labelled = self.num_labelled == self.num_samples
+        if all(kept is None for kept in self._kept) or (self.other_modality and all_labelled):
             return None
+        if leading_shape.numel() == self.num_samples:  # one row a sample, as heads that classify have it
+            return None if all_labelled or self.label_counts is None else self.label_counts.nonzero().squeeze(1)
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
         raise SingleSamplesNeeded(f"the rows of {layer}, {list(leading_shape)}, do not match the token mask {shapes}")
+
+    def routed_rows(self, routed: RoutedTokens, *, layer: str) -> Tensor | None:
+        """Do what `rows` does for a layer that is given some of the tokens."""
+        kept = self.rows(torch.Size([routed.count]), layer=layer)
+        if kept is None:
+            return None
+        counts = torch.zeros(routed.count, dtype=torch.bool, device=routed.indices.device)
+        counts[kept.to(counts.device)] = True
+        return counts[routed.indices].nonzero().squeeze(1)
 
     @functools.cached_property
     def _kept(self) -> tuple[Tensor | None, ...]:
@@ -71,7 +105,12 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def read_batch_tokens(
-    batch: Mapping[str, Any], *, shifts_labels: bool, token_mask: Literal["attention", "labels"] = "attention"
+    batch: Mapping[str, Any],
+    *,
+    shifts_labels: bool,
+    encoder_decoder: bool = False,
+    token_mask: Literal["attention", "labels"] = "attention",
+    num_samples: int | None = None,
 ) -> BatchTokens:
     """Find the token masks and label counts of a collated batch.
 
@@ -80,24 +119,39 @@ def read_batch_tokens(
     Args:
         batch: What the collator made: tensors with the samples in their first dimension.
         shifts_labels: Whether position t predicts label t + 1, as causal language models do.
+        encoder_decoder: Whether a decoder reads the labels as a second sequence.
         token_mask: ``"attention"``: tokens that are attended to. ``"labels"``: positions whose prediction is a label.
+        num_samples: Samples in the batch, each of which may be several rows; None: one for each row.
     """
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         labels = None
     predicted = _predicted_positions(batch, labels, shifts_labels)
     counts = None if predicted is None else predicted.reshape(predicted.shape[0], -1).sum(dim=1)
-    attended = _attended_positions(batch, labels, shifts_labels)
+    attended = _attended_positions(batch, labels if encoder_decoder else None)
     if token_mask == "labels" and predicted is not None and predicted.dim() == 2:
         masks = tuple(predicted for mask in attended if mask.shape == predicted.shape) or (predicted,)
     else:
         masks = attended
     if counts is not None:
-        masks = tuple(mask & (counts > 0)[:, None] for mask in masks)
-    return BatchTokens(num_samples=_num_samples(batch), label_counts=counts, masks=masks)
+        masks = tuple(mask & (counts > 0)[:, None] if mask.shape[0] == counts.shape[0] else mask for mask in masks)
+    return BatchTokens(
+        num_samples=num_rows(batch) if num_samples is None else num_samples,
+        label_counts=_by_sample(counts, num_samples),
+        masks=masks,
+        other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
+    )
 
 
-def _num_samples(batch: Mapping[str, Any]) -> int:
+def _by_sample(counts: Tensor | None, num_samples: int | None) -> Tensor | None:
+    """Return the labels of each sample, if they can be told from those of the rows ``[R]``."""
+    if counts is None or num_samples is None or counts.shape[0] == num_samples:
+        return counts
+    return counts.sum(dim=0, keepdim=True) if num_samples == 1 else None
+
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Return the length of the first dimension of a batch."""
     for name in ("input_ids", "labels", "attention_mask", "inputs_embeds", "pixel_values", "input_features"):
         if isinstance(batch.get(name), Tensor):
             return batch[name].shape[0]
@@ -105,6 +159,17 @@ def _num_samples(batch: Mapping[str, Any]) -> int:
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0]
     return 1
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch of one sample is a row of several sequences, by its positions or sequence lengths."""
+    lengths = batch.get("cu_seq_lens_q", batch.get("seq_lengths"))
+    if isinstance(lengths, Tensor):
+        return lengths.numel() > (2 if "cu_seq_lens_q" in batch else 1)
+    positions = batch.get("position_ids")
+    return (
+        isinstance(positions, Tensor) and positions.dim() == 2 and int((positions == 0).sum().item()) > len(positions)
+    )
 
 
 def _predicted_positions(batch: Mapping[str, Any], labels: Tensor | None, shifts_labels: bool) -> Tensor | None:
@@ -119,7 +184,7 @@ def _predicted_positions(batch: Mapping[str, Any], labels: Tensor | None, shifts
     return torch.cat([predicted[:, 1:], torch.zeros_like(predicted[:, :1])], dim=1)
 
 
-def _attended_positions(batch: Mapping[str, Any], labels: Tensor | None, shifts_labels: bool) -> tuple[Tensor, ...]:
+def _attended_positions(batch: Mapping[str, Any], read_labels: Tensor | None) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     attention = batch.get("attention_mask")
     if isinstance(attention, Tensor) and attention.dim() == 2:
@@ -129,6 +194,6 @@ def _attended_positions(batch: Mapping[str, Any], labels: Tensor | None, shifts_
     decoder = batch.get("decoder_attention_mask")
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         found.append(decoder.bool())
-    elif labels is not None and labels.dim() == 2 and not shifts_labels:
-        found.append(labels != IGNORED_LABEL)
+    elif read_labels is not None and read_labels.dim() == 2:
+        found.append(read_labels != IGNORED_LABEL)
     return tuple(found)

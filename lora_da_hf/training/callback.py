@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -143,7 +144,7 @@ class LoRADACallback(TrainerCallback):
             settings["batch_size"] = state.train_batch_size or args.train_batch_size
         else:
             samples = None
-        with _no_averaging_over_devices(args):
+        with _no_averaging_over_devices(args), _trainers_metrics_kept(self.compute_loss):
             if self.init_from is None:
                 self.report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
@@ -253,6 +254,30 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
         return result
 
     return loss
+
+
+@contextmanager
+def _trainers_metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
+    """Put back the metrics that the losses of TRL's trainers write down at each call: this is no evaluation.
+
+    Raises:
+        UnsupportedSetupError: in several processes, from all of which those losses gather their metrics at each call.
+    """
+    metrics: Any = getattr(getattr(compute_loss, "__self__", None), "_metrics", None)
+    if isinstance(metrics, dict) and Ranks.current().size > 1:
+        raise UnsupportedSetupError(
+            f"The loss of a {type(getattr(compute_loss, '__self__', None)).__name__} gathers metrics from all "
+            "processes at each call, and they call it different numbers of times here, so they would wait for each "
+            "other for ever. Leave the callback's compute_loss unset if the model's own loss will do (SFT), or "
+            "initialise in one process."
+        )
+    before = copy.deepcopy(metrics)
+    try:
+        yield
+    finally:
+        if isinstance(metrics, dict):
+            metrics.clear()  # pyright: ignore[reportUnknownMemberType]
+            metrics.update(before)  # pyright: ignore[reportUnknownMemberType]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from harness import adapter_weights, assert_same_tensors, collate, make_config, make_learnable_samples, make_lora_config
+from peft.tuners.lora.config import VeloraConfig
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -15,6 +16,8 @@ from lora_da_hf.errors import (
     TargetError,
     UnsupportedLayerError,
 )
+
+VELORA = VeloraConfig(num_groups=4)
 
 
 @pytest.fixture
@@ -127,17 +130,17 @@ def test_a_quantised_layer_that_cannot_be_tapped(lora_model, samples):
     )
 
 
-def test_dora_in_all_layers(lora_model, samples):
+def test_a_variant_that_is_not_known_in_all_layers(lora_model, samples):
     refuses(
         TargetError,
-        "None of the 14 LoRA layers can be initialised. .*q_proj: its LoRA variant DoraLinearVariant is not",
-        lora_model(use_dora=True),
+        "None of the 14 LoRA layers can be initialised. .*q_proj: its LoRA variant VeloraLinearVariant is not",
+        lora_model(velora_config=VELORA),
         samples,
     )
 
 
-def test_dora_in_some_layers_keeps_them_and_reports_them(lora_model, samples):
-    model = lora_model(use_dora=True)
+def test_a_variant_that_is_not_known_in_some_layers_keeps_them_and_reports_them(lora_model, samples):
+    model = lora_model(velora_config=VELORA)
     for name, module in model.named_modules():
         if hasattr(module, "lora_variant") and "layers.1" in name:
             module.lora_variant.clear()
@@ -146,7 +149,7 @@ def test_dora_in_some_layers_keeps_them_and_reports_them(lora_model, samples):
     assert len(report.layers) == 7
     assert len(report.kept) == 7
     assert all(name.startswith("model.layers.0.") for name in report.kept)
-    assert set(report.kept.values()) == {"its LoRA variant DoraLinearVariant is not initialised from data"}
+    assert set(report.kept.values()) == {"its LoRA variant VeloraLinearVariant is not initialised from data"}
     assert "7 layers keep PEFT's own initialisation" in str(report)
     after = adapter_weights(model)
     changed = {base_name(name) for name in before if not torch.equal(before[name], after[name])}

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.losses import model_loss, shifts_labels
+from lora_da_hf.losses import is_encoder_decoder, model_loss, shifts_labels
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
@@ -64,7 +64,7 @@ def run_pass(
 
         with without_checkpointing(model):
             shared = find_shared_inputs(layers, run_forward)
-            reduction = find_reduction(compute_loss, model, collate, samples, declared=declared)
+            reduction = find_reduction(compute_loss, model, collate, samples, shifts_labels=shifts, declared=declared)
 
         def make_taps():
             return Taps(
@@ -75,7 +75,13 @@ def run_pass(
                 dtype=dtype,
             )
 
-        settings = PassSettings(batch_size=batch_size, token_mask=token_mask, shifts_labels=shifts, reduction=reduction)
+        settings = PassSettings(
+            batch_size=batch_size,
+            token_mask=token_mask,
+            shifts_labels=shifts,
+            encoder_decoder=is_encoder_decoder(model),
+            reduction=reduction,
+        )
         result = collect(
             model,
             samples,

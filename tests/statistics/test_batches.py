@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from harness import pad_left
 from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
@@ -12,15 +13,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-
-
-def pad_left(samples):
-    longest = max(len(sample["input_ids"]) for sample in samples)
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
-        for name, value in padding.items()
-    }
 
 
 def pad_far(samples):
@@ -114,14 +106,19 @@ def label_smoothing(model, batch, num_items):
     return functional.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=0.1)
 
 
+def root_of_mean(model, batch, num_items):
+    return sample_mean(model, batch, num_items).sqrt()
+
+
 @pytest.mark.parametrize(
     ("loss", "declared", "batch_size", "kind"),
     [
         (model_loss, "auto", 4, "sum"),
         (honest_sum, "auto", 4, "sum"),
-        (token_mean, "auto", 1, "unknown"),
-        (sample_mean, "auto", 1, "unknown"),
-        (label_smoothing, "auto", 1, "unknown"),
+        (token_mean, "auto", 4, "token_mean"),
+        (sample_mean, "auto", 4, "sample_mean"),
+        (label_smoothing, "auto", 4, "token_mean"),
+        (root_of_mean, "auto", 1, "unknown"),
         (token_mean, "token_mean", 4, "token_mean"),
         (label_smoothing, "token_mean", 4, "token_mean"),
         (sample_mean, "sample_mean", 4, "sample_mean"),
@@ -133,8 +130,8 @@ def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
     model, samples = tiny_llama(), token_samples(7)
     found = collected(model, samples, batch_size=4, compute_loss=loss, declared=declared)
     assert (found.reduction.kind, found.result.batch_size) == (kind, batch_size)
-    notes = ["run one sample at a time: the loss does not divide by num_items_in_batch"] if kind == "unknown" else []
-    assert found.result.notes == notes
+    note = "run one sample at a time: the loss of two samples is neither the sum nor a mean of theirs"
+    assert found.result.notes == ([note] if kind == "unknown" else [])
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss))
 
 
@@ -149,18 +146,33 @@ def test_a_wrong_declaration_is_taken_at_its_word(tiny_llama, token_samples, col
     assert not torch.allclose(right[name].weight_grad, wrong[name].weight_grad, rtol=1e-2)
 
 
-def test_a_model_without_output_embeddings_is_run_one_sample_at_a_time(
+def test_without_output_embeddings_samples_are_weighted_at_the_models_last_part(
     tiny_llama, token_samples, collected, assert_equal_statistics
 ):
     model, samples = tiny_llama(), token_samples(5)
     expected = collected(model, samples).statistics
     model.get_output_embeddings = lambda: None
+    found = collected(model, samples, batch_size=3)
+    assert (found.result.batch_size, found.result.notes) == (3, [])
+    assert_equal_statistics(found.statistics, expected)
+
+
+def without_output_layer(model):
+    """Hide where the logits are made."""
+    model.get_output_embeddings = lambda: None
+    model.children = lambda: iter(())
+    return model
+
+
+def test_a_model_without_an_output_layer_is_run_one_sample_at_a_time(
+    tiny_llama, token_samples, collected, assert_equal_statistics
+):
+    model, samples = tiny_llama(), token_samples(5)
+    expected = collected(model, samples).statistics
     progress = []
-    found = collected(model, samples, batch_size=3, on_samples=progress.append)
+    found = collected(without_output_layer(model), samples, batch_size=3, on_samples=progress.append)
     assert found.result.batch_size == 1
-    assert found.result.notes == [
-        "run one sample at a time: the model has no output embeddings to weight its samples at"
-    ]
+    assert found.result.notes == ["run one sample at a time: the model has no output layer to weight its samples at"]
     assert sum(progress) == 5
     assert_equal_statistics(found.statistics, expected)
 
@@ -191,8 +203,7 @@ def test_equal_label_counts_need_no_output_embeddings(tiny_llama, token_samples,
         sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
     model = tiny_llama()
     expected = collected(model, samples).statistics
-    model.get_output_embeddings = lambda: None
-    found = collected(model, samples, batch_size=2)
+    found = collected(without_output_layer(model), samples, batch_size=2)
     assert (found.result.batch_size, found.result.notes) == (2, [])
     assert_equal_statistics(found.statistics, expected)
 
@@ -202,8 +213,7 @@ def test_starting_over_takes_the_progress_back(tiny_llama, token_samples, collec
     for sample in samples[:2]:  # a first batch that can be weighted by one number, and a second that cannot
         sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
     samples[2]["labels"], samples[3]["labels"] = ([-100] * k + samples[2]["input_ids"][k:] for k in (2, 5))
-    model = tiny_llama()
-    model.get_output_embeddings = lambda: None
+    model = without_output_layer(tiny_llama())
     progress = []
     collected(model, samples, batch_size=2, on_samples=progress.append)
     assert progress == [2, -2, 1, 1, 1, 1]

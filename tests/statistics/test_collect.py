@@ -20,7 +20,11 @@ from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
 
 def settings_of(kind):
     return PassSettings(
-        batch_size=4, token_mask="attention", shifts_labels=True, reduction=LossReduction(kind=kind, reason="")
+        batch_size=4,
+        token_mask="attention",
+        shifts_labels=True,
+        encoder_decoder=False,
+        reduction=LossReduction(kind=kind, reason=""),
     )
 
 
@@ -170,52 +174,83 @@ def test_long_samples_come_first(tiny_llama, token_samples, collected):
 
 
 def reduction_of(loss, samples, model=None, **options):
-    return find_reduction(loss, model or torch.nn.Linear(1, 1), pad_samples, samples, **options)
+    model = model or torch.nn.Linear(1, 1)
+    return find_reduction(loss, model, pad_samples, samples, shifts_labels=False, **options)
 
 
-def toy(values, *, divides=True):
-    """Return a loss that depends on the batch's size only."""
-    return lambda model, batch, num_items: torch.tensor(float(values[len(batch["x"])])) / (num_items if divides else 1)
+def toy(first, second, both, *, divides=False):
+    """Return a loss with these values on the first of a pair of samples, the second, and both."""
+    values = {(1.0,): first, (2.0,): second, (1.0, 2.0): both}
+
+    def loss(model, batch, num_items):
+        value = torch.tensor(float(values[tuple(batch["x"].tolist())]))
+        return value / num_items if divides and num_items is not None else value
+
+    return loss
 
 
-PAIR = [{"x": [1.0]}, {"x": [2.0]}]
+def pair(*label_counts):
+    """Return two samples with so many labels each, of a classification of one label if there are none given."""
+    labels = [[1] * count for count in label_counts] or [1, 1]
+    return [{"x": x, "labels": label} for x, label in zip((1.0, 2.0), labels, strict=True)]
+
+
+NAN = float("nan")
+A_MEAN = "measured: the mean of its samples' losses"
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind", "reason"),
+    ("loss", "samples", "kind", "reason"),
     [
-        (toy({1: 1.0, 2: 2.0}), "sum", "measured"),
-        (toy({1: 1.0, 2: 1.0}), "unknown", "the loss of two samples is not the sum of theirs"),
-        (toy({1: 1.0, 2: 2.0}, divides=False), "unknown", "the loss does not divide by num_items_in_batch"),
-        (toy({1: torch.nan, 2: torch.nan}), "unknown", "the loss does not divide by num_items_in_batch"),
+        (toy(1, 3, 4, divides=True), pair(), "sum", "measured: a sum over labels divided by num_items_in_batch"),
+        (toy(1, 3, 2), pair(), "sample_mean", A_MEAN),
+        (toy(1, 3, 2), pair(2, 5), "sample_mean", A_MEAN),
+        (toy(1, 3, 2.2), pair(2, 3), "token_mean", "measured: the mean over the batch's labels"),
+        (toy(1, 3, 2), pair(3, 3), "even_mean", "measured: the mean of samples with equally many labels"),
+        (toy(2, 2, 2), pair(2, 3), "even_mean", "measured: the mean of samples with equally many labels"),
+        (toy(0, 0, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
+        (toy(NAN, NAN, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
+        (toy(1, 3, 5), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
+        (toy(1, 3, 4), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
+        (toy(NAN, NAN, NAN), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
     ],
 )
-def test_the_reduction_is_measured_on_two_samples(loss, kind, reason):
-    found = reduction_of(loss, PAIR)
-    assert found.kind == kind
-    assert found.reason.startswith(reason)
+def test_the_reduction_is_measured_on_two_samples(loss, samples, kind, reason):
+    found = reduction_of(loss, samples)
+    assert (found.kind, found.reason) == (kind, reason)
+
+
+def test_samples_with_different_numbers_of_labels_are_measured_if_there_are_such():
+    samples = [{"x": 1.0, "labels": [1, 1]}, {"x": 5.0, "labels": [1, 1]}, {"x": 2.0, "labels": [1, 1, 1]}]
+    assert reduction_of(toy(1, 3, 2.2), samples).kind == "token_mean"
+
+
+def test_a_loss_without_countable_labels_is_no_sum_over_them():
+    samples = [{"x": 1.0}, {"x": 2.0}]
+    assert reduction_of(toy(1, 3, 4, divides=True), samples).kind == "unknown"
+    assert reduction_of(toy(1, 3, 2), samples).kind == "sample_mean"
 
 
 def test_one_sample_tells_nothing_about_the_reduction():
-    assert reduction_of(toy({1: 1.0}), PAIR[:1]).reason == "there is one sample only"
+    assert reduction_of(toy(1, 3, 2), pair()[:1]).reason == "there is one sample only"
 
 
-@pytest.mark.parametrize("declared", ["token_mean", "sample_mean"])
+@pytest.mark.parametrize("declared", ["token_mean", "sample_mean", "batch"])
 def test_a_declared_reduction_is_not_measured(declared):
-    found = reduction_of(lambda *_: pytest.fail("measured"), PAIR, declared=declared)
+    found = reduction_of(lambda *_: pytest.fail("measured"), pair(), declared=declared)
     assert (found.kind, found.reason) == (declared, "declared by loss_reduction")
 
 
 def test_a_half_precision_model_is_measured_with_more_tolerance():
-    off = toy({1: 1.0, 2: 2.02})
-    assert reduction_of(off, PAIR).kind == "unknown"
+    off = toy(1, 3, 4.04, divides=True)
+    assert reduction_of(off, pair()).kind == "unknown"
     half = torch.nn.Linear(1, 1).bfloat16()
 
     def in_half(model, batch, num_items):
         half(torch.ones(1, 1, dtype=torch.bfloat16))  # what a module puts out tells the precision, not its weights
         return off(model, batch, num_items)
 
-    assert reduction_of(in_half, PAIR).kind == "sum"
+    assert reduction_of(in_half, pair()).kind == "sum"
 
 
 def tokens_with(counts):
@@ -234,6 +269,10 @@ def tokens_with(counts):
         ("token_mean", [3, 3], 2.0),
         ("token_mean", [5], 1.0),
         ("sample_mean", [2, 4], 2.0),
+        ("sample_mean", [0, 4], None),
+        ("batch", [2, 4], 2.0),
+        ("even_mean", [3, 3], 2.0),
+        ("even_mean", [2, 4], None),
         ("unknown", [5], 1.0),
         ("unknown", [2, 4], None),
     ],

@@ -203,3 +203,19 @@ def test_two_runs_give_the_same_bits_whatever_the_random_state(lora_model, token
         run(model, token_samples(16))
         factors.append(adapter_of(model))
     assert all(torch.equal(value, factors[1][name]) for name, value in factors[0].items())
+
+
+def test_what_a_loss_thaws_is_frozen_again_and_keeps_the_gradient_that_it_had(lora_model):
+    """Losses that ask a reference model switch adapters on and off, which sets what is trained."""
+    model = lora_model()
+    trained = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    frozen = next(p for name, p in model.named_parameters() if "base_layer" in name)
+    trained.grad = torch.ones_like(trained)
+    with prepared_for_pass(model, seed=0):
+        for parameter in (trained, frozen):
+            parameter.requires_grad_(True)
+            parameter.sum().backward()
+    assert torch.equal(trained.grad, torch.ones_like(trained))
+    assert trained.requires_grad
+    assert frozen.grad is None
+    assert not frozen.requires_grad

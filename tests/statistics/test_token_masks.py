@@ -65,7 +65,9 @@ def test_a_sample_without_labels_is_masked_out():
 
 def test_an_encoder_decoder_has_a_mask_for_each_side():
     tokens = read_batch_tokens(
-        batch(input_ids=IDS, attention_mask=ATTENTION, labels=[[7, 8], [9, -100]]), shifts_labels=False
+        batch(input_ids=IDS, attention_mask=ATTENTION, labels=[[7, 8], [9, -100]]),
+        shifts_labels=False,
+        encoder_decoder=True,
     )
     assert masks(tokens) == [ATTENTION, [[1, 1], [1, 0]]]
     assert tokens.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 1, 2]

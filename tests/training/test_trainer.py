@@ -245,11 +245,11 @@ def sample_loss(model, batch, factor=1.0, smoothing=0.0):
             id="label smoothing",
         ),
         pytest.param(CallsSuper, {}, {}, {"factor": 3.0}, "sum", id="overridden, calling super"),
-        pytest.param(TokenMean, {}, {}, {"factor": 2.0}, "unknown", id="overridden, a batch mean"),
+        pytest.param(TokenMean, {}, {}, {"factor": 2.0}, "token_mean", id="overridden, a batch mean"),
         pytest.param(ReturnsOutputs, {}, {}, {}, "sum", id="overridden, returning outputs"),
         pytest.param(LoRADATrainer, {"compute_loss_func": summed_loss}, {}, {}, "sum", id="compute_loss_func, a sum"),
         pytest.param(
-            LoRADATrainer, {"compute_loss_func": mean_loss}, {}, {}, "unknown", id="compute_loss_func, a mean"
+            LoRADATrainer, {"compute_loss_func": mean_loss}, {}, {}, "token_mean", id="compute_loss_func, a mean"
         ),
     ],
 )
@@ -262,7 +262,7 @@ def test_statistics_are_those_of_the_trainers_own_loss_sample_by_sample(
     expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, **reference))
     assert_statistics_equal(stored_statistics(tmp_path), expected, 2e-5)
     assert trainer.lora_da_report.loss_reduction.startswith(reduction)
-    assert trainer.lora_da_report.batch_size == (4 if reduction == "sum" else 1)
+    assert trainer.lora_da_report.batch_size == 4
 
 
 def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_path, lora_model, samples):
@@ -410,6 +410,7 @@ class RunsOutOfMemory(LoRADATrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+@pytest.mark.support("Trainers", "`auto_find_batch_size`", "the initialisation is kept when training starts over")
 def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisation(
     tmp_path, lora_model, samples, count_initializations
 ):
@@ -623,6 +624,9 @@ def make_stream(kind, samples):
     return Stream(samples) if kind == "torch" else IterableDataset.from_generator(lambda: iter(samples))
 
 
+@pytest.mark.support(
+    "Trainers", "Streams (`IterableDataset`)", "samples are read from the head; `population_size` has to be given"
+)
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, lora_model, samples, kind):
     config = make_config(population_size=1000, step_size=0.01)

@@ -1,0 +1,128 @@
+"""The experts of a mixture as one linear layer each, though they share parameters with an expert dimension."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lora_da_hf.statistics.token_masks import RoutedTokens
+
+if TYPE_CHECKING:
+    from lora_da_hf.adapters.targets import Target
+
+
+class ExpertLinear(nn.Module):
+    """One expert's slice of a parameter ``[experts, d_out, d_in]`` (or transposed), as a layer of its own.
+
+    Attributes:
+        index: Which expert.
+        routed_tokens: The tokens that the last call was given.
+
+    Args:
+        experts: The module that holds the parameter.
+        parameter_name: Its name there.
+        index: See above.
+    """
+
+    def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
+        super().__init__()
+        self._owner = (experts,)  # a tuple, so that it is no submodule
+        self.parameter_name = parameter_name
+        self.index = index
+        self.routed_tokens: RoutedTokens | None = None
+
+    @property
+    def experts(self) -> Any:
+        """The module that holds the parameter."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The slice, ``[d_out, d_in]``."""
+        weight = getattr(self.experts, self.parameter_name)[self.index]
+        return weight.mT if self.experts.is_transposed else weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``[tokens, d_in]`` to ``[tokens, d_out]``."""
+        bias = getattr(self.experts, f"{self.parameter_name}_bias", None)
+        return linear(rows, self.weight, None if bias is None else bias[self.index])
+
+
+def why_not_apart(layer: ParamWrapper) -> str | None:
+    """Return why the experts of a layer cannot be run one by one, or None if they can."""
+    base: Any = layer.get_base_layer()
+    what = f"{layer.parameter_name} of {type(base).__name__}"
+    if getattr(base, layer.parameter_name).dim() != 3:
+        return f"{what} is a parameter and no linear layer"
+    if not hasattr(base, "_apply_gate") or layer.parameter_name not in _parameter_names(base):
+        return f"{what} is not run by transformers' experts interface"
+    if base._is_expert_parallel or getattr(base, "has_post_expert_norm", False):
+        return f"{what} is run in a way (expert parallel, or with a norm after it) that is not supported"
+    if getattr(layer, "_did_swap_in_out_features", False) == base.is_transposed:  # older versions of PEFT
+        return f"A of {what} is given by PEFT to the side of its outputs"
+    return None
+
+
+def expert_factors(layer: ParamWrapper, adapter_name: str, index: int) -> tuple[Tensor, Tensor]:
+    """Return the views of A ``[r, d_in]`` and B ``[d_out, r]`` of one expert in what PEFT stores for all of them."""
+    factors: Any = layer
+    lora_A, lora_B = factors.lora_A[adapter_name].weight.data, factors.lora_B[adapter_name].weight.data
+    return slice_factors(lora_A, lora_B, rank=layer.r[adapter_name], index=index)
+
+
+def slice_factors(lora_A: Tensor, lora_B: Tensor, *, rank: int, index: int) -> tuple[Tensor, Tensor]:
+    """Return one expert's factors from ``lora_A [experts * r, d_in]`` and ``lora_B [d_out, r * experts]``.
+
+    In the first all rows of an expert lie together, in the second its columns are apart.
+    """
+    count = lora_A.shape[0] // rank
+    return lora_A[index * rank : (index + 1) * rank], lora_B[:, index::count]
+
+
+@contextlib.contextmanager
+def experts_apart(targets: Sequence[Target]) -> Generator[None]:
+    """Run each expert of the targets by its own `ExpertLinear`, so that it can be tapped like any other layer."""
+    linears: dict[nn.Module, dict[tuple[str, int], ExpertLinear]] = {}
+    for target in targets:
+        if isinstance(target.base_layer, ExpertLinear):
+            known = linears.setdefault(target.base_layer.experts, {})
+            known[target.base_layer.parameter_name, target.base_layer.index] = target.base_layer
+    try:
+        for experts, known in linears.items():
+            experts.forward = _forward_by_expert(experts, known)
+        yield
+    finally:
+        for experts in linears:
+            experts.__dict__.pop("forward", None)
+
+
+def _parameter_names(experts: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def _forward_by_expert(experts: Any, known: dict[tuple[str, int], ExpertLinear]) -> Any:
+    up_name, down_name = _parameter_names(experts)
+
+    def layer(name: str, index: int) -> ExpertLinear:
+        return known.get((name, index)) or ExpertLinear(experts, name, index)
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        for index in range(experts.num_experts):
+            tokens, places = (top_k_index == index).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            up, down = layer(up_name, index), layer(down_name, index)
+            up.routed_tokens = down.routed_tokens = RoutedTokens(indices=tokens, count=hidden_states.shape[0])
+            rows = up(hidden_states[tokens])
+            rows = down(experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows))
+            result = result.index_add(0, tokens, (rows * top_k_weights[tokens, places, None]).to(result.dtype))
+        return result
+
+    return forward

@@ -1,0 +1,84 @@
+"""Every family: initialised, trained, saved and loaded again, with statistics that are autograd's."""
+
+import pytest
+import torch
+from families.zoo import FAMILIES
+from harness import (
+    assert_initialized,
+    assert_statistics_equal,
+    autograd_statistics,
+    make_args,
+    make_config,
+    make_lora_config,
+)
+from peft import PeftModel, get_peft_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.losses import model_loss
+from lora_da_hf.samples import pad_samples
+
+QUICK = ("Llama", "GPT-2", "Mixtral", "T5", "BERT, token", "ViT")
+ROWS = [
+    pytest.param(
+        family,
+        id=name,
+        marks=[
+            pytest.mark.support("Families", name, family.describe()),
+            *([] if name.startswith(QUICK) else [pytest.mark.slow]),
+        ],
+    )
+    for name, family in FAMILIES.items()
+]
+
+
+def make_model(family, **lora):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(family.make_model(), make_lora_config(**family.lora, **lora))
+
+
+def train(family, model, samples, folder):
+    """Train three steps with the family's trainer, and return it with the report of the initialisation."""
+    config = make_config(num_samples=8, search_samples=2, sample_selection="head", save_statistics=True)
+    settings = {"model": model, "train_dataset": samples, "data_collator": pad_samples}
+    if family.trainer is Seq2SeqTrainer:
+        callback = LoRADACallback(config)
+        args = make_args(folder, Seq2SeqTrainingArguments, max_steps=3)
+        trainer = Seq2SeqTrainer(args=args, callbacks=[callback], **settings)
+        callback.compute_loss = trainer.compute_loss
+        trainer.train()
+        return trainer, callback.report
+    trainer = LoRADATrainer(args=make_args(folder, max_steps=3), da_config=config, **settings)
+    trainer.train()
+    return trainer, trainer.lora_da_report
+
+
+def outputs(model, samples):
+    with torch.no_grad():
+        found = model.eval()(**pad_samples(samples))
+    return found.start_logits if hasattr(found, "start_logits") else found.logits
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
+    samples = family.samples(16)
+    trainer, report = train(family, make_model(family), samples, tmp_path)
+    assert_initialized(tmp_path / "lora_da", make_model(family), report, kept=family.kept)
+    for ending, reason in family.kept.items():
+        assert any(name.endswith(ending) and reason in why for name, why in report.kept.items()), report.kept
+    assert bool(family.single) == (report.batch_size == 1)
+    assert any(family.single in note for note in report.notes) or not family.single
+    stored = load_init(tmp_path / "lora_da")
+    statistics = load_statistics(stored.folder, stored.manifest)
+    expected = autograd_statistics(
+        make_model(family), samples[:8], lambda model, batch: model_loss(model, batch, None), pad_samples
+    )
+    assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
+    trainer.save_model(tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(family.make_model(), tmp_path / "trained")
+    start = PeftModel.from_pretrained(family.make_model(), tmp_path / "lora_da")
+    assert torch.equal(outputs(loaded, samples[:4]), outputs(trainer.model, samples[:4]))
+    assert not torch.equal(outputs(start, samples[:4]), outputs(loaded, samples[:4]))

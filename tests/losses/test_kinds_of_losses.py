@@ -1,0 +1,194 @@
+"""Losses that a model or a user computes: what the statistics are, and that they do not depend on batching."""
+
+import pytest
+import torch
+from families.zoo import FAMILIES, classification_samples
+from harness import (
+    assert_initialized,
+    assert_statistics_equal,
+    autograd_statistics,
+    make_args,
+    make_config,
+    make_lora_config,
+    pad_left,
+)
+from peft import get_peft_model
+from torch.nn.functional import cross_entropy, normalize
+
+from lora_da_hf import LoRADATrainer, initialize_lora_da
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.losses import model_loss
+from lora_da_hf.samples import pad_samples
+
+SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
+
+
+def make_model(family):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(FAMILIES[family].make_model(), make_lora_config(**FAMILIES[family].lora))
+
+
+def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, compute_loss=None, **settings):
+    report = initialize_lora_da(
+        model,
+        samples,
+        config=make_config(**{**SETTINGS, **settings}),
+        compute_loss=compute_loss,
+        data_collator=collate,
+        batch_size=batch_size,
+        output_dir=folder,
+        progress=False,
+    )
+    stored = load_init(folder)
+    return report, load_statistics(stored.folder, stored.manifest)
+
+
+def loss_row(name, remark, *values):
+    return pytest.param(*values, id=name, marks=pytest.mark.support("Losses", name, remark))
+
+
+MEANS = "its mean is measured, and weighted by sample"
+KINDS = [
+    loss_row("Causal language model", "a sum over labels divided by `num_items_in_batch`", "Llama", "sum"),
+    loss_row("Sequence to sequence", MEANS, "T5", "token_mean"),
+    loss_row("Single-label classification", MEANS, "BERT, sequence classification", "sample_mean"),
+    loss_row("Token classification", MEANS, "BERT, token classification", "token_mean"),
+    loss_row("Regression", MEANS, "BERT, regression", "sample_mean"),
+    loss_row("Multi-label classification", MEANS, "BERT, multi-label", "sample_mean"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family, kind):
+    samples = FAMILIES[family].samples(16)
+    single, single_statistics = statistics_of(tmp_path / "1", make_model(family), samples, batch_size=1)
+    assert single.batch_size == 1
+    for name, collate in {"right": pad_samples, "left": pad_left}.items():
+        if name == "left" and kind != "sum":
+            continue  # positions of these models are absolute, so padding on the left changes their outputs
+        report, statistics = statistics_of(tmp_path / name, make_model(family), samples, collate)
+        assert (report.batch_size, report.loss_reduction.split()[0]) == (4, kind)
+        assert_statistics_equal(statistics, single_statistics, 1e-4)
+
+
+@pytest.mark.support("Losses", "Label smoothing", "the trainer's own, in `LoRADATrainer` or handed to the callback")
+def test_label_smoothing(tmp_path):
+    samples = FAMILIES["Llama"].samples(16)
+    trainer = LoRADATrainer(
+        model=make_model("Llama"),
+        args=make_args(tmp_path, label_smoothing_factor=0.2),
+        train_dataset=samples,
+        data_collator=pad_samples,
+        da_config=make_config(**SETTINGS),
+    )
+    trainer.train()
+    assert_initialized(tmp_path / "lora_da", make_model("Llama"), trainer.lora_da_report)
+
+    def smoothed(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], label_smoothing=0.2)
+
+    stored = load_init(tmp_path / "lora_da")
+    expected = autograd_statistics(make_model("Llama"), samples[:8], smoothed, pad_samples)
+    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
+
+
+def pooled(model, batch):
+    """Return a unit vector for each sample."""
+    base = model.get_base_model().bert
+    hidden = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    kept = batch["attention_mask"][..., None].to(hidden)
+    return normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
+
+
+def contrastive(model, batch, num_items):
+    """Tell the samples apart by their vectors: each is to be most like the batch's sample of its class before it."""
+    vectors = pooled(model, batch)
+    likeness = vectors @ vectors.mT / 0.5
+    return cross_entropy(likeness, torch.roll(torch.arange(len(likeness)), 1))
+
+
+def only_the_encoder():
+    """Return a model whose layers all take part in `pooled`."""
+    model = FAMILIES["BERT, sequence classification"].make_model()
+    names = ["query", "key", "value", "dense"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(model, make_lora_config(target_modules=names, exclude_modules=r".*pooler.*"))
+
+
+@pytest.mark.support(
+    "Losses",
+    "Contrastive, among the samples of a batch (`compute_loss`)",
+    "cannot be split: a batch is the unit, the statistics depend on the batch size, and the report says so",
+)
+def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
+    samples = classification_samples(64)
+    model = only_the_encoder()
+    settings = {"num_samples": 16, "search_samples": 8}
+    report, statistics = statistics_of(tmp_path, model, samples, compute_loss=contrastive, **settings)
+    assert_initialized(tmp_path, only_the_encoder(), report)
+    assert report.loss_reduction.startswith("batch (measured: samples have a loss together and none alone")
+    assert report.batch_size == 4
+    assert "the loss is one of 4 samples together and cannot be split" in " ".join(report.notes)
+    groups = [samples[start : start + 4] for start in range(0, 16, 4)]
+    expected = autograd_statistics(
+        only_the_encoder(),
+        groups,
+        lambda model, batch: contrastive(model, batch, None),
+        lambda one: pad_samples(one[0]),
+    )
+    for name, layer in statistics.items():
+        torch.testing.assert_close(layer.weight_grad.double(), expected[name].weight_grad, rtol=1e-3, atol=1e-5)
+
+
+def test_no_sample_is_left_alone_with_a_contrastive_loss(tmp_path):
+    sizes = []
+
+    def watched(model, batch, num_items):
+        if torch.is_grad_enabled():
+            sizes.append(len(batch["input_ids"]))
+        return contrastive(model, batch, num_items)
+
+    settings = {"num_samples": 9, "search_samples": 8}
+    statistics_of(tmp_path, only_the_encoder(), classification_samples(64), compute_loss=watched, **settings)
+    assert sizes == [3, 3, 3]
+
+
+@pytest.mark.support(
+    "Losses", "Triplets inside each sample (`compute_loss`)", "a mean over samples: measured, and run in batches"
+)
+def test_a_contrastive_loss_inside_each_sample_is_a_mean_over_samples(tmp_path):
+    def to_the_mean_token(model, batch, num_items):
+        vectors = pooled(model, batch)
+        target = normalize(model.get_input_embeddings()(batch["input_ids"][:, 0]), dim=-1)
+        return (1 - (vectors * target).sum(-1)).mean()
+
+    samples = classification_samples(64)
+    found = [
+        statistics_of(
+            tmp_path / str(size), only_the_encoder(), samples, batch_size=size, compute_loss=to_the_mean_token
+        )
+        for size in (1, 4)
+    ]
+    assert [report.batch_size for report, _ in found] == [1, 4]
+    assert found[1][0].loss_reduction.startswith("sample_mean")
+    assert_statistics_equal(found[1][1], found[0][1], 1e-4)
+
+
+@pytest.mark.support(
+    "Losses", "Any other that a batch's samples cannot be told apart in", "one sample at a time, and the report says so"
+)
+def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
+    samples = FAMILIES["Llama"].samples(16)
+
+    def root(model, batch, num_items):
+        return model_loss(model, batch, None).sqrt()
+
+    report, statistics = statistics_of(tmp_path, make_model("Llama"), samples, compute_loss=root)
+    assert report.batch_size == 1
+    assert "run one sample at a time: the loss of two samples is neither" in " ".join(report.notes)
+    expected = autograd_statistics(make_model("Llama"), samples[:8], lambda m, b: root(m, b, None), pad_samples)
+    assert_statistics_equal(statistics, expected, 1e-4)

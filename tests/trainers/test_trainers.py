@@ -1,0 +1,188 @@
+"""Ways to run a trainer that people use: compiled, in half precision, searched over, with and without our class."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_initialized,
+    assert_same_tensors,
+    collate,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    written_adapter,
+)
+from transformers import Trainer
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
+from transformers.integrations import integration_utils
+from transformers.trainer_utils import BestRun
+
+from lora_da_hf import LoRADACallback, LoRADATrainer
+
+
+@pytest.fixture
+def samples():
+    return make_learnable_samples(24)
+
+
+def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **settings):
+    if kind is LoRADATrainer:
+        settings.setdefault("da_config", make_config())
+    return kind(
+        model=model,
+        args=make_args(folder, **{"max_steps": 3, **(arguments or {})}),
+        train_dataset=samples,
+        data_collator=collate,
+        **settings,
+    )
+
+
+@pytest.mark.support("Trainers", "`Trainer` with `LoRADACallback`", "the loss that the model returns, or the one given")
+def test_a_plain_trainer_with_the_callback(tmp_path, lora_model, samples):
+    callback = LoRADACallback(make_config())
+    make_trainer(tmp_path, lora_model(), samples, Trainer, callbacks=[callback]).train()
+    assert_initialized(tmp_path / "lora_da", lora_model(), callback.report)
+
+
+@pytest.mark.support("Trainers", "`LoRADATrainer` (`Trainer`)", "its own loss, data, collator, precision and device")
+def test_our_trainer(tmp_path, tiny_llama, lora_model, samples):
+    trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
+    trainer.train()
+    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
+
+
+# dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "aot_eager",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.support(
+                    "Trainers", "`torch_compile=True`", "the initialisation runs before anything is compiled"
+                ),
+            ],
+        ),
+    ],
+)
+def test_a_compiled_run_starts_where_another_does(tmp_path, lora_model, samples, backend):
+    try:
+        compiled = make_trainer(
+            tmp_path / "compiled",
+            lora_model(),
+            samples,
+            arguments={"torch_compile": True, "torch_compile_backend": backend},
+        )
+        compiled.train()
+    finally:
+        torch.compiler.reset()
+    plain = make_trainer(tmp_path / "plain", lora_model(), samples)
+    plain.train()
+    assert_initialized(tmp_path / "compiled" / "lora_da", lora_model(), compiled.lora_da_report)
+    assert_same_tensors(*(written_adapter(tmp_path / which / "lora_da") for which in ("compiled", "plain")))
+    found, expected = (adapter_weights(trainer.model) for trainer in (compiled, plain))
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+
+
+class Trial:
+    """As much of optuna's trials as Trainer looks at."""
+
+    def __init__(self, number, params):
+        self.number, self.params = number, params
+
+
+class RatesInTurn(HyperParamSearchBackendBase):
+    """A search over two learning rates, one trial each, in the place of optuna's."""
+
+    name = "optuna"
+    rates = (1e-3, 1e-2)
+
+    @staticmethod
+    def is_available():
+        return True
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        losses = []
+        for number, rate in enumerate(self.rates):
+            trainer.train(trial=Trial(number, {"learning_rate": rate}))
+            losses.append(trainer.evaluate()["eval_loss"])
+        best = min(range(len(losses)), key=losses.__getitem__)
+        return BestRun(str(best), losses[best], {"learning_rate": self.rates[best]})
+
+
+@pytest.fixture
+def search_backend(monkeypatch):
+    optuna = types.SimpleNamespace(trial=types.SimpleNamespace(BaseTrial=Trial))
+    monkeypatch.setitem(sys.modules, "optuna", optuna)
+    monkeypatch.setattr(integration_utils, "is_optuna_available", lambda: True)
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, "optuna", RatesInTurn)
+
+
+@pytest.mark.support(
+    "Trainers", "`hyperparameter_search`", "each trial's new model is initialised anew, from the same samples"
+)
+@pytest.mark.usefixtures("search_backend")
+def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, samples):
+    starts, models = [], []
+
+    class Watching(LoRADATrainer):
+        def _log_report(self, report):
+            super()._log_report(report)
+            starts.append(adapter_weights(self.model))
+            models.append(self.model)
+
+    trainer = Watching(
+        model_init=lambda: tiny_llama(),
+        args=make_args(tmp_path, max_steps=3),
+        train_dataset=samples,
+        eval_dataset=samples[:8],
+        data_collator=collate,
+        peft_config=make_lora_config(),
+        da_config=make_config(),
+    )
+    best = trainer.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
+    assert best.hyperparameters == {"learning_rate": 1e-2}
+    assert len(starts) == 2
+    assert models[0] is not models[1]
+    assert_same_tensors(starts[0], starts[1])
+    assert all(tensor.any() for tensor in starts[0].values())
+    assert trainer.args.learning_rate == 1e-2
+    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
+
+
+class InFloat16(LoRADATrainer):
+    """Autocasts to float16 as ``fp16=True`` does on a GPU; on a CPU accelerate ignores that argument."""
+
+    def compute_loss_context_manager(self):
+        return torch.autocast("cpu", dtype=torch.float16)
+
+
+@pytest.mark.support("Trainers", "`fp16=True`", "gradients of the pass are scaled, since float16's range is small")
+def test_half_precision_in_the_trainer(tmp_path, lora_model, samples):
+    half, full = (
+        kind(
+            model=lora_model(),
+            args=make_args(tmp_path / kind.__name__, max_steps=3),
+            train_dataset=samples,
+            data_collator=collate,
+            da_config=make_config(),
+        )
+        for kind in (InFloat16, LoRADATrainer)
+    )
+    for trainer in (half, full):
+        trainer.train()
+        assert_initialized(Path(trainer.args.output_dir) / "lora_da", lora_model(), trainer.lora_da_report)
+    before = [trainer.lora_da_report.search_loss_before for trainer in (half, full)]
+    assert before[0] == pytest.approx(before[1], rel=1e-2)
+    assert before[0] != before[1]
+    after = [trainer.lora_da_report.search_loss_after for trainer in (half, full)]
+    assert after[0] == pytest.approx(after[1], rel=5e-2)

@@ -1,0 +1,230 @@
+"""TRL's trainers take the callback, with their own loss handed to it."""
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from harness import (
+    assert_initialized,
+    assert_statistics_equal,
+    autograd_statistics,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    make_tokenizer,
+)
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from lora_da_hf import LoRADACallback
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import UnsupportedSetupError
+
+trl = pytest.importorskip("trl")
+
+# TRL 1.16 turns checkpointing on under its old name, which transformers 5.23 warns of, seen 2026-11
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
+
+def make_trl_args(kind, folder, **overrides):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return kind(**{**settings, **overrides})
+
+
+def make_callback(**overrides):
+    return LoRADACallback(make_config(num_samples=8, search_samples=2, sample_selection="head", **overrides))
+
+
+def train_with_its_loss(trainer, callback):
+    """Hand the trainer's loss to the callback, train, and return the report."""
+    callback.compute_loss = trainer.compute_loss
+    trainer.train()
+    return callback.report
+
+
+def token_rows(count=24):
+    return Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in make_learnable_samples(count)])
+
+
+def make_sft(folder, model, callback, **arguments):
+    return trl.SFTTrainer(
+        model=model,
+        args=make_trl_args(trl.SFTConfig, folder, **arguments),
+        train_dataset=token_rows(),
+        processing_class=make_tokenizer(),
+        peft_config=make_lora_config(),
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.support("Trainers", "TRL's `SFTTrainer`", "by `LoRADACallback`, with the model's loss or the trainer's")
+def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
+    callback = make_callback(save_statistics=True)
+    trainer = make_sft(tmp_path, tiny_llama(), callback)
+    report = train_with_its_loss(trainer, callback)
+    assert_initialized(tmp_path / "lora_da", lora_model(), report)
+    stored = load_init(tmp_path / "lora_da")
+    samples = [{**sample, "labels": sample["input_ids"]} for sample in make_learnable_samples(24)[:8]]
+    expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss)
+    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
+
+
+@pytest.mark.support("Trainers", "`SFTTrainer`, packing", "a packed row is one sample, and the report says so")
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_a_packed_row_is_one_sample(tmp_path, tiny_llama, lora_model):
+    callback = make_callback()
+    trainer = make_sft(tmp_path, tiny_llama(), callback, packing=True, max_length=32)
+    trainer.train()
+    assert_initialized(tmp_path / "lora_da", lora_model(), callback.report)
+    assert callback.report.population_size == len(trainer.train_dataset) < 24
+    assert any("packed row of several sequences: it counts as one" in note for note in callback.report.notes)
+
+
+@pytest.mark.support(
+    "Trainers", "`SFTTrainer`, padding-free batches", "one sample at a time, since the samples are joined in one row"
+)
+@pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
+def test_padding_free_batches_give_the_statistics_of_padded_ones(tmp_path, tiny_llama, lora_model):
+    found = []
+    for free in (False, True):
+        folder = tmp_path / str(free)
+        callback = make_callback(save_statistics=True)
+        make_sft(folder, tiny_llama(), callback, padding_free=free, max_length=None).train()
+        assert_initialized(folder / "lora_da", lora_model(), callback.report)
+        stored = load_init(folder / "lora_da")
+        found.append((callback.report, load_statistics(stored.folder, stored.manifest)))
+    assert [report.num_samples for report, _ in found] == [8, 8]
+    assert found[1][0].batch_size == 1
+    assert any("rows of 4 samples" in note for note in found[1][0].notes)
+    assert_statistics_equal(found[1][1], found[0][1], 1e-4)
+
+
+def preferences(count=24):
+    generator = random.Random(0)
+    rows = []
+    for sample in make_learnable_samples(count):
+        words = [f"w{token}" for token in sample["input_ids"]]
+        noise = [f"w{generator.randrange(30, 90)}" for _ in range(generator.randint(2, 5))]
+        rows.append(
+            {"prompt": " ".join(words[:3]), "chosen": " " + " ".join(words[3:]), "rejected": " " + " ".join(noise)}
+        )
+    return Dataset.from_list(rows)
+
+
+def make_dpo(folder, model, callback, peft_config=None, **arguments):
+    return trl.DPOTrainer(
+        model=model,
+        args=make_trl_args(trl.DPOConfig, folder, **arguments),
+        train_dataset=preferences(),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.support(
+    "Trainers", "TRL's `DPOTrainer`, `peft_config`", "by `LoRADACallback`; the reference is the base, adapters disabled"
+)
+def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama, lora_model):
+    callback = make_callback()
+    trainer = make_dpo(tmp_path, tiny_llama(), callback, make_lora_config())
+    report = train_with_its_loss(trainer, callback)
+    check_dpo(tmp_path, report, trainer, lora_model())
+
+
+@pytest.mark.support(
+    "Trainers",
+    "`DPOTrainer`, a PEFT model",
+    "its reference adapter is a copy from before the write, so it is the base",
+)
+def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
+    callback = make_callback()
+    trainer = make_dpo(tmp_path, lora_model(), callback)
+    assert "ref" in trainer.model.peft_config
+    report = train_with_its_loss(trainer, callback)
+    check_dpo(tmp_path, report, trainer, lora_model())
+    reference = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
+    assert reference
+    assert not any(p.any() for name, p in reference.items() if "lora_B" in name)
+    assert not any(p.requires_grad for p in reference.values())
+
+
+def check_dpo(folder, report, trainer, fresh):
+    """The search must move the policy and not the reference: only then does the loss leave log 2."""
+    assert_initialized(folder / "lora_da", fresh, report)
+    assert report.search_loss_before == pytest.approx(0.693147, abs=1e-4)
+    assert report.search_loss_after < 0.69
+    assert dict(report.search)[report.step_size] == pytest.approx(report.search_loss_after, rel=1e-3)
+    assert report.loss_reduction.startswith("sample_mean (measured")
+    assert report.batch_size == 4
+    first = next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
+    assert first["rewards/margins"] > 0
+    assert not trainer._metrics["eval"]
+
+
+@pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback`, with its `compute_loss`")
+def test_a_reward_model(tmp_path):
+    def make_model():
+        config = LlamaConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            num_labels=1,
+            initializer_range=0.2,
+        )
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(config)
+
+    callback = make_callback()
+    trainer = trl.RewardTrainer(
+        model=make_model(),
+        args=make_trl_args(trl.RewardConfig, tmp_path),
+        train_dataset=preferences().remove_columns("prompt"),
+        processing_class=make_tokenizer(),
+        peft_config=make_lora_config(task_type="SEQ_CLS"),
+        callbacks=[callback],
+    )
+    report = train_with_its_loss(trainer, callback)
+    assert_initialized(tmp_path / "lora_da", trainer.model, report)
+    assert report.loss_reduction.startswith("sample_mean (measured")
+    assert report.batch_size == 4
+    assert report.search_loss_after < report.search_loss_before
+    assert not trainer._metrics["eval"]
+
+
+def test_a_loss_that_gathers_from_all_processes_is_refused_in_several(tmp_path, lora_model, monkeypatch):
+    callback = make_callback()
+    trainer = make_dpo(tmp_path, lora_model(), callback)
+    callback.compute_loss = trainer.compute_loss
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
+    loader = trainer.get_train_dataloader()
+    with pytest.raises(UnsupportedSetupError, match="The loss of a DPOTrainer gathers metrics from all processes"):
+        callback.on_train_begin(trainer.args, trainer.state, None, model=trainer.model, train_dataloader=loader)
+
+
+def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):
+    """The pass runs the loss in evaluation mode, where TRL averages what it writes down until it is logged."""
+    logged = []
+    for number, with_loss in enumerate((False, True)):
+        callback = make_callback()
+        trainer = make_sft(tmp_path / str(number), tiny_llama(), callback, learning_rate=0.0, max_steps=1)
+        if with_loss:
+            callback.compute_loss = trainer.compute_loss
+        trainer.train()
+        logged.append(trainer.evaluate(token_rows(8)))
+    assert logged[1]["eval_entropy"] == pytest.approx(logged[0]["eval_entropy"], rel=1e-3)

@@ -1,0 +1,119 @@
+"""Experts of a mixture: each is a layer of its own, with the tokens that are routed to it."""
+
+import pytest
+import torch
+from families.zoo import EXPERTS, FAMILIES
+from harness import assert_initialized, assert_statistics_equal, collate, make_config, make_learnable_samples
+from harness import make_lora_config as lora_config
+from peft import get_peft_model
+
+from lora_da_hf import initialize_lora_da
+from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.pipeline.save import base_model_facts
+
+SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
+EXPERT_LAYERS = 2 * 2 * 4
+
+
+def make_mixtral(**lora):
+    return get_peft_model(FAMILIES["Mixtral (experts)"].make_model(), lora_config(**{**EXPERTS, **lora}))
+
+
+def initialize(model, folder, batch_size=4, samples=None):
+    report = initialize_lora_da(
+        model,
+        samples or make_learnable_samples(16),
+        config=make_config(**SETTINGS),
+        data_collator=collate,
+        batch_size=batch_size,
+        output_dir=folder,
+        progress=False,
+    )
+    stored = load_init(folder)
+    return report, load_statistics(stored.folder, stored.manifest)
+
+
+def test_the_statistics_of_experts_do_not_depend_on_batching(tmp_path):
+    found = [initialize(make_mixtral(), tmp_path / str(size), size) for size in (1, 4)]
+    assert [report.batch_size for report, _ in found] == [1, 4]
+    assert sum("[" in layer.name for layer in found[1][0].layers) == EXPERT_LAYERS
+    assert_statistics_equal(found[1][1], found[0][1], 1e-4)
+    for name, statistics in found[0][1].items():
+        assert statistics.num_input_tokens == found[1][1][name].num_input_tokens, name
+
+
+def test_each_expert_counts_the_tokens_that_are_routed_to_it(tmp_path):
+    """Two of four experts a token: both together count every token twice."""
+    samples = make_learnable_samples(16)
+    _, statistics = initialize(make_mixtral(), tmp_path, samples=samples)
+    tokens = sum(len(sample["input_ids"]) for sample in samples[:8])
+    for layer in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts.base_layer"):
+        counts = [statistics[f"{layer}[{index}]"].num_input_tokens for index in range(4)]
+        assert sum(counts) == 2 * tokens
+        assert max(counts) < tokens
+
+
+@pytest.mark.support("PEFT", "Experts that no token is routed to", "keep PEFT's own initialisation and are listed")
+def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_path):
+    model = make_mixtral()
+    for layer in model.get_base_model().model.layers:
+        router = layer.mlp.gate
+        router.register_forward_hook(send_nothing_to_the_last_expert)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    report, _ = initialize(model, tmp_path)
+    unused = {name for name in report.kept if name.endswith("[3]")}
+    assert len(unused) == 4
+    assert {report.kept[name] for name in unused} == {"no token is routed to it"}
+    assert_initialized(tmp_path, model, report, kept=("mlp.gate", "[3]"))
+    rank = 4
+    for name, parameter in model.named_parameters():
+        if "experts" in name and "lora_A" in name:
+            assert torch.equal(parameter[3 * rank :], before[name][3 * rank :])
+            assert not torch.equal(parameter[: 3 * rank], before[name][: 3 * rank])
+        if "experts" in name and "lora_B" in name:
+            assert not parameter[:, 3::4].any()
+            assert parameter[:, 0::4].any()
+
+
+def send_nothing_to_the_last_expert(_, args, output):
+    logits, weights, chosen = output
+    return logits, weights, torch.where(chosen == 3, (chosen.sum(-1, keepdim=True) - 3 + 1) % 3, chosen)
+
+
+def test_step_zero_of_experts_is_that_of_the_search(tmp_path):
+    report, _ = initialize(make_mixtral(), tmp_path)
+    tried = dict(report.search)
+    assert report.search_loss_after == pytest.approx(tried[report.step_size], rel=1e-4)
+    assert report.search_loss_after < report.search_loss_before
+
+
+def test_the_fingerprint_of_the_base_does_not_see_the_adapters_of_experts():
+    expected = base_model_facts(FAMILIES["Mixtral (experts)"].make_model())["weights_sha256"]
+    assert base_model_facts(make_mixtral())["weights_sha256"] == expected
+    few = make_mixtral(target_parameters=["experts.down_proj"])
+    assert base_model_facts(few)["weights_sha256"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda layer: setattr(layer, "_did_swap_in_out_features", False),
+            "is given by PEFT to the side of its outputs",
+        ),
+        (lambda layer: setattr(layer.get_base_layer(), "_is_expert_parallel", True), "is run in a way"),
+        (
+            lambda layer: setattr(layer.get_base_layer(), "has_gate", False),
+            "is not run by transformers' experts interface",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_run_one_by_one_are_listed(change, reason):
+    model = make_mixtral()
+    inner = model.get_base_model().model.layers[0].mlp.experts.base_layer  # that of gate_up_proj
+    change(inner)
+    kept = find_targets(model).kept
+    assert reason in kept["model.layers.0.mlp.experts.base_layer"]
+    assert "model.layers.1.mlp.experts.base_layer" not in kept

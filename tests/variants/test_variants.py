@@ -1,0 +1,226 @@
+"""PEFT's variants of LoRA: each starts from the data, trains, and is what a stored adapter gives."""
+
+import pytest
+import torch
+from families.zoo import FAMILIES
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_initialized,
+    collate,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+)
+from peft import PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from torch.nn.functional import linear
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lora_da_hf import LoRADATrainer, initialize_lora_da
+from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.samples import pad_samples
+
+
+def row(what, remark, *values):
+    return pytest.param(*values, id=what, marks=pytest.mark.support("PEFT", what, remark))
+
+
+def logits(model, samples):
+    with torch.no_grad():
+        return model.eval()(**collate(samples[:4])).logits
+
+
+def train(folder, model, samples, steps=3, **settings):
+    trainer = LoRADATrainer(
+        model=model,
+        args=make_args(folder, max_steps=steps),
+        train_dataset=samples,
+        data_collator=settings.pop("data_collator", collate),
+        da_config=settings.pop("da_config", make_config()),
+        **settings,
+    )
+    trainer.train()
+    return trainer
+
+
+PART = {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["o_proj"]}
+VARIANTS = [
+    row("rsLoRA", "PEFT's scaling is read from the layer", {"use_rslora": True}),
+    row("DoRA", "the magnitude is set to the norms of what is written: step 0 is W + s B A", {"use_dora": True}),
+    row("`lora_bias`", "the bias starts at zero, as PEFT has it", {"lora_bias": True}),
+    row("`rank_pattern`, `alpha_pattern`", "", {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 4}}),
+    row("`lora_dropout`", "off during the initialisation", {"lora_dropout": 0.1}),
+    row("`modules_to_save`", "trained in full as ever", {"modules_to_save": ["lm_head"]}),
+    row("`layers_to_transform`, `exclude_modules`", "", PART),
+]
+
+
+# PEFT 0.21 says of lora_bias on layers without a bias that they cannot be merged, and takes it for a partitioned weight
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'. 14 LoRA tensor")
+@pytest.mark.parametrize("lora", VARIANTS)
+def test_a_variant_is_initialised_trained_and_loaded(tmp_path, tiny_llama, lora_model, lora):
+    samples = make_learnable_samples(24)
+    trainer = train(tmp_path, lora_model(**lora), samples)
+    assert_initialized(tmp_path / "lora_da", lora_model(**lora), trainer.lora_da_report)
+    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora_da")
+    targets = lora_model(**lora)
+    for layer in find_targets(targets).targets:
+        written = dict(start.get_base_model().named_modules())[layer.name]
+        assert (layer.rank, layer.peft_scaling) == (written.r["default"], written.scaling["default"])
+    expected = with_products(tiny_llama(), start)
+    torch.testing.assert_close(logits(start, samples), logits(expected, samples), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(start, samples), logits(tiny_llama(), samples), rtol=1e-2, atol=1e-2)
+    trainer.save_model(tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "trained")
+    assert torch.equal(logits(loaded, samples), logits(trainer.model, samples))
+
+
+def with_products(base, adapted):
+    """Add ``scaling * B A`` of every adapter to the weights of a base model."""
+    modules = dict(base.named_modules())
+    with torch.no_grad():
+        for name, module in adapted.get_base_model().named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                product = module.lora_B["default"].weight @ module.lora_A["default"].weight
+                modules[name].weight += module.scaling["default"] * product
+    return base
+
+
+def test_the_magnitude_of_a_layer_that_stores_its_weight_transposed(tmp_path):
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=32, initializer_range=0.2)
+    model = get_peft_model(GPT2LMHeadModel(config), make_lora_config(use_dora=True, fan_in_fan_out=True))
+    report = initialize_lora_da(
+        model, make_learnable_samples(16), config=make_config(), data_collator=collate, progress=False
+    )
+    assert report.step_size > 0
+    layer = model.get_base_model().transformer.h[0].mlp.c_fc
+    x = torch.randn(5, 32)
+    product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + linear(x, product), rtol=1e-4, atol=1e-4)
+
+
+def test_dora_is_put_back_if_the_initialisation_fails(lora_model):
+    model = lora_model(use_dora=True)
+    before = adapter_weights(model)
+    calls = []
+
+    def fails_late(model, batch, num_items):
+        calls.append(1)
+        if any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+            raise RuntimeError("late")
+        return model(**batch, num_items_in_batch=num_items).loss
+
+    with pytest.raises(RuntimeError, match="late"):
+        initialize_lora_da(
+            model,
+            make_learnable_samples(16),
+            config=make_config(),
+            data_collator=collate,
+            compute_loss=fails_late,
+            progress=False,
+        )
+    after = adapter_weights(model)
+    assert any("magnitude" in name for name in after)
+    assert all(torch.allclose(after[name], before[name], rtol=1e-6) for name in before)
+
+
+@pytest.mark.support("PEFT", "LoRA-FA (`freeze_a=True`)", "A is frozen after it is written, B alone is trained")
+def test_lora_fa_by_our_setting(tmp_path, lora_model):
+    samples = make_learnable_samples(24)
+    trainer = train(tmp_path, lora_model(), samples, da_config=make_config(freeze_a=True))
+    check_a_is_frozen(tmp_path, trainer, lora_model())
+
+
+@pytest.mark.support("PEFT", "LoRA-FA (`create_lorafa_optimizer`)", "A is frozen by PEFT, and written all the same")
+def test_lora_fa_by_pefts_optimizer(tmp_path, lora_model):
+    model, samples = lora_model(), make_learnable_samples(24)
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=16, lr=1e-2)
+    check_a_is_frozen(tmp_path, train(tmp_path, model, samples, optimizers=(optimizer, None)), lora_model())
+
+
+def check_a_is_frozen(folder, trainer, fresh):
+    assert_initialized(folder / "lora_da", fresh, trainer.lora_da_report)
+    start = adapter_weights(PeftModel.from_pretrained(fresh.unload(), folder / "lora_da"))
+    for name, tensor in adapter_weights(trainer.model).items():
+        assert torch.equal(tensor, start[name]) == ("lora_A" in name), name
+
+
+@pytest.mark.support("PEFT", "LoRA+ (`create_loraplus_optimizer`)", "")
+def test_lora_plus(tmp_path, lora_model):
+    model, samples = lora_model(), make_learnable_samples(24)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    trainer = train(tmp_path, model, samples, optimizers=(optimizer, None))
+    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
+    start = adapter_weights(PeftModel.from_pretrained(lora_model().unload(), tmp_path / "lora_da"))
+    moved = {
+        which: max((t - start[n]).abs().max() for n, t in adapter_weights(trainer.model).items() if which in n)
+        for which in ("lora_A", "lora_B")
+    }
+    assert moved["lora_B"] > 4 * moved["lora_A"] > 0
+
+
+@pytest.mark.support("PEFT", "Tied embeddings", "the output head stays out of `all-linear`")
+def test_tied_embeddings(tmp_path, tiny_llama):
+    samples = make_learnable_samples(24)
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), make_lora_config())
+    trainer = train(tmp_path, model, samples)
+    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
+    fresh = get_peft_model(tiny_llama(tie_word_embeddings=True), make_lora_config())
+    assert_initialized(tmp_path / "lora_da", fresh, trainer.lora_da_report)
+
+
+@pytest.mark.support("PEFT", "The output head as a target", "tied to the embeddings or not")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_head_as_a_target(tmp_path, tiny_llama, tied):
+    samples = make_learnable_samples(24)
+
+    def make():
+        return get_peft_model(
+            tiny_llama(tie_word_embeddings=tied), make_lora_config(target_modules=["lm_head", "v_proj"])
+        )
+
+    trainer = train(tmp_path, make(), samples)
+    assert "lm_head" in {layer.name for layer in trainer.lora_da_report.layers}
+    assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report)
+
+
+LISTED = {
+    "Embeddings": ("Llama", ["embed_tokens", "v_proj"], "model.embed_tokens", "Embedding is not a linear layer"),
+    "Convolutions": (
+        "ViT (images)",
+        ["projection", "v_proj"],
+        "vit.embeddings.patch_embeddings.projection",
+        "Conv2d is not a linear layer",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "target_modules", "name", "reason"),
+    [row(what, "keep PEFT's own initialisation and are listed", *values) for what, values in LISTED.items()],
+)
+def test_what_is_no_linear_layer_is_listed(tmp_path, family, target_modules, name, reason):
+    def make():
+        return get_peft_model(FAMILIES[family].make_model(), make_lora_config(target_modules=target_modules))
+
+    trainer = train(tmp_path, make(), FAMILIES[family].samples(24), data_collator=pad_samples)
+    assert trainer.lora_da_report.kept == {name: reason}
+    assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report, kept=[name])
+
+
+@pytest.mark.support("PEFT", "Two adapters on one model", "the active one is initialised, the other stays")
+def test_two_adapters_on_one_model(tmp_path, lora_model):
+    samples = make_learnable_samples(24)
+    model = lora_model()
+    train(tmp_path / "first", model, samples)
+    first = {name: t for name, t in model.named_parameters() if ".default." in name}
+    before = {name: tensor.detach().clone() for name, tensor in first.items()}
+    model.add_adapter("second", make_lora_config(r=2))
+    model.set_adapter("second")
+    trainer = train(tmp_path / "second", model, samples)
+    assert {layer.rank for layer in trainer.lora_da_report.layers} == {2}
+    assert_initialized(tmp_path / "second" / "lora_da", lora_model(r=2), trainer.lora_da_report)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())
