@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_da_hf.distributed.parameters import read_full
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
 
 
@@ -201,7 +202,7 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def _check_fresh(targets: list[Target]) -> None:
-    used = [target.name for target in targets if bool(target.lora_B.detach().any())]
+    used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
     if used:
         raise AdapterAlreadyTrainedError(
             f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "

@@ -139,6 +139,7 @@ def _run_pass(job: Job, splits: SampleSplits, settings: PassSettings, shared: di
             settings=settings,
             make_taps=make_taps,
             on_samples=bar.update,
+            lockstep=job.lockstep(splits.statistics, "statistics pass"),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
+from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
+from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
 
 @dataclass(kw_only=True)
@@ -72,6 +75,21 @@ class Job:
         largest = self.config.max_rank or max(t.rank for t in self.targets.values())
         return min(max(largest, target.rank), target.in_features)
 
+    @functools.cached_property
+    def _runs_in_lockstep(self) -> bool:
+        return self.ranks.size > 1 and is_partitioned(self.model)
+
+    def lockstep(self, samples: list[Any], stage: str) -> Lockstep | None:
+        """Return how the processes keep in step over samples that they share; None if they need not."""
+        if not self._runs_in_lockstep or not samples:
+            return None
+        return Lockstep(
+            largest_share=-(-len(samples) // self.ranks.size),
+            filler=samples[0],
+            alike=lambda: self.ranks.alike(stage, SingleSamplesNeeded),
+            in_step=lambda: self.ranks.in_step(stage),
+        )
+
     def loss(self, samples: list[Any], settings: PassSettings) -> float:
         """Return the mean loss over samples, shared by the processes and the same on all of them."""
         with self.ranks.together("evaluation"):
@@ -82,6 +100,7 @@ class Job:
                 compute_loss=self.compute_loss,
                 settings=settings,
                 batch_size=self.batch_size,
+                lockstep=self.lockstep(samples, "evaluation"),
             )
         total, count = self.ranks.sum(mine)
         return total / count if count else float("nan")

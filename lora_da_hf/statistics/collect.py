@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +39,41 @@ class PassSettings:
     reduction: LossReduction
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lockstep:
+    """What makes several processes run the same number of batches, as partitioned parameters demand.
+
+    Attributes:
+        largest_share: Samples of the process that has most.
+        filler: A sample to run where a process has none left. It counts for nothing.
+        alike: Makes a block that fails on all processes if it does on one.
+        in_step: Makes a block in which all processes wait for each other.
+    """
+
+    largest_share: int
+    filler: Any
+    alike: Callable[[], AbstractContextManager[None]]
+    in_step: Callable[[], AbstractContextManager[None]]
+
+    @classmethod
+    def of_one(cls, samples: Sequence[Any]) -> Lockstep:
+        """Return that of a process which nobody waits for."""
+        free = contextlib.nullcontext
+        return cls(largest_share=len(samples), filler=None, alike=free, in_step=free)
+
+    @property
+    def runs_what_does_not_count(self) -> bool:
+        """Whether a batch that counts for nothing is run, since other processes run one meanwhile."""
+        return self.filler is not None
+
+    def batches(self, samples: Sequence[Any], batch_size: int) -> Iterator[tuple[list[Any], bool]]:
+        """Yield batches, and whether they count: samples of similar length together, which saves padding."""
+        ordered = sorted(samples, key=sample_length, reverse=True)
+        for number in range(math.ceil(self.largest_share / batch_size)):
+            batch = ordered[number * batch_size : (number + 1) * batch_size]
+            yield (batch, True) if batch else ([self.filler], False)
+
+
 @dataclass(kw_only=True)
 class PassResult:
     """The sums that a pass leaves, and its counts.
@@ -67,6 +104,7 @@ def collect(
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], None],
+    lockstep: Lockstep | None = None,
 ) -> PassResult:
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
 
@@ -81,11 +119,13 @@ def collect(
         settings: How.
         make_taps: Makes the taps, with sums at zero.
         on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
+        lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
 
     Raises:
         NonFiniteError: if a loss is not finite.
         StatisticsError: if even single samples do not fit the settings.
     """
+    lockstep = lockstep or Lockstep.of_one(samples)
     batch_size, notes = settings.batch_size, []
     if settings.reduction.kind == "unknown" and batch_size > 1:
         batch_size = 1
@@ -94,10 +134,15 @@ def collect(
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
         done = 0
         try:
-            for batch_samples in _batches(samples, batch_size):
-                _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)
-                done += len(batch_samples)
-                on_samples(len(batch_samples))
+            for batch_samples, counts in lockstep.batches(samples, batch_size):
+                with lockstep.alike():
+                    prepared = _prepare(collate(batch_samples), len(batch_samples), settings, counts=counts)
+                if prepared.counts or lockstep.runs_what_does_not_count:
+                    _add_batch(model, prepared, compute_loss, settings, result.taps, lockstep)
+                if counts:
+                    _count_batch(prepared.tokens, result)
+                    done += len(batch_samples)
+                    on_samples(len(batch_samples))
         except SingleSamplesNeeded as reason:
             if batch_size == 1:
                 raise StatisticsError(
@@ -111,47 +156,63 @@ def collect(
         return result
 
 
-def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples of similar length together: it saves padding, and the order does not matter."""
-    ordered = sorted(samples, key=sample_length, reverse=True)
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
-
 def sample_length(sample: Any) -> int:
     """Return the number of tokens of a sample, or 0 if it has no ``input_ids``."""
     ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
     return len(ids) if ids is not None and hasattr(ids, "__len__") else 0
 
 
-def _add_batch(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    num_samples: int,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    result: PassResult,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A batch, its tokens, what each of its samples weighs, and whether it counts."""
+
+    batch: Mapping[str, Any]
+    tokens: BatchTokens
+    weights: Tensor | float
+    counts: bool
+
+
+def _prepare(batch: Mapping[str, Any], num_samples: int, settings: PassSettings, *, counts: bool) -> _Prepared:
     tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, token_mask=settings.token_mask)
     if num_samples > 1 and tokens.num_samples != num_samples:
         raise SingleSamplesNeeded(f"the collator makes {tokens.num_samples} rows of {num_samples} samples")
-    result.num_samples += tokens.num_labelled
-    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
-    if tokens.num_labelled == 0:
-        return
+    if not counts or tokens.num_labelled == 0:
+        return _Prepared(batch=batch, tokens=tokens, weights=1.0, counts=False)
     weights = settings.reduction.sample_weights(tokens)
     if weights is None:
         raise SingleSamplesNeeded("the labels of each sample cannot be counted")
-    taps = result.taps
-    taps.tokens = tokens
+    return _Prepared(batch=batch, tokens=tokens, weights=weights, counts=True)
+
+
+def _count_batch(tokens: BatchTokens, result: PassResult) -> None:
+    result.num_samples += tokens.num_labelled
+    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
+
+
+def _add_batch(
+    model: nn.Module,
+    prepared: _Prepared,
+    compute_loss: ComputeLoss,
+    settings: PassSettings,
+    taps: Taps,
+    lockstep: Lockstep,
+) -> None:
+    weights = prepared.weights
+    taps.tokens, taps.muted = prepared.tokens, not prepared.counts
     with taps, _weighted_head(model, weights if isinstance(weights, Tensor) else None) as head:
-        loss = settings.reduction.loss(compute_loss, model, batch)
-        check_loss(loss)
-        # gradients in float16, whose range is too small for them as they are
-        taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
-        if loss.requires_grad:
-            (loss * (taps.gradient_scale if isinstance(weights, Tensor) else weights * taps.gradient_scale)).backward()
-        if head is not None:
-            head.check()
+        with lockstep.in_step():
+            loss = settings.reduction.loss(compute_loss, model, prepared.batch)
+            # gradients in float16, whose range is too small for them as they are
+            taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
+            weight = 1.0 if isinstance(weights, Tensor) else weights
+            if loss.requires_grad:
+                (loss * (weight * taps.gradient_scale)).backward()
+        with lockstep.alike():  # after the backward pass, which the others are in too
+            if prepared.counts:
+                check_loss(loss)
+                taps.check()
+                if head is not None:
+                    head.check()
     taps.tokens = None
 
 
@@ -192,24 +253,30 @@ def evaluate_loss(
     compute_loss: ComputeLoss,
     settings: PassSettings,
     batch_size: int,
+    lockstep: Lockstep | None = None,
 ) -> tuple[float, float]:
-    """Sum the loss over samples without gradients.
+    """Sum the loss over samples without gradients, for the arguments of `collect`.
 
     Returns:
         The summed loss, and the number of labels (or of samples, for a loss that is not a mean over labels) to divide
         it by. Not finite if a loss is not: a step that is too long does that.
     """
+    lockstep = lockstep or Lockstep.of_one(samples)
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
     with torch.no_grad(), without_checkpointing(model):
-        for batch_samples in _batches(samples, 1 if single else batch_size):
-            batch = collate(batch_samples)
-            tokens: BatchTokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels)
-            if tokens.num_labelled == 0:
+        for batch_samples, counts in lockstep.batches(samples, 1 if single else batch_size):
+            with lockstep.alike():
+                batch = collate(batch_samples)
+                tokens: BatchTokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels)
+            counts = counts and tokens.num_labelled > 0
+            if not counts and not lockstep.runs_what_does_not_count:
                 continue
-            loss = settings.reduction.loss(compute_loss, model, batch)
-            part, weight = settings.reduction.loss_sum(loss.double().item(), tokens)
-            total, count = total + part, count + weight
+            with lockstep.in_step():
+                loss = settings.reduction.loss(compute_loss, model, batch).double().item()
+            if counts:
+                part, weight = settings.reduction.loss_sum(loss, tokens)
+                total, count = total + part, count + weight
     return total, count
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,12 +17,13 @@ from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_init
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.training.parallelism import refuse_split_samples
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class LoRADACallback(TrainerCallback):
         if model is None:
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
-        _refuse_partitioned_runs(args)
+        refuse_split_samples(args)
         name = self.adapter_name or active_adapter_name(model)
         starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
         if self.config.freeze_a:
@@ -177,22 +176,6 @@ class LoRADACallback(TrainerCallback):
                 "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
                 "trainer.compute_loss to use the trainer's."
             )
-
-
-def _refuse_partitioned_runs(args: TrainingArguments) -> None:
-    """Refuse DeepSpeed and FSDP, which keep copies of the weights that would overwrite what is written.
-
-    Raises:
-        UnsupportedSetupError: under either.
-    """
-    kind = PartialState().distributed_type
-    if args.deepspeed or args.fsdp or kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise UnsupportedSetupError(
-            "LoRA-DA does not work inside a DeepSpeed or FSDP run yet: their copies of the weights would overwrite the "
-            "initialisation at the first step. Initialise in a plain process with "
-            "initialize_lora_da(..., output_dir=...), and load that adapter with "
-            "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
-        )
 
 
 def _is_dispatched(model: nn.Module) -> bool:

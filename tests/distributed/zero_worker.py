@@ -1,0 +1,196 @@
+"""What one of two processes does under DeepSpeed, for all cells of one stage: the tests compare what it leaves.
+
+Usage: zero_worker.py STAGE FOLDER, started by torchrun with the tests' folder on the path and DS_ACCELERATOR=cpu.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers.training_args
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config
+from conftest import make_tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from worker import write
+
+from lora_da_hf import LoRADATrainer
+
+CONFIGS = Path(__file__).parents[2] / "scripts" / "deepspeed"
+RATE = 1e-12  # a step that changes nothing
+CHECKPOINTING = {"plain": None, "reentrant": True, "not_reentrant": False}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def cells(stage):
+    """Name every cell, with what it asks for beyond the ordinary."""
+    found = {f"{c}_{d}": {"checkpointing": CHECKPOINTING[c], "dtype": d} for d in DTYPES for c in CHECKPOINTING}
+    found["one_sample_fp32"] = {"config": {"num_samples": 1}, "checkpointing": False}
+    found["searched_fp32"] = {"config": {"step_size": "line_search", "num_samples": 13, "batch_size": 1}}
+    found["offload_bf16"] = {"zero": {"offload_optimizer": {"device": "cpu"}}, "dtype": "bf16"}
+    if stage == 3:
+        found["persistent_fp32"] = {"zero": {"stage3_param_persistence_threshold": 100_000}}
+        found["zero_init_fp32"] = {"load": True}
+    return found
+
+
+def make_base(dtype="fp32"):
+    """Make a model with sizes that two processes do not divide."""
+    return make_tiny_llama(dtype=DTYPES[dtype], intermediate_size=81)
+
+
+def samples():
+    return make_learnable_samples(31)
+
+
+def lora_config():
+    return make_lora_config(r=3, lora_alpha=6)
+
+
+def da_config(**overrides):
+    """Take uneven shares: 4 and 3 samples of 7, in 2 batches and 1."""
+    settings = {"num_samples": 7, "batch_size": 3, "step_size": 0.05, "sample_selection": "head"}
+    return make_config(**{**settings, "save_statistics": True, **overrides})
+
+
+def engine_config(stage, *, dtype="fp32", zero=None):
+    config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
+    config["bf16"]["enabled"] = dtype == "bf16"
+    config["fp16"]["enabled"] = False
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    config["zero_optimization"] |= zero or {}
+    return config
+
+
+def training_args(folder, stage, *, dtype="fp32", zero=None, checkpointing=None, **overrides):
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return make_args(
+        folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=RATE,
+        bf16=dtype == "bf16",
+        deepspeed=engine_config(stage, dtype=dtype, zero=zero),
+        accelerator_config={"use_configured_state": True},
+        gradient_checkpointing=checkpointing is not None,
+        gradient_checkpointing_kwargs=None if checkpointing is None else {"use_reentrant": checkpointing},
+        **overrides,
+    )
+
+
+def whole(parameter):
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+class Watch(TrainerCallback):
+    """Notes what the engine holds before the first step, each step's gradients, and the weights after the first."""
+
+    def __init__(self):
+        self.trainer = None
+        self.left_behind = []
+        self.grads = []
+        self.weights = self.masters = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        engine = self.trainer.model_wrapped
+        self.left_behind = [name for name, p in model.named_parameters() if p.grad is not None]
+        self.left_behind += [f"averaged {key}" for key, value in engine.optimizer.averaged_gradients.items() if value]
+        step = engine.step
+
+        def watched(*args, **kwargs):
+            self.grads.append({name: safe_get_full_grad(p).float().clone() for name, p in self._trained(model)})
+            return step(*args, **kwargs)
+
+        engine.step = watched
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.weights = {name: whole(p) for name, p in self._trained(model)}
+            self.masters = {name: safe_get_full_fp32_param(p).clone() for name, p in self._trained(model)}
+
+    @staticmethod
+    def _trained(model):
+        return [(name.replace(".default.", "."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def train(trainer):
+    watch = Watch()
+    watch.trainer = trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch
+
+
+def largest_difference(found, expected):
+    """Return the largest difference of two sets of tensors, relative to the norm of each."""
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    return max(
+        ((found[name].double() - expected[name].double()).norm() / expected[name].double().norm().clamp_min(1e-30)).item()
+        for name in expected
+    )
+
+
+def run_cell(folder, stage, name, *, config=None, load=False, dtype="fp32", **settings):
+    base = None if load else make_base(dtype)
+    args = training_args(folder / name, stage, dtype=dtype, **settings)
+    if load:  # the arguments above make from_pretrained build the model under zero.Init
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    shapes = sorted({tuple(p.shape) for p in base.parameters()})
+    data = {"train_dataset": samples(), "data_collator": collate}
+    trainer = LoRADATrainer(
+        model=base, args=args, peft_config=lora_config(), da_config=da_config(**config or {}), **data
+    )
+    watch = train(trainer)
+    report = trainer.lora_da_report.to_dict()
+    written = load_file(folder / name / "lora_da" / "adapter_model.safetensors")
+    engine = type(trainer.model_wrapped).__name__
+    del trainer, base
+    gc.collect()
+
+    args = training_args(folder / f"{name}_loaded", stage, dtype=dtype, **settings)
+    model = PeftModel.from_pretrained(make_base(dtype), folder / name / "lora_da", is_trainable=True)
+    control = train(Trainer(model=model, args=args, **data))
+    write(
+        folder,
+        name,
+        {
+            "engine": engine,
+            "report": report,
+            "left_behind": watch.left_behind,
+            "weights": largest_difference(watch.weights, written),
+            "masters": largest_difference(watch.masters, written),
+            "grads": [largest_difference(a, b) for a, b in zip(watch.grads, control.grads, strict=True)],
+            "shapes_before": shapes,
+        },
+    )
+
+
+def main():
+    stage, folder = int(sys.argv[1]), Path(sys.argv[2])
+    only = sys.argv[3:]
+    torch.set_num_threads(1)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # the arguments ask for a GPU's
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if stage == 3 and PartialState().is_main_process:
+        make_base().save_pretrained(folder / "base")
+    PartialState().wait_for_everyone()
+    for name, settings in cells(stage).items():
+        if not only or name in only:
+            run_cell(folder, stage, name, **settings)
+    write(folder, "done", True)
+
+
+if __name__ == "__main__":
+    main()
