@@ -3,6 +3,7 @@
 Usage: zero_worker.py STAGE FOLDER, started by torchrun with the tests' folder on the path and DS_ACCELERATOR=cpu.
 """
 
+import contextlib
 import gc
 import json
 import sys
@@ -20,9 +21,10 @@ from conftest import make_tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
-from worker import write
+from worker import RANK, write
 
-from lora_da_hf import LoRADATrainer
+from lora_da_hf import LoRADAError, LoRADATrainer
+from lora_da_hf.distributed.ranks import PeerFailed
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "deepspeed"
 RATE = 1e-12  # a step that changes nothing
@@ -175,6 +177,38 @@ def run_cell(folder, stage, name, *, config=None, load=False, dtype="fp32", **se
     )
 
 
+def nan_on_one_process(model, inputs, num_items_in_batch=None):
+    loss = model(**inputs).loss
+    return loss * float("nan") if RANK == 1 and torch.is_grad_enabled() else loss
+
+
+def broken_on_one_process(model, inputs, num_items_in_batch=None):
+    if RANK == 1 and torch.is_grad_enabled():
+        raise ValueError("broken on purpose")
+    return model(**inputs).loss
+
+
+def fail(folder, stage, loss):
+    """Run an initialisation with a loss that fails in the pass, and note what this process gets."""
+    trainer = LoRADATrainer(
+        model=make_base(),
+        args=training_args(folder / loss.__name__, stage),
+        peft_config=lora_config(),
+        da_config=da_config(loss_reduction="token_mean"),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    trainer.compute_loss = loss
+    try:
+        trainer.train()
+    except LoRADAError as error:
+        write(folder, loss.__name__, f"{type(error).__name__}: {error}")
+        raise
+    except PeerFailed as error:
+        write(folder, loss.__name__, f"PeerFailed: {error}")
+        raise
+
+
 def main():
     stage, folder = int(sys.argv[1]), Path(sys.argv[2])
     only = sys.argv[3:]
@@ -189,7 +223,11 @@ def main():
     for name, settings in cells(stage).items():
         if not only or name in only:
             run_cell(folder, stage, name, **settings)
+    with contextlib.suppress(LoRADAError, PeerFailed):
+        fail(folder, stage, nan_on_one_process)
     write(folder, "done", True)
+    if stage == 3:
+        fail(folder, stage, broken_on_one_process)  # the launcher has to end the process that waits
 
 
 if __name__ == "__main__":
