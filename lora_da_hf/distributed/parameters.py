@@ -172,10 +172,14 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(type(_kind_of(parameter)) in (_Zero3, _Sharded) for parameter in model.parameters())
 
 
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 drop what it gathered for the last pass, so that the next one sees what was written since."""
+def settle(model: nn.Module) -> None:
+    """Have FSDP2 forget what it kept from the last pass: gathered weights, and which parameters were trainable.
+
+    Needed after parameters were written, and after they were frozen for a pass. Without FSDP2 it does nothing.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.unshard()
             module.reshard()
 
 

@@ -13,7 +13,7 @@ from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unp
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import refuse_split_models, reshard
+from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, OutOfStepError
 from lora_da_hf.losses import input_device, model_loss
@@ -164,9 +164,9 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     except BaseException:
         for name, factors in before.items():
             write_factors(job.targets[name], *factors)
+        settle(job.model)
         raise
-    finally:
-        reshard(job.model)
+    settle(job.model)
     mark_initialized(job.model, job.scan.adapter_name)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)

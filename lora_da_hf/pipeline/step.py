@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
-from lora_da_hf.distributed.parameters import reshard
+from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
@@ -154,10 +154,10 @@ def write_adapter(
 
 
 def _write(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
-    reshard(job.model)
     with job.stage("write"), job.ranks.together("write"):
         for name, solution in solutions.items():
             write_factors(job.targets[name], *_factors(job, job.targets[name], solution, step))
+        settle(job.model)
 
 
 def _factors(job: Job, target: Target, solution: LayerSolution, step: float | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""What one of two processes does under DeepSpeed, for all cells of one stage: the tests compare what it leaves.
+"""What one of two processes does under one way to share a model's training, for all of its cells.
 
-Usage: zero_worker.py STAGE FOLDER, started by torchrun with the tests' folder on the path and DS_ACCELERATOR=cpu.
+Usage: strategy_worker.py STRATEGY FOLDER [CELL ...], started by torchrun with the tests' folders on the path and
+DS_ACCELERATOR=cpu. The tests compare what it leaves.
 """
 
 import contextlib
@@ -9,17 +10,16 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import transformers.training_args
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config
 from conftest import make_tiny_llama
+from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from worker import RANK, write
 
@@ -30,17 +30,23 @@ CONFIGS = Path(__file__).parents[2] / "scripts" / "deepspeed"
 RATE = 1e-12  # a step that changes nothing
 CHECKPOINTING = {"plain": None, "reentrant": True, "not_reentrant": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+LAYERS_TO_WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
-def cells(stage):
+def cells(strategy):
     """Name every cell, with what it asks for beyond the ordinary."""
     found = {f"{c}_{d}": {"checkpointing": CHECKPOINTING[c], "dtype": d} for d in DTYPES for c in CHECKPOINTING}
     found["one_sample_fp32"] = {"config": {"num_samples": 1}, "checkpointing": False}
     found["searched_fp32"] = {"config": {"step_size": "line_search", "num_samples": 13, "batch_size": 1}}
-    found["offload_bf16"] = {"zero": {"offload_optimizer": {"device": "cpu"}}, "dtype": "bf16"}
-    if stage == 3:
-        found["persistent_fp32"] = {"zero": {"stage3_param_persistence_threshold": 100_000}}
+    if strategy.startswith("zero"):
+        found["offload_bf16"] = {"engine": {"offload_optimizer": {"device": "cpu"}}, "dtype": "bf16"}
+    if strategy == "zero3":
+        found["persistent_fp32"] = {"engine": {"stage3_param_persistence_threshold": 100_000}}
         found["zero_init_fp32"] = {"load": True}
+    if strategy == "fsdp2":
+        found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
+        found["own_checkpointing_fp32"] = {"engine": {"activation_checkpointing": True}}
     return found
 
 
@@ -63,71 +69,99 @@ def da_config(**overrides):
     return make_config(**{**settings, "save_statistics": True, **overrides})
 
 
-def engine_config(stage, *, dtype="fp32", zero=None):
+def zero_config(stage, dtype, changes):
     config = json.loads((CONFIGS / f"zero{stage}.json").read_text())
-    config["bf16"]["enabled"] = dtype == "bf16"
-    config["fp16"]["enabled"] = False
-    if stage == 3:
+    config["bf16"]["enabled"], config["fp16"]["enabled"] = dtype == "bf16", False
+    if stage == "3":
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    config["zero_optimization"] |= zero or {}
+    config["zero_optimization"] |= changes
     return config
 
 
-def training_args(folder, stage, *, dtype="fp32", zero=None, checkpointing=None, **overrides):
+def strategy_args(strategy, dtype, engine):
+    """Make accelerate believe in a strategy on the CPU, and return the arguments that ask for it."""
+    kind = {"z": DistributedType.DEEPSPEED, "f": DistributedType.MULTI_GPU, "d": DistributedType.MULTI_CPU}[strategy[0]]
     AcceleratorState._reset_state(reset_partial_state=False)
-    return make_args(
-        folder,
-        max_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=RATE,
-        bf16=dtype == "bf16",
-        deepspeed=engine_config(stage, dtype=dtype, zero=zero),
-        accelerator_config={"use_configured_state": True},
-        gradient_checkpointing=checkpointing is not None,
-        gradient_checkpointing_kwargs=None if checkpointing is None else {"use_reentrant": checkpointing},
-        **overrides,
-    )
+    PartialState._shared_state["distributed_type"] = kind
+    if strategy == "ddp":
+        return {"ddp_find_unused_parameters": False}
+    if strategy == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"version": 2, **LAYERS_TO_WRAP, **engine}}
+    return {"deepspeed": zero_config(strategy[-1], dtype, engine)}
+
+
+def training_args(folder, strategy, *, dtype="fp32", engine=None, checkpointing=None, **overrides):
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": RATE,
+        "bf16": dtype == "bf16",
+        "accelerator_config": {"use_configured_state": True},
+        "gradient_checkpointing": checkpointing is not None,
+        "gradient_checkpointing_kwargs": None if checkpointing is None else {"use_reentrant": checkpointing},
+        **strategy_args(strategy, dtype, engine or {}),
+    }
+    return make_args(folder, **{**settings, **overrides})
+
+
+def trained(model):
+    return [(name.replace(".default.", "."), p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def whole(parameter):
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach().clone()
 
 
 class Watch(TrainerCallback):
-    """Notes what the engine holds before the first step, each step's gradients, and the weights after the first."""
+    """Notes the gradients that are there before the first step, those of each step, and the weights after the first."""
 
-    def __init__(self):
-        self.trainer = None
+    def __init__(self, trainer):
+        self.trainer = trainer
         self.left_behind = []
         self.grads = []
         self.weights = self.masters = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        engine = self.trainer.model_wrapped
         self.left_behind = [name for name, p in model.named_parameters() if p.grad is not None]
+        if args.deepspeed:
+            self._watch_engine(self.trainer.model_wrapped, model)
+
+    def _watch_engine(self, engine, model):
+        """Look at the gradients before each step of a DeepSpeed engine, which calls no callback."""
+        from deepspeed.utils import safe_get_full_grad
+
         self.left_behind += [f"averaged {key}" for key, value in engine.optimizer.averaged_gradients.items() if value]
         step = engine.step
 
         def watched(*args, **kwargs):
-            self.grads.append({name: safe_get_full_grad(p).float().clone() for name, p in self._trained(model)})
+            self.grads.append({name: safe_get_full_grad(p).float().clone() for name, p in trained(model)})
             return step(*args, **kwargs)
 
         engine.step = watched
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not args.deepspeed:
+            self.grads.append({name: whole(p.grad).float() for name, p in trained(model)})
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 1:
-            self.weights = {name: whole(p) for name, p in self._trained(model)}
-            self.masters = {name: safe_get_full_fp32_param(p).clone() for name, p in self._trained(model)}
+            self.weights = {name: whole(p) for name, p in trained(model)}
+            self.masters = self.weights
+            if args.deepspeed:
+                from deepspeed.utils import safe_get_full_fp32_param
 
-    @staticmethod
-    def _trained(model):
-        return [(name.replace(".default.", "."), p) for name, p in model.named_parameters() if p.requires_grad]
+                self.masters = {name: safe_get_full_fp32_param(p).clone() for name, p in trained(model)}
 
 
 def train(trainer):
-    watch = Watch()
-    watch.trainer = trainer
+    watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
     return watch
@@ -136,18 +170,18 @@ def train(trainer):
 def largest_difference(found, expected):
     """Return the largest difference of two sets of tensors, relative to the norm of each."""
     assert set(found) == set(expected), set(found) ^ set(expected)
-    return max(
-        ((found[name].double() - expected[name].double()).norm() / expected[name].double().norm().clamp_min(1e-30)).item()
-        for name in expected
-    )
+    differences = []
+    for name, tensor in expected.items():
+        norm = tensor.double().norm().clamp_min(1e-30)
+        differences.append(((found[name].double() - tensor.double()).norm() / norm).item())
+    return max(differences)
 
 
-def run_cell(folder, stage, name, *, config=None, load=False, dtype="fp32", **settings):
+def run_cell(folder, strategy, name, *, config=None, load=False, dtype="fp32", **settings):
     base = None if load else make_base(dtype)
-    args = training_args(folder / name, stage, dtype=dtype, **settings)
+    args = training_args(folder / name, strategy, dtype=dtype, **settings)
     if load:  # the arguments above make from_pretrained build the model under zero.Init
         base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
-    shapes = sorted({tuple(p.shape) for p in base.parameters()})
     data = {"train_dataset": samples(), "data_collator": collate}
     trainer = LoRADATrainer(
         model=base, args=args, peft_config=lora_config(), da_config=da_config(**config or {}), **data
@@ -155,24 +189,23 @@ def run_cell(folder, stage, name, *, config=None, load=False, dtype="fp32", **se
     watch = train(trainer)
     report = trainer.lora_da_report.to_dict()
     written = load_file(folder / name / "lora_da" / "adapter_model.safetensors")
-    engine = type(trainer.model_wrapped).__name__
+    wrapped = type(trainer.model_wrapped).__name__
     del trainer, base
     gc.collect()
 
-    args = training_args(folder / f"{name}_loaded", stage, dtype=dtype, **settings)
+    args = training_args(folder / f"{name}_loaded", strategy, dtype=dtype, **settings)
     model = PeftModel.from_pretrained(make_base(dtype), folder / name / "lora_da", is_trainable=True)
     control = train(Trainer(model=model, args=args, **data))
     write(
         folder,
         name,
         {
-            "engine": engine,
+            "wrapped": wrapped,
             "report": report,
             "left_behind": watch.left_behind,
             "weights": largest_difference(watch.weights, written),
             "masters": largest_difference(watch.masters, written),
             "grads": [largest_difference(a, b) for a, b in zip(watch.grads, control.grads, strict=True)],
-            "shapes_before": shapes,
         },
     )
 
@@ -188,11 +221,11 @@ def broken_on_one_process(model, inputs, num_items_in_batch=None):
     return model(**inputs).loss
 
 
-def fail(folder, stage, loss):
+def fail(folder, strategy, loss):
     """Run an initialisation with a loss that fails in the pass, and note what this process gets."""
     trainer = LoRADATrainer(
         model=make_base(),
-        args=training_args(folder / loss.__name__, stage),
+        args=training_args(folder / loss.__name__, strategy),
         peft_config=lora_config(),
         da_config=da_config(loss_reduction="token_mean"),
         train_dataset=samples(),
@@ -201,33 +234,31 @@ def fail(folder, stage, loss):
     trainer.compute_loss = loss
     try:
         trainer.train()
-    except LoRADAError as error:
+    except (LoRADAError, PeerFailed) as error:
         write(folder, loss.__name__, f"{type(error).__name__}: {error}")
-        raise
-    except PeerFailed as error:
-        write(folder, loss.__name__, f"PeerFailed: {error}")
         raise
 
 
 def main():
-    stage, folder = int(sys.argv[1]), Path(sys.argv[2])
-    only = sys.argv[3:]
+    strategy, folder, only = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # the arguments ask for a GPU's
     PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    if stage == 3 and PartialState().is_main_process:
+    if strategy.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if PartialState().is_main_process:
         make_base().save_pretrained(folder / "base")
     PartialState().wait_for_everyone()
-    for name, settings in cells(stage).items():
+    for name, settings in cells(strategy).items():
         if not only or name in only:
-            run_cell(folder, stage, name, **settings)
+            run_cell(folder, strategy, name, **settings)
     with contextlib.suppress(LoRADAError, PeerFailed):
-        fail(folder, stage, nan_on_one_process)
+        fail(folder, strategy, nan_on_one_process)
     write(folder, "done", True)
-    if stage == 3:
-        fail(folder, stage, broken_on_one_process)  # the launcher has to end the process that waits
+    if strategy in ("zero3", "fsdp2"):
+        fail(folder, strategy, broken_on_one_process)  # the launcher has to end the process that waits
 
 
 if __name__ == "__main__":
