@@ -169,7 +169,8 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
 
 def is_partitioned(model: nn.Module) -> bool:
     """Tell whether processes have parts of the parameters, so that each pass, or look at one, is a collective."""
-    return any(type(_kind_of(parameter)) in (_Zero3, _Sharded) for parameter in model.parameters())
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # gathered or not
+    return by_fsdp or any(isinstance(_kind_of(parameter), _Zero3) for parameter in model.parameters())
 
 
 def settle(model: nn.Module) -> None:
