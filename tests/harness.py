@@ -62,7 +62,7 @@ def make_config(**overrides):
     return LoRADAConfig(**{"num_samples": 12, "search_samples": 4, **overrides})
 
 
-def make_args(folder, **overrides):
+def make_args(folder, *, kind=TrainingArguments, **overrides):
     settings = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -74,7 +74,7 @@ def make_args(folder, **overrides):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**{**settings, **overrides})
+    return kind(**{**settings, **overrides})
 
 
 def adapter_weights(model):

@@ -138,15 +138,9 @@ def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
         return f"its LoRA variant {type(variant).__name__} is not initialised from data"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
         return f"{type(base).__name__} is not a linear layer"
-    if isinstance(base, nn.Linear | Conv1D):
-        return None
     if isinstance(base, nn.Embedding | nn.MultiheadAttention) or "Conv" in type(base).__name__:
-        return f"{type(base).__name__} is not a linear layer"
-    raise UnsupportedLayerError(
-        f"A base layer is a {type(base).__module__}.{type(base).__name__}, which cannot be tapped. Supported are "
-        "torch.nn.Linear and its subclasses (bitsandbytes' 4- and 8-bit layers among them) and transformers' Conv1D. "
-        "Load the model in another quantisation, or exclude these layers from target_modules."
-    )
+        return None if isinstance(base, Conv1D) else f"{type(base).__name__} is not a linear layer"
+    return None
 
 
 def _target(name: str, layer: LoraLayer, adapter_name: str) -> Target:

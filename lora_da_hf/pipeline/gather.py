@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.errors import DataError, TapNotCalledError
 from lora_da_hf.losses import max_sample_length, shifts_labels
 from lora_da_hf.pipeline.job import Job
@@ -44,7 +45,8 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
             with torch.no_grad():
                 job.compute_loss(job.model, first, None)
 
-        shared = find_shared_inputs(layers, run_forward)
+        with checked_backward(job.scan.targets):
+            shared = find_shared_inputs(layers, run_forward)
         reduction = find_reduction(
             job.compute_loss, job.model, job.collate, labelled, declared=job.config.loss_reduction
         )

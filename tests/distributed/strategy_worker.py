@@ -6,6 +6,7 @@ DS_ACCELERATOR=cpu. The tests compare what it leaves.
 
 import contextlib
 import gc
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,14 +17,15 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import make_tiny_llama
-from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config
+from datasets import Dataset
+from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config, make_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from worker import RANK, write
 
-from lora_da_hf import LoRADAError, LoRADATrainer
+from lora_da_hf import LoRADACallback, LoRADAError, LoRADATrainer
 from lora_da_hf.distributed.ranks import PeerFailed
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "deepspeed"
@@ -126,9 +128,10 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.left_behind = []
         self.grads = []
-        self.weights = self.masters = None
+        self.start = self.weights = self.masters = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.start = {name: whole(p) for name, p in trained(model)}
         self.left_behind = [name for name, p in model.named_parameters() if p.grad is not None]
         if args.deepspeed:
             self._watch_engine(self.trainer.model_wrapped, model)
@@ -210,6 +213,68 @@ def run_cell(folder, strategy, name, *, config=None, load=False, dtype="fp32", *
     )
 
 
+def sft(folder, strategy):
+    """Train with TRL's trainer, which takes the callback."""
+    import trl
+
+    callback = LoRADACallback(da_config())
+    args = training_args(folder / "sft", strategy, kind=trl.SFTConfig, checkpointing=False)
+    trainer = trl.SFTTrainer(
+        model=make_base(),
+        args=args,
+        train_dataset=Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in samples()]),
+        processing_class=make_tokenizer(),
+        peft_config=lora_config(),
+        callbacks=[callback],
+    )
+    watch = train(trainer)
+    written = load_file(folder / "sft" / "lora_da" / "adapter_model.safetensors")
+    write(
+        folder,
+        "sft",
+        {
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "report": callback.report.to_dict(),
+            "weights": largest_difference(watch.weights, written),
+            "masters": largest_difference(watch.masters, written),
+        },
+    )
+
+
+def resume(folder, strategy):
+    """Stop after a step, go on from the checkpoint, and note whether the adapter is the checkpoint's."""
+
+    def make_trainer(steps):
+        args = training_args(folder / "resume", strategy, max_steps=steps, save_strategy="steps", save_steps=1)
+        return LoRADATrainer(
+            model=make_base(),
+            args=args,
+            peft_config=lora_config(),
+            da_config=da_config(),
+            train_dataset=samples(),
+            data_collator=collate,
+        )
+
+    manifest = folder / "resume" / "lora_da" / "lora_da_manifest.json"
+    first = make_trainer(1)
+    watch = train(first)
+    written = manifest.stat().st_mtime_ns
+    second = make_trainer(2)
+    watch_second = Watch(second)
+    second.add_callback(watch_second)
+    second.train(resume_from_checkpoint=str(folder / "resume" / "checkpoint-1"))
+    write(
+        folder,
+        "resume",
+        {
+            "steps": second.state.global_step,
+            "start": largest_difference(watch_second.start, watch.weights),
+            "same_report": second.lora_da_report.to_dict() == first.lora_da_report.to_dict(),
+            "untouched": manifest.stat().st_mtime_ns == written,
+        },
+    )
+
+
 def nan_on_one_process(model, inputs, num_items_in_batch=None):
     loss = model(**inputs).loss
     return loss * float("nan") if RANK == 1 and torch.is_grad_enabled() else loss
@@ -254,6 +319,10 @@ def main():
     for name, settings in cells(strategy).items():
         if not only or name in only:
             run_cell(folder, strategy, name, **settings)
+    if not only:
+        resume(folder, strategy)
+        if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
+            sft(folder, strategy)
     with contextlib.suppress(LoRADAError, PeerFailed):
         fail(folder, strategy, nan_on_one_process)
     write(folder, "done", True)

@@ -108,6 +108,25 @@ def test_the_base_model_is_the_same_for_all(launched, one_process, strategy):
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
+    for rank in range(2):
+        found = result(launched(strategy), "resume", rank)
+        assert found == {"steps": 2, "start": 0.0, "same_report": True, "untouched": True}
+
+
+@needs_deepspeed
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is an extra")
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_trls_sft_trainer_takes_the_callback(launched, strategy):
+    for rank in range(2):
+        found = result(launched(strategy), "sft", rank)
+        assert found["wrapped"] == "DeepSpeedEngine"
+        assert len(found["report"]["layers"]) == LINEAR_LAYERS
+        assert found["report"]["num_samples"] == 7
+        assert max(found["weights"], found["masters"]) <= 1e-9
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_a_loss_that_is_nan_on_one_process_fails_on_both(launched, strategy):
     innocent, guilty = (result(launched(strategy), "nan_on_one_process", rank) for rank in range(2))
     assert guilty.startswith("NonFiniteError: The loss of a batch is nan")
