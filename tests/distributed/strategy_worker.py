@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import make_tiny_llama
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config, make_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -213,6 +213,51 @@ def run_cell(folder, strategy, name, *, config=None, load=False, dtype="fp32", *
     )
 
 
+def stream(folder, strategy):
+    """Train on a stream, which the first process reads for both."""
+    trainer = LoRADATrainer(
+        model=make_base(),
+        args=training_args(folder / "stream", strategy),
+        peft_config=lora_config(),
+        da_config=da_config(population_size=31),
+        train_dataset=IterableDataset.from_generator(lambda: iter(samples())),
+        data_collator=collate,
+    )
+    train(trainer)
+    write(folder, "stream", trainer.lora_da_report.to_dict())
+
+
+class Greedy(LoRADATrainer):
+    """Has no memory for more than two samples in a training step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def find_batch_size(folder, strategy):
+    """Have the trainer start over with a smaller batch, and note how often it was initialised and where it started."""
+    trainer = Greedy(
+        model=make_base(),
+        args=training_args(
+            folder / "batch_size", strategy, auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=1
+        ),
+        peft_config=lora_config(),
+        da_config=da_config(),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    watch = train(trainer)
+    written = load_file(folder / "batch_size" / "lora_da" / "adapter_model.safetensors")
+    found = {
+        "batch_size": trainer.state.train_batch_size,
+        "initializations": sum("lora_da_step_size" in entry for entry in trainer.state.log_history),
+        "weights": largest_difference(watch.weights, written),
+    }
+    write(folder, "batch_size", found)
+
+
 def sft(folder, strategy):
     """Train with TRL's trainer, which takes the callback."""
     import trl
@@ -321,6 +366,9 @@ def main():
             run_cell(folder, strategy, name, **settings)
     if not only:
         resume(folder, strategy)
+        if strategy == "ddp":
+            stream(folder, strategy)
+            find_batch_size(folder, strategy)
         if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
             sft(folder, strategy)
     with contextlib.suppress(LoRADAError, PeerFailed):

@@ -114,6 +114,24 @@ def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
         assert found == {"steps": 2, "start": 0.0, "same_report": True, "untouched": True}
 
 
+def test_a_stream_gives_the_statistics_of_its_head_under_ddp(launched, one_process):
+    for rank in range(2):
+        found = result(launched("ddp"), "stream", rank)
+        report, single = one_process({**found["config"], "population_size": None}, "fp32")
+        assert found["data_fingerprint"] == report.data_fingerprint
+        assert found["population_size"] == 31
+    statistics = stored_statistics(launched("ddp") / "stream" / "lora_da")
+    assert_statistics_equal(statistics, stored_statistics(single), TOLERANCES["fp32"])
+
+
+def test_a_run_that_starts_over_with_a_smaller_batch_is_initialised_once_under_ddp(launched):
+    for rank in range(2):
+        found = result(launched("ddp"), "batch_size", rank)
+        assert found["batch_size"] <= 2
+        assert found["initializations"] == 1
+        assert found["weights"] <= 1e-9
+
+
 @needs_deepspeed
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is an extra")
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
