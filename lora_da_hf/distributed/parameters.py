@@ -162,8 +162,8 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     kind = _kind_of(parameter)
     kind.write(value)
     master = kind.read_master()
-    same = torch.equal(read_full(parameter), value)
-    same = same and (master is None or torch.equal(master.to(value.device, value.dtype), value))
+    copies = [read_full(parameter), *([] if master is None else [master])]
+    same = all(torch.equal(copy.to(value.device, value.dtype), value) for copy in copies)
     return same if type(kind) is _Plain else all(Ranks.current().gather(same))
 
 

@@ -25,14 +25,14 @@ def trainer(tmp_path, lora_model):
     )
 
 
-def begin(trainer):
+def begin(trainer, loader=None):
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LoRADACallback))
     callback.on_train_begin(
         trainer.args,
         trainer.state,
         trainer.control,
         model=trainer.model,
-        train_dataloader=trainer.get_train_dataloader(),
+        train_dataloader=loader,
     )
     return callback.report
 
@@ -50,7 +50,7 @@ def test_other_kinds_of_parallelism_are_refused(trainer, size, kind):
 )
 def test_those_that_a_deepspeed_config_asks_for_are_refused(trainer, monkeypatch, config, kind):
     plugin = SimpleNamespace(deepspeed_config=config)
-    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda state: plugin))
     with pytest.raises(UnsupportedSetupError, match=f"does not work under {kind} parallelism"):
         begin(trainer)
 
@@ -63,7 +63,7 @@ def test_megatron_is_refused(trainer, monkeypatch):
 
 def test_parallelism_of_the_data_alone_is_not_refused(trainer):
     trainer.args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=None, sp_size=1, dp_shard_size=2)
-    assert len(begin(trainer).layers) == LINEAR_LAYERS
+    assert len(begin(trainer, trainer.get_train_dataloader()).layers) == LINEAR_LAYERS
 
 
 class FSDP1(FullyShardedDataParallel):
