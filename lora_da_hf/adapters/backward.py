@@ -52,10 +52,10 @@ def _check(target: Target) -> Any:
                 shape = (*leaf.shape[:-1], target.out_features)
                 if not isinstance(output, Tensor) or output.shape != shape:
                     raise _unsupported(target, f"does not map its input to a tensor {list(shape)}")
-                (grad,) = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
+                grads: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
             except (RuntimeError, NotImplementedError) as error:
                 raise _unsupported(target, f"cannot be differentiated ({error})") from error
-        if grad is None:
+        if grads[0] is None:
             raise _unsupported(target, "lets no gradient through")
 
     return on_forward

@@ -72,8 +72,8 @@ class _Zero3(_Plain):
             yield self.parameter
 
     def write(self, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param
         from deepspeed import zero
+        from deepspeed.utils import safe_set_local_fp32_param
 
         with zero.GatheredParameters([self.parameter], modifier_rank=0), torch.no_grad():
             self.parameter.copy_(value)

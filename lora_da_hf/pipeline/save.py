@@ -138,9 +138,7 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save_adapter(
-    model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None = None
-) -> None:
+def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None = None) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
     Args:

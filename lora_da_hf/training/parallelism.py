@@ -38,7 +38,11 @@ def _kinds_of_parallelism(args: TrainingArguments) -> list[str]:
     for parallelism in (getattr(args, "parallelism_config", None), getattr(state, "parallelism_config", None)):
         found += [
             kind
-            for kind, size in (("tensor parallelism", "tp"), ("context parallelism", "cp"), ("sequence parallelism", "sp"))
+            for kind, size in (
+                ("tensor parallelism", "tp"),
+                ("context parallelism", "cp"),
+                ("sequence parallelism", "sp"),
+            )
             if (getattr(parallelism, f"{size}_size", None) or 1) > 1
         ]
     plugin = getattr(state, "deepspeed_plugin", None)

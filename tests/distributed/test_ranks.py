@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lora_da_hf.distributed.ranks import PeerFailed, Ranks, balanced_owners
-from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
 from lora_da_hf.statistics.taps import Taps
 
@@ -85,7 +85,9 @@ def test_a_failure_of_another_kind_comes_before_one_of_the_shared_kind():
 
 def test_a_failure_among_collectives_is_not_told_to_the_others():
     with (
-        pytest.raises(OutOfStepError, match="Process 0 failed in the pass: ValueError: mine. The parameters are") as found,
+        pytest.raises(
+            OutOfStepError, match="Process 0 failed in the pass: ValueError: mine. The parameters are"
+        ) as found,
         Answers(0).together("run"),
         Answers(0).in_step("pass"),
     ):

@@ -20,6 +20,7 @@ from lora_da_hf.artifacts.store import load_init
 
 pytestmark = pytest.mark.multi_rank
 
+
 @pytest.fixture(scope="module")
 def initialized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("initialized")

@@ -13,7 +13,6 @@ from lora_da_hf.errors import (
     SolveError,
     TapNotCalledError,
     TargetError,
-    UnsupportedLayerError,
 )
 
 

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from harness import adapter_weights, make_args, make_lora_config
-from transformers import Trainer
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, initialize_lora_da
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, UnsupportedSetupError
+from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
+from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics import taps

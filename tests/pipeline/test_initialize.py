@@ -414,9 +414,7 @@ class TupleLinear(PackedLinear):
 def packed_model(lora_model, kind=PackedLinear):
     """Make a model with every base layer of one of these kinds, and a plain one with the same weights."""
     model, plain = lora_model(), lora_model()
-    for (name, layer), other in zip(
-        base_linear_layers(model).items(), base_linear_layers(plain).values(), strict=True
-    ):
+    for (name, layer), other in zip(base_linear_layers(model).items(), base_linear_layers(plain).values(), strict=True):
         packed = kind(layer)
         model.get_base_model().get_submodule(name).base_layer = packed
         with torch.no_grad():
@@ -437,7 +435,10 @@ def test_statistics_through_packed_layers_are_those_of_the_weights_they_stand_fo
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (InferenceLinear, r"q_proj: its base layer, a .*InferenceLinear, cannot be differentiated \(.*does not require"),
+        (
+            InferenceLinear,
+            r"q_proj: its base layer, a .*InferenceLinear, cannot be differentiated \(.*does not require",
+        ),
         (TupleLinear, r"q_proj: its base layer, a .*TupleLinear, does not map its input to a tensor \[1, \d+, 48\]"),
     ],
 )

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import LINEAR_LAYERS, collate, make_args, make_config, make_learnable_samples
 from torch import nn
@@ -56,7 +56,7 @@ def test_those_that_a_deepspeed_config_asks_for_are_refused(trainer, monkeypatch
 
 
 def test_megatron_is_refused(trainer, monkeypatch):
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.MEGATRON_LM)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MEGATRON_LM)
     with pytest.raises(UnsupportedSetupError, match="does not work under Megatron-LM"):
         begin(trainer)
 
