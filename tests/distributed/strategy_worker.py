@@ -214,10 +214,15 @@ def run_cell(folder, strategy, name, *, config=None, load=False, dtype="fp32", *
 
 
 def stream(folder, strategy):
-    """Train on a stream, which the first process reads for both."""
+    """Train on a stream, of which the first process reads the head for both."""
     trainer = LoRADATrainer(
         model=make_base(),
-        args=training_args(folder / "stream", strategy),
+        args=training_args(
+            folder / "stream",
+            strategy,
+            # rows of different lengths cannot be dispatched by one process: the trainer's own condition
+            accelerator_config={"use_configured_state": True, "dispatch_batches": False},
+        ),
         peft_config=lora_config(),
         da_config=da_config(population_size=31),
         train_dataset=IterableDataset.from_generator(lambda: iter(samples())),
@@ -320,6 +325,16 @@ def resume(folder, strategy):
     )
 
 
+def scenarios(strategy):
+    """List what is done once for a strategy."""
+    found = [resume]
+    if strategy == "ddp":
+        found += [stream, find_batch_size]
+    if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
+        found.append(sft)
+    return found
+
+
 def nan_on_one_process(model, inputs, num_items_in_batch=None):
     loss = model(**inputs).loss
     return loss * float("nan") if RANK == 1 and torch.is_grad_enabled() else loss
@@ -364,13 +379,9 @@ def main():
     for name, settings in cells(strategy).items():
         if not only or name in only:
             run_cell(folder, strategy, name, **settings)
-    if not only:
-        resume(folder, strategy)
-        if strategy == "ddp":
-            stream(folder, strategy)
-            find_batch_size(folder, strategy)
-        if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
-            sft(folder, strategy)
+    for scenario in scenarios(strategy):
+        if not only or scenario.__name__ in only:
+            scenario(folder, strategy)
     with contextlib.suppress(LoRADAError, PeerFailed):
         fail(folder, strategy, nan_on_one_process)
     write(folder, "done", True)

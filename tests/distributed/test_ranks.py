@@ -86,7 +86,7 @@ def test_a_failure_of_another_kind_comes_before_one_of_the_shared_kind():
 def test_a_failure_among_collectives_is_not_told_to_the_others():
     with (
         pytest.raises(
-            OutOfStepError, match="Process 0 failed in the pass: ValueError: mine. The parameters are"
+            OutOfStepError, match=r"Process 0 failed in the pass: ValueError: mine\. The parameters are"
         ) as found,
         Answers(0).together("run"),
         Answers(0).in_step("pass"),

@@ -383,7 +383,7 @@ def test_a_4_bit_weight_that_is_packed_for_inference_is_an_error(lora_model, sam
 
 
 class PackedLinear(nn.Module):
-    """A stand-in for a layer of GPTQ's or AWQ's kind: no subclass of a linear one, and weights that are no parameter."""
+    """A stand-in for a layer of GPTQ's or AWQ's kind: no linear one of torch's, and its weight is no parameter."""
 
     def __init__(self, linear):
         super().__init__()
