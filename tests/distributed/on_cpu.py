@@ -19,5 +19,7 @@ if by_deepspeed:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-sys.argv = [*sys.argv[1:], "--accelerator_config", '{"use_configured_state": true}']
-runpy.run_path(sys.argv[0], run_name="__main__")
+script = next(argument for argument in sys.argv[1:] if argument.endswith(".py"))
+flags = [argument for argument in sys.argv[1:] if argument != script]  # deepspeed puts one before the script
+sys.argv = [script, *flags, "--accelerator_config", '{"use_configured_state": true}']
+runpy.run_path(script, run_name="__main__")
