@@ -127,8 +127,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
 
 
 def base_name(full_name: str) -> str:
-    """Return the name that a layer has in the base model, without what PEFT puts before it."""
-    return full_name.removeprefix("base_model.model.")
+    """Return the name that a layer has in the base model, without what PEFT and FSDP's checkpointing put into it."""
+    return full_name.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
 
 
 def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
