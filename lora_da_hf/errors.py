@@ -38,6 +38,10 @@ class StatisticsError(LoRADAError, RuntimeError):
     """The statistics pass gave something that cannot be used."""
 
 
+class OutOfStepError(StatisticsError):
+    """This process failed in a pass in the middle of which the others wait for it."""
+
+
 class TapNotCalledError(StatisticsError):
     """A layer's tap saw no forward or no backward pass: compiled, fused or unused code."""
 

@@ -10,6 +10,7 @@ Examples:
         --completion_column answer --init lora --do_train --do_eval --output_dir out
     python scripts/run_clm.py settings.yaml --learning_rate 1e-4
     torchrun --nproc_per_node 2 scripts/run_clm.py settings.yaml
+    torchrun --nproc_per_node 2 scripts/run_clm.py settings.yaml --bf16 --deepspeed scripts/deepspeed/zero3.json
 """
 
 import argparse

@@ -322,6 +322,8 @@ def assert_updates_equal(found, expected, tolerance=1e-6):
     errors = {name: relative_error(found[name], torch.from_numpy(expected[name])) for name in expected}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < tolerance, f"{worst}: {errors[worst]:.2e}"
+
+
 def lora_layer_names(model):
     """Return the name of every LoRA layer, an expert being one."""
     experts = _expert_weights(model)

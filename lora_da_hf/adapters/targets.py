@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
+from lora_da_hf.distributed.parameters import read_full
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
 
 
@@ -143,8 +144,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
 
 
 def base_name(full_name: str) -> str:
-    """Return the name that a layer has in the base model, without what PEFT puts before it."""
-    return full_name.removeprefix("base_model.model.")
+    """Return the name that a layer has in the base model, without what PEFT and FSDP's checkpointing put into it."""
+    return full_name.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
 
 
 def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
@@ -156,15 +157,9 @@ def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
         return f"its LoRA variant {type(variant).__name__} is not initialised from data"
     if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
         return f"{type(base).__name__} is not a linear layer"
-    if isinstance(base, nn.Linear | Conv1D):
-        return None
     if isinstance(base, nn.Embedding | nn.MultiheadAttention) or "Conv" in type(base).__name__:
-        return f"{type(base).__name__} is not a linear layer"
-    raise UnsupportedLayerError(
-        f"A base layer is a {type(base).__module__}.{type(base).__name__}, which cannot be tapped. Supported are "
-        "torch.nn.Linear and its subclasses (bitsandbytes' 4- and 8-bit layers among them) and transformers' Conv1D. "
-        "Load the model in another quantisation, or exclude these layers from target_modules."
-    )
+        return None if isinstance(base, Conv1D) else f"{type(base).__name__} is not a linear layer"
+    return None
 
 
 def _is_dora(layer: LoraLayer, adapter_name: str) -> bool:
@@ -242,7 +237,7 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def _check_fresh(targets: list[Target]) -> None:
-    used = [target.name for target in targets if bool(target.lora_B.detach().any())]
+    used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
     if used:
         raise AdapterAlreadyTrainedError(
             f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "

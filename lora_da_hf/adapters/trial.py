@@ -54,7 +54,8 @@ class TrialAdapters:
         self.rank: int | None = None
         self._targets = targets
         self._bases = {
-            target.name: tuple(basis.to(target.lora_A) for basis in bases[target.name]) for target in targets
+            target.name: tuple(basis.to(target.device, target.lora_A.dtype) for basis in bases[target.name])
+            for target in targets
         }
         self._handles: list[Any] = []
 

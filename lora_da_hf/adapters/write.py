@@ -8,13 +8,15 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from lora_da_hf.adapters.targets import Target
+from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
 from lora_da_hf.errors import WriteError
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     """Overwrite A and B of one layer in place: the Parameter objects stay, so an optimizer keeps its references.
 
-    The magnitude of a DoRA layer follows, so that its output is that of ``W + scaling * B A``.
+    The magnitude of a DoRA layer follows, so that its output is that of ``W + scaling * B A``. What DeepSpeed and FSDP2
+    keep of them in parts and copies is overwritten too; every process must take part.
 
     Args:
         target: The layer.
@@ -25,18 +27,17 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
         WriteError: if the shapes differ, or what is read back is not what was written.
     """
     for what, parameter, value in (("lora_A", target.lora_A, lora_A), ("lora_B", target.lora_B, lora_B)):
-        if parameter.shape != value.shape:
+        shape = full_shape(parameter)
+        if shape != value.shape:
             raise WriteError(
-                f"{target.name}: {what} has shape {list(parameter.shape)} and the initialisation {list(value.shape)}. "
+                f"{target.name}: {what} has shape {list(shape)} and the initialisation {list(value.shape)}. "
                 "The adapter changed since the statistics were taken."
             )
-        stored = value.to(parameter)
-        with torch.no_grad():
-            parameter.copy_(stored)
-        if not torch.isfinite(stored).all() or not torch.equal(parameter.detach(), stored):
+        stored = value.to(parameter.device, parameter.dtype)
+        if not write_full(parameter, stored) or not torch.isfinite(stored).all():
             raise WriteError(
                 f"{target.name}: {what} reads back differently from what was written, or is not finite in "
-                f"{parameter.dtype}. Something else owns this parameter."
+                f"{parameter.dtype}. Something else owns this parameter, or its optimizer's copy of it."
             )
     if target.magnitude is not None:
         _match_magnitude(target, target.magnitude)
@@ -52,11 +53,11 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
 
 def read_factors(target: Target) -> tuple[Tensor, Tensor]:
     """Return copies of A ``[r, d_in]`` and B ``[d_out, r]`` of one layer."""
-    return target.lora_A.detach().clone(), target.lora_B.detach().clone()
+    return read_full(target.lora_A), read_full(target.lora_B)
 
 
 def update_norm(target: Target) -> float:
     """Return the Frobenius norm of ``scaling * B @ A`` as it is stored."""
-    a, b = target.lora_A.detach().double(), target.lora_B.detach().double()
+    a, b = (factor.double() for factor in read_factors(target))
     gram = (b.mT @ b) * (a @ a.mT)
     return target.peft_scaling * gram.sum().clamp_min(0).sqrt().item()

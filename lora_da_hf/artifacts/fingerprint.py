@@ -49,7 +49,8 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
             return None
         flat = data.reshape(-1)
         step = max(1, flat.numel() // _SAMPLED_ENTRIES)
-        entries = flat[::step][:_SAMPLED_ENTRIES].to("cpu", torch.bfloat16).contiguous()
+        # a copy: memory that numpy has looked into cannot be released, as FSDP2 does
+        entries = flat[::step][:_SAMPLED_ENTRIES].to("cpu", torch.bfloat16, copy=True).contiguous()
         digest.update(f"{name}:{list(weight.shape)}:".encode())
         digest.update(entries.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

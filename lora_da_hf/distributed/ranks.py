@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_da_hf.errors import OutOfStepError
+
 T = TypeVar("T")
 
 
@@ -74,6 +76,8 @@ class Ranks:
         failure: Exception | None = None
         try:
             yield
+        except OutOfStepError:
+            raise  # the others are not here to be told
         except Exception as error:
             failure = error
         if self.size > 1:
@@ -84,6 +88,42 @@ class Ranks:
                 raise PeerFailed(f"Process {rank} failed in the {stage}: {message}")
         if failure is not None:
             raise failure
+
+    @contextlib.contextmanager
+    def alike(self, stage: str, shared: type[Exception]) -> Generator[None]:
+        """Do as `together` does, but a failure of one kind is raised as such by all processes if it is by one.
+
+        Args:
+            stage: Its name, for the message.
+            shared: The kind.
+        """
+        reason: Exception | None = None
+        with self.together(stage):
+            try:
+                yield
+            except shared as error:
+                reason = error
+        reasons = [text for text in self.gather(None if reason is None else str(reason)) if text is not None]
+        if reasons:
+            raise reason or shared(reasons[0])
+
+    @contextlib.contextmanager
+    def in_step(self, stage: str) -> Generator[None]:
+        """Mark a failure in a stage with collectives, of which this process cannot tell the others.
+
+        Args:
+            stage: Its name, for the message.
+
+        Raises:
+            OutOfStepError: from whatever failed.
+        """
+        try:
+            yield
+        except Exception as error:
+            raise OutOfStepError(
+                f"Process {self.rank} failed in the {stage}: {type(error).__name__}: {error}. The parameters are "
+                "partitioned, so the other processes wait for it in the middle of their passes: end them too."
+            ) from error
 
 
 def balanced_owners(costs: dict[str, float], size: int) -> dict[str, int]:

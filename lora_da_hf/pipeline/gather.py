@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.errors import DataError, TapNotCalledError
 from lora_da_hf.losses import is_encoder_decoder, max_sample_length, shifts_labels
 from lora_da_hf.pipeline.job import Job
@@ -46,7 +47,8 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
             with torch.no_grad():
                 job.compute_loss(job.model, first, None)
 
-        shared = find_shared_inputs(layers, run_forward)
+        with checked_backward(job.scan.targets):
+            shared = find_shared_inputs(layers, run_forward)
         reduction = find_reduction(
             job.compute_loss,
             job.model,
@@ -152,6 +154,7 @@ def _run_pass(job: Job, splits: SampleSplits, settings: PassSettings, shared: di
             settings=settings,
             make_taps=make_taps,
             on_samples=bar.update,
+            lockstep=job.lockstep(splits.statistics, "statistics pass"),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ from tqdm.auto import tqdm
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.parameters import is_partitioned, settle
 from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
+from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
+from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
 
 @dataclass(kw_only=True)
@@ -70,9 +74,12 @@ class Job:
         before = {name: read_factors(target) for name, target in self.targets.items()}
         try:
             yield
+        except OutOfStepError:
+            raise  # to restore partitioned parameters takes all processes
         except BaseException:
             for name, factors in before.items():
                 write_factors(self.targets[name], *factors)
+            settle(self.model)
             raise
 
     def bar(self, total: int, text: str) -> Any:
@@ -84,6 +91,21 @@ class Job:
         largest = self.config.max_rank or max(t.rank for t in self.targets.values())
         return min(max(largest, target.rank), target.in_features)
 
+    @functools.cached_property
+    def _runs_in_lockstep(self) -> bool:
+        return self.ranks.size > 1 and is_partitioned(self.model)
+
+    def lockstep(self, samples: list[Any], stage: str) -> Lockstep | None:
+        """Return how the processes keep in step over samples that they share; None if they need not."""
+        if not self._runs_in_lockstep or not samples:
+            return None
+        return Lockstep(
+            most=lambda number: max(self.ranks.gather(number)),
+            filler=samples[0],
+            alike=lambda: self.ranks.alike(stage, SingleSamplesNeeded),
+            in_step=lambda: self.ranks.in_step(stage),
+        )
+
     def loss(self, samples: list[Any], settings: PassSettings) -> float:
         """Return the mean loss over samples, shared by the processes and the same on all of them."""
         with self.ranks.together("evaluation"):
@@ -94,6 +116,7 @@ class Job:
                 compute_loss=self.compute_loss,
                 settings=settings,
                 batch_size=self.batch_size,
+                lockstep=self.lockstep(samples, "evaluation"),
             )
         total, count = self.ranks.sum(mine)
         return total / count if count else float("nan")

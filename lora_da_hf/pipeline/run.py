@@ -12,12 +12,13 @@ from torch import nn
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device, model_loss
 from lora_da_hf.pipeline.gather import gather_statistics, probe
 from lora_da_hf.pipeline.job import Job
-from lora_da_hf.pipeline.save import save_init
+from lora_da_hf.pipeline.save import base_model_facts, save_init, whole_adapter
 from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.pipeline.step import find_step, write_adapter
 from lora_da_hf.report import LoRADAReport
@@ -58,7 +59,7 @@ def initialize_lora_da(
     lower the loss. In a run of several processes each must call this with the same samples, and they share the work.
 
     Args:
-        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
+        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
         population_size: N, how many samples training draws from; None: the config's, or the number of samples.
@@ -81,8 +82,10 @@ def initialize_lora_da(
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         SolveError: if no layer can be solved.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
+        OutOfStepError: if this process fails in the middle of a pass over partitioned parameters (ZeRO-3, FSDP2).
 
-    Whatever is raised, the model and its adapter are as they were.
+    Whatever else is raised, the model and its adapter are as they were.
     """
     config = config or LoRADAConfig()
     if is_loader(samples):
@@ -91,6 +94,7 @@ def initialize_lora_da(
     if population_size is not None and population_size < 1:
         raise ConfigError(f"population_size={population_size!r} must be at least 1.")
     ranks = Ranks.current()
+    refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
         scan = find_targets(model, adapter_name)
     job = Job(
@@ -137,12 +141,16 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                 step = find_step(job, splits, settings, solved.solutions)
             write_adapter(job, splits, settings, solved.solutions, step)
         if job.output_dir is not None:
+            job.report.artifact = str(job.output_dir)
+            with job.stage("save"):
+                base_model, adapter_state = base_model_facts(job.model), whole_adapter(job.model)
             with job.stage("save"), job.ranks.together("save"):
-                job.report.artifact = str(job.output_dir)
                 if job.ranks.is_main:
                     save_init(
                         job.output_dir,
                         model=job.model,
+                        base_model=base_model,
+                        adapter_state=adapter_state,
                         scan=job.scan,
                         solutions=solved.solutions,
                         statistics=solved.statistics,
@@ -150,6 +158,7 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                         report=job.report,
                         seed=job.seed,
                     )
+    settle(job.model)
     mark_initialized(job.model, job.scan.adapter_name)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)

@@ -17,6 +17,7 @@ from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
 from lora_da_hf.artifacts.schema import REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.artifacts.store import StoredBasis, write_init
+from lora_da_hf.distributed.parameters import gathered, is_partitioned, read_full
 from lora_da_hf.errors import TargetError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.records import LayerSolution, LayerStatistics
@@ -29,6 +30,8 @@ def save_init(
     folder: Path,
     *,
     model: nn.Module,
+    base_model: dict[str, Any],
+    adapter_state: dict[str, Tensor] | None,
     scan: TargetScan,
     solutions: Mapping[str, LayerSolution],
     statistics: Mapping[str, LayerStatistics],
@@ -36,7 +39,10 @@ def save_init(
     report: LoRADAReport,
     seed: int,
 ) -> Manifest:
-    """Write adapter, basis, report, manifest and, if given, statistics: all of it or nothing."""
+    """Write adapter, basis, report, manifest and, if given, statistics: all of it or nothing.
+
+    What takes all processes is done before: `base_model_facts` and `whole_adapter`.
+    """
     bases = {
         name: StoredBasis(basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues)
         for name, solution in solutions.items()
@@ -52,7 +58,7 @@ def save_init(
     def make_manifest(files: dict[str, FileEntry]) -> Manifest:
         return Manifest(
             config=report.config,
-            base_model=base_model_facts(model),
+            base_model=base_model,
             data={
                 "fingerprint": report.data_fingerprint,
                 "num_samples": report.num_samples,
@@ -74,7 +80,7 @@ def save_init(
     return write_init(
         folder,
         bases=bases,
-        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name),
+        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state),
         save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
         save_statistics=(
             (lambda path: save_statistics(path, {n: statistics[n] for n in layers}, leaders)) if statistics else None
@@ -113,11 +119,19 @@ def _layer_entry(target: Target, solution: LayerSolution, report: LayerReport, l
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of the base model under the names that they have without an adapter."""
+    """Yield the whole parameters of the base model, one by one, under the names that they have without an adapter."""
     for name, parameter in model.named_parameters():
         if "lora_" not in name and ".modules_to_save." not in name:
             parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
-            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), parameter
+            with gathered(parameter) as whole:
+                yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), whole
+
+
+def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
+    """Return the whole trained parameters if some are partitioned; None if the model's own will do."""
+    if not is_partitioned(model):
+        return None
+    return {name: read_full(p).cpu() for name, p in model.named_parameters() if "lora_" in name or p.requires_grad}
 
 
 def base_model_facts(model: nn.Module) -> dict[str, Any]:
@@ -131,14 +145,22 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def save_adapter(model: nn.Module, folder: Path, adapter_name: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None = None) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
+
+    Args:
+        model: The model.
+        folder: Where.
+        adapter_name: The adapter.
+        state: Its parameters, if the model's own are partitioned.
 
     Raises:
         TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
     """
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), selected_adapters=[adapter_name], save_embedding_layers=False)
+        model.save_pretrained(
+            str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
+        )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card would describe a trained adapter
         inner = folder / adapter_name
         if inner.is_dir():
@@ -148,7 +170,7 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str) -> None:
             (folder / "README.md").unlink(missing_ok=True)
     elif getattr(model, "_hf_peft_config_loaded", False):
         saveable: Any = model
-        saveable.save_pretrained(str(folder))
+        saveable.save_pretrained(str(folder), state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)
     else:
         raise TargetError(f"A {type(model).__name__} cannot be saved as a PEFT adapter. Wrap it with get_peft_model.")

@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
+from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
@@ -155,5 +156,6 @@ def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float |
             write_factors(
                 target, *factors_at_step(*basis, job.config, peft_scaling=target.peft_scaling, step_size=step)
             )
+        settle(job.model)
     for layer in job.report.layers:
         layer.update_norm = update_norm(job.targets[layer.name])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lora_da_hf.errors import DataError, NonFiniteError, StatisticsError
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import SampleWeights, Taps
-from lora_da_hf.statistics.token_masks import SingleSamplesNeeded, num_rows, read_batch_tokens
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
 _LITTLE_PADDING = 16
@@ -39,6 +40,39 @@ class PassSettings:
     shifts_labels: bool
     encoder_decoder: bool
     reduction: LossReduction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lockstep:
+    """What makes several processes run the same number of batches, as partitioned parameters demand.
+
+    Attributes:
+        most: Returns the largest of the numbers that the processes give it.
+        filler: A sample to run where a process has none left. It counts for nothing.
+        alike: Makes a block that fails on all processes if it does on one.
+        in_step: Makes a block in which all processes wait for each other.
+    """
+
+    most: Callable[[int], int]
+    filler: Any
+    alike: Callable[[], AbstractContextManager[None]]
+    in_step: Callable[[], AbstractContextManager[None]]
+
+    @classmethod
+    def of_one(cls) -> Lockstep:
+        """Return that of a process which nobody waits for."""
+        free = contextlib.nullcontext
+        return cls(most=lambda number: number, filler=None, alike=free, in_step=free)
+
+    @property
+    def runs_what_does_not_count(self) -> bool:
+        """Whether a batch that counts for nothing is run, since other processes run one meanwhile."""
+        return self.filler is not None
+
+    def batches(self, own: Sequence[list[Any]]) -> Iterator[tuple[list[Any], bool]]:
+        """Yield this process's batches, then fillers until every process is done; and whether they count."""
+        for number in range(self.most(len(own))):
+            yield (own[number], True) if number < len(own) else ([self.filler], False)
 
 
 @dataclass(kw_only=True)
@@ -71,6 +105,7 @@ def collect(
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], None],
+    lockstep: Lockstep | None = None,
 ) -> PassResult:
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
 
@@ -85,11 +120,13 @@ def collect(
         settings: How.
         make_taps: Makes the taps, with sums at zero.
         on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
+        lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
 
     Raises:
         NonFiniteError: if a loss is not finite.
         StatisticsError: if even single samples do not fit the settings.
     """
+    lockstep = lockstep or Lockstep.of_one()
     batch_size, notes = settings.batch_size, []
     if settings.reduction.kind == "unknown" and batch_size > 1:
         batch_size = 1
@@ -104,10 +141,15 @@ def collect(
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
         done = 0
         try:
-            for batch_samples in make_batches(samples, batch_size):
-                _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)
-                done += len(batch_samples)
-                on_samples(len(batch_samples))
+            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
+                with lockstep.alike():
+                    prepared = _prepare(collate(batch_samples), len(batch_samples), settings, counts=counts)
+                if prepared.counts or lockstep.runs_what_does_not_count:
+                    _add_batch(model, prepared, compute_loss, settings, result.taps, lockstep)
+                if counts:
+                    _count_batch(prepared.tokens, result)
+                    done += len(batch_samples)
+                    on_samples(len(batch_samples))
         except SingleSamplesNeeded as reason:
             if batch_size == 1:
                 raise StatisticsError(
@@ -150,14 +192,17 @@ def sample_length(sample: Any) -> int:
     return len(ids) if ids is not None and hasattr(ids, "__len__") else 0
 
 
-def _add_batch(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    num_samples: int,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    result: PassResult,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A batch, its tokens, what each of its samples weighs, and whether it counts."""
+
+    batch: Mapping[str, Any]
+    tokens: BatchTokens
+    weights: Tensor | float
+    counts: bool
+
+
+def _prepare(batch: Mapping[str, Any], num_samples: int, settings: PassSettings, *, counts: bool) -> _Prepared:
     if num_rows(batch) % num_samples:
         raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
     tokens = read_batch_tokens(
@@ -167,24 +212,43 @@ def _add_batch(
         token_mask=settings.token_mask,
         num_samples=num_samples,
     )
-    result.num_samples += tokens.num_labelled
-    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
-    if tokens.num_labelled == 0:
-        return
+    if not counts or tokens.num_labelled == 0:
+        return _Prepared(batch=batch, tokens=tokens, weights=1.0, counts=False)
     weights = settings.reduction.sample_weights(tokens)
     if weights is None:
         raise SingleSamplesNeeded("the labels of each sample cannot be counted")
-    taps = result.taps
-    taps.tokens = tokens
+    return _Prepared(batch=batch, tokens=tokens, weights=weights, counts=True)
+
+
+def _count_batch(tokens: BatchTokens, result: PassResult) -> None:
+    result.num_samples += tokens.num_labelled
+    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
+
+
+def _add_batch(
+    model: nn.Module,
+    prepared: _Prepared,
+    compute_loss: ComputeLoss,
+    settings: PassSettings,
+    taps: Taps,
+    lockstep: Lockstep,
+) -> None:
+    weights = prepared.weights
+    taps.tokens, taps.muted = prepared.tokens, not prepared.counts
     with taps, _weighted_head(model, weights if isinstance(weights, Tensor) else None) as head:
-        loss = settings.reduction.loss(compute_loss, model, batch)
-        check_loss(loss)
-        # gradients in float16, whose range is too small for them as they are
-        taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
-        if loss.requires_grad:
-            (loss * (taps.gradient_scale if isinstance(weights, Tensor) else weights * taps.gradient_scale)).backward()
-        if head is not None:
-            head.check()
+        with lockstep.in_step():
+            loss = settings.reduction.loss(compute_loss, model, prepared.batch)
+            # gradients in float16, whose range is too small for them as they are
+            taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
+            weight = 1.0 if isinstance(weights, Tensor) else weights
+            if loss.requires_grad:
+                (loss * (weight * taps.gradient_scale)).backward()
+        with lockstep.alike():  # after the backward pass, which the others are in too
+            if prepared.counts:
+                check_loss(loss)
+                taps.check()
+                if head is not None:
+                    head.check()
     taps.tokens = None
 
 
@@ -235,25 +299,31 @@ def evaluate_loss(
     compute_loss: ComputeLoss,
     settings: PassSettings,
     batch_size: int,
+    lockstep: Lockstep | None = None,
 ) -> tuple[float, float]:
-    """Sum the loss over samples without gradients.
+    """Sum the loss over samples without gradients, for the arguments of `collect`.
 
     Returns:
         The summed loss, and the number of labels (or of samples, for a loss that is not a mean over labels) to divide
         it by. Not finite if a loss is not: a step that is too long does that.
     """
+    lockstep = lockstep or Lockstep.of_one()
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
     make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
     with torch.no_grad(), without_checkpointing(model):
-        for batch_samples in make_batches(samples, 1 if single else batch_size):
-            batch = collate(batch_samples)
-            tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=len(batch_samples))
-            if tokens.num_labelled == 0:
+        for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):
+            with lockstep.alike():
+                batch = collate(batch_samples)
+                tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=len(batch_samples))
+            counts = counts and tokens.num_labelled > 0
+            if not counts and not lockstep.runs_what_does_not_count:
                 continue
-            loss = settings.reduction.loss(compute_loss, model, batch)
-            part, weight = settings.reduction.loss_sum(loss.double().item(), tokens)
-            total, count = total + part, count + weight
+            with lockstep.in_step():
+                loss = settings.reduction.loss(compute_loss, model, batch).double().item()
+            if counts:
+                part, weight = settings.reduction.loss_sum(loss, tokens)
+                total, count = total + part, count + weight
     return total, count
 
 

@@ -89,6 +89,12 @@ class Taps:
             `find_shared_inputs` gives it.
         devices: Where each layer's sums live.
         dtype: What is accumulated in.
+
+    Attributes:
+        tokens: Those of the batch that runs.
+        gradient_scale: What its loss is multiplied with.
+        saw_float16: Whether a layer puts out float16.
+        muted: Whether the batch counts for nothing.
     """
 
     def __init__(
@@ -103,6 +109,8 @@ class Taps:
         self.tokens: BatchTokens | None = None
         self.gradient_scale = 1.0
         self.saw_float16 = False
+        self.muted = False
+        self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
         self._handles: list[Any] = []
@@ -132,7 +140,7 @@ class Taps:
         def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             layer_input = _first_tensor(args, kwargs)
             routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
-            tap.forward_calls += 1
+            tap.forward_calls += not self.muted
             self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
             tap.last_input = weakref.ref(layer_input)
             if tap.leader is not None:
@@ -149,14 +157,32 @@ class Taps:
 
         return on_forward
 
+    def check(self) -> None:
+        """Verify that the rows of every layer could be matched to the tokens of the batch.
+
+        Not done in the backward pass itself, which other processes may be in the middle of too.
+
+        Raises:
+            SingleSamplesNeeded: if not.
+        """
+        unmatched, self._unmatched = self._unmatched, None
+        if unmatched is not None:
+            raise unmatched
+
     def _add(self, tap: _LayerTap, layer_input: Tensor, grad: Tensor, *, routed: RoutedTokens | None = None) -> None:
+        if self.muted:
+            return
         if self.tokens is None:
             raise StatisticsError("A backward pass reached a tap outside of the statistics pass.")
         tap.backward_calls += 1
-        if routed is None:
-            kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
-        else:
-            kept = self.tokens.routed_rows(routed, layer=tap.name)
+        try:
+            if routed is None:
+                kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
+            else:
+                kept = self.tokens.routed_rows(routed, layer=tap.name)
+        except SingleSamplesNeeded as reason:
+            self._unmatched = self._unmatched or reason
+            return
         device = tap.sums.squares.device
         with torch.no_grad(), full_precision(device.type):
             x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device, self._dtype)
@@ -186,6 +212,7 @@ class SampleWeights:
     def __init__(self, head: nn.Module) -> None:
         self._head = head
         self._weights: Tensor | None = None
+        self._mixed = False
         self._calls = 0
         self._backward_calls = 0
         self._handle: Any = None
@@ -203,7 +230,8 @@ class SampleWeights:
         if self._weights is None:
             return output
         if not isinstance(output, Tensor) or output.shape[0] != self._weights.shape[0]:
-            raise SingleSamplesNeeded("the model's head does not keep the samples apart in its first dimension")
+            self._mixed = True
+            return output
         self._calls += 1
         return _ScaleGradient.apply(output, self._weights.to(output.device), self._seen)
 
@@ -212,14 +240,16 @@ class SampleWeights:
 
     def start(self, weights: Tensor | None) -> None:
         """Set the weights ``[B]`` of the next batch, or None to leave its gradients alone."""
-        self._weights, self._calls, self._backward_calls = weights, 0, 0
+        self._weights, self._mixed, self._calls, self._backward_calls = weights, False, 0, 0
 
     def check(self) -> None:
         """Verify that the weights went into the gradient of the batch exactly once.
 
         Raises:
-            SingleSamplesNeeded: if the loss went around the head.
+            SingleSamplesNeeded: if the loss went around the head, or the head mixes the samples.
         """
+        if self._mixed:
+            raise SingleSamplesNeeded("the model's head does not keep the samples apart in its first dimension")
         if self._weights is not None and (self._calls != 1 or self._backward_calls != 1):
             raise SingleSamplesNeeded("the loss does not go through the model's output layer exactly once")
 

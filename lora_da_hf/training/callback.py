@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -28,6 +26,7 @@ from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.training.init_source import find_init
+from lora_da_hf.training.parallelism import refuse_split_samples
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class LoRADACallback(TrainerCallback):
         if model is None:
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
-        _refuse_partitioned_runs(args)
+        refuse_split_samples(args)
         name = self.adapter_name or active_adapter_name(model)
         starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
         if self.config.freeze_a:
@@ -215,22 +214,6 @@ class LoRADACallback(TrainerCallback):
                 "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
                 "trainer.compute_loss to use the trainer's."
             )
-
-
-def _refuse_partitioned_runs(args: TrainingArguments) -> None:
-    """Refuse DeepSpeed and FSDP, which keep copies of the weights that would overwrite what is written.
-
-    Raises:
-        UnsupportedSetupError: under either.
-    """
-    kind = PartialState().distributed_type
-    if args.deepspeed or args.fsdp or kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise UnsupportedSetupError(
-            "LoRA-DA does not work inside a DeepSpeed or FSDP run yet: their copies of the weights would overwrite the "
-            "initialisation at the first step. Initialise in a plain process with "
-            "initialize_lora_da(..., output_dir=...), and load that adapter with "
-            "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
-        )
 
 
 def _is_dispatched(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@ import torch
 
 from lora_da_hf.distributed.ranks import PeerFailed, Ranks, balanced_owners
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
 from lora_da_hf.statistics.taps import Taps
 
@@ -53,6 +54,45 @@ def test_a_process_that_did_not_fail_learns_who_did_where_and_why():
 def test_a_process_that_failed_raises_its_own_error_though_others_failed_too():
     with pytest.raises(ValueError, match="mine"), TwoRanks(1, "SolveError: singular").together("solve"):
         raise ValueError("mine")
+
+
+class Answers(TwoRanks):
+    """Two processes, of which the other gives one answer after the other."""
+
+    def gather(self, value):
+        self.other, *self.answers = self.answers
+        return super().gather(value)
+
+    def __init__(self, rank, *answers):
+        super().__init__(rank, None)
+        self.answers = list(answers)
+
+
+def test_a_failure_of_the_shared_kind_is_raised_by_all():
+    with pytest.raises(KeyError, match="theirs"), Answers(0, None, "theirs").alike("stage", KeyError):
+        pass
+    with pytest.raises(KeyError, match="mine"), Answers(0, None, None).alike("stage", KeyError):
+        raise KeyError("mine")
+    with Answers(0, None, None).alike("stage", KeyError):
+        pass
+
+
+def test_a_failure_of_another_kind_comes_before_one_of_the_shared_kind():
+    with pytest.raises(PeerFailed, match="Process 1 failed in the stage: ValueError: theirs"):
+        with Answers(0, "ValueError: theirs").alike("stage", KeyError):
+            raise KeyError("mine")
+
+
+def test_a_failure_among_collectives_is_not_told_to_the_others():
+    with (
+        pytest.raises(
+            OutOfStepError, match=r"Process 0 failed in the pass: ValueError: mine\. The parameters are"
+        ) as found,
+        Answers(0).together("run"),
+        Answers(0).in_step("pass"),
+    ):
+        raise ValueError("mine")
+    assert isinstance(found.value.__cause__, ValueError)
 
 
 def test_sums_are_added_in_the_order_of_the_processes():

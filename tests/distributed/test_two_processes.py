@@ -1,13 +1,7 @@
 """Two gloo processes against one. Processes may abort at exit in gloo's teardown: what counts is what they wrote."""
 
-import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import worker
@@ -19,54 +13,19 @@ from harness import (
     factors,
     relative_error,
 )
+from launching import guidance_of, launch, result, stored_statistics
 from safetensors.torch import load_file
 
 from lora_da_hf import apply_init, initialize_lora_da, refit_init
-from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.config import Damping
-from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.guidance import build_guidance
-from lora_da_hf.theory.kronecker import inverse_output_factor
-from lora_da_hf.theory.solve import factorize
 
 pytestmark = pytest.mark.multi_rank
-
-TIMEOUT = 240
-
-
-def launch(scenarios, folder):
-    """Run the worker in two processes, and return what they printed."""
-    tests = Path(__file__).parents[1]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *(str(tests / "distributed" / "worker.py"), scenarios, str(folder)),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent))),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hang\n{output[-4000:]}")
-    if not all((folder / f"done.rank{rank}.json").is_file() for rank in range(2)):
-        pytest.fail(output[-4000:])
-    return output
 
 
 @pytest.fixture(scope="module")
 def initialized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("initialized")
-    launch("initialize", folder)
+    launch("worker.py", ["initialize"], folder)
     return folder
 
 
@@ -76,28 +35,19 @@ def reused(tmp_path_factory, stored_init):
     for rank in range(2):
         refit_init(stored_init, folder / f"of_rank_{rank}", rank=4 + rank)
     shutil.copytree(stored_init, folder / "stored")
-    launch("reuse", folder)
+    launch("worker.py", ["reuse"], folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    launch("train", folder)
+    launch("worker.py", ["train"], folder)
     return folder
-
-
-def result(folder, name, rank):
-    return json.loads((folder / f"{name}.rank{rank}.json").read_text())
 
 
 def adapter(folder, name, rank):
     return load_file(folder / f"{name}.rank{rank}.safetensors")
-
-
-def stored_statistics(folder):
-    stored = load_init(folder)
-    return load_statistics(stored.folder, stored.manifest)
 
 
 def products(weights):
@@ -118,30 +68,6 @@ def one_process(folder, lora_model, samples, config):
         model, samples, config=config, data_collator=collate, output_dir=folder / "single", progress=False
     )
     return report, adapter_weights(model)
-
-
-def guidance_of(statistics, name, config, population_size):
-    """Return the objective of a basis under the guidance matrix of these statistics."""
-    factorized = factorize(statistics, config, layer=name)
-    inverse_output, _ = inverse_output_factor(
-        statistics.output_grad_second_moment_diag.double(),
-        Damping.parse(config.output_damping, "output_damping"),
-        layer=name,
-    )
-    guidance = build_guidance(
-        Displacement.of(statistics.weight_grad.double(), inverse_output, factorized),
-        inverse_output,
-        population_size=population_size,
-        bias_weight=config.bias_weight,
-        variance_weight=config.variance_weight,
-        normalize_terms=config.normalize_guidance_terms,
-    )
-
-    def objective(basis_A):
-        basis = basis_A.double()
-        return (basis @ guidance.apply(basis.mT)).trace().item()
-
-    return objective
 
 
 def test_statistics_of_uneven_shares_are_those_of_one_process(initialized, tmp_path, lora_model):

@@ -14,7 +14,6 @@ from lora_da_hf.errors import (
     SolveError,
     TapNotCalledError,
     TargetError,
-    UnsupportedLayerError,
 )
 
 VELORA = VeloraConfig(num_groups=4)
@@ -103,30 +102,6 @@ def test_an_adapter_on_the_meta_device(lora_model, samples):
         model,
         samples,
         adapter_name="empty",
-    )
-
-
-class PackedLinear(nn.Module):
-    """A stand-in for a quantised layer of a kind that is no subclass of a linear one."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("qweight", linear.weight.detach().to(torch.int8))
-
-    def forward(self, x):
-        return x @ self.qweight.to(x.dtype).T
-
-
-def test_a_quantised_layer_that_cannot_be_tapped(lora_model, samples):
-    model = lora_model()
-    layer = model.get_base_model().model.layers[0].mlp.down_proj
-    layer.base_layer = PackedLinear(layer.base_layer)
-    refuses(
-        UnsupportedLayerError,
-        r"A base layer is a .*PackedLinear, which cannot be tapped. Supported are torch.nn.Linear",
-        model,
-        samples,
     )
 
 

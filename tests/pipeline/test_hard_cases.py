@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from harness import adapter_weights, make_args, make_lora_config
-from transformers import Trainer
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, initialize_lora_da
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, UnsupportedSetupError
+from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
+from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics import taps
@@ -103,23 +102,6 @@ def test_gradients_in_float16_are_scaled_and_give_the_statistics_of_float32(lora
         a, b = name.replace("lora_B", "lora_A"), name
         product, other = expected[b] @ expected[a], found[b] @ found[a]
         assert (product - other).norm() <= 0.1 * product.norm(), name
-
-
-def test_deepspeed_and_fsdp_runs_are_refused(lora_model, token_samples, tmp_path, monkeypatch):
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    trainer = Trainer(
-        model=lora_model(),
-        args=make_args(tmp_path),
-        train_dataset=token_samples(12),
-        data_collator=pad_samples,
-        callbacks=[LoRADACallback(FIXED)],
-    )
-    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.DEEPSPEED)
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LoRADACallback))
-    with pytest.raises(UnsupportedSetupError, match="does not work inside a DeepSpeed or FSDP run yet"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_an_adapter_initialised_by_the_function_is_left_alone_by_the_trainer(lora_model, token_samples, tmp_path):

@@ -18,6 +18,7 @@ from harness import (
     relative_error,
 )
 from peft import get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
@@ -334,18 +335,21 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "settings"), [(4, {}), (4, NF4), (8, {})], ids=["fp4", "nf4", "int8"])
 def test_statistics_through_quantised_layers_are_those_of_the_weights_they_stand_for(
-    tmp_path, tiny_llama, lora_model, samples, bits
+    tmp_path, tiny_llama, lora_model, samples, bits, settings
 ):
     size = {"hidden_size": 64, "intermediate_size": 128}
     tiny_llama(**size).save_pretrained(tmp_path / "base")
-    settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    settings = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, **settings}
     quantised = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base",
-        quantization_config=BitsAndBytesConfig(**settings),
+        quantization_config=BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings),
         device_map={"": "cpu"},
         dtype=torch.float32,
         attn_implementation="eager",
@@ -358,6 +362,7 @@ def test_statistics_through_quantised_layers_are_those_of_the_weights_they_stand
             kinds.add(type(layer).__name__)
             plain.get_submodule(name).weight.copy_(dequantised(layer, bits))
     assert kinds == {f"Linear{'4bit' if bits == 4 else '8bitLt'}"}
+    stored = {name: layer.weight.data.clone() for name, layer in base_linear_layers(model).items()}
     settings = {"sample_selection": "head", "save_statistics": True}
     report = initialize(model, samples, tmp_path / "quantised", **settings)
     initialize(lora_model(model=plain), samples, tmp_path / "plain", **settings)
@@ -365,9 +370,8 @@ def test_statistics_through_quantised_layers_are_those_of_the_weights_they_stand
     assert report.search_loss_after < report.search_loss_before
     found, expected = (stored_statistics(tmp_path / which) for which in ("quantised", "plain"))
     assert_statistics_equal(found, expected, 1e-4 if bits == 4 else 0.1)
-    if bits == 4:  # in the layout that training needs
-        for name, layer in base_linear_layers(model).items():
-            assert torch.equal(dequantised(layer, bits), plain.get_submodule(name).weight), name
+    assert_same_tensors({name: layer.weight.data for name, layer in base_linear_layers(model).items()}, stored)
+    assert all(tensor.any() for tensor in factors(adapter_weights(model), "B").values())
 
 
 def test_a_4_bit_weight_that_is_packed_for_inference_is_an_error(lora_model, samples):
@@ -376,6 +380,74 @@ def test_a_4_bit_weight_that_is_packed_for_inference_is_an_error(lora_model, sam
     layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # as bitsandbytes marks it
     with pytest.raises(UnsupportedLayerError, match="packed for inference on the CPU, which lets no gradient through"):
         initialize(model, samples)
+
+
+class PackedLinear(nn.Module):
+    """A stand-in for a layer of GPTQ's or AWQ's kind: no linear one of torch's, and its weight is no parameter."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    @property
+    def dequantised(self):
+        return self.qweight * self.scale
+
+    def forward(self, x):
+        return x @ self.dequantised.T
+
+
+class InferenceLinear(PackedLinear):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class TupleLinear(PackedLinear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def packed_model(lora_model, kind=PackedLinear):
+    """Make a model with every base layer of one of these kinds, and a plain one with the same weights."""
+    model, plain = lora_model(), lora_model()
+    for (name, layer), other in zip(base_linear_layers(model).items(), base_linear_layers(plain).values(), strict=True):
+        packed = kind(layer)
+        model.get_base_model().get_submodule(name).base_layer = packed
+        with torch.no_grad():
+            other.weight.copy_(packed.dequantised)
+    return model, plain
+
+
+def test_statistics_through_packed_layers_are_those_of_the_weights_they_stand_for(tmp_path, lora_model, samples):
+    model, plain = packed_model(lora_model)
+    settings = {"sample_selection": "head", "save_statistics": True}
+    report = initialize(model, samples, tmp_path / "packed", **settings)
+    initialize(plain, samples, tmp_path / "plain", **settings)
+    assert len(report.layers) == LINEAR_LAYERS
+    assert_statistics_equal(stored_statistics(tmp_path / "packed"), stored_statistics(tmp_path / "plain"), 1e-5)
+    assert all(tensor.any() for tensor in factors(adapter_weights(model), "B").values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            InferenceLinear,
+            r"q_proj: its base layer, a .*InferenceLinear, cannot be differentiated \(.*does not require",
+        ),
+        (TupleLinear, r"q_proj: its base layer, a .*TupleLinear, does not map its input to a tensor \[1, \d+, 48\]"),
+    ],
+)
+def test_a_packed_layer_without_a_plain_output_or_a_backward_is_an_error(lora_model, samples, kind, message):
+    model, _ = packed_model(lora_model, kind)
+    before = adapter_weights(model)
+    with pytest.raises(UnsupportedLayerError, match=message):
+        initialize(model, samples)
+    assert_same_tensors(adapter_weights(model), before)
 
 
 def dequantised(layer, bits):

@@ -53,6 +53,7 @@ def run_pass(
     collate=pad_samples,
     declared="auto",
     on_samples=lambda count: None,
+    lockstep=None,
 ):
     layers = linear_layers(model)
     shifts = shifts_labels(model)
@@ -90,6 +91,7 @@ def run_pass(
             settings=settings,
             make_taps=make_taps,
             on_samples=on_samples,
+            lockstep=lockstep,
         )
     groups = input_groups(shared)
     statistics = {}

@@ -1,5 +1,7 @@
 """The pass beyond its sums: what a loss is, evaluation, digests, and errors that say what to do."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from lora_da_hf.errors import DataError, NonFiniteError
 from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import (
+    Lockstep,
     PassSettings,
     check_lengths,
     check_loss,
@@ -105,6 +108,59 @@ def test_a_loss_that_is_not_finite_passes_through_evaluation(tiny_llama, token_s
         batch_size=1,
     )
     assert total != total
+
+
+def in_lockstep(samples):
+    """Make the lockstep of a process with fewer samples than another, which has nine."""
+    free = contextlib.nullcontext
+    return Lockstep(largest_share=9, filler=samples[0], alike=free, in_step=free)
+
+
+def counting_loss():
+    sizes = []
+
+    def loss(model, batch, num_items):
+        sizes.append(len(batch["labels"]))
+        return model_loss(model, batch, num_items)
+
+    return loss, sizes
+
+
+def test_batches_that_only_keep_the_processes_in_step_do_not_count(tiny_llama, token_samples, collected):
+    samples = [*token_samples(3), {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [-100] * 3}]
+    options = {"declared": "token_mean", "batch_size": 2}
+    expected = collected(tiny_llama(), samples, **options)
+    loss, sizes = counting_loss()
+    seen = []
+    found = collected(
+        tiny_llama(), samples, lockstep=in_lockstep(samples), compute_loss=loss, on_samples=seen.append, **options
+    )
+    assert sizes[-5:] == [2, 2, 1, 1, 1]
+    assert seen == [2, 2]
+    assert (found.result.num_samples, found.result.num_unlabelled) == (3, 1)
+    for name, layer in expected.statistics.items():
+        assert torch.equal(found.statistics[name].weight_grad, layer.weight_grad)
+        assert torch.equal(found.statistics[name].input_second_moment, layer.input_second_moment)
+        assert found.statistics[name].num_output_tokens == layer.num_output_tokens
+    for name, tap in found.result.taps.taps.items():
+        assert tap.backward_calls == expected.result.taps.taps[name].backward_calls
+
+
+@pytest.mark.parametrize("own", [0, 3])
+def test_an_evaluation_keeps_in_step_too(tiny_llama, token_samples, own):
+    model, samples = tiny_llama().eval(), token_samples(3)
+    loss, sizes = counting_loss()
+    found = evaluate_loss(
+        model,
+        samples[:own],
+        collate=pad_samples,
+        compute_loss=loss,
+        settings=settings_of("sum"),
+        batch_size=2,
+        lockstep=in_lockstep(samples),
+    )
+    assert len(sizes) == 5
+    assert found == pytest.approx(mean_of_labels(model, samples[:own]), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

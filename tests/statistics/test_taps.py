@@ -379,5 +379,6 @@ def test_sample_weights_need_the_samples_in_the_first_dimension():
     head = nn.Linear(3, 5)
     with SampleWeights(head) as weights:
         weights.start(torch.ones(2))
+        head(torch.ones(8, 3))
         with pytest.raises(SingleSamplesNeeded, match="does not keep the samples apart"):
-            head(torch.ones(8, 3))
+            weights.check()

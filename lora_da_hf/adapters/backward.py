@@ -1,0 +1,69 @@
+"""Layers whose weights are not plain tensors: whether a gradient comes through them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_da_hf.adapters.targets import Target
+from lora_da_hf.errors import UnsupportedLayerError
+
+
+@contextlib.contextmanager
+def checked_backward(targets: Sequence[Target]) -> Generator[None]:
+    """Verify in the forward passes inside that layers of foreign kinds map a tensor to a tensor and have a backward.
+
+    Kernels for inference have none, and every layer before such a one would get no gradient. Quantised layers are run
+    once more on their input, with gradients; plain linear layers are left alone.
+
+    Raises:
+        UnsupportedLayerError: in the forward pass, naming layer and kind.
+    """
+    handles = [
+        target.base_layer.register_forward_pre_hook(_check(target), with_kwargs=True)
+        for target in targets
+        if not _is_plain(target.base_layer)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter
+
+
+def _check(target: Target) -> Any:
+    def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer_input = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if layer_input is None:
+            raise _unsupported(target, "is called without a tensor")
+        with torch.enable_grad():
+            leaf = layer_input.detach().requires_grad_(True)
+            try:
+                output = layer.forward(leaf)
+                shape = (*leaf.shape[:-1], target.out_features)
+                if not isinstance(output, Tensor) or output.shape != shape:
+                    raise _unsupported(target, f"does not map its input to a tensor {list(shape)}")
+                grads: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
+            except (RuntimeError, NotImplementedError) as error:
+                raise _unsupported(target, f"cannot be differentiated ({error})") from error
+        if grads[0] is None:
+            raise _unsupported(target, "lets no gradient through")
+
+    return on_forward
+
+
+def _unsupported(target: Target, what: str) -> UnsupportedLayerError:
+    kind = type(target.base_layer)
+    return UnsupportedLayerError(
+        f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. Load the model in another "
+        "quantisation or with a kernel for training, or exclude these layers from target_modules."
+    )

@@ -1,0 +1,212 @@
+"""Parameters that DeepSpeed or FSDP2 keep in parts or in copies: their true shape, reading and writing them as a whole.
+
+Each operation on a parameter that is kept in parts is a collective: every process must call it, for the same parameters
+in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.errors import UnsupportedSetupError
+
+
+class _Plain:
+    """A parameter that every process has as a whole, and nobody has a copy of."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter = parameter
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.shape
+
+    @contextlib.contextmanager
+    def gathered(self) -> Generator[Tensor]:
+        yield self.parameter
+
+    def write(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.parameter.copy_(value)
+
+    def read_master(self) -> Tensor | None:
+        """Return the optimizer's copy; None if it has none."""
+        return None
+
+
+class _Zero12(_Plain):
+    """ZeRO-1 and 2: whole, with a float32 copy of which each process has a part."""
+
+    def write(self, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        super().write(value)
+        safe_set_full_fp32_param(self.parameter, value)
+
+    def read_master(self) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(self.parameter)
+
+
+class _Zero3(_Plain):
+    """ZeRO-3: each process has a part of the parameter and of its float32 copy, padded to equal sizes."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.parameter.ds_shape
+
+    @contextlib.contextmanager
+    def gathered(self) -> Generator[Tensor]:
+        from deepspeed import zero
+
+        with zero.GatheredParameters([self.parameter]):
+            yield self.parameter
+
+    def write(self, value: Tensor) -> None:
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        with zero.GatheredParameters([self.parameter], modifier_rank=0), torch.no_grad():
+            self.parameter.copy_(value)
+        if self._is_optimized:
+            # safe_set_full_fp32_param fails if the processes do not divide the number of elements
+            size = self.parameter.ds_tensor.numel()
+            start = size * torch.distributed.get_rank(self.parameter.ds_process_group)
+            part = torch.zeros(size, dtype=torch.float32, device=value.device)
+            mine = value.reshape(-1)[start : start + size]
+            part[: mine.numel()] = mine
+            with _requiring_grad(self.parameter):
+                safe_set_local_fp32_param(self.parameter, part)
+
+    def read_master(self) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not self._is_optimized:
+            return None
+        with _requiring_grad(self.parameter):
+            return safe_get_full_fp32_param(self.parameter)
+
+    @property
+    def _is_optimized(self) -> bool:
+        optimizer = getattr(self.parameter, "_z3_optimizer", None)
+        return optimizer is not None and optimizer.get_param_id(self.parameter) in optimizer.grad_position
+
+
+class _Sharded(_Plain):
+    """FSDP2: each process has a part, which its optimizer works on."""
+
+    @contextlib.contextmanager
+    def gathered(self) -> Generator[Tensor]:
+        yield self.parameter.full_tensor()
+
+    def write(self, value: Tensor) -> None:
+        sharded = distribute_tensor(value, self.parameter.device_mesh, self.parameter.placements)
+        with torch.no_grad():
+            self.parameter.to_local().copy_(sharded.to_local())
+
+
+@contextlib.contextmanager
+def _requiring_grad(parameter: nn.Parameter) -> Generator[None]:
+    """Let DeepSpeed reach the float32 copy, which it does not for a frozen parameter."""
+    before = parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(before)
+
+
+def _kind_of(parameter: Tensor) -> _Plain:
+    if hasattr(parameter, "ds_id"):
+        return _Zero3(parameter)
+    if hasattr(parameter, "_hp_mapping"):
+        return _Zero12(parameter)
+    return _Sharded(parameter) if isinstance(parameter, DTensor) else _Plain(parameter)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter."""
+    return _kind_of(parameter).shape
+
+
+def gathered(parameter: Tensor) -> contextlib.AbstractContextManager[Tensor]:
+    """Give the whole parameter inside the context, to be read and not kept."""
+    return _kind_of(parameter).gathered()
+
+
+def read_full(parameter: Tensor) -> Tensor:
+    """Return a copy of the whole parameter."""
+    with gathered(parameter) as whole:
+        return whole.detach().clone()
+
+
+def write_full(parameter: Tensor, value: Tensor) -> bool:
+    """Overwrite a parameter, and the copy of it that its optimizer will write back, in place.
+
+    Args:
+        parameter: The parameter.
+        value: The same on all processes, in the parameter's shape, dtype and device.
+
+    Returns:
+        Whether both, read back, are what was written, on every process.
+    """
+    kind = _kind_of(parameter)
+    kind.write(value)
+    master = kind.read_master()
+    copies = [read_full(parameter), *([] if master is None else [master])]
+    same = all(torch.equal(copy.to(value.device, value.dtype), value) for copy in copies)
+    return same if type(kind) is _Plain else all(Ranks.current().gather(same))
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Tell whether processes have parts of the parameters, so that each pass, or look at one, is a collective."""
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # gathered or not
+    return by_fsdp or any(isinstance(_kind_of(parameter), _Zero3) for parameter in model.parameters())
+
+
+def settle(model: nn.Module) -> None:
+    """Have FSDP2 forget what it kept from the last pass: gathered weights, and which parameters were trainable.
+
+    Needed after parameters were written, and after they were frozen for a pass. Without FSDP2 it does nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
+def refuse_split_models(model: nn.Module) -> None:
+    """Refuse models of which a process does not compute whole layers, or whose parameters have lost their shape.
+
+    Raises:
+        UnsupportedSetupError: for FSDP1, tensor and pipeline parallelism.
+    """
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise UnsupportedSetupError(
+            "LoRA-DA does not work with FSDP1, which joins the parameters of a layer in one and leaves no adapter to "
+            "write. Use FSDP2: fsdp_version: 2 in accelerate's config."
+        )
+    if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
+        raise UnsupportedSetupError(_NOT_SPLIT.format("pipeline parallelism"))
+    by_tensor = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)
+    if not any(isinstance(module, FSDPModule) for module in modules):
+        by_tensor = by_tensor or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if by_tensor:
+        raise UnsupportedSetupError(_NOT_SPLIT.format("tensor parallelism"))
+
+
+_NOT_SPLIT = (
+    "LoRA-DA does not work under {}: no process sees a layer's whole input and output. Initialise in a run with data "
+    "parallelism (DDP, ZeRO or FSDP2) or one process, with initialize_lora_da(..., output_dir=...), and load that "
+    "adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+)

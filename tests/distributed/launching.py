@@ -1,0 +1,87 @@
+"""Starting two processes, and what the tests do with what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.config import Damping
+from lora_da_hf.theory.displacement import Displacement
+from lora_da_hf.theory.guidance import build_guidance
+from lora_da_hf.theory.kronecker import inverse_output_factor
+from lora_da_hf.theory.solve import factorize
+
+TESTS = Path(__file__).parents[1]
+TIMEOUT = 300
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+]
+
+
+def run(command, **environment):
+    """Run a command that starts processes, and end all of them should they hang. Returns what they printed."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "distributed")])
+    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the processes hang\n{output[-4000:]}")
+    return output
+
+
+def launch(script, arguments, folder, **environment):
+    """Run a script of this folder in two processes, and return what they printed."""
+    output = run([*TORCHRUN, str(TESTS / "distributed" / script), *arguments, str(folder)], **environment)
+    if not all((folder / f"done.rank{rank}.json").is_file() for rank in range(2)):
+        pytest.fail(output[-4000:])
+    return output
+
+
+def result(folder, name, rank):
+    return json.loads((folder / f"{name}.rank{rank}.json").read_text())
+
+
+def stored_statistics(folder):
+    stored = load_init(folder)
+    return load_statistics(stored.folder, stored.manifest)
+
+
+def guidance_of(statistics, name, config, population_size):
+    """Return the objective of a basis under the guidance matrix of these statistics."""
+    factorized = factorize(statistics, config, layer=name)
+    inverse_output, _ = inverse_output_factor(
+        statistics.output_grad_second_moment_diag.double(),
+        Damping.parse(config.output_damping, "output_damping"),
+        layer=name,
+    )
+    guidance = build_guidance(
+        Displacement.of(statistics.weight_grad.double(), inverse_output, factorized),
+        inverse_output,
+        population_size=population_size,
+        bias_weight=config.bias_weight,
+        variance_weight=config.variance_weight,
+        normalize_terms=config.normalize_guidance_terms,
+    )
+
+    def objective(basis_A):
+        basis = basis_A.double()
+        return (basis @ guidance.apply(basis.mT)).trace().item()
+
+    return objective

@@ -1,0 +1,93 @@
+"""Runs that split a sample or a layer between processes, which are refused."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from harness import LINEAR_LAYERS, collate, make_args, make_config, make_learnable_samples
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import Trainer
+
+from lora_da_hf import LoRADACallback, initialize_lora_da
+from lora_da_hf.errors import UnsupportedSetupError
+
+
+@pytest.fixture
+def trainer(tmp_path, lora_model):
+    return Trainer(
+        model=lora_model(),
+        args=make_args(tmp_path),
+        train_dataset=make_learnable_samples(12),
+        data_collator=collate,
+        callbacks=[LoRADACallback(make_config())],
+    )
+
+
+def begin(trainer, loader=None):
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LoRADACallback))
+    callback.on_train_begin(
+        trainer.args,
+        trainer.state,
+        trainer.control,
+        model=trainer.model,
+        train_dataloader=loader,
+    )
+    return callback.report
+
+
+@pytest.mark.parametrize(("size", "kind"), [("tp", "tensor"), ("cp", "context"), ("sp", "sequence")])
+def test_other_kinds_of_parallelism_are_refused(trainer, size, kind):
+    trainer.args.parallelism_config = SimpleNamespace(**{f"{size}_size": 2})
+    with pytest.raises(UnsupportedSetupError, match=f"does not work under {kind} parallelism: no process sees"):
+        begin(trainer)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [({"tensor_parallel": {"autotp_size": 2}}, "tensor"), ({"sequence_parallel_size": 2}, "sequence")],
+)
+def test_those_that_a_deepspeed_config_asks_for_are_refused(trainer, monkeypatch, config, kind):
+    plugin = SimpleNamespace(deepspeed_config=config)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda state: plugin))
+    with pytest.raises(UnsupportedSetupError, match=f"does not work under {kind} parallelism"):
+        begin(trainer)
+
+
+def test_megatron_is_refused(trainer, monkeypatch):
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MEGATRON_LM)
+    with pytest.raises(UnsupportedSetupError, match="does not work under Megatron-LM"):
+        begin(trainer)
+
+
+def test_parallelism_of_the_data_alone_is_not_refused(trainer):
+    trainer.args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=None, sp_size=1, dp_shard_size=2)
+    assert len(begin(trainer, trainer.get_train_dataloader()).layers) == LINEAR_LAYERS
+
+
+class FSDP1(FullyShardedDataParallel):
+    def __init__(self):
+        nn.Module.__init__(self)
+
+
+class PipelineModule(nn.Module):
+    """Has the name of DeepSpeed's."""
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(FSDP1, "does not work with FSDP1, .* Use FSDP2"), (PipelineModule, "does not work under pipeline parallelism")],
+)
+def test_models_that_are_split_are_refused(lora_model, part, message):
+    model = lora_model()
+    model.part = part()
+    with pytest.raises(UnsupportedSetupError, match=message):
+        initialize_lora_da(model, make_learnable_samples(12), progress=False)
+
+
+def test_a_model_that_was_loaded_for_tensor_parallelism_is_refused(lora_model):
+    model = lora_model()
+    model.get_base_model()._tp_size = 2
+    with pytest.raises(UnsupportedSetupError, match="does not work under tensor parallelism"):
+        initialize_lora_da(model, make_learnable_samples(12), progress=False)
