@@ -14,7 +14,7 @@ from lora_da_hf.errors import DataError, TapNotCalledError
 from lora_da_hf.losses import is_encoder_decoder, max_sample_length, shifts_labels
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect, sample_length
+from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect
 from lora_da_hf.statistics.losses import find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
@@ -24,7 +24,7 @@ _PROBED_SAMPLES = 8
 
 
 def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, dict[str, str]]:
-    """Learn from the one or two shortest samples how the loss is made and which layers share an input.
+    """Learn from a few samples how the loss is made and which layers share an input.
 
     Returns:
         The samples, with labelled ones alone for the search and the final check; the settings of the pass; and the
@@ -33,7 +33,7 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
-        labelled = _labelled(job, sorted(splits.statistics, key=sample_length), shifts, count=_PROBED_SAMPLES)
+        labelled = _labelled(job, splits.statistics, shifts, count=_PROBED_SAMPLES)
         if not labelled:
             raise DataError(
                 f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "

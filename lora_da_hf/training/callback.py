@@ -203,6 +203,7 @@ class LoRADACallback(TrainerCallback):
     def _recall_report(self, folder: Path) -> None:
         try:
             self.report = LoRADAReport.load(folder / REPORT_FILE)
+            self.report.artifact = self.report.artifact or str(folder)
         except FileNotFoundError:
             logger.info("LoRA-DA: %s has no report of the initialisation", folder)
         except (OSError, ValueError, TypeError, KeyError) as error:
