@@ -109,6 +109,8 @@ def check_adapter(
                 )
             known.add(key)
             factors.append(tensor)
+        if config.get("use_dora"):
+            _check_magnitude(path, tensors, name, layer)
         missed = _missed(factors[0], factors[1], bases[name], layer, _step(manifest, layer))
         tolerance = _ADAPTER_TOLERANCE + 4 * max(torch.finfo(tensor.dtype).eps for tensor in factors)
         if not missed <= tolerance:
@@ -119,6 +121,12 @@ def check_adapter(
     extra = sorted(key for key in tensors if key not in known and not is_adapter_tensor(key, config, manifest))
     if extra:
         raise ArtifactError(f"{path}: {extra[0]!r} is no tensor of this adapter. Do not use it.")
+
+
+def _check_magnitude(path: Path, tensors: Mapping[str, Tensor], name: str, layer: LayerEntry) -> None:
+    tensor = tensors.get(f"{PEFT_PREFIX}{name}.lora_magnitude_vector")
+    if tensor is None or tensor.numel() != layer.out_features or not (tensor > 0).all():
+        raise ArtifactError(f"{path}: DoRA's magnitude of {name} is missing, of another size or not positive.")
 
 
 def _of_expert(tensor: Tensor, factor: str, rank: int, index: int) -> Tensor:
