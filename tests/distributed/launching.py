@@ -71,8 +71,10 @@ def guidance_of(statistics, name, config, population_size):
         Damping.parse(config.output_damping, "output_damping"),
         layer=name,
     )
+    displacement = Displacement.of(statistics.weight_grad.double(), inverse_output, factorized)
+    divisor = displacement.norm() if config.normalize_displacement else 1.0
     guidance = build_guidance(
-        Displacement.of(statistics.weight_grad.double(), inverse_output, factorized),
+        displacement,
         inverse_output,
         population_size=population_size,
         bias_weight=config.bias_weight,
@@ -82,6 +84,6 @@ def guidance_of(statistics, name, config, population_size):
 
     def objective(basis_A):
         basis = basis_A.double()
-        return (basis @ guidance.apply(basis.mT)).trace().item()
+        return (basis @ guidance.apply(basis.mT)).trace().item() / divisor**2
 
     return objective
