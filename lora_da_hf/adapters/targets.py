@@ -20,10 +20,6 @@ from lora_da_hf.distributed.parameters import read_full
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
 
 
-CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""What FSDP's own checkpointing puts into the names of parameters."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One LoRA layer that will be initialised.
@@ -148,8 +144,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
 
 
 def base_name(full_name: str) -> str:
-    """Return the name that a layer has in the base model, without what PEFT and FSDP's checkpointing put into it."""
-    return full_name.removeprefix("base_model.model.").replace(CHECKPOINT_WRAPPER, "")
+    """Return the name that a layer has in the base model, without what PEFT puts before it."""
+    return full_name.removeprefix("base_model.model.")
 
 
 def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:

@@ -6,10 +6,11 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
-from lora_da_hf.errors import WriteError
+from lora_da_hf.errors import UnsupportedSetupError, WriteError
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -44,7 +45,15 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
-    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does."""
+    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does.
+
+    Raises:
+        UnsupportedSetupError: if processes have parts of the weights.
+    """
+    if full_shape(target.lora_A) != target.lora_A.shape or isinstance(target.lora_A, DTensor):
+        raise UnsupportedSetupError(
+            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3 or FSDP2. Use DDP, ZeRO-1 or 2, or LoRA."
+        )
     with torch.no_grad():
         product = target.lora_B @ target.lora_A
         weight = dequantize_module_weight(target.base_layer).to(product)

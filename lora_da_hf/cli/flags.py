@@ -60,16 +60,6 @@ def at_least(least: int) -> Any:
     return parse
 
 
-def size_in_bytes(text: str) -> int:
-    """Read a size such as ``20GiB`` or ``8e9``."""
-    number = text.rstrip("BbGgIiKkMm")
-    unit = text[len(number) :].strip().upper()
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 20GiB, 512MiB or a number of bytes") from None
-
-
 def new_folder(path: Path, *, overwrite: bool) -> Path:
     """Check that an initialisation may be written to a folder, all of whose content would be replaced.
 

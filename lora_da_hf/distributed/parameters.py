@@ -185,16 +185,21 @@ def settle(model: nn.Module) -> None:
 
 
 def refuse_split_models(model: nn.Module) -> None:
-    """Refuse models of which a process does not compute whole layers, or whose parameters have lost their shape.
+    """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name.
 
     Raises:
-        UnsupportedSetupError: for FSDP1, tensor and pipeline parallelism.
+        UnsupportedSetupError: for FSDP1 and FSDP's own checkpointing, tensor and pipeline parallelism.
     """
     modules = list(model.modules())
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         raise UnsupportedSetupError(
             "LoRA-DA does not work with FSDP1, which joins the parameters of a layer in one and leaves no adapter to "
             "write. Use FSDP2: fsdp_version: 2 in accelerate's config."
+        )
+    if any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
+        raise UnsupportedSetupError(
+            "FSDP's own activation checkpointing renames the layers, and an adapter stored under those names cannot be "
+            "loaded. Turn it off and use gradient_checkpointing=True."
         )
     if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
         raise UnsupportedSetupError(_NOT_SPLIT.format("pipeline parallelism"))

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, holder_of
 from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
@@ -144,6 +144,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
     peft_config = read_peft_config(folder / ADAPTER_CONFIG_FILE)
+    _refuse_what_needs_the_base(folder, peft_config, stored.manifest)
     refit = _Refit(
         stored=stored,
         config=new,
@@ -161,6 +162,19 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
                 f"{layer.peft_scaling:.6g}. Fetch it again."
             )
     return refit
+
+
+def _refuse_what_needs_the_base(folder: Path, peft_config: dict[str, Any], manifest: Manifest) -> None:
+    """Refuse adapters that cannot be rewritten offline.
+
+    Raises:
+        ConfigError: for DoRA, whose magnitude follows from the base's weights, and for experts.
+    """
+    if peft_config.get("use_dora"):
+        raise ConfigError(f"{folder} is a DoRA adapter, whose magnitude needs the base's weights. Use apply_init.")
+    experts = [name for name in manifest.layers if holder_of(name) != name]
+    if experts:
+        raise ConfigError(f"{folder} holds experts ({experts[0]} first), which cannot be refitted. Use apply_init.")
 
 
 def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.targets import CHECKPOINT_WRAPPER, Target, TargetScan, base_name
+from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
 from lora_da_hf.artifacts.schema import REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import save_statistics
@@ -131,8 +131,7 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
     """Return the whole trained parameters if some are partitioned; None if the model's own will do."""
     if not is_partitioned(model):
         return None
-    trained = ((name, p) for name, p in model.named_parameters() if "lora_" in name or p.requires_grad)
-    return {name.replace(CHECKPOINT_WRAPPER, ""): read_full(parameter).cpu() for name, parameter in trained}
+    return {name: read_full(p).cpu() for name, p in model.named_parameters() if "lora_" in name or p.requires_grad}
 
 
 def base_model_facts(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from walkthrough import write_sums
 
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.cli.flags import size_in_bytes
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.hub.cards import render_card
 
@@ -211,68 +210,6 @@ def replace(monkeypatch):
         return calls
 
     return make
-
-
-class FakePlan(SimpleNamespace):
-    def seconds(self, speed):
-        assert speed > 1e6
-        return 3.0, 1.0
-
-    def describe(self, speed):
-        return f"{len(self.windows)} passes"
-
-
-PLAN = FakePlan(schedule="samples", num_processes=3, windows=(("a",), ("b",)), peak_bytes=5, sent_bytes=7)
-
-
-@pytest.fixture
-def plan_calls(replace, monkeypatch):
-    calls = replace("lora_da_hf.pipeline.plan", "make_plan", PLAN)
-    for name in ("Group", "Workload"):
-        monkeypatch.setattr(sys.modules["lora_da_hf.pipeline.plan"], name, SimpleNamespace, raising=False)
-    return calls
-
-
-def test_plan_reads_a_config_alone(lora_da, plan_calls, place, tmp_path):
-    shutil.copy(place / "model" / "config.json", tmp_path)
-    words = ["--lora_rank", 4, "--world_size", 3, "--memory_budget", "2GiB", "--da_num_samples", 5, "--tokens", 100]
-    code, out, err = lora_da("plan", tmp_path, *words)
-    assert (code, out) == (0, "2 passes at this machine's speed\n"), err
-    (work,) = plan_calls[0][0]
-    assert (work.num_samples, work.num_tokens, work.itemsize) == (5, 500, 4)
-    assert [(group.d_in, group.d_outs) for group in work.groups] == [
-        (32, (32, 16, 16)),
-        (32, (32,)),
-        (32, (48, 48)),
-        (48, (32,)),
-    ] * 2
-    linear = 2 * 32 * (32 + 16 + 16 + 32 + 3 * 48)
-    assert work.weights == linear + 32 * json.loads((tmp_path / "config.json").read_text())["vocab_size"]
-    assert plan_calls[0][1] == {
-        "num_processes": 3,
-        "budget": {0: 2 * 2**30},
-        "schedule": "auto",
-        "solve_alone": False,
-    }
-
-
-def test_plan_as_json(lora_da, plan_calls, place):
-    assert json.loads(lora_da("plan", place / "model", "--json")[1]) == {
-        "schedule": "samples",
-        "processes": 3,
-        "passes": 2,
-        "peak_bytes": 5,
-        "sent_bytes": 7,
-        "statistics_seconds": 3.0,
-        "solve_seconds": 1.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("20GiB", 20 * 2**30), ("1.5kb", 1500), ("8e9", 8 * 10**9), ("512 MiB", 512 * 2**20)]
-)
-def test_sizes_are_read(text, size):
-    assert size_in_bytes(text) == size
 
 
 def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):

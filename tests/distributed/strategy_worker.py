@@ -48,7 +48,6 @@ def cells(strategy):
         found["zero_init_fp32"] = {"load": True}
     if strategy == "fsdp2":
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
-        found["own_checkpointing_fp32"] = {"engine": {"activation_checkpointing": True}}
     return found
 
 

@@ -389,3 +389,11 @@ def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp
     (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
     with pytest.raises(ArtifactError, match="the manifest"):
         refit_init(folder, tmp_path / "new", rank=2)
+
+
+def test_a_dora_adapter_is_not_refitted(lora_model, tmp_path):
+    folder = store_init(tmp_path / "dora", lora_model(use_dora=True), save_statistics=False)
+    with pytest.raises(
+        ConfigError, match="is a DoRA adapter, whose magnitude needs the base"
+    ):
+        refit_init(folder, tmp_path / "new", rank=2)
