@@ -393,7 +393,5 @@ def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp
 
 def test_a_dora_adapter_is_not_refitted(lora_model, tmp_path):
     folder = store_init(tmp_path / "dora", lora_model(use_dora=True), save_statistics=False)
-    with pytest.raises(
-        ConfigError, match="is a DoRA adapter, whose magnitude needs the base"
-    ):
+    with pytest.raises(ConfigError, match="is a DoRA adapter, whose magnitude needs the base"):
         refit_init(folder, tmp_path / "new", rank=2)
