@@ -78,13 +78,16 @@ def verify_parser() -> argparse.ArgumentParser:
 
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
+    from lora_da_hf.artifacts.statistics_store import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
 
     base = None
     if arguments.base_model:
         base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
-    manifest = load_init(arguments.folder, base_model=base).manifest
+    stored = load_init(arguments.folder, base_model=base)
+    check_statistics(stored.folder, stored.manifest)
+    manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {
         "ok": True,

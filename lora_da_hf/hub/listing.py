@@ -73,7 +73,7 @@ def _init_info(info: ModelInfo) -> InitInfo:
     bases = card.get("base_model")
     base = bases[0] if isinstance(bases, list) and bases else bases
     facts = card.get("lora_da")
-    rank = facts.get("rank") if isinstance(facts, dict) else None
+    rank = facts.get("max_rank", facts.get("rank")) if isinstance(facts, dict) else None
     return InitInfo(
         repo_id=info.id,
         commit=info.sha,

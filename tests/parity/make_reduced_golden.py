@@ -1,8 +1,7 @@
 """Reduce a folder of golden values to what test_golden.py reads: ``make_reduced_golden.py GOLDEN_FOLDER``.
 
-Products B A are kept as factors of their rank. One decoder layer is kept in float64 with its statistics, so that the
-solve can be held to 1e-8; the others in float32, for the comparison end to end. The authors' own factors were computed
-in float32 and are compared at 5e-2, so they are kept in float16.
+Products B A are kept as factors of their rank, in float64 as the statistics, so that the solve can be held to 1e-8. The
+authors' own factors were computed in float32 and are compared at 5e-2, so they are kept in float16.
 """
 
 import json
@@ -13,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-EXACT_LAYER = "model.layers.1."
 HERE = Path(__file__).parent / "golden"
 
 
@@ -39,22 +37,18 @@ def main(folder):
     modules = [key.split("/")[-1] for key in exact if key.startswith("statistics/weight_grad/")]
     statistics, products, authors = {}, {}, {}
     for module in modules:
-        kept_exactly = module.startswith(EXACT_LAYER)
-        if kept_exactly:
-            statistics[f"weight_grad/{module}"] = exact[f"statistics/weight_grad/{module}"]
-            for mask in ("attention", "labels"):
-                name = f"{mask}/{module}/output_grad_second_moment_diag"
-                statistics[name] = exact[f"statistics/{name}"]
-                name = f"{mask}/{module}/input_second_moment"
-                moment = exact[f"statistics/{name}"]
-                packed = moment[tuple(torch.triu_indices(*moment.shape))]
-                same = [k for k, v in statistics.items() if k.startswith(mask) and torch.equal(v, packed)]
-                statistics |= {} if same else {name: packed}
+        statistics[f"weight_grad/{module}"] = exact[f"statistics/weight_grad/{module}"]
+        for mask in ("attention", "labels"):
+            name = f"{mask}/{module}/output_grad_second_moment_diag"
+            statistics[name] = exact[f"statistics/{name}"]
+            name = f"{mask}/{module}/input_second_moment"
+            moment = exact[f"statistics/{name}"]
+            packed = moment[tuple(torch.triu_indices(*moment.shape))]
+            same = [k for k, v in statistics.items() if k.startswith(mask) and torch.equal(v, packed)]
+            statistics |= {} if same else {name: packed}
         for case, fields in cases.items():
             key = f"{case}/{module}"
-            dtype = torch.float64 if kept_exactly else torch.float32
-            left, right = factors(exact[f"{key}/lora_BA"], fields["rank"])
-            products[f"{key}/left"], products[f"{key}/right"] = left.to(dtype), right.to(dtype)
+            products[f"{key}/left"], products[f"{key}/right"] = factors(exact[f"{key}/lora_BA"], fields["rank"])
             half = in_half(upstream[f"{key}/lora_B"], upstream[f"{key}/lora_A"])
             authors[f"{key}/lora_B"], authors[f"{key}/lora_A"] = half
     HERE.mkdir(exist_ok=True)

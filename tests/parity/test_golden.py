@@ -72,7 +72,7 @@ def relative_error(found, expected):
 def test_from_golden_statistics_the_product_is_that_of_a_dense_float64_computation(case, solver):
     config = config_of(case, solver=solver)
     rank, scaling = CASES[case]["rank"], 2.0
-    assert len(MODULES) == 7
+    assert len(MODULES) == 21
     for module in MODULES:
         statistics = golden_statistics(module, config.token_mask)
         solution = solve_layer(

@@ -174,6 +174,20 @@ def test_plain_text_is_joined_and_cut_into_blocks(model_dir, tmp_path, samples, 
     assert samples["train"].column_names == ["input_ids", "attention_mask", "labels"]
 
 
+def test_a_dataset_by_its_name(model_dir, tmp_path, samples):
+    folder = tmp_path / "dataset"  # what load_dataset takes in place of a name on the Hub
+    folder.mkdir()
+    write_texts(folder / "train.jsonl")
+    write_jsonl(folder / "validation.jsonl", [{"text": text} for text in TEXTS[:20]])
+    arguments = ["--dataset_name", folder, "--block_size", 8, "--do_train", "--do_eval"]
+    metrics = run_clm.main(flags(model_dir, tmp_path / "out", *arguments, init="lora_da"))
+    tokenizer = make_tokenizer()
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:20])):
+        tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
+        assert samples[split]["input_ids"][:] == [tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)]
+    assert metrics["eval_loss"] > 0
+
+
 def test_block_size_is_the_models_limit_at_most(model_dir, tmp_path, samples, caplog):
     train_file = write_texts(tmp_path / "text.txt")
     arguments = flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train", steps=1)
