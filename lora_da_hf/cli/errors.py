@@ -47,7 +47,7 @@ def _from_hub(error: Exception) -> tuple[str, str] | None:
 def _from_torch(error: Exception) -> tuple[str, str] | None:
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return _first_lines(error), "Lower --da_batch_size or --block_size; `lora-da plan` tells what is needed."
+        return _first_lines(error), "Lower --da_batch_size or --block_size."
     return None
 
 
