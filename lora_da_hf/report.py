@@ -84,6 +84,7 @@ class LoRADAReport:
         data_fingerprint: SHA-256 over the samples of the statistics.
         notes: What a user should know.
         artifact: Where the initialisation was written, if it was.
+        plan: How the statistics were collected.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -107,6 +108,7 @@ class LoRADAReport:
     data_fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     artifact: str | None = None
+    plan: str = ""
 
     @property
     def total_seconds(self) -> float:
@@ -175,6 +177,7 @@ class LoRADAReport:
         lines = [
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
+            f"plan        {self.plan}" if self.plan else "",
             f"step size   {step}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),

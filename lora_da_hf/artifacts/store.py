@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -31,6 +32,8 @@ from lora_da_hf.artifacts.schema import (
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 
 _CHUNK = 1 << 20
+_PARTIAL = ".{}.partial-"
+_OLD = ".{}.old-"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -65,7 +68,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
     What was at ``target`` before is replaced. If the block fails, it is as it was and nothing is left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL.format(target.name), dir=target.parent))
     try:
         yield partial
         for path in partial.iterdir():
@@ -73,7 +76,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
             _sync(path)
         partial.chmod(0o777 & ~_umask())
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
             target.rename(aside / target.name)
             try:
                 partial.rename(target)
@@ -86,6 +89,20 @@ def atomic_folder(target: Path) -> Generator[Path]:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete what `atomic_folder` could not, because its process was killed; a replaced folder is put back.
+
+    No other process may be writing to ``target``.
+    """
+    name = glob.escape(target.name)
+    for partial in target.parent.glob(_PARTIAL.format(name) + "*"):
+        shutil.rmtree(partial)
+    for aside in target.parent.glob(_OLD.format(name) + "*"):
+        if (aside / target.name).exists() and not target.exists():
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside)
 
 
 def _umask() -> int:

@@ -9,11 +9,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_da_hf.errors import PeerFailed
+
 T = TypeVar("T")
-
-
-class PeerFailed(RuntimeError):
-    """Another process failed in a stage that all take part in; its message is in this one's."""
 
 
 class Ranks:
@@ -29,11 +27,16 @@ class Ranks:
         self.size = size
 
     @classmethod
+    def alone(cls) -> Ranks:
+        """Return this process as the only one, for work that is shared with none."""
+        return cls(0, 1)
+
+    @classmethod
     def current(cls) -> Ranks:
         """Return the processes of the default process group, or this one alone if there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
-        return cls(0, 1)
+        return cls.alone()
 
     @property
     def is_main(self) -> bool:
@@ -47,14 +50,23 @@ class Ranks:
     def reduce_sum_(self, tensor: Tensor, owner: int) -> None:
         """Sum ``tensor`` over the processes into the owner's, in place; the others' is then undefined."""
         if self.size > 1:
-            dist.reduce(tensor, dst=owner)
+            with _reporting_lost_peers():
+                dist.reduce(tensor, dst=owner)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite ``tensor`` by the source's, in place, and return it."""
+        if self.size > 1:
+            with _reporting_lost_peers():
+                dist.broadcast(tensor, src=source)
+        return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, by rank, on all of them."""
+        """Return every process's value, by rank, on all of them: small objects, since they are pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _reporting_lost_peers():
+            dist.all_gather_object(values, value)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -69,7 +81,7 @@ class Ranks:
             stage: Its name, for the message.
 
         Raises:
-            PeerFailed: if another process failed.
+            PeerFailed: if another process failed, or is gone.
         """
         failure: Exception | None = None
         try:
@@ -77,13 +89,30 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.size > 1:
-            messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            try:
+                messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            except PeerFailed:
+                if failure is not None:
+                    raise failure from None
+                raise
             failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
             if failed and failure is None:
                 rank, message = failed[0]
                 raise PeerFailed(f"Process {rank} failed in the {stage}: {message}")
         if failure is not None:
             raise failure
+
+
+@contextlib.contextmanager
+def _reporting_lost_peers() -> Generator[None]:
+    """Say what it means when a collective operation breaks: torch speaks of sockets and timeouts."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerFailed(
+            f"Another process is gone, or did not answer within the timeout of the process group ({error}). See its "
+            "own output for why (a process that is killed leaves none: often memory). Start all processes again."
+        ) from error
 
 
 def balanced_owners(costs: dict[str, float], size: int) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -66,6 +70,12 @@ class Job:
     def bar(self, total: int, text: str) -> Any:
         """Make a progress bar, which only the main process shows."""
         return tqdm(total=total, desc=text, disable=not (self.progress and self.ranks.is_main), leave=False)
+
+    def say(self, text: str) -> None:
+        """Tell what goes on: beside the progress bars if they are shown, and in the log."""
+        logger.info("%s", text)
+        if self.progress and self.ranks.is_main:
+            tqdm.write(text, file=sys.stderr)
 
     def max_rank(self, target: Target) -> int:
         """Return the rank that a layer is solved and stored at."""

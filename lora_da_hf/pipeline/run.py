@@ -12,15 +12,20 @@ from torch import nn
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.adapters.write import read_factors, write_factors
+from lora_da_hf.artifacts.store import remove_leftovers
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device, model_loss
-from lora_da_hf.pipeline.gather import gather_statistics, probe
+from lora_da_hf.pipeline.finished import take_over_finished
+from lora_da_hf.pipeline.gather import Probe, probe
+from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.memory import is_partitioned, linear_weights, plan_windows
+from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import save_init
-from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.pipeline.step import find_step, write_adapter
+from lora_da_hf.pipeline.windows import solve_windows
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import (
     RawCollate,
@@ -67,7 +72,8 @@ def initialize_lora_da(
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
         adapter_name: The adapter; None: the active one.
-        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere.
+        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
+            made with the same model, adapter, samples and settings, it is used and nothing is computed.
         batch_size: Used if the config gives none.
         seed: Used if the config gives none.
         device: Where batches go; None: where the embeddings are.
@@ -106,6 +112,10 @@ def initialize_lora_da(
         progress=progress,
         output_dir=Path(output_dir) if output_dir is not None else None,
     )
+    if config.statistics_save_steps is not None and job.output_dir is None:
+        raise ConfigError("statistics_save_steps needs an output_dir, beside which the sums are kept. Give one.")
+    if job.output_dir is not None and ranks.is_main:
+        remove_leftovers(job.output_dir)
     splits = _choose_samples(job, samples, population_size)
     return _run(job, splits)
 
@@ -132,11 +142,30 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):
-                splits, settings, shared = probe(job, splits)
-                result, shared = gather_statistics(job, splits, settings, shared)
-                solved = solve(job, result, shared, splits.population_size)
-                step = find_step(job, splits, settings, solved.solutions)
-            write_adapter(job, splits, settings, solved.solutions, step)
+                found = probe(job, splits)
+                identity = identify(job, found)
+            if not take_over_finished(job, identity):
+                _compute(job, found, identity)
+    except BaseException:
+        for name, factors in before.items():
+            write_factors(job.targets[name], *factors)
+        raise
+    mark_initialized(job.model, job.scan.adapter_name)
+    if job.config.freeze_a:
+        freeze_a(job.model, job.scan.adapter_name)
+    return job.report
+
+
+def _compute(job: Job, found: Probe, identity: dict[str, Any]) -> None:
+    progress = Progress(job, identity, in_step=is_partitioned(job.model))
+    try:
+        with adapters_off(job.scan.targets):
+            plan = progress.begin(lambda: plan_windows(job, found))
+            job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
+            job.say(f"LoRA-DA plan: {job.report.plan}")
+            solved = solve_windows(job, found, plan, progress)
+            step = find_step(job, found.splits, found.settings, solved.solutions)
+        write_adapter(job, found.splits, found.settings, solved.solutions, step)
         if job.output_dir is not None:
             with job.stage("save"), job.ranks.together("save"):
                 job.report.artifact = str(job.output_dir)
@@ -146,16 +175,13 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                         model=job.model,
                         scan=job.scan,
                         solutions=solved.solutions,
-                        statistics=solved.statistics,
-                        shared_inputs=shared,
+                        statistics=progress.statistics,
+                        shared_inputs=solved.shared,
                         report=job.report,
                         seed=job.seed,
+                        identity=identity,
                     )
     except BaseException:
-        for name, factors in before.items():
-            write_factors(job.targets[name], *factors)
+        progress.clear(failed=True)
         raise
-    mark_initialized(job.model, job.scan.adapter_name)
-    if job.config.freeze_a:
-        freeze_a(job.model, job.scan.adapter_name)
-    return job.report
+    progress.clear()

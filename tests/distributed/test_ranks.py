@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from lora_da_hf.distributed.ranks import PeerFailed, Ranks, balanced_owners
+from lora_da_hf.distributed.ranks import Ranks, balanced_owners
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.errors import PeerFailed
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
 from lora_da_hf.statistics.taps import Taps
 
