@@ -1,5 +1,6 @@
 """What tests of training, storage and several processes share: arguments, comparisons, and statistics by autograd."""
 
+import contextlib
 import itertools
 import random
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from lora_da_hf import LoRADAConfig
@@ -52,6 +54,15 @@ def collate(samples):
         ),
         "labels": torch.tensor([[*s["labels"], *[-100] * p] for s, p in zip(samples, padding, strict=True)]),
     }
+
+
+def turn_checkpointing_on(model, *, reentrant):
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    kwargs = {"use_reentrant": reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def make_lora_config(**overrides):
@@ -186,3 +197,18 @@ def assert_statistics_equal(found, expected, tolerance):
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
+
+
+@contextlib.contextmanager
+def measured_tensors():
+    """Count the memory of the tensors that are made inside, by what torch's allocator reports.
+
+    Yields:
+        A list, which gets the peak in bytes at the end of the block.
+    """
+    peak = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield peak
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    peak.append(max(itertools.accumulate((event.nbytes() for event in changes), initial=0)))

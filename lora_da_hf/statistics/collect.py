@@ -131,7 +131,8 @@ def collect(
         first = _restore(result, earlier) if earlier is not None else 0
         earlier = None  # its tensors are as large as the sums
         done = sum(map(len, batches[:first]))
-        on_samples(done)
+        if done:
+            on_samples(done)
         try:
             for number, batch_samples in enumerate(batches[first:], start=first + 1):
                 _add_batch(model, collate(batch_samples), len(batch_samples), compute_loss, settings, result)

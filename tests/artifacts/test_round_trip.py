@@ -374,7 +374,8 @@ def contents(folder):
     ("module", "function"),
     [
         ("lora_da_hf.pipeline.save", "save_adapter"),
-        ("lora_da_hf.pipeline.save", "save_statistics"),
+        ("lora_da_hf.pipeline.save", "adopt_statistics"),
+        ("lora_da_hf.pipeline.resume", "save_statistics"),
         ("lora_da_hf.artifacts.store", "save_file"),
         ("lora_da_hf.artifacts.store", "file_entry"),
         ("lora_da_hf.artifacts.store", "_sync"),
