@@ -3,9 +3,10 @@
 import json
 import math
 import os
-import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.config import Damping
+from lora_da_hf.errors import CheckpointError
 from lora_da_hf.theory.displacement import displacement, spectral_norm
 from lora_da_hf.theory.guidance import build_guidance
 from lora_da_hf.theory.kronecker import inverse_output_factor
@@ -34,27 +36,38 @@ pytestmark = pytest.mark.multi_rank
 TIMEOUT = 240
 
 
-def launch(scenarios, folder):
-    """Run the worker in two processes, and return what they printed."""
+def launch(scenarios, folder, *, processes=2, survivors=(0, 1)):
+    """Run the worker in some processes, and return what they printed.
+
+    They are started here and not by torchrun, which would end the others when one is killed.
+    """
     tests = Path(__file__).parents[1]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-        *(str(tests / "distributed" / "worker.py"), scenarios, str(folder)),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    command = [sys.executable, str(tests / "distributed" / "worker.py"), scenarios, str(folder)]
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    shared = {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = (folder / f"output.rank{rank}.txt").open("w+")
+        started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        output.close()
+    deadline = time.monotonic() + TIMEOUT
     try:
-        output, _ = process.communicate(timeout=TIMEOUT)
+        for process in started:
+            process.wait(timeout=max(1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hang\n{output[-4000:]}")
-    if not all((folder / f"done.rank{rank}.json").is_file() for rank in range(2)):
-        pytest.fail(output[-4000:])
-    return output
+        for process in started:
+            process.kill()
+        pytest.fail(f"the processes hang\n{_outputs(folder)}")
+    if not all((folder / f"done.rank{rank}.json").is_file() for rank in survivors[:processes]):
+        pytest.fail(_outputs(folder))
+
+
+def _outputs(folder):
+    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output.rank*.txt")))
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +220,79 @@ def test_a_failure_of_one_process_fails_both_and_undoes_both(initialized, name, 
 
 def test_an_initialisation_after_failures_is_the_same_as_without(initialized):
     assert_same_tensors(adapter(initialized, "after_failures", 1), adapter(initialized, "shared", 0))
+
+
+@pytest.mark.parametrize("name", ["layers", "layer_windows", "chosen_windows"])
+def test_processes_that_share_the_layers_have_the_bits_of_one(initialized, tmp_path, lora_model, name):
+    report, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config())
+    for rank in range(2):
+        assert_same_tensors(adapter(initialized, name, rank), expected)
+        found = result(initialized, name, rank)
+        assert "2 processes that share the layers" in found["plan"]
+        assert (", one pass" in found["plan"]) == (name == "layers")
+        assert found["num_samples"] == report.num_samples
+        assert found["layers"] == report.to_dict()["layers"]
+        assert found["data_fingerprint"] == report.data_fingerprint
+
+
+def test_windows_of_processes_that_share_the_samples_have_the_bits_of_one_window(initialized):
+    for rank in range(2):
+        assert_same_tensors(adapter(initialized, "sample_windows", rank), adapter(initialized, "shared", 0))
+    assert "passes, each for a part of the layers" in result(initialized, "sample_windows", 0)["plan"]
+
+
+# A process that is killed
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lost")
+    launch("lose", folder, survivors=(0,))
+    return folder
+
+
+def test_a_process_that_is_killed_makes_the_other_fail_and_not_hang(lost):
+    found = result(lost, "lost", 0)
+    assert found["message"].startswith("PeerFailed: Another process is gone, or did not answer within the timeout")
+    assert found["message"].endswith("Start all processes again.")
+    assert found["seconds"] < 60
+    assert not (lost / "lost.rank1.json").exists()
+    assert not (lost / "killed").exists()
+
+
+def test_all_of_them_take_up_where_each_was(lost, lora_model):
+    checkpoint = lost / ".killed.checkpoint"
+    with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
+        initialize_lora_da(
+            lora_model(),
+            worker.seven_samples(),
+            config=worker.saving_config(),
+            data_collator=collate,
+            output_dir=lost / "killed",
+            progress=False,
+        )
+    assert checkpoint.is_dir()
+    launch("take_up", lost)
+    assert [result(lost, "taken_up", rank) for rank in range(2)] == [0, 1]
+    for rank in range(2):
+        assert_same_tensors(adapter(lost, "killed", rank), adapter(lost, "whole", rank))
+    assert not checkpoint.exists()
+
+
+# What it saves
+
+
+@pytest.mark.slow
+def test_two_processes_take_little_more_than_half(tmp_path):
+    """Processor time, which is the time that a process takes on a core of its own, and the peak of its tensors."""
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        launch("measure", tmp_path / str(processes), processes=processes)
+    one = {schedule: result(tmp_path / "1", f"measured_{schedule}", 0) for schedule in ("samples", "layers")}
+    two = [result(tmp_path / "2", "measured_samples", rank)["seconds"] for rank in range(2)]
+    assert max(two) <= 0.6 * one["samples"]["seconds"]
+    two = [result(tmp_path / "2", "measured_layers", rank)["peak"] for rank in range(2)]
+    assert max(two) <= 0.6 * one["layers"]["peak"]
 
 
 # The trainer under DDP

@@ -101,7 +101,7 @@ def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samp
             initialize(model, samples, batch_size=1, num_samples=4, step_size=0.1, **settings)
         return found[0]
 
-    rest = 1.5 * 2**20  # activations, solutions, copies of the adapter
+    rest = 2 * 2**20  # activations, solutions, copies of the adapter
     whole, parts = peak(), peak(memory_budget="4MiB")
     assert whole > 2 * parts
     assert parts < 4 * 2**20 + rest
