@@ -114,9 +114,11 @@ class CheckpointFolder:
         """Delete what this process wrote, and the folder with the last of it."""
         if self._rank == 0:
             shutil.rmtree(self.path, ignore_errors=True)
-        for pattern in (f"sums-{self._rank:05d}-*", f".{self._rank:05d}-*"):
-            for file in self.path.glob(pattern):
-                file.unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):  # the first process may be faster
+            for pattern in (f"sums-{self._rank:05d}-*", f".{self._rank:05d}-*"):
+                for file in self.path.glob(pattern):
+                    file.unlink()
         with contextlib.suppress(OSError):  # it is gone, or others' files are in it
             self.path.rmdir()
 

@@ -47,7 +47,7 @@ class Group:
 
     @property
     def work_bytes(self) -> int:
-        """What the solve takes beside the sums, in float64: the moment three times, one member's gradient four times."""
+        """What the solve takes beside the sums: in float64 the moment three times, and a gradient four times."""
         return 8 * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
 
     def sent_bytes(self, itemsize: int) -> int:
@@ -162,7 +162,8 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """Make a plan from plain JSON values."""
-        return cls(**{**values, "windows": tuple(tuple(window) for window in values["windows"])})
+        fields: dict[str, Any] = {**values, "windows": tuple(tuple(window) for window in values["windows"])}
+        return cls(**fields)
 
 
 def make_plan(

@@ -69,10 +69,11 @@ class Progress:
         """
         if self._folder is None or self._every is None:
             return make_plan()
-        job, facts = self._job, {"identity": self._identity, "batch_size": self._job.batch_size}
+        job = self._job
         with job.ranks.together("checkpoint"):
             mine = self._folder.read_run() if job.ranks.is_main else None
         earlier = job.ranks.gather(mine)[0]
+        values: dict[str, Any]
         if earlier is not None and not self._differences(earlier):
             if earlier["num_processes"] != job.ranks.size:
                 raise CheckpointError(
@@ -82,8 +83,12 @@ class Progress:
             job.say(f"LoRA-DA goes on with the run that was stopped, from {self._folder.path}")
             values = earlier
         else:
-            plan = make_plan()
-            values = {**facts, "num_processes": job.ranks.size, "plan": plan.to_dict()}
+            values = {
+                "identity": self._identity,
+                "batch_size": job.batch_size,
+                "num_processes": job.ranks.size,
+                "plan": make_plan().to_dict(),
+            }
         with job.ranks.together("checkpoint"):
             self._folder.begin(values)
         return Plan.from_dict(values["plan"])

@@ -144,8 +144,11 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
             with adapters_off(job.scan.targets):
                 found = probe(job, splits)
                 identity = identify(job, found)
-            if not take_over_finished(job, identity):
-                _compute(job, found, identity)
+            progress = Progress(job, identity, in_step=is_partitioned(job.model))
+            if take_over_finished(job, identity):
+                progress.clear()
+            else:
+                _compute(job, found, identity, progress)
     except BaseException:
         for name, factors in before.items():
             write_factors(job.targets[name], *factors)
@@ -156,8 +159,8 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     return job.report
 
 
-def _compute(job: Job, found: Probe, identity: dict[str, Any]) -> None:
-    progress = Progress(job, identity, in_step=is_partitioned(job.model))
+def _compute(job: Job, found: Probe, identity: dict[str, Any], progress: Progress) -> None:
+    """Collect, solve, search, write and save; what is on disk of it is deleted at the end."""
     try:
         with adapters_off(job.scan.targets):
             plan = progress.begin(lambda: plan_windows(job, found))

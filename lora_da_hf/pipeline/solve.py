@@ -142,5 +142,5 @@ def describe(solution: LayerSolution, report: LayerReport) -> dict[str, Any]:
 
 def outcome_of(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[LayerSolution, LayerReport]:
     """Put together what `describe` took apart."""
-    solution = {**facts["solution"], "notes": tuple(facts["solution"]["notes"])}
-    return LayerSolution(**solution, **tensors), LayerReport(**facts["report"])
+    solution: dict[str, Any] = {**facts["solution"], "notes": tuple(facts["solution"]["notes"]), **tensors}
+    return LayerSolution(**solution), LayerReport(**facts["report"])

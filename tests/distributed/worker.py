@@ -48,8 +48,9 @@ def long_samples():
     return make_token_samples(64, min_length=40, max_length=60)
 
 
-def wide_model():
-    return make_lora_model(model=make_tiny_llama(hidden_size=192, intermediate_size=384, num_hidden_layers=12))
+def model_of_blocks(count, width):
+    model = make_tiny_llama(hidden_size=width, intermediate_size=width, num_hidden_layers=count)
+    return make_lora_model(model=model, r=1)
 
 
 def trainer_samples():
@@ -179,16 +180,18 @@ def take_up(folder):
 
 
 def measure(folder):
-    """Measure what each way to share the work takes: processor time, and the memory of tensors at their peak."""
-    for schedule in ("samples", "layers"):
-        config = make_config(num_samples=56, batch_size=4, step_size=0.05, search_samples=0, schedule=schedule)
-        model = wide_model()
-        start = time.process_time()
-        initialize_lora_da(model, long_samples(), config=config, progress=False)
-        seconds = time.process_time() - start
-        with measured_tensors() as peak:
-            initialize_lora_da(wide_model(), long_samples()[:12], config=config, progress=False)
-        write(folder, f"measured_{schedule}", {"seconds": seconds, "peak": peak[0]})
+    """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
+    settings = {"step_size": 0.05, "search_samples": 0}
+    model = model_of_blocks(12, width=192)
+    config = make_config(num_samples=64, batch_size=4, schedule="samples", **settings)
+    start = time.process_time()
+    initialize_lora_da(model, long_samples(), config=config, progress=False)
+    seconds = time.process_time() - start
+    model = model_of_blocks(24, width=256)
+    config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
+    with measured_tensors() as peak:
+        initialize_lora_da(model, seven_samples(), config=config, progress=False)
+    write(folder, "measured", {"seconds": seconds, "peak": peak[0]})
 
 
 class KeepWeights(TrainerCallback):

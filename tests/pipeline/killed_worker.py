@@ -35,11 +35,11 @@ def die_in_the_middle(module, number):
 def initialize(folder):
     """Run a slow enough initialisation: single samples, four windows, sums written after each batch."""
     config = make_config(
-        num_samples=24, batch_size=1, memory_budget=350_000, statistics_save_steps=1, save_statistics=True
+        num_samples=32, batch_size=1, memory_budget=350_000, statistics_save_steps=1, save_statistics=True
     )
     initialize_lora_da(
         make_lora_model(),
-        make_learnable_samples(40),
+        make_learnable_samples(48),
         config=config,
         data_collator=collate,
         output_dir=folder,

@@ -55,7 +55,7 @@ def test_ten_kills_change_no_bit(tmp_path):
     for write in KILLS:
         process = start(folder) if write is AT_RANDOM else start(folder, write)
         if write is AT_RANDOM:
-            time.sleep(generator.uniform(0.05, 0.5))
+            time.sleep(generator.uniform(0.05, 0.3))
             process.send_signal(signal.SIGKILL)
         assert process.communicate(timeout=LONGEST_WAIT)[0] == ""
         assert process.returncode == -signal.SIGKILL

@@ -90,7 +90,10 @@ def test_processes_share_the_layers_where_that_takes_no_more_passes():
     work = make_work()
     plan = make_plan(work, num_processes=4, budget=budget_for(work, 4))
     assert (plan.schedule, plan.sent_bytes) == ("layers", 0)
-    assert plan.sample_passes <= make_plan(work, num_processes=4, budget=budget_for(work, 4), schedule="samples").sample_passes
+    assert (
+        plan.sample_passes
+        <= make_plan(work, num_processes=4, budget=budget_for(work, 4), schedule="samples").sample_passes
+    )
 
 
 def test_one_sample_is_no_reason_to_share_the_layers():
@@ -147,7 +150,9 @@ def test_layers_that_do_not_fit_alone_are_an_error_that_says_what_would_help():
     with pytest.raises(PlanError) as error:
         make_plan(work, num_processes=2, budget={0: needed - 1})
     message = str(error.value)
-    assert message.startswith("The statistics do not fit: 0.q, 0.k, 0.v (input 64) take 0.31 MiB and there are 0.31 MiB.")
+    assert message.startswith(
+        "The statistics do not fit: 0.q, 0.k, 0.v (input 64) take 0.31 MiB and there are 0.31 MiB."
+    )
     assert f"Set memory_budget to at least {needed} bytes" in message
     assert "neither more processes nor schedule='layers' helps" in message
     assert message.endswith("accumulate_dtype='float32' halves the sums.")

@@ -152,7 +152,7 @@ def test_another_number_of_processes_is_refused(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=5)
     file = tmp_path / ".init.checkpoint" / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_processes": 2}))
-    with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now. Start"):
+    with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
         initialize(lora_model(), samples, tmp_path / "init")
     assert file.is_file()
 
@@ -185,6 +185,14 @@ def test_what_a_killed_process_left_beside_the_folder_is_cleared(tmp_path, lora_
 
 
 # A finished one
+
+
+def test_the_files_of_a_run_that_was_killed_once_it_had_written_everything_are_deleted(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "init")
+    (tmp_path / ".init.checkpoint").mkdir()
+    (tmp_path / ".init.checkpoint" / "run.json").write_text("{}")
+    initialize(lora_model(), samples, tmp_path / "init")
+    assert names(tmp_path) == ["init"]
 
 
 def test_a_second_start_with_the_same_settings_skips_the_pass(tmp_path, lora_model, samples, caplog):

@@ -93,7 +93,6 @@ def test_a_window_of_uncalled_layers_is_kept_or_refused(tiny_llama, lora_model, 
         initialize(model_with_unused_layer(), samples, memory_budget=SMALL)
 
 
-
 def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samples):
     def peak(**settings):
         model = lora_model(model=tiny_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=8))
