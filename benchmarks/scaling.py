@@ -97,6 +97,7 @@ class AllReduce(Ranks):
     """The plain way: every process gets the whole of every sum, and solves every layer."""
 
     def reduce_sum_(self, tensor: torch.Tensor, owner: int) -> None:
+        """Sum into all of them."""
         dist.all_reduce(tensor)
 
 
@@ -255,11 +256,11 @@ def save(options: argparse.Namespace, found: Any) -> None:
 
 def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Namespace) -> list[str]:
     """Compare what was measured with the plan: the largest of the processes, the median of the runs."""
-    lines = [
-        "| | statistics and solve, s, median (range) | x one | planned | passes | tensors at their peak, MiB | planned | "
-        "resident, MiB | sent a process, MiB | planned |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        *("", "statistics and solve, s, median (range)", "x one", "planned", "passes"),
+        *("tensors at their peak, MiB", "planned", "resident, MiB", "sent a process, MiB", "planned"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     speed = pass_speed(found) if "one" in found else None
     first = statistics.median(map(seconds_of, found["one"][:-1])) if "one" in found else None
     for name, runs in found.items():
@@ -283,8 +284,8 @@ def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argpar
         f"Llama with {options.blocks} blocks of width {MODEL['hidden_size']} and {MODEL['intermediate_size']}, "
         f"{options.num_samples} samples of {options.length} tokens, batch size {options.batch_size}, rank 8, float32, "
         f"one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} runs. Passes: samples forward and "
-        "backward in the busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by torch's "
-        f"allocator in a run of its own, activations included. {facts}.",
+        "backward in the busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by "
+        f"torch's allocator in a run of its own, activations included. {facts}.",
     ]
 
 
@@ -341,8 +342,8 @@ def computed_table() -> list[str]:
     return [
         *lines,
         "",
-        "256 samples of 512 tokens, gradient checkpointing, float32 sums, adapters on all linear layers. Seconds without "
-        f"transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass and a quarter of that in the solve: not "
+        "256 samples of 512 tokens, gradient checkpointing, float32 sums, adapters on all linear layers. Seconds "
+        f"without transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass and a quarter of that in the solve: not "
         "measured. Weights and activations come on top of the budget.",
     ]
 

@@ -15,15 +15,10 @@ from lora_da_hf.statistics.collect import digest_sample
 
 _LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {
-    "batch_size": "the statistics do not depend on it",
-    "memory_budget": "nor on how they are collected",
-    "schedule": "as above",
-    "statistics_save_steps": "as above",
-    "freeze_a": "it is for training",
-    "seed": "the one used counts, whoever gave it",
-    "population_size": "as above",
-    "num_samples": "the samples themselves count",
-    "sample_selection": "as above",
+    *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
+    *("num_samples", "sample_selection"),  # the samples themselves count
+    *("seed", "population_size"),  # those that were used count, whoever gave them
+    "freeze_a",  # for training
 }
 
 

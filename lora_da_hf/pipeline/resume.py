@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +69,7 @@ class Progress:
             CheckpointError: if it was the same one on another number of processes.
         """
         if self._folder is None or self._every is None:
+            self.clear()  # statistics that a killed run left
             return make_plan()
         job = self._job
         with job.ranks.together("checkpoint"):
@@ -141,7 +143,7 @@ class Progress:
                 self._folder.write_window(number, *_as_file(finished))
 
     @property
-    def statistics(self) -> Any:
+    def statistics(self) -> Path | None:
         """The folder with the statistics of all windows; None if they are not stored."""
         if self._folder is None or not self._job.config.save_statistics:
             return None

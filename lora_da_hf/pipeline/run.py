@@ -87,7 +87,10 @@ def initialize_lora_da(
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
+        PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
+        CheckpointError: if the run that was stopped had another number of processes.
+        PeerFailed: if another process failed or is gone.
 
     Whatever is raised, the model and its adapter are as they were.
     """

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,12 @@ from safetensors.torch import load_file
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, CheckpointError, ConfigError
 from lora_da_hf.losses import model_loss
+from lora_da_hf.pipeline.plan import Group, Workload, make_plan
+from lora_da_hf.pipeline.resume import Progress
+from lora_da_hf.statistics.collect import PassState
 
 SMALL = 350_000  # bytes: four windows
 
@@ -114,6 +119,16 @@ def test_nothing_is_left_by_a_run_that_saves_nothing(tmp_path, lora_model, sampl
     assert names(tmp_path) == []
 
 
+def test_statistics_of_a_killed_run_are_not_taken_for_those_of_the_next(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=20, memory_budget=SMALL, save_statistics=True)
+    assert len(list((tmp_path / ".init.checkpoint" / "statistics").iterdir())) == 3
+    initialize(lora_model(), samples, tmp_path / "init", statistics_save_steps=None, save_statistics=True)
+    stored = load_init(tmp_path / "init")
+    assert sum(name.startswith("lora_da_statistics-") for name in stored.manifest.files) == 1
+    assert len(load_statistics(stored.folder, stored.manifest)) == 14
+    assert names(tmp_path) == ["init"]
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -182,6 +197,36 @@ def test_what_a_killed_process_left_beside_the_folder_is_cleared(tmp_path, lora_
     assert loss.count == 0
     assert_same_tensors(written_adapter(tmp_path / "init"), expected)
     assert names(tmp_path) == ["init"]
+
+
+class TwoRanks(Ranks):
+    """The first of two processes, of which the other has sums after other batches."""
+
+    def __init__(self, theirs):
+        super().__init__(0, 2)
+        self.theirs = theirs
+
+    def gather(self, value):
+        return [value, self.theirs if isinstance(value, list) else value]
+
+
+@pytest.mark.parametrize(("theirs", "in_step", "left"), [([6, 5], False, 0), ([6, 5], True, 1), ([3], True, None)])
+def test_processes_in_step_go_on_from_a_batch_that_all_have(tmp_path, lora_model, samples, theirs, in_step, left):
+    ranks = TwoRanks(theirs)
+    config = make_config(statistics_save_steps=1)
+    job = SimpleNamespace(config=config, ranks=ranks, output_dir=tmp_path / "init", batch_size=2, say=print)
+    progress = Progress(job, {"loss": 1.0}, in_step=in_step)
+    plan = make_plan(
+        Workload(groups=(Group(members=("a",), d_in=2, d_outs=(2,)),), weights=4, num_samples=7, num_tokens=7),
+        num_processes=2,
+        budget={0: float("inf")},
+    )
+    assert progress.begin(lambda: plan) == plan
+    store = progress.store(0)
+    for batches in range(4, 8):
+        store.save(PassState(tensors={"a": torch.tensor([batches])}, facts={"batches_done": batches}))
+    state = progress.store(0).load()
+    assert (None if state is None else 7 - state.facts["batches_done"]) == left
 
 
 # A finished one
