@@ -73,11 +73,11 @@ def test_the_papers_preset_takes_overrides():
         ({"schedule": "ranks"}, "schedule='ranks' is not one of 'auto', 'samples', 'layers'."),
         (
             {"memory_budget": "8 gigs"},
-            "memory_budget='8 gigs' is no amount of memory. Give bytes, or text such as \"8GiB\" or \"500MB\".",
+            'memory_budget=\'8 gigs\' is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".',
         ),
         (
             {"memory_budget": 0},
-            "memory_budget=0 is no amount of memory. Give bytes, or text such as \"8GiB\" or \"500MB\".",
+            'memory_budget=0 is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".',
         ),
         (
             {"save_statistics": True, "schedule": "layers"},
