@@ -43,13 +43,13 @@ from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
 RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
 MIB = 2**20
-WINDOW_MIB = 64
+WINDOW_MIB = 128
 MODEL = {
     "vocab_size": 512,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
     "max_position_embeddings": 256,
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,12 +55,33 @@ class Ranks:
             with _reporting_lost_peers():
                 dist.reduce(tensor, dst=owner)
 
-    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        """Overwrite ``tensor`` by the source's, in place, and return it."""
-        if self.size > 1:
-            with _reporting_lost_peers():
-                dist.broadcast(tensor, src=source)
-        return tensor
+    def broadcast(
+        self, tensors: Sequence[Tensor] | None, specs: Sequence[tuple[Sequence[int], torch.dtype]], source: int
+    ) -> list[Tensor]:
+        """Return the source's tensors on every process: all of them in one message.
+
+        Args:
+            tensors: At the source, the tensors, on one device; elsewhere None.
+            specs: Shape and dtype of each, known to all.
+            source: The process that has them.
+
+        Returns:
+            The tensors themselves at the source, and copies on the default device of the collectives elsewhere.
+        """
+        if self.size == 1 or not specs:
+            return list(tensors or [])
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
+        if tensors is not None:
+            flat = torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+            flat = flat.to(_collective_device())
+        else:
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_collective_device())
+        with _reporting_lost_peers():
+            dist.broadcast(flat, src=source)
+        if tensors is not None:
+            return list(tensors)
+        parts = flat.split(sizes)  # cloned: a view of eight-byte numbers has to begin at a multiple of eight
+        return [part.clone().view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, specs, strict=True)]
 
     def gather(self, value: T) -> list[T]:
         """Return every process's value, by rank, on all of them: small objects, since they are pickled."""
@@ -101,6 +124,11 @@ class Ranks:
                 raise PeerFailed(f"Process {rank} failed in the {stage}: {message}")
         if failure is not None:
             raise failure
+
+
+def _collective_device() -> torch.device:
+    """Return a device that the process group can send from: NCCL's is this process's GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
     if report is None:
         return False
     with job.stage("load"):
-        factors = {name: _share(job, name, found and found[1]) for name in (layer.name for layer in report.layers)}
+        factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
         with job.ranks.together("write"):
             for name, (lora_A, lora_B) in factors.items():
                 write_factors(job.targets[name], lora_A, lora_B)
@@ -70,13 +70,13 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
     return report, read_tensors(folder / ADAPTER_FILE, None)
 
 
-def _share(job: Job, name: str, stored: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-    target = job.targets[name]
-    shapes = {"lora_A": (target.rank, target.in_features), "lora_B": (target.out_features, target.rank)}
-    factors: list[Tensor] = []
-    for which, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=target.lora_A.dtype, device=target.device)
-        if stored is not None:
-            tensor.copy_(stored[f"base_model.model.{name}.{which}.weight"])
-        factors.append(job.ranks.broadcast_(tensor, 0))
-    return factors[0], factors[1]
+def _share(
+    job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    targets = [job.targets[name] for name in names]
+    shapes = [shape for t in targets for shape in ((t.rank, t.in_features), (t.out_features, t.rank))]
+    keys = [f"base_model.model.{name}.{which}.weight" for name in names for which in ("lora_A", "lora_B")]
+    specs = [(shape, torch.float32) for shape in shapes]
+    tensors = None if stored is None else [stored[key].float() for key in keys]
+    shared = job.ranks.broadcast(tensors, specs, 0)
+    return dict(zip(names, zip(shared[::2], shared[1::2], strict=True), strict=True))

@@ -107,25 +107,21 @@ def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSo
 
 
 def share_outcomes(job: Job, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """Give every process every outcome, in the model's order: tensors are broadcast by the process that has them."""
+    """Give every process every outcome, in the model's order: each broadcasts the tensors that it has."""
     described = {name: outcome if isinstance(outcome, str) else describe(*outcome) for name, outcome in mine.items()}
     found: dict[str, Outcome] = {}
     for source, outcomes in enumerate(job.ranks.gather(described)):
-        for name, facts in outcomes.items():
-            if isinstance(facts, str):
-                found[name] = facts
-                continue
-            own = mine.get(name)
+        found |= {name: reason for name, reason in outcomes.items() if isinstance(reason, str)}
+        solved = {name: facts for name, facts in outcomes.items() if not isinstance(facts, str)}
+        specs = [
+            (shape, getattr(torch, dtype)) for facts in solved.values() for shape, dtype in facts["tensors"].values()
+        ]
+        own = [outcome[0] for outcome in mine.values() if not isinstance(outcome, str)]
+        tensors = [getattr(solution, which) for solution in own for which in SOLUTION_TENSORS]
+        received = iter(job.ranks.broadcast(tensors if source == job.ranks.rank else None, specs, source))
+        for name, facts in solved.items():
             device = job.targets[name].device
-            tensors: dict[str, torch.Tensor] = {}
-            for which in SOLUTION_TENSORS:
-                shape, dtype = facts["tensors"][which]
-                if own is not None and not isinstance(own, str):
-                    tensor = getattr(own[0], which).to(device).contiguous()
-                else:
-                    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-                tensors[which] = job.ranks.broadcast_(tensor, source)
-            found[name] = outcome_of(facts, tensors)
+            found[name] = outcome_of(facts, {which: next(received).to(device) for which in SOLUTION_TENSORS})
     return {name: found[name] for name in job.targets if name in found}
 
 

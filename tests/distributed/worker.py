@@ -45,7 +45,7 @@ def seven_config(**overrides):
 
 
 def long_samples():
-    return make_token_samples(64, min_length=40, max_length=60)
+    return make_token_samples(160, min_length=40, max_length=60)
 
 
 def model_of_blocks(count, width):
@@ -182,9 +182,9 @@ def take_up(folder):
 def measure(folder):
     """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
     settings = {"step_size": 0.05, "search_samples": 0}
-    config = make_config(num_samples=64, batch_size=4, schedule="samples", **settings)
-    initialize_lora_da(model_of_blocks(1, width=192), long_samples(), config=config, progress=False)  # warm up
-    model = model_of_blocks(12, width=192)
+    config = make_config(num_samples=160, batch_size=4, schedule="samples", **settings)
+    initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
+    model = model_of_blocks(12, width=256)
     start = time.process_time()
     initialize_lora_da(model, long_samples(), config=config, progress=False)
     seconds = time.process_time() - start
