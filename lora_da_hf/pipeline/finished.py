@@ -70,9 +70,7 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
     return report, read_tensors(folder / ADAPTER_FILE, None)
 
 
-def _share(
-    job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
     targets = [job.targets[name] for name in names]
     shapes = [shape for t in targets for shape in ((t.rank, t.in_features), (t.out_features, t.rank))]
     keys = [f"base_model.model.{name}.{which}.weight" for name in names for which in ("lora_A", "lora_B")]
