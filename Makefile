@@ -26,8 +26,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(VENV)/.demo  ## what an initialisation costs, on a quiet machine
+benchmark: $(VENV)/.demo  ## what an initialisation costs, and how it scales, on a quiet machine
 	$(BIN)/python benchmarks/initialization_cost.py
+	$(BIN)/python benchmarks/scaling.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

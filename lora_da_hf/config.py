@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -48,6 +49,33 @@ class Damping:
                 f'multiple of the diagonal\'s mean or median such as "0.1*mean" or "0.1*median".'
             )
         return cls(amount=number, reference=reference)  # pyright: ignore[reportArgumentType]
+
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_bytes(value: float | str, name: str) -> int:
+    """Read a number of bytes: ``8589934592``, ``"8GiB"`` or ``"500 MB"``.
+
+    Args:
+        value: The setting as a user writes it.
+        name: Name of the setting, for the message.
+
+    Raises:
+        ConfigError: if the text has another form, or there is not at least one byte.
+    """
+    found = re.fullmatch(r"([0-9.e+]+)\s*([KMGT]?i?B?)", str(value).strip())
+    try:
+        size = float(found[1]) * _UNITS[found[2]] if found else math.nan
+    except (ValueError, KeyError):
+        size = math.nan
+    if isinstance(value, bool) or not math.isfinite(size) or size < 1:
+        raise ConfigError(f'{name}={value!r} is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".')
+    return int(size)
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -149,9 +177,25 @@ class LoRADAConfig:
         "Store the full statistics too (large), for a later change of settings. One process then solves alone.",
     )
 
+    memory_budget: float | str | None = _setting(
+        None,
+        "What the sums of a process may take on each device, with the work on them: bytes, or text such as 8GiB. None: "
+        "two thirds of what is free there. Layers that do not fit at once are collected in further passes.",
+    )
+    schedule: Literal["auto", "samples", "layers"] = _setting(
+        "auto",
+        "What several processes share. samples: each runs its part of them for all layers, and sums are reduced; "
+        "layers: each runs all samples for its own layers, and nothing is reduced. auto: samples, unless memory is so "
+        "short that layers takes no more passes.",
+    )
+    statistics_save_steps: int | None = _setting(
+        None,
+        "Write the sums to disk every this many batches, so that a killed run goes on from there. None: never.",
+    )
+
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("num_samples", "batch_size", "population_size", "max_rank"):
+        for name in ("num_samples", "batch_size", "population_size", "max_rank", "statistics_save_steps"):
             _check_range(self, name, lambda v: v >= 1, "at least 1")
         for name in ("search_samples", "bias_weight", "variance_weight"):
             _check_range(self, name, lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
@@ -159,6 +203,10 @@ class LoRADAConfig:
         _check_range(self, "stable_gamma", lambda v: v > 0 and math.isfinite(v), "positive")
         Damping.parse(self.input_damping, "input_damping")
         Damping.parse(self.output_damping, "output_damping")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, "memory_budget")
+        if self.save_statistics and self.schedule == "layers":
+            raise ConfigError('save_statistics needs the sums in one process: set schedule="samples" or leave it out.')
         if isinstance(self.step_size, str):
             if self.step_size != "line_search":
                 raise ConfigError(f'step_size={self.step_size!r}: give a positive number, "line_search" or None.')

@@ -50,6 +50,18 @@ class NonFiniteError(StatisticsError):
     """A loss, a statistic or a stored tensor is NaN or infinite."""
 
 
+class PlanError(LoRADAError, RuntimeError):
+    """The statistics do not fit in the memory that they may take."""
+
+
+class CheckpointError(LoRADAError, RuntimeError):
+    """An unfinished run was left by other processes than these, so they cannot go on with it."""
+
+
+class PeerFailed(LoRADAError, RuntimeError):
+    """Another process failed or is gone, in a stage that all take part in."""
+
+
 class SolveError(LoRADAError, RuntimeError):
     """A layer's factorisation or eigenproblem could not be solved, even with more damping."""
 

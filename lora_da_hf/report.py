@@ -86,6 +86,7 @@ class LoRADAReport:
         artifact: Where the initialisation was written, if it was, or the folder that it was read from.
         init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of the
             manifest of a folder that is not known to be on the Hub. None if it was computed.
+        plan: How the statistics were collected.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -110,6 +111,7 @@ class LoRADAReport:
     notes: list[str] = field(default_factory=list)
     artifact: str | None = None
     init_from: str | None = None
+    plan: str = ""
 
     @property
     def total_seconds(self) -> float:
@@ -179,6 +181,7 @@ class LoRADAReport:
             f"init from   {self.init_from} ({self.artifact})" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
+            f"plan        {self.plan}" if self.plan else "",
             f"step size   {step}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),

@@ -1,5 +1,6 @@
 """What tests of training, storage and several processes share: arguments, comparisons, and statistics by autograd."""
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -70,6 +72,15 @@ def pad_left(samples):
         name: torch.tensor([[value] * (longest - len(s[name])) + s[name] for s in samples])
         for name, value in padding.items()
     }
+
+
+def turn_checkpointing_on(model, *, reentrant):
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    kwargs = {"use_reentrant": reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def make_lora_config(**overrides):
@@ -362,3 +373,18 @@ def written_factors(state, name, rank):
         first, count = int(index) * rank, lora_A.shape[0] // rank
         return lora_A[first : first + rank], lora_B[:, int(index) :: count]
     return lora_A, lora_B
+
+
+@contextlib.contextmanager
+def measured_tensors():
+    """Count the memory of the tensors that are made inside, by what torch's allocator reports.
+
+    Yields:
+        A list, which gets the peak in bytes at the end of the block.
+    """
+    peak = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield peak
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    peak.append(max(itertools.accumulate((event.nbytes() for event in changes), initial=0)))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_da_hf.config import Damping, LoRADAConfig
+from lora_da_hf.config import Damping, LoRADAConfig, parse_bytes
 from lora_da_hf.errors import ConfigError
 
 
@@ -69,6 +69,20 @@ def test_the_papers_preset_takes_overrides():
         ({"token_mask": "prompt"}, "token_mask='prompt' is not one of 'attention', 'labels'."),
         ({"solver": "lobpcg"}, "solver='lobpcg' is not one of 'auto', 'eigh', 'krylov'."),
         ({"factor_split": None}, "factor_split=None is not one of 'default_norm', 'orthonormal', 'balanced'."),
+        ({"statistics_save_steps": 0}, "statistics_save_steps=0 must be at least 1."),
+        ({"schedule": "ranks"}, "schedule='ranks' is not one of 'auto', 'samples', 'layers'."),
+        (
+            {"memory_budget": "8 gigs"},
+            'memory_budget=\'8 gigs\' is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".',
+        ),
+        (
+            {"memory_budget": 0},
+            'memory_budget=0 is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".',
+        ),
+        (
+            {"save_statistics": True, "schedule": "layers"},
+            'save_statistics needs the sums in one process: set schedule="samples" or leave it out.',
+        ),
         (
             {"search_samples": 0},
             'step_size="line_search" needs search_samples of at least 1, got 0. Raise it, or give a step_size.',
@@ -162,3 +176,28 @@ def test_stored_settings_are_checked_too():
 def test_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoRADAConfig().num_samples = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (1024, 1024),
+        (2.0**40, 2**40),
+        ("5e9", 5 * 10**9),
+        ("8GiB", 2**33),
+        ("8 GB", 8 * 10**9),
+        ("1.5KiB", 1536),
+        ("500MB", 500 * 10**6),
+        ("2TiB", 2**41),
+        ("7B", 7),
+    ],
+)
+def test_amounts_of_memory_are_read(text, size):
+    assert parse_bytes(text, "memory_budget") == size
+    assert LoRADAConfig(memory_budget=text).memory_budget == text
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8iB", "-1", "8gib", "nan", "inf", "1e999", "0.5", "1..5", "8 GiB left"])
+def test_what_is_no_amount_of_memory_is_an_error(text):
+    with pytest.raises(ConfigError, match="is no amount of memory"):
+        LoRADAConfig(memory_budget=text)

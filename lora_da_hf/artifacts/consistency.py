@@ -97,17 +97,14 @@ def check_adapter(
     for name, layer in manifest.layers.items():
         factors: list[Tensor] = []
         for factor, shape in (("A", (layer.rank, layer.in_features)), ("B", (layer.out_features, layer.rank))):
-            key = f"{PEFT_PREFIX}{holder_of(name)}.lora_{factor}.weight"
-            tensor = tensors.get(key)
-            if tensor is not None and holder_of(name) != name:
-                tensor = _of_expert(tensor, factor, layer.rank, expert_of(name))
+            tensor = stored_factor(tensors, name, factor, layer.rank)
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 found = "missing" if tensor is None else f"{list(tensor.shape)}"
                 raise ArtifactError(
                     f"{path}: lora_{factor} of {name} is {found}, not {list(shape)} as the manifest says. "
                     "Fetch it again."
                 )
-            known.add(key)
+            known.add(_key(name, factor))
             factors.append(tensor)
         if config.get("use_dora"):
             _check_magnitude(path, tensors, name, layer)
@@ -127,6 +124,25 @@ def _check_magnitude(path: Path, tensors: Mapping[str, Tensor], name: str, layer
     tensor = tensors.get(f"{PEFT_PREFIX}{name}.lora_magnitude_vector")
     if tensor is None or tensor.numel() != layer.out_features or not (tensor > 0).all():
         raise ArtifactError(f"{path}: DoRA's magnitude of {name} is missing, of another size or not positive.")
+
+
+def stored_factor(tensors: Mapping[str, Tensor], name: str, factor: str, rank: int) -> Tensor | None:
+    """Return a layer's A or B out of the tensors of an adapter's file; None if it is not there.
+
+    Args:
+        tensors: Of the file.
+        name: The layer.
+        factor: ``"A"`` or ``"B"``.
+        rank: Of the layer.
+    """
+    tensor = tensors.get(_key(name, factor))
+    if tensor is not None and holder_of(name) != name:
+        return _of_expert(tensor, factor, rank, expert_of(name))
+    return tensor
+
+
+def _key(name: str, factor: str) -> str:
+    return f"{PEFT_PREFIX}{holder_of(name)}.lora_{factor}.weight"
 
 
 def _of_expert(tensor: Tensor, factor: str, rank: int, index: int) -> Tensor:

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 KIND = "lora-da-init"
 CHECKSUM = "checksum"
 REFITTED_FROM = "refitted_from"
+IDENTITY = "identity"
 MANIFEST_FILE = "lora_da_manifest.json"
 BASIS_FILE = "lora_da_basis.safetensors"
 REPORT_FILE = "lora_da_report.json"
@@ -218,12 +219,16 @@ def _check_facts(manifest: Manifest, source: str) -> None:
         config = LoRADAConfig.from_dict(manifest.config)
     except ConfigError as error:
         raise ArtifactError(f"{source}: the settings are not valid. {error}") from error
-    for what, facts, hints in (("data", manifest.data, _DATA_FACTS), ("base_model", manifest.base_model, _BASE_FACTS)):
+    for what, facts, hints, optional in (
+        ("data", manifest.data, _DATA_FACTS, {IDENTITY: dict[str, str | float]}),
+        ("base_model", manifest.base_model, _BASE_FACTS, {}),
+    ):
         missing = sorted(set(hints) - set(facts))
         if missing:
             raise ArtifactError(f"{source}: {what} does not say {missing}. Fetch it again.")
-        check_types(facts, hints, f"{source}: {what}")
-        if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in hints):
+        known = {**hints, **optional}
+        check_types(facts, known, f"{source}: {what}")
+        if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in known):
             raise ArtifactError(f"{source}: {what} holds more than plain facts.")
     if manifest.base_model["name_or_path"] == "":
         raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")

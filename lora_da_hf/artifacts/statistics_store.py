@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,18 +25,22 @@ _ROUNDING = 1e-3
 _SMALLEST = 1e-30
 
 
-def save_statistics(folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str]) -> None:
-    """Write statistics as ``lora_da_statistics-xxxxx-of-yyyyy.safetensors``, at most about 2 GiB each.
+def save_statistics(
+    folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int = 0
+) -> None:
+    """Write statistics as safetensors of at most about 2 GiB each, in an order that `adopt_statistics` reads.
 
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
     layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means, in the
     dtype that they were accumulated in.
 
     Args:
-        folder: Where.
-        statistics: By layer.
+        folder: Where, made if need be.
+        statistics: By layer. Layers that share an input come together.
         shared_inputs: The leader of each layer.
+        part: Number of this part, where a folder gets them in several.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, layer in statistics.items():
@@ -50,9 +56,26 @@ def save_statistics(folder: Path, statistics: Mapping[str, LayerStatistics], sha
             size = 0
         shards[-1].update(tensors)
         size += added
+    for number, shard in enumerate(shards):
+        save_file(shard, folder / f"{part:05d}-{number:05d}.safetensors", metadata={"format": "pt"})
+
+
+def adopt_statistics(folder: Path, source: Path) -> None:
+    """Give a folder what `save_statistics` wrote, as ``lora_da_statistics-xxxxx-of-yyyyy.safetensors``.
+
+    The files are linked, so they take no space twice, and stay where they were.
+
+    Args:
+        folder: Where to.
+        source: Where they are, on the same file system.
+    """
+    shards = sorted(source.iterdir())
     for number, shard in enumerate(shards, start=1):
-        file = f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        target = folder / f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors"
+        try:
+            os.link(shard, target)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(shard, target)
 
 
 def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatistics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -47,6 +48,7 @@ __all__ = [
     "load_init",
     "load_manifest",
     "read_tensors",
+    "remove_leftovers",
     "write_init",
 ]
 
@@ -56,6 +58,8 @@ UNLISTED_FILES = ("README.md", ".gitattributes")
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+_PARTIAL = ".{}.partial-"
+_OLD = ".{}.old-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
     What was at ``target`` before is replaced. If the block fails, it is as it was and nothing is left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL.format(target.name), dir=target.parent))
     try:
         yield partial
         for path in partial.iterdir():
@@ -90,7 +94,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
             _sync(path)
         partial.chmod(0o777 & ~_umask())
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
             target.rename(aside / target.name)
             try:
                 partial.rename(target)
@@ -103,6 +107,20 @@ def atomic_folder(target: Path) -> Generator[Path]:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete what `atomic_folder` could not, because its process was killed; a replaced folder is put back.
+
+    No other process may be writing to ``target``.
+    """
+    name = glob.escape(target.name)
+    for partial in target.parent.glob(_PARTIAL.format(name) + "*"):
+        shutil.rmtree(partial)
+    for aside in target.parent.glob(_OLD.format(name) + "*"):
+        if (aside / target.name).exists() and not target.exists():
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside)
 
 
 def _umask() -> int:

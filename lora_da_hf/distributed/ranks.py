@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_da_hf.errors import OutOfStepError
+from lora_da_hf.errors import OutOfStepError, PeerFailed
 
 T = TypeVar("T")
-
-
-class PeerFailed(RuntimeError):
-    """Another process failed in a stage that all take part in; its message is in this one's."""
 
 
 class Ranks:
@@ -31,11 +29,16 @@ class Ranks:
         self.size = size
 
     @classmethod
+    def alone(cls) -> Ranks:
+        """Return this process as the only one, for work that is shared with none."""
+        return cls(0, 1)
+
+    @classmethod
     def current(cls) -> Ranks:
         """Return the processes of the default process group, or this one alone if there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
-        return cls(0, 1)
+        return cls.alone()
 
     @property
     def is_main(self) -> bool:
@@ -49,14 +52,44 @@ class Ranks:
     def reduce_sum_(self, tensor: Tensor, owner: int) -> None:
         """Sum ``tensor`` over the processes into the owner's, in place; the others' is then undefined."""
         if self.size > 1:
-            dist.reduce(tensor, dst=owner)
+            with _reporting_lost_peers():
+                dist.reduce(tensor, dst=owner)
+
+    def broadcast(
+        self, tensors: Sequence[Tensor] | None, specs: Sequence[tuple[Sequence[int], torch.dtype]], source: int
+    ) -> list[Tensor]:
+        """Return the source's tensors on every process: all of them in one message.
+
+        Args:
+            tensors: At the source, the tensors, on one device; elsewhere None.
+            specs: Shape and dtype of each, known to all.
+            source: The process that has them.
+
+        Returns:
+            The tensors themselves at the source, and copies on the default device of the collectives elsewhere.
+        """
+        if self.size == 1 or not specs:
+            return list(tensors or [])
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
+        if tensors is not None:
+            flat = torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+            flat = flat.to(_collective_device())
+        else:
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_collective_device())
+        with _reporting_lost_peers():
+            dist.broadcast(flat, src=source)
+        if tensors is not None:
+            return list(tensors)
+        parts = flat.split(sizes)  # cloned: a view of eight-byte numbers has to begin at a multiple of eight
+        return [part.clone().view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, specs, strict=True)]
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, by rank, on all of them."""
+        """Return every process's value, by rank, on all of them: small objects, since they are pickled."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _reporting_lost_peers():
+            dist.all_gather_object(values, value)
         return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -71,7 +104,7 @@ class Ranks:
             stage: Its name, for the message.
 
         Raises:
-            PeerFailed: if another process failed.
+            PeerFailed: if another process failed, or is gone.
         """
         failure: Exception | None = None
         try:
@@ -81,7 +114,12 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.size > 1:
-            messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            try:
+                messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+            except PeerFailed:
+                if failure is not None:
+                    raise failure from None
+                raise
             failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
             if failed and failure is None:
                 rank, message = failed[0]
@@ -124,6 +162,23 @@ class Ranks:
                 f"Process {self.rank} failed in the {stage}: {type(error).__name__}: {error}. The parameters are "
                 "partitioned, so the other processes wait for it in the middle of their passes: end them too."
             ) from error
+
+
+def _collective_device() -> torch.device:
+    """Return a device that the process group can send from: NCCL's is this process's GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _reporting_lost_peers() -> Generator[None]:
+    """Say what it means when a collective operation breaks: torch speaks of sockets and timeouts."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerFailed(
+            f"Another process is gone, or did not answer within the timeout of the process group ({error}). See its "
+            "own output for why (a process that is killed leaves none: often memory). Start all processes again."
+        ) from error
 
 
 def balanced_owners(costs: dict[str, float], size: int) -> dict[str, int]:

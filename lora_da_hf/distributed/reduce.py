@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.records import LayerStatistics
@@ -44,9 +45,7 @@ def reduce_statistics(
         owner = owners[leader]
         moment = taps.taps[leader].input_sum.total
         if ranks.size > 1:
-            packed = pack_upper(moment)
-            ranks.reduce_sum_(packed, owner)
-            moment = unpack_upper(packed, moment.shape[0]) if ranks.rank == owner else moment
+            moment = _reduce_small(taps, leader, members, owner, ranks)
         else:
             mirror_upper_(moment)
         statistics: dict[str, LayerStatistics] = {}
@@ -54,7 +53,6 @@ def reduce_statistics(
             moment /= max(tokens[leader][0], 1)
         for name in members:
             sums = taps.taps[name].sums
-            ranks.reduce_sum_(sums.squares, owner)
             ranks.reduce_sum_(sums.weight_grad, owner)
             if ranks.rank == owner:
                 statistics[name] = LayerStatistics(
@@ -66,6 +64,20 @@ def reduce_statistics(
                 )
         yield leader, statistics
         _release(taps, leader, members)
+
+
+def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, ranks: Ranks) -> Tensor:
+    """Reduce a group's input moment, as a triangle, and its sums of ``g**2`` in one message; return the moment."""
+    moment = taps.taps[leader].input_sum.total
+    squares = [taps.taps[name].sums.squares for name in members]
+    packed = torch.cat([pack_upper(moment), *squares])
+    ranks.reduce_sum_(packed, owner)
+    if ranks.rank != owner:
+        return moment
+    triangle, *reduced = packed.split([packed.numel() - sum(map(len, squares)), *map(len, squares)])
+    for sums, total in zip(squares, reduced, strict=True):
+        sums.copy_(total)
+    return unpack_upper(triangle, moment.shape[0])
 
 
 def _token_counts(taps: Taps, name: str) -> tuple[int, int]:

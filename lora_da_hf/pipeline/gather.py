@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lora_da_hf.adapters.backward import checked_backward
+from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import DataError, TapNotCalledError
 from lora_da_hf.losses import is_encoder_decoder, max_sample_length, shifts_labels
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.collect import PassResult, PassSettings, check_lengths, collect
-from lora_da_hf.statistics.losses import find_reduction
+from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, check_lengths, collect
+from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
@@ -23,13 +28,29 @@ from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 _PROBED_SAMPLES = 8
 
 
-def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, dict[str, str]]:
-    """Learn from a few samples how the loss is made and which layers share an input.
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a few samples tell about the job.
 
-    Returns:
-        The samples, with labelled ones alone for the search and the final check; the settings of the pass; and the
-        leader of each layer in the order that they are called.
+    Attributes:
+        splits: The samples, with labelled ones alone for the search and the final check.
+        settings: The settings of the pass.
+        shared: The leader of each layer, in the order in which they are called.
+        loss: Loss of the base model on the first labelled sample.
+        num_tokens: Tokens of that sample.
+        tokens_per_second: Speed of a forward pass, the best seen.
     """
+
+    splits: SampleSplits
+    settings: PassSettings
+    shared: dict[str, str]
+    loss: float
+    num_tokens: int
+    tokens_per_second: float
+
+
+def probe(job: Job, splits: SampleSplits) -> Probe:
+    """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
@@ -42,15 +63,17 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
         splits = _with_labels(job, splits, shifts)
         first = job.collate(labelled[:1])
         layers = {name: target.base_layer for name, target in job.targets.items()}
+        compute_loss = _TimedLoss(job.compute_loss)
+        losses: list[float] = []
 
         def run_forward() -> None:
             with torch.no_grad():
-                job.compute_loss(job.model, first, None)
+                losses.append(compute_loss(job.model, first, None).double().item())
 
         with checked_backward(job.scan.targets):
             shared = find_shared_inputs(layers, run_forward)
         reduction = find_reduction(
-            job.compute_loss,
+            compute_loss,
             job.model,
             job.collate,
             labelled,
@@ -72,7 +95,40 @@ def probe(job: Job, splits: SampleSplits) -> tuple[SampleSplits, PassSettings, d
             "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
             "labels"
         )
-    return splits, settings, shared
+    return Probe(
+        splits=splits,
+        settings=settings,
+        shared=shared,
+        loss=losses[0],
+        num_tokens=_num_tokens(first),
+        tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
+    )
+
+
+class _TimedLoss:
+    """A loss that notes how fast it was.
+
+    Attributes:
+        tokens_per_second: Of the fastest call.
+    """
+
+    def __init__(self, compute_loss: ComputeLoss) -> None:
+        self._compute_loss = compute_loss
+        self.tokens_per_second = 0.0
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        start = time.perf_counter()
+        loss = self._compute_loss(model, batch, num_items)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
+        speed = _num_tokens(batch) / (time.perf_counter() - start)
+        self.tokens_per_second = max(self.tokens_per_second, speed)
+        return loss
+
+
+def _num_tokens(batch: Mapping[str, Any]) -> int:
+    masks = read_batch_tokens(batch, shifts_labels=True).masks
+    return max((mask.numel() for mask in masks), default=1)
 
 
 def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
@@ -100,41 +156,84 @@ def _labelled(job: Job, samples: list[Any], shifts: bool, count: int | None = No
     return list(itertools.islice(has_label, count))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassCounts:
+    """What the passes of all processes over a window counted."""
+
+    num_samples: int
+    num_unlabelled: int
+    batch_size: int
+    notes: list[str]
+
+
+@dataclass(kw_only=True)
+class Gathered:
+    """What a window's pass leaves in this process.
+
+    Attributes:
+        result: The sums; None if this process had no layer in the window.
+        ranks: The processes whose sums belong together.
+        shared: The leader of each layer that was collected.
+        owners: Which of these processes solves each leader's group.
+        counts: What was counted.
+        kept: Layers that cannot be initialised, with the reason.
+    """
+
+    result: PassResult | None
+    ranks: Ranks
+    shared: dict[str, str]
+    owners: dict[str, int]
+    counts: PassCounts
+    kept: dict[str, str]
+
+
 def gather_statistics(
-    job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]
-) -> tuple[PassResult, dict[str, str]]:
-    """Run the pass over this process's share of the samples, and count what all of them saw.
+    job: Job, probe: Probe, plan: Plan, window: tuple[str, ...], store: PassStore | None = None
+) -> Gathered:
+    """Run the pass for the layers of a window, over this process's part of the work.
 
     The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
     its leader, the pass is repeated with those layers apart.
 
-    Returns:
-        The sums, and the leader of each layer that they were taken with.
+    Args:
+        job: The job.
+        probe: What the probe found.
+        plan: Who does what.
+        window: The leaders of the groups to collect.
+        store: Where this process keeps the state of the pass; None: nowhere.
     """
-    with job.stage("statistics"):
-        result = _run_pass(job, splits, settings, shared)
-        apart = _groups_with_different_counts(job, result.taps, shared)
-        if apart:
-            job.report.notes.append(
-                f"{len(apart)} layers that share an input got gradients on their own: collected again"
-            )
-            shared = {name: name if leader in apart else leader for name, leader in shared.items()}
-            result = _run_pass(job, splits, settings, shared)
-        _count(job, result)
-        _check_called(job, result.taps)
-    return result, shared
+    ranks = job.ranks if plan.schedule == "samples" else Ranks.alone()  # with its own layers each is alone
+    mine = {leader for leader in window if plan.schedule == "samples" or plan.owners[leader] == job.ranks.rank}
+    shared = {name: leader for name, leader in probe.shared.items() if leader in mine}
+    result, kept = None, {}
+    with job.stage("statistics"), job.ranks.together("statistics pass"):
+        if shared:
+            result = _run_pass(job, ranks, probe, shared, store)
+            apart = _groups_with_different_counts(ranks, result.taps, shared)
+            if apart:
+                result.notes.append(
+                    f"{len(apart)} layers that share an input got gradients on their own: collected again"
+                )
+                notes = result.notes
+                shared = {name: name if leader in apart else leader for name, leader in shared.items()}
+                result = _run_pass(job, ranks, probe, shared, None)
+                result.notes = [*notes, *result.notes]
+            kept = _without_gradient(job, ranks, result.taps)
+    owners = {leader: plan.owners[probe.shared[leader]] % ranks.size for leader in shared.values()}
+    counts = _count(job, plan, result)
+    return Gathered(result=result, ranks=ranks, shared=shared, owners=owners, counts=counts, kept=kept)
 
 
-def _groups_with_different_counts(job: Job, taps: Taps, shared: dict[str, str]) -> set[str]:
+def _groups_with_different_counts(ranks: Ranks, taps: Taps, shared: dict[str, str]) -> set[str]:
     """Return the leaders of groups in which a layer that got gradients counted other tokens than the leader."""
     names = list(shared)
-    own = job.ranks.sum([float(taps.taps[name].sums.num_tokens) for name in names])
-    led = job.ranks.sum([float(taps.taps[shared[name]].input_sum.num_tokens) for name in names])
+    own = ranks.sum([float(taps.taps[name].sums.num_tokens) for name in names])
+    led = ranks.sum([float(taps.taps[shared[name]].input_sum.num_tokens) for name in names])
     return {shared[name] for name, mine, leads in zip(names, own, led, strict=True) if mine and mine != leads}
 
 
-def _run_pass(job: Job, splits: SampleSplits, settings: PassSettings, shared: dict[str, str]) -> PassResult:
-    mine = job.ranks.share(splits.statistics)
+def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], store: PassStore | None) -> PassResult:
+    mine = ranks.share(probe.splits.statistics)
 
     def make_taps() -> Taps:
         return Taps(
@@ -145,53 +244,83 @@ def _run_pass(job: Job, splits: SampleSplits, settings: PassSettings, shared: di
             dtype=getattr(torch, job.config.accumulate_dtype),
         )
 
-    with job.bar(len(mine), "LoRA-DA statistics") as bar, job.ranks.together("statistics pass"):
+    with job.bar(len(mine), "LoRA-DA statistics") as bar, ranks.together("statistics pass"):
         return collect(
             job.model,
             mine,
             collate=job.collate,
             compute_loss=job.compute_loss,
-            settings=settings,
+            settings=probe.settings,
             make_taps=make_taps,
             on_samples=bar.update,
-            lockstep=job.lockstep(splits.statistics, "statistics pass"),
+            store=store,
+            lockstep=job.lockstep(probe.splits.statistics, "statistics pass"),
         )
 
 
-def _count(job: Job, result: PassResult) -> None:
-    labelled, unlabelled = job.ranks.sum([result.num_samples, result.num_unlabelled])
-    job.report.num_samples, job.report.num_unlabelled = int(labelled), int(unlabelled)
-    gathered = job.ranks.gather((result.batch_size, result.notes, result.sample_digests))
-    job.report.batch_size = min(size for size, _, _ in gathered)
-    job.report.notes += sorted({note for _, notes, _ in gathered for note in notes})
-    if unlabelled:
-        job.report.notes.append(f"{int(unlabelled)} samples have no label and were left out")
-    digests = [digests for _, _, digests in gathered]
-    ordered = [d[i] for i in range(max(map(len, digests))) for d in digests if i < len(d)]
-    job.report.data_fingerprint = hashlib.sha256("".join(ordered).encode()).hexdigest()
+def _count(job: Job, plan: Plan, result: PassResult | None) -> PassCounts:
+    mine = None if result is None else (result.num_samples, result.num_unlabelled, result.batch_size, result.notes)
+    passes = [counted for counted in job.ranks.gather(mine) if counted is not None]
+    counted = passes if plan.schedule == "samples" else passes[:1]  # the others saw the same samples
+    return PassCounts(
+        num_samples=sum(samples for samples, _, _, _ in counted),
+        num_unlabelled=sum(unlabelled for _, unlabelled, _, _ in counted),
+        batch_size=min(size for _, _, size, _ in passes),
+        notes=sorted({note for _, _, _, notes in passes for note in notes}),
+    )
 
 
-def _check_called(job: Job, taps: Taps) -> None:
+UNCALLED = "no sample goes through it"
+UNROUTED = "no token is routed to it"
+NO_GRADIENT = "the loss does not depend on it"
+
+
+def _without_gradient(job: Job, ranks: Ranks, taps: Taps) -> dict[str, str]:
     """Find the layers that no sample went through, or that the loss does not depend on."""
     names = list(taps.taps)
-    calls = job.ranks.sum([float(taps.taps[name].forward_calls) for name in names])
-    returns = job.ranks.sum([float(taps.taps[name].backward_calls) for name in names])
-    uncalled = [n for n, number in zip(names, calls, strict=True) if not number and not job.targets[n].is_routed]
-    if uncalled and (job.config.uncalled_layers == "error" or len(uncalled) == len(names)):
+    calls = ranks.sum([float(taps.taps[name].forward_calls) for name in names])
+    returns = ranks.sum([float(taps.taps[name].backward_calls) for name in names])
+    reasons: dict[str, str] = {}
+    for name, called, returned in zip(names, calls, returns, strict=True):
+        if not called:
+            reasons[name] = UNROUTED if job.targets[name].is_routed else UNCALLED
+        elif not returned:
+            reasons[name] = NO_GRADIENT
+    if job.config.uncalled_layers == "error":
+        refuse_uncalled([name for name, reason in reasons.items() if reason == UNCALLED], len(names))
+    return reasons
+
+
+def refuse_uncalled(uncalled: list[str], count: int) -> None:
+    """Raise an error for layers whose taps were never called.
+
+    Raises:
+        TapNotCalledError: if there are any.
+    """
+    if uncalled:
         raise TapNotCalledError(
-            f"The taps of {len(uncalled)} of {len(names)} layers were never called ({uncalled[0]} first). Either no "
+            f"The taps of {len(uncalled)} of {count} layers were never called ({uncalled[0]} first). Either no "
             "sample goes through them: exclude them from target_modules, or set uncalled_layers='keep' to leave them "
             "to PEFT. Or their code is compiled or fused and goes around the module: initialise before "
             "torch.compile, and without fused kernels for these layers."
         )
-    if not any(returns):
+
+
+def check_any_gradient(reasons: Mapping[str, str], count: int) -> None:
+    """Verify that a gradient came back to some layer, once all windows are done.
+
+    Args:
+        reasons: Why layers are kept.
+        count: How many layers there are.
+
+    Raises:
+        TapNotCalledError: if no layer was called, or no gradient came back to any.
+    """
+    uncalled = [name for name, reason in reasons.items() if reason == UNCALLED]
+    if len(uncalled) == count:
+        refuse_uncalled(uncalled, count)
+    if sum(reason in (UNCALLED, UNROUTED, NO_GRADIENT) for reason in reasons.values()) == count:
         raise TapNotCalledError(
             "No gradient came back to any tapped layer: the loss is cut off from the model (a detach, no_grad, or "
             "gradient checkpointing that starts from inputs without gradients). Check compute_loss."
         )
-    for name, called, returned in zip(names, calls, returns, strict=True):
-        if not called:
-            routed = job.targets[name].is_routed
-            job.report.kept[name] = "no token is routed to it" if routed else "no sample goes through it"
-        elif not returned:
-            job.report.kept[name] = "the loss does not depend on it"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -86,18 +90,25 @@ class Job:
         """Make a progress bar, which only the main process shows."""
         return tqdm(total=total, desc=text, disable=not (self.progress and self.ranks.is_main), leave=False)
 
+    def say(self, text: str) -> None:
+        """Tell what goes on: beside the progress bars if they are shown, and in the log."""
+        logger.info("%s", text)
+        if self.progress and self.ranks.is_main:
+            tqdm.write(text, file=sys.stderr)
+
     def max_rank(self, target: Target) -> int:
         """Return the rank that a layer is solved and stored at."""
         largest = self.config.max_rank or max(t.rank for t in self.targets.values())
         return min(max(largest, target.rank), target.in_features)
 
     @functools.cached_property
-    def _runs_in_lockstep(self) -> bool:
+    def runs_in_lockstep(self) -> bool:
+        """Whether the processes have to run the model in step, since each holds a part of its parameters."""
         return self.ranks.size > 1 and is_partitioned(self.model)
 
     def lockstep(self, samples: list[Any], stage: str) -> Lockstep | None:
         """Return how the processes keep in step over samples that they share; None if they need not."""
-        if not self._runs_in_lockstep or not samples:
+        if not self.runs_in_lockstep or not samples:
             return None
         return Lockstep(
             most=lambda number: max(self.ranks.gather(number)),

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, holder_of
 from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.schema import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    IDENTITY,
+    REPORT_FILE,
+    FileEntry,
+    LayerEntry,
+    Manifest,
+)
 from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
 from lora_da_hf.artifacts.stored_report import read_report
@@ -347,7 +355,7 @@ def _new_manifest(refit: _Refit, step: float | None, solved_with: list[str], fil
     return dataclasses.replace(
         old,
         config=refit.config.to_dict(),
-        data={**old.data, "population_size": population_of(old, refit.config)},
+        data={**_without_identity(old.data), "population_size": population_of(old, refit.config)},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         step_size=step,
         step_size_by_rank={str(rank): found for rank, found in _ladder(refit).items()},
@@ -363,6 +371,11 @@ def _new_manifest(refit: _Refit, step: float | None, solved_with: list[str], fil
             },
         },
     )
+
+
+def _without_identity(data: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what says that it is what a run would compute, which a refitted one is not."""
+    return {name: value for name, value in data.items() if name != IDENTITY}
 
 
 def _layer_entry(refit: _Refit, name: str, old: LayerEntry) -> LayerEntry:

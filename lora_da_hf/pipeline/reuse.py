@@ -251,6 +251,6 @@ def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSol
     with prepared_for_pass(job.model, seed=job.seed):
         keep_weights_unpacked(job.model)
         with adapters_off(job.scan.targets):
-            splits, settings, _ = probe(job, splits)
-            step = find_step(job, splits, settings, solutions)
-        write_adapter(job, splits, settings, solutions, step)
+            found = probe(job, splits)
+            step = find_step(job, found.splits, found.settings, solutions)
+        write_adapter(job, found.splits, found.settings, solutions, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from torch import nn
 
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
+from lora_da_hf.artifacts.store import remove_leftovers
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import input_device, model_loss
-from lora_da_hf.pipeline.gather import gather_statistics, probe
+from lora_da_hf.pipeline.finished import take_over_finished
+from lora_da_hf.pipeline.gather import Probe, probe
+from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.memory import linear_weights, plan_windows
+from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import base_model_facts, save_init, whole_adapter
-from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.pipeline.step import find_step, write_adapter
+from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import (
     RawCollate,
@@ -67,7 +73,8 @@ def initialize_lora_da(
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
         adapter_name: The adapter; None: the active one.
-        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere.
+        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
+            made with the same model, adapter, samples and settings, it is used and nothing is computed.
         batch_size: Used if the config gives none.
         seed: Used if the config gives none.
         device: Where batches go; None: where the embeddings are.
@@ -81,9 +88,13 @@ def initialize_lora_da(
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
+        PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
-        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; or if layers are to be shared while
+            parameters are partitioned.
         OutOfStepError: if this process fails in the middle of a pass over partitioned parameters (ZeRO-3, FSDP2).
+        CheckpointError: if the run that was stopped had another number of processes.
+        PeerFailed: if another process failed or is gone.
 
     Whatever else is raised, the model and its adapter are as they were.
     """
@@ -109,6 +120,10 @@ def initialize_lora_da(
         progress=progress,
         output_dir=Path(output_dir) if output_dir is not None else None,
     )
+    if config.statistics_save_steps is not None and job.output_dir is None:
+        raise ConfigError("statistics_save_steps needs an output_dir, beside which the sums are kept. Give one.")
+    if job.output_dir is not None and ranks.is_main:
+        remove_leftovers(job.output_dir)
     splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 
@@ -131,35 +146,53 @@ def first_given(*values: int | None) -> int:
 
 def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
-    with job.restored_on_failure():
+    with job.restored_on_failure(), contextlib.ExitStack() as files:
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):
-                splits, settings, shared = probe(job, splits)
-                result, shared = gather_statistics(job, splits, settings, shared)
-                solved = solve(job, result, shared, splits.population_size)
-                step = find_step(job, splits, settings, solved.solutions)
-            write_adapter(job, splits, settings, solved.solutions, step)
-        if job.output_dir is not None:
-            job.report.artifact = str(job.output_dir)
-            with job.stage("save"):
-                base_model, adapter_state = base_model_facts(job.model), whole_adapter(job.model)
-            with job.stage("save"), job.ranks.together("save"):
-                if job.ranks.is_main:
-                    save_init(
-                        job.output_dir,
-                        model=job.model,
-                        base_model=base_model,
-                        adapter_state=adapter_state,
-                        scan=job.scan,
-                        solutions=solved.solutions,
-                        statistics=solved.statistics,
-                        shared_inputs=shared,
-                        report=job.report,
-                        seed=job.seed,
-                    )
+                found = probe(job, splits)
+                identity = identify(job, found)
+            progress = Progress(job, identity, in_step=job.runs_in_lockstep)
+            files.enter_context(progress.kept_on_failure())
+            solved = None if take_over_finished(job, identity) else _compute(job, found, progress)
+        if solved is not None and job.output_dir is not None:
+            _save(job, job.output_dir, solved, progress.statistics, identity)
     settle(job.model)
     mark_initialized(job.model, job.scan.adapter_name)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)
     return job.report
+
+
+def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
+    """Collect, solve, search and write to the adapter."""
+    with adapters_off(job.scan.targets):
+        plan = progress.begin(lambda: plan_windows(job, found))
+        job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
+        job.say(f"LoRA-DA plan: {job.report.plan}")
+        solved = solve_windows(job, found, plan, progress)
+        step = find_step(job, found.splits, found.settings, solved.solutions)
+    write_adapter(job, found.splits, found.settings, solved.solutions, step)
+    return solved
+
+
+def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: dict[str, Any]) -> None:
+    """Write the initialisation to its folder."""
+    job.report.artifact = str(folder)
+    with job.stage("save"):
+        base_model, adapter_state = base_model_facts(job.model), whole_adapter(job.model)
+    with job.stage("save"), job.ranks.together("save"):
+        if job.ranks.is_main:
+            save_init(
+                folder,
+                model=job.model,
+                base_model=base_model,
+                adapter_state=adapter_state,
+                scan=job.scan,
+                solutions=solved.solutions,
+                statistics=statistics,
+                shared_inputs=solved.shared,
+                report=job.report,
+                seed=job.seed,
+                identity=identity,
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
-from lora_da_hf.artifacts.schema import REPORT_FILE, FileEntry, LayerEntry, Manifest
-from lora_da_hf.artifacts.statistics_store import save_statistics
+from lora_da_hf.artifacts.schema import IDENTITY, REPORT_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import StoredBasis, write_init
 from lora_da_hf.distributed.parameters import gathered, is_partitioned, read_full
 from lora_da_hf.errors import TargetError
 from lora_da_hf.losses import base_model_of
-from lora_da_hf.records import LayerSolution, LayerStatistics
+from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -34,21 +34,35 @@ def save_init(
     adapter_state: dict[str, Tensor] | None,
     scan: TargetScan,
     solutions: Mapping[str, LayerSolution],
-    statistics: Mapping[str, LayerStatistics],
+    statistics: Path | None,
     shared_inputs: Mapping[str, str],
     report: LoRADAReport,
     seed: int,
+    identity: Mapping[str, Any],
 ) -> Manifest:
-    """Write adapter, basis, report, manifest and, if given, statistics: all of it or nothing.
+    """Write adapter, basis, report, manifest and, if there are any, statistics: all of it or nothing.
 
     What takes all processes is done before: `base_model_facts` and `whole_adapter`.
+
+    Args:
+        folder: Where.
+        model: The model with its adapter.
+        base_model: What `base_model_facts` returned.
+        adapter_state: What `whole_adapter` returned.
+        scan: The adapter's layers.
+        solutions: By layer.
+        statistics: Folder that `save_statistics` wrote to; None: they are not stored.
+        shared_inputs: The leader of each layer.
+        report: What was done.
+        seed: Of every random choice.
+        identity: What a later run must have in common with this one to use it.
     """
     bases = {
         name: StoredBasis(basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues)
         for name, solution in solutions.items()
     }
     reports = {layer.name: layer for layer in report.layers}
-    leaders = _leaders(shared_inputs, solutions)
+    leaders = leaders_of(shared_inputs, solutions)
     layers = {
         target.name: _layer_entry(target, solutions[target.name], reports[target.name], leaders[target.name])
         for target in scan.targets
@@ -65,6 +79,7 @@ def save_init(
                 "num_unlabelled": report.num_unlabelled,
                 "num_search_samples": report.num_search_samples,
                 "population_size": report.population_size,
+                IDENTITY: dict(identity),
             },
             adapter_name=scan.adapter_name,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -82,9 +97,7 @@ def save_init(
         bases=bases,
         save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state),
         save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
-        save_statistics=(
-            (lambda path: save_statistics(path, {n: statistics[n] for n in layers}, leaders)) if statistics else None
-        ),
+        save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
         make_manifest=make_manifest,
     )
 
@@ -94,7 +107,7 @@ def package_versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
-def _leaders(shared_inputs: Mapping[str, str], solutions: Mapping[str, Any]) -> dict[str, str]:
+def leaders_of(shared_inputs: Mapping[str, str], solutions: Collection[str]) -> dict[str, str]:
     """Return the leader of each solved layer, which is the first solved one of its group."""
     first: dict[str, str] = {}
     for name, leader in shared_inputs.items():

@@ -1,73 +1,74 @@
-"""The stage that solves each layer at the process that owns it."""
+"""The stage that solves each layer at the process that owns it, and gives the solution to everybody."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lora_da_hf.adapters.targets import Target
-from lora_da_hf.distributed.ranks import balanced_owners
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.errors import SolveError
+from lora_da_hf.pipeline.gather import Gathered
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
-from lora_da_hf.statistics.collect import PassResult
 from lora_da_hf.theory.solve import factorize, solve_layer
 
-_Outcome = tuple[LayerSolution, LayerReport] | str
+Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution and report, or why it keeps PEFT's own initialisation."""
+
+SOLUTION_TENSORS = ("basis_A", "basis_B", "eigenvalues")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solved:
-    """The solution of each layer, in the model's order, and the statistics if they are to be stored."""
+class SolvedWindow:
+    """What came of the layers of a window.
 
-    solutions: dict[str, LayerSolution]
+    Attributes:
+        outcomes: By layer, the same on every process.
+        statistics: What they came of, in the process that stores it and if it is to be stored.
+    """
+
+    outcomes: dict[str, Outcome]
     statistics: dict[str, LayerStatistics]
 
 
-def solve(job: Job, result: PassResult, shared: dict[str, str], population_size: int) -> Solved:
-    """Reduce each group of layers to its owner, solve it there, and give the solution to everybody."""
-    groups = input_groups(shared)
-    size = 1 if job.config.save_statistics else job.ranks.size
-    owners = balanced_owners({leader: _cost(job, leader, members) for leader, members in groups.items()}, size)
-    solved = Solved(solutions={}, statistics={})
-    mine: dict[str, _Outcome] = {}
-    failure: Exception | None = None
-    reduced = reduce_statistics(result.taps, groups, owners, job.ranks, num_samples=job.report.num_samples)
+def solve(job: Job, gathered: Gathered, population_size: int) -> SolvedWindow:
+    """Reduce each group of layers to its owner, solve it there, and give the solution to everybody.
+
+    All sums are reduced before any is solved, so that the owners solve at the same time.
+    """
+    groups = input_groups(gathered.shared)
+    mine: dict[str, Outcome] = {}
+    stored: dict[str, LayerStatistics] = {}
     with job.stage("solve"), job.bar(len(groups), "LoRA-DA solve") as bar:
         with job.ranks.together("solve"):
-            for leader, statistics in reduced:  # every process must reduce every group, whatever fails
-                if failure is None:
-                    try:
-                        mine.update(_solve_group(job, leader, statistics, population_size))
-                    except Exception as error:
-                        failure = error
+            reduced = _reduce(gathered, groups)
+            for leader in groups:
+                statistics = reduced.pop(leader)
+                mine.update(_solve_group(job, leader, statistics, gathered.kept, population_size))
                 if job.config.save_statistics:
-                    solved.statistics.update(statistics)
+                    stored.update(statistics)
                 bar.update(1)
-            if failure is not None:
-                raise failure
-        _exchange(job, mine, solved.solutions)
-    if not solved.solutions:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(job.report.kept.items())[:3])
-        raise SolveError(f"No layer could be solved. {reasons}")
-    return solved
+        outcomes = share_outcomes(job, mine)
+    return SolvedWindow(outcomes=outcomes, statistics=stored)
 
 
-def _cost(job: Job, leader: str, members: list[str]) -> float:
-    d_in = job.targets[leader].in_features
-    return d_in**3 / 3 + sum(4 * d_in * d_in * job.targets[name].out_features for name in members)
+def _reduce(gathered: Gathered, groups: Mapping[str, list[str]]) -> dict[str, dict[str, LayerStatistics]]:
+    if gathered.result is None:
+        return {}
+    taps, samples = gathered.result.taps, gathered.counts.num_samples
+    return dict(reduce_statistics(taps, groups, gathered.owners, gathered.ranks, num_samples=samples))
 
 
 def _solve_group(
-    job: Job, leader: str, statistics: dict[str, LayerStatistics], population_size: int
-) -> dict[str, _Outcome]:
-    found: dict[str, _Outcome] = {}
-    names = [name for name in statistics if name not in job.report.kept]
+    job: Job, leader: str, statistics: dict[str, LayerStatistics], kept: Mapping[str, str], population_size: int
+) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {name: kept[name] for name in statistics if name in kept}
+    names = [name for name in statistics if name not in kept]
     if not names:
         return found
     factorized = factorize(statistics[names[0]], job.config, layer=leader)
@@ -105,25 +106,37 @@ def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSo
     )
 
 
-def _exchange(job: Job, mine: dict[str, _Outcome], solutions: dict[str, LayerSolution]) -> None:
-    """Give every process every outcome, in the model's order."""
-    everything = mine
-    if job.ranks.size > 1:
-        on_cpu = {n: v if isinstance(v, str) else (_solution_to(v[0], "cpu"), v[1]) for n, v in mine.items()}
-        everything = {name: v for part in job.ranks.gather(on_cpu) for name, v in part.items()}
-    for name, target in job.targets.items():
-        outcome = everything.get(name)
-        if isinstance(outcome, str):
-            job.report.kept[name] = outcome
-        elif outcome is not None:
-            solutions[name] = _solution_to(outcome[0], target.device)
-            job.report.layers.append(outcome[1])
+def share_outcomes(job: Job, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Give every process every outcome, in the model's order: each broadcasts the tensors that it has."""
+    described = {name: outcome if isinstance(outcome, str) else describe(*outcome) for name, outcome in mine.items()}
+    found: dict[str, Outcome] = {}
+    for source, outcomes in enumerate(job.ranks.gather(described)):
+        found |= {name: reason for name, reason in outcomes.items() if isinstance(reason, str)}
+        solved = {name: facts for name, facts in outcomes.items() if not isinstance(facts, str)}
+        specs = [
+            (shape, getattr(torch, dtype)) for facts in solved.values() for shape, dtype in facts["tensors"].values()
+        ]
+        own = [outcome[0] for outcome in mine.values() if not isinstance(outcome, str)]
+        tensors = [getattr(solution, which) for solution in own for which in SOLUTION_TENSORS]
+        received = iter(job.ranks.broadcast(tensors if source == job.ranks.rank else None, specs, source))
+        for name, facts in solved.items():
+            device = job.targets[name].device
+            found[name] = outcome_of(facts, {which: next(received).to(device) for which in SOLUTION_TENSORS})
+    return {name: found[name] for name in job.targets if name in found}
 
 
-def _solution_to(solution: LayerSolution, device: torch.device | str) -> LayerSolution:
-    return dataclasses.replace(
-        solution,
-        basis_A=solution.basis_A.to(device),
-        basis_B=solution.basis_B.to(device),
-        eigenvalues=solution.eigenvalues.to(device),
-    )
+def describe(solution: LayerSolution, report: LayerReport) -> dict[str, Any]:
+    """Return everything of a solution but its tensors as plain JSON values, with their shapes and dtypes."""
+    names = [field.name for field in dataclasses.fields(solution) if field.name not in SOLUTION_TENSORS]
+    tensors = {which: getattr(solution, which) for which in SOLUTION_TENSORS}
+    return {
+        "solution": {name: getattr(solution, name) for name in names},
+        "report": dataclasses.asdict(report),
+        "tensors": {w: (list(t.shape), str(t.dtype).removeprefix("torch.")) for w, t in tensors.items()},
+    }
+
+
+def outcome_of(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[LayerSolution, LayerReport]:
+    """Put together what `describe` took apart."""
+    solution: dict[str, Any] = {**facts["solution"], "notes": tuple(facts["solution"]["notes"]), **tensors}
+    return LayerSolution(**solution), LayerReport(**facts["report"])

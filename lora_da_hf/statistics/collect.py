@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, 
 
 _HALF_PRECISION_SCALE = 2.0**12
 _LITTLE_PADDING = 16
+_RANDOM_STATE = "random_state"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,6 @@ class PassResult:
         num_unlabelled: Samples that have none, and count nowhere.
         batch_size: Samples run together, which is 1 where the loss or the model demands it.
         notes: Why, if so.
-        sample_digests: SHA-256 of each sample's tensors, in the order that the samples were given.
     """
 
     taps: Taps
@@ -93,7 +93,37 @@ class PassResult:
     num_unlabelled: int = 0
     batch_size: int = 1
     notes: list[str] = field(default_factory=list)
-    sample_digests: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassState:
+    """A pass that is under way, to go on from later to the same bits.
+
+    Attributes:
+        tensors: The sums, and the state of torch's random number generator.
+        facts: Everything else, as JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class PassStore(Protocol):
+    """Where the state of a pass is kept.
+
+    Attributes:
+        every: Batches from one state to the next.
+    """
+
+    every: int
+
+    def load(self) -> PassState | None:
+        """Return the state to go on from, if there is one."""
+        ...
+
+    def save(self, state: PassState) -> None:
+        """Keep a state in place of the last."""
+        ...
 
 
 def collect(
@@ -105,6 +135,7 @@ def collect(
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], None],
+    store: PassStore | None = None,
     lockstep: Lockstep | None = None,
 ) -> PassResult:
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
@@ -120,6 +151,7 @@ def collect(
         settings: How.
         make_taps: Makes the taps, with sums at zero.
         on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
+        store: Where the state of the pass is kept, and taken up from; None: nowhere.
         lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
 
     Raises:
@@ -137,11 +169,19 @@ def collect(
             "size"
         )
     make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
+    earlier = store.load() if store is not None else None
+    if earlier is not None:
+        batch_size, notes = earlier.facts["batch_size"], earlier.facts["notes"]
     while True:
         result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
-        done = 0
+        batches = make_batches(samples, batch_size)
+        first = _restore(result, earlier) if earlier is not None else 0
+        earlier = None  # its tensors are as large as the sums
+        done = sum(map(len, batches[:first]))
+        if done:
+            on_samples(done)
         try:
-            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
+            for number, (batch_samples, counts) in enumerate(lockstep.batches(batches[first:]), start=first + 1):
                 with lockstep.alike():
                     prepared = _prepare(collate(batch_samples), len(batch_samples), settings, counts=counts)
                 if prepared.counts or lockstep.runs_what_does_not_count:
@@ -150,6 +190,9 @@ def collect(
                     _count_batch(prepared.tokens, result)
                     done += len(batch_samples)
                     on_samples(len(batch_samples))
+                if store is not None and number % store.every == 0:
+                    with lockstep.alike():
+                        store.save(_state(result, number))
         except SingleSamplesNeeded as reason:
             if batch_size == 1:
                 raise StatisticsError(
@@ -159,8 +202,22 @@ def collect(
             batch_size, notes = 1, [*notes, f"run one sample at a time: {reason}"]
             on_samples(-done)
             continue
-        result.sample_digests = [digest_sample(collate([sample])) for sample in samples]
         return result
+
+
+def _state(result: PassResult, batches_done: int) -> PassState:
+    facts = {name: getattr(result, name) for name in ("num_samples", "num_unlabelled", "batch_size", "notes")}
+    counts = {"batches_done": batches_done, "counts": result.taps.counts(), "saw_float16": result.taps.saw_float16}
+    return PassState(tensors={**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}, facts={**facts, **counts})
+
+
+def _restore(result: PassResult, state: PassState) -> int:
+    """Put the sums and counts of an earlier pass in a new one, and return how many batches are in them."""
+    result.taps.restore(state.tensors, state.facts["counts"])
+    result.taps.saw_float16 = state.facts["saw_float16"]
+    result.num_samples, result.num_unlabelled = state.facts["num_samples"], state.facts["num_unlabelled"]
+    torch.set_rng_state(state.tensors[_RANDOM_STATE])
+    return state.facts["batches_done"]
 
 
 def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:

@@ -25,7 +25,7 @@ import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
-from lora_da_hf.artifacts.statistics_store import load_statistics, save_statistics
+from lora_da_hf.artifacts.statistics_store import adopt_statistics, load_statistics, save_statistics
 from lora_da_hf.artifacts.store import atomic_folder, load_init
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.theory.adapter_factors import split_factors
@@ -219,7 +219,9 @@ def test_statistics_that_lack_a_tensor_are_an_error(tmp_path, lora_model, sample
     last = max(statistics)
     kept = {name: layer for name, layer in statistics.items() if name != last}
     leaders = {name: layer.shares_input_with for name, layer in stored.manifest.layers.items()}
-    save_statistics(tmp_path / "init", kept, leaders)
+    (tmp_path / "init" / "lora_da_statistics-00001-of-00001.safetensors").unlink()
+    save_statistics(tmp_path / "kept", kept, leaders)
+    adopt_statistics(tmp_path / "init", tmp_path / "kept")
     with pytest.raises(ArtifactError, match=r"v_proj.weight_grad is missing and should be \[24, 48\]"):
         load_statistics(stored.folder, stored.manifest)
 
@@ -377,7 +379,8 @@ def contents(folder):
     ("module", "function"),
     [
         ("lora_da_hf.pipeline.save", "save_adapter"),
-        ("lora_da_hf.pipeline.save", "save_statistics"),
+        ("lora_da_hf.pipeline.save", "adopt_statistics"),
+        ("lora_da_hf.pipeline.resume", "save_statistics"),
         ("lora_da_hf.artifacts.store", "save_file"),
         ("lora_da_hf.artifacts.store", "file_entry"),
         ("lora_da_hf.artifacts.store", "_sync"),

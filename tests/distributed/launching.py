@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,16 @@ TORCHRUN = [
 ]
 
 
+def _settings():
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "distributed")])
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def run(command, **environment):
     """Run a command that starts processes, and end all of them should they hang. Returns what they printed."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "distributed")])
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     process = subprocess.Popen(
         command,
-        env={**os.environ, **settings},
+        env={**os.environ, **_settings(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -52,6 +57,37 @@ def launch(script, arguments, folder, **environment):
     if not all((folder / f"done.rank{rank}.json").is_file() for rank in range(2)):
         pytest.fail(output[-4000:])
     return output
+
+
+def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1)):
+    """Run a script of this folder in some processes that are started here, and not by torchrun.
+
+    Torchrun would end the others when one is killed.
+    """
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    shared = {**_settings(), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    command = [sys.executable, str(TESTS / "distributed" / script), *arguments, str(folder)]
+    started = []
+    for rank in range(processes):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"output.rank{rank}.txt").open("w") as output:
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        for process in started:
+            process.wait(timeout=max(1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in started:
+            process.kill()
+        pytest.fail(f"the processes hang\n{_outputs(folder)}")
+    if not all((folder / f"done.rank{rank}.json").is_file() for rank in survivors[:processes]):
+        pytest.fail(_outputs(folder))
+
+
+def _outputs(folder):
+    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output.rank*.txt")))
 
 
 def result(folder, name, rank):

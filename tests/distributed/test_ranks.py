@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lora_da_hf.distributed.ranks import PeerFailed, Ranks, balanced_owners
+from lora_da_hf.distributed.ranks import Ranks, balanced_owners
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.errors import OutOfStepError
+from lora_da_hf.errors import OutOfStepError, PeerFailed
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
 from lora_da_hf.statistics.taps import Taps
 
@@ -15,6 +15,7 @@ def test_one_process_is_the_simplest_case():
     assert ranks.gather({"a": 1}) == [{"a": 1}]
     assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
     tensor = torch.arange(3.0)
+    assert ranks.broadcast([tensor], [((3,), torch.float32)], 0)[0] is tensor
     ranks.reduce_sum_(tensor, 0)
     assert torch.equal(tensor, torch.arange(3.0))
 

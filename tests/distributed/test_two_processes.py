@@ -13,11 +13,12 @@ from harness import (
     factors,
     relative_error,
 )
-from launching import guidance_of, launch, result, stored_statistics
+from launching import guidance_of, launch, result, start_apart, stored_statistics
 from safetensors.torch import load_file
 
 from lora_da_hf import apply_init, initialize_lora_da, refit_init
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import CheckpointError
 
 pytestmark = pytest.mark.multi_rank
 
@@ -146,6 +147,78 @@ def test_a_failure_of_one_process_fails_both_and_undoes_both(initialized, name, 
 
 def test_an_initialisation_after_failures_is_the_same_as_without(initialized):
     assert_same_tensors(adapter(initialized, "after_failures", 1), adapter(initialized, "shared", 0))
+
+
+@pytest.mark.parametrize("name", ["layers", "layer_windows", "chosen_windows"])
+def test_processes_that_share_the_layers_have_the_bits_of_one(initialized, tmp_path, lora_model, name):
+    report, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config())
+    for rank in range(2):
+        assert_same_tensors(adapter(initialized, name, rank), expected)
+        found = result(initialized, name, rank)
+        assert "2 processes that share the layers" in found["plan"]
+        assert (", one pass" in found["plan"]) == (name == "layers")
+        assert found["num_samples"] == report.num_samples
+        assert found["layers"] == report.to_dict()["layers"]
+        assert found["data_fingerprint"] == report.data_fingerprint
+
+
+def test_windows_of_processes_that_share_the_samples_have_the_bits_of_one_window(initialized):
+    for rank in range(2):
+        assert_same_tensors(adapter(initialized, "sample_windows", rank), adapter(initialized, "shared", 0))
+    assert "passes, each for a part of the layers" in result(initialized, "sample_windows", 0)["plan"]
+
+
+# A process that is killed
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lost")
+    start_apart("worker.py", ["lose"], folder, survivors=(0,))
+    return folder
+
+
+def test_a_process_that_is_killed_makes_the_other_fail_and_not_hang(lost):
+    found = result(lost, "lost", 0)
+    assert found["message"].startswith("PeerFailed: Another process is gone, or did not answer within the timeout")
+    assert found["message"].endswith("Start all processes again.")
+    assert found["seconds"] < 60
+    assert not (lost / "lost.rank1.json").exists()
+    assert not (lost / "killed").exists()
+
+
+def test_all_of_them_take_up_where_each_was(lost, lora_model):
+    checkpoint = lost / ".killed.checkpoint"
+    with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
+        initialize_lora_da(
+            lora_model(),
+            worker.seven_samples(),
+            config=worker.saving_config(),
+            data_collator=collate,
+            output_dir=lost / "killed",
+            progress=False,
+        )
+    assert checkpoint.is_dir()
+    start_apart("worker.py", ["take_up"], lost)
+    assert [result(lost, "taken_up", rank) for rank in range(2)] == [0, 1]
+    for rank in range(2):
+        assert_same_tensors(adapter(lost, "killed", rank), adapter(lost, "whole", rank))
+    assert not checkpoint.exists()
+
+
+# What it saves
+
+
+@pytest.mark.slow
+def test_two_processes_take_little_more_than_half(tmp_path):
+    """Processor time, which is the time that a process takes on a core of its own, and the peak of its tensors."""
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        start_apart("worker.py", ["measure"], tmp_path / str(processes), processes=processes)
+    one = result(tmp_path / "1", "measured", 0)
+    two = [result(tmp_path / "2", "measured", rank) for rank in range(2)]
+    for what in ("seconds", "peak"):
+        assert max(each[what] for each in two) <= 0.6 * one[what], what
 
 
 # The trainer under DDP

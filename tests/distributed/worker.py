@@ -5,21 +5,33 @@ Usage: worker.py SCENARIOS FOLDER, started by torchrun with the tests' folder on
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import make_lora_model, make_tiny_llama
-from harness import adapter_weights, collate, make_args, make_config, make_learnable_samples, make_lora_config
+from conftest import make_lora_model, make_tiny_llama, make_token_samples
+from harness import (
+    adapter_weights,
+    collate,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    measured_tensors,
+)
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import lora_da_hf.pipeline.run
 from lora_da_hf import LoRADATrainer, apply_init, initialize_lora_da
-from lora_da_hf.errors import NonFiniteError
+from lora_da_hf.errors import LoRADAError, NonFiniteError
+from lora_da_hf.losses import model_loss
 
 RANK = int(os.environ.get("RANK", "0"))
+SMALL = 350_000  # bytes: several windows
 MARK = 95  # a token that no other sample has
 
 
@@ -28,7 +40,17 @@ def seven_samples():
 
 
 def seven_config(**overrides):
-    return make_config(num_samples=7, sample_selection="head", step_size=0.05, batch_size=2, **overrides)
+    settings = {"num_samples": 7, "sample_selection": "head", "step_size": 0.05, "batch_size": 2}
+    return make_config(**{**settings, **overrides})
+
+
+def long_samples():
+    return make_token_samples(160, min_length=40, max_length=60)
+
+
+def model_of_blocks(count, width):
+    model = make_tiny_llama(hidden_size=width, intermediate_size=width, num_hidden_layers=count)
+    return make_lora_model(model=model, r=1)
 
 
 def trainer_samples():
@@ -140,6 +162,62 @@ def reuse(folder):
         write(folder, name, {"message": message, "adapter_as_before": same})
 
 
+class Dying:
+    """A loss that kills its process at the n-th batch with a gradient, and counts them."""
+
+    def __init__(self, at=None):
+        self.at = at
+        self.count = 0
+
+    def __call__(self, model, batch, num_items):
+        if torch.is_grad_enabled():
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return model_loss(model, batch, num_items)
+
+
+def saving_config(**overrides):
+    return seven_config(batch_size=1, statistics_save_steps=1, **overrides)
+
+
+def lose_a_process(folder):
+    """Kill the second process in the pass, with its third batch; the first one says what it got."""
+    initialize(folder, "whole", seven_samples(), saving_config())
+    loss = Dying(3 if RANK == 1 else None)
+    start = time.perf_counter()
+    try:
+        initialize(folder, "killed", seven_samples(), saving_config(), compute_loss=loss)
+    except LoRADAError as error:
+        message = f"{type(error).__name__}: {error}"
+        write(folder, "lost", {"message": message, "seconds": time.perf_counter() - start})
+
+
+def take_up(folder):
+    """Start the same again, all processes of it."""
+    loss = Dying()
+    initialize(folder, "killed", seven_samples(), saving_config(), compute_loss=loss)
+    write(folder, "taken_up", loss.count)
+
+
+def measure(folder):
+    """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
+    settings = {"step_size": 0.05, "search_samples": 0}
+    config = make_config(num_samples=160, batch_size=4, schedule="samples", **settings)
+    initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
+    seconds = []
+    for _ in range(2):  # the faster one counts: whatever else runs takes some of the processor's cache
+        model = model_of_blocks(12, width=256)
+        start = time.process_time()
+        initialize_lora_da(model, long_samples(), config=config, progress=False)
+        seconds.append(time.process_time() - start)
+    model = model_of_blocks(24, width=256)
+    config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
+    with measured_tensors() as peak:
+        initialize_lora_da(model, seven_samples(), config=config, progress=False)
+    write(folder, "measured", {"seconds": min(seconds), "peak": peak[0]})
+
+
 class KeepWeights(TrainerCallback):
     """Keeps the adapter as the first step finds it."""
 
@@ -192,21 +270,27 @@ def train(folder, name, **config):
 def main():
     scenarios, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if scenarios == "initialize":
+    if scenarios != "train":
         dist.init_process_group("gloo")
+    if scenarios == "initialize":
         initialize(folder, "shared", seven_samples(), seven_config())
         initialize(folder, "stored", seven_samples(), seven_config(save_statistics=True))
+        initialize(folder, "layers", seven_samples(), seven_config(schedule="layers"))
+        initialize(folder, "layer_windows", seven_samples(), seven_config(schedule="layers", memory_budget=SMALL))
+        initialize(folder, "sample_windows", seven_samples(), seven_config(schedule="samples", memory_budget=SMALL))
+        initialize(folder, "chosen_windows", seven_samples(), seven_config(memory_budget=SMALL))
         initialize(folder, "one_sample", seven_samples()[:1], seven_config(save_statistics=True))
         nan_on_one_process(folder)
         failing_solve(folder)
         failing_save(folder)
         initialize(folder, "after_failures", seven_samples(), seven_config())
     elif scenarios == "reuse":
-        dist.init_process_group("gloo")
         reuse(folder)
     elif scenarios == "train":
         train(folder, "trained")
         train(folder, "frozen", freeze_a=True)
+    else:
+        {"lose": lose_a_process, "take_up": take_up, "measure": measure}[scenarios](folder)
     write(folder, "done", True)
 
 

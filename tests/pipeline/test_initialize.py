@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import lora_da_hf.pipeline.run as run_module
+import lora_da_hf.pipeline.windows as windows_module
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters import write as write_module
 from lora_da_hf.artifacts.statistics_store import load_statistics
@@ -461,8 +462,10 @@ def dequantised(layer, bits):
 # Failure
 
 
-def test_a_failure_in_any_stage_puts_the_adapter_back(lora_model, samples, monkeypatch):
-    for stage in ("probe", "gather_statistics", "solve", "find_step", "write_adapter"):
+def test_a_failure_in_any_stage_puts_the_adapter_back(tmp_path, lora_model, samples, monkeypatch):
+    stages = {run_module: ("probe", "identify", "plan_windows", "find_step", "write_adapter", "save_init")}
+    stages[windows_module] = ("gather_statistics", "solve")
+    for module, stage in [(module, stage) for module, names in stages.items() for stage in names]:
         model = lora_model()
         before = adapter_weights(model)
 
@@ -470,9 +473,9 @@ def test_a_failure_in_any_stage_puts_the_adapter_back(lora_model, samples, monke
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, stage, fails)
+            patch.setattr(module, stage, fails)
             with pytest.raises(KeyboardInterrupt):
-                initialize(model, samples)
+                initialize(model, samples, tmp_path / stage)
         assert_same_tensors(adapter_weights(model), before)
         assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
         assert not any(layer._forward_hooks for layer in base_linear_layers(model).values())

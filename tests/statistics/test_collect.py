@@ -193,13 +193,6 @@ def test_digests_depend_on_content_names_types_and_shapes():
     assert len(digests[0]) == 64
 
 
-def test_digests_come_in_the_order_of_the_samples_at_any_batch_size(tiny_llama, token_samples, collected):
-    model, samples = tiny_llama(), token_samples(5)
-    expected = [digest_sample(pad_samples([sample])) for sample in samples]
-    for batch_size in (1, 3):
-        assert collected(model, samples, batch_size=batch_size).result.sample_digests == expected
-
-
 def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_samples):
     samples = token_samples(3, min_length=9, max_length=9)
     check_lengths(samples, 9)

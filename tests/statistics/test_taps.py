@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import turn_checkpointing_on
 from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
@@ -34,15 +35,6 @@ def tiny_opt(**dropout):
             **dropout,
         )
     )
-
-
-def checkpoint(model, *, reentrant):
-    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
-    kwargs = {"use_reentrant": reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 @pytest.mark.parametrize("token_mask", ["attention", "labels"])
@@ -217,7 +209,7 @@ def test_gradient_checkpointing_changes_nothing(
     samples = token_samples(5)
     expected = collected(make(), samples, batch_size=2).statistics
     model = make()
-    checkpoint(model, reentrant=reentrant)
+    turn_checkpointing_on(model, reentrant=reentrant)
     model.train()
     found = collected(model, samples, batch_size=2)
     assert_equal_statistics(found.statistics, expected, tolerance=1e-6)
@@ -230,7 +222,7 @@ def test_reentrant_checkpointing_needs_no_help_from_the_user(tiny_llama, token_s
     samples = token_samples(3)
     model = tiny_llama()
     expected = collected(model, samples).statistics
-    checkpoint(model, reentrant=True)
+    turn_checkpointing_on(model, reentrant=True)
     model.disable_input_require_grads()
     model.train()
     for name, statistics in collected(model, samples).statistics.items():
@@ -249,7 +241,7 @@ def test_dropout_is_off_in_train_mode(
     ):
         model.train()
         if checkpointing:
-            checkpoint(model, reentrant=False)
+            turn_checkpointing_on(model, reentrant=False)
         found = collected(model, samples, batch_size=2).statistics
         assert_equal_statistics(found, stacked(model, samples))
 

@@ -285,6 +285,9 @@ OTHER_VALUES = {
     "solve_dtype": "float32",
     "max_rank": 9,
     "save_statistics": True,
+    "memory_budget": "8GiB",
+    "schedule": "samples",
+    "statistics_save_steps": 10,
 }
 
 

@@ -1,0 +1,365 @@
+"""What one and two processes take, with windows and without: seconds, bytes sent, memory. And what large models will.
+
+Each measurement starts processes of its own, with one thread each, on a random Llama of some size. Run it on a machine
+that does nothing else and has a core for each process:
+
+    python benchmarks/scaling.py
+
+The second table is computed for Llama-2-7B and 70B from the cost model of `lora_da_hf.pipeline.plan`, which the first
+table checks: the memory and the passes against what was measured, the seconds by the speed of one process in one pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from initialization_cost import machine, peak_mib, reset_peak
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_da_hf.pipeline.run as run_module
+import lora_da_hf.pipeline.solve as solve_module
+import lora_da_hf.pipeline.windows as windows_module
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SETTINGS = ("num_samples", "blocks", "length", "batch_size")
+MIB = 2**20
+WINDOW_MIB = 128
+MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 256,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: how many processes, what they share, and in what memory."""
+
+    title: str
+    processes: int
+    schedule: str = "samples"
+    budget_mib: int | None = None
+    all_reduce: bool = False
+
+
+CASES = {
+    "one": Case("one process, one pass", 1),
+    "one_windows": Case("one process, windows", 1, budget_mib=WINDOW_MIB),
+    "samples": Case("two share the samples, owner sharding", 2),
+    "samples_all_reduce": Case("two share the samples, all-reduce, each solves all", 2, all_reduce=True),
+    "samples_windows": Case("two share the samples, windows", 2, budget_mib=WINDOW_MIB),
+    "layers": Case("two share the layers", 2, schedule="layers"),
+    "layers_windows": Case("two share the layers, windows", 2, schedule="layers", budget_mib=WINDOW_MIB),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_samples", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
+    parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- one process of a measurement
+
+
+class AllReduce(Ranks):
+    """The plain way: every process gets the whole of every sum, and solves every layer."""
+
+    def reduce_sum_(self, tensor: torch.Tensor, owner: int) -> None:
+        """Sum into all of them."""
+        dist.all_reduce(tensor)
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """Count the bytes that this process hands to collectives for others: twice for an all-reduce, which sends twice."""
+    sent = [0]
+    originals = {name: getattr(dist, name) for name in ("reduce", "broadcast", "all_reduce")}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def counting(name: str, original: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            factor = {
+                "reduce": float(kwargs.get("dst") != rank),
+                "broadcast": float(kwargs.get("src") == rank),
+                "all_reduce": 2 * (size - 1) / size,
+            }[name]
+            sent[0] += int(factor * tensor.numel() * tensor.element_size())
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, counting(name, original))
+    try:
+        yield sent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def solve_everything() -> None:
+    """Make each process own every layer, after an all-reduce of what `reduce_statistics` reduces to owners."""
+    gather = windows_module.gather_statistics
+
+    def gather_for_all(*args: Any, **kwargs: Any) -> Any:
+        gathered = gather(*args, **kwargs)
+        gathered.ranks = AllReduce(dist.get_rank(), dist.get_world_size())
+        gathered.owners = dict.fromkeys(gathered.owners, dist.get_rank())
+        return gathered
+
+    windows_module.gather_statistics = gather_for_all
+    solve_module.share_outcomes = lambda job, mine: dict(mine)
+
+
+def make_model(blocks: int) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**MODEL, num_hidden_layers=blocks))
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+
+
+def make_samples(count: int, length: int) -> list[dict[str, list[int]]]:
+    torch.manual_seed(1)
+    rows = torch.randint(3, MODEL["vocab_size"], (count, length)).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """Make one measurement: seconds, or under the profiler the peak of the tensors."""
+    case = CASES[options.worker]
+    if case.processes > 1:
+        dist.init_process_group("gloo")
+    if case.all_reduce:
+        solve_everything()
+    plans: list[Plan] = []
+    original = run_module.plan_windows
+    run_module.plan_windows = lambda job, found: plans.append(original(job, found)) or plans[0]
+    config = LoRADAConfig(
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        step_size=0.05,
+        search_samples=0,
+        sample_selection="head",
+        schedule=case.schedule,  # type: ignore[arg-type]
+        memory_budget=None if case.budget_mib is None else case.budget_mib * MIB,
+    )
+    samples = make_samples(options.num_samples, options.length)
+    model = make_model(options.blocks)
+    initialize_lora_da(make_model(options.blocks), samples[:4], config=config, progress=False)  # warm up
+    plans.clear()
+    Ranks.current().sum([0.0])  # all begin at once
+    reset_peak()
+    before = peak_mib()
+    tensors = None
+    start, begin = time.process_time(), time.perf_counter()
+    with counted_bytes() as sent:
+        if options.memory:
+            tensors, report = under_profiler(lambda: initialize_lora_da(model, samples, config=config, progress=False))
+        else:
+            report = initialize_lora_da(model, samples, config=config, progress=False)
+    return {
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - start,
+        "stages": report.seconds,
+        "sent_bytes": sent[0],
+        "rss_mib": peak_mib() - before,
+        "tensor_bytes": tensors,
+        "plan": plans[0].to_dict(),
+    }
+
+
+def under_profiler(run: Any) -> tuple[int, Any]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        report = run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak, report
+
+
+# ---- all measurements
+
+
+def launch(name: str, options: argparse.Namespace, *, memory: bool) -> list[dict[str, Any]]:
+    """Start the processes of a case, and return what each measured."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, __file__, "--worker", name, *(["--memory"] if memory else [])]
+    for setting in SETTINGS:
+        command += [f"--{setting}", str(getattr(options, setting))]
+    size = CASES[name].processes
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    if any(not output for output in outputs):
+        raise RuntimeError(f"A process of {name} failed.")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[list[dict[str, Any]]]]:
+    """Run every case once, then all of them again; and once more each for the memory of its tensors."""
+    found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in options.cases}
+    for repeat in range(options.repeats + 1):
+        for name in options.cases:
+            found[name].append(launch(name, options, memory=repeat == options.repeats))
+            print(f"run {repeat + 1}: {name} {found[name][-1][0]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def save(options: argparse.Namespace, found: Any) -> None:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    content = {"machine": machine(), "model": MODEL, "settings": settings, "runs": found}
+    options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# ---- the tables
+
+
+def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Namespace) -> list[str]:
+    """Compare what was measured with the plan: the largest of the processes, the median of the runs."""
+    columns = (
+        *("", "statistics and solve, s, median (range)", "x one", "planned", "passes"),
+        *("tensors at their peak, MiB", "planned", "resident, MiB", "sent a process, MiB", "planned"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    speed = pass_speed(found) if "one" in found else None
+    first = statistics.median(map(seconds_of, found["one"][:-1])) if "one" in found else None
+    for name, runs in found.items():
+        timed, memory = runs[:-1], runs[-1]
+        plan = Plan.from_dict(timed[0][0]["plan"])
+        seconds = [seconds_of(run) for run in timed]
+        planned = sum(plan.seconds(speed)) if speed else 0.0
+        if CASES[name].all_reduce and speed:  # the plan has each layer solved once
+            planned += plan.seconds(speed)[1]
+        lines.append(
+            f"| {CASES[name].title} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
+            f"{statistics.median(seconds) / first if first else 0:.2f} | {planned:.2f} | {plan.sample_passes} | "
+            f"{max(p['tensor_bytes'] for p in memory) / MIB:.0f} | {plan.peak_bytes / MIB:.0f} | "
+            f"{max(p['rss_mib'] for p in timed[0]):.0f} | {max(p['sent_bytes'] for p in timed[0]) / MIB:.1f} | "
+            f"{'' if CASES[name].all_reduce else f'{plan.sent_bytes / MIB:.1f}'} |"
+        )
+    facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
+    return [
+        *lines,
+        "",
+        f"Llama with {options.blocks} blocks of width {MODEL['hidden_size']} and {MODEL['intermediate_size']}, "
+        f"{options.num_samples} samples of {options.length} tokens, batch size {options.batch_size}, rank 8, float32, "
+        f"one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} runs. Passes: samples forward and "
+        "backward in the busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by "
+        f"torch's allocator in a run of its own, activations included. {facts}.",
+    ]
+
+
+def seconds_of(run: list[dict[str, Any]]) -> float:
+    """Return what the slowest process took for what the plan speaks of."""
+    return max(process["stages"]["statistics"] + process["stages"]["solve"] for process in run)
+
+
+def pass_speed(found: dict[str, list[list[dict[str, Any]]]]) -> float:
+    """Return the arithmetic a second of the pass of one process in one pass."""
+    runs = found["one"][:-1]
+    return runs[0][0]["plan"]["pass_flops"] / statistics.median(run[0]["stages"]["statistics"] for run in runs)
+
+
+def llama(blocks: int, hidden: int, intermediate: int, key_value: int, vocabulary: int = 32000) -> Workload:
+    """Make the workload of a Llama with adapters on all its linear layers: 256 samples of 512 tokens."""
+    groups = [
+        group
+        for n in range(blocks)
+        for group in (
+            Group(members=(f"{n}.q", f"{n}.k", f"{n}.v"), d_in=hidden, d_outs=(hidden, key_value, key_value)),
+            Group(members=(f"{n}.o",), d_in=hidden, d_outs=(hidden,)),
+            Group(members=(f"{n}.gate", f"{n}.up"), d_in=hidden, d_outs=(intermediate, intermediate)),
+            Group(members=(f"{n}.down",), d_in=intermediate, d_outs=(hidden,)),
+        )
+    ]
+    weights = sum(group.weights for group in groups) + hidden * vocabulary
+    return Workload(groups=tuple(groups), weights=weights, num_samples=256, num_tokens=256 * 512, checkpointing=True)
+
+
+LARGE = {
+    "Llama-2-7B": (llama(32, 4096, 11008, 4096), (10, 40)),
+    "Llama-2-70B": (llama(80, 8192, 28672, 1024), (30, 60)),
+}
+SPEED = 100e12
+
+
+def computed_table() -> list[str]:
+    """Plan large models on 1, 8 and 64 GPUs."""
+    columns = (
+        *("", "GPUs", "memory budget a GPU, GiB", "schedule", "windows", "samples forward and backward a GPU"),
+        *("sums and solve at their peak", "sent a GPU", "statistics, s", "solve, s"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for model, (load, budgets) in LARGE.items():
+        for size, budget in itertools.product((1, 8, 64), budgets):
+            plan = make_plan(load, num_processes=size, budget={0: budget * 2**30})
+            collect, solve = plan.seconds(SPEED)
+            cells = (
+                *(model, size, budget, plan.schedule, len(plan.windows), plan.sample_passes),
+                *(gibibytes(plan.peak_bytes), gibibytes(plan.sent_bytes), f"{collect:.0f}", f"{solve:.0f}"),
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [
+        *lines,
+        "",
+        "256 samples of 512 tokens, gradient checkpointing, float32 sums, adapters on all linear layers. Seconds "
+        f"without transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass and a quarter of that in the solve: "
+        "not measured. Weights and activations come on top of the budget.",
+    ]
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.worker:
+        torch.set_num_threads(1)
+        print(json.dumps(work(options)), flush=True)
+        os._exit(0)  # gloo sometimes aborts in its teardown
+    found = measure(options)
+    save(options, found)
+    text = "\n".join([*measured_table(found, options), "", *computed_table()])
+    options.output.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

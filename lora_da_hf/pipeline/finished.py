@@ -1,0 +1,89 @@
+"""An initialisation that was made before with the same model, adapter, samples and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.adapters.targets import Target
+from lora_da_hf.adapters.write import write_factors
+from lora_da_hf.artifacts.consistency import stored_factor
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.store import load_init, read_tensors
+from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.errors import ArtifactError
+from lora_da_hf.pipeline.identity import changes
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.report import LoRADAReport
+
+logger = logging.getLogger(__name__)
+
+
+def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
+    """Write to the adapter what ``output_dir`` holds, if it is what would be computed.
+
+    The first process reads it and gives it to the others. The report becomes the stored one, with a note.
+
+    Returns:
+        Whether that was so.
+    """
+    with job.stage("load"), job.ranks.together("look for a finished initialisation"):
+        found = _read(job, identity) if job.ranks.is_main and job.output_dir is not None else None
+    report = job.ranks.gather(None if found is None else found[0])[0]
+    if report is None:
+        return False
+    with job.stage("load"):
+        factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
+        with job.ranks.together("write"):
+            for name, (lora_A, lora_B) in factors.items():
+                write_factors(job.targets[name], lora_A, lora_B)
+    note = f"found in {job.output_dir}: made before with the same model, adapter, samples and settings"
+    job.say(f"LoRA-DA {note}")
+    job.report = dataclasses.replace(
+        report,
+        seconds=job.report.seconds,
+        config=job.report.config,
+        artifact=str(job.output_dir),
+        notes=[*report.notes, note],
+    )
+    return True
+
+
+def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str, Tensor]] | None:
+    folder = job.output_dir
+    if folder is None or not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        stored = load_init(folder)
+        report = read_report(folder / REPORT_FILE)
+        differing = changes(stored.manifest.data.get(IDENTITY), dict(identity))
+    except ArtifactError as error:
+        note = f"the initialisation in {folder} cannot be used and is replaced ({error})"
+        job.report.notes.append(note)
+        logger.warning("LoRA-DA: %s", note)
+        return None
+    if differing:
+        logger.info("LoRA-DA: the initialisation in %s is of another %s: replaced", folder, ", ".join(differing))
+        return None
+    return report, read_tensors(folder / ADAPTER_FILE, None)
+
+
+def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
+    targets = [job.targets[name] for name in names]
+    shapes = [shape for t in targets for shape in ((t.rank, t.in_features), (t.out_features, t.rank))]
+    specs = [(shape, torch.float32) for shape in shapes]
+    tensors = None if stored is None else [_stored(stored, t, factor) for t in targets for factor in ("A", "B")]
+    shared = job.ranks.broadcast(tensors, specs, 0)
+    return dict(zip(names, zip(shared[::2], shared[1::2], strict=True), strict=True))
+
+
+def _stored(stored: Mapping[str, Tensor], target: Target, factor: str) -> Tensor:
+    tensor = stored_factor(stored, target.name, factor, target.rank)
+    if tensor is None:
+        raise ArtifactError(f"The stored adapter has no lora_{factor} of {target.name}. Delete it to start over.")
+    return tensor.float()

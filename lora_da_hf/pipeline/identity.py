@@ -1,0 +1,72 @@
+"""What makes two initialisations the same: model, adapter, samples and settings, as hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from typing import Any
+
+from lora_da_hf.pipeline.gather import Probe
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.statistics.collect import digest_sample
+
+_LOSS_TOLERANCE = 1e-3
+_NO_MATTER = {
+    *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
+    *("num_samples", "sample_selection"),  # the samples themselves count
+    *("seed", "population_size"),  # those that were used count, whoever gave them
+    "freeze_a",  # for training
+}
+
+
+def identify(job: Job, probe: Probe) -> dict[str, Any]:
+    """Return a hash of each thing that an initialisation depends on, and the loss that the base model begins with.
+
+    The loss stands for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
+    sample. It is compared with a tolerance.
+    """
+    with job.stage("probe"), job.ranks.together("fingerprint"):
+        splits = probe.splits
+        digests = [
+            [digest_sample(job.collate([sample])) for sample in job.ranks.share(part)]
+            for part in (splits.statistics, splits.search, splits.unseen)
+        ]
+    gathered = job.ranks.gather(digests)
+    statistics, search, unseen = (_in_order([of_process[part] for of_process in gathered]) for part in range(3))
+    job.report.data_fingerprint = hashlib.sha256("".join(statistics).encode()).hexdigest()
+    settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
+    dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
+    adapter = {
+        name: [t.in_features, t.out_features, t.rank, job.max_rank(t), float(t.peft_scaling)]
+        for name, t in job.targets.items()
+    }
+    facts = {
+        "settings": {**settings, "seed": job.seed, "population_size": splits.population_size},
+        "base model": [base_model_facts(job.model), dtypes],
+        "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name],
+        "samples": [statistics, search, unseen],
+        "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
+    }
+    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
+    return job.ranks.gather({**hashes, "loss": probe.loss if math.isfinite(probe.loss) else str(probe.loss)})[0]
+
+
+def _in_order(shares: list[list[str]]) -> list[str]:
+    """Undo `Ranks.share`."""
+    return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
+
+
+def changes(before: Any, now: dict[str, Any]) -> list[str]:
+    """Name what differs between two identities; everything, if the first is none."""
+    if not isinstance(before, dict) or set(before) != set(now):
+        return sorted(now)
+    return [name for name, value in now.items() if not _same(before[name], value)]
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(now, float):
+        return isinstance(before, float) and math.isclose(before, now, rel_tol=_LOSS_TOLERANCE)
+    return before == now

@@ -1,0 +1,127 @@
+"""The plan of a job: what its layers take, and what is free on their devices."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_da_hf.config import parse_bytes
+from lora_da_hf.distributed.parameters import is_partitioned
+from lora_da_hf.distributed.reduce import input_groups
+from lora_da_hf.errors import UnsupportedSetupError
+from lora_da_hf.pipeline.gather import Probe
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
+from lora_da_hf.statistics.collect import sample_length
+from lora_da_hf.statistics.model_state import checkpointing_modules
+
+_USABLE = 2 / 3
+"""Part of the free memory that sums may take: the rest is for the activations of the pass."""
+
+
+def plan_windows(job: Job, probe: Probe) -> Plan:
+    """Make the plan, the same on all processes.
+
+    Raises:
+        PlanError: if a layer's statistics do not fit.
+        UnsupportedSetupError: if layers are to be shared while parameters are partitioned.
+    """
+    schedule = job.config.schedule
+    if is_partitioned(job.model):
+        if schedule == "layers":
+            raise UnsupportedSetupError(
+                "schedule='layers' lets each process go back to its own layers alone, and with partitioned parameters "
+                "(ZeRO-3, FSDP) all must go through all layers together. Set schedule='samples'."
+            )
+        schedule = "samples"
+    return make_plan(
+        _workload(job, probe),
+        num_processes=job.ranks.size,
+        budget=dict(enumerate(_budget(job))),
+        schedule=schedule,
+        solve_alone=job.config.save_statistics,
+    )
+
+
+def _devices(job: Job) -> list[torch.device]:
+    return list(dict.fromkeys(target.device for target in job.scan.targets))
+
+
+def _workload(job: Job, probe: Probe) -> Workload:
+    devices = _devices(job)
+    groups = [
+        Group(
+            members=tuple(members),
+            d_in=job.targets[leader].in_features,
+            d_outs=tuple(job.targets[name].out_features for name in members),
+            device=devices.index(job.targets[leader].device),
+        )
+        for leader, members in input_groups(probe.shared).items()
+    ]
+    samples = probe.splits.statistics
+    return Workload(
+        groups=tuple(groups),
+        weights=max(linear_weights(job.model), sum(group.weights for group in groups)),  # experts are none of them
+        num_samples=len(samples),
+        num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
+        itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
+        checkpointing=bool(checkpointing_modules(job.model)),
+    )
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Count the entries of a base model's linear weights, however they are stored."""
+    total = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            total += module.in_features * module.out_features
+        elif isinstance(module, Conv1D):
+            total += module.nx * module.nf
+    return total
+
+
+def _budget(job: Job) -> list[float]:
+    """Return what the sums may take on each device: what all processes have."""
+    devices = _devices(job)
+    if job.config.memory_budget is not None:
+        return [parse_bytes(job.config.memory_budget, "memory_budget")] * len(devices)
+    places = [f"{platform.node()} {device}" for device in devices]
+    sharers = Counter(place for of_process in job.ranks.gather(places) for place in of_process)
+    mine = [free_memory(device) * _USABLE / sharers[place] for device, place in zip(devices, places, strict=True)]
+    return [min(of_device) for of_device in zip(*job.ranks.gather(mine), strict=True)]
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on a device: infinity if it does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        return min(_free_on_machine(), _free_in_container(Path("/sys/fs/cgroup")))
+    return math.inf
+
+
+def _free_on_machine() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    sizes = dict(line.split(":") for line in lines)
+    return float(sizes["MemAvailable"].split()[0]) * 1024
+
+
+def _free_in_container(group: Path) -> float:
+    """Return what the limit of a control group (version 2) leaves; file pages that can be dropped are free."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        details = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used + int(details.get("inactive_file", 0))

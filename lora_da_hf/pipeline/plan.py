@@ -1,0 +1,290 @@
+"""What the statistics and the solve will take, in memory and arithmetic, and how they are spread over passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_da_hf.distributed.ranks import balanced_owners
+from lora_da_hf.errors import PlanError
+
+_GIB = 2**30
+_SOLVE_SPEED = 0.25
+"""Speed of the solve, in float64, as a part of the pass's: measured on a CPU, see benchmarks/results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Layers that are fed the same tensor, which are summed and solved together.
+
+    Attributes:
+        members: Their names, the leader first.
+        d_in: Width of what they are fed.
+        d_outs: Width of what each puts out.
+        device: Number of the device that their sums live on, in the order of the layers.
+    """
+
+    members: tuple[str, ...]
+    d_in: int
+    d_outs: tuple[int, ...]
+    device: int = 0
+
+    @property
+    def leader(self) -> str:
+        """The layer whose input is summed."""
+        return self.members[0]
+
+    @property
+    def weights(self) -> int:
+        """Entries of the members' weights."""
+        return self.d_in * sum(self.d_outs)
+
+    def sum_bytes(self, itemsize: int) -> int:
+        """Return the size of the sums."""
+        return itemsize * (self.d_in**2 + self.weights + sum(self.d_outs))
+
+    @property
+    def work_bytes(self) -> int:
+        """What the solve takes beside the sums: in float64 the moment three times, and a gradient four times."""
+        return 8 * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
+
+    def sent_bytes(self, itemsize: int) -> int:
+        """Return what a process that does not own the group sends: the input moment as a triangle."""
+        return itemsize * (self.d_in * (self.d_in + 1) // 2 + self.weights + sum(self.d_outs))
+
+    @property
+    def pass_flops(self) -> float:
+        """What the sums cost for a token: all of ``g x^T`` and half of ``x x^T``."""
+        return 2.0 * self.weights + self.d_in**2
+
+    @property
+    def solve_flops(self) -> float:
+        """What the solve costs: a Cholesky factor, and for each member the solves and the eigenvectors."""
+        return self.d_in**3 / 3 + 4 * self.d_in * self.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What has to be done, whoever does it.
+
+    Attributes:
+        groups: All layers, in the order in which they are called.
+        weights: Entries of all the weights that a token is multiplied with, those of other layers included.
+        num_samples: Samples of the statistics.
+        num_tokens: Their tokens.
+        itemsize: Bytes of an entry of the sums.
+        checkpointing: Whether the backward pass runs the forward pass again.
+    """
+
+    groups: tuple[Group, ...]
+    weights: int
+    num_samples: int
+    num_tokens: int
+    itemsize: int = 4
+    checkpointing: bool = False
+
+    def peak_bytes(self, groups: Iterable[Group]) -> dict[int, int]:
+        """Return what collecting and solving some groups at once takes at most, by device."""
+        sums: dict[int, int] = {}
+        work: dict[int, int] = {}
+        for group in groups:
+            sums[group.device] = sums.get(group.device, 0) + group.sum_bytes(self.itemsize)
+            work[group.device] = max(work.get(group.device, 0), group.work_bytes)
+        return {device: size + work[device] for device, size in sums.items()}
+
+    def pass_flops(self, leaders: Iterable[str]) -> float:
+        """Return the arithmetic for a token of a pass that collects some groups.
+
+        The backward pass ends at the first of them, unless it runs the forward pass again.
+        """
+        wanted = set(leaders)
+        collected = [group for group in self.groups if group.leader in wanted]
+        if not collected:
+            return 0.0
+        before = self.groups[: self.groups.index(collected[0])]
+        reached = self.weights - sum(group.weights for group in before)
+        backward = 4.0 * self.weights if self.checkpointing else 2.0 * reached
+        return 2.0 * self.weights + backward + sum(group.pass_flops for group in collected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Who collects and solves which layers when.
+
+    Attributes:
+        schedule: ``"samples"``: each process runs its part of the samples; ``"layers"``: all, for its own layers.
+        windows: Leaders of the groups that are collected in each pass.
+        owners: The process that solves each group.
+        num_processes: How many processes there are.
+        sample_passes: Forward and backward passes of one sample that the busiest process makes.
+        peak_bytes: What the sums and the solve take at most, on one device of one process.
+        sent_bytes: Sums that a process sends, at most.
+        pass_flops: Arithmetic of the busiest process in the passes.
+        solve_flops: Arithmetic of the busiest process in the solve.
+    """
+
+    schedule: Literal["samples", "layers"]
+    windows: tuple[tuple[str, ...], ...]
+    owners: dict[str, int]
+    num_processes: int
+    sample_passes: int
+    peak_bytes: int
+    sent_bytes: int
+    pass_flops: float
+    solve_flops: float
+
+    def seconds(self, flops_per_second: float) -> tuple[float, float]:
+        """Return about how long passes and solve take at a speed of the forward pass, without the transfers."""
+        return self.pass_flops / flops_per_second, self.solve_flops / (flops_per_second * _SOLVE_SPEED)
+
+    def describe(self, flops_per_second: float | None = None) -> str:
+        """Say in a line what will be done."""
+        count = self.num_processes
+        who = "one process" if count == 1 else f"{count} processes that share the {self.schedule}"
+        passes = "one pass" if len(self.windows) == 1 else f"{len(self.windows)} passes, each for a part of the layers"
+        parts = [
+            f"{who}, {passes}, {self.sample_passes} samples forward and backward a process",
+            f"at most {gibibytes(self.peak_bytes)} for sums and solve on a device",
+        ]
+        if self.sent_bytes:
+            parts.append(f"{gibibytes(self.sent_bytes)} sent by a process")
+        if flops_per_second:
+            collect, solve = self.seconds(flops_per_second)
+            parts.append(f"about {collect:.0f} s for the statistics and {solve:.0f} s for the solve")
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Make a plan from plain JSON values."""
+        fields: dict[str, Any] = {**values, "windows": tuple(tuple(window) for window in values["windows"])}
+        return cls(**fields)
+
+
+def make_plan(
+    work: Workload,
+    *,
+    num_processes: int = 1,
+    budget: Mapping[int, float],
+    schedule: Literal["auto", "samples", "layers"] = "auto",
+    solve_alone: bool = False,
+) -> Plan:
+    """Spread the groups over passes and processes so that no process needs more than its budget.
+
+    With ``"auto"`` the processes share the samples, unless several passes are needed and sharing the layers takes no
+    more samples forward and backward: it sends nothing then.
+
+    Args:
+        work: What has to be done.
+        num_processes: How many processes there are.
+        budget: Bytes that the sums and the solve may take in a process, by number of the device.
+        schedule: What the processes share.
+        solve_alone: Whether the first process gets all the sums.
+
+    Raises:
+        PlanError: if a single group does not fit.
+    """
+    _check_fits(work, budget)
+    samples = _share_samples(work, num_processes, budget, solve_alone)
+    if num_processes == 1 or schedule == "samples" or solve_alone:
+        return samples
+    layers = _share_layers(work, num_processes, budget)
+    if schedule == "layers" or (len(samples.windows) > 1 and layers.sample_passes <= samples.sample_passes):
+        return layers
+    return samples
+
+
+def _share_samples(work: Workload, size: int, budget: Mapping[int, float], solve_alone: bool) -> Plan:
+    windows = _windows(work, work.groups, budget)
+    owners: dict[str, int] = {}
+    for window in windows:  # all processes solve at the same time, after each window
+        costs = {group.leader: group.solve_flops for group in window}
+        owners |= balanced_owners(costs, 1 if solve_alone else size)
+    share = -(-work.num_samples // size)
+    tokens = work.num_tokens * share / max(work.num_samples, 1)
+    sent = [sum(g.sent_bytes(work.itemsize) for g in work.groups if owners[g.leader] != rank) for rank in range(size)]
+    return Plan(
+        schedule="samples",
+        windows=tuple(tuple(group.leader for group in window) for window in windows),
+        owners=owners,
+        num_processes=size,
+        sample_passes=share * len(windows),
+        peak_bytes=max(max(work.peak_bytes(window).values()) for window in windows),
+        sent_bytes=max(sent) if size > 1 else 0,
+        pass_flops=tokens * sum(work.pass_flops(group.leader for group in window) for window in windows),
+        solve_flops=_busiest(work, owners, size),
+    )
+
+
+def _share_layers(work: Workload, size: int, budget: Mapping[int, float]) -> Plan:
+    owners = balanced_owners({group.leader: group.sum_bytes(work.itemsize) for group in work.groups}, size)
+    own = [[group for group in work.groups if owners[group.leader] == rank] for rank in range(size)]
+    windows = [_windows(work, groups, budget) for groups in own]
+    number = max(map(len, windows))
+    flops = [sum(work.pass_flops(g.leader for g in window) for window in mine) for mine in windows]
+    peaks = [max(work.peak_bytes(window).values()) for mine in windows for window in mine]
+    together = [[group for mine in windows for group in mine[k : k + 1]] for k in range(number)]
+    return Plan(
+        schedule="layers",
+        windows=tuple(tuple(group.leader for window in windows for group in window) for windows in together),
+        owners=owners,
+        num_processes=size,
+        sample_passes=work.num_samples * number,
+        peak_bytes=max(peaks),
+        sent_bytes=0,
+        pass_flops=work.num_tokens * max(flops),
+        solve_flops=_busiest(work, owners, size),
+    )
+
+
+def _windows(work: Workload, groups: Sequence[Group], budget: Mapping[int, float]) -> list[list[Group]]:
+    """Cut groups into as few runs as fit."""
+    windows: list[list[Group]] = []
+    for group in groups:
+        if windows and _fits(work, [*windows[-1], group], budget):
+            windows[-1].append(group)
+        else:
+            windows.append([group])
+    return windows
+
+
+def _fits(work: Workload, groups: Iterable[Group], budget: Mapping[int, float]) -> bool:
+    return all(size <= budget[device] for device, size in work.peak_bytes(groups).items())
+
+
+def _busiest(work: Workload, owners: Mapping[str, int], size: int) -> float:
+    loads = [0.0] * size
+    for group in work.groups:
+        loads[owners[group.leader]] += group.solve_flops
+    return max(loads)
+
+
+def _check_fits(work: Workload, budget: Mapping[int, float]) -> None:
+    """Verify that each group fits alone.
+
+    Raises:
+        PlanError: naming the largest that does not, and what would help.
+    """
+    too_large = [group for group in work.groups if not _fits(work, [group], budget)]
+    if not too_large:
+        return
+    largest = max(too_large, key=lambda group: work.peak_bytes([group])[group.device])
+    needed = work.peak_bytes([largest])[largest.device]
+    narrower = " accumulate_dtype='float32' halves the sums." if work.itemsize > 4 else ""
+    raise PlanError(
+        f"The statistics do not fit: {', '.join(largest.members)} (input {largest.d_in}) take "
+        f"{gibibytes(needed)} and there are {gibibytes(budget[largest.device])}. Layers that share an input are "
+        "collected together and by one process at least, so neither more processes nor schedule='layers' helps. Set "
+        f"memory_budget to at least {needed} bytes, free that much memory on the device, or leave these layers out of "
+        f"target_modules.{narrower}"
+    )
+
+
+def gibibytes(size: float) -> str:
+    """Return a size for people."""
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,58 @@
+"""Initialises a tiny adapter in a folder, again and again after kills; the test looks at the folder alone.
+
+Usage: killed_worker.py FOLDER [NUMBER]. It prints a line once it is about to begin, and with a number it kills itself
+when half of the NUMBER-th file of its checkpoints is written; with 0, half of a file of the initialisation itself.
+"""
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_lora_model
+from harness import collate, make_config, make_learnable_samples
+
+import lora_da_hf.artifacts.checkpoint
+import lora_da_hf.artifacts.store
+from lora_da_hf import initialize_lora_da
+
+
+def die_in_the_middle(module, number):
+    """Make the NUMBER-th call of the module's `save_file` write half of the file and kill the process."""
+    save_file, calls = module.save_file, itertools.count(1)
+
+    def dying_save_file(tensors, path, **kwargs):
+        save_file(tensors, path, **kwargs)
+        if next(calls) == number:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.save_file = dying_save_file
+
+
+def initialize(folder):
+    """Run a slow enough initialisation: single samples, four windows, sums written after each batch."""
+    config = make_config(
+        num_samples=32, batch_size=1, memory_budget=350_000, statistics_save_steps=1, save_statistics=True
+    )
+    initialize_lora_da(
+        make_lora_model(),
+        make_learnable_samples(48),
+        config=config,
+        data_collator=collate,
+        output_dir=folder,
+        progress=False,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) > 2:
+        number = int(sys.argv[2])
+        module = lora_da_hf.artifacts.checkpoint if number else lora_da_hf.artifacts.store
+        die_in_the_middle(module, number or 1)
+    print("begins", flush=True)
+    initialize(Path(sys.argv[1]))
+    print("ends", flush=True)
