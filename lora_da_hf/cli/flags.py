@@ -29,6 +29,23 @@ class Flags(argparse.ArgumentParser):
         """Add the folder of a stored initialisation."""
         self.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a stored initialisation")
 
+    def facts_of_card(self) -> None:
+        """Add what can be said on a card besides what was recorded."""
+        self.flag("license", help="the base model's licence, as the Hub names it, such as apache-2.0")
+        self.flag("license_name", help="its name, if --license is other")
+        self.flag("license_link", help="where its text is, if --license is other")
+        self.flag("base_model", metavar="MODEL", help="the base's name on the Hub, if a local copy was used")
+        self.flag("datasets", nargs="+", default=[], metavar="NAME", help="data sets on the Hub, or a few words")
+        self.flag("language", nargs="+", default=[], metavar="CODE", help="languages of the samples, such as en")
+        self.flag("hardware", help="what it was computed on")
+        self.flag("notes", nargs="+", default=[], metavar="SENTENCE", help="sentences for the section on limits")
+
+
+def facts_of_card(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Flags.facts_of_card` parsed, as keyword arguments."""
+    names = ("license", "license_name", "license_link", "base_model", "datasets", "language", "hardware", "notes")
+    return {name: getattr(arguments, name) for name in names}
+
 
 def dataclass_flags(*kinds: Any) -> argparse.ArgumentParser:
     """Return the flags of dataclasses, as transformers' scripts have them."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, function
+from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, facts_of_card, function
 from lora_da_hf.cli.output import Output, aligned, table
 
 _HUB = "lora_da_hf.hub"
@@ -19,8 +19,8 @@ def push_parser() -> argparse.ArgumentParser:
     flags.folder()
     flags.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
     flags.flag("public", action="store_true", help="let everybody see it (default: private)")
-    flags.flag("license", help="licence, if the base model's cannot be looked up")
-    flags.flag("card", type=Path, metavar="FILE", help="card to use (default: the one that `lora-da card` renders)")
+    flags.flag("card", type=Path, metavar="FILE", help="a card of your own (default: as `lora-da card` renders it)")
+    flags.facts_of_card()
     flags.flag("create_pr", action="store_true", help="open a pull request instead of writing to the branch")
     flags.flag("revision", help="branch to write to (default: main)")
     flags.flag("parent_commit", help="refuse if the branch is not at this commit")
@@ -40,7 +40,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         revision=arguments.revision,
         commit_message=arguments.commit_message,
         card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
-        license=arguments.license,
+        **facts_of_card(arguments),
     )
     names = ("url", "repo_id", "commit", "pull_request_url", "tag")
     values = {name: getattr(pushed, name) for name in names}

@@ -233,6 +233,12 @@ PUSHED = SimpleNamespace(
 )
 
 
+NO_FACTS = {
+    **dict.fromkeys(["license", "license_name", "license_link", "base_model", "hardware"]),
+    **{name: [] for name in ("datasets", "language", "notes")},
+}
+
+
 def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
     calls = replace("lora_da_hf.hub", "push_init", PUSHED)
     code, out, err = lora_da("push", tmp_path, "user/name")
@@ -248,7 +254,7 @@ def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
             "revision": None,
             "commit_message": None,
             "card": None,
-            "license": None,
+            **NO_FACTS,
         },
     )
 
@@ -257,7 +263,20 @@ def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
     (tmp_path / "card.md").write_text("# card", encoding="utf-8")
     calls = replace("lora_da_hf.hub", "push_init", PUSHED)
     words = ["--public", "--create-pr", "--parent_commit", "d" * 40, "--revision", "next", "--commit_message", "Add"]
-    _, out, _ = lora_da("push", tmp_path, "user/name", *words, "--license", "mit", "--card", tmp_path / "card.md", "-q")
+    words += ["--license", "other", "--license_name", "own", "--license-link", "LICENSE", "--base_model", "org/base"]
+    words += [
+        "--datasets",
+        "a/b",
+        "some notes",
+        "--language",
+        "en",
+        "de",
+        "--hardware",
+        "a laptop",
+        "--notes",
+        "Short.",
+    ]
+    _, out, _ = lora_da("push", tmp_path, "user/name", *words, "--card", tmp_path / "card.md", "-q")
     assert out == f"user/name@{'c' * 40}\n"
     assert calls[0][1] == {
         "private": False,
@@ -266,7 +285,14 @@ def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
         "revision": "next",
         "commit_message": "Add",
         "card": "# card",
-        "license": "mit",
+        "license": "other",
+        "license_name": "own",
+        "license_link": "LICENSE",
+        "base_model": "org/base",
+        "datasets": ["a/b", "some notes"],
+        "language": ["en", "de"],
+        "hardware": "a laptop",
+        "notes": ["Short."],
     }
 
 
