@@ -347,11 +347,9 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
         lines.append(f"| {title} | {spread} | {ratio} | {over} | {'' if flop is None else f'{flop:.0f}'} |")
     facts = [f"{key} {value}" for key, value in machine().items()]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
-    lines += [
-        "",
-        f"{options.num_samples} samples, {first['tokens']} tokens of which {first['labels']} labels, batch size {options.batch_size}, float32, rank 8, ",
-    ]
-    lines[-1] += f"{options.search_samples} search samples; runs: {counts}. {', '.join(facts)}."
+    what = f"{options.num_samples} samples, {first['tokens']} tokens of which {first['labels']} are labels"
+    how = f"batch size {options.batch_size}, float32, rank 8, {options.search_samples} search samples"
+    lines += ["", f"{what}, {how}; runs: {counts}. {', '.join(facts)}."]
     return "\n".join([*lines, "", *goals(median, peaks, model, options)])
 
 
