@@ -64,8 +64,8 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
     if name is None:
         if local:
             _warn(
-                f"The base model is called {local!r}, which is no name on the Hub: it is published as it is, and nobody "
-                "can find the base by it. Give its name there as base_model (--base_model)."
+                f"The base model is called {local!r}, which is no name on the Hub: it is published as it is, and "
+                "nobody can find the base by it. Give its name there as base_model (--base_model)."
             )
         return BaseFacts()
     try:
@@ -89,8 +89,8 @@ def _well_formed(base: str, what: str, value: Any, is_well_formed: Any) -> str |
     if value is None or (isinstance(value, str) and is_well_formed(value)):
         return value
     _warn(
-        f"The card of the base model {base!r} says {what}={str(value)[:80]!r}, which is malformed and left out. Look it up "
-        f"and give it as {what} (--{what})."
+        f"The card of the base model {base!r} says {what}={str(value)[:80]!r}, which is malformed and left out. "
+        f"Look it up and give it as {what} (--{what})."
     )
     return None
 

@@ -77,14 +77,14 @@ def push_init(
     Args:
         folder: What an initialisation wrote.
         repo_id: Owner and name; without an owner, a repo of whoever the token belongs to.
-        private: Whether the repo must be private. A new one is made as asked for; if it turns out otherwise, or one that
-            is there is not as asked for, this is an error.
+        private: Whether the repo must be private. A new one is made as asked for; if it turns out otherwise, or one
+            that is there is not as asked for, this is an error.
         create_pr: Make a pull request instead of a commit.
         parent_commit: Commit only on top of this one; None: of the one that is the newest now.
         revision: The branch, which must exist; None: main.
         commit_message: None: one that names the base model.
-        card: Text of a card of your own, whose metadata says the licence; None: `render_card` writes one, with the facts
-            that follow.
+        card: Text of a card of your own, whose metadata says the licence; None: `render_card` writes one, with the
+            facts that follow.
         license: As for `render_card`; None: that of the base model on the Hub.
         license_name: As for `render_card`; None: the base model's.
         license_link: As for `render_card`; None: the base model's.

@@ -368,7 +368,7 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
         ({"r": None}, "a rank or an alpha is not positive"),
         ({"lora_alpha": -1}, "a rank or an alpha is not positive"),
         ({"rank_pattern": {"q_proj": True}}, "a rank or an alpha is not positive"),
-        ({"rank_pattern": {"(": 4}}, "is no configuration of a LoRA adapter"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern holds '\\(', where a stored initialisation has names of modules"),
         ({"alpha_pattern": []}, "is no configuration of a LoRA adapter"),
     ],
 )
