@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
-from lora_da_hf.artifacts.peft_config import alpha_of, check_names, is_target, rank_of
+from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
 from lora_da_hf.errors import ArtifactError
@@ -35,7 +35,6 @@ _EMPTY = (
     "velora_config",
 )
 """What makes PEFT load other files or code, change the base, or compute something else than ``s B A x``."""
-_EXPERT = re.compile(r"\[\d+\]$")
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
@@ -107,16 +106,6 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
             raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
-
-
-def holder_of(name: str) -> str:
-    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
-    return _EXPERT.sub("", name)
-
-
-def expert_of(name: str) -> int:
-    """Return the number of the expert whose name it is."""
-    return int(name.removeprefix(holder_of(name))[1:-1])
 
 
 def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> bool:

@@ -16,10 +16,21 @@ from typing import Any
 
 from lora_da_hf.errors import ArtifactError
 
+_EXPERT = re.compile(r"\[\d+\]$")
 _NAME = re.compile(r"\w[\w-]*|\^(\w|\\[.-])+")
 """A key of a pattern: the last part of names, or `_exactly` one name."""
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
+
+
+def holder_of(name: str) -> str:
+    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
+    return _EXPERT.sub("", name)
+
+
+def expert_of(name: str) -> int:
+    """Return the number of the expert whose name it is."""
+    return int(name.removeprefix(holder_of(name))[1:-1])
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -130,23 +141,32 @@ def with_ranks(
     """Return the configuration for other ranks and alphas, with each layer that differs from the default by its name.
 
     Patterns of the user are written out by layer, since PEFT takes the first that matches and sorts them when it saves.
+    Experts have the default rank, since it is parameters that PEFT names in patterns for them.
 
     Args:
         peft_config: What to start from.
-        ranks: By layer.
+        ranks: By layer; of experts all the same.
         alphas: By layer.
         kept: Further layers, which keep the rank and alpha that they have.
     """
+    experts = [rank for name, rank in ranks.items() if holder_of(name) != name]
+    default_rank = (experts or [collections.Counter(ranks.values()).most_common(1)[0][0]])[0]
+    default_alpha = peft_config["lora_alpha"]
     ranks = {**{name: rank_of(peft_config, name) for name in kept}, **ranks}
     alphas = {**{name: alpha_of(peft_config, name) for name in kept}, **alphas}
-    default_rank = collections.Counter(rank for name, rank in ranks.items() if name not in kept).most_common(1)[0][0]
-    default_alpha = peft_config["lora_alpha"]
     return {
         **peft_config,
         "r": default_rank,
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != default_rank},
         "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != default_alpha},
     }
+
+
+def is_parameter(peft_config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a layer is an expert, or another module that PEFT adapts a parameter of (``target_parameters``)."""
+    plain = f".{name.replace('.base_layer', '')}"
+    parents = (target.rpartition(".")[0] for target in peft_config.get("target_parameters") or ())
+    return holder_of(name) != name or any(plain.endswith(f".{parent}") for parent in parents)
 
 
 def _exactly(name: str) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, base_model_facts_of, facts_of_card
+from lora_da_hf.cli.flags import Flags, facts_of_card, load_base_model
 from lora_da_hf.cli.output import Output, aligned
 
 
@@ -71,8 +71,7 @@ def verify_parser() -> argparse.ArgumentParser:
     """Return the flags of `lora-da verify`."""
     flags = Flags()
     flags.folder()
-    flags.flag("base_model", metavar="MODEL", help="load this model and check that the initialisation belongs to it")
-    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    flags.loaded_base_model("and check that the initialisation belongs to it")
     return flags
 
 
@@ -81,11 +80,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.statistics_store import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
+    from lora_da_hf.pipeline.save import base_model_facts
 
-    base = None
-    if arguments.base_model:
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
-    stored = load_init(arguments.folder, base_model=base)
+    model = load_base_model(arguments, output)
+    stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
     check_statistics(stored.folder, stored.manifest)
     manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
@@ -95,10 +93,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         "files": len(manifest.files),
         "bytes": size,
         "layers": len(manifest.layers),
-        "base_model_checked": base is not None,
+        "base_model_checked": model is not None,
     }
     text = f"OK: {len(manifest.files)} files, {human_size(size)}, {len(manifest.layers)} layers"
-    text += f"; it belongs to {arguments.base_model}" if base is not None else "; the base model was not compared"
+    text += f"; it belongs to {arguments.base_model}" if model is not None else "; the base model was not compared"
     output.result(values, bare="ok", text=text)
 
 

@@ -29,6 +29,11 @@ class Flags(argparse.ArgumentParser):
         """Add the folder of a stored initialisation."""
         self.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a stored initialisation")
 
+    def loaded_base_model(self, purpose: str) -> None:
+        """Add the base model, which is loaded, and its revision."""
+        self.flag("base_model", metavar="MODEL", help=f"load this model {purpose}")
+        self.flag("model_revision", help="its branch, tag or commit (default: main)")
+
     def facts_of_card(self) -> None:
         """Add what can be said on a card besides what was recorded."""
         self.flag("license", help="the base model's licence, as the Hub names it, such as apache-2.0")
@@ -96,16 +101,17 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def base_model_facts_of(name: str, revision: str | None, output: Output) -> dict[str, Any]:
-    """Load a model and return the facts that initialisations are compared with."""
+def load_base_model(arguments: argparse.Namespace, output: Output) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed; None if there is none."""
+    if arguments.base_model is None:
+        return None
     from transformers import AutoModelForCausalLM
-
-    from lora_da_hf.pipeline.save import base_model_facts
 
     if not output.shows_progress:
         hide_progress_bars()
-    output.message(f"Loading {name}")
-    return base_model_facts(AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto"))
+    output.message(f"Loading {arguments.base_model}")
+    revision = arguments.model_revision or "main"
+    return AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
 
 
 def function(home: str, name: str) -> Any:

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, facts_of_card, function
+from lora_da_hf.cli.flags import Flags, at_least, facts_of_card, function, load_base_model
 from lora_da_hf.cli.output import Output, aligned, table
+from lora_da_hf.errors import ConfigError
 
 _HUB = "lora_da_hf.hub"
 _SHORT = 12
@@ -54,9 +55,9 @@ def pull_parser() -> argparse.ArgumentParser:
     flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     flags.flag("revision", help="branch, tag or commit; the same as behind an @")
     flags.flag("rank", type=at_least(1), help="rank that it will be used at, at most the stored one")
-    flags.flag("base_model", metavar="MODEL", help="load this model and refuse if it was computed for another one")
-    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    flags.loaded_base_model("and refuse if it was computed for another one (DoRA at another --rank needs it)")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
+    flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
     flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
     return flags
 
@@ -64,20 +65,32 @@ def pull_parser() -> argparse.ArgumentParser:
 def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
     _progress(output)
-    repo_id, _, revision = arguments.repo_id.partition("@")
-    base = None
-    if arguments.base_model:
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
+    repo_id, revision = _named(arguments.repo_id, arguments.revision)
     pulled = function(_HUB, "pull_init")(
         repo_id,
-        revision=arguments.revision or revision or None,
+        revision=revision,
         rank=arguments.rank,
-        base_model=base,
+        base_model=load_base_model(arguments, output),
         cache_dir=arguments.cache_dir,
+        local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
     )
     values = {"folder": str(pulled.folder), "repo_id": pulled.repo_id, "commit": pulled.commit}
     output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
+
+
+def _named(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Take ``user/name@revision`` apart.
+
+    Raises:
+        ConfigError: if there is nothing behind the @, or two revisions are given.
+    """
+    repo_id, at, behind = name.partition("@")
+    if (at and not behind) or revision == "":
+        raise ConfigError(f"{name!r} names an empty revision. Write a branch, tag or commit, or leave it out.")
+    if at and revision is not None:
+        raise ConfigError(f"{name!r} names a revision, and --revision={revision} another. Give one of them.")
+    return repo_id, behind or revision
 
 
 def list_parser() -> argparse.ArgumentParser:

@@ -652,6 +652,17 @@ def test_a_revision_that_is_not_there(push, pull):
         pull(revision="v9")
 
 
+def test_an_empty_revision_is_an_error(hub, pull):
+    with pytest.raises(ConfigError, match=r"The revision of alice/init is empty. Give a branch, tag or commit"):
+        pull(revision="")
+    assert not hub.log
+
+
+def test_a_name_with_a_revision_in_it_is_an_error(pull):
+    with pytest.raises(HubError, match=r"Pulling alice/init@v1 failed: .*Correct that and try again"):
+        pull("alice/init@v1")
+
+
 def test_a_name_that_is_none(pull):
     with pytest.raises(HubError, match=r"Pulling \.\./x failed: .*Correct that and try again"):
         pull("../x")
