@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,3 @@ def load_base_model(arguments: argparse.Namespace, output: Output) -> Any:
     output.message(f"Loading {arguments.base_model}")
     revision = arguments.model_revision or "main"
     return AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
-
-
-def function(home: str, name: str) -> Any:
-    """Import a function when it is needed: none of these modules is imported for a help text."""
-    return getattr(importlib.import_module(home), name)

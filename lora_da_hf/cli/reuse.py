@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, function, joined, load_base_model, new_folder
+from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, load_base_model, new_folder
 from lora_da_hf.cli.output import Output
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
@@ -29,8 +29,10 @@ def refit_parser() -> argparse.ArgumentParser:
 
 def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     """Make another initialisation from a stored one."""
+    from lora_da_hf.pipeline.refit import refit_init
+
     folder = new_folder(arguments.output, overwrite=arguments.overwrite)
-    function("lora_da_hf.pipeline.refit", "refit_init")(
+    refit_init(
         arguments.folder,
         folder,
         config=_changed_config(arguments),

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, facts_of_card, function, load_base_model
+from lora_da_hf.cli.flags import Flags, at_least, facts_of_card, load_base_model
 from lora_da_hf.cli.output import Output, aligned, table
 from lora_da_hf.errors import ConfigError
 
-_HUB = "lora_da_hf.hub"
 _SHORT = 12
 
 
@@ -31,8 +30,10 @@ def push_parser() -> argparse.ArgumentParser:
 
 def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
+    from lora_da_hf.hub import push_init
+
     _progress(output)
-    pushed = function(_HUB, "push_init")(
+    pushed = push_init(
         arguments.folder,
         arguments.repo_id,
         private=not arguments.public,
@@ -64,9 +65,11 @@ def pull_parser() -> argparse.ArgumentParser:
 
 def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
+    from lora_da_hf.hub import pull_init
+
     _progress(output)
     repo_id, revision = _named(arguments.repo_id, arguments.revision)
-    pulled = function(_HUB, "pull_init")(
+    pulled = pull_init(
         repo_id,
         revision=revision,
         rank=arguments.rank,
@@ -104,8 +107,9 @@ def list_parser() -> argparse.ArgumentParser:
 
 def run_list(arguments: argparse.Namespace, output: Output) -> None:
     """List initialisations on the Hub."""
-    listing = function(_HUB, "list_inits")
-    found = listing(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
+    from lora_da_hf.hub import list_inits
+
+    found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
     names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
     items: list[dict[str, Any]] = [{name: getattr(item, name) for name in names} for item in found]
     rows = [
