@@ -167,8 +167,8 @@ def _message(base: str | None) -> str:
 def _check_license(base: str | None, license: str | None, *, private: bool) -> None:
     if license is None and not private:
         raise HubError(
-            f"A public initialisation needs a licence, and the Hub names none for its base {base!r}. Pass license=..., "
-            "say it in the metadata of your card, or push it privately."
+            f"A public initialisation needs a licence, and the Hub names none for its base {base!r}. Pass license=... "
+            "(--license), say it in the metadata of your card, or push it privately."
         )
 
 
