@@ -25,7 +25,8 @@ from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
-_PROBED_SAMPLES = 8
+_PROBED_SAMPLES = 64
+"""Samples among which the few that are run are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
