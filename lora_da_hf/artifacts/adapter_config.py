@@ -108,20 +108,43 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
     matching: Any = SimpleNamespace(**{key: config.get(key) for key in _MATCHING})
     for name, layer in manifest.layers.items():
         try:
-            rank = _pattern(config, "rank_pattern", holder_of(name), config.get("r"))
-            alpha = _pattern(config, "alpha_pattern", holder_of(name), config.get("lora_alpha"))
-            found = bool(check_target_module_exists(matching, name)) or holder_of(name) != name
+            keys = _pattern_keys(config, name)
+            ranks = [_pattern(config, "rank_pattern", key, config.get("r")) for key in keys]
+            alphas = [_pattern(config, "alpha_pattern", key, config.get("lora_alpha")) for key in keys]
+            found = bool(keys and (check_target_module_exists(matching, name) or holder_of(name) != name))
         except Exception as error:  # PEFT's own code on patterns from outside
             raise ArtifactError(
                 f"{path}: PEFT cannot match its patterns with {name}: {error}. Do not use it."
             ) from error
         if not found:
-            raise ArtifactError(f"{path}: its target_modules leave {name} out. Fetch it again.")
-        if rank != layer.rank or not fits(alpha, float):
-            raise ArtifactError(f"{path}: {name} has rank {rank} and alpha {alpha}, the manifest says {layer.rank}.")
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
-            raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
+            raise ArtifactError(
+                f"{path}: neither its target_modules nor its target_parameters hold {name}. Fetch it again."
+            )
+        if layer.rank not in ranks or not all(fits(alpha, float) for alpha in alphas):
+            raise ArtifactError(
+                f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}."
+            )
+        divisor = math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank
+        scalings = [alpha / divisor for rank, alpha in zip(ranks, alphas, strict=True) if rank == layer.rank]
+        if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6) for scaling in scalings):
+            raise ArtifactError(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}.")
+
+
+def _pattern_keys(config: dict[str, Any], name: str) -> list[str]:
+    """Return the name that PEFT matches its patterns with: the layer's, or for an expert that of a parameter.
+
+    Which of the parameters of its module that have an adapter it is, the name of an expert does not tell.
+    """
+    if holder_of(name) == name:
+        return [name]
+    module = holder_of(name).replace(".base_layer", "")
+    targets: list[str] = config.get("target_parameters") or []
+    keys = [(f"{module}.{target.rpartition('.')[2]}", target) for target in targets]
+    return [key for key, target in keys if f".{key}".endswith(f".{target}")]
+
+
+def _or(values: list[Any]) -> str:
+    return " or ".join(map(str, dict.fromkeys(values)))
 
 
 def holder_of(name: str) -> str:

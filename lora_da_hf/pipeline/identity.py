@@ -40,7 +40,7 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
     adapter = {
-        name: [t.in_features, t.out_features, t.rank, job.max_rank(t), float(t.peft_scaling)]
+        name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
     facts = {

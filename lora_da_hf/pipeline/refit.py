@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, holder_of
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
@@ -29,6 +29,7 @@ from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.save import package_versions
 from lora_da_hf.pipeline.stored import (
     SOLVE_SETTINGS,
@@ -43,7 +44,6 @@ from lora_da_hf.pipeline.stored import (
 )
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import factors_at_step
-from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -102,7 +102,8 @@ def refit_init(
         output_dir: Where the new one goes: all of it or nothing. What is there is replaced.
         config: The settings to solve and write with; those of the pass over the data stay as stored. None: as stored.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
-        rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``.
+        rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``. None: the
+            config's, if it is another than the stored one.
         step_size: How far step 0 goes, whatever the config says.
 
     Returns:
@@ -115,10 +116,14 @@ def refit_init(
             another pass over data, or for a displacement in other units without a step.
         SolveError: if a layer cannot be solved with these settings.
     """
-    if rank is not None and (rank < 1 or rank_budget is not None):
-        raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
     refit = _read(Path(folder), config, step_size)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
+    if rank_budget is None and refit.config.rank_budget != stored_config.rank_budget:
+        rank_budget = refit.config.rank_budget
+    if rank is not None and (rank < 1 or rank_budget is not None):
+        raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
+    if rank is not None or rank_budget is not None:
+        refit.config = dataclasses.replace(refit.config, rank_budget=rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
@@ -152,7 +157,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
     peft_config = read_peft_config(folder / ADAPTER_CONFIG_FILE)
-    _refuse_what_needs_the_base(folder, peft_config, stored.manifest)
+    _refuse_what_needs_the_base(folder, peft_config)
     refit = _Refit(
         stored=stored,
         config=new,
@@ -172,17 +177,19 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
     return refit
 
 
-def _refuse_what_needs_the_base(folder: Path, peft_config: dict[str, Any], manifest: Manifest) -> None:
+def _refuse_what_needs_the_base(folder: Path, peft_config: dict[str, Any]) -> None:
     """Refuse adapters that cannot be rewritten offline.
 
     Raises:
-        ConfigError: for DoRA, whose magnitude follows from the base's weights, and for experts.
+        ConfigError: for DoRA, whose magnitude follows from the base's weights, and for experts and other parameters.
     """
     if peft_config.get("use_dora"):
         raise ConfigError(f"{folder} is a DoRA adapter, whose magnitude needs the base's weights. Use apply_init.")
-    experts = [name for name in manifest.layers if holder_of(name) != name]
-    if experts:
-        raise ConfigError(f"{folder} holds experts ({experts[0]} first), which cannot be refitted. Use apply_init.")
+    parameters = peft_config.get("target_parameters")
+    if parameters:
+        raise ConfigError(
+            f"{folder} adapts parameters ({parameters[0]} first), and cannot be refitted. Use apply_init."
+        )
 
 
 def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
@@ -257,16 +264,10 @@ def _spend(refit: _Refit, budget: int) -> None:
     widths = {name: (layer.in_features, layer.out_features) for name, layer in refit.manifest.layers.items()}
     spectra = {name: basis.eigenvalues.tolist() for name, basis in refit.bases.items()}
     scalings = {name: refit.scaling(name) for name in refit.ranks}
-    refit.ranks = allocate_ranks(spectra, widths, budget)
-    for name, rank in refit.ranks.items():
-        refit.alphas[name] = _whole(scalings[name] * alpha_divisor(refit.peft_config, rank))
-    spent, ranks = num_adapter_parameters(refit.ranks, widths), refit.ranks.values()
-    refit.notes.append(f"ranks {min(ranks)} to {max(ranks)}, which take {spent} of {budget} parameters")
-
-
-def _whole(alpha: float) -> float:
-    """Return a number that is whole but for rounding as an integer, which is what PEFT's alpha is."""
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    shares = share_out(spectra, widths, budget)
+    refit.ranks = shares.ranks
+    refit.alphas = {name: alpha_for(refit.peft_config, rank, scalings[name]) for name, rank in refit.ranks.items()}
+    refit.notes.append(shares.note)
 
 
 def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredInit:
