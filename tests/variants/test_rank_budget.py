@@ -215,7 +215,7 @@ def test_a_budget_is_refused_once_an_optimizer_has_the_parameters(tmp_path, lora
     settings = {"args": make_args(tmp_path), "train_dataset": samples, "data_collator": collate}
     trainer = Trainer(model=lora_model(), callbacks=[callback], **settings)
     with pytest.raises(
-        UnsupportedSetupError, match="The trainer's optimizer holds the adapter's .* LoRADATrainer does"
+        UnsupportedSetupError, match=r"The trainer's optimizer holds the adapter's .* LoRADATrainer does"
     ):
         trainer.train()
     model = lora_model()
@@ -245,7 +245,9 @@ def test_a_budget_is_refused_where_it_cannot_be_spent(tmp_path, lora_model, samp
 
 def test_a_budget_is_refused_for_a_stored_initialisation_that_is_used(tmp_path, stored_init, lora_model, samples):
     trainer = make_trainer(tmp_path, lora_model(), samples, init_from=stored_init)
-    with pytest.raises(ConfigError, match="rank_budget=5000 is spent when .* with refit_init or `lora-da refit --rank"):
+    with pytest.raises(
+        ConfigError, match=r"rank_budget=5000 is spent when .* with refit_init or `lora-da refit --rank"
+    ):
         trainer.train()
 
 
