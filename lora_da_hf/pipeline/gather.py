@@ -26,7 +26,8 @@ from lora_da_hf.losses import (
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, check_lengths, collect
+from lora_da_hf.statistics.batches import check_lengths
+from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, collect
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing

@@ -11,7 +11,7 @@ from typing import Any
 from lora_da_hf.pipeline.gather import Probe
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.save import base_model_facts
-from lora_da_hf.statistics.collect import digest_sample
+from lora_da_hf.statistics.batches import digest_sample
 
 _LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {

@@ -23,7 +23,8 @@ from lora_da_hf.distributed.parameters import is_partitioned, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
+from lora_da_hf.statistics.batches import Lockstep
+from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 

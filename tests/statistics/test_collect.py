@@ -8,15 +8,8 @@ import torch
 from lora_da_hf.errors import DataError, NonFiniteError
 from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.collect import (
-    Lockstep,
-    PassSettings,
-    check_lengths,
-    check_loss,
-    digest_sample,
-    evaluate_loss,
-    sample_length,
-)
+from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample, sample_length
+from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
 from lora_da_hf.statistics.losses import LossReduction, find_reduction
 from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
 
