@@ -99,6 +99,8 @@ ALPHAS = {"down_proj": 8}
 @pytest.mark.support(
     "PEFT", "Experts with `rank_pattern`, `alpha_pattern`", "keys are `<module>.<parameter>`, all experts of one alike"
 )
+# PEFT 0.21 says that keys of parameters match nothing, and uses them all the same, seen 2026-11
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_experts_with_ranks_of_their_own_are_written_and_read(tmp_path):
     def make():
         return make_mixtral(rank_pattern=RANKS, alpha_pattern=ALPHAS)
