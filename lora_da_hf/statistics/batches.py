@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.errors import DataError
+from lora_da_hf.statistics.losses import Collate
 
 _LITTLE_PADDING = 16
 
@@ -91,14 +92,18 @@ def digest_sample(batch: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_lengths(samples: Sequence[Any], limit: int | None) -> None:
-    """Verify that no sample is longer than the model allows.
+def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -> None:
+    """Verify that no sample is longer than the model allows, once the collator had the chance to truncate it.
 
     Raises:
-        DataError: naming the longest one.
+        DataError: naming the length of the longest one.
     """
-    longest = max((sample_length(sample) for sample in samples), default=0)
-    if limit is not None and longest > limit:
+    sample = max(samples, key=sample_length, default=None)
+    if limit is None or sample_length(sample) <= limit:
+        return
+    ids = collate([sample]).get("input_ids")
+    longest = ids.shape[-1] if isinstance(ids, Tensor) else sample_length(sample)
+    if longest > limit:
         raise DataError(
             f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples "
             f"to {limit} tokens when you tokenise them."

@@ -92,6 +92,10 @@ class PassStore(Protocol):
         """Keep a state in place of the last."""
         ...
 
+    def clear(self) -> None:
+        """Forget every state: the pass starts over."""
+        ...
+
 
 def collect(
     model: nn.Module,
@@ -168,6 +172,9 @@ def collect(
                 ) from reason
             batch_size, notes = 1, [*notes, f"run one sample at a time: {reason}"]
             on_samples(-done)
+            if store is not None:
+                with lockstep.alike():  # before any process writes the first of the new ones
+                    store.clear()
             continue
         return result
 

@@ -271,10 +271,18 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
             raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
         return result
 
-    trainer = getattr(compute_loss, "__self__", None)
-    stock = isinstance(trainer, Trainer) and type(trainer).compute_loss is Trainer.compute_loss
-    setattr(loss, TAKES_LOSS_ALONE, stock)
+    setattr(loss, TAKES_LOSS_ALONE, _is_stock(getattr(compute_loss, "__self__", None)))
     return loss
+
+
+def _is_stock(trainer: Any) -> bool:
+    """Tell whether a trainer's ``compute_loss`` is transformers' own, in no way replaced."""
+    return (
+        isinstance(trainer, Trainer)
+        and type(trainer).compute_loss is Trainer.compute_loss
+        and "compute_loss" not in vars(trainer)
+        and Trainer.compute_loss.__module__ == Trainer.__module__
+    )
 
 
 @contextmanager
