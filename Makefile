@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS := $(BIN)/python -m pytest -n 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check format benchmark clean
+.PHONY: demo test test-all support check format benchmark clean
 
 demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoRA-DA
 	$(BIN)/python scripts/demo.py
@@ -13,8 +13,11 @@ demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoR
 test: $(VENV)/.dev  ## the fast tests
 	OMP_NUM_THREADS=1 $(TESTS) -m "not slow and not multi_rank and not gpu"
 
-test-all: $(VENV)/.dev  ## what is slow or needs two processes
-	OMP_NUM_THREADS=1 $(TESTS) -m "(slow or multi_rank) and not gpu"
+test-all: $(VENV)/.dev  ## what is slow or needs two processes, and every row of docs/support.md
+	OMP_NUM_THREADS=1 $(TESTS) -m "(slow or multi_rank or support) and not gpu"
+
+support: $(VENV)/.dev  ## every row of docs/support.md alone
+	OMP_NUM_THREADS=1 $(TESTS) -m "support and not gpu"
 
 check: $(VENV)/.dev  ## format, lint, types, import floors
 	$(BIN)/ruff format --check .

@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.collect import sample_length
+from lora_da_hf.statistics.batches import sample_length
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"

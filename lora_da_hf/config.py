@@ -170,7 +170,13 @@ class LoRADAConfig:
     )
     max_rank: int | None = _setting(
         None,
-        "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter.",
+        "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter, or twice "
+        "that with a rank_budget.",
+    )
+    rank_budget: int | None = _setting(
+        None,
+        "Parameters of all A and B together: each layer gets the rank that the eigenvalues of its guidance matrix are "
+        "worth, up to max_rank, and keeps its scaling. None: the adapter's own ranks.",
     )
     save_statistics: bool = _setting(
         False,
@@ -195,7 +201,14 @@ class LoRADAConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("num_samples", "batch_size", "population_size", "max_rank", "statistics_save_steps"):
+        for name in (
+            "num_samples",
+            "batch_size",
+            "population_size",
+            "max_rank",
+            "rank_budget",
+            "statistics_save_steps",
+        ):
             _check_range(self, name, lambda v: v >= 1, "at least 1")
         for name in ("search_samples", "bias_weight", "variance_weight"):
             _check_range(self, name, lambda v: v >= 0 and math.isfinite(v), "finite and not negative")

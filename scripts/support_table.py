@@ -23,6 +23,7 @@ INTRODUCTION = """# What is supported
 
 Every row is a test on a small model with random weights, which fails if an adapter was left at PEFT's default in
 silence. `python scripts/support_table.py` writes this page from the marks of the tests, and a test compares the two.
+`make support` runs them all, which takes about two minutes; `make test-all` runs them too, among others.
 Layers that keep PEFT's own initialisation are listed in the report of the run.
 """
 

@@ -97,12 +97,13 @@ def active_adapter_name(model: nn.Module) -> str:
     return names.pop()
 
 
-def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetScan:
+def find_targets(model: nn.Module, adapter_name: str | None = None, *, fresh: bool = True) -> TargetScan:
     """Find the LoRA layers of an adapter that can be initialised.
 
     Args:
         model: A PEFT model, or any model with LoRA layers.
         adapter_name: The adapter; None: the active one.
+        fresh: Whether it must be one.
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
@@ -139,7 +140,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
-    _check_fresh(targets)
+    if fresh:
+        _check_fresh(targets)
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.targets import Target
-from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
+from lora_da_hf.distributed.parameters import full_shape, gathered, is_whole, read_full, write_full
 from lora_da_hf.errors import UnsupportedSetupError, WriteError
 
 
@@ -49,16 +52,36 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
     """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does.
 
     Raises:
-        UnsupportedSetupError: if processes have parts of the weights.
+        UnsupportedSetupError: under ZeRO-3, and if a base weight in parts is a quantised one.
+        WriteError: if the magnitude reads back differently.
     """
-    if full_shape(target.lora_A) != target.lora_A.shape or isinstance(target.lora_A, DTensor):
+    lora_A, lora_B = read_factors(target)
+    parameter: Any = magnitude.weight
+    with torch.no_grad(), _whole_weight(target) as weight:
+        product = lora_B @ lora_A
+        norm = magnitude.get_weight_norm(weight.to(product), product, target.peft_scaling)
+    if not write_full(parameter, norm.to(parameter.device, parameter.dtype)):
+        raise WriteError(f"{target.name}: DoRA's magnitude reads back differently from what was written.")
+
+
+@contextlib.contextmanager
+def _whole_weight(target: Target) -> Generator[Tensor]:
+    """Give the base layer's weight inside the context, in floating point."""
+    parameter: Any = target.base_layer.weight
+    if is_whole(parameter):
+        yield dequantize_module_weight(target.base_layer)
+        return
+    if full_shape(parameter) != parameter.shape:
         raise UnsupportedSetupError(
-            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3 or FSDP2. Use DDP, ZeRO-1 or 2, or LoRA."
+            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
         )
-    with torch.no_grad():
-        product = target.lora_B @ target.lora_A
-        weight = dequantize_module_weight(target.base_layer).to(product)
-        magnitude.weight.copy_(magnitude.get_weight_norm(weight, product, target.peft_scaling))
+    with gathered(parameter) as whole:
+        if not whole.is_floating_point() or whole.numel() != target.in_features * target.out_features:
+            raise UnsupportedSetupError(
+                f"{target.name}: its base weight is quantised and in parts, so DoRA's magnitude cannot follow from it. "
+                "Use LoRA, or initialise in one process."
+            )
+        yield whole
 
 
 def dora_magnitude(base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

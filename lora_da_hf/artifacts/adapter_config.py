@@ -97,15 +97,38 @@ def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
 def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
     targets = set(config.get("target_modules") or ())
     for name, layer in manifest.layers.items():
-        rank, alpha = rank_of(config, holder_of(name)), alpha_of(config, holder_of(name))
-        found = is_target(config, targets, name) or holder_of(name) != name
+        keys = _pattern_keys(config, name)
+        ranks, alphas = [rank_of(config, key) for key in keys], [alpha_of(config, key) for key in keys]
+        found = bool(keys) and (holder_of(name) != name or is_target(config, targets, name))
         if not found:
-            raise ArtifactError(f"{path}: its target_modules leave {name} out. Fetch it again.")
-        if rank != layer.rank or not fits(alpha, float):
-            raise ArtifactError(f"{path}: {name} has rank {rank} and alpha {alpha}, the manifest says {layer.rank}.")
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
-            raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
+            raise ArtifactError(
+                f"{path}: neither its target_modules nor its target_parameters hold {name}. Fetch it again."
+            )
+        if layer.rank not in ranks or not all(fits(alpha, float) for alpha in alphas):
+            raise ArtifactError(
+                f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}."
+            )
+        divisor = math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank
+        scalings = [alpha / divisor for rank, alpha in zip(ranks, alphas, strict=True) if rank == layer.rank]
+        if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6) for scaling in scalings):
+            raise ArtifactError(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}.")
+
+
+def _pattern_keys(config: dict[str, Any], name: str) -> list[str]:
+    """Return the name that PEFT matches its patterns with: the layer's, or for an expert that of a parameter.
+
+    Which of the parameters of its module that have an adapter it is, the name of an expert does not tell.
+    """
+    if holder_of(name) == name:
+        return [name]
+    module = holder_of(name).replace(".base_layer", "")
+    targets: list[str] = config.get("target_parameters") or []
+    keys = [(f"{module}.{target.rpartition('.')[2]}", target) for target in targets]
+    return [key for key, target in keys if f".{key}".endswith(f".{target}")]
+
+
+def _or(values: list[Any]) -> str:
+    return " or ".join(map(str, dict.fromkeys(values)))
 
 
 def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> bool:

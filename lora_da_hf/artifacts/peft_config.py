@@ -93,12 +93,15 @@ def is_target(peft_config: Mapping[str, Any], targets: Collection[str], name: st
     return any(name[start:] in targets for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
 
 
-def in_names(peft_config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+def in_names(
+    peft_config: Mapping[str, Any], modules: Collection[str], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
     """Return the configuration with names in the place of what only PEFT's own matching reads, if there is any.
 
     Args:
         peft_config: What PEFT saved.
-        ranks: By the name of each module that it adapted.
+        modules: Those that it adapted.
+        ranks: By the name of each module, and of each parameter that it adapted.
         alphas: By the same names.
     """
     patterns = (*(peft_config.get("rank_pattern") or ()), *(peft_config.get("alpha_pattern") or ()))
@@ -108,7 +111,7 @@ def in_names(peft_config: Mapping[str, Any], ranks: Mapping[str, int], alphas: M
     return {
         **peft_config,
         **{key: None for key in _MORE_THAN_NAMES if key in peft_config},
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(modules),
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != peft_config["r"]},
         "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != peft_config["lora_alpha"]},
     }

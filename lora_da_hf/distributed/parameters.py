@@ -167,6 +167,11 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     return same if type(kind) is _Plain else all(Ranks.current().gather(same))
 
 
+def is_whole(parameter: Tensor) -> bool:
+    """Tell whether a parameter is the process's own: in one piece, and without a copy that an optimizer works on."""
+    return type(_kind_of(parameter)) is _Plain
+
+
 def is_partitioned(model: nn.Module) -> bool:
     """Tell whether processes have parts of the parameters, so that each pass, or look at one, is a collective."""
     by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # gathered or not

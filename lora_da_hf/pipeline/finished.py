@@ -19,6 +19,7 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.ranks_per_layer import give_ranks
 from lora_da_hf.report import LoRADAReport
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
     if report is None:
         return False
     with job.stage("load"):
+        give_ranks(job, {layer.name: layer.rank for layer in report.layers})
         factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
         with job.ranks.together("write"):
             for name, (lora_A, lora_B) in factors.items():

@@ -27,14 +27,16 @@ from lora_da_hf.losses import (
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, check_lengths, collect
+from lora_da_hf.statistics.batches import check_lengths
+from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, collect
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import seed_generators, without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
-_PROBED_SAMPLES = 8
+_PROBED_SAMPLES = 64
+"""Samples among which the few that are run are chosen."""
 _SAME_LOSS = 1e-3
 
 

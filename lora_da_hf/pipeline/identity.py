@@ -11,7 +11,7 @@ from typing import Any
 from lora_da_hf.pipeline.gather import Probe
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.save import base_model_facts
-from lora_da_hf.statistics.collect import digest_sample
+from lora_da_hf.statistics.batches import digest_sample
 
 _LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {
@@ -40,7 +40,7 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
     adapter = {
-        name: [t.in_features, t.out_features, t.rank, job.max_rank(t), float(t.peft_scaling)]
+        name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
     facts = {

@@ -7,7 +7,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from lora_da_hf.adapters.ranks_per_layer import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
@@ -22,12 +23,15 @@ from lora_da_hf.distributed.parameters import is_partitioned, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
+from lora_da_hf.statistics.batches import Lockstep
+from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
 logger = logging.getLogger(__name__)
+
+_MORE_FOR_SOME = 2
 
 
 @dataclass(kw_only=True)
@@ -46,7 +50,10 @@ class Job:
         progress: Whether to show progress bars.
         output_dir: Where the initialisation is written; None: nowhere.
         targets: The layers to initialise, by name.
+        max_ranks: The rank that each is solved and stored at.
+        trained: Whether A and B of each are, once the pass is over.
         report: What was done so far.
+        undo: What puts the adapter's ranks back if the initialisation fails.
     """
 
     model: nn.Module
@@ -60,10 +67,17 @@ class Job:
     progress: bool
     output_dir: Path | None
     targets: dict[str, Target] = field(init=False)
+    max_ranks: dict[str, int] = field(init=False)
+    trained: dict[str, tuple[bool, bool]] = field(init=False)
     report: LoRADAReport = field(init=False)
+    undo: list[Callable[[], None]] = field(init=False, default_factory=list[Callable[[], None]])
 
     def __post_init__(self) -> None:
         self.targets = {target.name: target for target in self.scan.targets}
+        self.trained = {target.name: trained_factors(target) for target in self.scan.targets}
+        largest = max(target.rank for target in self.scan.targets)
+        largest = self.config.max_rank or (largest if self.config.rank_budget is None else _MORE_FOR_SOME * largest)
+        self.max_ranks = {t.name: min(max(largest, t.rank), t.in_features) for t in self.scan.targets}
         self.report = LoRADAReport(config=self.config.to_dict(), kept=dict(self.scan.kept))
 
     @contextlib.contextmanager
@@ -82,6 +96,8 @@ class Job:
         except OutOfStepError:
             raise  # to restore partitioned parameters takes all processes
         except BaseException:
+            for undo in reversed(self.undo):
+                undo()
             for name, factors in before.items():
                 write_factors(self.targets[name], *factors)
             settle(self.model)
@@ -96,11 +112,6 @@ class Job:
         logger.info("%s", text)
         if self.progress and self.ranks.is_main:
             tqdm.write(text, file=sys.stderr)
-
-    def max_rank(self, target: Target) -> int:
-        """Return the rank that a layer is solved and stored at."""
-        largest = self.config.max_rank or max(t.rank for t in self.targets.values())
-        return min(max(largest, target.rank), target.in_features)
 
     @functools.cached_property
     def runs_in_lockstep(self) -> bool:

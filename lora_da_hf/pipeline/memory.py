@@ -18,7 +18,7 @@ from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.pipeline.gather import Probe
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
-from lora_da_hf.statistics.collect import sample_length
+from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.model_state import checkpointing_modules
 
 _USABLE = 2 / 3

@@ -9,17 +9,17 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, holder_of, read_peft_config
+from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, write_refit
 from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, changed_settings, config_for_refit, population_of
-from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -47,7 +47,8 @@ def refit_init(
         output_dir: Where the new one goes: all of it or nothing. What is there is replaced.
         config: The settings to solve and write with; those of the pass over the data stay as stored. None: as stored.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
-        rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``.
+        rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``. None: the
+            config's, if it is another than the stored one.
         step_size: How far step 0 goes, whatever the config says.
         base_model: The base model. DoRA needs it, whose magnitudes follow from its weights; else it is only compared.
         progress: Whether to show a progress bar while layers are solved.
@@ -64,10 +65,14 @@ def refit_init(
         BaseModelMismatchError: if it was computed for another base.
         SolveError: if a layer cannot be solved with these settings.
     """
-    if rank is not None and (rank < 1 or rank_budget is not None):
-        raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
     refit = _read(Path(folder), config, step_size, base_model)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
+    if rank_budget is None and refit.config.rank_budget != stored_config.rank_budget:
+        rank_budget = refit.config.rank_budget
+    if rank is not None and (rank < 1 or rank_budget is not None):
+        raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
+    if rank is not None or rank_budget is not None:
+        refit.config = dataclasses.replace(refit.config, rank_budget=rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
@@ -119,6 +124,8 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, ba
     )
     for name, layer in stored.manifest.layers.items():
         if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-9):
+            if holder_of(name) != name:
+                raise ConfigError(f"{folder}: its experts have ranks or alphas of their own. Use apply_init.")
             raise ArtifactError(
                 f"{folder / ADAPTER_CONFIG_FILE} gives {name} the scaling {refit.scaling(name):.6g}, and the manifest "
                 f"{layer.peft_scaling:.6g}. Fetch it again."
@@ -198,11 +205,10 @@ def _spend(refit: Refit, budget: int) -> None:
     widths = {name: (layer.in_features, layer.out_features) for name, layer in refit.manifest.layers.items()}
     spectra = {name: basis.eigenvalues.tolist() for name, basis in refit.bases.items()}
     scalings = {name: refit.scaling(name) for name in refit.ranks}
-    refit.ranks = allocate_ranks(spectra, widths, budget)
-    for name, rank in refit.ranks.items():
-        refit.alphas[name] = _whole(scalings[name] * alpha_divisor(refit.peft_config, rank))
-    spent, ranks = num_adapter_parameters(refit.ranks, widths), refit.ranks.values()
-    refit.notes.append(f"ranks {min(ranks)} to {max(ranks)}, which take {spent} of {budget} parameters")
+    shares = share_out(spectra, widths, budget)
+    refit.ranks = shares.ranks
+    refit.alphas = {name: alpha_for(refit.peft_config, rank, scalings[name]) for name, rank in refit.ranks.items()}
+    refit.notes.append(shares.note)
 
 
 def _check_experts(refit: Refit) -> None:
@@ -218,8 +224,3 @@ def _check_experts(refit: Refit) -> None:
             f"The experts ({experts[0]} first) would get ranks {min(ranks)} to {max(ranks)} or an alpha of their own, "
             "and PEFT has one of each for all. Give a rank that each can have, and no budget."
         )
-
-
-def _whole(alpha: float) -> float:
-    """Return a number that is whole but for rounding as an integer, which is what PEFT's alpha is."""
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.store import remove_leftovers
@@ -23,6 +24,7 @@ from lora_da_hf.pipeline.gather import Probe, probe
 from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.memory import linear_weights, plan_windows
+from lora_da_hf.pipeline.ranks_per_layer import spend_budget
 from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import base_model_facts, save_init, whole_adapter
 from lora_da_hf.pipeline.step import find_step, write_adapter
@@ -62,7 +64,8 @@ def initialize_lora_da(
     """Initialise a LoRA adapter from data, in place (arXiv 2510.24561).
 
     The base weights are not touched. The adapter is an ordinary one afterwards, and not a no-op: its step was chosen to
-    lower the loss. In a run of several processes each must call this with the same samples, and they share the work.
+    lower the loss. With a ``rank_budget`` its layers get new parameters, so no optimizer may have been made before.
+    In a run of several processes each must call this with the same samples, and they share the work.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
@@ -90,8 +93,8 @@ def initialize_lora_da(
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
-        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; or if layers are to be shared while
-            parameters are partitioned.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; or if layers are to be shared, or to get
+            other ranks, while parameters are partitioned.
         OutOfStepError: if this process fails in the middle of a pass over partitioned parameters (ZeRO-3, FSDP2).
         CheckpointError: if the run that was stopped had another number of processes.
         PeerFailed: if another process failed or is gone.
@@ -108,6 +111,8 @@ def initialize_lora_da(
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
         scan = find_targets(model, adapter_name)
+        if config.rank_budget is not None:
+            check_resizable(scan.targets)
     job = Job(
         model=model,
         config=config,
@@ -174,6 +179,7 @@ def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
         job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
         job.say(f"LoRA-DA plan: {job.report.plan}")
         solved = solve_windows(job, found, plan, progress)
+        spend_budget(job, solved.solutions)
         step = find_step(job, found.splits, found.settings, solved.solutions)
     write_adapter(job, found.splits, found.settings, solved.solutions, step)
     return solved

@@ -179,14 +179,22 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
     layers = {
-        base_name(name): layer
+        _name_in_patterns(name, layer): layer
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r and not isinstance(layer, ParamWrapper)
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r
     }
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
-    named = in_names(json.loads(path.read_text(encoding="utf-8")), ranks, alphas)
+    modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
+    named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
     path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _name_in_patterns(name: str, layer: LoraLayer) -> str:
+    """Return the name that PEFT matches its patterns with: a layer's, or that of the parameter that it adapts."""
+    if isinstance(layer, ParamWrapper):
+        return f"{base_name(name).replace('.base_layer', '')}.{layer.parameter_name}"
+    return base_name(name)
 
 
 def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:

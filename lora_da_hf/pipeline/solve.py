@@ -115,7 +115,7 @@ def _solve_group(
             factorized,
             job.config,
             layer=name,
-            rank=job.max_rank(target),
+            rank=job.max_ranks[name],
             population_size=population_size,
         )
         found[name] = (solution, _layer_report(target, statistics[name], solution))

@@ -102,7 +102,7 @@ def _search_ladder(
 ) -> dict[int, float]:
     """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
     used = {target.rank for target in job.targets.values()}
-    largest = max(job.max_rank(target) for target in job.targets.values())
+    largest = max(job.max_ranks.values())
     ladder = [largest // _LADDER_RATIO**k for k in range(largest.bit_length()) if largest >= _LADDER_RATIO**k]
     by_rank = {rank: found.step_size for rank in used if len(used) == 1}
     if job.output_dir is None:  # only a stored initialisation is used at other ranks

@@ -45,14 +45,20 @@ def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
 def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
     """Return the stored settings, with those of ``given`` that are not the default's in their place.
 
-    ``freeze_a`` concerns training, so it is always that of ``given``.
+    ``freeze_a`` concerns training, so it is always that of ``given``. The ranks are the adapter's, without a budget.
 
     Raises:
-        ConfigError: if a setting that went into the stored solution is given otherwise.
+        ConfigError: if there is a budget, or a setting that went into the stored solution is given otherwise.
     """
-    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False)
+    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False, rank_budget=None)
     if given is None:
         return stored
+    if given.rank_budget is not None:
+        raise ConfigError(
+            f"rank_budget={given.rank_budget} is spent when an initialisation is computed. Share out the ranks of a "
+            "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
+            "writes."
+        )
     wanted = {name: getattr(given, name) for name in changed_settings(given, LoRADAConfig())}
     fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
     if fixed:
@@ -66,7 +72,7 @@ def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConf
 def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
     """Return the stored settings, with those of the solve and of the write that are given in their place.
 
-    What cannot be had offline stays as stored: a step that is to be searched, and a rank or a population of None.
+    What cannot be had offline stays as stored: a step that is to be searched, and a rank, budget or population of None.
 
     Raises:
         ConfigError: if a setting of the pass over the data is given that is neither the stored nor the default one.
@@ -74,7 +80,7 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
     if given is None:
         return stored
-    free = (*SOLVE_SETTINGS, *WRITE_SETTINGS)
+    free = (*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget")
     default = LoRADAConfig()
     fixed = [
         name
@@ -89,7 +95,7 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     values = {name: getattr(given, name) for name in free}
     if given.searches_step:
         values["step_size"] = stored.step_size
-    for name in ("max_rank", "population_size"):
+    for name in ("max_rank", "population_size", "rank_budget"):
         values[name] = values[name] or getattr(stored, name)
     return dataclasses.replace(stored, **values)
 

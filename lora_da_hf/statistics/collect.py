@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.errors import DataError, NonFiniteError, StatisticsError
+from lora_da_hf.errors import NonFiniteError, StatisticsError
+from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
@@ -21,7 +19,6 @@ from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
-_LITTLE_PADDING = 16
 _RANDOM_STATE = "random_state"
 
 
@@ -44,39 +41,6 @@ class PassSettings:
     encoder_decoder: bool
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lockstep:
-    """What makes several processes run the same number of batches, as partitioned parameters demand.
-
-    Attributes:
-        most: Returns the largest of the numbers that the processes give it.
-        filler: A sample to run where a process has none left. It counts for nothing.
-        alike: Makes a block that fails on all processes if it does on one.
-        in_step: Makes a block in which all processes wait for each other.
-    """
-
-    most: Callable[[int], int]
-    filler: Any
-    alike: Callable[[], AbstractContextManager[None]]
-    in_step: Callable[[], AbstractContextManager[None]]
-
-    @classmethod
-    def of_one(cls) -> Lockstep:
-        """Return that of a process which nobody waits for."""
-        free = contextlib.nullcontext
-        return cls(most=lambda number: number, filler=None, alike=free, in_step=free)
-
-    @property
-    def runs_what_does_not_count(self) -> bool:
-        """Whether a batch that counts for nothing is run, since other processes run one meanwhile."""
-        return self.filler is not None
-
-    def batches(self, own: Sequence[list[Any]]) -> Iterator[tuple[list[Any], bool]]:
-        """Yield this process's batches, then fillers until every process is done; and whether they count."""
-        for number in range(self.most(len(own))):
-            yield (own[number], True) if number < len(own) else ([self.filler], False)
 
 
 @dataclass(kw_only=True)
@@ -175,7 +139,7 @@ def collect(
             f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
             "size"
         )
-    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
+    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
     earlier = store.load() if store is not None else None
     if earlier is not None:
         batch_size, notes = earlier.facts["batch_size"], earlier.facts["notes"]
@@ -228,35 +192,6 @@ def _restore(result: PassResult, state: PassState) -> int:
     result.num_samples, result.num_unlabelled = state.facts["num_samples"], state.facts["num_unlabelled"]
     torch.set_rng_state(state.tensors[_RANDOM_STATE])
     return state.facts["batches_done"]
-
-
-def _batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples of similar length together: it saves padding, and the order does not matter.
-
-    No sample is padded by more than a quarter of its length, or 16 tokens, so a batch may be smaller than asked.
-    """
-    batches: list[list[Any]] = []
-    for sample in sorted(samples, key=sample_length, reverse=True):
-        last = batches[-1] if batches else []
-        length = sample_length(sample)
-        if last and len(last) < batch_size and sample_length(last[0]) <= length + max(length // 4, _LITTLE_PADDING):
-            last.append(sample)
-        else:
-            batches.append([sample])
-    return batches
-
-
-def _whole_batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples for a loss that needs them together: none is left alone."""
-    number = -(-len(samples) // batch_size)
-    ends = [len(samples) * k // number for k in range(number + 1)] if number else [0]
-    return [list(samples[start:end]) for start, end in itertools.pairwise(ends)]
-
-
-def sample_length(sample: Any) -> int:
-    """Return the number of tokens of a sample, or 0 if it has no ``input_ids``."""
-    ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
-    return len(ids) if ids is not None and hasattr(ids, "__len__") else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,7 +316,7 @@ def evaluate_loss(
     lockstep = lockstep or Lockstep.of_one()
     total, count = 0.0, 0.0
     single = settings.reduction.kind == "unknown"
-    make_batches = _whole_batches if settings.reduction.kind == "batch" else _batches
+    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
     with torch.no_grad(), without_checkpointing(model):
         for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):
             with lockstep.alike():
@@ -396,32 +331,3 @@ def evaluate_loss(
                 part, weight = settings.reduction.loss_sum(loss, tokens)
                 total, count = total + part, count + weight
     return total, count
-
-
-def digest_sample(batch: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the tensors of a batch of one sample, by name and content."""
-    digest = hashlib.sha256()
-    for name in sorted(batch):
-        value = batch[name]
-        if isinstance(value, Tensor):
-            digest.update(f"{name}:{value.dtype}:{list(value.shape)}:".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -> None:
-    """Verify that no sample is longer than the model allows, once the collator had the chance to truncate it.
-
-    Raises:
-        DataError: naming the length of the longest one.
-    """
-    sample = max(samples, key=sample_length, default=None)
-    if limit is None or sample_length(sample) <= limit:
-        return
-    ids = collate([sample]).get("input_ids")
-    longest = ids.shape[-1] if isinstance(ids, Tensor) else sample_length(sample)
-    if longest > limit:
-        raise DataError(
-            f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples "
-            f"to {limit} tokens when you tokenise them."
-        )

@@ -22,6 +22,11 @@ Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
 
 Declared = Literal["auto", "token_mean", "sample_mean", "batch"]
 
+_MEASURED = 4
+_NO_TARGETS = ("input", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "audio")
+"""Beginnings of the names of what a model reads and no loss compares with."""
+_MOST_TARGETS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossReduction:
@@ -85,17 +90,18 @@ def find_reduction(
 ) -> LossReduction:
     """Find out how the loss of a batch is made of its samples'.
 
-    Measured on two samples, with different numbers of labels if there are such. A *sum* over labels halves when the
-    number of items that it is given doubles, and the loss of both together is the sum of the losses of each; that
-    holds for transformers' stock losses and for custom ones that use ``num_items_in_batch``. Otherwise the loss of both
-    may be the *mean* of the two, over samples or over labels. If neither sample has a loss alone, it is one of the
-    whole batch (contrastive). Anything else is run one sample at a time unless the user declares what it is.
+    Measured on a few pairs of short samples, unlike each other in length, number of labels and the labels themselves,
+    all of which must agree. A *sum* over labels halves when the number of items that it is given doubles, and the loss
+    of both together is the sum of the losses of each; that holds for transformers' stock losses and for custom ones
+    that use ``num_items_in_batch``. Otherwise the loss of both may be the *mean* of the two, over samples or over
+    labels. If no sample has a loss alone, it is one of the whole batch (contrastive). Anything else is run one sample
+    at a time unless the user declares what it is.
 
     Args:
         compute: The loss.
         model: The model, in evaluation mode.
         collate: Makes batches.
-        samples: At least one sample; two are used.
+        samples: At least one sample; up to four of them are used.
         shifts_labels: Whether position t predicts label t + 1.
         declared: What the user says.
     """
@@ -103,47 +109,120 @@ def find_reduction(
         return LossReduction(kind=declared, reason="declared by loss_reduction")
     if len(samples) < 2:
         return LossReduction(kind="unknown", reason="there is one sample only")
-    batches, counts = _pair(collate, samples, shifts_labels)
+    first, *others = _unlike([_Single.of(sample, collate, shifts_labels) for sample in samples])
+    joined = [collate([first.sample, other.sample]) for other in others]
+
+    def value(batch: Mapping[str, Any], items: int | None) -> float:
+        return compute(model, batch, None if items is None else _items(items, batch)).double().item()
+
+    def pairs(items: int | None, first_loss: float) -> list[_Pair]:
+        return [
+            _Pair(
+                losses=(first_loss, value(other.batch, items)),
+                whole=value(batch, items),
+                counts=(first.num_labels, other.num_labels) if first.num_labels and other.num_labels else None,
+            )
+            for other, batch in zip(others, joined, strict=True)
+        ]
+
     with torch.no_grad(), _watch_precision() as seen:
-        sums = [compute(model, batch, _items(1, batch)).double().item() for batch in batches]
-        halved = compute(model, batches[1], _items(2, batches[1])).double().item()
-        divides = _close(halved * 2, sums[1], _tolerance(seen))
-        if divides and counts is not None and _close(sums[1] + sums[2], sums[0], _tolerance(seen)):
-            return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
-        whole, first, second = (compute(model, batch, None).double().item() for batch in batches)
-    return _mean_of(whole, first, second, counts, _tolerance(seen))
+        of_one, of_two = (value(first.batch, items) for items in (1, 2))
+        if first.num_labels is not None and _close(of_two * 2, of_one, _tolerance(seen)):
+            found = pairs(1, of_one)
+            if all(pair.counts and _close(sum(pair.losses), pair.whole, _tolerance(seen)) for pair in found):
+                return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
+        found = pairs(None, value(first.batch, None))
+    return _mean_of(found, _tolerance(seen))
 
 
-def _pair(
-    collate: Collate, samples: Sequence[Any], shifts_labels: bool
-) -> tuple[list[Mapping[str, Any]], tuple[int, int] | None]:
-    """Return the batches of two samples, of the first and of the second, and their numbers of labels if known."""
+@dataclass(frozen=True, kw_only=True)
+class _Single:
+    """A sample by itself: its batch, tokens and number of labels (if known), and what it may be told from others by."""
 
-    def labels(sample: Any) -> int | None:
-        counts = read_batch_tokens(collate([sample]), shifts_labels=shifts_labels, num_samples=1).label_counts
-        return None if counts is None else int(counts[0].item())
+    sample: Any
+    batch: Mapping[str, Any]
+    num_tokens: int
+    num_labels: int | None
+    targets: dict[str, set[float]]
 
-    first = samples[0]
-    number = labels(first)
-    other = next((sample for sample in samples[1:] if labels(sample) != number), samples[1])
-    batches = [collate(list(pair)) for pair in ((first, other), (first,), (other,))]
-    other_number = labels(other)
-    return batches, None if number is None or other_number is None else (number, other_number)
+    @classmethod
+    def of(cls, sample: Any, collate: Collate, shifts_labels: bool) -> _Single:
+        batch = collate([sample])
+        tokens = read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1)
+        return cls(
+            sample=sample,
+            batch=batch,
+            num_tokens=max((int(mask.sum().item()) for mask in tokens.masks), default=0),
+            num_labels=None if tokens.label_counts is None else int(tokens.label_counts[0].item()),
+            targets={
+                name: set(tensor.detach().flatten()[:_MOST_TARGETS].double().tolist())
+                for name, tensor in batch.items()
+                if isinstance(tensor, Tensor) and not name.startswith(_NO_TARGETS)
+            },
+        )
+
+    def news(self, known: Sequence[_Single]) -> int:
+        """Return in how many respects it is unlike all the others."""
+        lengths = [single.num_tokens for single in known]
+        return sum(
+            (
+                self.num_tokens not in lengths,
+                all(2 * abs(self.num_tokens - length) > min(self.num_tokens, length) for length in lengths),
+                self.num_labels not in [single.num_labels for single in known],
+                *(
+                    not values <= set[float]().union(*(single.targets.get(name, ()) for single in known))
+                    for name, values in self.targets.items()
+                ),
+            )
+        )
 
 
-def _mean_of(
-    whole: float, first: float, second: float, counts: tuple[int, int] | None, tolerance: float
-) -> LossReduction:
-    """Tell what mean the loss of two samples is, if any."""
-    if 0 < abs(whole) < math.inf and not any(abs(loss) > tolerance * abs(whole) for loss in (first, second)):
+def _unlike(singles: list[_Single]) -> list[_Single]:
+    """Choose the shortest sample and a few that are unlike it and each other, the shortest such."""
+    first, *left = sorted(singles, key=lambda single: single.num_tokens)
+    chosen = [first]
+    while left and len(chosen) < _MEASURED:
+        best = max(left, key=lambda single: single.news(chosen))
+        if not best.news(chosen) and len(chosen) > 1:
+            break
+        left = [single for single in left if single is not best]
+        chosen.append(best)
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """The losses of two samples, of both together, and their numbers of labels if known."""
+
+    losses: tuple[float, float]
+    whole: float
+    counts: tuple[int, int] | None
+
+    def off(self, weights: tuple[int, int]) -> float:
+        """Return how far the loss of both is from the weighted mean of the two, as a part of it."""
+        mean = sum(weight * loss for weight, loss in zip(weights, self.losses, strict=True)) / sum(weights)
+        difference = abs(self.whole - mean)
+        if not math.isfinite(difference) or (difference and not self.whole):
+            return math.inf
+        return difference / abs(self.whole) if difference else 0.0
+
+    def is_only_together(self, tolerance: float) -> bool:
+        """Tell whether neither sample has a loss alone, and both together have one."""
+        return 0 < abs(self.whole) < math.inf and not any(
+            abs(loss) > tolerance * abs(self.whole) for loss in self.losses
+        )
+
+
+def _mean_of(pairs: Sequence[_Pair], tolerance: float) -> LossReduction:
+    """Tell what mean the losses of pairs of samples are, if any: the same one for all of them."""
+    if all(pair.is_only_together(tolerance) for pair in pairs):
         return LossReduction(kind="batch", reason="measured: samples have a loss together and none alone")
-    off_mean = abs(whole - (first + second) / 2)
-    if counts is None or counts == (1, 1):
+    off_mean = max(pair.off((1, 1)) for pair in pairs)
+    if all(pair.counts == (1, 1) for pair in pairs):
         off_labels = math.inf
     else:
-        off_labels = abs(whole - (counts[0] * first + counts[1] * second) / sum(counts))
-    limit = tolerance * abs(whole)
-    if min(off_mean, off_labels) <= limit:
+        off_labels = max(math.inf if pair.counts is None else pair.off(pair.counts) for pair in pairs)
+    if min(off_mean, off_labels) <= tolerance:
         if off_labels > 10 * off_mean:
             return LossReduction(kind="sample_mean", reason="measured: the mean of its samples' losses")
         if off_mean > 10 * off_labels:
@@ -158,13 +237,13 @@ def _items(number: int, batch: Mapping[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watch_precision() -> Generator[set[torch.dtype]]:
-    """Note the dtypes that modules put out, which autocast inside the model decides."""
-    seen: set[torch.dtype] = set()
+def _watch_precision() -> Generator[set[tuple[torch.dtype, str]]]:
+    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device."""
+    seen: set[tuple[torch.dtype, str]] = set()
 
     def on_forward(_: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            seen.add(output.dtype)
+            seen.add((output.dtype, output.device.type))
 
     handle = nn.modules.module.register_module_forward_hook(on_forward)
     try:
@@ -173,8 +252,10 @@ def _watch_precision() -> Generator[set[torch.dtype]]:
         handle.remove()
 
 
-def _tolerance(seen: set[torch.dtype]) -> float:
-    return 2e-2 if seen & {torch.bfloat16, torch.float16} else 1e-3
+def _tolerance(seen: set[tuple[torch.dtype, str]]) -> float:
+    if {dtype for dtype, _ in seen} & {torch.bfloat16, torch.float16}:
+        return 2e-2
+    return 1e-5 if all(device == "cpu" for _, device in seen) else 1e-3  # TF32
 
 
 def _close(found: float, expected: float, tolerance: float) -> bool:

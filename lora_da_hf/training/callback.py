@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.store import atomic_folder
@@ -36,12 +37,17 @@ TrainerLoss = Callable[..., Any]
 
 INIT_FOLDER = "lora_da"
 
+_USE_OURS = " In one process or under DDP, LoRADATrainer does it before it makes its optimizer."
+
 
 class LoRADACallback(TrainerCallback):
     """Initialises the LoRA adapter from the training data after everything is prepared, before the first step.
 
     It runs once for each model object: not on a resumed run, not on a second ``train()``, but again for a new
     model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
+
+    A ``rank_budget`` is refused, since the layers' ranks cannot change any more by then: `LoRADATrainer` has it, and
+    `initialize_lora_da` before the trainer is made.
 
     With ``init_from`` there is no pass over data: the adapter starts from a stored initialisation, and only the report
     is written. The model gets a tag ``lora_da_init:<repo@commit>``, which Trainer, TRL and PEFT put on its card.
@@ -90,6 +96,7 @@ class LoRADACallback(TrainerCallback):
         self.report: LoRADAReport | None = None
         self.on_report: Callable[[LoRADAReport], None] | None = None
         self._is_training = False
+        self._is_unlogged = False
 
     def on_init_end(
         self,
@@ -129,9 +136,35 @@ class LoRADACallback(TrainerCallback):
             return
         if was_initialized(model, name):
             logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
-            if starts_over and self.report is not None:
+            if self.report is not None and (starts_over or self._is_unlogged):
                 self._log(self.report, state)
             return
+        if self.config.rank_budget is not None and self.init_from is None:
+            raise UnsupportedSetupError(
+                CANNOT_RESIZE.format("The trainer's optimizer holds the adapter's parameters") + _USE_OURS
+            )
+        self.report = self._initialize(args, state, model, name, train_dataloader)
+        self._log(self.report, state)
+
+    def spends_budget(self, model: nn.Module) -> bool:
+        """Tell whether a model's layers are still to get their ranks from a budget, before the optimizer is made."""
+        if self.config.rank_budget is None or self.init_from is not None:
+            return False
+        return not was_initialized(model, self.adapter_name or active_adapter_name(model))
+
+    def initialize_early(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
+    ) -> None:
+        """Initialise before the optimizer is made. The report is logged when training begins."""
+        refuse_split_samples(args)
+        name = self.adapter_name or active_adapter_name(model)
+        self.report = self._initialize(args, state, model, name, train_dataloader)
+        self._is_unlogged = True
+
+    def _initialize(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str, train_dataloader: Any
+    ) -> LoRADAReport:
+        folder = Path(args.output_dir or ".") / INIT_FOLDER
         settings: dict[str, Any] = {
             "config": self.config,
             "adapter_name": name,
@@ -147,12 +180,12 @@ class LoRADACallback(TrainerCallback):
             samples = None
         with _no_averaging_over_devices(args), _trainers_metrics_kept(self.compute_loss):
             if self.init_from is None:
-                self.report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
+                report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
-                self.report = self._apply(self.init_from, model, samples, folder, settings)
-        self._tag(model)
-        logger.info("%s", self.report)
-        self._log(self.report, state)
+                report = self._apply(self.init_from, model, samples, folder, settings)
+        self._tag(model, report)
+        logger.info("%s", report)
+        return report
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,12 +215,13 @@ class LoRADACallback(TrainerCallback):
                     dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         return report
 
-    def _tag(self, model: nn.Module) -> None:
+    def _tag(self, model: nn.Module, report: LoRADAReport) -> None:
         """Let the cards that are written for the model say what it started from."""
-        if self.report is not None and self.report.init_from is not None:
-            tag_with_init(model, self.report.init_from)
+        if report.init_from is not None:
+            tag_with_init(model, report.init_from)
 
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:
+        self._is_unlogged = False
         if self.on_report is not None:
             self.on_report(report)
         else:

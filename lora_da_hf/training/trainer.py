@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from lora_da_hf.adapters.targets import freeze_a
+from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
+from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ConfigError, TargetError
+from lora_da_hf.errors import ConfigError, TargetError, UnsupportedSetupError
+from lora_da_hf.pipeline.ranks_per_layer import adopt_ranks
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.callback import LoRADACallback
 from lora_da_hf.training.init_source import cite_init
@@ -59,6 +63,7 @@ class LoRADATrainer(Trainer):
         given: Any = peft_config
         if given is not None and not isinstance(given, LoraConfig):
             raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
+        self._forward_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
         if model is not None:
             set_seed(args.seed if args is not None else TrainingArguments.seed)
@@ -82,11 +87,41 @@ class LoRADATrainer(Trainer):
         return self._lora_da.report
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimizer as `Trainer` does (older versions take no model), of B alone if A is to be frozen."""
+        """Make the optimizer as `Trainer` does (older versions take no model), of B alone if A is to be frozen.
+
+        With a ``rank_budget`` the adapter is initialised before, since its layers get new parameters.
+
+        Raises:
+            UnsupportedSetupError: if there is a budget and an optimizer, or DeepSpeed or FSDP.
+        """
+        given: Any = kwargs.get("model", args[0] if args else None)
+        model: Any = self.model if given is None else given
+        if self._lora_da.spends_budget(model):
+            self._spend_budget(model)
         if self._lora_da.config.freeze_a:
-            given: Any = kwargs.get("model", args[0] if args else None)
-            freeze_a(self.model if given is None else given)  # pyright: ignore[reportArgumentType]
+            freeze_a(model)
         return super().create_optimizer(*args, **kwargs)
+
+    def _spend_budget(self, model: nn.Module) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UnsupportedSetupError(CANNOT_RESIZE.format("DeepSpeed or FSDP takes the adapter's parameters"))
+        if self.optimizer is not None:
+            raise UnsupportedSetupError(CANNOT_RESIZE.format("The optimizer that was given holds the parameters"))
+        self._forward_context = lambda: self.accelerator.autocast()  # which `prepare` puts around the model later
+        try:
+            self._lora_da.initialize_early(self.args, self.state, model, self.get_train_dataloader())
+        finally:
+            self._forward_context = contextlib.nullcontext
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load as `Trainer` does, after the layers got the ranks that a budget gave them in the run that is resumed."""
+        if self._lora_da.config.rank_budget is not None:
+            model: Any = kwargs.get("model", args[0] if args else None) or self.model
+            name = active_adapter_name(model)
+            folder = Path(resume_from_checkpoint)
+            adopt_ranks(model, name, (folder if name == "default" else folder / name) / ADAPTER_CONFIG_FILE)
+            mark_initialized(model, name)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card as `Trainer` does, and cite the initialisation that training started from."""
@@ -96,7 +131,7 @@ class LoRADATrainer(Trainer):
             cite_init(Path(self.args.output_dir or ".") / "README.md", report.init_from)
 
     def _loss_for_statistics(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self._forward_context():
             return self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
 
     def _log_report(self, report: LoRADAReport) -> None:

@@ -46,6 +46,8 @@ def cells(strategy):
     if strategy == "zero3":
         found["persistent_fp32"] = {"engine": {"stage3_param_persistence_threshold": 100_000}}
         found["zero_init_fp32"] = {"load": True}
+    if strategy in ("ddp", "fsdp2"):
+        found["dora_fp32"] = {"lora": {"use_dora": True}}
     if strategy == "fsdp2":
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found
@@ -60,8 +62,8 @@ def samples():
     return make_learnable_samples(31)
 
 
-def lora_config():
-    return make_lora_config(r=3, lora_alpha=6)
+def lora_config(**overrides):
+    return make_lora_config(r=3, lora_alpha=6, **overrides)
 
 
 def da_config(**overrides):
@@ -106,7 +108,11 @@ def training_args(folder, strategy, *, dtype="fp32", engine=None, checkpointing=
 
 
 def trained(model):
-    return [(name.replace(".default.", "."), p) for name, p in model.named_parameters() if p.requires_grad]
+    stored = {"_vector.default.weight": "_vector", ".default.": "."}
+    names = {name: name for name, p in model.named_parameters() if p.requires_grad}
+    for part, replaced in stored.items():
+        names = {name: short.replace(part, replaced) for name, short in names.items()}
+    return [(names[name], p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def whole(parameter):
@@ -179,14 +185,14 @@ def largest_difference(found, expected):
     return max(differences)
 
 
-def run_cell(folder, strategy, name, *, config=None, load=False, dtype="fp32", **settings):
+def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtype="fp32", **settings):
     base = None if load else make_base(dtype)
     args = training_args(folder / name, strategy, dtype=dtype, **settings)
     if load:  # the arguments above make from_pretrained build the model under zero.Init
         base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
     data = {"train_dataset": samples(), "data_collator": collate}
     trainer = LoRADATrainer(
-        model=base, args=args, peft_config=lora_config(), da_config=da_config(**config or {}), **data
+        model=base, args=args, peft_config=lora_config(**lora or {}), da_config=da_config(**config or {}), **data
     )
     watch = train(trainer)
     report = trainer.lora_da_report.to_dict()

@@ -65,10 +65,12 @@ def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family,
     samples = FAMILIES[family].samples(16)
     single, single_statistics = statistics_of(tmp_path / "1", make_model(family), samples, batch_size=1)
     assert single.batch_size == 1
+    assert_initialized(tmp_path / "1", make_model(family), single)
     for name, collate in {"right": pad_samples, "left": pad_left}.items():
         if name == "left" and kind != "sum":
             continue  # positions of these models are absolute, so padding on the left changes their outputs
         report, statistics = statistics_of(tmp_path / name, make_model(family), samples, collate)
+        assert_initialized(tmp_path / name, make_model(family), report)
         assert (report.batch_size, report.loss_reduction.split()[0]) == (4, kind)
         assert_statistics_equal(statistics, single_statistics, 1e-4)
 
@@ -174,6 +176,8 @@ def test_a_contrastive_loss_inside_each_sample_is_a_mean_over_samples(tmp_path):
         for size in (1, 4)
     ]
     assert [report.batch_size for report, _ in found] == [1, 4]
+    for report, _ in found:
+        assert_initialized(report.artifact, only_the_encoder(), report)
     assert found[1][0].loss_reduction.startswith("sample_mean")
     assert_statistics_equal(found[1][1], found[0][1], 1e-4)
 
@@ -188,7 +192,45 @@ def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
         return model_loss(model, batch, None).sqrt()
 
     report, statistics = statistics_of(tmp_path, make_model("Llama"), samples, compute_loss=root)
+    assert_initialized(tmp_path, make_model("Llama"), report)
     assert report.batch_size == 1
     assert "run one sample at a time: the loss of two samples is neither" in " ".join(report.notes)
     expected = autograd_statistics(make_model("Llama"), samples[:8], lambda m, b: root(m, b, None), pad_samples)
+    assert_statistics_equal(statistics, expected, 1e-4)
+
+
+def of_rare_class(model, batch, num_items):
+    """Weigh one class five times: the mean is over weights."""
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return cross_entropy(outputs.logits, batch["labels"], weight=torch.tensor([1.0, 5.0, 1.0]))
+
+
+@pytest.mark.support(
+    "Losses",
+    "Classes with weights (`compute_loss`)",
+    "one sample at a time, since the mean is over the weights; a sample alone has the weight 1",
+)
+@pytest.mark.parametrize("first", [[0, 0, 1, 2], [1, 0, 2, 0]])
+def test_weights_of_classes_do_not_mix_the_samples_of_a_batch(tmp_path, first):
+    rows = {label: [s for s in classification_samples(200) if s["labels"] == label] for label in range(3)}
+    samples = [rows[label].pop() for label in [*first, 0, 0, 0, 1, *[0, 1, 2] * 3]]
+    model = make_model("BERT, sequence classification")
+    report, statistics = statistics_of(tmp_path, model, samples, compute_loss=of_rare_class)
+    assert_initialized(tmp_path, make_model("BERT, sequence classification"), report)
+    assert report.batch_size == 1
+    expected = autograd_statistics(
+        make_model("BERT, sequence classification"), samples[:8], lambda m, b: of_rare_class(m, b, None), pad_samples
+    )
+    assert_statistics_equal(statistics, expected, 1e-4)
+
+
+def test_samples_of_one_length_do_not_hide_what_padding_does_to_the_loss(tmp_path):
+    family = FAMILIES["BERT, question answering"]
+    by_length = sorted(family.samples(40), key=lambda sample: len(sample["input_ids"]))
+    samples = [*by_length[20:24], *by_length[:4], *by_length[24:]]
+    report, statistics = statistics_of(tmp_path, make_model("BERT, question answering"), samples)
+    expected = autograd_statistics(
+        make_model("BERT, question answering"), samples[:8], lambda m, b: model_loss(m, b, None), pad_samples
+    )
+    assert report.batch_size == 1
     assert_statistics_equal(statistics, expected, 1e-4)

@@ -8,15 +8,8 @@ import torch
 from lora_da_hf.errors import DataError, NonFiniteError
 from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.collect import (
-    Lockstep,
-    PassSettings,
-    check_lengths,
-    check_loss,
-    digest_sample,
-    evaluate_loss,
-    sample_length,
-)
+from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample, sample_length
+from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
 from lora_da_hf.statistics.losses import LossReduction, find_reduction
 from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
 
@@ -277,8 +270,75 @@ def test_the_reduction_is_measured_on_two_samples(loss, samples, kind, reason):
 
 
 def test_samples_with_different_numbers_of_labels_are_measured_if_there_are_such():
-    samples = [{"x": 1.0, "labels": [1, 1]}, {"x": 5.0, "labels": [1, 1]}, {"x": 2.0, "labels": [1, 1, 1]}]
+    samples = [{"x": 1.0, "labels": [1, 1]}, {"x": 1.0, "labels": [1, 1]}, {"x": 2.0, "labels": [1, 1, 1]}]
     assert reduction_of(toy(1, 3, 2.2), samples).kind == "token_mean"
+
+
+def per_sample(batch, weights=(1.0, 5.0, 1.0)):
+    """Return a loss of each sample by its class, and a weight."""
+    return 1.0 + batch["x"].double(), torch.tensor(weights)[batch["labels"]].double()
+
+
+def weighted_mean(model, batch, num_items):
+    losses, weights = per_sample(batch)
+    return (losses * weights).sum() / weights.sum()
+
+
+def weighted_mean_scaled_to_a_sum(model, batch, num_items):
+    return weighted_mean(model, batch, None) * (1 if num_items is None else len(batch["x"]) / num_items)
+
+
+def weighted_sum(model, batch, num_items):
+    losses, weights = per_sample(batch)
+    return (losses * weights).sum() / (weights.sum() if num_items is None else num_items)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [(weighted_mean, "unknown"), (weighted_mean_scaled_to_a_sum, "unknown"), (weighted_sum, "sum")],
+)
+@pytest.mark.parametrize("rare", [1, 30])
+def test_weights_of_classes_show_though_most_samples_are_of_one_class(loss, kind, rare):
+    samples = [{"x": float(number), "labels": int(number == rare)} for number in range(40)]
+    assert reduction_of(loss, samples).kind == kind
+
+
+def test_a_loss_that_padding_changes_shows_though_most_samples_are_of_one_length():
+    def padded(model, batch, num_items):
+        return (batch["input_ids"].double() + 1).log().sum(-1).mean() / batch["input_ids"].shape[1]
+
+    lengths = [6, 6, 6, 6, 12, 6]
+    samples = [{"input_ids": list(range(k, k + length))} for k, length in enumerate(lengths)]
+    assert reduction_of(padded, samples).kind == "unknown"
+    assert reduction_of(padded, samples[:4]).kind == "sample_mean"
+
+
+def test_pairs_that_agree_on_different_means_agree_on_none():
+    """Of the first pair it is the mean over samples, of the second that over labels."""
+
+    def fickle(model, batch, num_items):
+        counts = (batch["labels"] != -100).sum(-1)
+        return (batch["x"].double() * (counts if 4 in counts else 1)).sum() / (
+            counts if 4 in counts else counts > 0
+        ).sum()
+
+    samples = [{"x": float(count), "labels": [1] * count} for count in (2, 3, 4)]
+    assert reduction_of(fickle, samples[:2]).kind == "sample_mean"
+    assert reduction_of(fickle, samples).kind == "unknown"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 60])
+def test_few_samples_are_measured_and_short_ones(tiny_llama, token_samples, count):
+    samples = token_samples(count, max_length=40)
+    rows = []
+
+    def watched(model, batch, num_items):
+        rows.append(len(batch["labels"]))
+        return model_loss(model, batch, num_items)
+
+    model = tiny_llama().eval()
+    assert find_reduction(watched, model, pad_samples, samples, shifts_labels=True).kind == "sum"
+    assert sum(rows) == 2 + 3 * (min(count, 4) - 1)
 
 
 def test_a_loss_without_countable_labels_is_no_sum_over_them():

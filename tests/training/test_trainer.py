@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
+    assert_initialized,
     assert_same_tensors,
     assert_statistics_equal,
     autograd_statistics,
@@ -425,6 +426,7 @@ def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisati
     assert trainer.sizes[0] == 4
     assert trainer.sizes[-1] < 4
     assert len(count_initializations) == 1
+    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
     assert_same_tensors(adapter_weights(trainer.model), written_adapter(tmp_path / "lora_da"))
     assert [e["step"] for e in trainer.state.log_history if "lora_da_step_size" in e] == [0]
 
@@ -634,6 +636,7 @@ def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, l
         tmp_path, lora_model(), make_stream(kind, samples), RecordingLoRADATrainer, config, {"max_steps": 2}
     )
     trainer.train()
+    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
     assert trainer.lora_da_report.population_size == 1000
     assert trainer.lora_da_report.num_samples == 12
     assert torch.equal(trainer.batches[0], collate(samples[:4])["input_ids"])

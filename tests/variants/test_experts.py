@@ -1,5 +1,7 @@
 """Experts of a mixture: each is a layer of its own, with the tokens that are routed to it."""
 
+import json
+
 import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
@@ -7,17 +9,19 @@ from harness import (
     assert_initialized,
     assert_statistics_equal,
     collate,
+    forge_manifest,
     make_config,
     make_learnable_samples,
     send_nothing_to_the_last_expert,
 )
 from harness import make_lora_config as lora_config
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import ArtifactError
 from lora_da_hf.pipeline.save import base_model_facts
 
 SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
@@ -82,6 +86,48 @@ def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_pat
         if "experts" in name and "lora_B" in name:
             assert not parameter[:, 3::4].any()
             assert parameter[:, 0::4].any()
+
+
+RANKS = {"experts.gate_up_proj": 2, r"layers\.1\..*experts\.down_proj": 3, "q_proj": 5}
+ALPHAS = {"down_proj": 8}
+
+
+@pytest.mark.support(
+    "PEFT", "Experts with `rank_pattern`, `alpha_pattern`", "keys are `<module>.<parameter>`, all experts of one alike"
+)
+# PEFT 0.21 says that keys of parameters match nothing, and uses them all the same, seen 2026-11
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_experts_with_ranks_of_their_own_are_written_and_read(tmp_path):
+    def make():
+        return make_mixtral(rank_pattern=RANKS, alpha_pattern=ALPHAS)
+
+    samples = make_learnable_samples(16)
+    model = make()
+    report, _ = initialize(model, tmp_path, samples=samples)
+    assert_initialized(tmp_path, make(), report, kept=("mlp.gate",))
+    assert {layer.rank for layer in report.layers} == {2, 3, 4, 5}
+    loaded = PeftModel.from_pretrained(FAMILIES["Mixtral (experts)"].make_model(), tmp_path)
+    batch = collate(samples[:4])
+    with torch.no_grad():
+        found, expected = (m.eval()(**batch).logits for m in (loaded, model))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rank_pattern", {"gate_up_proj": 2, "down_proj": 2}, r"experts.*\[0\] has rank 2 and alpha 16, the manifest"),
+        ("alpha_pattern", {"gate_up_proj": 2, "down_proj": 2}, r"experts.*\[0\] has scaling 0.5, the manifest says 4"),
+        ("target_parameters", ["mlp.gate.weight"], r"nor its target_parameters hold .*experts.*\[0\]\. Fetch"),
+    ],
+)
+def test_a_config_that_gives_experts_other_ranks_than_the_manifest_is_refused(tmp_path, key, value, message):
+    initialize(make_mixtral(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    forge_manifest(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        load_init(tmp_path)
 
 
 def test_step_zero_of_experts_is_that_of_the_search(tmp_path):

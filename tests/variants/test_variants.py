@@ -20,6 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.adapters.write import write_factors
+from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.samples import pad_samples
 
 
@@ -48,7 +50,11 @@ def train(folder, model, samples, steps=3, **settings):
 PART = {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["o_proj"]}
 VARIANTS = [
     row("rsLoRA", "PEFT's scaling is read from the layer", {"use_rslora": True}),
-    row("DoRA", "the magnitude is set to the norms of what is written: step 0 is W + s B A", {"use_dora": True}),
+    row(
+        "DoRA",
+        "the magnitude is set to the norms of what is written: step 0 is W + s B A; not under ZeRO-3",
+        {"use_dora": True},
+    ),
     row("`lora_bias`", "the bias starts at zero, as PEFT has it", {"lora_bias": True}),
     row("`rank_pattern`, `alpha_pattern`", "", {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 4}}),
     row("`lora_dropout`", "off during the initialisation", {"lora_dropout": 0.1}),
@@ -124,6 +130,14 @@ def test_dora_is_put_back_if_the_initialisation_fails(lora_model):
     after = adapter_weights(model)
     assert any("magnitude" in name for name in after)
     assert all(torch.allclose(after[name], before[name], rtol=1e-6) for name in before)
+
+
+def test_dora_is_refused_where_a_process_has_a_part_of_the_base_weight(lora_model):
+    target = find_targets(lora_model(use_dora=True)).targets[0]
+    weight = target.base_layer.weight
+    weight.ds_id, weight.ds_shape = 0, torch.Size([1])  # as ZeRO-3 does
+    with pytest.raises(UnsupportedSetupError, match=r"q_proj: a DoRA adapter cannot be initialised under ZeRO-3\. Use"):
+        write_factors(target, torch.ones(4, 48), torch.ones(48, 4))
 
 
 @pytest.mark.support("PEFT", "LoRA-FA (`freeze_a=True`)", "A is frozen after it is written, B alone is trained")
