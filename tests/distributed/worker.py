@@ -169,12 +169,12 @@ class Dying:
         self.at = at
         self.count = 0
 
-    def __call__(self, model, batch, num_items):
+    def __call__(self, model, batch, num_items_in_batch=None):
         if torch.is_grad_enabled():
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return model_loss(model, batch, num_items)
+        return model_loss(model, batch, num_items_in_batch)
 
 
 def saving_config(**overrides):
