@@ -72,7 +72,12 @@ def _workload(job: Job, probe: Probe) -> Workload:
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
+        threads=min(job.ranks.gather(_threads(devices))),
     )
+
+
+def _threads(devices: list[torch.device]) -> int:
+    return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 
 def linear_weights(model: nn.Module) -> int:
