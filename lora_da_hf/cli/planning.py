@@ -18,7 +18,7 @@ from lora_da_hf.cli.flags import read
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import TargetError
-from lora_da_hf.pipeline.memory import linear_weights
+from lora_da_hf.pipeline.memory import linear_weights, solver_threads
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
@@ -84,6 +84,7 @@ def workload(model: Any, config: LoRADAConfig, *, tokens: int) -> Workload:
         num_samples=config.num_samples,
         num_tokens=config.num_samples * tokens,
         itemsize=getattr(torch, config.accumulate_dtype).itemsize,
+        threads=solver_threads([_device()]),
     )
 
 
@@ -91,10 +92,14 @@ def _width(layer: Any) -> tuple[int, int]:
     return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
+def _device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def measure_speed(dtype: torch.dtype) -> float:
     """Return about how many floating-point operations a second a pass does on this machine."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    left, right = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(1024, 1024, device=_device()).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
