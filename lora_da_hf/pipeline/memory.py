@@ -76,7 +76,8 @@ def _workload(job: Job, probe: Probe) -> Workload:
     )
 
 
-def _threads(devices: list[torch.device]) -> int:
+def solver_threads(devices: list[torch.device]) -> int:
+    """Return on how many threads of this process layers that live on these devices are solved."""
     return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 
