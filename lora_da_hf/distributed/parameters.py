@@ -198,7 +198,7 @@ def refuse_split_models(model: nn.Module) -> None:
         )
     if any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
         raise UnsupportedSetupError(
-            "FSDP's own activation checkpointing renames the layers, and PEFT stores none of an adapter's weights then, "
+            "FSDP's own activation checkpointing renames the layers, and PEFT stores no weight of an adapter then, "
             "not even those of the finished training. Turn it off in fsdp_config and use gradient_checkpointing=True."
         )
     if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
