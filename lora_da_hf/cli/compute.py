@@ -130,19 +130,20 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     )
     speed = measure_speed(model.dtype)
     collect, solve = plan.seconds(speed)
+    weights = weight_bytes(model)
     values = {
         "schedule": plan.schedule,
         "processes": plan.num_processes,
         "passes": len(plan.windows),
         "sample_passes": plan.sample_passes,
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": weights,
         "peak_bytes": plan.peak_bytes,
         "sent_bytes": plan.sent_bytes,
         "statistics_seconds": round(collect, 1),
         "solve_seconds": round(solve, 1),
     }
     text = (
-        f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(values['weight_bytes'])} of weights, "
+        f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(weights)} of weights, "
         "and the activations of a pass"
     )
     output.result(values, bare=str(plan.peak_bytes), text=text)
