@@ -23,7 +23,7 @@ from harness import collate, make_args, make_config, make_learnable_samples, mak
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
 from worker import RANK, SMALL, Dying, write
 
 from lora_da_hf import LoRADACallback, LoRADAError, LoRADATrainer
@@ -35,6 +35,7 @@ CHECKPOINTING = {"plain": None, "reentrant": True, "not_reentrant": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PARTITIONED = ("zero3", "fsdp2")
+QUANTISED = ("ddp", "zero1", "zero2")
 LAYERS_TO_WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
@@ -294,6 +295,39 @@ def sft(folder, strategy):
     )
 
 
+def quantised_base(folder):
+    """Load the wider base in 4-bit, as QLoRA does."""
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "wide_base",
+        quantization_config=BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **kind),
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+
+
+def qlora(folder, strategy):
+    """Train an adapter of a base in 4-bit."""
+    trainer = LoRADATrainer(
+        model=quantised_base(folder),
+        args=training_args(folder / "qlora", strategy),
+        peft_config=lora_config(),
+        da_config=da_config(),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    watch = train(trainer)
+    written = load_file(folder / "qlora" / "lora_da" / "adapter_model.safetensors")
+    found = {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "layers": len(trainer.lora_da_report.layers),
+        "weights": largest_difference(watch.weights, written),
+        "masters": largest_difference(watch.masters, written),
+    }
+    write(folder, "qlora", found)
+
+
 def again(folder, strategy):
     """Start the first cell once more, in its folder, and note what was done and where it started."""
     trainer = LoRADATrainer(
@@ -373,6 +407,8 @@ def scenarios(strategy):
         found += [stream, find_batch_size]
     if strategy in PARTITIONED:
         found.append(share_layers)
+    if strategy in QUANTISED and importlib.util.find_spec("bitsandbytes"):
+        found.append(qlora)
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
         found.append(sft)
     return found
@@ -445,6 +481,7 @@ def main():
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     if PartialState().is_main_process:
         make_base().save_pretrained(folder / "base")
+        make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide_base")
     PartialState().wait_for_everyone()
     if only and only[0] in ("lose", "take_up"):
         globals()[only[0]](folder, strategy)

@@ -16,7 +16,17 @@ from harness import (
 from launching import guidance_of, launch, result, start_apart, stored_statistics
 from peft import get_peft_model
 from safetensors.torch import load_file
-from strategy_worker import PARTITIONED, STRATEGIES, cells, da_config, lora_config, make_base, samples
+from strategy_worker import (
+    PARTITIONED,
+    QUANTISED,
+    STRATEGIES,
+    cells,
+    da_config,
+    lora_config,
+    make_base,
+    quantised_base,
+    samples,
+)
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
@@ -200,6 +210,22 @@ def test_trls_sft_trainer_takes_the_callback(launched, strategy):
         assert len(found["report"]["layers"]) == LINEAR_LAYERS
         assert found["report"]["num_samples"] == 7
         assert max(found["weights"], found["masters"]) <= 1e-9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strategy", [param for param in EVERY_STRATEGY if param.values[0] in QUANTISED])
+def test_a_base_in_4_bit_gives_the_statistics_of_one_process(launched, tmp_path, strategy):
+    for rank in range(2):
+        found = result(launched(strategy), "qlora", rank)
+        assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
+        assert found["layers"] == LINEAR_LAYERS
+        assert max(found["weights"], found["masters"]) <= 1e-9
+    model = get_peft_model(quantised_base(launched(strategy)), lora_config())
+    settings = {"config": da_config(), "data_collator": collate, "output_dir": tmp_path / "init", "progress": False}
+    initialize_lora_da(model, samples(), **settings)
+    statistics = stored_statistics(launched(strategy) / "qlora" / "lora_da")
+    assert_statistics_equal(statistics, stored_statistics(tmp_path / "init"), TOLERANCES["fp32"])
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
