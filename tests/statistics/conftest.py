@@ -55,6 +55,7 @@ def run_pass(
     on_samples=lambda count: None,
     lockstep=None,
     labelled_head=False,
+    store=None,
 ):
     layers = linear_layers(model)
     shifts = shifts_labels(model)
@@ -93,6 +94,7 @@ def run_pass(
             settings=settings,
             make_taps=make_taps,
             on_samples=on_samples,
+            store=store,
             lockstep=lockstep,
         )
     groups = input_groups(shared)
