@@ -278,7 +278,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
     if options.resume and options.output.exists():
-        found |= earlier_runs(options)
+        found |= read_runs(options.output, settings(options))
     for repeat in range(options.repeats):
         for method in options.methods:
             if len(found[method]) > repeat:
@@ -290,30 +290,35 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             result = json.loads(output.splitlines()[-1])
             found[method].append(result)
             print(f"run {repeat + 1}: {method} {result['seconds']:.1f} s", file=sys.stderr, flush=True)
-            save(options, found)
+            write_runs(options.output, settings(options), found)
     return found
 
 
-def earlier_runs(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def read_runs(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read the runs of the output file, if they are of the same code, settings and machine."""
-    content = json.loads(options.output.read_text())
-    if content["settings"] != settings(options) or content["machine"] != machine():
-        raise SystemExit(f"{options.output} holds runs of another day, code, setting or machine: run without --resume.")
+    content = json.loads(output.read_text())
+    if content["settings"] != settings or content["machine"] != machine():
+        raise SystemExit(f"{output} holds runs of another day, code, setting or machine: run without --resume.")
     return content["runs"]
+
+
+def write_runs(output: Path, settings: dict[str, Any], runs: dict[str, Any]) -> None:
+    content = {"machine": machine(), "settings": settings, "runs": runs}
+    output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the figures depend on, the code of the package among it."""
+    names = ("num_samples", "search_samples", "batch_size", "max_length")
+    return {name: getattr(options, name) for name in names} | {"package_sha256": package_digest()}
+
+
+def package_digest() -> str:
+    """Return a hash of the package's code."""
     digest = hashlib.sha256()
     for path in sorted((REPOSITORY / "lora_da_hf").rglob("*.py")):
         digest.update(path.read_bytes())
-    names = ("num_samples", "search_samples", "batch_size", "max_length")
-    return {name: getattr(options, name) for name in names} | {"package_sha256": digest.hexdigest()[:16]}
-
-
-def save(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
-    content = {"machine": machine(), "settings": settings(options), "runs": found}
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
+    return digest.hexdigest()[:16]
 
 
 def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:

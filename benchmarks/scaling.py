@@ -1,9 +1,11 @@
 """What one and two processes take, with windows and without: seconds, bytes sent, memory. And what large models will.
 
-Each measurement starts processes of its own, with one thread each, on a random Llama of some size. Run it on a machine
-that does nothing else and has a core for each process:
+Each measurement starts processes of its own, with one thread each, on a random Llama with gradient checkpointing. Run
+it on a machine that does nothing else and has a core for each process:
 
     python benchmarks/scaling.py
+
+Every run is kept once it is done, and `--resume` adds those that are missing.
 
 The second table is computed for Llama-2-7B and 70B from the cost model of `lora_da_hf.pipeline.plan`, which the first
 table checks: the memory and the passes against what was measured, the seconds by the speed of one process in one pass.
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from initialization_cost import machine, peak_mib, reset_peak
+from initialization_cost import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,6 +39,7 @@ import lora_da_hf.pipeline.run as run_module
 import lora_da_hf.pipeline.solve as solve_module
 import lora_da_hf.pipeline.windows as windows_module
 from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.cli.planning import measure_speed
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
 
@@ -44,12 +47,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
 MIB = 2**20
 WINDOW_MIB = 128
+MODEL_SEED, DATA_SEED = 0, 1
+SHARED_TIME = SHARED_MEMORY = 0.6
+"""What two processes may take, of what one takes."""
 MODEL = {
     "vocab_size": 512,
-    "hidden_size": 512,
-    "intermediate_size": 1376,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "max_position_embeddings": 256,
 }
 
@@ -78,16 +84,19 @@ CASES = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_samples", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--num_samples", type=int, default=24)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="besides one, which all need")
+    parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.cases = [name for name in CASES if name == "one" or name in options.cases]
+    return options
 
 
 # ---- one process of a measurement
@@ -145,13 +154,14 @@ def solve_everything() -> None:
 
 
 def make_model(blocks: int) -> Any:
-    torch.manual_seed(0)
+    torch.manual_seed(MODEL_SEED)
     model = LlamaForCausalLM(LlamaConfig(**MODEL, num_hidden_layers=blocks))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
 
 
 def make_samples(count: int, length: int) -> list[dict[str, list[int]]]:
-    torch.manual_seed(1)
+    torch.manual_seed(DATA_SEED)
     rows = torch.randint(3, MODEL["vocab_size"], (count, length)).tolist()
     return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -183,7 +193,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     reset_peak()
     before = peak_mib()
     tensors = None
-    start, begin = time.process_time(), time.perf_counter()
+    begin = time.perf_counter()
     with counted_bytes() as sent:
         if options.memory:
             tensors, report = under_profiler(lambda: initialize_lora_da(model, samples, config=config, progress=False))
@@ -191,12 +201,13 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             report = initialize_lora_da(model, samples, config=config, progress=False)
     return {
         "seconds": time.perf_counter() - begin,
-        "cpu_seconds": time.process_time() - start,
         "stages": report.seconds,
         "sent_bytes": sent[0],
         "rss_mib": peak_mib() - before,
         "tensor_bytes": tensors,
         "plan": plans[0].to_dict(),
+        "printed": report.plan,
+        "matrix_speed": measure_speed(torch.float32),
     }
 
 
@@ -224,80 +235,158 @@ def launch(name: str, options: argparse.Namespace, *, memory: bool) -> list[dict
         command += [f"--{setting}", str(getattr(options, setting))]
     size = CASES[name].processes
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(size)
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, **output) for rank in range(size)
     ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(not output for output in outputs):
-        raise RuntimeError(f"A process of {name} failed.")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    outputs = [process.communicate() for process in started]
+    failed = [errors for found, errors in outputs if not found]
+    if failed:
+        raise RuntimeError(f"A process of {name} failed: {failed[0]}")
+    return [json.loads(found.splitlines()[-1]) for found, _ in outputs]
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[list[dict[str, Any]]]]:
     """Run every case once, then all of them again; and once more each for the memory of its tensors."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {
+        "model": MODEL,
+        "window_mib": WINDOW_MIB,
+        "repeats": options.repeats,
+        "package_sha256": package_digest(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in options.cases}
+    if options.resume and options.output.exists():
+        found |= read_runs(options.output, settings)
     for repeat in range(options.repeats + 1):
         for name in options.cases:
+            if len(found[name]) > repeat:
+                continue
             found[name].append(launch(name, options, memory=repeat == options.repeats))
             print(f"run {repeat + 1}: {name} {found[name][-1][0]['seconds']:.1f} s", file=sys.stderr, flush=True)
+            write_runs(options.output, settings, found)
     return found
-
-
-def save(options: argparse.Namespace, found: Any) -> None:
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    content = {"machine": machine(), "model": MODEL, "settings": settings, "runs": found}
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # ---- the tables
 
 
-def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Namespace) -> list[str]:
-    """Compare what was measured with the plan: the largest of the processes, the median of the runs."""
+@dataclass(frozen=True)
+class Row:
+    """What came of a case: the largest of its processes, all of its timed runs, and the plan.
+
+    Attributes:
+        whole: Seconds of the initialisation.
+        stages: Seconds of statistics and solve, of which the plan speaks.
+        tensors: Bytes of tensors at their peak, activations included.
+        resident: MiB of resident memory at its peak, over what was there before.
+        sent: Bytes that a process sent.
+        plan: The plan.
+    """
+
+    whole: list[float]
+    stages: list[float]
+    tensors: int
+    resident: float
+    sent: int
+    plan: Plan
+
+    @classmethod
+    def of(cls, runs: list[list[dict[str, Any]]]) -> Row:
+        """Summarise the runs of a case, of which the last measured the memory of tensors."""
+        *timed, memory = runs
+        return cls(
+            whole=[max(p["seconds"] for p in run) for run in timed],
+            stages=[max(p["stages"]["statistics"] + p["stages"]["solve"] for p in run) for run in timed],
+            tensors=max(p["tensor_bytes"] for p in memory),
+            resident=max(p["rss_mib"] for run in timed for p in run),
+            sent=max(p["sent_bytes"] for p in timed[0]),
+            plan=Plan.from_dict(timed[0][0]["plan"]),
+        )
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def planned_seconds(name: str, plan: Plan, speed: float) -> float:
+    collect, solve = plan.seconds(speed)
+    return collect + solve * (2 if CASES[name].all_reduce else 1)  # the plan has each layer solved once
+
+
+def measured_table(rows: dict[str, Row], speed: float, options: argparse.Namespace) -> list[str]:
+    """Compare what was measured with the plan."""
     columns = (
-        *("", "statistics and solve, s, median (range)", "x one", "planned", "passes"),
+        *("", "whole, s, median (range)", "x one", "statistics and solve, s", "planned", "passes"),
         *("tensors at their peak, MiB", "planned", "resident, MiB", "sent a process, MiB", "planned"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    speed = pass_speed(found) if "one" in found else None
-    first = statistics.median(map(seconds_of, found["one"][:-1])) if "one" in found else None
-    for name, runs in found.items():
-        timed, memory = runs[:-1], runs[-1]
-        plan = Plan.from_dict(timed[0][0]["plan"])
-        seconds = [seconds_of(run) for run in timed]
-        planned = sum(plan.seconds(speed)) if speed else 0.0
-        if CASES[name].all_reduce and speed:  # the plan has each layer solved once
-            planned += plan.seconds(speed)[1]
-        lines.append(
-            f"| {CASES[name].title} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
-            f"{statistics.median(seconds) / first if first else 0:.2f} | {planned:.2f} | {plan.sample_passes} | "
-            f"{max(p['tensor_bytes'] for p in memory) / MIB:.0f} | {plan.peak_bytes / MIB:.0f} | "
-            f"{max(p['rss_mib'] for p in timed[0]):.0f} | {max(p['sent_bytes'] for p in timed[0]) / MIB:.1f} | "
-            f"{'' if CASES[name].all_reduce else f'{plan.sent_bytes / MIB:.1f}'} |"
+    for name, row in rows.items():
+        cells = (
+            *(CASES[name].title, spread(row.whole), f"{ratio(row.whole, rows['one'].whole):.2f}", spread(row.stages)),
+            *(f"{planned_seconds(name, row.plan, speed):.2f}", row.plan.sample_passes),
+            *(f"{row.tensors / MIB:.0f}", f"{row.plan.peak_bytes / MIB:.0f}", f"{row.resident:.0f}"),
+            *(f"{row.sent / MIB:.1f}", "" if CASES[name].all_reduce else f"{row.plan.sent_bytes / MIB:.1f}"),
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
     return [
         *lines,
         "",
         f"Llama with {options.blocks} blocks of width {MODEL['hidden_size']} and {MODEL['intermediate_size']}, "
-        f"{options.num_samples} samples of {options.length} tokens, batch size {options.batch_size}, rank 8, float32, "
-        f"one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} runs. Passes: samples forward and "
-        "backward in the busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by "
-        f"torch's allocator in a run of its own, activations included. {facts}.",
+        f"gradient checkpointing, {options.num_samples} samples of {options.length} tokens, batch size "
+        f"{options.batch_size}, rank 8, float32, one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} "
+        f"runs, seeds {MODEL_SEED} (model) and {DATA_SEED} (samples). Passes: samples forward and backward in the "
+        "busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by torch's allocator in a "
+        f"run of its own, activations included. {facts}.",
     ]
 
 
-def seconds_of(run: list[dict[str, Any]]) -> float:
-    """Return what the slowest process took for what the plan speaks of."""
-    return max(process["stages"]["statistics"] + process["stages"]["solve"] for process in run)
+def ratio(values: list[float], to: list[float]) -> float:
+    return statistics.median(values) / statistics.median(to)
 
 
-def pass_speed(found: dict[str, list[list[dict[str, Any]]]]) -> float:
+def goals(rows: dict[str, Row]) -> list[str]:
+    """Compare with what two processes are to save."""
+    lines = ["| goal | measured | wanted | |", "|---|---|---|---|"]
+    for title, name, bound, value in (
+        ("time of two that share the samples / one", "samples", SHARED_TIME, lambda r: statistics.median(r.whole)),
+        ("tensors of two that share the layers / one", "layers", SHARED_MEMORY, lambda r: r.tensors),
+    ):
+        if name in rows:
+            found = value(rows[name]) / value(rows["one"])
+            lines.append(
+                f"| {title} | {found:.2f} | at most {bound:.2f} | {'reached' if found <= bound else 'missed'} |"
+            )
+    return lines
+
+
+def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row], speed: float) -> list[str]:
+    """Say how far the cost model is from what was measured, and what would bring its constants there."""
+    stages = {
+        stage: statistics.median(run[0]["stages"][stage] for run in runs[:-1]) for stage in ("statistics", "solve")
+    }
+    solve = rows["one"].plan.seconds(speed)[1] / stages["solve"]
+    matrix = statistics.median(run[0]["matrix_speed"] for run in runs[:-1])
+    time_off = [planned_seconds(name, row.plan, speed) / statistics.median(row.stages) for name, row in rows.items()]
+    memory_off = [row.plan.peak_bytes / row.tensors for row in rows.values()]
+    sent_off = [
+        r.plan.sent_bytes / r.sent for name, r in rows.items() if r.plan.sent_bytes and not CASES[name].all_reduce
+    ]
+    ranges = {"seconds": time_off, "peak of tensors": memory_off, "bytes sent": sent_off}
+    texts = [f"{what} {min(found):.2f} to {max(found):.2f}" for what, found in ranges.items() if found]
+    return [
+        f"Planned / measured, least and most of all cases: {', '.join(texts)}. The speed of the solve as part of the "
+        f"pass's is {solve:.2f} times what the plan takes for it, and that of the pass {speed / matrix:.2f} times what "
+        f'`lora-da plan` takes for it. The plan that one process printed: "{runs[0][0]["printed"]}"; it took '
+        f"{stages['statistics']:.1f} s and {stages['solve']:.1f} s.",
+    ]
+
+
+def pass_speed(runs: list[list[dict[str, Any]]]) -> float:
     """Return the arithmetic a second of the pass of one process in one pass."""
-    runs = found["one"][:-1]
-    return runs[0][0]["plan"]["pass_flops"] / statistics.median(run[0]["stages"]["statistics"] for run in runs)
+    return runs[0][0]["plan"]["pass_flops"] / statistics.median(run[0]["stages"]["statistics"] for run in runs[:-1])
 
 
 def llama(blocks: int, hidden: int, intermediate: int, key_value: int, vocabulary: int = 32000) -> Workload:
@@ -355,8 +444,15 @@ def main() -> None:
         print(json.dumps(work(options)), flush=True)
         os._exit(0)  # gloo sometimes aborts in its teardown
     found = measure(options)
-    save(options, found)
-    text = "\n".join([*measured_table(found, options), "", *computed_table()])
+    rows = {name: Row.of(runs) for name, runs in found.items()}
+    speed = pass_speed(found["one"])
+    parts = (
+        measured_table(rows, speed, options),
+        goals(rows),
+        model_check(found["one"], rows, speed),
+        computed_table(),
+    )
+    text = "\n\n".join("\n".join(part) for part in parts)
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)
 

@@ -1,13 +1,15 @@
-"""`lora-da init`."""
+"""`lora-da init` and `lora-da plan`."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, dataclass_flags, joined, new_folder, read
+from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, new_folder, read
 from lora_da_hf.cli.output import Output, hide_progress_bars
+from lora_da_hf.config import parse_bytes
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
     LOADER_OF_SUFFIX,
@@ -97,3 +99,51 @@ def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
     return datasets.load_dataset(
         arguments.data, arguments.dataset_config_name, split=arguments.split, cache_dir=arguments.cache_dir
     )
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    """Return the flags of `lora-da plan`."""
+    own = Flags()
+    own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
+    own.flag("tokens", type=at_least(1), default=1024, help="tokens of a sample, at most (default: 1024)")
+    own.flag("world_size", type=at_least(1), default=1, help="processes that share the work (default: 1)")
+    return joined(own, dataclass_flags(LoraArguments, ModelArguments, LoRADAArguments))
+
+
+def run_plan(arguments: argparse.Namespace, output: Output) -> None:
+    """Print the plan of an initialisation of a model that is not loaded."""
+    settings = read(LoRADAArguments, arguments).to_config()
+    if not output.shows_progress:
+        hide_progress_bars()
+
+    from lora_da_hf.cli.planning import empty_model, measure_speed, weight_bytes, workload
+    from lora_da_hf.pipeline.plan import gibibytes, make_plan
+
+    model = empty_model(arguments.model, arguments)
+    budget = settings.memory_budget
+    plan = make_plan(
+        workload(model, settings, tokens=arguments.tokens),
+        num_processes=arguments.world_size,
+        budget={0: math.inf if budget is None else parse_bytes(budget, "memory_budget")},
+        schedule=settings.schedule,
+        solve_alone=settings.save_statistics,
+    )
+    speed = measure_speed(model.dtype)
+    collect, solve = plan.seconds(speed)
+    weights = weight_bytes(model)
+    values = {
+        "schedule": plan.schedule,
+        "processes": plan.num_processes,
+        "passes": len(plan.windows),
+        "sample_passes": plan.sample_passes,
+        "weight_bytes": weights,
+        "peak_bytes": plan.peak_bytes,
+        "sent_bytes": plan.sent_bytes,
+        "statistics_seconds": round(collect, 1),
+        "solve_seconds": round(solve, 1),
+    }
+    text = (
+        f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(weights)} of weights, "
+        "and the activations of a pass"
+    )
+    output.result(values, bare=str(plan.peak_bytes), text=text)

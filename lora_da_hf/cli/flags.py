@@ -10,8 +10,6 @@ from typing import Any
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 class Flags(argparse.ArgumentParser):
     """Flags of a verb, for `argparse`'s ``parents``. Each can be written with dashes too."""

@@ -46,6 +46,12 @@ VERBS = (
         ),
     ),
     Verb(
+        name="plan",
+        home="lora_da_hf.cli.compute",
+        summary="Tell how much memory and time an initialisation will take. Nothing but the model's config is read.",
+        examples=("lora-da plan meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB",),
+    ),
+    Verb(
         name="show",
         home="lora_da_hf.cli.examine",
         summary="Show what is in a stored initialisation: a table, and plots if asked for.",

@@ -203,8 +203,8 @@ def refuse_split_models(model: nn.Module) -> None:
         )
     if any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
         raise UnsupportedSetupError(
-            "FSDP's own activation checkpointing renames the layers, and an adapter stored under those names cannot be "
-            "loaded. Turn it off and use gradient_checkpointing=True."
+            "FSDP's own activation checkpointing renames the layers, and PEFT stores no weight of an adapter then, "
+            "not even those of the finished training. Turn it off in fsdp_config and use gradient_checkpointing=True."
         )
     if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
         raise UnsupportedSetupError(_NOT_SPLIT.format("pipeline parallelism"))

@@ -72,11 +72,12 @@ def _workload(job: Job, probe: Probe) -> Workload:
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
-        threads=min(job.ranks.gather(_threads(devices))),
+        threads=min(job.ranks.gather(solver_threads(devices))),
     )
 
 
-def _threads(devices: list[torch.device]) -> int:
+def solver_threads(devices: list[torch.device]) -> int:
+    """Return on how many threads of this process layers that live on these devices are solved."""
     return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 

@@ -19,7 +19,7 @@ NAMES = [verb.name for verb in VERBS]
 
 
 def test_the_verbs_are_those_of_the_documentation():
-    assert NAMES == ["init", "show", "refit", "verify", "card", "push", "pull", "list"]
+    assert NAMES == ["init", "plan", "show", "refit", "verify", "card", "push", "pull", "list"]
 
 
 @pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in NAMES]], ids=["all", *NAMES])
@@ -62,6 +62,7 @@ def test_no_verb_takes_a_token(lora_da, verb):
         ["show", "a", "b"],
         ["show", "a", "--no_such_flag"],
         ["pull", "a/b", "--rank", "0"],
+        ["plan", "a", "--world_size", "0"],
         ["show", "a", "--json", "--quiet"],
         ["init", "model", "data.jsonl", "out", "--da_solver", "magic"],
     ],

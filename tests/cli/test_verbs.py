@@ -7,10 +7,12 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 from walkthrough import write_sums
 
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.pipeline.save import base_model_facts
@@ -96,6 +98,47 @@ def test_init_of_a_model_that_is_not_there(lora_da, place, cache, tmp_path):
     code, _, err = lora_da("init", tmp_path / "no-model", place / "train.jsonl", tmp_path / "out")
     assert code == 1
     assert "Hint: Check the name or path" in err
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def test_plan_says_before_what_init_says_then(lora_da, stored, place):
+    code, out, err = lora_da("plan", place / "model", "--lora_rank", 2, "--da_num_samples", 12, "--tokens", 32)
+    assert code == 0, err
+    assert out.split("; about")[0] == read_report(stored / "lora_da_report.json").plan.split("; about")[0]
+    assert "at this machine's speed; besides, " in out
+
+
+def test_plan_reads_a_config_alone_and_keeps_to_a_budget(lora_da, place, tmp_path):
+    shutil.copy(place / "model" / "config.json", tmp_path)
+    words = ["--world_size", 3, "--da_memory_budget", "200KiB", "--da_num_samples", 5, "--tokens", 100, "--json"]
+    code, out, err = lora_da("plan", tmp_path, *words, "--da_schedule", "samples")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["schedule"], facts["processes"]) == ("samples", 3)
+    assert facts["passes"] > 1
+    assert facts["sample_passes"] == 2 * facts["passes"]
+    assert facts["sent_bytes"] > 0
+    assert facts["peak_bytes"] <= 200 * 1024
+    adapter = 8 * 2 * (4 * 32 + 32 + 16 + 16 + 32 + 3 * (32 + 48))  # rank 8, two blocks
+    base = sum(tensor.numel() for tensor in load_file(place / "model" / "model.safetensors").values())
+    assert facts["weight_bytes"] == 4 * (base + adapter)
+    assert lora_da("plan", tmp_path, "--quiet")[1].strip().isdigit()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--da_memory_budget", "1KiB"], "The statistics do not fit: "),
+        (["--da_memory_budget", "lots"], "memory_budget='lots' is no amount of memory"),
+        (["--target_modules", "embed_tokens"], "None of the target_modules is a linear layer"),
+    ],
+)
+def test_plan_says_what_cannot_be(lora_da, place, words, message):
+    code, out, err = lora_da("plan", place / "model", *words)
+    assert (code, out) == (1, "")
+    assert message in err
 
 
 # --------------------------------------------------------------------------------------------- show, verify, card

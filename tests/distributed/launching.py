@@ -59,7 +59,7 @@ def launch(script, arguments, folder, **environment):
     return output
 
 
-def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1)):
+def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1), **variables):
     """Run a script of this folder in some processes that are started here, and not by torchrun.
 
     Torchrun would end the others when one is killed.
@@ -71,7 +71,7 @@ def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1)):
     command = [sys.executable, str(TESTS / "distributed" / script), *arguments, str(folder)]
     started = []
     for rank in range(processes):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, **shared, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"output.rank{rank}.txt").open("w") as output:
             started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + TIMEOUT

@@ -1,13 +1,14 @@
 """What one of two processes does under one way to share a model's training, for all of its cells.
 
-Usage: strategy_worker.py STRATEGY FOLDER [CELL ...], started by torchrun with the tests' folders on the path and
-DS_ACCELERATOR=cpu. The tests compare what it leaves.
+Usage: strategy_worker.py STRATEGY [CELL ...] FOLDER, started by torchrun with the tests' folders on the path and
+DS_ACCELERATOR=cpu. The tests compare what it leaves. Without cells it does all but those that kill a process.
 """
 
 import contextlib
 import gc
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from accelerate.utils import DistributedType
 from conftest import make_tiny_llama
 from datasets import Dataset, IterableDataset
 from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config, make_tokenizer
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
-from worker import RANK, write
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
+from worker import RANK, SMALL, Dying, write
 
 from lora_da_hf import LoRADACallback, LoRADAError, LoRADATrainer
 from lora_da_hf.distributed.ranks import PeerFailed
@@ -33,6 +34,8 @@ RATE = 1e-12  # a step that changes nothing
 CHECKPOINTING = {"plain": None, "reentrant": True, "not_reentrant": False}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PARTITIONED = ("zero3", "fsdp2")
+QUANTISED = ("ddp", "zero1", "zero2")
 LAYERS_TO_WRAP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
 
@@ -48,6 +51,8 @@ def cells(strategy):
         found["zero_init_fp32"] = {"load": True}
     if strategy in ("ddp", "fsdp2"):
         found["dora_fp32"] = {"lora": {"use_dora": True}}
+    if strategy in PARTITIONED:
+        found["windows_fp32"] = {"config": {"memory_budget": SMALL}}
     if strategy == "fsdp2":
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found
@@ -296,6 +301,77 @@ def sft(folder, strategy):
     )
 
 
+def quantised_base(folder):
+    """Load the wider base in 4-bit, as QLoRA does."""
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "wide_base",
+        quantization_config=BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **kind),
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+
+
+def qlora(folder, strategy):
+    """Train an adapter of a base in 4-bit."""
+    trainer = LoRADATrainer(
+        model=quantised_base(folder),
+        args=training_args(folder / "qlora", strategy),
+        peft_config=lora_config(),
+        da_config=da_config(),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    watch = train(trainer)
+    written = load_file(folder / "qlora" / "lora_da" / "adapter_model.safetensors")
+    found = {
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "layers": len(trainer.lora_da_report.layers),
+        "weights": largest_difference(watch.weights, written),
+        "masters": largest_difference(watch.masters, written),
+    }
+    write(folder, "qlora", found)
+
+
+def again(folder, strategy):
+    """Start the first cell once more, in its folder, and note what was done and where it started."""
+    trainer = LoRADATrainer(
+        model=make_base(),
+        args=training_args(folder / "plain_fp32", strategy),
+        peft_config=lora_config(),
+        da_config=da_config(),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    watch = train(trainer)
+    written = load_file(folder / "plain_fp32" / "lora_da" / "adapter_model.safetensors")
+    report = trainer.lora_da_report
+    found = {
+        "stages": sorted(report.seconds),
+        "note": report.notes[-1],
+        "weights": largest_difference(watch.weights, written),
+        "masters": largest_difference(watch.masters, written),
+    }
+    write(folder, "again", found)
+
+
+def share_layers(folder, strategy):
+    """Ask for what partitioned parameters do not allow."""
+    trainer = LoRADATrainer(
+        model=make_base(),
+        args=training_args(folder / "share_layers", strategy),
+        peft_config=lora_config(),
+        da_config=da_config(schedule="layers", save_statistics=False),
+        train_dataset=samples(),
+        data_collator=collate,
+    )
+    try:
+        trainer.train()
+    except LoRADAError as error:
+        write(folder, "share_layers", f"{type(error).__name__}: {error}")
+
+
 def resume(folder, strategy):
     """Stop after a step, go on from the checkpoint, and note whether the adapter is the checkpoint's."""
 
@@ -332,9 +408,13 @@ def resume(folder, strategy):
 
 def scenarios(strategy):
     """List what is done once for a strategy."""
-    found = [resume]
+    found = [again, resume]
     if strategy == "ddp":
         found += [stream, find_batch_size]
+    if strategy in PARTITIONED:
+        found.append(share_layers)
+    if strategy in QUANTISED and importlib.util.find_spec("bitsandbytes"):
+        found.append(qlora)
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
         found.append(sft)
     return found
@@ -369,8 +449,35 @@ def fail(folder, strategy, loss):
         raise
 
 
+def save_often(folder, strategy, loss):
+    """Initialise with single samples, and the sums written after each; return how many batches were run."""
+    trainer = Trainer(
+        model=get_peft_model(make_base(), lora_config()),
+        args=training_args(folder, strategy, max_steps=1),
+        train_dataset=samples(),
+        data_collator=collate,
+        callbacks=[LoRADACallback(da_config(batch_size=1, statistics_save_steps=1), compute_loss=loss)],
+    )
+    trainer.train()
+    return loss.count
+
+
+def lose(folder, strategy):
+    """Kill the second process with its third batch; the first one says what it got."""
+    save_often(folder / "whole", strategy, Dying())
+    try:
+        save_often(folder / "killed", strategy, Dying(3 if RANK == 1 else None))
+    except LoRADAError as error:
+        write(folder, "lost", f"{type(error).__name__}: {error}")
+
+
+def take_up(folder, strategy):
+    write(folder, "taken_up", save_often(folder / "killed", strategy, Dying()))
+
+
 def main():
-    strategy, folder, only = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    strategy, *only, folder = sys.argv[1:]
+    folder = Path(folder)
     torch.set_num_threads(1)
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # the arguments ask for a GPU's
     PartialState(cpu=True)
@@ -380,7 +487,12 @@ def main():
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     if PartialState().is_main_process:
         make_base().save_pretrained(folder / "base")
+        make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide_base")
     PartialState().wait_for_everyone()
+    if only and only[0] in ("lose", "take_up"):
+        globals()[only[0]](folder, strategy)
+        write(folder, "done", True)
+        os._exit(0)  # the engine's own teardown may wait for the process that is gone
     for name, settings in cells(strategy).items():
         if not only or name in only:
             run_cell(folder, strategy, name, **settings)
@@ -390,7 +502,7 @@ def main():
     with contextlib.suppress(LoRADAError, PeerFailed):
         fail(folder, strategy, nan_on_one_process)
     write(folder, "done", True)
-    if strategy in ("zero3", "fsdp2"):
+    if strategy in PARTITIONED:
         fail(folder, strategy, broken_on_one_process)  # the launcher has to end the process that waits
 
 

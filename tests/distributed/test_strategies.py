@@ -1,12 +1,32 @@
 """Two gloo processes under DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2, against one process without any of them."""
 
 import importlib.util
+import shutil
 
 import pytest
-from harness import LINEAR_LAYERS, assert_statistics_equal, collate, make_config
-from launching import guidance_of, launch, result, stored_statistics
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_same_tensors,
+    assert_statistics_equal,
+    collate,
+    make_config,
+    written_adapter,
+)
+from launching import guidance_of, launch, result, start_apart, stored_statistics
 from peft import get_peft_model
-from strategy_worker import STRATEGIES, cells, lora_config, make_base, samples
+from safetensors.torch import load_file
+from strategy_worker import (
+    PARTITIONED,
+    QUANTISED,
+    STRATEGIES,
+    cells,
+    da_config,
+    lora_config,
+    make_base,
+    quantised_base,
+    samples,
+)
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
@@ -19,6 +39,7 @@ WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
 EVERY_STRATEGY = [
     pytest.param(strategy, marks=needs_deepspeed if "zero" in strategy else ()) for strategy in STRATEGIES
 ]
+EVERY_PARTITIONED = [param for param in EVERY_STRATEGY if param.values[0] in PARTITIONED]
 EVERY_CELL = [
     pytest.param(strategy, cell, marks=needs_deepspeed if "zero" in strategy else ())
     for strategy in STRATEGIES
@@ -108,6 +129,53 @@ def test_the_base_model_is_the_same_for_all(launched, one_process, strategy):
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+def test_a_second_start_finds_what_the_first_one_made(launched, strategy):
+    for rank in range(2):
+        found = result(launched(strategy), "again", rank)
+        assert found["stages"] == ["load", "probe"]
+        assert found["note"].endswith("made before with the same model, adapter, samples and settings")
+        assert max(found["weights"], found["masters"]) <= 1e-9
+
+
+def test_one_process_finds_what_two_made(launched, tmp_path):
+    folder = shutil.copytree(launched("fsdp2") / "plain_fp32" / "lora_da", tmp_path / "init")
+    model = get_peft_model(make_base(), lora_config())
+    report = initialize_lora_da(
+        model, samples(), config=da_config(), data_collator=collate, output_dir=folder, progress=False
+    )
+    assert report.notes[-1].startswith(f"found in {folder}")
+    assert_same_tensors(adapter_weights(model), load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_windows_are_passes_of_all_processes_in_step(launched, strategy):
+    for rank in range(2):
+        plan = result(launched(strategy), "windows_fp32", rank)["report"]["plan"]
+        assert plan.startswith("2 processes that share the samples, ")
+        assert "passes, each for a part of the layers" in plan
+
+
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_partitioned_parameters_and_layers_that_are_shared_are_refused(launched, strategy):
+    for rank in range(2):
+        message = result(launched(strategy), "share_layers", rank)
+        assert message.startswith("UnsupportedSetupError: schedule='layers' lets each process go back")
+
+
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy):
+    start_apart("strategy_worker.py", [strategy, "lose"], tmp_path, survivors=(0,), DS_ACCELERATOR="cpu")
+    message = result(tmp_path, "lost", 0)
+    assert message.startswith(("OutOfStepError: Process 0 failed in the statistics pass: ", "PeerFailed: Another"))
+    assert not (tmp_path / "lost.rank1.json").exists()
+    start_apart("strategy_worker.py", [strategy, "take_up"], tmp_path, DS_ACCELERATOR="cpu")
+    assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == [2, 2]  # of four, the filler is one
+    assert_same_tensors(
+        written_adapter(tmp_path / "killed" / "lora_da"), written_adapter(tmp_path / "whole" / "lora_da")
+    )
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
     for rank in range(2):
         found = result(launched(strategy), "resume", rank)
@@ -142,6 +210,22 @@ def test_trls_sft_trainer_takes_the_callback(launched, strategy):
         assert len(found["report"]["layers"]) == LINEAR_LAYERS
         assert found["report"]["num_samples"] == 7
         assert max(found["weights"], found["masters"]) <= 1e-9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strategy", [param for param in EVERY_STRATEGY if param.values[0] in QUANTISED])
+def test_a_base_in_4_bit_gives_the_statistics_of_one_process(launched, tmp_path, strategy):
+    for rank in range(2):
+        found = result(launched(strategy), "qlora", rank)
+        assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
+        assert found["layers"] == LINEAR_LAYERS
+        assert max(found["weights"], found["masters"]) <= 1e-9
+    model = get_peft_model(quantised_base(launched(strategy)), lora_config())
+    settings = {"config": da_config(), "data_collator": collate, "output_dir": tmp_path / "init", "progress": False}
+    initialize_lora_da(model, samples(), **settings)
+    statistics = stored_statistics(launched(strategy) / "qlora" / "lora_da")
+    assert_statistics_equal(statistics, stored_statistics(tmp_path / "init"), TOLERANCES["fp32"])
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)

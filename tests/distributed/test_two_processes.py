@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import worker
@@ -211,14 +212,20 @@ def test_all_of_them_take_up_where_each_was(lost, lora_model):
 
 @pytest.mark.slow
 def test_two_processes_take_little_more_than_half(tmp_path):
-    """Processor time, which is the time that a process takes on a core of its own, and the peak of its tensors."""
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
-        start_apart("worker.py", ["measure"], tmp_path / str(processes), processes=processes)
-    one = result(tmp_path / "1", "measured", 0)
-    two = [result(tmp_path / "2", "measured", rank) for rank in range(2)]
+    """Processor time, which is the time that a process takes on a core of its own, and the peak of its tensors.
+
+    What is measured alone is measured twice at the same time, so that the cores have as much to do in both cases.
+    """
+    alone, together = [tmp_path / "alone_0", tmp_path / "alone_1"], tmp_path / "together"
+    for folder in (*alone, together):
+        folder.mkdir()
+    with ThreadPoolExecutor() as executor:
+        list(executor.map(lambda folder: start_apart("worker.py", ["measure"], folder, processes=1), alone))
+    start_apart("worker.py", ["measure"], together)
+    one = [result(folder, "measured", 0) for folder in alone]
+    two = [result(together, "measured", rank) for rank in range(2)]
     for what in ("seconds", "peak"):
-        assert max(each[what] for each in two) <= 0.6 * one[what], what
+        assert max(each[what] for each in two) <= 0.6 * max(each[what] for each in one), what
 
 
 # The trainer under DDP

@@ -45,7 +45,7 @@ def seven_config(**overrides):
 
 
 def long_samples():
-    return make_token_samples(160, min_length=40, max_length=60)
+    return make_token_samples(240, min_length=40, max_length=60)
 
 
 def model_of_blocks(count, width):
@@ -169,12 +169,12 @@ class Dying:
         self.at = at
         self.count = 0
 
-    def __call__(self, model, batch, num_items):
+    def __call__(self, model, batch, num_items_in_batch=None):
         if torch.is_grad_enabled():
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return model_loss(model, batch, num_items)
+        return model_loss(model, batch, num_items_in_batch)
 
 
 def saving_config(**overrides):
@@ -203,7 +203,7 @@ def take_up(folder):
 def measure(folder):
     """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
     settings = {"step_size": 0.05, "search_samples": 0}
-    config = make_config(num_samples=160, batch_size=4, schedule="samples", **settings)
+    config = make_config(num_samples=240, batch_size=4, schedule="samples", **settings)
     initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
     seconds = []
     for _ in range(2):  # the faster one counts: whatever else runs takes some of the processor's cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import PlanError, TapNotCalledError
+from lora_da_hf.losses import model_loss
 
 SMALL = 350_000  # bytes: the widest layer of the tiny model takes 317,632, and all of them 532,480
 
@@ -44,6 +46,22 @@ def test_windows_give_the_same_bits(lora_model, samples):
     assert parts.plan.startswith("one process, 4 passes, each for a part of the layers, 48 samples")
     assert_same_tensors(found, expected)
     assert without(parts) == without(whole)
+
+
+def test_the_plan_is_told_before_it_is_carried_out(lora_model, samples, caplog, capfd):
+    caplog.set_level(logging.INFO)
+    told = []
+
+    def loss(model, batch, num_items):
+        if torch.is_grad_enabled():
+            told.append("LoRA-DA plan: one process, 4 passes" in caplog.text)
+        return model_loss(model, batch, num_items)
+
+    config = make_config(memory_budget=SMALL)
+    report = initialize_lora_da(lora_model(), samples, config=config, compute_loss=loss)
+    assert told
+    assert all(told)
+    assert f"LoRA-DA plan: {report.plan}\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

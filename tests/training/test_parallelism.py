@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import LINEAR_LAYERS, collate, make_args, make_config, make_learnable_samples
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer
 
@@ -83,6 +84,14 @@ def test_models_that_are_split_are_refused(lora_model, part, message):
     model = lora_model()
     model.part = part()
     with pytest.raises(UnsupportedSetupError, match=message):
+        initialize_lora_da(model, make_learnable_samples(12), progress=False)
+
+
+def test_fsdps_own_checkpointing_is_refused(lora_model):
+    model = lora_model()
+    layers = model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    with pytest.raises(UnsupportedSetupError, match="PEFT stores no weight of an adapter then"):
         initialize_lora_da(model, make_learnable_samples(12), progress=False)
 
 

@@ -1,0 +1,109 @@
+"""What an initialisation of a model that is not loaded has to do: only the model's config is read."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_da_hf.adapters.targets import base_name
+from lora_da_hf.cli.flags import read
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.reduce import input_groups
+from lora_da_hf.errors import TargetError
+from lora_da_hf.pipeline.memory import linear_weights, solver_threads
+from lora_da_hf.pipeline.plan import Group, Workload
+from lora_da_hf.statistics.taps import find_shared_inputs
+from lora_da_hf.training.arguments import LoraArguments, ModelArguments
+
+_SPEED_OF_A_PASS = 0.5
+"""Speed of a forward and backward pass as a part of that of large matrix products."""
+
+
+def empty_model(name: str, arguments: argparse.Namespace) -> Any:
+    """Make a model with its adapter on the meta device, where tensors have no content."""
+    loading = read(ModelArguments, arguments)
+    config = AutoConfig.from_pretrained(
+        name,
+        revision=loading.model_revision,
+        cache_dir=loading.cache_dir,
+        trust_remote_code=loading.trust_remote_code,
+    )
+    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
+        )
+        return get_peft_model(model, read(LoraArguments, arguments).to_peft())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the size of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def workload(model: Any, config: LoRADAConfig, *, tokens: int) -> Workload:
+    """Return what has to be done: a forward pass without content shows which layers are fed the same tensor.
+
+    Args:
+        model: What `empty_model` made.
+        config: The settings.
+        tokens: Of a sample, at most.
+
+    Raises:
+        TargetError: if the adapter has no linear layer.
+    """
+    layers = {
+        base_name(name): module.get_base_layer()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
+    }
+    if not layers:
+        raise TargetError("None of the target_modules is a linear layer, so there is nothing to initialise.")
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        leaders = find_shared_inputs(layers, lambda: model(input_ids=ids))
+    groups = tuple(
+        Group(
+            members=tuple(members),
+            d_in=_width(layers[leader])[0],
+            d_outs=tuple(_width(layers[name])[1] for name in members),
+        )
+        for leader, members in input_groups(leaders).items()
+    )
+    return Workload(
+        groups=groups,
+        weights=linear_weights(model),
+        num_samples=config.num_samples,
+        num_tokens=config.num_samples * tokens,
+        itemsize=getattr(torch, config.accumulate_dtype).itemsize,
+        threads=solver_threads([_device()]),
+    )
+
+
+def _width(layer: Any) -> tuple[int, int]:
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def _device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def measure_speed(dtype: torch.dtype) -> float:
+    """Return about how many floating-point operations a second a pass does on this machine."""
+    left, right = (torch.randn(1024, 1024, device=_device()).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product = left @ right
+        product[0, 0].item()  # waits for an accelerator
+        best = min(best, time.perf_counter() - start)
+    return _SPEED_OF_A_PASS * 2 * 1024**3 / best
