@@ -19,9 +19,10 @@ def adapters_off(targets: Sequence[Target]) -> Generator[None]:
     """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time.
 
     No adapter is active meanwhile, which is not the same as disabled adapters: a loss that disables them to ask the
-    base model, or switches to another one, still can. Experts are run one by one.
+    base model still can. Layers with several adapters are left as they are: a loss that switches to another one and
+    back turns ours on again, so a checkpointed forward would differ from its recomputation. Experts are run one by one.
     """
-    before = [(target.layer, target.layer._active_adapter) for target in targets]
+    before = [(target.layer, target.layer._active_adapter) for target in targets if len(target.layer.lora_A) == 1]
     try:
         for layer, _ in before:
             layer._active_adapter = []  # set_adapter() would touch requires_grad too

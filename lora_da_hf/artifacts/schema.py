@@ -233,7 +233,8 @@ def _check_facts(manifest: Manifest, source: str) -> None:
     if manifest.base_model["name_or_path"] == "":
         raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
     weights = manifest.base_model["weights_sha256"]
-    hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights])]
+    identity = [value for key, value in manifest.data.get(IDENTITY, {}).items() if key != "loss"]
+    hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights]), *map(str, identity)]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:
         raise ArtifactError(f"{source}: a fingerprint or a count is malformed.")
