@@ -218,15 +218,19 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
+    labels = sum(label != -100 for sample in used for label in sample["labels"][1:])
     peak = max(extra["stage_peaks_mib"].values()) if extra else peak_mib()
-    return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, **extra}
+    return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, "labels": labels, **extra}
 
 
 # ---- arithmetic
 
 
-def arithmetic(model: nn.Module) -> dict[str, float]:
-    """Count the multiply-adds of matrix products, in MFLOP a token (two operations each), without attention scores."""
+def arithmetic(model: nn.Module, share_labelled: float) -> dict[str, float]:
+    """Count the multiply-adds of matrix products, in MFLOP a token (two operations each), without attention scores.
+
+    The statistics pass runs the head on the share of the tokens that predicts a label.
+    """
     targets = targets_of(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     weights = sum(layer.weight.numel() for layer in targets.values())
@@ -236,7 +240,7 @@ def arithmetic(model: nn.Module) -> dict[str, float]:
     passes = 1 + -(-(max(map(layer_number, targets)) + 1) // LAYERS_PER_FISHER_PASS)
     flops = {
         "bare": 6 * everything,
-        "statistics": 4 * everything + 2 * weights + moments,
+        "statistics": 6 * weights + 4 * share_labelled * head.weight.numel() + moments,
         "schedule": passes * 6 * everything + 2 * moments,
     }
     return {name: value / 1e6 for name, value in flops.items()}
@@ -330,7 +334,8 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
     for name, stage in STAGES.items():
         if "initialization" in found:
             peaks[name] = statistics.median(run["stage_peaks_mib"][stage] for run in found["initialization"])
-    flops = arithmetic(model)
+    first = found[options.methods[0]][0]
+    flops = arithmetic(model, first["labels"] / first["tokens"])
     lines = ["| | seconds, median (range) | x bare | peak over bare, MiB | MFLOP a token |", "|---|---|---|---|---|"]
     for name, title in TITLES.items():
         if name not in rows:
@@ -341,10 +346,10 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
         spread = f"{median[name]:.2f} ({min(rows[name]):.2f} to {max(rows[name]):.2f})"
         lines.append(f"| {title} | {spread} | {ratio} | {over} | {'' if flop is None else f'{flop:.0f}'} |")
     facts = [f"{key} {value}" for key, value in machine().items()]
-    tokens = found[options.methods[0]][0]["tokens"]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
-    lines += ["", f"{options.num_samples} samples, {tokens} tokens, batch size {options.batch_size}, float32, rank 8, "]
-    lines[-1] += f"{options.search_samples} search samples; runs: {counts}. {', '.join(facts)}."
+    what = f"{options.num_samples} samples, {first['tokens']} tokens of which {first['labels']} are labels"
+    how = f"batch size {options.batch_size}, float32, rank 8, {options.search_samples} search samples"
+    lines += ["", f"{what}, {how}; runs: {counts}. {', '.join(facts)}."]
     return "\n".join([*lines, "", *goals(median, peaks, model, options)])
 
 

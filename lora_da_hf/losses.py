@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lora_da_hf.errors import DataError
+from lora_da_hf.statistics.labelled_head import LabelledHead
+
+TAKES_LOSS_ALONE = "takes_loss_alone"
+"""Attribute of a loss that reads nothing but the loss from what the model returns."""
 
 
 def base_model_of(model: nn.Module) -> Any:
@@ -55,6 +59,20 @@ def shifts_labels(model: nn.Module) -> bool:
     else:
         causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return causal and not is_encoder_decoder(model)
+
+
+def takes_loss_alone(compute_loss: Any) -> bool:
+    """Tell whether a loss is the one that the model returns, with nothing else read from the model's outputs."""
+    return compute_loss is model_loss or getattr(compute_loss, TAKES_LOSS_ALONE, False)
+
+
+def make_labelled_head(model: nn.Module) -> LabelledHead | None:
+    """Return what runs the head on the rows of labels; None for a model whose head or loss is not known to allow it."""
+    base = base_model_of(model)
+    if not isinstance(base, PreTrainedModel) or not shifts_labels(model) or base.loss_function is not ForCausalLMLoss:
+        return None
+    head = base.get_output_embeddings()
+    return LabelledHead(base, head) if isinstance(head, nn.Linear) else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +16,25 @@ from torch import Tensor, nn
 from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import DataError, TapNotCalledError
-from lora_da_hf.losses import is_encoder_decoder, max_sample_length, shifts_labels
+from lora_da_hf.losses import (
+    is_encoder_decoder,
+    make_labelled_head,
+    max_sample_length,
+    shifts_labels,
+    takes_loss_alone,
+)
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, check_lengths, collect
+from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
 _PROBED_SAMPLES = 8
+_SAME_LOSS = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +89,14 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             shifts_labels=shifts,
             declared=job.config.loss_reduction,
         )
+        labelled_head = _labelled_head(job, first, losses[0])
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
         shifts_labels=shifts,
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
+        labelled_head=labelled_head,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
@@ -103,6 +114,17 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         num_tokens=_num_tokens(first),
         tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
     )
+
+
+def _labelled_head(job: Job, batch: Mapping[str, Any], loss: float) -> LabelledHead | None:
+    """Return what runs the head on the rows of labels, if the loss of a sample stays what it is with it."""
+    labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
+    if labelled_head is None:
+        return None
+    with torch.no_grad(), labelled_head.rows_of_labels():
+        found = job.compute_loss(job.model, batch, None).double().item()
+    used = labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
+    return labelled_head if used else None
 
 
 class _TimedLoss:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_hf.errors import DataError, NonFiniteError, StatisticsError
+from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import SampleWeights, Taps
@@ -34,6 +35,7 @@ class PassSettings:
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
+        labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
     """
 
     batch_size: int
@@ -41,6 +43,7 @@ class PassSettings:
     shifts_labels: bool
     encoder_decoder: bool
     reduction: LossReduction
+    labelled_head: LabelledHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +295,7 @@ def _add_batch(
 ) -> None:
     weights = prepared.weights
     taps.tokens, taps.muted = prepared.tokens, not prepared.counts
-    with taps, _weighted_head(model, weights if isinstance(weights, Tensor) else None) as head:
+    with taps, _weighted_head(model, settings, weights if isinstance(weights, Tensor) else None) as head:
         with lockstep.in_step():
             loss = settings.reduction.loss(compute_loss, model, prepared.batch)
             # gradients in float16, whose range is too small for them as they are
@@ -310,7 +313,11 @@ def _add_batch(
 
 
 @contextlib.contextmanager
-def _weighted_head(model: nn.Module, weights: Tensor | None) -> Any:
+def _weighted_head(model: nn.Module, settings: PassSettings, weights: Tensor | None) -> Any:
+    if settings.labelled_head is not None:
+        with settings.labelled_head.rows_of_labels(weights) as labelled_head:
+            yield labelled_head
+        return
     if weights is None:
         yield None
         return
@@ -376,7 +383,7 @@ def evaluate_loss(
             counts = counts and tokens.num_labelled > 0
             if not counts and not lockstep.runs_what_does_not_count:
                 continue
-            with lockstep.in_step():
+            with lockstep.in_step(), _weighted_head(model, settings, None):
                 loss = settings.reduction.loss(compute_loss, model, batch).double().item()
             if counts:
                 part, weight = settings.reduction.loss_sum(loss, tokens)

@@ -42,7 +42,7 @@ class _TapFunction(torch.autograd.Function):
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Identity whose backward multiplies the gradient of each sample by its weight."""
+    """Identity whose backward multiplies the gradient of each sample, or row, by its weight."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:
@@ -56,6 +56,17 @@ class _ScaleGradient(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         ctx.seen()
         return grad * weights.to(grad).reshape(-1, *[1] * (grad.dim() - 1)), None, None
+
+
+def scale_gradient(tensor: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:
+    """Return the tensor ``[B, ...]``, of which the gradient is multiplied by weights ``[B]`` on its way back.
+
+    Args:
+        tensor: Any.
+        weights: One for each entry of the first dimension.
+        seen: Called in the backward pass.
+    """
+    return _ScaleGradient.apply(tensor, weights.to(tensor.device), seen)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -256,7 +267,7 @@ class SampleWeights:
             self._mixed = True
             return output
         self._calls += 1
-        return _ScaleGradient.apply(output, self._weights.to(output.device), self._seen)
+        return scale_gradient(output, self._weights, self._seen)
 
     def _seen(self) -> None:
         self._backward_calls += 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.schema import REPORT_FILE
@@ -20,7 +20,7 @@ from lora_da_hf.artifacts.store import atomic_folder
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
-from lora_da_hf.losses import input_device
+from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
@@ -237,6 +237,9 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
             raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
         return result
 
+    trainer = getattr(compute_loss, "__self__", None)
+    stock = isinstance(trainer, Trainer) and type(trainer).compute_loss is Trainer.compute_loss
+    setattr(loss, TAKES_LOSS_ALONE, stock)
     return loss
 
 
