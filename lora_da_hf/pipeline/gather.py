@@ -30,6 +30,7 @@ from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, c
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
@@ -90,6 +91,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             declared=job.config.loss_reduction,
         )
         labelled_head = _labelled_head(job, first, losses[0])
+        sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
@@ -97,6 +99,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
         labelled_head=labelled_head,
+        sampled_labels=sampled_labels,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
@@ -125,6 +128,18 @@ def _labelled_head(job: Job, batch: Mapping[str, Any], loss: float) -> LabelledH
         found = job.compute_loss(job.model, batch, None).double().item()
     used = labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
     return labelled_head if used else None
+
+
+def _sampled_labels(
+    job: Job, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
+) -> SampledLabels | None:
+    """Return what draws the labels of the output-gradient second moment, if they are to be drawn."""
+    if job.config.fisher == "empirical":
+        return None
+    check_labels_can_be_sampled(
+        job.model, batch, loss, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model)
+    )
+    return SampledLabels(splits.statistics, seed=job.seed, shifts_labels=shifts)
 
 
 class _TimedLoss:

@@ -76,6 +76,7 @@ class Workload:
         num_tokens: Their tokens.
         itemsize: Bytes of an entry of the sums.
         checkpointing: Whether the backward pass runs the forward pass again.
+        samples_labels: Whether labels are drawn, which takes a forward pass, and forward and backward once more.
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +85,7 @@ class Workload:
     num_tokens: int
     itemsize: int = 4
     checkpointing: bool = False
+    samples_labels: bool = False
 
     def peak_bytes(self, groups: Iterable[Group]) -> dict[int, int]:
         """Return what collecting and solving some groups at once takes at most, by device."""
@@ -106,7 +108,9 @@ class Workload:
         before = self.groups[: self.groups.index(collected[0])]
         reached = self.weights - sum(group.weights for group in before)
         backward = 4.0 * self.weights if self.checkpointing else 2.0 * reached
-        return 2.0 * self.weights + backward + sum(group.pass_flops for group in collected)
+        through = 2.0 * self.weights + backward
+        drawn = 2.0 * self.weights + through if self.samples_labels else 0.0
+        return through + drawn + sum(group.pass_flops for group in collected)
 
 
 @dataclass(frozen=True, kw_only=True)
