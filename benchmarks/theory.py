@@ -21,12 +21,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
-import re
 import statistics as stats
 import time
 from collections.abc import Callable
@@ -35,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from initialization_cost import machine
 from torch import Tensor
 
 from lora_da_hf import LoRADAConfig
@@ -231,6 +228,14 @@ METHODS: dict[str, Callable[[Known], Tensor]] = {
     "oracle": oracle,
     "LoRA-DA": lambda known: lora_da(known.empirical, known.count, THEORY),
     "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, THEORY),
+    "LoRA-DA, Fisher metric": lambda known: lora_da(
+        known.empirical, known.count, LoRADAConfig(variance_weight=1.0, metric="fisher")
+    ),
+    "LoRA-DA, a tenth of the damping": lambda known: lora_da(
+        known.empirical,
+        known.count,
+        LoRADAConfig(variance_weight=1.0, input_damping="0.01*mean", output_damping="0.01*mean"),
+    ),
     "LoRA-DA, no variance": lambda known: lora_da(known.empirical, known.count, LoRADAConfig(variance_weight=0.0)),
     "LoRA-DA, paper": lambda known: lora_da(known.empirical, known.count, LoRADAConfig.paper()),
     "gradient's SVD": gradient_svd,
@@ -466,22 +471,20 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> dict[str, Any]:
-    """Return where and with what this runs."""
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lora_da_hf": importlib.metadata.version("lora_da_hf"),
-    }
+def rounded(value: Any) -> Any:
+    """Return records with four digits of each number, and None for one that is not finite."""
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=24, help="problems with A frozen; a third of them with A trained")
+    parser.add_argument("--trials", type=int, default=12, help="problems with A frozen; a third of them with A trained")
     parser.add_argument("--output", type=Path, default=RESULTS / "theory.json")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -496,7 +499,7 @@ def main() -> None:
     facts = {**machine(), "seconds": round(time.perf_counter() - start, 1), "seeds": list(seeds)}
     shape = {"d_in": D_IN, "d_out": D_OUT, "rank": RANK, "noise": NOISE, "learning_rate": LEARNING_RATE}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": facts, "problem": shape, "frozen": frozen, "trained": trained}
+    content = {"machine": facts, "problem": shape, "frozen": rounded(frozen), "trained": rounded(trained)}
     options.output.write_text(json.dumps(content) + "\n")
     plot(frozen, options.output.with_suffix(".png"))
     text = tables(frozen, trained) + "\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + "\n"

@@ -73,7 +73,12 @@ def _workload(job: Job, probe: Probe) -> Workload:
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
         samples_labels=probe.settings.sampled_labels is not None,
+        threads=min(job.ranks.gather(_threads(devices))),
     )
+
+
+def _threads(devices: list[torch.device]) -> int:
+    return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
 
 
 def linear_weights(model: nn.Module) -> int:

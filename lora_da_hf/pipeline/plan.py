@@ -13,6 +13,9 @@ from lora_da_hf.errors import PlanError
 _GIB = 2**30
 _SOLVE_SPEED = 0.25
 """Speed of the solve, in float64, as a part of the pass's: measured on a CPU, see benchmarks/results."""
+_SMALL_WORK = 2**28
+"""Bytes up to which groups are solved one on each thread: their matrices are too small to be shared by threads."""
+_MOST_SOLVERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,7 @@ class Workload:
         itemsize: Bytes of an entry of the sums.
         checkpointing: Whether the backward pass runs the forward pass again.
         samples_labels: Whether labels are drawn, which takes a forward pass, and forward and backward once more.
+        threads: Of a process's CPU; 1 where layers are solved on another device.
     """
 
     groups: tuple[Group, ...]
@@ -86,15 +90,22 @@ class Workload:
     itemsize: int = 4
     checkpointing: bool = False
     samples_labels: bool = False
+    threads: int = 1
+
+    @property
+    def solvers(self) -> int:
+        """How many groups a process solves at the same time."""
+        small = all(group.work_bytes <= _SMALL_WORK for group in self.groups)
+        return min(self.threads, _MOST_SOLVERS) if small else 1
 
     def peak_bytes(self, groups: Iterable[Group]) -> dict[int, int]:
         """Return what collecting and solving some groups at once takes at most, by device."""
         sums: dict[int, int] = {}
-        work: dict[int, int] = {}
+        work: dict[int, list[int]] = {}
         for group in groups:
             sums[group.device] = sums.get(group.device, 0) + group.sum_bytes(self.itemsize)
-            work[group.device] = max(work.get(group.device, 0), group.work_bytes)
-        return {device: size + work[device] for device, size in sums.items()}
+            work.setdefault(group.device, []).append(group.work_bytes)
+        return {device: size + sum(sorted(work[device])[-self.solvers :]) for device, size in sums.items()}
 
     def pass_flops(self, leaders: Iterable[str]) -> float:
         """Return the arithmetic for a token of a pass that collects some groups.
@@ -127,6 +138,7 @@ class Plan:
         sent_bytes: Sums that a process sends, at most.
         pass_flops: Arithmetic of the busiest process in the passes.
         solve_flops: Arithmetic of the busiest process in the solve.
+        solvers: How many groups a process solves at the same time.
     """
 
     schedule: Literal["samples", "layers"]
@@ -138,6 +150,7 @@ class Plan:
     sent_bytes: int
     pass_flops: float
     solve_flops: float
+    solvers: int = 1
 
     def seconds(self, flops_per_second: float) -> tuple[float, float]:
         """Return about how long passes and solve take at a speed of the forward pass, without the transfers."""
@@ -195,6 +208,9 @@ def make_plan(
     """
     _check_fits(work, budget)
     samples = _share_samples(work, num_processes, budget, solve_alone)
+    if work.solvers > 1 and len(samples.windows) > 1:  # where memory is short, another pass is dearer
+        work = dataclasses.replace(work, threads=1)
+        samples = _share_samples(work, num_processes, budget, solve_alone)
     if num_processes == 1 or schedule == "samples" or solve_alone:
         return samples
     layers = _share_layers(work, num_processes, budget)
@@ -222,6 +238,7 @@ def _share_samples(work: Workload, size: int, budget: Mapping[int, float], solve
         sent_bytes=max(sent) if size > 1 else 0,
         pass_flops=tokens * sum(work.pass_flops(group.leader for group in window) for window in windows),
         solve_flops=_busiest(work, owners, size),
+        solvers=work.solvers,
     )
 
 
@@ -243,6 +260,7 @@ def _share_layers(work: Workload, size: int, budget: Mapping[int, float]) -> Pla
         sent_bytes=0,
         pass_flops=work.num_tokens * max(flops),
         solve_flops=_busiest(work, owners, size),
+        solvers=work.solvers,
     )
 
 

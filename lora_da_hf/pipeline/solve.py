@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +38,16 @@ class SolvedWindow:
     statistics: dict[str, LayerStatistics]
 
 
-def solve(job: Job, gathered: Gathered, population_size: int) -> SolvedWindow:
+def solve(job: Job, gathered: Gathered, population_size: int, *, solvers: int = 1) -> SolvedWindow:
     """Reduce each group of layers to its owner, solve it there, and give the solution to everybody.
 
     All sums are reduced before any is solved, so that the owners solve at the same time.
+
+    Args:
+        job: The job.
+        gathered: The sums.
+        population_size: N.
+        solvers: How many groups to solve at the same time, with an equal part of the threads each.
     """
     groups = input_groups(gathered.shared)
     mine: dict[str, Outcome] = {}
@@ -47,14 +55,35 @@ def solve(job: Job, gathered: Gathered, population_size: int) -> SolvedWindow:
     with job.stage("solve"), job.bar(len(groups), "LoRA-DA solve") as bar:
         with job.ranks.together("solve"):
             reduced = _reduce(gathered, groups)
-            for leader in groups:
+
+            def solve_group(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
                 statistics = reduced.pop(leader)
-                mine.update(_solve_group(job, leader, statistics, gathered.kept, population_size))
-                if job.config.save_statistics:
+                found = _solve_group(job, leader, statistics, gathered.kept, population_size)
+                return found, statistics if job.config.save_statistics else {}
+
+            with _map_on_threads(solvers) as each:
+                for found, statistics in each(solve_group, list(reduced)):
+                    mine.update(found)
                     stored.update(statistics)
-                bar.update(1)
+                    bar.update(1)
         outcomes = share_outcomes(job, mine)
     return SolvedWindow(outcomes=outcomes, statistics=stored)
+
+
+@contextlib.contextmanager
+def _map_on_threads(number: int) -> Generator[Callable[..., Iterator[Any]]]:
+    """Give a map that runs on several threads at once, between which torch's own are divided."""
+    if number == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(number)
+    torch.set_num_threads(max(1, threads // number))
+    try:
+        yield executor.map
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _reduce(gathered: Gathered, groups: Mapping[str, list[str]]) -> dict[str, dict[str, LayerStatistics]]:

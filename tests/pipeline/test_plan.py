@@ -165,6 +165,18 @@ def _error_of(work):
     return error.value
 
 
+def test_small_groups_are_solved_one_on_each_thread_if_there_is_memory():
+    work = make_work(threads=4)
+    alone = make_work()
+    plenty = make_plan(work, budget=UNLIMITED)
+    assert plenty.solvers == 4
+    assert plenty.peak_bytes - make_plan(alone, budget=UNLIMITED).peak_bytes == 3 * work.groups[0].work_bytes
+    assert make_plan(work, budget={0: plenty.peak_bytes - 1}) == make_plan(alone, budget={0: plenty.peak_bytes - 1})
+    large = Group(members=("wide",), d_in=4096, d_outs=(4096,))
+    assert make_plan(make_work(threads=4, groups=(*work.groups, large)), budget=UNLIMITED).solvers == 1
+    assert make_plan(make_work(threads=64), budget=UNLIMITED).solvers == 8
+
+
 def test_a_plan_says_what_will_be_done():
     work = make_work()
     plan = make_plan(work, num_processes=4, budget=budget_for(work, 4), schedule="samples")
