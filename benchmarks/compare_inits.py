@@ -14,7 +14,8 @@ blocks of cells, each of which is every combination of its methods, learning rat
 that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
-again, so the command can be stopped at any time and goes on when it is given again. `--plan` says what is left and how
+again, so the command can be stopped at any time and goes on when it is given again. Peak memory is to be compared only
+between cells that ran with `--isolate`. `--plan` says what is left and how
 long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
@@ -30,6 +31,7 @@ import os
 import random
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +90,11 @@ class CompareArguments:
         default_factory=list, metadata={"help": "Run these blocks of the design alone."}
     )
     hours: float | None = setting(None, "Start no cell after this many hours.")
+    max_cells: int | None = setting(None, "Run this many cells at most.")
+    isolate: bool = setting(
+        False,
+        "Run each cell in a process of its own, so that its peak memory is its own too; costs its start each time.",
+    )
     plan: bool = setting(False, "Say what is left to run and how long it takes, and run nothing.")
 
 
@@ -458,6 +465,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
     """Run what is left, a cell at a time."""
     design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
     missing: set[str] = set()
+    num_run = 0
     if arguments.plan:
         show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks)
         return
@@ -465,7 +473,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         records = of_subject(read_lines(output), subject.facts)
         left = pending(design, records, subject.facts, arguments.blocks)
         found = next(((name, cell) for name, cell in left if cell["method"] not in missing), None)
-        if found is None or (arguments.hours is not None and time.perf_counter() - begin > arguments.hours * 3600):
+        if found is None or num_run == arguments.max_cells or is_over(begin, arguments.hours):
             return
         block, cell = found
         reason = why_missing(cell["method"])
@@ -474,10 +482,26 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
             print(f"{cell['method']} is left out: {reason}", file=sys.stderr, flush=True)
             continue
         result = run_cell(cell, subject)
+        num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
+        about["isolated"] = arguments.max_cells == 1
         add_line(output, {**about, "machine": machine(), "reads_samples": cell["method"] in READ_SAMPLES, **result})
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
+
+
+def is_over(begin: float, hours: float | None) -> bool:
+    """Tell whether the hours since a time are used up."""
+    return hours is not None and time.perf_counter() - begin > hours * 3600
+
+
+def run_apart(argv: list[str], output: Path, hours: float | None) -> None:
+    """Run the command again and again for one cell each, until it adds none."""
+    begin, command = time.perf_counter(), [word for word in argv if word != "--isolate"]
+    before = -1
+    while len(read_lines(output)) > before and not is_over(begin, hours):
+        before = len(read_lines(output))
+        subprocess.run([sys.executable, __file__, *command, "--max_cells", "1"], check=True)
 
 
 def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -496,6 +520,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (arguments.design and arguments.output and model.model_name_or_path):
         parser.error("--design, --output and --model_name_or_path are needed")
     run_clm.check_columns_and_sizes(parser.error, data)
+    if arguments.isolate:
+        run_apart(sys.argv[1:] if argv is None else argv, Path(arguments.output), arguments.hours)
+        return
     set_verbosity_error()
     disable_progress_bar()
     run(arguments, Subject.load(model, data))

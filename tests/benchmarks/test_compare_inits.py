@@ -159,6 +159,24 @@ def test_blocks_are_run_alone_and_not_beyond_the_hours(compare):
     assert [record["block"] for record in compare(one, other, flags=["--blocks", "b"])] == ["b"]
 
 
+@pytest.mark.slow
+def test_each_cell_in_a_process_of_its_own_gives_the_same(compare, tmp_path):
+    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1]}
+    apart = compare(block, flags=["--isolate"])
+    assert [record["isolated"] for record in apart] == [True, True]
+    (tmp_path / "results.jsonl").unlink()
+    together = compare(block)
+    assert [record["isolated"] for record in together] == [False, False]
+    for one, other in zip(apart, together, strict=True):
+        assert one["key"] == other["key"]
+        assert one["final_loss"] == pytest.approx(other["final_loss"], rel=1e-5)
+
+
+def test_no_more_cells_than_asked_are_run(compare):
+    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1, 2]}
+    assert len(compare(block, flags=["--max_cells", "2"])) == 2
+
+
 def test_few_training_samples_and_settings_of_lora_da(compare):
     block = {**BLOCK, "methods": ["lora_da"], "num_train": 9, "settings": {"metric": "fisher", "fisher": "sampled"}}
     (record,) = compare(block)
