@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lora_da_hf.errors import DataError
 from lora_da_hf.statistics.labelled_head import LabelledHead
+from lora_da_hf.statistics.losses import ComputeLoss
 
 TAKES_LOSS_ALONE = "takes_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
@@ -37,6 +39,23 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | N
         raise DataError(
             f"The model returned no loss from {sorted(batch)}. Add labels to the samples, or give compute_loss."
         )
+    return loss
+
+
+def checked_loss(compute_loss: ComputeLoss) -> ComputeLoss:
+    """Make a loss of a user's say what it must return, if it returns something else."""
+
+    @functools.wraps(compute_loss)
+    def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        value: Any = compute_loss(model, batch, num_items)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise DataError(
+                f"compute_loss returned {what}, and compute_loss(model, batch, num_items) must return a scalar tensor. "
+                "A trainer's compute_loss has other arguments: give it to LoRADACallback."
+            )
+        return value
+
     return loss
 
 

@@ -178,7 +178,7 @@ class LoRADAReport:
     def _summary(self) -> list[str]:
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
         lines = [
-            f"init from   {self.init_from} ({self.artifact})" if self.init_from else "",
+            f"init from   {self.init_from}{f' ({self.artifact})' if self.artifact else ''}" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
             f"plan        {self.plan}" if self.plan else "",

@@ -381,6 +381,12 @@ def written_factors(state, name, rank):
     return lora_A, lora_B
 
 
+def send_nothing_to_the_last_expert(_, args, output):
+    """Change what a router of Mixtral chose, as a forward hook."""
+    logits, weights, chosen = output
+    return logits, weights, torch.where(chosen == 3, (chosen.sum(-1, keepdim=True) - 3 + 1) % 3, chosen)
+
+
 @contextlib.contextmanager
 def measured_tensors():
     """Count the memory of the tensors that are made inside, by what torch's allocator reports.

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -93,10 +94,28 @@ def blocks_of_document(path, *, hub):
         if language == "python":
             steps.append(("python", text))
             continue
-        for line in text.replace("\\\n", " ").strip().splitlines():
-            program, *words = shlex.split(line)
-            assert program == "lora-da", line
-            steps.append(("lora-da", words))
+        steps += commands(text)
+    return steps
+
+
+def blocks_of_readme(path):
+    """Return the blocks of the README's section on sharing as steps, and the other verbs that it names."""
+    section = re.search(r"\n## Share it\n(.*?)\n## ", path.read_text(encoding="utf-8"), re.DOTALL)[1]
+    blocks = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    steps = []
+    for block in map(textwrap.dedent, blocks):
+        steps += commands(block) if block.startswith("lora-da ") else [("python", block)]
+    mentioned = re.search(r"`lora-da --help` lists the other verbs \(([^)]*)\)", section)[1]
+    return steps, re.findall(r"`([\w-]+)`", mentioned)
+
+
+def commands(text):
+    """Return the lines of a shell as steps."""
+    steps = []
+    for line in text.replace("\\\n", " ").strip().splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "lora-da", line
+        steps.append(("lora-da", words))
     return steps
 
 

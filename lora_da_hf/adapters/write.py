@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
@@ -58,6 +59,22 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
         product = target.lora_B @ target.lora_A
         weight = dequantize_module_weight(target.base_layer).to(product)
         magnitude.weight.copy_(magnitude.get_weight_norm(weight, product, target.peft_scaling))
+
+
+def dora_magnitude(base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``, which is DoRA's magnitude at step 0.
+
+    Args:
+        base_layer: What holds W, quantised or not.
+        lora_A: ``[r, d_in]``.
+        lora_B: ``[d_out, r]``.
+        scaling: PEFT's.
+    """
+    with torch.no_grad():
+        product = scaling * (lora_B @ lora_A)
+        weight = dequantize_module_weight(base_layer)
+        weight = weight.mT if isinstance(base_layer, Conv1D) else weight
+        return torch.linalg.norm(weight.to(product) + product, dim=1)
 
 
 def read_factors(target: Target) -> tuple[Tensor, Tensor]:

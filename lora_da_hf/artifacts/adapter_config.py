@@ -6,13 +6,11 @@ import functools
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
+from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
 from lora_da_hf.errors import ArtifactError
@@ -37,15 +35,6 @@ _EMPTY = (
     "velora_config",
 )
 """What makes PEFT load other files or code, change the base, or compute something else than ``s B A x``."""
-_MATCHING = (
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "target_modules",
-    "target_parameters",
-)
-_EXPERT = re.compile(r"\[\d+\]$")
 _DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
@@ -74,6 +63,7 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
         raise ArtifactError(f"{path}: this version of PEFT does not know {unknown}. Install the one that wrote it.")
     check_types(config, hints, str(path))
     _check_plain(path, config)
+    check_names(path, config)
     _check_base(path, config, manifest)
     _check_layers(path, config, manifest)
     return config
@@ -105,16 +95,10 @@ def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
 
 
 def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
-    matching: Any = SimpleNamespace(**{key: config.get(key) for key in _MATCHING})
+    targets = set(config.get("target_modules") or ())
     for name, layer in manifest.layers.items():
-        try:
-            rank = _pattern(config, "rank_pattern", holder_of(name), config.get("r"))
-            alpha = _pattern(config, "alpha_pattern", holder_of(name), config.get("lora_alpha"))
-            found = bool(check_target_module_exists(matching, name)) or holder_of(name) != name
-        except Exception as error:  # PEFT's own code on patterns from outside
-            raise ArtifactError(
-                f"{path}: PEFT cannot match its patterns with {name}: {error}. Do not use it."
-            ) from error
+        rank, alpha = rank_of(config, holder_of(name)), alpha_of(config, holder_of(name))
+        found = is_target(config, targets, name) or holder_of(name) != name
         if not found:
             raise ArtifactError(f"{path}: its target_modules leave {name} out. Fetch it again.")
         if rank != layer.rank or not fits(alpha, float):
@@ -122,21 +106,6 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6):
             raise ArtifactError(f"{path}: {name} has scaling {scaling}, the manifest says {layer.peft_scaling}.")
-
-
-def holder_of(name: str) -> str:
-    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
-    return _EXPERT.sub("", name)
-
-
-def expert_of(name: str) -> int:
-    """Return the number of the expert whose name it is."""
-    return int(name.removeprefix(holder_of(name))[1:-1])
-
-
-def _pattern(config: dict[str, Any], pattern: str, name: str, default: Any) -> Any:
-    values: dict[str, Any] = config.get(pattern) or {}
-    return values.get(get_pattern_key(list(values), name), default)
 
 
 def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> bool:

@@ -84,6 +84,11 @@ class CheckpointFolder:
             if file.name not in kept:
                 file.unlink()
 
+    def delete_sums(self, window: int) -> None:
+        """Delete this process's sums of a window."""
+        for batches in self.sums(window):
+            (self.path / self._sums_file(window, batches)).unlink()
+
     def sums(self, window: int) -> list[int]:
         """Return after how many batches there are sums of a window, the newest first."""
         files = self.path.glob(f"sums-{self._rank:05d}-{window:05d}-*{self._ending}")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_adapter_tensor
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, is_adapter_tensor
+from lora_da_hf.artifacts.peft_config import expert_of, holder_of
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig

@@ -1,4 +1,8 @@
-"""PEFT's configuration in the folder of a stored initialisation: ranks and alphas by layer."""
+"""PEFT's configuration in the folder of a stored initialisation: layers, ranks and alphas by name.
+
+PEFT takes regular expressions in many places. None from outside is ever run, since one can be written that takes for
+ever: what is stored says it in names, which are compared.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,27 @@ import collections
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from lora_da_hf.errors import ArtifactError
+
+_EXPERT = re.compile(r"\[\d+\]$")
+_NAME = re.compile(r"\w[\w-]*|\^(\w|\\[.-])+")
+"""A key of a pattern: the last part of names, or `_exactly` one name."""
+_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
+
+
+def holder_of(name: str) -> str:
+    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
+    return _EXPERT.sub("", name)
+
+
+def expert_of(name: str) -> int:
+    """Return the number of the expert whose name it is."""
+    return int(name.removeprefix(holder_of(name))[1:-1])
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
@@ -25,25 +43,91 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_bytes())
         patterns = (values["rank_pattern"], values["alpha_pattern"])
         numbers = [values["r"], values["lora_alpha"], *(n for pattern in patterns for n in pattern.values())]
-        for key in (key for pattern in patterns for key in pattern):
-            re.compile(key)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, re.error) as error:
+        check_names(path, values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). Fetch it again.") from error
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
         raise ArtifactError(f"{path}: a rank or an alpha is not positive. Fetch it again.")
     return values
 
 
+def check_names(path: Path, peft_config: Mapping[str, Any]) -> None:
+    """Verify that layers, ranks and alphas are given by names, and nothing by a regular expression.
+
+    Args:
+        path: Of the file, for messages.
+        peft_config: Its values, of the types that PEFT has.
+
+    Raises:
+        ArtifactError: naming the setting that is more than a name.
+    """
+    odd: list[tuple[str, Any]] = [
+        (what, key)
+        for what in ("rank_pattern", "alpha_pattern")
+        for key in peft_config.get(what) or ()
+        if not _NAME.fullmatch(key)
+    ]
+    odd += [("modules_to_save", name) for name in peft_config.get("modules_to_save") or () if not _PATH.fullmatch(name)]
+    odd += [(what, peft_config[what]) for what in _MORE_THAN_NAMES if peft_config.get(what) not in (None, [], "")]
+    if isinstance(peft_config.get("target_modules"), str):
+        odd.append(("target_modules", peft_config["target_modules"]))
+    for what, value in odd:
+        raise ArtifactError(
+            f"{path}: {what} holds {str(value)[:80]!r}, where a stored initialisation has names of modules. Do not use "
+            "it."
+        )
+
+
+def is_target(peft_config: Mapping[str, Any], targets: Collection[str], name: str) -> bool:
+    """Tell whether PEFT adapts a module: if its name, or the end of it behind a dot, is a target's.
+
+    Args:
+        peft_config: Checked by `check_names`.
+        targets: Its ``target_modules``, as a set.
+        name: Of the module.
+    """
+    if any(f".{saved}." in f".{name}." for saved in peft_config.get("modules_to_save") or ()):
+        return False
+    return any(name[start:] in targets for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+
+
+def in_names(peft_config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return the configuration with names in the place of what only PEFT's own matching reads, if there is any.
+
+    Args:
+        peft_config: What PEFT saved.
+        ranks: By the name of each module that it adapted.
+        alphas: By the same names.
+    """
+    patterns = (*(peft_config.get("rank_pattern") or ()), *(peft_config.get("alpha_pattern") or ()))
+    is_plain = not isinstance(peft_config.get("target_modules"), str) and all(map(_NAME.fullmatch, patterns))
+    if is_plain and not any(peft_config.get(key) not in (None, [], "") for key in _MORE_THAN_NAMES):
+        return dict(peft_config)
+    return {
+        **peft_config,
+        **{key: None for key in _MORE_THAN_NAMES if key in peft_config},
+        "target_modules": sorted(ranks),
+        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != peft_config["r"]},
+        "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != peft_config["lora_alpha"]},
+    }
+
+
 def rank_of(peft_config: Mapping[str, Any], name: str) -> int:
     """Return the rank that PEFT gives a layer."""
-    pattern = peft_config["rank_pattern"]
-    return pattern.get(get_pattern_key(pattern.keys(), name), peft_config["r"])
+    return _value(peft_config.get("rank_pattern"), name, peft_config.get("r"))
 
 
 def alpha_of(peft_config: Mapping[str, Any], name: str) -> float:
     """Return the alpha that PEFT gives a layer."""
-    pattern = peft_config["alpha_pattern"]
-    return pattern.get(get_pattern_key(pattern.keys(), name), peft_config["lora_alpha"])
+    return _value(peft_config.get("alpha_pattern"), name, peft_config.get("lora_alpha"))
+
+
+def _value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Return what PEFT finds in a pattern: the first key that is the last part of the name, or exactly the name."""
+    found = {key for key in (name.rpartition(".")[2], _exactly(name)) if pattern and key in pattern}
+    return next((value for key, value in pattern.items() if key in found), default) if pattern and found else default
 
 
 def alpha_divisor(peft_config: Mapping[str, Any], rank: int) -> float:
@@ -57,23 +141,32 @@ def with_ranks(
     """Return the configuration for other ranks and alphas, with each layer that differs from the default by its name.
 
     Patterns of the user are written out by layer, since PEFT takes the first that matches and sorts them when it saves.
+    Experts have the default rank, since it is parameters that PEFT names in patterns for them.
 
     Args:
         peft_config: What to start from.
-        ranks: By layer.
+        ranks: By layer; of experts all the same.
         alphas: By layer.
         kept: Further layers, which keep the rank and alpha that they have.
     """
+    experts = [rank for name, rank in ranks.items() if holder_of(name) != name]
+    default_rank = (experts or [collections.Counter(ranks.values()).most_common(1)[0][0]])[0]
+    default_alpha = peft_config["lora_alpha"]
     ranks = {**{name: rank_of(peft_config, name) for name in kept}, **ranks}
     alphas = {**{name: alpha_of(peft_config, name) for name in kept}, **alphas}
-    default_rank = collections.Counter(rank for name, rank in ranks.items() if name not in kept).most_common(1)[0][0]
-    default_alpha = peft_config["lora_alpha"]
     return {
         **peft_config,
         "r": default_rank,
         "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != default_rank},
         "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != default_alpha},
     }
+
+
+def is_parameter(peft_config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a layer is an expert, or another module that PEFT adapts a parameter of (``target_parameters``)."""
+    plain = f".{name.replace('.base_layer', '')}"
+    parents = (target.rpartition(".")[0] for target in peft_config.get("target_parameters") or ())
+    return holder_of(name) != name or any(plain.endswith(f".{parent}") for parent in parents)
 
 
 def _exactly(name: str) -> str:

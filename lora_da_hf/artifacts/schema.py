@@ -39,6 +39,7 @@ _DATA_FACTS: dict[str, Any] = {
     "num_search_samples": int,
     "population_size": int,
 }
+_IDENTITY_FACTS = {"settings", "base model", "adapter", "samples", "version of lora_da_hf", "loss"}
 _BASE_FACTS: dict[str, Any] = {
     "name_or_path": str | None,
     "revision": str | None,
@@ -233,7 +234,10 @@ def _check_facts(manifest: Manifest, source: str) -> None:
     if manifest.base_model["name_or_path"] == "":
         raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
     weights = manifest.base_model["weights_sha256"]
-    identity = [value for key, value in manifest.data.get(IDENTITY, {}).items() if key != "loss"]
+    identified = manifest.data.get(IDENTITY, {})
+    if set(identified) != (set() if manifest.refitted_from else _IDENTITY_FACTS):
+        raise ArtifactError(f"{source}: data says of its identity {sorted(identified)}, and not all. Fetch it again.")
+    identity = [value for key, value in identified.items() if key != "loss"]
     hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights]), *map(str, identity)]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, base_model_facts_of
+from lora_da_hf.cli.flags import Flags, facts_of_card, load_base_model
 from lora_da_hf.cli.output import Output, aligned
 
 
@@ -71,8 +71,7 @@ def verify_parser() -> argparse.ArgumentParser:
     """Return the flags of `lora-da verify`."""
     flags = Flags()
     flags.folder()
-    flags.flag("base_model", metavar="MODEL", help="load this model and check that the initialisation belongs to it")
-    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    flags.loaded_base_model("and check that the initialisation belongs to it")
     return flags
 
 
@@ -81,11 +80,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.statistics_store import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
+    from lora_da_hf.pipeline.save import base_model_facts
 
-    base = None
-    if arguments.base_model:
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
-    stored = load_init(arguments.folder, base_model=base)
+    model = load_base_model(arguments, output)
+    stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
     check_statistics(stored.folder, stored.manifest)
     manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
@@ -95,10 +93,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         "files": len(manifest.files),
         "bytes": size,
         "layers": len(manifest.layers),
-        "base_model_checked": base is not None,
+        "base_model_checked": model is not None,
     }
     text = f"OK: {len(manifest.files)} files, {human_size(size)}, {len(manifest.layers)} layers"
-    text += f"; it belongs to {arguments.base_model}" if base is not None else "; the base model was not compared"
+    text += f"; it belongs to {arguments.base_model}" if model is not None else "; the base model was not compared"
     output.result(values, bare="ok", text=text)
 
 
@@ -107,34 +105,25 @@ def card_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.folder()
     flags.flag("output", type=Path, metavar="FOLDER", help="write card and plots there (default: the card to stdout)")
-    flags.flag("license", help="the base model's licence, as the Hub names it, such as apache-2.0")
-    flags.flag("license_name", help="its name, if --license is other")
-    flags.flag("license_link", help="where its text is, if --license is other")
     flags.flag("repo_id", metavar="USER/NAME", help="where it is published")
     flags.flag("commit", help="the commit there that the card names")
-    flags.flag("base_model", metavar="MODEL", help="the base's name on the Hub, if a local copy was used")
-    flags.flag("datasets", nargs="+", default=[], metavar="NAME", help="data sets on the Hub, or a few words")
-    flags.flag("language", nargs="+", default=[], metavar="CODE", help="languages of the samples, such as en")
-    flags.flag("hardware", help="what it was computed on")
-    flags.flag("notes", nargs="+", default=[], metavar="SENTENCE", help="sentences for the section on limits")
+    flags.facts_of_card()
     return flags
 
 
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
+    from lora_da_hf.hub.cards import render_card
+    from lora_da_hf.hub.page import render_page
 
-    names = ("license", "license_name", "license_link", "repo_id", "commit", "base_model")
-    facts = {name: getattr(arguments, name) for name in (*names, "datasets", "language", "hardware", "notes")}
+    facts = {**facts_of_card(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
     init = load_init(arguments.folder)
     if arguments.output is None:
         card = render_card(init, **facts)
         output.result({"card": card}, bare=card.rstrip("\n"), text=card.rstrip("\n"))
         return
-    plots = card_plots(init)
-    card = render_card(init, plots=plots, **facts)
-    written = _write(arguments.output, {CARD_FILE: card.encode("utf-8"), **plots})
+    written = _write(arguments.output, render_page(init, **facts))
     output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,28 @@ class Flags(argparse.ArgumentParser):
     def folder(self) -> None:
         """Add the folder of a stored initialisation."""
         self.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a stored initialisation")
+
+    def loaded_base_model(self, purpose: str) -> None:
+        """Add the base model, which is loaded, and its revision."""
+        self.flag("base_model", metavar="MODEL", help=f"load this model {purpose}")
+        self.flag("model_revision", help="its branch, tag or commit (default: main)")
+
+    def facts_of_card(self) -> None:
+        """Add what can be said on a card besides what was recorded."""
+        self.flag("license", help="the base model's licence, as the Hub names it, such as apache-2.0")
+        self.flag("license_name", help="its name, if --license is other")
+        self.flag("license_link", help="where its text is, if --license is other")
+        self.flag("base_model", metavar="MODEL", help="the base's name on the Hub, if a local copy was used")
+        self.flag("datasets", nargs="+", default=[], metavar="NAME", help="data sets on the Hub, or a few words")
+        self.flag("language", nargs="+", default=[], metavar="CODE", help="languages of the samples, such as en")
+        self.flag("hardware", help="what it was computed on")
+        self.flag("notes", nargs="+", default=[], metavar="SENTENCE", help="sentences for the section on limits")
+
+
+def facts_of_card(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Flags.facts_of_card` parsed, as keyword arguments."""
+    names = ("license", "license_name", "license_link", "base_model", "datasets", "language", "hardware", "notes")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def dataclass_flags(*kinds: Any) -> argparse.ArgumentParser:
@@ -79,18 +100,14 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def base_model_facts_of(name: str, revision: str | None, output: Output) -> dict[str, Any]:
-    """Load a model and return the facts that initialisations are compared with."""
+def load_base_model(arguments: argparse.Namespace, output: Output) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed; None if there is none."""
+    if arguments.base_model is None:
+        return None
     from transformers import AutoModelForCausalLM
-
-    from lora_da_hf.pipeline.save import base_model_facts
 
     if not output.shows_progress:
         hide_progress_bars()
-    output.message(f"Loading {name}")
-    return base_model_facts(AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype="auto"))
-
-
-def function(home: str, name: str) -> Any:
-    """Import a function when it is needed: none of these modules is imported for a help text."""
-    return getattr(importlib.import_module(home), name)
+    output.message(f"Loading {arguments.base_model}")
+    revision = arguments.model_revision or "main"
+    return AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=revision, dtype="auto")

@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a library's output is no result
             if not debug:  # what a library plans to rename is of no use here
                 warnings.simplefilter("ignore", FutureWarning)
+                warnings.showwarning = _show_warning
             getattr(importlib.import_module(verb.home), f"run_{verb.name}")(arguments, output)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -168,6 +169,10 @@ def _common_flags() -> argparse.ArgumentParser:
     form.add_argument("--quiet", "-q", action="store_true", help="print the bare value and no messages")
     flags.add_argument("--debug", action="store_true", help=f"show the traceback of an error ({DEBUG_VARIABLE}=1 too)")
     return flags
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(printable(f"Warning: {message}"), file=sys.stderr)
 
 
 def _first_word(words: list[str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, function, joined, new_folder
+from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, load_base_model, new_folder
 from lora_da_hf.cli.output import Output
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
@@ -20,6 +20,7 @@ def refit_parser() -> argparse.ArgumentParser:
     own.flag("rank", type=at_least(1), help="rank of the new adapter, at most the stored one")
     own.flag("rank_budget", type=at_least(1), help="parameters of the adapter, shared out between the layers")
     own.flag("step_size", type=float, help="how far step 0 goes (default: as the stored steps say)")
+    own.loaded_base_model("and compare it (a DoRA adapter needs it)")
     settings = dataclass_flags(LoRADAArguments)
     for action in settings._actions:
         action.default = argparse.SUPPRESS
@@ -28,14 +29,18 @@ def refit_parser() -> argparse.ArgumentParser:
 
 def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     """Make another initialisation from a stored one."""
+    from lora_da_hf.pipeline.refit import refit_init
+
     folder = new_folder(arguments.output, overwrite=arguments.overwrite)
-    function("lora_da_hf.pipeline.refit", "refit_init")(
+    refit_init(
         arguments.folder,
         folder,
         config=_changed_config(arguments),
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
+        base_model=load_base_model(arguments, output),
+        progress=output.shows_progress,
     )
     output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")
 

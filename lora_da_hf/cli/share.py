@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, base_model_facts_of, function
+from lora_da_hf.cli.flags import Flags, at_least, facts_of_card, load_base_model
 from lora_da_hf.cli.output import Output, aligned, table
+from lora_da_hf.errors import ConfigError
 
-_HUB = "lora_da_hf.hub"
 _SHORT = 12
 
 
@@ -19,8 +19,8 @@ def push_parser() -> argparse.ArgumentParser:
     flags.folder()
     flags.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
     flags.flag("public", action="store_true", help="let everybody see it (default: private)")
-    flags.flag("license", help="licence, if the base model's cannot be looked up")
-    flags.flag("card", type=Path, metavar="FILE", help="card to use (default: the one that `lora-da card` renders)")
+    flags.flag("card", type=Path, metavar="FILE", help="a card of your own (default: as `lora-da card` renders it)")
+    flags.facts_of_card()
     flags.flag("create_pr", action="store_true", help="open a pull request instead of writing to the branch")
     flags.flag("revision", help="branch to write to (default: main)")
     flags.flag("parent_commit", help="refuse if the branch is not at this commit")
@@ -30,8 +30,10 @@ def push_parser() -> argparse.ArgumentParser:
 
 def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
+    from lora_da_hf.hub import push_init
+
     _progress(output)
-    pushed = function(_HUB, "push_init")(
+    pushed = push_init(
         arguments.folder,
         arguments.repo_id,
         private=not arguments.public,
@@ -40,7 +42,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         revision=arguments.revision,
         commit_message=arguments.commit_message,
         card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
-        license=arguments.license,
+        **facts_of_card(arguments),
     )
     names = ("url", "repo_id", "commit", "pull_request_url", "tag")
     values = {name: getattr(pushed, name) for name in names}
@@ -54,30 +56,44 @@ def pull_parser() -> argparse.ArgumentParser:
     flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     flags.flag("revision", help="branch, tag or commit; the same as behind an @")
     flags.flag("rank", type=at_least(1), help="rank that it will be used at, at most the stored one")
-    flags.flag("base_model", metavar="MODEL", help="load this model and refuse if it was computed for another one")
-    flags.flag("model_revision", help="its branch, tag or commit (default: main)")
+    flags.loaded_base_model("and refuse if it was computed for another one (DoRA at another --rank needs it)")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
+    flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
     flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
     return flags
 
 
 def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
+    from lora_da_hf.hub import pull_init
+
     _progress(output)
-    repo_id, _, revision = arguments.repo_id.partition("@")
-    base = None
-    if arguments.base_model:
-        base = base_model_facts_of(arguments.base_model, arguments.model_revision, output)
-    pulled = function(_HUB, "pull_init")(
+    repo_id, revision = _named(arguments.repo_id, arguments.revision)
+    pulled = pull_init(
         repo_id,
-        revision=arguments.revision or revision or None,
+        revision=revision,
         rank=arguments.rank,
-        base_model=base,
+        base_model=load_base_model(arguments, output),
         cache_dir=arguments.cache_dir,
+        local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
     )
     values = {"folder": str(pulled.folder), "repo_id": pulled.repo_id, "commit": pulled.commit}
     output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
+
+
+def _named(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Take ``user/name@revision`` apart.
+
+    Raises:
+        ConfigError: if there is nothing behind the @, or two revisions are given.
+    """
+    repo_id, at, behind = name.partition("@")
+    if (at and not behind) or revision == "":
+        raise ConfigError(f"{name!r} names an empty revision. Write a branch, tag or commit, or leave it out.")
+    if at and revision is not None:
+        raise ConfigError(f"{name!r} names a revision, and --revision={revision} another. Give one of them.")
+    return repo_id, behind or revision
 
 
 def list_parser() -> argparse.ArgumentParser:
@@ -91,8 +107,9 @@ def list_parser() -> argparse.ArgumentParser:
 
 def run_list(arguments: argparse.Namespace, output: Output) -> None:
     """List initialisations on the Hub."""
-    listing = function(_HUB, "list_inits")
-    found = listing(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
+    from lora_da_hf.hub import list_inits
+
+    found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
     names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
     items: list[dict[str, Any]] = [{name: getattr(item, name) for name in names} for item in found]
     rows = [

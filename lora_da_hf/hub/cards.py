@@ -23,7 +23,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError, MissingDependencyError
 from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
 from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
-from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
+from lora_da_hf.hub.plots import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -38,6 +38,7 @@ _TEMPLATE = "init_card.md.jinja"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LICENSE_LINK = re.compile(r"https://[!-~]+|[A-Za-z0-9_.-]+")
 _TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
@@ -110,7 +111,7 @@ def render_card(
             language=list(language),
             hardware=hardware,
             notes=list(notes),
-            plots=[plot for plot in (SPECTRA_PLOT, SEARCH_PLOT) if plot in plots],
+            plots=[plot for plot in PLOTS if plot in plots],
             spectra_plot=SPECTRA_PLOT,
             search_plot=SEARCH_PLOT,
             auto_class=_TASKS.get(facts.task_type or "", (None, "AutoModel"))[1],
@@ -137,6 +138,16 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
     except MissingDependencyError as error:
         logger.warning("The card has no plots. %s", error)
         return {}
+
+
+def is_license(text: str) -> bool:
+    """Tell whether a text is formed like the Hub's identifiers of licences."""
+    return _LICENSE.fullmatch(text) is not None
+
+
+def is_license_link(text: str) -> bool:
+    """Tell whether a text can say where a licence is: an https address, or the name of a file beside the card."""
+    return _LICENSE_LINK.fullmatch(text) is not None
 
 
 def card_metadata(
@@ -201,9 +212,9 @@ def _check(
         raise CardError(f"repo_id={repo_id!r} is no name of a repository on the Hub. Give one such as user/name.")
     if commit is not None and not _COMMIT.fullmatch(commit):
         raise CardError(f"commit={commit!r} is no commit. Give all 40 digits, as `lora-da pull` prints them.")
-    if license is not None and not _LICENSE.fullmatch(license):
+    if license is not None and not is_license(license):
         raise CardError(f"license={license!r} is no identifier of a licence. Give the Hub's, such as apache-2.0.")
-    if license_link is not None and not re.fullmatch(r"(https://[!-~]+|[A-Za-z0-9_.-]+)", license_link):
+    if license_link is not None and not is_license_link(license_link):
         raise CardError(f"license_link={license_link!r} must be an https address or the name of a file beside it.")
     wrong = [tag for tag in language if not _LANGUAGE.fullmatch(tag)]
     if wrong:

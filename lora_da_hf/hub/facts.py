@@ -104,7 +104,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
     if base_model is not None and not is_repo_id(base_model):
         raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
     name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
-    base_id = base_model or (name if name and _is_from_hub(name, revision) else None)
+    base_id = base_model or (name if name and is_from_hub(name, revision) else None)
     adapter = parse_json((init.folder / ADAPTER_CONFIG_FILE).read_bytes(), str(init.folder / ADAPTER_CONFIG_FILE))
     layers = manifest.layers.values()
     return CardFacts(
@@ -152,7 +152,7 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def _is_from_hub(name: str, revision: str | None) -> bool:
+def is_from_hub(name: str, revision: str | None) -> bool:
     """Tell a name on the Hub from a folder's: transformers records a commit for the former, or it has one slash."""
     return is_repo_id(name) and (revision is not None or ("/" in name and not Path(name).is_dir()))
 

@@ -14,6 +14,7 @@ from lora_da_hf.report import LayerReport, LoRADAReport
 
 SPECTRA_PLOT = "guidance_spectra.png"
 SEARCH_PLOT = "step_search.png"
+PLOTS = (SPECTRA_PLOT, SEARCH_PLOT)
 
 _MOST_TYPES = 10
 _MOST_TICKS = 8

@@ -100,7 +100,7 @@ def pull_init(
         revision: Branch, tag or commit; None: main.
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
         base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``); None: it is not
-            compared.
+            compared. A DoRA adapter of another rank needs the model itself.
         cache_dir: The client's cache; None: its default.
         local_dir: Where to put the checked folder: a new or empty folder, or one with an initialisation, which is
             replaced. None: in the cache, with hard links, so that it takes no space.
@@ -112,8 +112,13 @@ def pull_init(
         HubError: if the repo or revision is not there or not readable, or the cache is incomplete with the network off.
         ArtifactError: if anything in it is not as the manifest says.
         BaseModelMismatchError: if it was computed for another base model.
-        ConfigError: if the rank is above the stored one, or local_dir holds something else.
+        ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else, or a
+            DoRA adapter is to get another rank without the base model itself.
     """
+    if revision == "":
+        raise ConfigError(
+            f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out for main."
+        )
     if local_dir is not None:
         _check_replaceable(Path(local_dir))
     source = _Source(
@@ -138,7 +143,9 @@ def pull_init(
             folder = mine or checked / commit
             _collect(source, manifest, path, folder, shutil.copyfile if mine else _link)
             if rank is not None:
-                folder = cut_init(folder, Path(local_dir or checked / f"{commit}-rank-{rank}"), rank=rank)
+                target = Path(local_dir or checked / f"{commit}-rank-{rank}")
+                base = base_model if isinstance(base_model, nn.Module) else None
+                folder = cut_init(folder, target, rank=rank, base_model=base)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 

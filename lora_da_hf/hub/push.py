@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
 from lora_da_hf.artifacts.statistics_store import check_statistics
-from lora_da_hf.artifacts.store import StoredInit, load_init
-from lora_da_hf.errors import HubError
-from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import CardError, HubError
+from lora_da_hf.hub.base import base_facts
 from lora_da_hf.hub.client import check_tree, hub_errors, make_api
+from lora_da_hf.hub.page import license_of, own_page, render_page
+from lora_da_hf.hub.plots import PLOTS
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
@@ -47,21 +47,6 @@ class PushedInit:
     private: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseFacts:
-    """What the Hub says of a base model: its licence, if it names one, and whether it is gated."""
-
-    license: str | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    gated: bool = False
-
-    def license_facts(self) -> dict[str, str | None]:
-        """Return what a card says of the licence; name and link go with a licence called other."""
-        names = ("license", "license_name", "license_link") if self.license == "other" else ("license",)
-        return {name: getattr(self, name) for name in names}
-
-
 def push_init(
     folder: str | Path,
     repo_id: str,
@@ -73,56 +58,81 @@ def push_init(
     commit_message: str | None = None,
     card: str | None = None,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    language: Sequence[str] = (),
+    hardware: str | None = None,
+    notes: Sequence[str] = (),
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> PushedInit:
     """Publish an initialisation on the Hub.
 
-    The folder passes every check of `load_init` before anything leaves the machine. The repo is made if there is none.
-    Everything goes into one commit; if nothing changed, there is none. A large file that an interrupted push already
-    sent is not sent again.
+    The folder passes every check of `load_init`, and the card is rendered, before anything leaves the machine. The repo
+    is made if there is none. Everything goes into one commit, the card and the plots that it shows included; if nothing
+    changed, there is none. A large file that an interrupted push already sent is not sent again.
 
     Args:
         folder: What an initialisation wrote.
-        repo_id: Owner and name.
-        private: Whether the repo must be private. A new one is made so; if it turns out public, this is an error.
+        repo_id: Owner and name; without an owner, a repo of whoever the token belongs to.
+        private: Whether the repo must be private. A new one is made as asked for; if it turns out otherwise, or one
+            that is there is not as asked for, this is an error.
         create_pr: Make a pull request instead of a commit.
         parent_commit: Commit only on top of this one; None: of the one that is the newest now.
         revision: The branch, which must exist; None: main.
         commit_message: None: one that names the base model.
-        card: Text of the model card; None: rendered from the initialisation.
-        license: Of the initialisation; None: that of the base model on the Hub.
+        card: Text of a card of your own, whose metadata says the licence; None: `render_card` writes one, with the
+            facts that follow.
+        license: As for `render_card`; None: that of the base model on the Hub.
+        license_name: As for `render_card`; None: the base model's.
+        license_link: As for `render_card`; None: the base model's.
+        base_model: As for `render_card`.
+        datasets: As for `render_card`.
+        language: As for `render_card`.
+        hardware: As for `render_card`.
+        notes: As for `render_card`.
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
 
     Raises:
         ArtifactError: if the folder is not a valid initialisation, or what arrived is not what was sent.
-        HubError: if a public repo is asked for without a known licence, the repo is public against the wish, somebody
-            else pushed meanwhile, or the Hub refuses or cannot be reached.
+        CardError: if the card is malformed, shows a plot that is not there, or is given together with facts for one.
+        HubError: if a public repo is asked for without a known licence, the repo is private or public against the wish,
+            somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
     stored = load_init(folder)
     check_statistics(stored.folder, stored.manifest)
     api = make_api(token=token, endpoint=endpoint)
-    doing = f"Pushing {repo_id}"
-    with hub_errors(doing):
-        base = _base_facts(api, stored.manifest)
-        _check_license(stored.manifest, base, license or base.license, private=private)
+    licence = {"license": license, "license_name": license_name, "license_link": license_link}
+    facts = {"datasets": datasets, "language": language, "hardware": hardware, "notes": notes}
+    with hub_errors(f"Pushing {repo_id}"):
+        repo_id = _with_owner(api, repo_id)
+        base = base_facts(api, stored, base_model)
+        if card is None:
+            licence = base.license_facts(licence)
+            page = render_page(stored, repo_id=repo_id, base_model=base_model, **licence, **facts)
+        else:
+            _refuse_facts({**licence, **facts})
+            page = own_page(stored, card)
+            licence = {"license": license_of(card)}
+        named = base.name or stored.manifest.base_model["name_or_path"]
+        _check_license(named, licence["license"], private=private)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
-        _check_private(head, private=private)
-        with tempfile.TemporaryDirectory() as extra:
-            described = base.license_facts() if license in (None, base.license) else {"license": license}
-            files = _init_files(stored) | _card_files(stored, Path(extra), card, repo_id=repo_id, **described)
-            commit = api.create_commit(
-                repo_id,
-                [*_additions(files), *_deletions(head, files)],
-                commit_message=commit_message or _message(stored.manifest),
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=parent_commit or head.sha,
-            )
+        _check_visibility(head, private=private)
+        files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
+        commit = api.create_commit(
+            repo_id,
+            [*_additions({**files, **page}), *_deletions(head, {**files, **page})],
+            commit_message=commit_message or _message(base.name),
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent_commit or head.sha,
+        )
         pushed = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
-        _check_private(pushed, private=private)
+        _check_visibility(pushed, private=private)
         check_tree(stored.manifest, pushed)
         tagged = not create_pr and revision in (None, _MAIN) and _move_tag(api, repo_id, commit.oid)
     return PushedInit(
@@ -136,78 +146,53 @@ def push_init(
     )
 
 
-def _base_facts(api: HfApi, manifest: Manifest) -> BaseFacts:
-    """Ask the Hub for licence and gate of the base; of one that it does not know, such as a folder, it says nothing."""
-    name = manifest.base_model["name_or_path"]
-    if not name:
-        return BaseFacts()
-    try:
-        info = api.model_info(name)
-    except RepositoryNotFoundError:
-        return BaseFacts()
-    except HFValidationError:
-        warnings.warn(
-            f"The base model is called {name!r}, which is no name on the Hub: it is published as it is, and nobody can "
-            "find the base by it. Load the base by its name on the Hub before you initialise.",
-            stacklevel=3,
+def _refuse_facts(facts: Mapping[str, Any]) -> None:
+    given = [name for name, value in facts.items() if value]
+    if given:
+        raise CardError(
+            f"A card of your own is given, and {', '.join(given)} too, which would change nothing on it. Write that on "
+            "the card, or leave the card out."
         )
-        return BaseFacts()
-    card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
-    named = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    return BaseFacts(gated=bool(info.gated), **{key: text for key, text in named.items() if isinstance(text, str)})
 
 
-def _check_license(manifest: Manifest, base: BaseFacts, license: str | None, *, private: bool) -> None:
-    name = manifest.base_model["name_or_path"]
+def _with_owner(api: HfApi, repo_id: str) -> str:
+    """Return the whole name of a repo: without an owner it is one of whoever the token belongs to."""
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
+def _message(base: str | None) -> str:
+    return f"LoRA-DA initialisation for {base}" if base else "LoRA-DA initialisation"
+
+
+def _check_license(base: str | None, license: str | None, *, private: bool) -> None:
     if license is None and not private:
         raise HubError(
-            f"A public initialisation needs a licence, and the Hub names none for its base {name!r}. Pass license=..., "
-            "or push it privately."
-        )
-    if base.gated:
-        warnings.warn(
-            f"The base model {name!r} is gated: see whether its conditions let you share what was computed from it.",
-            stacklevel=3,
+            f"A public initialisation needs a licence, and the Hub names none for its base {base!r}. Pass license=... "
+            "(--license), say it in the metadata of your card, or push it privately."
         )
 
 
-def _message(manifest: Manifest) -> str:
-    name = manifest.base_model["name_or_path"]
-    return f"LoRA-DA initialisation for {name}" if name else "LoRA-DA initialisation"
-
-
-def _check_private(info: ModelInfo, *, private: bool) -> None:
+def _check_visibility(info: ModelInfo, *, private: bool) -> None:
     if private and not info.private:
         raise HubError(
             f"{info.id} is public, and private=True was asked for. Make it private in its settings, or pass "
-            "private=False if everybody may read it."
+            "private=False (--public) if everybody may read it."
+        )
+    if info.private and not private:
+        raise HubError(
+            f"{info.id} is private, and private=False (--public) was asked for, which only a new repo is made by. Make "
+            "it public in its settings first, or push it privately."
         )
 
 
-def _init_files(stored: StoredInit) -> dict[str, Path]:
-    return {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
+def _additions(files: Mapping[str, Path | bytes]) -> list[CommitOperationAdd]:
+    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
 
 
-def _card_files(stored: StoredInit, extra: Path, card: str | None, **facts: Any) -> dict[str, Path]:
-    """Write the card, and its plots if it is rendered here, into a folder of their own."""
-    plots: dict[str, bytes] = {}
-    if card is None:
-        plots = card_plots(stored)
-        card = render_card(stored, plots=plots, **facts)
-    contents = {CARD_FILE: card.encode("utf-8"), **plots}
-    for name, content in contents.items():
-        (extra / name).write_bytes(content)
-    return {name: extra / name for name in contents}
-
-
-def _additions(files: dict[str, Path]) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-
-
-def _deletions(head: ModelInfo, files: dict[str, Path]) -> list[CommitOperationDelete]:
-    """Delete what an earlier initialisation in the repo had and this one has not, such as shards of statistics."""
+def _deletions(head: ModelInfo, files: Collection[str]) -> list[CommitOperationDelete]:
+    """Delete what an earlier push left in the repo and this one has not, such as shards of statistics and plots."""
     names = [sibling.rfilename for sibling in head.siblings or ()]
-    stale = [name for name in names if name.startswith(_OWN_FILES) and name not in files]
+    stale = [name for name in names if (name.startswith(_OWN_FILES) or name in PLOTS) and name not in files]
     return [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
 
 

@@ -77,7 +77,8 @@ def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) 
     targets = [job.targets[name] for name in names]
     shapes = [shape for t in targets for shape in ((t.rank, t.in_features), (t.out_features, t.rank))]
     specs = [(shape, torch.float32) for shape in shapes]
-    tensors = None if stored is None else [_stored(stored, t, factor) for t in targets for factor in ("A", "B")]
+    with job.ranks.together("look for a finished initialisation"):
+        tensors = None if stored is None else [_stored(stored, t, factor) for t in targets for factor in ("A", "B")]
     shared = job.ranks.broadcast(tensors, specs, 0)
     return dict(zip(names, zip(shared[::2], shared[1::2], strict=True), strict=True))
 

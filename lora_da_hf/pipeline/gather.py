@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -29,7 +30,7 @@ from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, check_lengths, collect
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
-from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.model_state import seed_generators, without_checkpointing
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
@@ -63,7 +64,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
-        check_lengths([*splits.statistics, *splits.search, *splits.unseen], max_sample_length(job.model))
+        check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
         labelled = _labelled(job, splits.statistics, shifts, count=_PROBED_SAMPLES)
         if not labelled:
             raise DataError(
@@ -75,9 +76,11 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         layers = {name: target.base_layer for name, target in job.targets.items()}
         compute_loss = _TimedLoss(job.compute_loss)
         losses: list[float] = []
+        labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
 
         def run_forward() -> None:
-            with torch.no_grad():
+            watched = contextlib.nullcontext() if labelled_head is None else labelled_head.watched()
+            with torch.no_grad(), watched:
                 losses.append(compute_loss(job.model, first, None).double().item())
 
         with checked_backward(job.scan.targets):
@@ -90,7 +93,8 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             shifts_labels=shifts,
             declared=job.config.loss_reduction,
         )
-        labelled_head = _labelled_head(job, first, losses[0])
+        if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
+            labelled_head = None
         sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
@@ -119,15 +123,13 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     )
 
 
-def _labelled_head(job: Job, batch: Mapping[str, Any], loss: float) -> LabelledHead | None:
-    """Return what runs the head on the rows of labels, if the loss of a sample stays what it is with it."""
-    labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
-    if labelled_head is None:
-        return None
+def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:
+    """Tell whether the loss of a sample is the same with the head on the rows of labels."""
+    if labelled_head.seen_loss is None or not math.isclose(labelled_head.seen_loss, loss, rel_tol=1e-6):
+        return False  # the loss is made elsewhere, or there is more to it
     with torch.no_grad(), labelled_head.rows_of_labels():
         found = job.compute_loss(job.model, batch, None).double().item()
-    used = labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-    return labelled_head if used else None
+    return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
 
 
 def _sampled_labels(
@@ -281,6 +283,7 @@ def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], stor
             dtype=getattr(torch, job.config.accumulate_dtype),
         )
 
+    seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
     with job.bar(len(mine), "LoRA-DA statistics") as bar, ranks.together("statistics pass"):
         return collect(
             job.model,

@@ -24,6 +24,7 @@ from lora_da_hf.errors import OutOfStepError
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.collect import Lockstep, PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import Collate, ComputeLoss
+from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,11 @@ class Job:
         )
 
     def loss(self, samples: list[Any], settings: PassSettings) -> float:
-        """Return the mean loss over samples, shared by the processes and the same on all of them."""
+        """Return the mean loss over samples, shared by the processes and the same on all of them.
+
+        A collator that draws at random makes the same batches at each call.
+        """
+        seed_generators(self.seed)
         with self.ranks.together("evaluation"):
             mine = evaluate_loss(
                 self.model,

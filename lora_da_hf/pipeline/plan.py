@@ -14,7 +14,7 @@ _GIB = 2**30
 _SOLVE_SPEED = 0.25
 """Speed of the solve, in float64, as a part of the pass's: measured on a CPU, see benchmarks/results."""
 _SMALL_WORK = 2**28
-"""Bytes up to which groups are solved one on each thread: their matrices are too small to be shared by threads."""
+"""Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
 
 
@@ -93,10 +93,14 @@ class Workload:
     threads: int = 1
 
     @property
+    def small(self) -> bool:
+        """Whether each group is solved on one thread: a matter of sizes alone, so that the bits are too."""
+        return all(group.work_bytes <= _SMALL_WORK for group in self.groups)
+
+    @property
     def solvers(self) -> int:
         """How many groups a process solves at the same time."""
-        small = all(group.work_bytes <= _SMALL_WORK for group in self.groups)
-        return min(self.threads, _MOST_SOLVERS) if small else 1
+        return min(self.threads, _MOST_SOLVERS) if self.small else 1
 
     def peak_bytes(self, groups: Iterable[Group]) -> dict[int, int]:
         """Return what collecting and solving some groups at once takes at most, by device."""
@@ -139,6 +143,7 @@ class Plan:
         pass_flops: Arithmetic of the busiest process in the passes.
         solve_flops: Arithmetic of the busiest process in the solve.
         solvers: How many groups a process solves at the same time.
+        one_thread_each: Whether a group is solved on one thread.
     """
 
     schedule: Literal["samples", "layers"]
@@ -151,6 +156,7 @@ class Plan:
     pass_flops: float
     solve_flops: float
     solvers: int = 1
+    one_thread_each: bool = False
 
     def seconds(self, flops_per_second: float) -> tuple[float, float]:
         """Return about how long passes and solve take at a speed of the forward pass, without the transfers."""
@@ -239,6 +245,7 @@ def _share_samples(work: Workload, size: int, budget: Mapping[int, float], solve
         pass_flops=tokens * sum(work.pass_flops(group.leader for group in window) for window in windows),
         solve_flops=_busiest(work, owners, size),
         solvers=work.solvers,
+        one_thread_each=work.small,
     )
 
 
@@ -261,6 +268,7 @@ def _share_layers(work: Workload, size: int, budget: Mapping[int, float]) -> Pla
         pass_flops=work.num_tokens * max(flops),
         solve_flops=_busiest(work, owners, size),
         solvers=work.solvers,
+        one_thread_each=work.small,
     )
 
 

@@ -1,84 +1,26 @@
-"""`refit_init`: another initialisation from a stored one, offline: no model, no data."""
+"""`refit_init`: another initialisation from a stored one, offline: no data, and no model but for DoRA."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
-import shutil
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
+from tqdm.auto import tqdm
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, holder_of
-from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, read_peft_config, with_ranks
-from lora_da_hf.artifacts.schema import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    IDENTITY,
-    REPORT_FILE,
-    FileEntry,
-    LayerEntry,
-    Manifest,
-)
+from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, holder_of, read_peft_config
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.pipeline.save import package_versions
-from lora_da_hf.pipeline.stored import (
-    SOLVE_SETTINGS,
-    SOLVED_AGAIN_WITH,
-    changed_settings,
-    config_for_refit,
-    manifest_digest,
-    population_of,
-    solved_again_with,
-    steps_by_rank,
-    stored_step,
-)
-from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.theory.adapter_factors import factors_at_step
+from lora_da_hf.pipeline.refit_write import Refit, write_refit
+from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, changed_settings, config_for_refit, population_of
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Refit:
-    """A stored initialisation on its way to another one.
-
-    Attributes:
-        stored: What it comes from.
-        config: The new settings.
-        peft_config: PEFT's, for the stored ranks.
-        bases: By layer, stored or solved anew.
-        reports: By layer.
-        ranks: By layer.
-        alphas: PEFT's, by layer.
-        notes: What a user should know.
-    """
-
-    stored: StoredInit
-    config: LoRADAConfig
-    peft_config: dict[str, Any]
-    bases: dict[str, StoredBasis]
-    reports: dict[str, LayerReport]
-    ranks: dict[str, int]
-    alphas: dict[str, float]
-    notes: list[str]
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest that it comes from."""
-        return self.stored.manifest
-
-    def scaling(self, name: str) -> float:
-        """What PEFT multiplies ``B A`` with in a layer."""
-        return self.alphas[name] / alpha_divisor(self.peft_config, self.ranks[name])
 
 
 def refit_init(
@@ -89,13 +31,16 @@ def refit_init(
     rank: int | None = None,
     rank_budget: int | None = None,
     step_size: float | None = None,
+    base_model: nn.Module | None = None,
+    progress: bool = True,
 ) -> StoredInit:
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
 
     The step is the one given; or, if the ranks or the settings are others, what the stored steps say for them
     (`lora_da_hf.pipeline.stored.stored_step`): nothing is measured here, and the report says so. `lora_alpha` stays, so
     a rank changes the scaling as it does in PEFT, and the step makes up for it. Only under a rank budget does each
-    layer keep its scaling, by an alpha of its own. Layers that PEFT initialised keep their tensors, rank and scaling.
+    layer keep its scaling, by an alpha of its own. Layers that PEFT initialised keep their tensors, rank and scaling;
+    but PEFT has one rank for all experts and other parameters, so theirs is cut, or longer by what PEFT starts with.
 
     Args:
         folder: A stored initialisation.
@@ -104,6 +49,8 @@ def refit_init(
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
         rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``.
         step_size: How far step 0 goes, whatever the config says.
+        base_model: The base model. DoRA needs it, whose magnitudes follow from its weights; else it is only compared.
+        progress: Whether to show a progress bar while layers are solved.
 
     Returns:
         The new initialisation, read back with every check. Statistics are copied if ``config.save_statistics``, and
@@ -112,12 +59,14 @@ def refit_init(
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
         ConfigError: if a rank is above the stored one, a budget too small, both are given, or ``config`` asks for
-            another pass over data, or for a displacement in other units without a step.
+            another pass over data, or for a displacement in other units without a step; if a DoRA adapter comes without
+            its base, or experts would get different ranks.
+        BaseModelMismatchError: if it was computed for another base.
         SolveError: if a layer cannot be solved with these settings.
     """
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
-    refit = _read(Path(folder), config, step_size)
+    refit = _read(Path(folder), config, step_size, base_model)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
@@ -125,15 +74,16 @@ def refit_init(
     if solved_with:
         if step_size is None and refit.config.step_size == stored_config.step_size:
             _note_carried_step(refit, solved_with)
-        _solve_again(refit)
+        _solve_again(refit, progress=progress)
     if rank is not None:
         refit.ranks = {name: _possible_rank(refit, name, rank) for name in refit.bases}
     elif rank_budget is not None:
         _spend(refit, rank_budget)
-    return _write(refit, Path(output_dir), solved_with)
+    _check_experts(refit)
+    return write_refit(refit, Path(output_dir), solved_with)
 
 
-def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int) -> Path:
+def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int, base_model: nn.Module | None = None) -> Path:
     """Write a stored initialisation anew with an adapter of another rank, up to the stored one.
 
     Returns:
@@ -141,27 +91,31 @@ def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int) -> Path:
 
     Raises:
         ArtifactError: if the folder is damaged.
-        ConfigError: if the rank is above the stored one.
+        ConfigError: if the rank is above the stored one, or a DoRA adapter comes without its base.
     """
-    return refit_init(folder, output_dir, rank=rank).folder
+    return refit_init(folder, output_dir, rank=rank, base_model=base_model).folder
 
 
-def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) -> _Refit:
-    stored = load_init(folder)
+def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
+    stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
     new = config_for_refit(stored.manifest, config)
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
     peft_config = read_peft_config(folder / ADAPTER_CONFIG_FILE)
-    _refuse_what_needs_the_base(folder, peft_config, stored.manifest)
-    refit = _Refit(
+    if peft_config.get("use_dora") and base_model is None:
+        raise ConfigError(
+            f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
+        )
+    refit = Refit(
         stored=stored,
         config=new,
         peft_config=peft_config,
         bases=dict(stored.bases),
         reports={layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
-        alphas={name: alpha_of(peft_config, name) for name in stored.manifest.layers},
+        alphas={name: alpha_of(peft_config, holder_of(name)) for name in stored.manifest.layers},
         notes=[],
+        base=base_model,
     )
     for name, layer in stored.manifest.layers.items():
         if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-9):
@@ -172,20 +126,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None) ->
     return refit
 
 
-def _refuse_what_needs_the_base(folder: Path, peft_config: dict[str, Any], manifest: Manifest) -> None:
-    """Refuse adapters that cannot be rewritten offline.
-
-    Raises:
-        ConfigError: for DoRA, whose magnitude follows from the base's weights, and for experts.
-    """
-    if peft_config.get("use_dora"):
-        raise ConfigError(f"{folder} is a DoRA adapter, whose magnitude needs the base's weights. Use apply_init.")
-    experts = [name for name in manifest.layers if holder_of(name) != name]
-    if experts:
-        raise ConfigError(f"{folder} holds experts ({experts[0]} first), which cannot be refitted. Use apply_init.")
-
-
-def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
+def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
     """Note that the stored step was found with other settings.
 
     Raises:
@@ -203,14 +144,14 @@ def _note_carried_step(refit: _Refit, solved_with: list[str]) -> None:
         )
 
 
-def _solve_again(refit: _Refit) -> None:
+def _solve_again(refit: Refit, *, progress: bool) -> None:
     """Solve every layer from its statistics with the new settings."""
     statistics = load_statistics(refit.stored.folder, refit.manifest)
     population_size = population_of(refit.manifest, refit.config)
     groups: dict[str, list[str]] = {}
     for name, layer in refit.manifest.layers.items():
         groups.setdefault(layer.shares_input_with, []).append(name)
-    for leader, names in groups.items():
+    for leader, names in tqdm(groups.items(), desc="LoRA-DA solve", disable=not progress, leave=False):
         factorized = factorize(statistics[names[0]], refit.config, layer=leader)
         for name in names:
             layer = refit.manifest.layers[name]
@@ -237,7 +178,7 @@ def _solve_again(refit: _Refit) -> None:
             )
 
 
-def _possible_rank(refit: _Refit, name: str, rank: int) -> int:
+def _possible_rank(refit: Refit, name: str, rank: int) -> int:
     """Return a rank that a layer can have: the one asked for, or all directions that it has.
 
     Raises:
@@ -252,7 +193,7 @@ def _possible_rank(refit: _Refit, name: str, rank: int) -> int:
     )
 
 
-def _spend(refit: _Refit, budget: int) -> None:
+def _spend(refit: Refit, budget: int) -> None:
     """Choose the ranks under a budget, each with an alpha that keeps the layer's scaling."""
     widths = {name: (layer.in_features, layer.out_features) for name, layer in refit.manifest.layers.items()}
     spectra = {name: basis.eigenvalues.tolist() for name, basis in refit.bases.items()}
@@ -264,127 +205,21 @@ def _spend(refit: _Refit, budget: int) -> None:
     refit.notes.append(f"ranks {min(ranks)} to {max(ranks)}, which take {spent} of {budget} parameters")
 
 
+def _check_experts(refit: Refit) -> None:
+    """Verify that all experts have one rank and alpha, as PEFT has it.
+
+    Raises:
+        ConfigError: if not.
+    """
+    experts = [name for name in refit.ranks if holder_of(name) != name]
+    ranks = {refit.ranks[name] for name in experts}
+    if len(ranks) > 1 or any(refit.alphas[name] != refit.peft_config["lora_alpha"] for name in experts):
+        raise ConfigError(
+            f"The experts ({experts[0]} first) would get ranks {min(ranks)} to {max(ranks)} or an alpha of their own, "
+            "and PEFT has one of each for all. Give a rank that each can have, and no budget."
+        )
+
+
 def _whole(alpha: float) -> float:
     """Return a number that is whole but for rounding as an integer, which is what PEFT's alpha is."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _write(refit: _Refit, output_dir: Path, solved_with: list[str]) -> StoredInit:
-    if refit.config.searches_step:
-        step, source = stored_step(refit.manifest, refit.ranks)
-        refit.notes.append(source)
-    else:
-        step = None if refit.config.step_size is None else float(refit.config.step_size)
-    peft_config, layers = refit.peft_config, refit.manifest.layers
-    if any(layers[name].rank != rank for name, rank in refit.ranks.items()):
-        peft_config = with_ranks(peft_config, refit.ranks, refit.alphas, refit.manifest.kept)
-    tensors = read_tensors(refit.stored.folder / ADAPTER_FILE, None)
-    for name in refit.ranks:
-        _replace_factors(refit, tensors, name, step)
-
-    def save_adapter(path: Path) -> None:
-        save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
-        text = json.dumps(peft_config, indent=2, sort_keys=True)
-        (path / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
-
-    def copy_statistics(path: Path) -> None:
-        for name in statistics_files(refit.manifest):
-            shutil.copyfile(refit.stored.folder / name, path / name)
-
-    report = _new_report(refit, step, output_dir)
-    write_init(
-        output_dir,
-        bases=refit.bases,
-        save_adapter=save_adapter,
-        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
-        save_statistics=copy_statistics if refit.config.save_statistics else None,
-        make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
-    )
-    return load_init(output_dir)
-
-
-def _replace_factors(refit: _Refit, tensors: dict[str, Tensor], name: str, step: float | None) -> None:
-    """Put a layer's new factors in the place of the old ones, in their dtype."""
-    basis, rank, scaling = refit.bases[name], refit.ranks[name], refit.scaling(name)
-    factors = factors_at_step(
-        basis.basis_A[:rank].double(),
-        basis.basis_B[:, :rank].double(),
-        refit.config,
-        peft_scaling=scaling,
-        step_size=step,
-    )
-    for which, factor in zip(("lora_A", "lora_B"), factors, strict=True):
-        key = f"{PEFT_PREFIX}{name}.{which}.weight"
-        tensors[key] = factor.to(tensors[key].dtype).contiguous()
-    update_norm = scaling * (factors[1] @ factors[0]).norm().item()
-    refit.reports[name] = dataclasses.replace(
-        refit.reports[name], rank=rank, peft_scaling=scaling, update_norm=update_norm
-    )
-
-
-def _new_report(refit: _Refit, step: float | None, output_dir: Path) -> LoRADAReport:
-    """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
-    old = read_report(refit.stored.folder / REPORT_FILE)
-    return LoRADAReport(
-        layers=[refit.reports[layer.name] for layer in old.layers],
-        kept=dict(refit.manifest.kept),
-        num_samples=old.num_samples,
-        num_unlabelled=old.num_unlabelled,
-        num_search_samples=old.num_search_samples,
-        population_size=population_of(refit.manifest, refit.config),
-        batch_size=old.batch_size,
-        loss_reduction=old.loss_reduction,
-        step_size=step,
-        step_size_by_rank=_ladder(refit),
-        config=refit.config.to_dict(),
-        data_fingerprint=old.data_fingerprint,
-        notes=[*refit.notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
-        artifact=str(output_dir),
-    )
-
-
-def _ladder(refit: _Refit) -> dict[int, float]:
-    """Return the searched steps for the ranks that are stored, if the step is a searched one."""
-    largest = max(basis.basis_A.shape[0] for basis in refit.bases.values())
-    steps = steps_by_rank(refit.manifest) if refit.config.searches_step else {}
-    return {rank: step for rank, step in steps.items() if rank <= largest}
-
-
-def _new_manifest(refit: _Refit, step: float | None, solved_with: list[str], files: dict[str, FileEntry]) -> Manifest:
-    old = refit.manifest
-    return dataclasses.replace(
-        old,
-        config=refit.config.to_dict(),
-        data={**_without_identity(old.data), "population_size": population_of(old, refit.config)},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        step_size=step,
-        step_size_by_rank={str(rank): found for rank, found in _ladder(refit).items()},
-        versions=package_versions(),
-        layers={name: _layer_entry(refit, name, layer) for name, layer in old.layers.items()},
-        files=files,
-        refitted_from={
-            "manifest": manifest_digest(old),
-            "created": old.created,
-            SOLVED_AGAIN_WITH: {
-                **solved_again_with(old),
-                **{name: getattr(refit.config, name) for name in solved_with},
-            },
-        },
-    )
-
-
-def _without_identity(data: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says that it is what a run would compute, which a refitted one is not."""
-    return {name: value for name, value in data.items() if name != IDENTITY}
-
-
-def _layer_entry(refit: _Refit, name: str, old: LayerEntry) -> LayerEntry:
-    report = refit.reports[name]
-    return dataclasses.replace(
-        old,
-        rank=refit.ranks[name],
-        max_rank=refit.bases[name].basis_A.shape[0],
-        peft_scaling=refit.scaling(name),
-        input_damping=report.input_damping,
-        output_damping=report.output_damping,
-    )

@@ -190,6 +190,10 @@ class PassFiles:
         """Write the sums, and keep those before."""
         self._folder.write_sums(self._window, state.facts["batches_done"], state.tensors, state.facts)
 
+    def clear(self) -> None:
+        """Delete the sums: the pass starts over."""
+        self._folder.delete_sums(self._window)
+
 
 def _as_file(finished: FinishedWindow) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
-from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.gather import probe
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
@@ -121,7 +121,7 @@ def apply_init(
         config=config,
         ranks=ranks,
         scan=scan,
-        compute_loss=compute_loss or model_loss,
+        compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
         collate=on_device(data_collator or pad_samples, device or input_device(model)),
         seed=first_given(config.seed, stored.manifest.seed),
         batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),

@@ -17,7 +17,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
-from lora_da_hf.losses import input_device, model_loss
+from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.gather import Probe, probe
 from lora_da_hf.pipeline.identity import identify
@@ -38,7 +38,7 @@ from lora_da_hf.samples import (
     samples_of_loader,
 )
 from lora_da_hf.statistics.losses import ComputeLoss
-from lora_da_hf.statistics.model_state import prepared_for_pass
+from lora_da_hf.statistics.model_state import ROUTER_LOSS, prepared_for_pass
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SEED = 42
@@ -113,7 +113,7 @@ def initialize_lora_da(
         config=config,
         ranks=ranks,
         scan=scan,
-        compute_loss=compute_loss or model_loss,
+        compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
         collate=on_device(data_collator or pad_samples, device or input_device(model)),
         seed=first_given(config.seed, seed, DEFAULT_SEED),
         batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
@@ -122,8 +122,9 @@ def initialize_lora_da(
     )
     if config.statistics_save_steps is not None and job.output_dir is None:
         raise ConfigError("statistics_save_steps needs an output_dir, beside which the sums are kept. Give one.")
-    if job.output_dir is not None and ranks.is_main:
-        remove_leftovers(job.output_dir)
+    with ranks.together("look at the output folder"):
+        if job.output_dir is not None and ranks.is_main:
+            remove_leftovers(job.output_dir)
     splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 
@@ -147,6 +148,8 @@ def first_given(*values: int | None) -> int:
 def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
     with job.restored_on_failure(), contextlib.ExitStack() as files:
+        if getattr(getattr(job.model, "config", None), ROUTER_LOSS, False):
+            job.report.notes.append("the routers' auxiliary loss is left out of the statistics and of the search")
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
-from lora_da_hf.artifacts.schema import IDENTITY, REPORT_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.peft_config import in_names
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, IDENTITY, REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import StoredBasis, write_init
 from lora_da_hf.distributed.parameters import gathered, is_partitioned, read_full
@@ -161,6 +165,8 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
 def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None = None) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
+    Its configuration names the layers where PEFT would keep regular expressions.
+
     Args:
         model: The model.
         folder: Where.
@@ -170,6 +176,20 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     Raises:
         TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
     """
+    _save_as_peft_does(model, folder, adapter_name, state)
+    path = folder / ADAPTER_CONFIG_FILE
+    layers = {
+        base_name(name): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r and not isinstance(layer, ParamWrapper)
+    }
+    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    named = in_names(json.loads(path.read_text(encoding="utf-8")), ranks, alphas)
+    path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(
             str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state

@@ -15,6 +15,7 @@ from lora_da_hf.adapters.targets import Target
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
 from lora_da_hf.pipeline.gather import Gathered
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.solve import factorize, solve_layer
@@ -38,7 +39,7 @@ class SolvedWindow:
     statistics: dict[str, LayerStatistics]
 
 
-def solve(job: Job, gathered: Gathered, population_size: int, *, solvers: int = 1) -> SolvedWindow:
+def solve(job: Job, gathered: Gathered, population_size: int, plan: Plan) -> SolvedWindow:
     """Reduce each group of layers to its owner, solve it there, and give the solution to everybody.
 
     All sums are reduced before any is solved, so that the owners solve at the same time.
@@ -47,7 +48,7 @@ def solve(job: Job, gathered: Gathered, population_size: int, *, solvers: int = 
         job: The job.
         gathered: The sums.
         population_size: N.
-        solvers: How many groups to solve at the same time, with an equal part of the threads each.
+        plan: How many groups to solve at the same time.
     """
     groups = input_groups(gathered.shared)
     mine: dict[str, Outcome] = {}
@@ -61,7 +62,7 @@ def solve(job: Job, gathered: Gathered, population_size: int, *, solvers: int = 
                 found = _solve_group(job, leader, statistics, gathered.kept, population_size)
                 return found, statistics if job.config.save_statistics else {}
 
-            with _map_on_threads(solvers) as each:
+            with _map_on_threads(plan) as each:
                 for found, statistics in each(solve_group, list(reduced)):
                     mine.update(found)
                     stored.update(statistics)
@@ -71,16 +72,19 @@ def solve(job: Job, gathered: Gathered, population_size: int, *, solvers: int = 
 
 
 @contextlib.contextmanager
-def _map_on_threads(number: int) -> Generator[Callable[..., Iterator[Any]]]:
-    """Give a map that runs on several threads at once, between which torch's own are divided."""
-    if number == 1:
+def _map_on_threads(plan: Plan) -> Generator[Callable[..., Iterator[Any]]]:
+    """Give a map that runs as many calls at once as groups are to be solved at the same time.
+
+    What a call computes with, one thread or all of torch's, depends on the layers alone: so do the bits.
+    """
+    if not plan.one_thread_each:
         yield map
         return
     threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(number)
-    torch.set_num_threads(max(1, threads // number))
+    executor = ThreadPoolExecutor(plan.solvers)
+    torch.set_num_threads(1)
     try:
-        yield executor.map
+        yield executor.map if plan.solvers > 1 else map
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -52,7 +52,7 @@ def _solve_window(job: Job, probe: Probe, plan: Plan, progress: Progress, number
     finished = progress.finished(number)
     if finished is None:
         gathered = gather_statistics(job, probe, plan, plan.windows[number], progress.store(number))
-        solved = solve(job, gathered, probe.splits.population_size, solvers=plan.solvers)
+        solved = solve(job, gathered, probe.splits.population_size, plan)
         shared = {name: leader for part in job.ranks.gather(gathered.shared) for name, leader in part.items()}
         finished = FinishedWindow(outcomes=solved.outcomes, shared=shared, counts=gathered.counts)
         progress.finish(number, finished, solved)

@@ -131,6 +131,10 @@ class PassStore(Protocol):
         """Keep a state in place of the last."""
         ...
 
+    def clear(self) -> None:
+        """Forget every state: the pass starts over."""
+        ...
+
 
 def collect(
     model: nn.Module,
@@ -208,6 +212,9 @@ def collect(
                 ) from reason
             batch_size, notes = 1, [*notes, f"run one sample at a time: {reason}"]
             on_samples(-done)
+            if store is not None:
+                with lockstep.alike():  # before any process writes the first of the new ones
+                    store.clear()
             continue
         return result
 
@@ -428,14 +435,18 @@ def digest_sample(batch: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_lengths(samples: Sequence[Any], limit: int | None) -> None:
-    """Verify that no sample is longer than the model allows.
+def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -> None:
+    """Verify that no sample is longer than the model allows, once the collator had the chance to truncate it.
 
     Raises:
-        DataError: naming the longest one.
+        DataError: naming the length of the longest one.
     """
-    longest = max((sample_length(sample) for sample in samples), default=0)
-    if limit is not None and longest > limit:
+    sample = max(samples, key=sample_length, default=None)
+    if limit is None or sample_length(sample) <= limit:
+        return
+    ids = collate([sample]).get("input_ids")
+    longest = ids.shape[-1] if isinstance(ids, Tensor) else sample_length(sample)
+    if longest > limit:
         raise DataError(
             f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples "
             f"to {limit} tokens when you tokenise them."

@@ -22,6 +22,8 @@ class LabelledHead:
 
     Attributes:
         num_calls: Passes of the head on rows of labels, since the context was entered.
+        seen_loss: What the loss function made of all logits in the pass inside `watched`; None if it was not called
+            once, on the head's own rows and the labels of all of them.
 
     Args:
         model: The model whose ``loss_function`` is transformers' for causal models.
@@ -37,6 +39,28 @@ class LabelledHead:
         self._shape = torch.Size()
         self.num_calls = 0
         self._num_backward_calls = 0
+        self.seen_loss: float | None = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Generator[None]:
+        """Note in the pass inside whether the model's loss is what the loss function makes of the head's output."""
+        rows: list[torch.Size] = []
+        losses: list[float | None] = []
+        loss_function: Callable[..., Tensor] = self._model.loss_function
+        handle = self._head.register_forward_hook(lambda _, args, output: rows.append(output.shape[:-1]))
+
+        def noted(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            loss = loss_function(logits, labels, *args, **kwargs)
+            known = [logits.shape[:-1]] == rows and labels.shape == logits.shape[:-1]
+            losses.append(loss.double().item() if known and kwargs.get("shift_labels") is None else None)
+            return loss
+
+        with self._loss_function(noted):
+            try:
+                yield
+            finally:
+                handle.remove()
+        self.seen_loss = losses[0] if len(losses) == 1 else None
 
     @contextlib.contextmanager
     def rows_of_labels(self, weights: Tensor | None = None) -> Generator[LabelledHead]:
@@ -47,7 +71,6 @@ class LabelledHead:
         """
         self._weights, self._labels, self.num_calls, self._num_backward_calls = weights, None, 0, 0
         loss_function: Callable[..., Tensor] = self._model.loss_function
-        own = vars(self._model).get("_loss_function")
         handles = [
             self._model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
             self._head.register_forward_pre_hook(self._select),
@@ -58,17 +81,25 @@ class LabelledHead:
                 kwargs["shift_labels"] = self._labels
             return loss_function(logits, labels, *args, **kwargs)
 
-        self._model.loss_function = loss_of_rows
+        with self._loss_function(loss_of_rows):
+            try:
+                yield self
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self._weights = self._labels = self._rows = None
+
+    @contextlib.contextmanager
+    def _loss_function(self, function: Callable[..., Tensor]) -> Generator[None]:
+        own = vars(self._model).get("_loss_function")
+        self._model.loss_function = function
         try:
-            yield self
+            yield
         finally:
-            for handle in handles:
-                handle.remove()
             if own is None:
                 del self._model._loss_function
             else:
                 self._model.loss_function = own
-            self._weights = self._labels = self._rows = None
 
     def _read_labels(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")
@@ -82,7 +113,7 @@ class LabelledHead:
             self._shape, self._rows, self._labels = labels.shape, rows, following.flatten()[rows][None]
 
     def _select(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self._rows is None or not isinstance(args[0], Tensor) or args[0].shape[:-1] != self._shape:
+        if self._rows is None or not args or not isinstance(args[0], Tensor) or args[0].shape[:-1] != self._shape:
             self._labels = None  # the logits are those of all rows
             return None
         self.num_calls += 1

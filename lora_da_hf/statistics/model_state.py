@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+ROUTER_LOSS = "output_router_logits"
+"""Option of a config by which a mixture of experts adds the auxiliary loss of its routers."""
+
 
 @contextlib.contextmanager
 def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """Freeze every parameter, turn dropout off and keep gradient checkpointing on; undo it all at the end.
 
     With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
-    the modules that checkpoint are put in it, with their own functional dropout at zero. Caches for generation are off.
-    Random number generators are seeded, and restored too.
+    the modules that checkpoint are put in it, with their own functional dropout at zero. Caches for generation are off,
+    and so are the auxiliary losses of routers, which are of a batch as a whole and no part of the likelihood. Random
+    number generators are seeded, and restored too.
 
     Args:
         model: The model, with its adapter.
@@ -28,7 +32,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
         stack.enter_context(_random_state(seed))
         stack.enter_context(_frozen_parameters(model))
         stack.enter_context(_evaluation_mode(model))
-        stack.enter_context(_no_generation_cache(model))
+        stack.enter_context(_switched_off(model, "use_cache"))
+        stack.enter_context(_switched_off(model, ROUTER_LOSS))
         stack.enter_context(_checkpoints_start_a_graph(model))
         yield
 
@@ -37,9 +42,7 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
 def _random_state(seed: int) -> Generator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_generators(seed)
     try:
         yield
     finally:
@@ -48,6 +51,13 @@ def _random_state(seed: int) -> Generator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global random number generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -108,17 +118,18 @@ def without_checkpointing(model: nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _no_generation_cache(model: nn.Module) -> Generator[None]:
+def _switched_off(model: nn.Module, option: str) -> Generator[None]:
+    """Set an option of the model's config to False, if it is on."""
     config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
+    before = getattr(config, option, None)
     if not before:
         yield
         return
-    config.use_cache = False
+    setattr(config, option, False)
     try:
         yield
     finally:
-        config.use_cache = before
+        setattr(config, option, before)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weights,) = ctx.saved_tensors
         ctx.seen()
-        return grad * weights.to(grad).reshape(-1, *[1] * (grad.dim() - 1)), None, None
+        exact = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad  # weights are no half numbers
+        weighted = exact * weights.to(exact).reshape(-1, *[1] * (grad.dim() - 1))
+        return weighted.to(grad.dtype), None, None
 
 
 def scale_gradient(tensor: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:

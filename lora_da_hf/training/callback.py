@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -25,7 +26,7 @@ from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
-from lora_da_hf.training.init_source import find_init
+from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_split_samples
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class LoRADACallback(TrainerCallback):
     model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
 
     With ``init_from`` there is no pass over data: the adapter starts from a stored initialisation, and only the report
-    is written.
+    is written. The model gets a tag ``lora_da_init:<repo@commit>``, which Trainer, TRL and PEFT put on its card.
 
     A callback does not get the trainer. Give it ``compute_loss=trainer.compute_loss`` (or set the attribute after the
     trainer was made) if the trainer's loss is not the one that the model returns; `LoRADATrainer` does that by itself.
@@ -124,6 +125,7 @@ class LoRADACallback(TrainerCallback):
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
             mark_initialized(model, name)
             self._recall_report(folder)
+            self._tag(model)
             return
         if was_initialized(model, name):
             logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
@@ -148,6 +150,7 @@ class LoRADACallback(TrainerCallback):
                 self.report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
                 self.report = self._apply(self.init_from, model, samples, folder, settings)
+        self._tag(model)
         logger.info("%s", self.report)
         self._log(self.report, state)
 
@@ -176,8 +179,13 @@ class LoRADACallback(TrainerCallback):
         with ranks.together("writing of the report"):
             if ranks.is_main:
                 with atomic_folder(folder) as partial:
-                    report.save(partial / REPORT_FILE)
+                    dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         return report
+
+    def _tag(self, model: nn.Module) -> None:
+        """Let the cards that are written for the model say what it started from."""
+        if self.report is not None and self.report.init_from is not None:
+            tag_with_init(model, self.report.init_from)
 
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:
         if self.on_report is not None:
@@ -203,7 +211,7 @@ class LoRADACallback(TrainerCallback):
     def _recall_report(self, folder: Path) -> None:
         try:
             self.report = LoRADAReport.load(folder / REPORT_FILE)
-            self.report.artifact = self.report.artifact or str(folder)
+            self.report.artifact = None if self.report.init_from else str(folder)
         except FileNotFoundError:
             logger.info("LoRA-DA: %s has no report of the initialisation", folder)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -237,10 +245,18 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
             raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
         return result
 
-    trainer = getattr(compute_loss, "__self__", None)
-    stock = isinstance(trainer, Trainer) and type(trainer).compute_loss is Trainer.compute_loss
-    setattr(loss, TAKES_LOSS_ALONE, stock)
+    setattr(loss, TAKES_LOSS_ALONE, _is_stock(getattr(compute_loss, "__self__", None)))
     return loss
+
+
+def _is_stock(trainer: Any) -> bool:
+    """Tell whether a trainer's ``compute_loss`` is transformers' own, in no way replaced."""
+    return (
+        isinstance(trainer, Trainer)
+        and type(trainer).compute_loss is Trainer.compute_loss
+        and "compute_loss" not in vars(trainer)
+        and Trainer.compute_loss.__module__ == Trainer.__module__
+    )
 
 
 @contextmanager

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.reuse import PulledInit
 
 CARD_KEY = "lora_da_init"
+
+logger = logging.getLogger(__name__)
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
@@ -36,6 +41,22 @@ def find_init(init_from: str | Path, model: nn.Module) -> Path | PulledInit:
     repo_id, _, revision = init_from.partition("@")
     hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
     return hub.pull_init(repo_id, base_model=model, **({"revision": revision} if revision else {}))
+
+
+def tag_with_init(model: nn.Module, init_from: str) -> None:
+    """Tag a model with the initialisation that its training started from, as ``lora_da_init:<init_from>``.
+
+    transformers and PEFT put a model's tags on every card that they write for it, TRL on those that it pushes.
+
+    Args:
+        model: The model.
+        init_from: As for `cite_init`.
+    """
+    base: Any = base_model_of(model)
+    if isinstance(base, PreTrainedModel):
+        base.add_model_tags([f"{CARD_KEY}:{init_from}"])
+    else:
+        logger.info("LoRA-DA: cards of a %s have no tags, so none will cite %s", type(base).__name__, init_from)
 
 
 def cite_init(card: Path, init_from: str) -> None:

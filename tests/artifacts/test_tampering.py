@@ -5,9 +5,10 @@ import struct
 
 import pytest
 import torch
-from harness import change_tensors, forge_manifest, make_init
+from harness import adapter_weights, assert_same_tensors, change_tensors, forge_manifest, make_init, store_init
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
@@ -275,6 +276,63 @@ def test_what_is_no_safetensors_file_is_refused(folder, data):
     (folder / BASIS_FILE).write_bytes(data)
     forge_manifest(folder)
     refuses(folder, "is not a valid safetensors file|disagree on the tensors")
+
+
+SLOW = "(.*.*)*" * 20 + "!"
+"""A regular expression that takes for ever on any name."""
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {SLOW: 4}},
+        {"modules_to_save": [SLOW]},
+        {"layers_to_transform": [0], "layers_pattern": [SLOW]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_no_regular_expression_from_outside_is_run(folder, change):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    forge_manifest(folder)
+    refuses(folder, "holds .*, where a stored initialisation has names of modules. Do not use it")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*q_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\..*": 2, "q_proj": 3},
+            "alpha_pattern": {"self_attn.v_proj": 5},
+        },
+    ],
+    ids=["targets", "excluded", "layers", "ranks"],
+)
+def test_an_adapter_that_peft_matched_by_patterns_is_stored_by_names(tmp_path, tiny_llama, lora_model, lora):
+    model = lora_model(**lora)
+    expected = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    stored = load_init(store_init(tmp_path / "init", model, save_statistics=False))
+    assert len(stored.manifest.layers) == len(expected)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    found = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in loaded.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert found == expected
+    assert_same_tensors(adapter_weights(loaded), adapter_weights(model))
 
 
 def test_a_pickle_is_refused_and_not_run(folder, tmp_path):

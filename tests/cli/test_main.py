@@ -108,6 +108,15 @@ def test_what_a_library_prints_is_no_result(lora_da, tmp_path, monkeypatch):
     assert lora_da("show", tmp_path, "--json") == (0, '{"a":1}\n', "a library's greeting\n")
 
 
+def test_a_warning_is_a_line_without_its_place_in_the_code(lora_da, tmp_path, monkeypatch):
+    def run(arguments, output):
+        warnings.simplefilter("always")
+        warnings.warn("the base is gated", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr("lora_da_hf.cli.examine.run_show", run)
+    assert lora_da("show", tmp_path) == (0, "", "Warning: the base is gated\n")
+
+
 def hub_error(kind, status=404):
     response = SimpleNamespace(status_code=status, headers={}, request=None)
     return kind("it failed\nin detail", response=response)

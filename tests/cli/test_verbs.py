@@ -13,6 +13,7 @@ from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.hub.cards import render_card
+from lora_da_hf.pipeline.save import base_model_facts
 
 PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
 SMALL = ["--block_size", 32, "--lora_rank", 2, "--da_num_samples", 12, "--da_search_samples", 2]
@@ -219,7 +220,7 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
     lora_da("refit", stored, tmp_path / "new", "--da_input_damping", "0.3*mean", "--step_size", "0.5")
     lora_da("refit", stored, tmp_path / "new", "--rank_budget", 1000)
     assert [args for args, _ in calls] == [(stored, tmp_path / "new")] * 3
-    rest = {"config": None, "rank": None, "rank_budget": None, "step_size": None}
+    rest = dict.fromkeys(["config", "rank", "rank_budget", "step_size", "base_model"]) | {"progress": False}
     changed = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "input_damping": "0.3*mean"})
     assert [kwargs for _, kwargs in calls] == [
         {**rest, "rank": 2},
@@ -231,6 +232,12 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
 PUSHED = SimpleNamespace(
     url="https://hub.example/user/name", repo_id="user/name", commit="c" * 40, pull_request_url=None, tag="v1"
 )
+
+
+NO_FACTS = {
+    **dict.fromkeys(["license", "license_name", "license_link", "base_model", "hardware"]),
+    **{name: [] for name in ("datasets", "language", "notes")},
+}
 
 
 def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
@@ -248,7 +255,7 @@ def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
             "revision": None,
             "commit_message": None,
             "card": None,
-            "license": None,
+            **NO_FACTS,
         },
     )
 
@@ -257,7 +264,20 @@ def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
     (tmp_path / "card.md").write_text("# card", encoding="utf-8")
     calls = replace("lora_da_hf.hub", "push_init", PUSHED)
     words = ["--public", "--create-pr", "--parent_commit", "d" * 40, "--revision", "next", "--commit_message", "Add"]
-    _, out, _ = lora_da("push", tmp_path, "user/name", *words, "--license", "mit", "--card", tmp_path / "card.md", "-q")
+    words += ["--license", "other", "--license_name", "own", "--license-link", "LICENSE", "--base_model", "org/base"]
+    words += [
+        "--datasets",
+        "a/b",
+        "some notes",
+        "--language",
+        "en",
+        "de",
+        "--hardware",
+        "a laptop",
+        "--notes",
+        "Short.",
+    ]
+    _, out, _ = lora_da("push", tmp_path, "user/name", *words, "--card", tmp_path / "card.md", "-q")
     assert out == f"user/name@{'c' * 40}\n"
     assert calls[0][1] == {
         "private": False,
@@ -266,7 +286,14 @@ def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
         "revision": "next",
         "commit_message": "Add",
         "card": "# card",
-        "license": "mit",
+        "license": "other",
+        "license_name": "own",
+        "license_link": "LICENSE",
+        "base_model": "org/base",
+        "datasets": ["a/b", "some notes"],
+        "language": ["en", "de"],
+        "hardware": "a laptop",
+        "notes": ["Short."],
     }
 
 
@@ -279,7 +306,14 @@ def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
     assert json.loads(out) == {"folder": str(tmp_path), "repo_id": "user/name", "commit": "c" * 40}
     assert calls[0] == (
         ("user/name",),
-        {"revision": "v1", "rank": 4, "base_model": None, "cache_dir": None, "local_files_only": True},
+        {
+            "revision": "v1",
+            "rank": 4,
+            "base_model": None,
+            "cache_dir": None,
+            "local_dir": None,
+            "local_files_only": True,
+        },
     )
     assert lora_da("pull", *words, "--quiet")[1] == f"{tmp_path}\n"
 
@@ -289,7 +323,22 @@ def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_p
     calls = replace("lora_da_hf.hub", "pull_init", pulled)
     assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
     expected = load_init(stored).manifest.base_model
-    assert calls[0][1]["base_model"]["weights_sha256"] == expected["weights_sha256"]
+    assert base_model_facts(calls[0][1]["base_model"])["weights_sha256"] == expected["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["user/name@"], "'user/name@' names an empty revision"),
+        (["user/name", "--revision", ""], "'user/name' names an empty revision"),
+        (["user/name@v1", "--revision", "v2"], "names a revision, and --revision=v2 another"),
+    ],
+)
+def test_a_revision_that_is_none_or_two_is_an_error(lora_da, replace, words, message):
+    calls = replace("lora_da_hf.hub", "pull_init", None)
+    code, out, err = lora_da("pull", *words)
+    assert (code, out, calls) == (1, "", [])
+    assert message in err
 
 
 def test_list_is_a_table(lora_da, replace):

@@ -5,20 +5,12 @@ import shutil
 import pytest
 from harness import make_init
 from huggingface_hub import constants
-from local_hub import LocalHub
+from local_hub import CARD, LocalHub
 
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.hub import pull_init, push_init
 
 REPO = "alice/init"
-CARD = """---
-base_model: org/base
-license: apache-2.0
-tags: [lora, peft, lora-da, lora-init]
-lora_da: {rank: 4}
----
-A card.
-"""
 
 
 @pytest.fixture(scope="session")

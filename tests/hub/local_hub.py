@@ -20,6 +20,15 @@ import yaml
 SIGNATURE = "signature=of-this-url"
 _CHUNK = 1 << 20
 
+CARD = """---
+base_model: org/base
+license: apache-2.0
+tags: [lora, peft, lora-da, lora-init]
+lora_da: {rank: 4}
+---
+A card.
+"""
+
 
 @dataclass
 class File:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import yaml
 from conftest import make_tiny_llama
 from harness import assert_same_tensors, change_tensors, forge_manifest, written_adapter
 from huggingface_hub import HfApi
+from local_hub import CARD, File, Repo
 from peft import PeftModel
 
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, CardError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
+from lora_da_hf.hub.cards import card_plots, render_card
 from lora_da_hf.pipeline.save import base_model_facts
 
 REPO = "alice/init"
@@ -191,7 +194,7 @@ def test_what_may_not_be_read_any_more_is_not_taken_from_the_cache(hub, push, pu
 
 
 def test_a_gated_repo_can_be_read_by_whom_it_lets(hub, push, pull):
-    push(private=False, license="mit")
+    push(private=False)
     hub.repos[REPO].gated = True
     with pytest.raises(HubError, match="the repo is gated"):
         pull(token="hf_bob")
@@ -200,9 +203,9 @@ def test_a_gated_repo_can_be_read_by_whom_it_lets(hub, push, pull):
 
 
 def test_somebody_elses_repo_cannot_be_written(push):
-    push(private=False, license="mit")
+    push(private=False)
     with pytest.raises(HubError, match=r"the token in use does not allow it \(403\)"):
-        push(token="hf_bob", private=False, license="mit", card="another card")
+        push(token="hf_bob", private=False, card=CARD + "Another one.")
 
 
 def test_a_repo_that_turns_out_public_is_an_error_before_anything_is_sent(hub, push):
@@ -223,8 +226,6 @@ def test_a_repo_that_is_made_public_during_the_push_is_an_error(hub, push):
 
 
 def make_base(hub, text, **settings):
-    from local_hub import File, Repo
-
     repo = hub.repos["org/base"] = Repo("org/base", private=False, **settings)
     content = f"---\n{text}\n---\n".encode()
     repo.branches["main"] = repo.add_commit({"README.md": File(size=len(content), content=content)})
@@ -234,32 +235,151 @@ def make_base(hub, text, **settings):
 def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, known):
     make_base(hub, "license: mit" if known else "language: en")
     if known:
-        assert not push(private=False).private
+        assert not push(private=False, card=None).private
+        assert metadata_of(hub)["license"] == "mit"
         return
     with pytest.raises(
         HubError, match=r"needs a licence, and the Hub names none for its base 'org/base'. Pass license="
     ):
-        push(private=False)
+        push(private=False, card=None)
     assert REPO not in hub.repos
-    assert not push(private=False, license="mit").private
+    assert not push(private=False, card=None, license="apache-2.0").private
+    assert metadata_of(hub)["license"] == "apache-2.0"
+
+
+def test_a_card_of_ones_own_says_the_licence(hub, push):
+    make_base(hub, "license: mit")
+    with pytest.raises(HubError, match="A public initialisation needs a licence"):
+        push(private=False, card="---\ntags: [lora-da]\n---\n")
+    assert REPO not in hub.repos
+    push(private=False)
+    assert metadata_of(hub)["license"] == "apache-2.0"
 
 
 def test_a_base_that_the_hub_does_not_know_has_no_licence(push):
     with pytest.raises(HubError, match="the Hub names none for its base 'org/base'"):
-        push(private=False)
-    assert push().private
+        push(private=False, card=None)
+    assert push(card=None).private
+
+
+def card_of(hub):
+    repo = hub.repos[REPO]
+    return repo.commits[repo.branches["main"]]["README.md"].content.decode()
+
+
+def metadata_of(hub):
+    return yaml.safe_load(card_of(hub).split("---\n")[1])
 
 
 def test_the_card_is_rendered_with_what_the_hub_says_of_the_base(hub, push):
     make_base(hub, "license: other\nlicense_name: own\nlicense_link: https://example.org")
-    commit = push(card=None).commit
-    files = hub.repos[REPO].commits[commit]
-    assert {"README.md", "guidance_spectra.png"} <= set(files)
-    card = files["README.md"].content.decode()
-    metadata = yaml.safe_load(card.split("---\n")[1])
+    push(card=None)
+    metadata = metadata_of(hub)
     named = {name: metadata[name] for name in ("license", "license_name", "license_link")}
     assert named == {"license": "other", "license_name": "own", "license_link": "https://example.org"}
-    assert REPO in card
+    assert REPO in card_of(hub)
+    push(card=None, license="other", license_name="theirs")
+    assert metadata_of(hub)["license_name"] == "theirs"
+    assert metadata_of(hub)["license_link"] == "https://example.org"
+    push(card=None, license="mit")
+    assert {"license_name", "license_link"} & set(metadata_of(hub)) == set()
+
+
+def test_what_is_said_for_the_card_is_on_it(hub, push):
+    facts = {"datasets": ["org/data", "own notes"], "language": ["en"], "hardware": "a large machine"}
+    push(card=None, license="mit", base_model="org/other", notes=["For short texts."], **facts)
+    metadata, card = metadata_of(hub), card_of(hub)
+    assert (metadata["base_model"], metadata["datasets"], metadata["language"]) == ("org/other", ["org/data"], ["en"])
+    assert all(text in card for text in ("own notes", "a large machine", "For short texts."))
+
+
+@pytest.mark.parametrize(
+    ("said", "message", "left"),
+    [
+        ("license: Apache 2.0", "says license='Apache 2.0', which is malformed and left out", {}),
+        ("license: [mit, bsd]", "says license=", {}),
+        (
+            "license: other\nlicense_name: own\nlicense_link: http://example.org/a b",
+            "says license_link='http://example.org/a b'",
+            {"license": "other", "license_name": "own"},
+        ),
+    ],
+)
+def test_a_malformed_licence_of_the_base_is_left_out_with_a_warning(hub, push, said, message, left):
+    make_base(hub, said)
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        push(card=None)
+    metadata = metadata_of(hub)
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == left
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"license": "Apache 2.0"}, "is no identifier of a licence"),
+        ({"language": ["English"]}, "is no code of a language"),
+        ({"base_model": "/home/me/model"}, "is no name of a model on the Hub"),
+        ({"card": "---\ntags: [\n---\n"}, "The card's metadata cannot be read"),
+        ({"card": CARD, "license": "mit", "hardware": "x"}, "and license, hardware too, which would change nothing"),
+        ({"card": CARD + "![](step_search.png)"}, "The card shows step_search.png, which cannot be drawn"),
+    ],
+)
+def test_a_card_that_cannot_be_is_refused_before_the_repo_is_made(hub, push, given, message):
+    with pytest.raises((CardError, ConfigError), match=message):
+        push(**{"card": None, **given})
+    assert REPO not in hub.repos
+
+
+def test_a_repo_without_an_owner_is_one_s_own(hub, push):
+    assert push(card=None, repo_id="init").repo_id == REPO
+    assert f"# {REPO}" in card_of(hub)
+
+
+def pictures(hub):
+    repo = hub.repos[REPO]
+    return {name: file.content for name, file in repo.commits[repo.branches["main"]].items() if name.endswith(".png")}
+
+
+def test_the_plots_come_and_go_with_the_card_that_shows_them(hub, init, another, push):
+    push(card=None)
+    assert list(pictures(hub)) == ["guidance_spectra.png"]
+    first = pictures(hub)
+    searched = another(step_size="line_search")
+    push(searched, card=None)
+    assert set(pictures(hub)) == {"guidance_spectra.png", "step_search.png"}
+    assert pictures(hub)["guidance_spectra.png"] != first["guidance_spectra.png"]
+    push(searched, card=CARD + "![the search](step_search.png)")
+    assert set(pictures(hub)) == {"step_search.png"}
+    push(init, card=card_of_folder(init))
+    assert pictures(hub) == first
+    push(init)
+    assert pictures(hub) == {}
+    assert len(hub.repos[REPO].commits) == 6
+
+
+def card_of_folder(folder):
+    stored = load_init(folder)
+    return render_card(stored, license="mit", plots=card_plots(stored))
+
+
+def test_a_public_push_to_a_private_repo_is_an_error_before_anything_is_sent(hub, another, push):
+    first = push()
+    forget(hub)
+    with pytest.raises(
+        HubError, match=r"alice/init is private, and private=False \(--public\) was asked for.*settings"
+    ):
+        push(another(), private=False)
+    assert hub.repos[REPO].branches["main"] == first.commit
+    assert not hub.seen(server="storage")
+
+
+def test_a_repo_that_is_made_private_during_a_public_push_is_an_error(hub, push):
+    def hide():
+        hub.repos[REPO].private = True
+
+    hub.before_commit = hide
+    with pytest.raises(HubError, match="alice/init is private, and private=False"):
+        push(private=False)
 
 
 def test_a_gated_base_is_warned_about(hub, push):
@@ -270,19 +390,20 @@ def test_a_gated_base_is_warned_about(hub, push):
         push()
 
 
-def test_a_base_that_is_a_folder_is_warned_about(init, push):
+@pytest.mark.parametrize("name", ["/home/me/model", "models/tiny", "base"])
+def test_a_base_that_is_a_folder_is_warned_about_and_not_asked_for(hub, init, push, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
     base = load_init(init).manifest.base_model
     config = json.loads((init / "adapter_config.json").read_text())
-    (init / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/home/me/model"}))
-    forge_manifest(init, base_model={**base, "name_or_path": "/home/me/model"})
-    with pytest.warns(UserWarning, match="The base model is called '/home/me/model', which is no name on the Hub"):
-        push()
-
-
-def test_a_card_with_broken_metadata_is_refused_before_anything_is_sent(hub, push):
-    with pytest.raises(HubError, match=r"Pushing alice/init failed: Invalid metadata in README.md"):
-        push(card="---\ntags: [\n---\n")
-    assert not hub.seen(server="storage")
+    (init / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    forge_manifest(init, base_model={**base, "name_or_path": name})
+    with pytest.warns(UserWarning, match=f"The base model is called '{name}', which is no name on the Hub"):
+        push(card=None)
+    assert not hub.seen(contains="tiny") + hub.seen(contains="models/base")
+    make_base(hub, "license: mit")
+    push(card=None, base_model="org/base")
+    assert metadata_of(hub)["license"] == "mit"
 
 
 def test_a_folder_that_is_not_valid_is_not_pushed(hub, init, push):
@@ -455,8 +576,6 @@ def test_a_huge_manifest_is_not_fetched(hub, push, pull):
 
 
 def test_what_the_manifest_does_not_list_is_not_fetched(hub, push, pull):
-    from local_hub import File
-
     push()
     extra = {name: File(size=4, content=b"evil") for name in ("adapter_model.bin", "../up.txt", "modeling.py")}
     republish(hub, lambda files: files.update(extra))
@@ -533,6 +652,17 @@ def test_a_revision_that_is_not_there(push, pull):
         pull(revision="v9")
 
 
+def test_an_empty_revision_is_an_error(hub, pull):
+    with pytest.raises(ConfigError, match=r"The revision of alice/init is empty. Give a branch, tag or commit"):
+        pull(revision="")
+    assert not hub.log
+
+
+def test_a_name_with_a_revision_in_it_is_an_error(pull):
+    with pytest.raises(HubError, match=r"Pulling alice/init@v1 failed: .*Correct that and try again"):
+        pull("alice/init@v1")
+
+
 def test_a_name_that_is_none(pull):
     with pytest.raises(HubError, match=r"Pulling \.\./x failed: .*Correct that and try again"):
         pull("../x")
@@ -565,7 +695,7 @@ def test_endpoint_and_token_come_from_the_environment_and_offline_too(hub, push,
 
 
 def test_listing_finds_what_one_may_see(hub, push):
-    first = push(repo_id="alice/one", private=False, license="mit")
+    first = push(repo_id="alice/one", private=False)
     push(repo_id="alice/two")
     make_base(hub, "license: mit")
 

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
-from walkthrough import MODEL, blocks_of_document, cells_of_notebook, make_model_folder, run_steps, write_sums
+from walkthrough import (
+    MODEL,
+    blocks_of_document,
+    blocks_of_readme,
+    cells_of_notebook,
+    make_model_folder,
+    run_steps,
+    write_sums,
+)
+
+from lora_da_hf.cli.main import VERBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "hf_alice"  # which the Hub of the tests knows
@@ -42,9 +52,44 @@ def test_every_block_of_the_document_runs(user, environment, tmp_path):
     assert (tmp_path / "my-init-r2" / "lora_da_manifest.json").is_file()
 
 
-def test_the_notebook_that_shares_runs(user, environment, tmp_path):
+def test_the_lines_of_the_readme_run(user, environment, tmp_path):
     make_model_folder(tmp_path / LOCAL_MODEL)
-    parameters = {"MODEL": LOCAL_MODEL, "REPO": f"{user}/my-init", "NUM_SAMPLES": 16, "STEPS": 1}
+    write_sums(tmp_path / "train.jsonl")
+    steps, others = blocks_of_readme(REPOSITORY / "README.md")
+    assert [words[0] for kind, words in steps if kind == "lora-da"] == ["init", "push"]
+    assert [kind for kind, _ in steps].count("python") == 1
+    assert {"init", "push", *others} <= {verb.name for verb in VERBS}
+    given = "model=model, args=args, train_dataset=train_dataset, data_collator=data_collator"
+    model = f"""
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from lora_da_hf import LoRADATrainer
+
+model = AutoModelForCausalLM.from_pretrained("{MODEL}")
+"""
+    steps = [("python", NAMES + model), *steps, ("python", "trainer.train()\nprint(trainer.lora_da_report)")]
+    replace = {MODEL: "MODEL", "MODEL": LOCAL_MODEL, "your-name": user, "(..., ": f"({given}, "}
+    shown = run_steps(steps, tmp_path, replace=replace, environment=environment)
+    assert f"init from   {user}/my-init@" in shown
+
+
+def test_the_notebook_that_shares_runs(hub, user, environment, tmp_path):
+    make_model_folder(tmp_path / LOCAL_MODEL)
+    repo = f"{user}/my-init"
+    parameters = {"MODEL": LOCAL_MODEL, "REPO": repo, "LICENSE": "apache-2.0", "NUM_SAMPLES": 16, "STEPS": 1}
     steps = cells_of_notebook(REPOSITORY / "notebooks" / "compute_and_share.ipynb", parameters)
-    assert f"{user}/my-init" in run_steps(steps, tmp_path, environment=environment)
+    shown = run_steps(steps, tmp_path, environment=environment)
+    assert "'license': 'apache-2.0'" in shown
+    assert f"{repo}@" in shown
     assert (tmp_path / "outputs" / "from-hub").is_dir()
+    files = hub.repos[repo].commits[hub.repos[repo].branches["main"]]
+    assert {"README.md", "guidance_spectra.png", "step_search.png"} <= set(files)
+    card = files["README.md"].content.decode()
+    for said in (
+        "sums of two numbers below 20",
+        "two CPU cores",
+        "It knows nothing but sums.",
+        "(guidance_spectra.png)",
+    ):
+        assert said in card

@@ -327,6 +327,16 @@ def test_a_collator_that_makes_something_else(lora_model, samples):
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "what"), [(1.0, "a float"), ((torch.zeros(()), None), "a tuple"), (torch.zeros(3), r"a tensor \[3\]")]
+)
+def test_a_loss_that_is_no_scalar_tensor(lora_model, samples, value, what):
+    with pytest.raises(
+        DataError, match=f"compute_loss returned {what}, .* must return a scalar tensor.*LoRADACallback"
+    ):
+        initialize_lora_da(lora_model(), samples, compute_loss=lambda model, batch, num_items: value, progress=False)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(lora_model, samples, value):
     def loss(model, batch, num_items):

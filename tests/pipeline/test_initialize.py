@@ -504,3 +504,21 @@ def test_a_failure_in_the_middle_of_the_write_puts_the_adapter_back(lora_model, 
     initialize(model, samples)
     initialize(other, samples)
     assert_same_tensors(adapter_weights(model), adapter_weights(other))
+
+
+def mask_at_random(samples):
+    """Leave out a random half of the labels, as masked language models do."""
+    batch = collate(samples)
+    labels = batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.5, -100)
+    labels[:, -1] = batch["input_ids"][:, -1]
+    return {**batch, "labels": labels}
+
+
+@pytest.mark.parametrize("memory_budget", [None, 350_000])
+def test_a_collator_that_draws_at_random_makes_the_same_batches_for_every_step(lora_model, samples, memory_budget):
+    report = initialize(lora_model(), samples, data_collator=mask_at_random, memory_budget=memory_budget, max_rank=4)
+    again = initialize(lora_model(), samples, data_collator=mask_at_random, max_rank=4)
+    steps = dict(report.search)
+    assert report.step_size > 0
+    assert report.search_loss_after == pytest.approx(steps[report.step_size], rel=1e-6)
+    assert [layer.eigenvalues for layer in report.layers] == [layer.eigenvalues for layer in again.layers]

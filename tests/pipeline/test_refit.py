@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from families.zoo import EXPERTS, FAMILIES
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
@@ -11,20 +12,25 @@ from harness import (
     assert_updates_equal,
     dense_updates,
     factors,
+    make_lora_config,
+    relative_error,
+    send_nothing_to_the_last_expert,
     store_init,
     written_adapter,
+    written_factors,
     written_updates,
 )
 from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
-import lora_da_hf.pipeline.refit
+import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.consistency import check_bases
 from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
-from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
 from lora_da_hf.pipeline import cut_init
 from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
@@ -366,7 +372,7 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lora_da_hf.pipeline.refit, "save_file", fails)
+    monkeypatch.setattr(lora_da_hf.pipeline.refit_write, "save_file", fails)
     with pytest.raises(OSError, match="no space"):
         refit_init(folder, folder, rank=2)
     assert contents(folder) == before
@@ -382,7 +388,7 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
         ({"r": None}, "a rank or an alpha is not positive"),
         ({"lora_alpha": -1}, "a rank or an alpha is not positive"),
         ({"rank_pattern": {"q_proj": True}}, "a rank or an alpha is not positive"),
-        ({"rank_pattern": {"(": 4}}, "is no configuration of a LoRA adapter"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern holds '\\(', where a stored initialisation has names of modules"),
         ({"alpha_pattern": []}, "is no configuration of a LoRA adapter"),
     ],
 )
@@ -405,7 +411,109 @@ def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp
         refit_init(folder, tmp_path / "new", rank=2)
 
 
-def test_a_dora_adapter_is_not_refitted(lora_model, tmp_path):
-    folder = store_init(tmp_path / "dora", lora_model(use_dora=True), save_statistics=False)
-    with pytest.raises(ConfigError, match="is a DoRA adapter, whose magnitude needs the base"):
-        refit_init(folder, tmp_path / "new", rank=2)
+# What depends on more than the layer
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_dora_adapter_gets_the_magnitudes_of_its_new_rank_from_the_base(lora_model, tiny_llama, tmp_path, rank):
+    folder = store_init(tmp_path / "dora", lora_model(use_dora=True))
+    with pytest.raises(ConfigError, match=r"is a DoRA adapter, whose magnitudes follow from .* Give the base_model"):
+        refit_init(folder, tmp_path / "new", rank=rank)
+    with pytest.raises(BaseModelMismatchError):
+        refit_init(folder, tmp_path / "new", rank=rank, base_model=tiny_llama(seed=1))
+    refit_init(folder, tmp_path / "new", rank=rank, base_model=tiny_llama())
+    model = lora_model(use_dora=True, r=rank)
+    apply_init(model, folder)
+    found, expected = written_adapter(tmp_path / "new"), adapter_weights(model)
+    assert {name for name in found if "magnitude" in name}
+    expected = {name.removesuffix(".weight") if "magnitude" in name else name: t for name, t in expected.items()}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_other_settings_of_a_dora_adapter_change_its_magnitudes(lora_model, tmp_path):
+    folder = store_init(tmp_path / "dora", lora_model(use_dora=True))
+    refit_init(folder, tmp_path / "new", step_size=0.5, base_model=lora_model())
+    old, new = written_adapter(folder), written_adapter(tmp_path / "new")
+    assert all((old[name] != new[name]).any() for name in old if "magnitude" in name)
+
+
+def test_the_magnitudes_of_a_transposed_base_are_right_too(tmp_path):
+    def make(**lora):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=32, initializer_range=0.2)
+            return get_peft_model(GPT2LMHeadModel(config), make_lora_config(fan_in_fan_out=True, **lora))
+
+    folder = store_init(tmp_path / "dora", make(use_dora=True), save_statistics=False, max_rank=4)
+    refit_init(folder, tmp_path / "new", rank=2, base_model=make().unload())
+    model = make(use_dora=True, r=2)
+    apply_init(model, folder)
+    key = "base_model.model.transformer.h.0.mlp.c_fc.lora_magnitude_vector"
+    torch.testing.assert_close(written_adapter(tmp_path / "new")[key], adapter_weights(model)[f"{key}.weight"])
+
+
+MIXTRAL = FAMILIES["Mixtral (experts)"]
+
+
+def make_mixtral(**lora):
+    return get_peft_model(MIXTRAL.make_model(), make_lora_config(**{**EXPERTS, **lora}))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """An initialisation of experts, one of which no token is routed to."""
+    model = make_mixtral()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.gate.register_forward_hook(send_nothing_to_the_last_expert)
+    return store_init(tmp_path_factory.mktemp("experts") / "init", model, max_rank=6)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_experts_get_another_rank_together(experts, tmp_path, rank):
+    refit_init(experts, tmp_path / "new", rank=rank)
+    stored = load_init(tmp_path / "new")
+    assert {layer.rank for layer in stored.manifest.layers.values()} == {rank}
+    assert sum("[" in name for name in stored.manifest.layers) == 12
+    loaded = PeftModel.from_pretrained(MIXTRAL.make_model(), tmp_path / "new")
+    found, expected = adapter_weights(loaded), written_adapter(tmp_path / "new")
+    assert_same_tensors(found, expected)
+    old = written_adapter(experts)
+    common = min(rank, 4)
+    for name in stored.manifest.layers:
+        lora_A, lora_B = written_factors(expected, name, rank)
+        updated = stored.manifest.layers[name].peft_scaling * lora_B.double() @ lora_A.double()
+        basis = stored.bases[name]
+        product = stored.manifest.step_size * basis.basis_B[:, :rank].double() @ basis.basis_A[:rank].double()
+        assert relative_error(updated, product) < 1e-6
+    for name in stored.manifest.kept:
+        lora_A, lora_B = written_factors(expected, name, rank)
+        assert len(lora_A) == lora_B.shape[1] == rank
+        assert not lora_B.any()
+        assert torch.equal(lora_A[:common], written_factors(old, name, 4)[0][:common])
+        assert lora_A.any(dim=1).all()
+
+
+def test_other_settings_of_experts_are_solved_one_by_one(experts, tmp_path):
+    config = changed(experts, input_damping=1e-2)
+    refitted = refit_init(experts, tmp_path / "new", config=config, rank=2)
+    ranks = dict.fromkeys(refitted.bases, 2)
+    expected = dense_updates(experts, ranks, refitted.manifest.step_size, config)
+    adapter = written_adapter(tmp_path / "new")
+    for name, layer in refitted.manifest.layers.items():
+        lora_A, lora_B = written_factors(adapter, name, 2)
+        found = layer.peft_scaling * lora_B.double() @ lora_A.double()
+        assert relative_error(found, torch.from_numpy(expected[name])) < 1e-6
+
+
+def test_experts_share_no_budget(experts, tmp_path):
+    with pytest.raises(ConfigError, match=r"The experts .* and PEFT has one of each for all"):
+        refit_init(experts, tmp_path / "new", rank_budget=20_000)
+
+
+def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
+    config = changed(stored_init, input_damping=1e-2)
+    refit_init(stored_init, tmp_path / "new", config=config)
+    assert "LoRA-DA solve" in capsys.readouterr().err
+    refit_init(stored_init, tmp_path / "new", config=config, progress=False)
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,6 @@
 """Layers that do not fit at once are collected one window after the other: the same result in less memory."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -104,3 +105,28 @@ def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samp
     whole, parts = peak(), peak(memory_budget="4MiB")
     assert whole > 2 * parts
     assert parts < 4 * 2**20 + rest
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bits_do_not_depend_on_the_memory_that_is_free(tiny_llama, lora_model, samples, threads):
+    """Matrices of this width are computed to other bits on another number of threads."""
+
+    def weights(**settings):
+        base = tiny_llama(hidden_size=576, intermediate_size=64, num_hidden_layers=2)
+        with on_threads(threads):
+            return initialize(lora_model(model=base, target_modules=["q_proj"]), samples, **settings)
+
+    whole, expected = weights()
+    parts, found = weights(memory_budget=22_500_000)
+    assert ("one pass" in whole.plan, "one pass" in parts.plan) == (True, False)
+    assert_same_tensors(found, expected)
+
+
+@contextlib.contextmanager
+def on_threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

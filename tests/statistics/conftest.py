@@ -57,6 +57,7 @@ def run_pass(
     lockstep=None,
     labelled_head=False,
     sampling_seed=None,
+    store=None,
 ):
     layers = linear_layers(model)
     shifts = shifts_labels(model)
@@ -98,6 +99,7 @@ def run_pass(
             settings=settings,
             make_taps=make_taps,
             on_samples=on_samples,
+            store=store,
             lockstep=lockstep,
         )
     groups = input_groups(shared)

@@ -208,15 +208,34 @@ def test_equal_label_counts_need_no_output_embeddings(tiny_llama, token_samples,
     assert_equal_statistics(found.statistics, expected)
 
 
-def test_starting_over_takes_the_progress_back(tiny_llama, token_samples, collected):
+class Store:
+    """Keeps the states of a pass in memory."""
+
+    every = 1
+
+    def __init__(self):
+        self.events = []
+
+    def load(self):
+        return None
+
+    def save(self, state):
+        self.events.append((state.facts["batch_size"], state.facts["batches_done"]))
+
+    def clear(self):
+        self.events.append("clear")
+
+
+def test_starting_over_takes_the_progress_back_and_forgets_what_was_saved(tiny_llama, token_samples, collected):
     samples = token_samples(4, min_length=8, max_length=8)
     for sample in samples[:2]:  # a first batch that can be weighted by one number, and a second that cannot
         sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
     samples[2]["labels"], samples[3]["labels"] = ([-100] * k + samples[2]["input_ids"][k:] for k in (2, 5))
     model = without_output_layer(tiny_llama())
-    progress = []
-    collected(model, samples, batch_size=2, on_samples=progress.append)
+    progress, store = [], Store()
+    collected(model, samples, batch_size=2, on_samples=progress.append, store=store)
     assert progress == [2, -2, 1, 1, 1, 1]
+    assert store.events == [(2, 1), "clear", *((1, number) for number in (1, 2, 3, 4))]
 
 
 class FlatHead(nn.Module):

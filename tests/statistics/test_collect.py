@@ -195,13 +195,20 @@ def test_digests_depend_on_content_names_types_and_shapes():
 
 def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_samples):
     samples = token_samples(3, min_length=9, max_length=9)
-    check_lengths(samples, 9)
-    check_lengths(samples, None)
-    check_lengths([], 9)
+    check_lengths(samples, pad_samples, 9)
+    check_lengths(samples, pad_samples, None)
+    check_lengths([], pad_samples, 9)
     with pytest.raises(
         DataError, match=r"A sample has 9 tokens and the model allows 8 .* Truncate samples to 8 tokens"
     ):
-        check_lengths(samples, 8)
+        check_lengths(samples, pad_samples, 8)
+
+
+def test_a_sample_that_the_collator_truncates_is_not_too_long(token_samples):
+    def truncate(samples):
+        return {name: value[:, :8] for name, value in pad_samples(samples).items()}
+
+    check_lengths(token_samples(3, min_length=9, max_length=9), truncate, 8)
 
 
 @pytest.mark.parametrize(("sample", "length"), [({"input_ids": [1, 2]}, 2), ({"pixels": [1]}, 0), ([1, 2, 3], 0)])

@@ -1,6 +1,7 @@
 """The head on the rows of labels: the same statistics from fewer logits, and only where that is known to be so."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from harness import (
     pad_left,
     turn_checkpointing_on,
 )
+from torch.nn.functional import cross_entropy
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -22,6 +24,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
@@ -203,13 +206,54 @@ class TermOfAllLogits(LlamaForCausalLM):
         return outputs
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in the model", "in compute_loss"])
-def test_a_loss_that_reads_other_logits_gets_all(tiny_llama, lora_model, inside):
+class OwnLoss(LlamaForCausalLM):
+    """A model that makes its loss itself, as those with code of their own do, though it has a loss function too."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        logits, following = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        outputs.loss = cross_entropy(logits, following)
+        return outputs
+
+
+class OwnTerm(LlamaForCausalLM):
+    """A model that adds a term which only logits of all positions fit."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        outputs = super().forward(*args, labels=labels, **kwargs)
+        outputs.loss = outputs.loss + (outputs.logits * (labels != -100)[..., None]).square().mean()
+        return outputs
+
+
+@pytest.mark.parametrize("kind", [TermOfAllLogits, OwnLoss, OwnTerm])
+def test_a_model_whose_loss_is_not_the_loss_function_s_gets_all_logits(tiny_llama, lora_model, kind):
     base = tiny_llama()
-    if inside:
-        base.__class__ = TermOfAllLogits
-    _, seen = initialize(lora_model(model=base), compute_loss=None if inside else with_term_of_all_logits)
-    assert len(of_labels(seen)) == (1 if inside else 0)  # which is how a loss in the model is found out
+    base.__class__ = kind
+    _, seen = initialize(lora_model(model=base))
+    assert seen
+    assert not of_labels(seen)
+
+
+def test_a_loss_of_the_users_gets_all_logits(lora_model):
+    _, seen = initialize(lora_model(), compute_loss=with_term_of_all_logits)
+    assert seen
+    assert not of_labels(seen)
+
+
+class HeadByKeyword(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        logits = self.lm_head(input=hidden)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_head_that_is_called_by_keyword_makes_all_logits(tiny_llama, lora_model):
+    base = tiny_llama()
+    base.__class__ = HeadByKeyword
+    _, seen = initialize(lora_model(model=base))
+    assert seen
+    assert not of_labels(seen)
 
 
 def trainer_of(kind, model, folder, **args):
@@ -235,9 +279,12 @@ class ReadsLogits(LoRADATrainer):
     [(LoRADATrainer, {}, True), (LoRADATrainer, {"label_smoothing_factor": 0.1}, False), (ReadsLogits, {}, False)],
     ids=["stock", "label-smoothing", "overridden"],
 )
-def test_a_trainer_uses_it_unless_its_loss_reads_the_logits(tiny_llama, tmp_path, kind, args, selects):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_trainer_uses_it_unless_its_loss_may_read_the_logits(tiny_llama, tmp_path, kind, args, selects, replaced):
     model = tiny_llama()
     trainer = trainer_of(kind, model, tmp_path, **args)
+    if replaced:
+        trainer.compute_loss, selects = functools.partial(trainer.compute_loss), False
     with rows_seen_by(model.lm_head) as seen:
         trainer.train()
     assert bool(of_labels(seen)) is selects

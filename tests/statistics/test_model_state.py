@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from harness import make_config, make_learnable_samples
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.losses import model_loss
@@ -219,3 +221,22 @@ def test_what_a_loss_thaws_is_frozen_again_and_keeps_the_gradient_that_it_had(lo
     assert trained.requires_grad
     assert frozen.grad is None
     assert not frozen.requires_grad
+
+
+def test_the_auxiliary_loss_of_routers_is_off_and_said_to_be(lora_model):
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+    )
+    torch.manual_seed(0)
+    model = lora_model(model=MixtralForCausalLM(config), target_modules=["q_proj", "v_proj"])
+    report = initialize_lora_da(model, make_learnable_samples(20), config=make_config(), progress=False)
+    assert report.loss_reduction.startswith("sum")
+    assert any("auxiliary loss" in note for note in report.notes)
+    assert config.output_router_logits is True

@@ -91,6 +91,7 @@ def test_training_starts_from_the_stored_initialisation(tmp_path, stored_init, l
     logged = [entry for entry in trainer.state.log_history if "lora_da_step_size" in entry]
     assert [(entry["step"], entry["lora_da_step_size"]) for entry in logged] == [(0, report.step_size)]
     assert [path.name for path in (tmp_path / "out" / "lora_da").iterdir()] == ["lora_da_report.json"]
+    assert str(stored_init) not in (tmp_path / "out" / "lora_da" / "lora_da_report.json").read_text()
 
 
 def test_the_callback_does_the_same_in_any_trainer(tmp_path, stored_init, lora_model, no_pass):
@@ -133,7 +134,7 @@ def test_a_resumed_run_is_left_alone_and_needs_no_initialisation(tmp_path, store
     resumed = make_trainer(tmp_path / "out", lora_model(r=4), arguments=arguments, init_from=folder)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
-    assert resumed.lora_da_report.to_dict() == whole.lora_da_report.to_dict()
+    assert resumed.lora_da_report.to_dict() == {**whole.lora_da_report.to_dict(), "artifact": None}
 
 
 def test_a_frozen_stays_frozen_while_b_is_trained(tmp_path, stored_init, lora_model):
@@ -267,6 +268,26 @@ def test_the_card_of_a_resumed_run_cites_it_too(tmp_path, lora_model, pulls):
     resumed.train(resume_from_checkpoint=True)
     assert card_of(resumed).data["lora_da_init"] == "someone/init@c0ffee"
     assert len(pulls) == 1
+
+
+def test_every_card_of_another_trainer_cites_it_in_a_tag(tmp_path, lora_model, pulls):
+    def make():
+        return Trainer(
+            model=lora_model(r=4),
+            args=make_args(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+            train_dataset=make_learnable_samples(24),
+            data_collator=collate,
+            callbacks=[LoRADACallback(init_from="someone/init@v1.0")],
+        )
+
+    trainer = make()
+    trainer.train()
+    assert "lora_da_init:someone/init@c0ffee" in card_of(trainer).data.tags
+    saved = ModelCard.load(f"{tmp_path}/checkpoint-1/README.md")
+    assert "lora_da_init:someone/init@c0ffee" in saved.data.tags
+    resumed = make()
+    resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-1")
+    assert "lora_da_init:someone/init@c0ffee" in card_of(resumed).data.tags
 
 
 def test_a_card_without_an_initialisation_to_cite_is_trainer_s(tmp_path, lora_model):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
-from harness import assert_initialized, assert_statistics_equal, collate, make_config, make_learnable_samples
+from harness import (
+    assert_initialized,
+    assert_statistics_equal,
+    collate,
+    make_config,
+    make_learnable_samples,
+    send_nothing_to_the_last_expert,
+)
 from harness import make_lora_config as lora_config
 from peft import get_peft_model
 
@@ -75,11 +82,6 @@ def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_pat
         if "experts" in name and "lora_B" in name:
             assert not parameter[:, 3::4].any()
             assert parameter[:, 0::4].any()
-
-
-def send_nothing_to_the_last_expert(_, args, output):
-    logits, weights, chosen = output
-    return logits, weights, torch.where(chosen == 3, (chosen.sum(-1, keepdim=True) - 3 + 1) % 3, chosen)
 
 
 def test_step_zero_of_experts_is_that_of_the_search(tmp_path):

@@ -1,0 +1,99 @@
+"""What the Hub says of a base model, as far as a card and a push need it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.hub.cards import is_license, is_license_link
+from lora_da_hf.hub.facts import card_facts
+
+_STACK_LEVEL = 4
+"""Of warnings: whoever called `push_init`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFacts:
+    """What the Hub says of a base model.
+
+    Attributes:
+        name: Its name there; None: it is a folder, or has none.
+        license: Its licence, if it names a well-formed one.
+        license_name: The name of a licence called other.
+        license_link: Where the text of a licence called other is.
+        gated: Whether its conditions must be accepted first.
+    """
+
+    name: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    gated: bool = False
+
+    def license_facts(self, given: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Return what a card says of the licence: what is given, and of the same licence what the base says besides.
+
+        Args:
+            given: ``license``, ``license_name`` and ``license_link``; None: not given.
+        """
+        chosen = given["license"] or self.license
+        own = chosen == "other" == self.license
+        return {
+            "license": chosen,
+            "license_name": given["license_name"] or (self.license_name if own else None),
+            "license_link": given["license_link"] or (self.license_link if own else None),
+        }
+
+
+def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFacts:
+    """Ask the Hub for licence and gate of the base of an initialisation; a local folder it is not asked for.
+
+    Args:
+        api: The client.
+        init: The initialisation.
+        base_model: Name of the base on the Hub, if it was computed from a local copy.
+    """
+    name = card_facts(init, base_model=base_model).base_id
+    local = init.manifest.base_model["name_or_path"]
+    if name is None:
+        if local:
+            _warn(
+                f"The base model is called {local!r}, which is no name on the Hub: it is published as it is, and "
+                "nobody can find the base by it. Give its name there as base_model (--base_model)."
+            )
+        return BaseFacts()
+    try:
+        info = api.model_info(name)
+    except RepositoryNotFoundError:
+        return BaseFacts(name=name)
+    if info.gated:
+        _warn(f"The base model {name!r} is gated: see whether its conditions let you share what was computed from it.")
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
+    return BaseFacts(
+        name=name,
+        license=_well_formed(name, "license", card.get("license"), is_license),
+        license_name=_well_formed(name, "license_name", card.get("license_name"), bool),
+        license_link=_well_formed(name, "license_link", card.get("license_link"), is_license_link),
+        gated=bool(info.gated),
+    )
+
+
+def _well_formed(base: str, what: str, value: Any, is_well_formed: Any) -> str | None:
+    """Return what a base's card says, or None if that is malformed, which is warned about."""
+    if value is None or (isinstance(value, str) and is_well_formed(value)):
+        return value
+    _warn(
+        f"The card of the base model {base!r} says {what}={str(value)[:80]!r}, which is malformed and left out. "
+        f"Look it up and give it as {what} (--{what})."
+    )
+    return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=_STACK_LEVEL)

@@ -1,0 +1,247 @@
+"""How a refitted initialisation is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_da_hf.adapters.experts import at_rank, slice_factors
+from lora_da_hf.adapters.write import dora_magnitude
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.peft_config import alpha_divisor, expert_of, holder_of, is_parameter, with_ranks
+from lora_da_hf.artifacts.schema import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    IDENTITY,
+    REPORT_FILE,
+    FileEntry,
+    LayerEntry,
+    Manifest,
+)
+from lora_da_hf.artifacts.statistics_store import statistics_files
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
+from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.losses import base_model_of
+from lora_da_hf.pipeline.save import package_versions
+from lora_da_hf.pipeline.stored import (
+    SOLVED_AGAIN_WITH,
+    manifest_digest,
+    population_of,
+    solved_again_with,
+    steps_by_rank,
+    stored_step,
+)
+from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.theory.adapter_factors import factors_at_step
+
+
+@dataclasses.dataclass(kw_only=True)
+class Refit:
+    """A stored initialisation on its way to another one.
+
+    Attributes:
+        stored: What it comes from.
+        config: The new settings.
+        peft_config: PEFT's, for the stored ranks.
+        bases: By layer, stored or solved anew.
+        reports: By layer.
+        ranks: By layer.
+        alphas: PEFT's, by layer.
+        notes: What a user should know.
+        base: The base model, for an adapter that is made for its weights.
+    """
+
+    stored: StoredInit
+    config: LoRADAConfig
+    peft_config: dict[str, Any]
+    bases: dict[str, StoredBasis]
+    reports: dict[str, LayerReport]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    notes: list[str]
+    base: nn.Module | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest that it comes from."""
+        return self.stored.manifest
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether the adapter has magnitudes, which follow from the base's weights."""
+        return bool(self.peft_config.get("use_dora"))
+
+    def scaling(self, name: str) -> float:
+        """What PEFT multiplies ``B A`` with in a layer."""
+        return self.alphas[name] / alpha_divisor(self.peft_config, self.ranks[name])
+
+
+def write_refit(refit: Refit, output_dir: Path, solved_with: list[str]) -> StoredInit:
+    """Write the new initialisation, all of it or nothing, and read it back.
+
+    Args:
+        refit: What it is made of.
+        output_dir: Where.
+        solved_with: Settings of the solve that are others than the stored ones.
+    """
+    if refit.config.searches_step:
+        step, source = stored_step(refit.manifest, refit.ranks)
+        refit.notes.append(source)
+    else:
+        step = None if refit.config.step_size is None else float(refit.config.step_size)
+    peft_config = _new_peft_config(refit)
+    tensors = _new_tensors(refit, peft_config, step)
+
+    def save_adapter(path: Path) -> None:
+        save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
+        text = json.dumps(peft_config, indent=2, sort_keys=True)
+        (path / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def copy_statistics(path: Path) -> None:
+        for name in statistics_files(refit.manifest):
+            shutil.copyfile(refit.stored.folder / name, path / name)
+
+    report = _new_report(refit, step, output_dir)
+    write_init(
+        output_dir,
+        bases=refit.bases,
+        save_adapter=save_adapter,
+        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
+        save_statistics=copy_statistics if refit.config.save_statistics else None,
+        make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
+    )
+    return load_init(output_dir)
+
+
+def _new_peft_config(refit: Refit) -> dict[str, Any]:
+    if all(refit.manifest.layers[name].rank == rank for name, rank in refit.ranks.items()):
+        return refit.peft_config
+    kept = {name: why for name, why in refit.manifest.kept.items() if not is_parameter(refit.peft_config, name)}
+    return with_ranks(refit.peft_config, refit.ranks, refit.alphas, kept)
+
+
+def _new_tensors(refit: Refit, peft_config: dict[str, Any], step: float | None) -> dict[str, Tensor]:
+    """Return the stored adapter's tensors with the new factors in the place of the old ones, in their dtype."""
+    tensors = read_tensors(refit.stored.folder / ADAPTER_FILE, None)
+    old, new = refit.peft_config["r"], peft_config["r"]
+    names = (*refit.ranks, *refit.manifest.kept)
+    for holder in {holder_of(name) for name in names if is_parameter(refit.peft_config, name)} if old != new else ():
+        keys = [_key(holder, which) for which in ("lora_A", "lora_B")]
+        resized = at_rank(*(tensors[key] for key in keys), old=old, new=new, seed=refit.manifest.seed)
+        tensors.update(zip(keys, resized, strict=True))
+    for name in refit.ranks:
+        _replace_factors(refit, tensors, name, step)
+    return tensors
+
+
+def _key(name: str, which: str) -> str:
+    return f"{PEFT_PREFIX}{name}.{which}.weight"
+
+
+def _replace_factors(refit: Refit, tensors: dict[str, Tensor], name: str, step: float | None) -> None:
+    basis, rank, scaling = refit.bases[name], refit.ranks[name], refit.scaling(name)
+    lora_A, lora_B = factors_at_step(
+        basis.basis_A[:rank].double(),
+        basis.basis_B[:, :rank].double(),
+        refit.config,
+        peft_scaling=scaling,
+        step_size=step,
+    )
+    key_A, key_B = (_key(holder_of(name), which) for which in ("lora_A", "lora_B"))
+    if holder_of(name) != name:
+        places = slice_factors(tensors[key_A], tensors[key_B], rank=rank, index=expert_of(name))
+        for place, factor in zip(places, (lora_A, lora_B), strict=True):
+            place.copy_(factor)
+    else:
+        tensors[key_A] = lora_A.to(tensors[key_A].dtype).contiguous()
+        tensors[key_B] = lora_B.to(tensors[key_B].dtype).contiguous()
+    if refit.base is not None and refit.uses_dora:
+        magnitude = dora_magnitude(_base_layer(refit.base, name), tensors[key_A], tensors[key_B], scaling)
+        key = f"{PEFT_PREFIX}{name}.lora_magnitude_vector"
+        tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)
+    update_norm = scaling * (lora_B @ lora_A).norm().item()
+    refit.reports[name] = dataclasses.replace(
+        refit.reports[name], rank=rank, peft_scaling=scaling, update_norm=update_norm
+    )
+
+
+def _base_layer(base: nn.Module, name: str) -> nn.Module:
+    layer = base_model_of(base).get_submodule(name)
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
+    """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
+    old = read_report(refit.stored.folder / REPORT_FILE)
+    return LoRADAReport(
+        layers=[refit.reports[layer.name] for layer in old.layers],
+        kept=dict(refit.manifest.kept),
+        num_samples=old.num_samples,
+        num_unlabelled=old.num_unlabelled,
+        num_search_samples=old.num_search_samples,
+        population_size=population_of(refit.manifest, refit.config),
+        batch_size=old.batch_size,
+        loss_reduction=old.loss_reduction,
+        step_size=step,
+        step_size_by_rank=_ladder(refit),
+        config=refit.config.to_dict(),
+        data_fingerprint=old.data_fingerprint,
+        notes=[*refit.notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
+        artifact=str(output_dir),
+    )
+
+
+def _ladder(refit: Refit) -> dict[int, float]:
+    """Return the searched steps for the ranks that are stored, if the step is a searched one."""
+    largest = max(basis.basis_A.shape[0] for basis in refit.bases.values())
+    steps = steps_by_rank(refit.manifest) if refit.config.searches_step else {}
+    return {rank: step for rank, step in steps.items() if rank <= largest}
+
+
+def _new_manifest(refit: Refit, step: float | None, solved_with: list[str], files: dict[str, FileEntry]) -> Manifest:
+    old = refit.manifest
+    return dataclasses.replace(
+        old,
+        config=refit.config.to_dict(),
+        data={**_without_identity(old.data), "population_size": population_of(old, refit.config)},
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        step_size=step,
+        step_size_by_rank={str(rank): found for rank, found in _ladder(refit).items()},
+        versions=package_versions(),
+        layers={name: _layer_entry(refit, name, layer) for name, layer in old.layers.items()},
+        files=files,
+        refitted_from={
+            "manifest": manifest_digest(old),
+            "created": old.created,
+            SOLVED_AGAIN_WITH: {
+                **solved_again_with(old),
+                **{name: getattr(refit.config, name) for name in solved_with},
+            },
+        },
+    )
+
+
+def _without_identity(data: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what says that it is what a run would compute, which a refitted one is not."""
+    return {name: value for name, value in data.items() if name != IDENTITY}
+
+
+def _layer_entry(refit: Refit, name: str, old: LayerEntry) -> LayerEntry:
+    report = refit.reports[name]
+    return dataclasses.replace(
+        old,
+        rank=refit.ranks[name],
+        max_rank=refit.bases[name].basis_A.shape[0],
+        peft_scaling=refit.scaling(name),
+        input_damping=report.input_damping,
+        output_damping=report.output_damping,
+    )
