@@ -14,7 +14,7 @@ class LayerStatistics:
     Attributes:
         input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps.
         output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over the same tokens, with g the gradient of the
-            sample's mean label loss.
+            sample's mean label loss; of labels that are drawn from the model, if ``fisher="sampled"``.
         weight_grad: ``[d_out, d_in]``, mean over samples of the gradient of each sample's mean label loss.
         num_input_tokens: Tokens in the input mean.
         num_output_tokens: Tokens in the output mean.
@@ -32,9 +32,11 @@ class LayerSolution:
     """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
 
     Attributes:
-        basis_A: ``[max_rank, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, the (normalised) displacement times the input basis.
-        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
+        basis_A: ``[max_rank, d_in]``, rows of norm 1: the transposed input basis, with ``metric="weights"``. With
+            ``metric="fisher"`` they are orthogonal under the input factor instead.
+        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the (normalised) displacement that the
+            subspace keeps, so with ``metric="weights"`` it is the displacement times the input basis.
+        eigenvalues: ``[max_rank]``, of the guidance matrix in that metric, ascending.
         displacement_norm: Largest singular value of the displacement.
         input_damping: Damping that was added to the input second moment.
         output_damping: Damping that was added to the output diagonal.

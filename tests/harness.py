@@ -305,6 +305,12 @@ def dense_updates(folder, ranks, step, config=None):
         displacement = -inverse_output[:, None] * statistics[name].weight_grad.double().numpy() @ inverse
         norm = np.linalg.norm(displacement, 2) if config.normalize_displacement else 1.0
         displacement = displacement / norm
+        if config.metric == "fisher":
+            root, output_root = np.linalg.cholesky(np.linalg.inv(inverse)), inverse_output[:, None] ** 0.5
+            left, singular, right = np.linalg.svd(displacement / output_root @ root, full_matrices=False)
+            kept = output_root * (left[:, :rank] * singular[:rank] @ right[:rank]) @ np.linalg.inv(root)
+            updates[name] = (step[name] if isinstance(step, dict) else step) * kept
+            continue
         variance = config.variance_weight * inverse_output.sum() / (population * norm**2)
         _, vectors = np.linalg.eigh(variance * inverse - config.bias_weight * displacement.T @ displacement)
         basis = vectors[:, :rank]

@@ -34,7 +34,7 @@ class StoredBasis:
 
     Attributes:
         basis_A: ``[max_rank, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, the displacement times the input basis.
+        basis_B: ``[d_out, max_rank]``, what ``basis_A`` keeps of the displacement (`lora_da_hf.records.LayerSolution`).
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
     """
 
@@ -47,7 +47,9 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
     """Verify that rows are orthonormal, eigenvalues ascend, and that none promises more than its direction gives.
 
     The guidance matrix is a positive semidefinite term minus ``bias_weight D^T D``, so an eigenvalue is never below
-    ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``.
+    ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``. Under ``metric="fisher"`` rows have norm 1 and
+    need not be orthogonal, and lengths are measured with the output factor, which is not stored: that the eigenvalues
+    ascend is all there is to check then.
 
     Args:
         path: The basis file, for messages.
@@ -58,14 +60,19 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
         ArtifactError: naming the layer.
     """
     config = LoRADAConfig.from_dict(manifest.config)
+    in_weights = config.metric == "weights"
     for name, basis in bases.items():
         rows, columns = basis.basis_A.double(), basis.basis_B.double()
         gram = rows @ rows.mT
-        if (gram - torch.eye(len(rows), dtype=gram.dtype)).abs().max() > _BASIS_TOLERANCE:
-            raise ArtifactError(f"{path}: the rows of basis_A of {name} are not orthonormal. Fetch it again.")
+        off = gram - torch.eye(len(rows), dtype=gram.dtype) if in_weights else gram.diagonal() - 1
+        if off.abs().max() > _BASIS_TOLERANCE:
+            kind = "orthonormal" if in_weights else "of norm 1"
+            raise ArtifactError(f"{path}: the rows of basis_A of {name} are not {kind}. Fetch it again.")
         values = basis.eigenvalues
         if (values.diff() < 0).any():
             raise ArtifactError(f"{path}: the eigenvalues of {name} do not ascend. Fetch it again.")
+        if not in_weights:
+            continue
         explained = config.bias_weight * columns.square().sum(dim=0)
         scale = values.abs().max().item()
         if (-values - explained > _EIGENVALUE_TOLERANCE * scale).any():
@@ -167,7 +174,7 @@ def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, layer: LayerEntr
     rows = basis.basis_A[: layer.rank].double()
     columns = basis.basis_B[:, : layer.rank].double()
     wide_A, wide_B = lora_A.double(), lora_B.double()
-    inside = wide_A @ rows.mT
+    inside = wide_A @ torch.linalg.pinv(rows)  # rows are not orthogonal in every metric
     outside = (wide_A - inside @ rows).norm() / wide_A.norm()
     if step == 0.0:
         return math.inf if wide_B.any() else outside.item()

@@ -32,6 +32,7 @@ from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, c
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
 from lora_da_hf.statistics.model_state import seed_generators, without_checkpointing
+from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
@@ -96,6 +97,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         )
         if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
             labelled_head = None
+        sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
@@ -103,6 +105,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
         labelled_head=labelled_head,
+        sampled_labels=sampled_labels,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
@@ -129,6 +132,18 @@ def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any],
     with torch.no_grad(), labelled_head.rows_of_labels():
         found = job.compute_loss(job.model, batch, None).double().item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
+
+
+def _sampled_labels(
+    job: Job, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
+) -> SampledLabels | None:
+    """Return what draws the labels of the output-gradient second moment, if they are to be drawn."""
+    if job.config.fisher == "empirical":
+        return None
+    check_labels_can_be_sampled(
+        job.model, batch, loss, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model)
+    )
+    return SampledLabels(splits.statistics, seed=job.seed, shifts_labels=shifts)
 
 
 class _TimedLoss:

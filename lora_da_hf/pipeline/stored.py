@@ -14,6 +14,7 @@ from lora_da_hf.errors import ArtifactError, ConfigError
 
 SOLVE_SETTINGS = (
     "population_size",
+    "metric",
     "input_damping",
     "output_damping",
     "bias_weight",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_bat
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
 
@@ -33,6 +34,7 @@ class PassSettings:
         encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
+        sampled_labels: Draws the labels of the output-gradient second moment; None: they are the data's.
     """
 
     batch_size: int
@@ -41,6 +43,7 @@ class PassSettings:
     encoder_decoder: bool
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
+    sampled_labels: SampledLabels | None = None
 
 
 @dataclass(kw_only=True)
@@ -154,9 +157,10 @@ def collect(
         try:
             for number, (batch_samples, counts) in enumerate(lockstep.batches(batches[first:]), start=first + 1):
                 with lockstep.alike():
-                    prepared = _prepare(collate(batch_samples), len(batch_samples), settings, counts=counts)
+                    prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
                 if prepared.counts or lockstep.runs_what_does_not_count:
-                    _add_batch(model, prepared, compute_loss, settings, result.taps, lockstep)
+                    add = _add_batch if settings.sampled_labels is None else _add_batch_twice
+                    add(model, prepared, compute_loss, settings, result.taps, lockstep)
                 if counts:
                     _count_batch(prepared.tokens, result)
                     done += len(batch_samples)
@@ -196,15 +200,17 @@ def _restore(result: PassResult, state: PassState) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """A batch, its tokens, what each of its samples weighs, and whether it counts."""
+    """A batch, its samples and tokens, what each sample weighs, and whether it counts."""
 
     batch: Mapping[str, Any]
+    samples: Sequence[Any]
     tokens: BatchTokens
     weights: Tensor | float
     counts: bool
 
 
-def _prepare(batch: Mapping[str, Any], num_samples: int, settings: PassSettings, *, counts: bool) -> _Prepared:
+def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSettings, *, counts: bool) -> _Prepared:
+    num_samples = len(samples)
     if num_rows(batch) % num_samples:
         raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
     tokens = read_batch_tokens(
@@ -215,16 +221,36 @@ def _prepare(batch: Mapping[str, Any], num_samples: int, settings: PassSettings,
         num_samples=num_samples,
     )
     if not counts or tokens.num_labelled == 0:
-        return _Prepared(batch=batch, tokens=tokens, weights=1.0, counts=False)
+        return _Prepared(batch=batch, samples=samples, tokens=tokens, weights=1.0, counts=False)
     weights = settings.reduction.sample_weights(tokens)
     if weights is None:
         raise SingleSamplesNeeded("the labels of each sample cannot be counted")
-    return _Prepared(batch=batch, tokens=tokens, weights=weights, counts=True)
+    return _Prepared(batch=batch, samples=samples, tokens=tokens, weights=weights, counts=True)
 
 
 def _count_batch(tokens: BatchTokens, result: PassResult) -> None:
     result.num_samples += tokens.num_labelled
     result.num_unlabelled += tokens.num_samples - tokens.num_labelled
+
+
+def _add_batch_twice(
+    model: nn.Module,
+    prepared: _Prepared,
+    compute_loss: ComputeLoss,
+    settings: PassSettings,
+    taps: Taps,
+    lockstep: Lockstep,
+) -> None:
+    """Add a batch with its own labels to the gradient, and with drawn ones to the output-gradient second moment."""
+    assert settings.sampled_labels is not None
+    with lockstep.in_step():
+        logits = settings.sampled_labels.logits(model, prepared.batch)
+    with lockstep.alike():
+        drawn = replace(prepared, batch=settings.sampled_labels.draw(prepared.batch, prepared.samples, logits))
+    del logits
+    for batch, is_drawn in ((prepared, False), (drawn, True)):
+        taps.sums_gradients, taps.sums_squares = not is_drawn, is_drawn
+        _add_batch(model, batch, compute_loss, settings, taps, lockstep)
 
 
 def _add_batch(

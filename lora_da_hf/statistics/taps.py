@@ -108,6 +108,8 @@ class Taps:
         gradient_scale: What its loss is multiplied with.
         saw_float16: Whether a layer puts out float16.
         muted: Whether the batch counts for nothing.
+        sums_gradients: Whether it counts in the sums of ``g x^T`` and ``x x^T``.
+        sums_squares: Whether it counts in that of ``g**2``.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Taps:
         self.gradient_scale = 1.0
         self.saw_float16 = False
         self.muted = False
+        self.sums_gradients = self.sums_squares = True
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
@@ -225,13 +228,16 @@ class Taps:
             g = grad.reshape(-1, grad.shape[-1]).to(device, self._dtype)
             if self.gradient_scale != 1.0:
                 g = g / self.gradient_scale
-            tap.sums.weight_grad.addmm_(g.mT, x)
+            if self.sums_gradients:
+                tap.sums.weight_grad.addmm_(g.mT, x)
+            sums_input = self.sums_gradients and tap.leader is None
             if kept is not None:
                 kept = kept.to(device)
-                g, x = g.index_select(0, kept), x.index_select(0, kept) if tap.leader is None else x
-            tap.sums.squares += g.square().sum(dim=0)
-            tap.sums.num_tokens += g.shape[0]
-            if tap.leader is None:
+                g, x = g.index_select(0, kept), x.index_select(0, kept) if sums_input else x
+            if self.sums_squares:
+                tap.sums.squares += g.square().sum(dim=0)
+                tap.sums.num_tokens += g.shape[0]
+            if sums_input:
                 tap.input_sum.add(x)
 
 

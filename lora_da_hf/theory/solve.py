@@ -11,7 +11,8 @@ from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
+from lora_da_hf.theory.fisher_metric import WhitenedLayer
+from lora_da_hf.theory.guidance import build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
 
 _FLOAT64_UP_TO = 8192
@@ -47,7 +48,11 @@ def solve_layer(
     rank: int,
     population_size: int,
 ) -> LayerSolution:
-    """Find the subspace that minimises bias plus variance for one layer.
+    """Find the subspace that minimises bias plus variance for one layer, in the metric that the config names.
+
+    Under ``metric="fisher"`` this is the truncated singular value decomposition of the displacement in the coordinates
+    of `WhitenedLayer`, mapped back. The variance of each direction is the same there, so the variance term shifts all
+    eigenvalues by one number: it changes no subspace, and says which directions are worth a rank.
 
     Args:
         statistics: Of this layer.
@@ -74,15 +79,22 @@ def solve_layer(
         output_diag, Damping.parse(config.output_damping, "output_damping"), layer=layer
     )
     displacement = Displacement.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
+    whitened = None
+    if config.metric == "fisher":
+        whitened = WhitenedLayer.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
     guidance = build_guidance(
-        displacement,
-        inverse_output,
+        displacement if whitened is None else whitened.displacement,
+        inverse_output if whitened is None else whitened.inverse_output_factor,
         population_size=population_size,
         bias_weight=config.bias_weight,
         variance_weight=config.variance_weight,
         normalize_terms=config.normalize_guidance_terms,
     )
     pairs = lowest_subspace(guidance, rank, solver=config.solver)
+    if whitened is None:
+        basis_A, basis_B = pairs.vectors.mT.contiguous(), displacement.apply(pairs.vectors)
+    else:
+        basis_A, basis_B = whitened.map_back(pairs.vectors)
     notes = list(factorized_input.notes)
     if config.solver == "krylov" and pairs.solver != "krylov":
         notes.append("Krylov did not converge; solved exactly")
@@ -90,7 +102,7 @@ def solve_layer(
     if dtype != torch.float64:
         residual = max(
             check_residual_in_float64(guidance, pairs),
-            _solve_residual(statistics, guidance, pairs.vectors),
+            _solve_residual(statistics, displacement, basis_A.mT),
         )
         if not residual <= _FLOAT32_RESIDUAL:
             wide = dataclasses.replace(config, solve_dtype="float64")
@@ -104,13 +116,13 @@ def solve_layer(
             )
             note = f"float32 left a residual of {residual:.1e}; solved again in float64"
             return dataclasses.replace(again, notes=(*notes, note, *again.notes))
-    if not torch.isfinite(pairs.vectors).all():
+    if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
-    norm = displacement.norm(start=pairs.vectors)
+    norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
     divisor = norm if config.normalize_displacement else 1.0
     return LayerSolution(
-        basis_A=pairs.vectors.mT.contiguous(),
-        basis_B=displacement.apply(pairs.vectors) / divisor,
+        basis_A=basis_A,
+        basis_B=basis_B / divisor,
         eigenvalues=pairs.eigenvalues / divisor**2,
         displacement_norm=norm,
         input_damping=factorized_input.damping,
@@ -121,12 +133,12 @@ def solve_layer(
     )
 
 
-def _solve_residual(statistics: LayerStatistics, guidance: Guidance, vectors: Tensor) -> float:
+def _solve_residual(statistics: LayerStatistics, displacement: Displacement, vectors: Tensor) -> float:
     """Measure in float64 how far the solves with a narrower Cholesky factor miss their right-hand sides.
 
     Args:
         statistics: Of the layer.
-        guidance: G, in the narrower dtype.
+        displacement: D, in the narrower dtype.
         vectors: ``[d_in, r]``, of which ``Z^-1`` and D^T D are taken.
 
     Returns:
@@ -134,10 +146,10 @@ def _solve_residual(statistics: LayerStatistics, guidance: Guidance, vectors: Te
     """
     moment = statistics.input_second_moment.double()
     damped = (moment + moment.mT) * 0.5
-    damped.diagonal().add_(guidance.factorized_input.damping)
-    gradient = guidance.displacement.scaled_gradient.double()
-    solved = guidance.factorized_input.solve(vectors)
-    gram = guidance.displacement.transposed_times_apply(solved)
+    damped.diagonal().add_(displacement.factorized_input.damping)
+    gradient = displacement.scaled_gradient.double()
+    solved = displacement.factorized_input.solve(vectors)
+    gram = displacement.transposed_times_apply(solved)
     missed = 0.0
     for found, expected in ((solved, vectors.double()), (gram, gradient.mT @ (gradient @ solved.double()))):
         error = damped @ found.double() - expected

@@ -112,6 +112,11 @@ def test_both_processes_have_the_same_adapter_and_it_is_that_of_one(initialized,
         assert_same_tensors(adapters[0], load_file(initialized / name / "adapter_model.safetensors"))
 
 
+def test_labels_are_drawn_as_one_process_draws_them(initialized, tmp_path, lora_model):
+    _, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config(fisher="sampled"))
+    assert_products_equal(adapter(initialized, "drawn_labels", 0), expected, 1e-4)
+
+
 def test_a_process_without_any_sample_takes_part(initialized, tmp_path, lora_model):
     config = worker.seven_config(save_statistics=True)
     report, expected = one_process(tmp_path, lora_model, worker.seven_samples()[:1], config)

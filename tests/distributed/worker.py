@@ -275,6 +275,7 @@ def main():
     if scenarios == "initialize":
         initialize(folder, "shared", seven_samples(), seven_config())
         initialize(folder, "stored", seven_samples(), seven_config(save_statistics=True))
+        initialize(folder, "drawn_labels", seven_samples(), seven_config(fisher="sampled"))
         initialize(folder, "layers", seven_samples(), seven_config(schedule="layers"))
         initialize(folder, "layer_windows", seven_samples(), seven_config(schedule="layers", memory_budget=SMALL))
         initialize(folder, "sample_windows", seven_samples(), seven_config(schedule="samples", memory_budget=SMALL))

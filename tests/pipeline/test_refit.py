@@ -25,6 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
+from lora_da_hf.artifacts.consistency import check_bases
 from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
@@ -171,6 +172,8 @@ def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
         {"variance_weight": 0.5, "population_size": 7},
         {"variance_weight": 0.0, "solver": "eigh"},
         {"normalize_displacement": False, "step_size": 1e-3},
+        {"metric": "fisher"},
+        {"metric": "fisher", "factor_split": "balanced", "normalize_displacement": False, "step_size": 1e-3},
     ],
 )
 def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_init, tmp_path, tiny_llama, settings):
@@ -182,6 +185,17 @@ def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_ini
     before = dense_updates(stored_init, {QUERY: 3}, step)[QUERY]
     assert abs(expected[QUERY] - before).max() > 1e-4 * abs(before).max()
     assert LoRADAConfig.from_dict(refitted.manifest.config) == dataclasses.replace(config, save_statistics=True)
+
+
+def test_rows_that_are_not_of_norm_one_are_refused_in_the_fisher_metric_too(stored_init, tmp_path):
+    refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, metric="fisher"))
+    basis = refitted.bases[QUERY]
+    for scale, place in ((1.01, 0), (0.9, 15)):
+        rows = basis.basis_A.clone()
+        rows[place] *= scale
+        bases = {**refitted.bases, QUERY: dataclasses.replace(basis, basis_A=rows)}
+        with pytest.raises(ArtifactError, match=f"the rows of basis_A of {QUERY} are not of norm 1"):
+            check_bases(tmp_path, bases, refitted.manifest)
 
 
 def test_a_larger_rank_than_the_stored_one_is_solved_from_statistics(stored_init, tmp_path, lora_model):

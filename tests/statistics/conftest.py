@@ -15,6 +15,7 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
 from lora_da_hf.statistics.losses import LossReduction, find_reduction
 from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpointing
+from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 
 
@@ -55,6 +56,7 @@ def run_pass(
     on_samples=lambda count: None,
     lockstep=None,
     labelled_head=False,
+    sampling_seed=None,
     store=None,
 ):
     layers = linear_layers(model)
@@ -85,6 +87,9 @@ def run_pass(
             encoder_decoder=is_encoder_decoder(model),
             reduction=reduction,
             labelled_head=make_labelled_head(model) if labelled_head else None,
+            sampled_labels=None
+            if sampling_seed is None
+            else SampledLabels(samples, seed=sampling_seed, shifts_labels=shifts),
         )
         result = collect(
             model,

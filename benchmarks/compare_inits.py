@@ -1,0 +1,535 @@
+"""Compare initialisations on equal terms: the same model, data, order, scaling, targets, rank and budget for all.
+
+    python benchmarks/compare_inits.py --design benchmarks/designs/gsm8k.json --output benchmarks/results/gsm8k.jsonl \
+        --model_name_or_path MODEL --train_file train.jsonl --validation_file validation.jsonl \
+        --prompt_column question --completion_column answer --block_size 192 --dtype bfloat16
+
+Model and data are given as for `scripts/run_clm.py`. The design is a JSON file: settings that all runs share, and
+blocks of cells, each of which is every combination of its methods, learning rates, ranks, seeds and numbers of steps:
+
+    {"batch_size": 8, ..., "blocks": [{"name": "coarse", "why": "...", "methods": ["lora", "lora_da"],
+     "learning_rates": [1e-4, 1e-3], "ranks": [8], "seeds": [0], "steps": [100]}]}
+
+`learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final loss
+that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig.
+
+Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
+again, so the command can be stopped at any time and goes on when it is given again. Peak memory is to be compared only
+between cells that ran with `--isolate`. `--plan` says what is left and how
+long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from initialization_cost import machine, peak_mib, reset_peak
+from inits import METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from lora_da_hf import LoRADAError
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.collect import sample_length
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
+from lora_da_hf.training.arguments import setting
+from lora_da_hf.training.text_data import choose_block_size, load_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import run_clm  # noqa: E402 - a script, not a package
+
+SHARED: dict[str, Any] = {
+    "batch_size": 8,
+    "alpha": 16,
+    "use_rslora": True,
+    "num_samples": 256,
+    "warmup": 0.03,
+    "max_grad_norm": 1.0,
+    "evaluations": 4,
+    "num_train": None,
+    "accuracy_samples": 0,
+    "max_new_tokens": 256,
+    "answer_pattern": r"####\s*(\S+)",
+    "settings": {},
+}
+"""Settings of all cells, with their defaults. ``evaluations`` are spread over the steps, beside the one at step 0;
+``num_train`` samples are drawn from the training set by the seed (None: all); ``accuracy_samples`` answers are
+generated at the end and compared in what the pattern finds last in them."""
+
+PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
+
+
+@dataclass
+class CompareArguments:
+    """What is run, and where results go."""
+
+    design: str = setting("", "The design of the comparison, a JSON file.")
+    output: str = setting("", "Where results are added, one line each.")
+    blocks: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "Run these blocks of the design alone."}
+    )
+    hours: float | None = setting(None, "Start no cell after this many hours.")
+    max_cells: int | None = setting(None, "Run this many cells at most.")
+    isolate: bool = setting(
+        False,
+        "Run each cell in a process of its own, so that its peak memory is its own too; costs its start each time.",
+    )
+    plan: bool = setting(False, "Say what is left to run and how long it takes, and run nothing.")
+
+
+# ---- the design
+
+
+def read_design(path: str | Path) -> dict[str, Any]:
+    """Read and check a design.
+
+    Raises:
+        ConfigError: if a name or a method is not known, or a block lacks something.
+    """
+    design = json.loads(Path(path).read_text(encoding="utf-8"))
+    names = {"name", "why", *PRODUCT.values(), *SHARED}
+    unknown = set(design) - {"blocks", "why", *SHARED}
+    for block in design.get("blocks", []):
+        unknown |= set(block) - names
+        missing = {"name", *PRODUCT.values()} - set(block)
+        if missing:
+            raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
+        unknown |= set(block["methods"]) - set(METHODS)
+    if unknown or not design.get("blocks"):
+        raise ConfigError(f"{path}: {', '.join(sorted(unknown)) or 'blocks'} is not known or missing in a design.")
+    return design
+
+
+def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the settings of each cell of a block.
+
+    Args:
+        design: All of it.
+        block: One of its blocks.
+        records: Results so far, which the best learning rates are taken from.
+
+    Raises:
+        ConfigError: if the best learning rate of a method is not known yet.
+    """
+    shared = {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
+    cells: list[dict[str, Any]] = []
+    for method, rank, steps in itertools.product(block["methods"], block["ranks"], block["steps"]):
+        rates = block["learning_rates"]
+        if isinstance(rates, dict):
+            earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
+            best = best_rate(cells_of(design, earlier, records), records, method)
+            rates = [float(f"{best * times:.3g}") for times in rates["times"]]
+        for seed, rate in itertools.product(block["seeds"], rates):
+            cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate, **shared}
+            cells.append(cell)
+    return cells
+
+
+def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str) -> float:
+    """Return the learning rate with the lowest mean final loss of a method among some cells.
+
+    Raises:
+        ConfigError: if one of them was not run yet, or all diverged.
+    """
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        if cell["method"] == method:
+            losses = [record["final_loss"] for record in records if is_of(record, cell)]
+            if not losses:
+                raise ConfigError(f"The best learning rate of {method} is not known before its cells are run.")
+            found.setdefault(cell["learning_rate"], []).extend(math.inf if x is None else x for x in losses)
+    if not found:
+        raise ConfigError(f"The block that the best learning rate is taken from has no cell of {method}.")
+    best = min(found, key=lambda rate: statistics.fmean(found[rate]))
+    if math.isinf(statistics.fmean(found[best])):
+        raise ConfigError(f"{method} diverged at every learning rate of the block.")
+    return best
+
+
+def is_of(record: dict[str, Any], cell: dict[str, Any]) -> bool:
+    """Tell whether a record is that of a cell, whatever the model and the data."""
+    return all(record["cell"].get(name) == value for name, value in cell.items())
+
+
+def key_of(cell: dict[str, Any], subject: dict[str, Any]) -> str:
+    """Return what names a cell: a hash of its settings, of the model and of the data."""
+    return hashlib.sha256(json.dumps([cell, subject], sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- the lines
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the finished cells. A last line that was cut off, by a kill, is taken off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a finished cell, so that it is on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- model and data
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """Model and data, which all cells share.
+
+    Attributes:
+        arguments: How the model is loaded.
+        tokenizer: Its tokenizer.
+        train: Training samples.
+        validation: Samples that no method reads.
+        facts: What identifies them.
+    """
+
+    arguments: run_clm.NamedModelArguments
+    tokenizer: Any
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    @classmethod
+    def load(cls, arguments: run_clm.NamedModelArguments, data: run_clm.DataArguments) -> Subject:
+        """Load the data as `run_clm.py` does."""
+        training = SimpleNamespace(do_train=True, do_eval=True, data_seed=0)
+        model, tokenizer = load_model(arguments.model_name_or_path, arguments)
+        block_size = choose_block_size(data.block_size, model, tokenizer)
+        rows = run_clm.load_rows(data, arguments, training)
+        samples = run_clm.prepare_samples(rows, tokenizer, block_size, SimpleNamespace(data=data, training=training))
+        parts = {name: [dict(sample) for sample in split] for name, split in samples.items()}
+        facts = {
+            "model": Path(arguments.model_name_or_path).name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "block_size": block_size,
+            **{name: len(part) for name, part in parts.items()},
+            "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
+        }
+        return cls(arguments=arguments, tokenizer=tokenizer, facts=facts, **parts)
+
+    def load_model(self) -> nn.Module:
+        """Load a fresh model: some methods change its weights."""
+        return load_model(self.arguments.model_name_or_path, self.arguments)[0]
+
+
+# ---- one cell
+
+
+def run_cell(cell: dict[str, Any], subject: Subject) -> dict[str, Any]:
+    """Initialise, train and evaluate.
+
+    Returns:
+        What was measured. Losses that are not finite are None.
+    """
+    base = subject.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    samples = subject.train
+    if cell["num_train"] is not None:
+        samples = random.Random(cell["seed"]).sample(samples, cell["num_train"])
+    setup = Setup(
+        model=base,
+        samples=samples,
+        collate=lambda batch: {name: value.to(base.device) for name, value in pad_samples(batch).items()},
+        lora={
+            "r": cell["rank"],
+            "lora_alpha": cell["alpha"],
+            "use_rslora": cell["use_rslora"],
+            "target_modules": target_modules(base),
+        },
+        seed=cell["seed"],
+        num_samples=cell["num_samples"],
+        batch_size=cell["batch_size"],
+        settings=cell["settings"],
+    )
+    with Measured() as initialization:
+        model, notes = make_adapter(cell["method"], setup)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    with Measured() as training:
+        found = train(model, setup, cell, subject.validation)
+    accuracy = exact_match(model, subject, cell) if cell["accuracy_samples"] else None
+    return {
+        **found,
+        "accuracy": accuracy,
+        "initialization": initialization.found,
+        "training": training.found,
+        "notes": notes,
+    }
+
+
+class Measured:
+    """Time and peak memory of a block; on a GPU the memory is the GPU's."""
+
+    def __enter__(self) -> Measured:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak()
+        self.start, self.start_mib = time.perf_counter(), self.peak()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        seconds = time.perf_counter() - self.start
+        self.found = {"seconds": seconds, "start_mib": self.start_mib, "peak_mib": self.peak()}
+
+    @staticmethod
+    def peak() -> float:
+        """Return the peak since it was reset, in MiB."""
+        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_mib()
+
+
+def batches_of(samples: list[Any], seed: int, size: int) -> Iterator[list[Any]]:
+    """Yield batches for ever, in an order that the seed alone decides; each epoch has another one."""
+    generator = random.Random(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < size:
+            order += generator.sample(range(len(samples)), len(samples))
+        yield [samples[index] for index in order[:size]]
+        order = order[size:]
+
+
+def rate_at(step: int, cell: dict[str, Any]) -> float:
+    """Return the share of the learning rate: linear warm-up, then a cosine down to zero."""
+    warmup = max(1, round(cell["warmup"] * cell["steps"]))
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, cell["steps"] - warmup))) / 2
+
+
+def train(model: nn.Module, setup: Setup, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
+    """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
+    marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
+    losses = [[0, evaluate(model, setup, validation)]]
+    train_losses: list[float] = []
+    seconds = 0.0
+    batches = batches_of(setup.samples, cell["seed"], cell["batch_size"])
+    for step in range(1, cell["steps"] + 1):
+        start = time.perf_counter()
+        model.train()
+        loss = model(**setup.collate(next(batches)), use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, cell["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        train_losses.append(loss.item())
+        seconds += time.perf_counter() - start
+        if not math.isfinite(train_losses[-1]):
+            break
+        if step in marks:
+            losses.append([step, evaluate(model, setup, validation)])
+    finished = math.isfinite(train_losses[-1]) if train_losses else True
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return {
+        "losses": [[step, number(loss)] for step, loss in losses],
+        "final_loss": number(losses[-1][1]) if finished else None,
+        "best_loss": number(min((loss for _, loss in losses if math.isfinite(loss)), default=math.inf)),
+        "train_losses": [number(round(loss, 5)) for loss in train_losses],
+        "seconds_per_step": seconds / max(1, len(train_losses)),
+        "trainable": sum(parameter.numel() for parameter in parameters),
+        "optimizer_mib": sum(value.numel() * value.element_size() for value in state) / 2**20,
+    }
+
+
+def number(value: float) -> float | None:
+    """Return a number that JSON knows: None for one that is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def evaluate(model: nn.Module, setup: Setup, samples: list[Any]) -> float:
+    """Return the mean loss over all labels of the samples."""
+    model.eval()
+    total, count = 0.0, 0
+    ordered = sorted(samples, key=sample_length, reverse=True)
+    size = 2 * setup.batch_size
+    with torch.no_grad():
+        for start in range(0, len(ordered), size):
+            batch = setup.collate(ordered[start : start + size])
+            labels = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum().item())
+            total += model(**batch, use_cache=False).loss.item() * labels
+            count += labels
+    return total / count
+
+
+def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dict[str, Any]:
+    """Generate answers greedily, and count those in which the pattern finds what it finds in the right one."""
+    tokenizer, pattern = subject.tokenizer, re.compile(cell["answer_pattern"])
+    model.eval()
+    correct = 0
+    samples = subject.validation[: cell["accuracy_samples"]]
+    for sample in samples:
+        split = next(place for place, label in enumerate(sample["labels"]) if label != IGNORED_LABEL)
+        prompt = torch.tensor([sample["input_ids"][:split]], device=model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=cell["max_new_tokens"],
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, split:], sample["input_ids"])]
+        given, wanted = ((pattern.findall(text) or [None])[-1] for text in texts)
+        correct += wanted is not None and given == wanted
+    low, high = wilson_interval(correct, len(samples))
+    return {"correct": correct, "total": len(samples), "low": low, "high": high}
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval of a share, 95 % by default."""
+    share = correct / total
+    middle = share + z**2 / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return max(0.0, (middle - half) / (1 + z**2 / total)), min(1.0, (middle + half) / (1 + z**2 / total))
+
+
+# ---- all of them
+
+
+def seconds_of(cell: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
+    """Estimate how long a cell takes from the records of the same method, or of any: None if there is none."""
+    like = [record for record in records if record["cell"]["method"] == cell["method"]]
+    if not records:
+        return None
+    per_step = statistics.median(record["training"]["seconds"] / max(1, record["cell"]["steps"]) for record in records)
+    start = statistics.median(record["initialization"]["seconds"] for record in like or records)
+    return start + cell["steps"] * per_step
+
+
+def pending(
+    design: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], blocks: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the cells that were not run, with the names of their blocks, in the order of the design."""
+    for block in design["blocks"]:
+        if blocks and block["name"] not in blocks:
+            continue
+        for cell in cells_of(design, block, records):
+            if key_of(cell, facts) not in {record["key"] for record in records}:
+                yield block["name"], cell
+
+
+def show_plan(design: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], blocks: list[str]) -> None:
+    """Print how many cells of each block are left, and how long they take."""
+    for block in design["blocks"]:
+        if blocks and block["name"] not in blocks:
+            continue
+        try:
+            left = [cell for _, cell in pending(design, records, facts, [block["name"]])]
+        except ConfigError as error:
+            print(f"{block['name']}: {error}")
+            continue
+        times = [seconds_of(cell, records) for cell in left]
+        known = [seconds for seconds in times if seconds is not None]
+        hours = f"{sum(known) / 3600:.1f} hours" if len(known) == len(left) else "no time is known yet"
+        print(f"{block['name']}: {len(left)} cells left, {sum(cell['steps'] for cell in left)} steps, {hours}")
+
+
+def run(arguments: CompareArguments, subject: Subject) -> None:
+    """Run what is left, a cell at a time."""
+    design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
+    missing: set[str] = set()
+    num_run = 0
+    if arguments.plan:
+        show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks)
+        return
+    while True:
+        records = of_subject(read_lines(output), subject.facts)
+        left = pending(design, records, subject.facts, arguments.blocks)
+        found = next(((name, cell) for name, cell in left if cell["method"] not in missing), None)
+        if found is None or num_run == arguments.max_cells or is_over(begin, arguments.hours):
+            return
+        block, cell = found
+        reason = why_missing(cell["method"])
+        if reason is not None:
+            missing.add(cell["method"])
+            print(f"{cell['method']} is left out: {reason}", file=sys.stderr, flush=True)
+            continue
+        result = run_cell(cell, subject)
+        num_run += 1
+        about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
+        about["isolated"] = arguments.max_cells == 1
+        add_line(output, {**about, "machine": machine(), "reads_samples": cell["method"] in READ_SAMPLES, **result})
+        shown = {name: cell[name] for name in PRODUCT}
+        print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
+
+
+def is_over(begin: float, hours: float | None) -> bool:
+    """Tell whether the hours since a time are used up."""
+    return hours is not None and time.perf_counter() - begin > hours * 3600
+
+
+def run_apart(argv: list[str], output: Path, hours: float | None) -> None:
+    """Run the command again and again for one cell each, until it adds none."""
+    begin, command = time.perf_counter(), [word for word in argv if word != "--isolate"]
+    before = -1
+    while len(read_lines(output)) > before and not is_over(begin, hours):
+        before = len(read_lines(output))
+        subprocess.run([sys.executable, __file__, *command, "--max_cells", "1"], check=True)
+
+
+def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of this model and data."""
+    return [record for record in records if record["subject"] == facts]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: The command line without the program's name; None: the process's own.
+    """
+    parser = HfArgumentParser((CompareArguments, run_clm.NamedModelArguments, run_clm.DataArguments))
+    arguments, model, data = parser.parse_args_into_dataclasses(argv)
+    if not (arguments.design and arguments.output and model.model_name_or_path):
+        parser.error("--design, --output and --model_name_or_path are needed")
+    run_clm.check_columns_and_sizes(parser.error, data)
+    if arguments.isolate:
+        run_apart(sys.argv[1:] if argv is None else argv, Path(arguments.output), arguments.hours)
+        return
+    set_verbosity_error()
+    disable_progress_bar()
+    run(arguments, Subject.load(model, data))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LoRADAError as error:
+        sys.exit(f"compare_inits.py: error: {error}")

@@ -1,0 +1,180 @@
+"""The initialisations that `compare_inits.py` compares: PEFT's own by their documented calls, and this package's."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig
+from torch import Tensor, nn
+
+from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.adapters.targets import freeze_a
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every method is given.
+
+    Attributes:
+        model: The base model, which some methods change.
+        samples: The training samples.
+        collate: Makes batches of them.
+        lora: Arguments of LoraConfig, the same for all methods.
+        seed: Of the random adapter, of the choice of samples, and of labels that are drawn.
+        num_samples: How many samples a method that looks at data may read.
+        batch_size: Samples that it runs together.
+        settings: Of LoRADAConfig, over those of the method.
+    """
+
+    model: nn.Module
+    samples: list[Any]
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    lora: dict[str, Any]
+    seed: int
+    num_samples: int
+    batch_size: int
+    settings: dict[str, Any]
+
+    def config(self, **settings: Any) -> LoraConfig:
+        """Make PEFT's config."""
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **self.lora, **settings})
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of the samples that a method may read."""
+        chosen = random.Random(self.seed).sample(self.samples, min(self.num_samples, len(self.samples)))
+        for start in range(0, len(chosen), size):
+            yield self.collate(chosen[start : start + size])
+
+
+Made = tuple[nn.Module, dict[str, Any]]
+"""A PEFT model that is initialised, and what there is to note about it."""
+
+
+def from_peft(**settings: Any) -> Callable[[Setup], Made]:
+    """Return a method that PEFT carries out by itself."""
+    return lambda setup: (get_peft_model(setup.model, setup.config(**settings)), {})
+
+
+def frozen(method: Callable[[Setup], Made]) -> Callable[[Setup], Made]:
+    """Return a method with A frozen afterwards (LoRA-FA)."""
+
+    def make(setup: Setup) -> Made:
+        model, notes = method(setup)
+        freeze_a(model)
+        return model, notes
+
+    return make
+
+
+def eva(setup: Setup) -> Made:
+    """Make an adapter by EVA with its default settings, which shift ranks between layers."""
+    config = setup.config(init_lora_weights="eva", eva_config=EvaConfig())
+    model = get_peft_model(setup.model, config, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(model, list(setup.batches(setup.batch_size)), show_progress_bar=False)
+    return model, {}
+
+
+def corda(setup: Setup) -> Made:
+    """Make an adapter by CorDA for new knowledge (IPM); it wants single samples without padding."""
+    from peft.tuners.lora.corda import preprocess_corda  # needs attrs, which PEFT does not ask for
+
+    config = setup.config(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
+
+    def run_model() -> None:
+        for batch in setup.batches(1):
+            setup.model(**batch)
+
+    preprocess_corda(setup.model, config, run_model=run_model)
+    return get_peft_model(setup.model, config), {}
+
+
+def lora_ga(setup: Setup) -> Made:
+    """Make an adapter by LoRA-GA with its default settings."""
+    config = setup.config(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+
+    def train_step() -> None:
+        for batch in setup.batches(setup.batch_size):
+            setup.model(**batch).loss.backward()
+
+    peft.preprocess_loraga(setup.model, config, train_step)
+    return get_peft_model(setup.model, config), {}
+
+
+def lora_da(config: Callable[..., LoRADAConfig], **settings: Any) -> Callable[[Setup], Made]:
+    """Return this package's method with some settings."""
+
+    def make(setup: Setup) -> Made:
+        model = get_peft_model(setup.model, setup.config())
+        values: dict[str, Any] = {"num_samples": setup.num_samples, "batch_size": setup.batch_size, **settings}
+        report = initialize_lora_da(
+            model,
+            setup.samples,
+            config=config(**{**values, **setup.settings}),
+            data_collator=setup.collate,
+            seed=setup.seed,
+            progress=False,
+        )
+        notes = {
+            "step_size": report.step_size,
+            "kept": len(report.kept),
+            "stages": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
+            "unseen_loss": [report.unseen_loss_before, report.unseen_loss_after],
+        }
+        return model, notes
+
+    return make
+
+
+IDENTITY_FACTORS = {"input_damping": "1e8*mean", "output_damping": "1e8*mean", "variance_weight": 0.0}
+"""With so much damping the displacement is the gradient, but for its length."""
+
+METHODS: dict[str, Callable[[Setup], Made]] = {
+    "lora": from_peft(),
+    "rslora": from_peft(use_rslora=True),
+    "pissa": from_peft(init_lora_weights="pissa_niter_16"),
+    "olora": from_peft(init_lora_weights="olora"),
+    "eva": eva,
+    "corda": corda,
+    "lora_ga": lora_ga,
+    "lora_one": lora_da(LoRADAConfig, **IDENTITY_FACTORS),
+    "lora_da_paper": lora_da(LoRADAConfig.paper),
+    "lora_da": lora_da(LoRADAConfig),
+    "lora_fa": frozen(from_peft()),
+    "lora_da_fa": frozen(lora_da(LoRADAConfig)),
+}
+"""All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
+``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
+
+READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_fa"}
+"""Methods whose start depends on data."""
+
+
+def why_missing(method: str) -> str | None:
+    """Say why a method cannot be run with the PEFT that is installed; None if it can."""
+    if method == "lora_ga" and not hasattr(peft, "preprocess_loraga"):
+        return f"PEFT {importlib.metadata.version('peft')} has no LoRA-GA"
+    if method == "corda" and importlib.util.find_spec("attr") is None:
+        return "PEFT's CorDA imports attrs, which is not installed"
+    return None
+
+
+def target_modules(model: nn.Module) -> list[str]:
+    """Name the linear layers, the output head left out, as suffixes: CorDA and LoRA-GA know no ``all-linear``."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
+
+
+def make_adapter(method: str, setup: Setup) -> Made:
+    """Initialise an adapter by a method, from a fresh random state."""
+    torch.manual_seed(setup.seed)
+    random.seed(setup.seed)
+    return METHODS[method](setup)

@@ -1,0 +1,511 @@
+"""The theory where the target is known: linear and logistic regression with anisotropic inputs.
+
+    python benchmarks/theory.py
+
+A layer ``y = W x`` starts at W0, and the data comes from W_tgt = W0 + Delta with inputs of a decaying spectrum. Each
+method picks a subspace from n samples, an adapter is fitted to the same n samples, and two errors are measured: the
+squared distance ``||W - W_tgt||^2 / ||Delta||^2`` and the excess loss in nats. With A frozen the fit is exact; with A
+trained it is Adam on both factors. Beside what is measured stands what is predicted from the true Delta and the true
+input covariance S, for the subspace Q [d_in, r] that the method chose:
+
+- ``paper``: bias ``||Delta (I - Q Q^T)||^2``, variance ``trace(F_out^-1) / n * trace(Q^T S^-1 Q)``;
+- ``frozen``: the same bias, variance with ``(Q^T S Q)^-1``, the covariance of B when A is frozen;
+- ``exact`` (linear regression, normal inputs, Q independent of the data): the fit makes up in Q for what lies outside
+  of it wherever inputs are correlated, so the bias is ``||Delta (I - S Q (Q^T S Q)^-1 Q^T)||^2``; what it cannot make
+  up adds to the noise; and n samples count as n - r - 1.
+
+Trials differ in target and data; methods are compared on the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics as stats
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from initialization_cost import machine
+from torch import Tensor
+
+from lora_da_hf import LoRADAConfig
+from lora_da_hf.config import Damping
+from lora_da_hf.records import LayerStatistics
+from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM
+from lora_da_hf.theory.displacement import Displacement
+from lora_da_hf.theory.guidance import build_guidance, lowest_subspace
+from lora_da_hf.theory.kronecker import factorize_input
+from lora_da_hf.theory.solve import factorize, solve_layer
+
+RESULTS = Path(__file__).resolve().parent / "results"
+D_IN, D_OUT, RANK = 32, 16, 4
+NOISE = 0.5
+RIDGE = 0.1
+MODELS = ("linear", "logistic")
+FROZEN_SIZES = (16, 32, 64, 128, 256, 1024, 4096)
+TRAINED_SIZES = (64, 1024)
+TRAINED_STEPS = (10, 100, 2000)
+LEARNING_RATE = 0.02
+TEST_SAMPLES = 4096
+NO_DAMPING = Damping(amount=0.0)
+
+
+# ---- the problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A layer whose target is known.
+
+    Attributes:
+        model: ``"linear"`` (normal noise) or ``"logistic"`` (independent binary outputs).
+        base: ``[d_out, d_in]``.
+        delta: ``[d_out, d_in]``, target minus base.
+        covariance: ``[d_in, d_in]``, of the inputs, whose mean is zero.
+        test_inputs: ``[tests, d_in]``, for the excess loss where it has no closed form.
+    """
+
+    model: str
+    base: Tensor
+    delta: Tensor
+    covariance: Tensor
+    test_inputs: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        """W_tgt."""
+        return self.base + self.delta
+
+    def inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw inputs, ``[count, d_in]``."""
+        return normal(generator, count, self.base.shape[1]) @ torch.linalg.cholesky(self.covariance).mT
+
+    def labels(self, x: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw labels, ``[n, d_out]``, from the model with these weights."""
+        outputs = x @ weights.mT
+        if self.model == "linear":
+            return outputs + NOISE * normal(generator, *outputs.shape)
+        return (torch.rand(outputs.shape, generator=generator, dtype=torch.float64) < outputs.sigmoid()).double()
+
+    def output_grads(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the gradients of each sample's negative log-likelihood at the base, ``[n, d_out]``."""
+        outputs = x @ self.base.mT
+        return (outputs - y) / NOISE**2 if self.model == "linear" else outputs.sigmoid() - y
+
+    def output_fisher(self) -> Tensor:
+        """Return the mean Fisher information of each output at the target, ``[d_out]``."""
+        if self.model == "linear":
+            return torch.full((self.base.shape[0],), 1 / NOISE**2, dtype=torch.float64)
+        p = (self.test_inputs @ self.target.mT).sigmoid()
+        return (p * (1 - p)).mean(dim=0)
+
+    def distance(self, weights: Tensor) -> float:
+        """Return ``||W - W_tgt||^2 / ||Delta||^2``."""
+        return ((weights - self.target).square().sum() / self.delta.square().sum()).item()
+
+    def excess(self, weights: Tensor) -> float:
+        """Return the expected loss above the target's, in nats."""
+        error = weights - self.target
+        if self.model == "linear":
+            return ((error @ self.covariance) * error).sum().item() / (2 * NOISE**2)
+        wanted, given = self.test_inputs @ self.target.mT, self.test_inputs @ weights.mT
+        softplus = torch.nn.functional.softplus
+        return (softplus(given) - softplus(wanted) - wanted.sigmoid() * (given - wanted)).sum(dim=1).mean().item()
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw standard normal numbers in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def make_problem(model: str, seed: int) -> Problem:
+    """Make a target whose difference from the base has a decaying spectrum, unrelated to that of the inputs.
+
+    The input covariance has eigenvalues ``k^-1.5``. Delta has singular values ``2^-k`` beside a small full-rank part,
+    scaled so that the base is about one nat per four outputs worse than the target in linear regression.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(normal(generator, D_IN, D_IN)).Q
+    spectrum = torch.arange(1, D_IN + 1, dtype=torch.float64) ** -1.5
+    covariance = rotation * spectrum @ rotation.mT
+    left, right = (torch.linalg.qr(normal(generator, d, D_OUT)).Q for d in (D_OUT, D_IN))
+    singular = 2.0 ** -torch.arange(D_OUT, dtype=torch.float64) + 0.02
+    delta = left * singular @ right.mT
+    loss = ((delta @ covariance) * delta).sum() / (2 * NOISE**2)
+    delta = delta * (D_OUT / 4 / loss).sqrt() * (1.0 if model == "linear" else 2.0)
+    base = normal(generator, D_OUT, D_IN) * 0.3
+    test_inputs = normal(generator, TEST_SAMPLES, D_IN) @ torch.linalg.cholesky(covariance).mT
+    return Problem(model=model, base=base, delta=delta, covariance=covariance, test_inputs=test_inputs)
+
+
+# ---- the methods: each maps what it may know to a basis [d_in, r]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the methods choose from.
+
+    Attributes:
+        problem: For the oracles alone.
+        count: n.
+        empirical: Statistics of the n samples, with their labels in the output factor.
+        sampled: The same with labels drawn from the base model in the output factor.
+        generator: For what is random.
+    """
+
+    problem: Problem
+    count: int
+    empirical: LayerStatistics
+    sampled: LayerStatistics
+    generator: torch.Generator
+
+
+def observe(problem: Problem, x: Tensor, y: Tensor, generator: torch.Generator) -> Known:
+    """Take the statistics that a pass over the samples takes."""
+    g = problem.output_grads(x, y)
+    drawn = problem.output_grads(x, problem.labels(x, problem.base, generator))
+    count = x.shape[0]
+    empirical = LayerStatistics(
+        input_second_moment=x.mT @ x / count,
+        output_grad_second_moment_diag=g.square().mean(dim=0),
+        weight_grad=g.mT @ x / count,
+        num_input_tokens=count,
+        num_output_tokens=count,
+    )
+    sampled = dataclasses.replace(empirical, output_grad_second_moment_diag=drawn.square().mean(dim=0))
+    return Known(problem=problem, count=count, empirical=empirical, sampled=sampled, generator=generator)
+
+
+def lora_da(statistics: LayerStatistics, count: int, config: LoRADAConfig) -> Tensor:
+    """Return the basis that the package gives a layer with these statistics."""
+    solution = solve_layer(
+        statistics,
+        factorize(statistics, config, layer="layer"),
+        config,
+        layer="layer",
+        rank=RANK,
+        population_size=count,
+    )
+    return torch.linalg.qr(solution.basis_A.mT).Q
+
+
+def gradient_svd(known: Known) -> Tensor:
+    """Return the leading right singular vectors of the gradient: LoRA-DA with identities for both factors."""
+    plain = dataclasses.replace(
+        known.empirical,
+        input_second_moment=torch.eye(D_IN, dtype=torch.float64),
+        output_grad_second_moment_diag=torch.ones(D_OUT, dtype=torch.float64),
+    )
+    return lora_da(plain, known.count, LoRADAConfig(input_damping=0, output_damping=0, variance_weight=0))
+
+
+def oracle(known: Known) -> Tensor:
+    """Return what the guidance matrix gives with the true Delta, input covariance and output Fisher information."""
+    problem = known.problem
+    factorized = factorize_input(problem.covariance, NO_DAMPING, layer="layer")
+    inverse_output = 1 / problem.output_fisher()
+    gradient = -(problem.delta @ problem.covariance) / inverse_output[:, None]
+    guidance = build_guidance(
+        Displacement.of(gradient, inverse_output, factorized),
+        inverse_output,
+        population_size=known.count,
+        bias_weight=1.0,
+        variance_weight=1.0,
+    )
+    return lowest_subspace(guidance, RANK).vectors
+
+
+THEORY = LoRADAConfig(variance_weight=1.0)
+"""The package's damping, and the variance term at the weight that the theory gives it."""
+
+METHODS: dict[str, Callable[[Known], Tensor]] = {
+    "oracle": oracle,
+    "LoRA-DA": lambda known: lora_da(known.empirical, known.count, THEORY),
+    "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, THEORY),
+    "LoRA-DA, Fisher metric": lambda known: lora_da(
+        known.empirical, known.count, LoRADAConfig(variance_weight=1.0, metric="fisher")
+    ),
+    "LoRA-DA, a tenth of the damping": lambda known: lora_da(
+        known.empirical,
+        known.count,
+        LoRADAConfig(variance_weight=1.0, input_damping="0.01*mean", output_damping="0.01*mean"),
+    ),
+    "LoRA-DA, no variance": lambda known: lora_da(known.empirical, known.count, LoRADAConfig(variance_weight=0.0)),
+    "LoRA-DA, paper": lambda known: lora_da(known.empirical, known.count, LoRADAConfig.paper()),
+    "gradient's SVD": gradient_svd,
+    "random": lambda known: torch.linalg.qr(normal(known.generator, D_IN, RANK)).Q,
+}
+
+
+# ---- the fits
+
+
+def fit_frozen(problem: Problem, x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
+    """Fit B to the samples with A frozen at the basis, and return W.
+
+    Logistic regression takes a weak ridge (`RIDGE` on each entry of B, against the sum of the losses), without which
+    few samples are separable and B has no maximum-likelihood value.
+    """
+    z = x @ basis
+    if problem.model == "linear":
+        return problem.base + torch.linalg.lstsq(z, y - x @ problem.base.mT).solution.mT @ basis.mT
+    offset = x @ problem.base.mT
+    b = torch.zeros(problem.base.shape[0], basis.shape[1], dtype=torch.float64)
+    eye = torch.eye(basis.shape[1], dtype=torch.float64)
+    for _ in range(30):
+        p = (offset + z @ b.mT).sigmoid()
+        gradient = (p - y).mT @ z + RIDGE * b
+        hessian = torch.einsum("nj,na,nb->jab", p * (1 - p), z, z) + RIDGE * eye
+        move = torch.linalg.solve(hessian, gradient)
+        b = b - move * (5.0 / move.norm(dim=1, keepdim=True).clamp_min(5.0))
+    return problem.base + b @ basis.mT
+
+
+def fit_trained(
+    problem: Problem, x: Tensor, y: Tensor, bases: Tensor, marks: tuple[int, ...]
+) -> dict[int, list[Tensor]]:
+    """Train A and B of several bases side by side with Adam on all samples, and return each W after some steps.
+
+    A starts at the basis with PEFT's row norm and B at zero, so the methods differ in the subspace alone. The learning
+    rate falls linearly to a tenth.
+
+    Args:
+        problem: The problem.
+        x: ``[n, d_in]``.
+        y: ``[n, d_out]``.
+        bases: ``[m, d_in, r]``.
+        marks: The numbers of steps.
+    """
+    lora_A = (bases.mT * DEFAULT_ROW_NORM).clone().requires_grad_()
+    lora_B = torch.zeros(bases.shape[0], D_OUT, RANK, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([lora_A, lora_B], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=max(marks))
+    moment, cross = x.mT @ x / x.shape[0], y.mT @ x / x.shape[0]
+    found: dict[int, list[Tensor]] = {}
+    for step in range(1, max(marks) + 1):
+        weights = problem.base + lora_B @ lora_A
+        if problem.model == "linear":
+            loss = (((weights @ moment) * weights).sum() / 2 - (weights * cross).sum()) / NOISE**2
+        else:
+            outputs = x @ weights.mT
+            loss = (torch.nn.functional.softplus(outputs) - y * outputs).sum() / x.shape[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in marks:
+            found[step] = list((problem.base + lora_B @ lora_A).detach())
+    return found
+
+
+# ---- the predictions
+
+
+def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
+    """Predict distance and excess loss of a fit with A frozen, as the module's text says.
+
+    Returns:
+        ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and
+        ``excess``: bias in the Fisher norm plus ``r d_out / 2 n``, to which the subspace does not matter.
+    """
+    delta, covariance = problem.delta, problem.covariance
+    inner = torch.linalg.inv(basis.mT @ covariance @ basis)
+    inverse_fisher = 1 / problem.output_fisher()
+    outside = delta - (delta @ basis) @ basis.mT
+    left_over = delta - delta @ covariance @ basis @ inner @ basis.mT
+    unexplained = ((left_over @ covariance) * left_over).sum(dim=1)  # [d_out]
+    noise = inverse_fisher.sum().item()
+    size = delta.square().sum().item()
+    bound = (basis * torch.linalg.solve(covariance, basis)).sum().item()
+    bias = outside.square().sum().item()
+    freedom = count - basis.shape[1] - 1
+    exact = math.nan
+    if problem.model == "linear" and freedom > 0:
+        variance = (inverse_fisher + unexplained).sum().item() * inner.trace().item() / freedom
+        exact = (left_over.square().sum().item() + variance) / size
+    return {
+        "paper": (bias + noise * bound / count) / size,
+        "frozen": (bias + noise * inner.trace().item() / count) / size,
+        "exact": exact,
+        "excess": (unexplained / inverse_fisher).sum().item() / 2 + basis.shape[1] * D_OUT / (2 * count),
+    }
+
+
+def trained_excess(count: int) -> float:
+    """Predict the variance part of the excess loss with A trained: half the parameters of rank r, over n."""
+    return RANK * (D_OUT + D_IN - RANK) / (2 * count)
+
+
+# ---- the runs
+
+
+def run_trial(model: str, count: int, seed: int, methods: dict[str, Callable[[Known], Tensor]] = METHODS) -> Any:
+    """Draw a problem and n samples, and let every method choose its basis.
+
+    Returns:
+        Problem, inputs, labels, and the basis by method.
+    """
+    problem = make_problem(model, seed)
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + count)
+    x = problem.inputs(count, generator)
+    y = problem.labels(x, problem.target, generator)
+    known = observe(problem, x, y, generator)
+    return problem, x, y, {name: choose(known) for name, choose in methods.items()}
+
+
+def run_frozen(model: str, count: int, seeds: range) -> list[dict[str, Any]]:
+    """Measure all methods with A frozen, each seed being a problem of its own."""
+    records: list[dict[str, Any]] = []
+    for seed in seeds:
+        problem, x, y, bases = run_trial(model, count, seed)
+        for method, basis in bases.items():
+            weights = fit_frozen(problem, x, y, basis)
+            records.append(
+                {
+                    **{"model": model, "samples": count, "seed": seed, "method": method},
+                    **{"distance": problem.distance(weights), "excess": problem.excess(weights)},
+                    "predicted": predict(problem, basis, count),
+                }
+            )
+    return records
+
+
+def run_trained(model: str, count: int, seeds: range, marks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Measure all methods with A trained, after some numbers of steps."""
+    records: list[dict[str, Any]] = []
+    for seed in seeds:
+        problem, x, y, bases = run_trial(model, count, seed)
+        for steps, found in fit_trained(problem, x, y, torch.stack(list(bases.values())), marks).items():
+            for method, weights in zip(bases, found, strict=True):
+                records.append(
+                    {
+                        **{"model": model, "samples": count, "seed": seed, "method": method, "steps": steps},
+                        **{"distance": problem.distance(weights), "excess": problem.excess(weights)},
+                    }
+                )
+    return records
+
+
+# ---- table and plot
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return stats.fmean(values), stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def select(records: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Return the records with these values."""
+    return [record for record in records if all(record[name] == value for name, value in wanted.items())]
+
+
+def cell(values: list[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3g} ± {error:.1g}"
+
+
+def frozen_table(records: list[dict[str, Any]], model: str) -> list[str]:
+    lines = ["| n | method | distance | paper | frozen | exact | excess loss | predicted |", "|---" * 8 + "|"]
+    for count in sorted({record["samples"] for record in records}):
+        for method in METHODS:
+            found = select(records, model=model, samples=count, method=method)
+            guesses = {name: stats.fmean(r["predicted"][name] for r in found) for name in found[0]["predicted"]}
+            shown = {name: "" if math.isnan(value) else f"{value:.3g}" for name, value in guesses.items()}
+            distance, excess = (cell([r[name] for r in found]) for name in ("distance", "excess"))
+            guessed = f"{shown['paper']} | {shown['frozen']} | {shown['exact']}"
+            lines.append(f"| {count} | {method} | {distance} | {guessed} | {excess} | {shown['excess']} |")
+    return lines
+
+
+def trained_table(records: list[dict[str, Any]], model: str) -> list[str]:
+    marks = sorted({record["steps"] for record in records})
+    lines = ["| n | method | " + " | ".join(f"{s} steps" for s in marks) + " |", "|---" * (2 + len(marks)) + "|"]
+    for count in sorted({record["samples"] for record in records}):
+        for method in METHODS:
+            found = [select(records, model=model, samples=count, method=method, steps=steps) for steps in marks]
+            lines.append(f"| {count} | {method} | " + " | ".join(cell([r["excess"] for r in f]) for f in found) + " |")
+    return lines
+
+
+def tables(frozen: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
+    lines: list[str] = []
+    for model in MODELS:
+        trials = len({record["seed"] for record in frozen})
+        lines += [f"A frozen, {model} regression: mean and standard error of {trials} trials", ""]
+        lines += [*frozen_table(frozen, model), ""]
+    for model in MODELS:
+        trials = len({record["seed"] for record in trained})
+        lines += [f"A trained, {model} regression: excess loss, mean and standard error of {trials} trials", ""]
+        lines += [*trained_table(trained, model), ""]
+    return "\n".join(lines)
+
+
+def plot(frozen: list[dict[str, Any]], path: Path) -> None:
+    """Draw distance and excess loss over n, measured (lines) and predicted (dotted)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(MODELS), 2, figsize=(11, 8), constrained_layout=True)
+    sizes = sorted({record["samples"] for record in frozen})
+    for row, model in zip(axes, MODELS, strict=True):
+        for axis, (quantity, guess) in zip(row, (("distance", "frozen"), ("excess", "excess")), strict=True):
+            for color, method in enumerate(METHODS):
+                found = [select(frozen, model=model, samples=count, method=method) for count in sizes]
+                measured = [mean_and_error([r[quantity] for r in f]) for f in found]
+                guesses = [stats.fmean(r["predicted"][guess] for r in f) for f in found]
+                means, errors = zip(*measured, strict=True)
+                axis.errorbar(sizes, means, errors, color=f"C{color}", label=method, capsize=2)
+                axis.plot(sizes, guesses, ":", color=f"C{color}")
+            name = "squared distance / ||Delta||²" if quantity == "distance" else "excess loss, nats"
+            axis.set(xscale="log", yscale="log", xlabel="samples", ylabel=name, title=f"{model} regression, A frozen")
+    axes[0, 0].legend(fontsize=8, title="dotted: predicted", title_fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def rounded(value: Any) -> Any:
+    """Return records with four digits of each number, and None for one that is not finite."""
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=12, help="problems with A frozen; a third of them with A trained")
+    parser.add_argument("--output", type=Path, default=RESULTS / "theory.json")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    seeds, fewer = range(options.trials), range(max(2, options.trials // 3))
+    frozen = [record for model in MODELS for count in FROZEN_SIZES for record in run_frozen(model, count, seeds)]
+    trained = [
+        record
+        for model in MODELS
+        for count in TRAINED_SIZES
+        for record in run_trained(model, count, fewer, TRAINED_STEPS)
+    ]
+    facts = {**machine(), "seconds": round(time.perf_counter() - start, 1), "seeds": list(seeds)}
+    shape = {"d_in": D_IN, "d_out": D_OUT, "rank": RANK, "noise": NOISE, "learning_rate": LEARNING_RATE}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": facts, "problem": shape, "frozen": rounded(frozen), "trained": rounded(trained)}
+    options.output.write_text(json.dumps(content) + "\n")
+    plot(frozen, options.output.with_suffix(".png"))
+    text = tables(frozen, trained) + "\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + "\n"
+    options.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

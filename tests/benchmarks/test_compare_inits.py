@@ -1,0 +1,316 @@
+"""The comparison of initialisations on a tiny random model: every method, going on after a kill, designs, reports."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from harness import make_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import compare_inits
+import inits
+import report
+
+from lora_da_hf.errors import ConfigError
+
+BLOCK = {
+    "name": "all",
+    "methods": sorted(inits.METHODS),
+    "learning_rates": [1e-3],
+    "ranks": [2],
+    "seeds": [0],
+    "steps": [4],
+}
+SMALL = {"batch_size": 4, "num_samples": 12, "evaluations": 2, "alpha": 4}
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_llama(hidden_size=16, intermediate_size=24, num_attention_heads=2).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(count, first):
+    words = [[f"w{3 + (i * 5 + 7 * k) % 20}" for k in range(4 + i % 5)] for i in range(first, first + count)]
+    return [{"question": " ".join(w[:2]), "answer": " ".join(w[2:])} for w in words]
+
+
+@pytest.fixture
+def compare(model_dir, tmp_path):
+    """Return a function that runs the command with a design, and returns the records."""
+    for name, part in (("train", rows(40, 0)), ("validation", rows(6, 40))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+    def run(*blocks, flags=(), **shared):
+        (tmp_path / "design.json").write_text(json.dumps({**SMALL, **shared, "blocks": blocks}))
+        output = tmp_path / "results.jsonl"
+        files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "validation")}
+        compare_inits.main(
+            [
+                *("--design", str(tmp_path / "design.json"), "--output", str(output)),
+                *("--model_name_or_path", str(model_dir), "--block_size", "16"),
+                *("--train_file", str(files["train"]), "--validation_file", str(files["validation"])),
+                *("--prompt_column", "question", "--completion_column", "answer", *flags),
+            ]
+        )
+        return compare_inits.read_lines(output)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in PEFT's LoRA-GA
+def test_every_method_runs_on_equal_terms(compare):
+    records = {record["cell"]["method"]: record for record in compare(BLOCK)}
+    assert set(records) == {name for name in inits.METHODS if inits.why_missing(name) is None}
+    base = records["lora"]["losses"][0][1]
+    for method, record in records.items():
+        assert [step for step, _ in record["losses"]] == [0, 2, 4]
+        assert record["final_loss"] == record["losses"][-1][1]
+        assert len(record["train_losses"]) == 4
+        assert record["initialization"]["seconds"] > 0
+        assert record["training"]["peak_mib"] > 0
+        assert record["cell"] == {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
+        if method in ("rslora", "lora_fa", "pissa", "olora", "corda", "eva", "lora_ga"):  # no-ops at step 0
+            assert record["losses"][0][1] == pytest.approx(base, rel=2e-2), method
+    for method in ("lora_da", "lora_one", "lora_da_fa"):
+        assert records[method]["losses"][0][1] != pytest.approx(base, rel=1e-4)
+        assert records[method]["notes"]["step_size"] > 0
+    assert records["lora_fa"]["trainable"] < records["lora"]["trainable"]
+    assert records["lora_fa"]["optimizer_mib"] < records["lora"]["optimizer_mib"]
+    assert records["lora_da_fa"]["trainable"] == records["lora_fa"]["trainable"]
+    assert records["lora_da"]["trainable"] == records["pissa"]["trainable"] == records["lora"]["trainable"]
+    assert len({record["final_loss"] for record in records.values()}) > 8
+
+
+def cell_of(block, method):
+    return {"method": method, "learning_rate": 1e-3, "rank": 2, "seed": 0, "steps": 4}
+
+
+def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path, monkeypatch):
+    block = {**BLOCK, "methods": ["lora", "lora_da"], "seeds": [0, 1]}
+    run_cell, calls = compare_inits.run_cell, []
+
+    def stopped(cell, subject):
+        calls.append(cell)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_cell(cell, subject)
+
+    monkeypatch.setattr(compare_inits, "run_cell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(block)
+    output = tmp_path / "results.jsonl"
+    before = output.read_text()
+    assert len(before.splitlines()) == 2
+    with output.open("a") as file:
+        file.write('{"key": "cut o')  # killed while it wrote
+    records = compare(block)
+    assert output.read_text().startswith(before)
+    assert len(records) == 4
+    assert len(calls) == 3 + 2
+    assert len({record["key"] for record in records}) == 4
+    output.unlink()
+    again = compare(block)
+    assert [r["losses"] for r in again] == [r["losses"] for r in records]
+    assert compare(block) == again
+    assert len(calls) == 5 + 4
+
+
+def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
+    samples = list(range(10))
+
+    def order(seed):
+        batches = compare_inits.batches_of(samples, seed, 4)
+        return [next(batches) for _ in range(5)]
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(index for batch in order(0) for index in batch) == sorted(samples * 2)
+
+
+def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
+    coarse = {**BLOCK, "name": "coarse", "methods": ["lora", "lora_fa"], "learning_rates": [1e-5, 1e-2], "steps": [6]}
+    fine = {**coarse, "name": "fine", "learning_rates": {"best_of": "coarse", "times": [0.5, 1]}, "seeds": [0, 1]}
+    compare(coarse, fine, flags=["--plan"])
+    out = capsys.readouterr().out
+    assert "coarse: 4 cells left, 24 steps, no time is known yet" in out
+    assert "fine: The best learning rate of lora is not known before its cells are run." in out
+    records = compare(coarse, fine)
+    rates = {(r["cell"]["method"], r["cell"]["learning_rate"]) for r in records if r["block"] == "fine"}
+    assert rates == {("lora", 5e-3), ("lora", 1e-2), ("lora_fa", 5e-3), ("lora_fa", 1e-2)}
+    assert len(records) == 4 + 8 - 2  # two cells of the fine block were in the coarse one
+    compare(coarse, fine, flags=["--plan"])
+    assert "fine: 0 cells left, 0 steps, 0.0 hours" in capsys.readouterr().out
+
+
+def test_blocks_are_run_alone_and_not_beyond_the_hours(compare):
+    one, other = ({**BLOCK, "name": name, "methods": ["lora"], "seeds": [seed]} for seed, name in enumerate("ab"))
+    assert compare(one, other, flags=["--hours", "0"]) == []
+    assert [record["block"] for record in compare(one, other, flags=["--blocks", "b"])] == ["b"]
+
+
+@pytest.mark.slow
+def test_each_cell_in_a_process_of_its_own_gives_the_same(compare, tmp_path):
+    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1]}
+    apart = compare(block, flags=["--isolate"])
+    assert [record["isolated"] for record in apart] == [True, True]
+    (tmp_path / "results.jsonl").unlink()
+    together = compare(block)
+    assert [record["isolated"] for record in together] == [False, False]
+    for one, other in zip(apart, together, strict=True):
+        assert one["key"] == other["key"]
+        assert one["final_loss"] == pytest.approx(other["final_loss"], rel=1e-5)
+
+
+def test_no_more_cells_than_asked_are_run(compare):
+    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1, 2]}
+    assert len(compare(block, flags=["--max_cells", "2"])) == 2
+
+
+def test_few_training_samples_and_settings_of_lora_da(compare):
+    block = {**BLOCK, "methods": ["lora_da"], "num_train": 9, "settings": {"metric": "fisher", "fisher": "sampled"}}
+    (record,) = compare(block)
+    assert record["cell"]["num_train"] == 9
+    assert record["final_loss"] < record["losses"][0][1] * 1.5
+    (other,) = compare({**block, "settings": {}})[1:]
+    assert other["losses"] != record["losses"]
+
+
+def test_a_run_that_diverges_is_recorded_and_others_go_on(compare):
+    records = compare({**BLOCK, "methods": ["lora"], "learning_rates": [1e30, 1e-3], "steps": [6]})
+    diverged, finished = records
+    assert diverged["final_loss"] is None
+    assert diverged["best_loss"] == diverged["losses"][0][1]
+    assert math.isfinite(finished["final_loss"])
+    assert compare_inits.best_rate([r["cell"] for r in records], records, "lora") == 1e-3
+    assert "diverged" in report.spread([None])
+    assert report.at_best_rate(records)[0] == 1e-3
+
+
+def test_exact_answers_are_counted(compare, monkeypatch):
+    (record,) = compare({**BLOCK, "methods": ["lora"]}, accuracy_samples=5, answer_pattern=r"(w\d+)", max_new_tokens=4)
+    assert record["accuracy"]["total"] == 5
+    assert 0 <= record["accuracy"]["low"] <= record["accuracy"]["correct"] / 5 <= record["accuracy"]["high"] <= 1
+
+
+def test_an_answer_is_the_last_match_of_the_pattern_behind_the_prompt(model_dir):
+    tokenizer = make_tokenizer()
+
+    class Echo(torch.nn.Module):
+        device = "cpu"
+
+        def generate(self, input_ids, **_):
+            return torch.cat([input_ids, torch.tensor([[3, 4, 5, 7]])], dim=1)
+
+    samples = [{"input_ids": [9, 9, *answer], "labels": [-100, -100, *answer]} for answer in ([8, 7], [7, 8], [5, 7])]
+    subject = compare_inits.Subject(arguments=None, tokenizer=tokenizer, train=[], validation=samples, facts={})
+    cell = {"accuracy_samples": 3, "max_new_tokens": 4, "answer_pattern": r"w(\d+)"}
+    assert compare_inits.exact_match(Echo(), subject, cell)["correct"] == 2
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (90, 100, 0.8256, 0.9448)]
+)
+def test_wilsons_interval(correct, total, low, high):
+    assert compare_inits.wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    cell = {"warmup": 0.1, "steps": 100}
+    shares = [compare_inits.rate_at(step, cell) for step in range(100)]
+    assert shares[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert shares[10] == 1
+    assert shares == shares[:10] + sorted(shares[10:], reverse=True)
+    assert shares[-1] < 1e-3
+    assert compare_inits.rate_at(100, cell) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["lora", "magic"]}, "magic is not known"),
+        ({"epochs": 3}, "epochs is not known"),
+        ({"seeds": None}, "block 'all' lacks seeds"),
+    ],
+)
+def test_mistakes_in_a_design_are_errors(compare, change, message):
+    block = {name: value for name, value in {**BLOCK, **change}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        compare(block)
+
+
+@pytest.mark.parametrize("path", sorted((Path(inits.__file__).parent / "designs").glob("*.json")), ids=lambda p: p.stem)
+def test_the_designs_are_valid(path):
+    design = compare_inits.read_design(path)
+    assert all(block["why"] for block in design["blocks"])
+    assert compare_inits.cells_of(design, design["blocks"][0], [])
+
+
+# The report
+
+
+def record_of(method, rate, seed, losses, **changes):
+    cell = {**compare_inits.SHARED, "method": method, "learning_rate": rate, "seed": seed, "rank": 8, "steps": 4}
+    values = [loss for _, loss in losses if loss is not None]
+    return {
+        "cell": {**cell, **changes},
+        "subject": {"model": "tiny", "train": 40},
+        "machine": {"date": "2026-01-01", "cpu": "x"},
+        "losses": losses,
+        "final_loss": losses[-1][1],
+        "best_loss": min(values),
+        "accuracy": None,
+        "initialization": {"seconds": 2.0, "start_mib": 10.0, "peak_mib": 15.0},
+        "training": {"seconds": 8.0, "start_mib": 10.0, "peak_mib": 30.0},
+        "seconds_per_step": 1.5,
+        "trainable": 100,
+        "optimizer_mib": 1.0,
+    }
+
+
+@pytest.fixture
+def records():
+    found = []
+    for seed in range(2):
+        for rate, final in ((1e-4, 1.2), (1e-3, 1.0), (1e-2, 1.015)):
+            found.append(record_of("lora", rate, seed, [[0, 2.0], [2, 1.5], [4, final + seed / 100]]))
+        found.append(record_of("lora_da", 1e-3, seed, [[0, 1.6], [2, 1.0], [4, 0.9 + seed / 100]]))
+    return found
+
+
+def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
+    lines = tmp_path / "results.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main([str(lines)])
+    text = lines.with_suffix(".md").read_text()
+    assert text in capsys.readouterr().out
+    first, second = (line for line in text.splitlines() if line.startswith("| lora") and "0.001 |" in line)
+    ours = "| lora_da | 0.001 | 1.6000 ± 0.0000 (2) | 0.9050 ± 0.0071 (2) | -0.1000 ± 0.0000 |"
+    assert first == f"{ours} 0.9050 ± 0.0071 (2) | 2 (2 of 2) | 1 |  |"
+    assert second.startswith("| lora | 0.001 | 2.0000 ± 0.0000 (2) | 1.0050 ± 0.0071 (2) |  |")
+    assert second.endswith("| 4 (1 of 2) | 10 |  |")
+    assert "| lora | 1.2050 ± 0.0071 (2) | 1.0050 ± 0.0071 (2) | 1.0200 ± 0.0071 (2) |" in text
+    assert "| lora_da | 2.0 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
+    assert (tmp_path / "results_1.png").stat().st_size > 10_000
+
+
+def test_settings_that_differ_are_rows_of_their_own(records):
+    other = record_of("lora_da", 1e-3, 0, [[0, 1.5], [4, 0.8]], settings={"metric": "fisher"})
+    assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
+
+
+def test_nothing_to_report_is_an_error(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "empty.jsonl")])
+    assert "holds no result yet" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The main claims of `benchmarks/theory.py`, on fewer trials."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import theory
+
+TRIALS = range(12)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """Records of linear regression with A frozen, at few, middling and many samples."""
+    return [record for count in (16, 64, 1024) for record in theory.run_frozen("linear", count, TRIALS)]
+
+
+def mean(records, method, count, quantity):
+    return statistics.fmean(r[quantity] for r in theory.select(records, method=method, samples=count))
+
+
+def paired(records, one, other, count, quantity):
+    """Return the mean of the differences of two methods on the same trials, in standard errors."""
+    columns = [theory.select(records, method=method, samples=count) for method in (one, other)]
+    differences = [a[quantity] - b[quantity] for a, b in zip(*columns, strict=True)]
+    average, error = theory.mean_and_error(differences)
+    return average / error
+
+
+@pytest.mark.parametrize("method", ["oracle", "random"])
+@pytest.mark.parametrize("count", [64, 1024])
+def test_distance_and_excess_loss_are_the_predicted_ones_where_the_basis_is_independent_of_the_data(
+    linear, method, count
+):
+    records = theory.select(linear, method=method, samples=count)
+    for quantity, guess in (("distance", "exact"), ("excess", "excess")):
+        ratios = [r[quantity] / r["predicted"][guess] for r in records]
+        average, error = theory.mean_and_error(ratios)
+        correction = count / (count - theory.RANK - 1) if quantity == "excess" else 1.0
+        assert abs(average - 1) < 4 * error + correction - 1, (quantity, average, error)
+
+
+def test_the_covariance_of_a_frozen_a_is_below_the_papers(linear):
+    assert all(r["predicted"]["frozen"] < r["predicted"]["paper"] for r in linear)
+
+
+def test_the_papers_variance_is_too_large_for_the_oracle_with_few_samples(linear):
+    records = theory.select(linear, method="oracle", samples=64)
+    assert statistics.fmean(r["predicted"]["paper"] for r in records) > 1.2 * mean(linear, "oracle", 64, "distance")
+
+
+@pytest.mark.parametrize("count", [16, 64, 1024])
+@pytest.mark.parametrize("other", [name for name in theory.METHODS if name != "oracle"])
+def test_the_oracle_is_nearest_to_the_target(linear, count, other):
+    assert paired(linear, "oracle", other, count, "distance") < -2
+
+
+def test_with_many_samples_lora_da_is_nearer_than_the_gradients_svd_and_that_than_random(linear):
+    assert paired(linear, "LoRA-DA", "gradient's SVD", 1024, "distance") < -4
+    assert paired(linear, "LoRA-DA", "gradient's SVD", 1024, "excess") < -4
+    assert paired(linear, "gradient's SVD", "random", 1024, "distance") < -2
+
+
+def test_the_variance_term_helps_with_few_samples(linear):
+    assert paired(linear, "LoRA-DA", "LoRA-DA, no variance", 16, "distance") < -4
+    assert paired(linear, "LoRA-DA", "LoRA-DA, no variance", 64, "distance") < -2
+
+
+def test_the_prediction_fails_where_the_basis_comes_from_the_same_few_samples(linear):
+    """Noise of the displacement is in the choice too, which no bias nor variance of the fit knows of."""
+    records = theory.select(linear, method="LoRA-DA, no variance", samples=64)
+    assert mean(linear, "LoRA-DA, no variance", 64, "distance") > 1.3 * statistics.fmean(
+        r["predicted"]["exact"] for r in records
+    )
+
+
+def test_in_logistic_regression_lora_da_overtakes_the_gradients_svd_with_many_samples():
+    records = theory.run_frozen("logistic", 4096, range(4))
+    assert paired(records, "LoRA-DA", "gradient's SVD", 4096, "excess") < -2
+    for record in theory.select(records, method="oracle"):
+        assert record["excess"] == pytest.approx(record["predicted"]["excess"], rel=0.5)
+
+
+def test_with_a_trained_to_the_end_the_start_does_not_matter():
+    records = theory.run_trained("linear", 1024, range(2), marks=(10, 1500))
+    for seed in range(2):
+        early, late = ([r["excess"] for r in theory.select(records, seed=seed, steps=steps)] for steps in (10, 1500))
+        assert max(late) / min(late) < 1.05
+        assert max(early) / min(early) > 1.1
+        assert statistics.fmean(late) == pytest.approx(theory.trained_excess(1024), rel=0.7)
+
+
+def test_gradients_are_those_of_the_negative_log_likelihood():
+    for model in theory.MODELS:
+        problem = theory.make_problem(model, 0)
+        generator = torch.Generator().manual_seed(0)
+        x = problem.inputs(5, generator)
+        y = problem.labels(x, problem.target, generator)
+        outputs = (x @ problem.base.mT).requires_grad_()
+        if model == "linear":
+            loss = (outputs - y).square().sum() / (2 * theory.NOISE**2)
+        else:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs, y, reduction="sum")
+        loss.backward()
+        torch.testing.assert_close(problem.output_grads(x, y), outputs.grad)
+
+
+def test_the_excess_loss_of_linear_regression_is_a_kullback_leibler_divergence():
+    problem = theory.make_problem("linear", 1)
+    assert problem.excess(problem.target) == 0
+    x = problem.test_inputs
+    mean_square = ((x @ problem.delta.mT).square().sum(dim=1) / (2 * theory.NOISE**2)).mean().item()
+    assert problem.excess(problem.base) == pytest.approx(mean_square, rel=0.1)
+    assert problem.excess(problem.base) == pytest.approx(theory.D_OUT / 4)
+
+
+def test_the_command_writes_results_table_and_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(theory, "FROZEN_SIZES", (16, 64))
+    monkeypatch.setattr(theory, "TRAINED_SIZES", (64,))
+    monkeypatch.setattr(theory, "TRAINED_STEPS", (2, 4))
+    output = tmp_path / "results" / "theory.json"
+    monkeypatch.setattr(sys, "argv", ["theory.py", "--trials", "2", "--output", str(output)])
+    theory.main()
+    content = json.loads(output.read_text())
+    assert len(content["frozen"]) == 2 * 2 * 2 * len(theory.METHODS)
+    assert len(content["trained"]) == 2 * 2 * 2 * len(theory.METHODS)
+    assert all(math.isfinite(r["distance"]) for r in content["frozen"])
+    assert {"date", "cpu", "torch", "seeds"} <= set(content["machine"])
+    assert "| 64 | oracle |" in output.with_suffix(".md").read_text()
+    assert "| 64 | oracle |" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 10_000
