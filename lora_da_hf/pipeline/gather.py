@@ -1,200 +1,20 @@
-"""The stage that reads the data: the probe and the statistics pass."""
+"""The stage that reads the data: the statistics pass over a window of layers."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import itertools
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import DataError, TapNotCalledError
-from lora_da_hf.losses import (
-    is_encoder_decoder,
-    make_labelled_head,
-    max_sample_length,
-    shifts_labels,
-    takes_loss_alone,
-)
+from lora_da_hf.errors import TapNotCalledError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
-from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.batches import check_lengths
-from lora_da_hf.statistics.collect import PassResult, PassSettings, PassStore, collect
-from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
-from lora_da_hf.statistics.model_state import seed_generators, without_checkpointing
-from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
-from lora_da_hf.statistics.taps import Taps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
-
-_PROBED_SAMPLES = 64
-"""Samples among which the few that are run are chosen."""
-_SAME_LOSS = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What a few samples tell about the job.
-
-    Attributes:
-        splits: The samples, with labelled ones alone for the search and the final check.
-        settings: The settings of the pass.
-        shared: The leader of each layer, in the order in which they are called.
-        loss: Loss of the base model on the first labelled sample.
-        num_tokens: Tokens of that sample.
-        tokens_per_second: Speed of a forward pass, the best seen.
-    """
-
-    splits: SampleSplits
-    settings: PassSettings
-    shared: dict[str, str]
-    loss: float
-    num_tokens: int
-    tokens_per_second: float
-
-
-def probe(job: Job, splits: SampleSplits) -> Probe:
-    """Learn from a few samples how the loss is made and which layers share an input."""
-    shifts = shifts_labels(job.model)
-    with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
-        check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
-        labelled = _labelled(job, splits.statistics, shifts, count=_PROBED_SAMPLES)
-        if not labelled:
-            raise DataError(
-                f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "
-                "labels are masked, and that samples are not truncated before their completion begins."
-            )
-        splits = _with_labels(job, splits, shifts)
-        first = job.collate(labelled[:1])
-        layers = {name: target.base_layer for name, target in job.targets.items()}
-        compute_loss = _TimedLoss(job.compute_loss)
-        losses: list[float] = []
-        labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
-
-        def run_forward() -> None:
-            watched = contextlib.nullcontext() if labelled_head is None else labelled_head.watched()
-            with torch.no_grad(), watched:
-                losses.append(compute_loss(job.model, first, None).double().item())
-
-        with checked_backward(job.scan.targets):
-            shared = find_shared_inputs(layers, run_forward)
-        reduction = find_reduction(
-            compute_loss,
-            job.model,
-            job.collate,
-            labelled,
-            shifts_labels=shifts,
-            declared=job.config.loss_reduction,
-        )
-        if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
-            labelled_head = None
-        sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
-    settings = PassSettings(
-        batch_size=min(job.batch_size, max(1, len(splits.statistics))),
-        token_mask=job.config.token_mask,
-        shifts_labels=shifts,
-        encoder_decoder=is_encoder_decoder(job.model),
-        reduction=reduction,
-        labelled_head=labelled_head,
-        sampled_labels=sampled_labels,
-    )
-    job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
-    job.report.population_size = splits.population_size
-    job.report.notes += splits.notes
-    if is_packed(first):
-        job.report.notes.append(
-            "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
-            "labels"
-        )
-    return Probe(
-        splits=splits,
-        settings=settings,
-        shared=shared,
-        loss=losses[0],
-        num_tokens=_num_tokens(first),
-        tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
-    )
-
-
-def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:
-    """Tell whether the loss of a sample is the same with the head on the rows of labels."""
-    if labelled_head.seen_loss is None or not math.isclose(labelled_head.seen_loss, loss, rel_tol=1e-6):
-        return False  # the loss is made elsewhere, or there is more to it
-    with torch.no_grad(), labelled_head.rows_of_labels():
-        found = job.compute_loss(job.model, batch, None).double().item()
-    return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-
-
-def _sampled_labels(
-    job: Job, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
-) -> SampledLabels | None:
-    """Return what draws the labels of the output-gradient second moment, if they are to be drawn."""
-    if job.config.fisher == "empirical":
-        return None
-    check_labels_can_be_sampled(
-        job.model, batch, loss, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model)
-    )
-    return SampledLabels(splits.statistics, seed=job.seed, shifts_labels=shifts)
-
-
-class _TimedLoss:
-    """A loss that notes how fast it was.
-
-    Attributes:
-        tokens_per_second: Of the fastest call.
-    """
-
-    def __init__(self, compute_loss: ComputeLoss) -> None:
-        self._compute_loss = compute_loss
-        self.tokens_per_second = 0.0
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        start = time.perf_counter()
-        loss = self._compute_loss(model, batch, num_items)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        speed = _num_tokens(batch) / (time.perf_counter() - start)
-        self.tokens_per_second = max(self.tokens_per_second, speed)
-        return loss
-
-
-def _num_tokens(batch: Mapping[str, Any]) -> int:
-    masks = read_batch_tokens(batch, shifts_labels=True).masks
-    return max((mask.numel() for mask in masks), default=1)
-
-
-def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
-    """Leave samples without a label out of the search and the final check; a search that loses all gets another one."""
-    unseen = _labelled(job, splits.unseen, shifts)
-    search = _labelled(job, splits.search, shifts)
-    statistics = splits.statistics
-    if splits.search and not search and unseen:
-        search, unseen = unseen[:1], unseen[1:]
-    elif splits.search and not search:
-        spare = next((k for k in reversed(range(len(statistics))) if _labelled(job, [statistics[k]], shifts)), 0)
-        if len(_labelled(job, statistics, shifts, count=2)) < 2:
-            raise DataError(
-                "One sample alone has a label, and the line search needs one that the statistics did not see. Give "
-                "more labelled samples, or a step_size."
-            )
-        search = [statistics[spare]]
-        statistics = [*statistics[:spare], *statistics[spare + 1 :]]
-    return dataclasses.replace(splits, statistics=statistics, search=search, unseen=unseen)
-
-
-def _labelled(job: Job, samples: list[Any], shifts: bool, count: int | None = None) -> list[Any]:
-    """Return the first ``count`` samples that have a label, or all of them."""
-    has_label = (s for s in samples if read_batch_tokens(job.collate([s]), shifts_labels=shifts).num_labelled)
-    return list(itertools.islice(has_label, count))
+from lora_da_hf.pipeline.probe import Probe
+from lora_da_hf.statistics.collect import PassResult, PassStore, collect
+from lora_da_hf.statistics.model_state import seed_generators
+from lora_da_hf.statistics.taps import Taps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import json
 import math
 from typing import Any
 
-from lora_da_hf.pipeline.gather import Probe
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.statistics.batches import digest_sample
 

@@ -15,9 +15,9 @@ from lora_da_hf.config import parse_bytes
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import UnsupportedSetupError
-from lora_da_hf.pipeline.gather import Probe
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
+from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.model_state import checkpointing_modules
 

@@ -19,8 +19,8 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
-from lora_da_hf.pipeline.gather import probe
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.probe import probe
 from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
 from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions

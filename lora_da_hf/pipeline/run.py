@@ -20,10 +20,10 @@ from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.finished import take_over_finished
-from lora_da_hf.pipeline.gather import Probe, probe
 from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.memory import linear_weights, plan_windows
+from lora_da_hf.pipeline.probe import Probe, probe
 from lora_da_hf.pipeline.ranks_per_layer import spend_budget
 from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import base_model_facts, save_init, whole_adapter

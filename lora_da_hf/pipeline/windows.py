@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_da_hf.errors import SolveError
-from lora_da_hf.pipeline.gather import Probe, check_any_gradient, gather_statistics
+from lora_da_hf.pipeline.gather import check_any_gradient, gather_statistics
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
+from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.resume import FinishedWindow, Progress
 from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.records import LayerSolution
