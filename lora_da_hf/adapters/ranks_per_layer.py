@@ -5,11 +5,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from lora_da_hf.adapters.targets import Target
+from lora_da_hf.adapters.targets import Target, base_name
 from lora_da_hf.distributed.parameters import is_whole
 from lora_da_hf.errors import TargetError, UnsupportedSetupError
+
+
+def layers_in_patterns(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of an adapter by the names that PEFT matches its patterns with.
+
+    That is a layer's name, or that of the parameter that it adapts.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {_name_in_patterns(name, layer): layer for name, layer in layers.items() if adapter_name in layer.r}
+
+
+def _name_in_patterns(name: str, layer: LoraLayer) -> str:
+    if isinstance(layer, ParamWrapper):
+        return f"{base_name(name).replace('.base_layer', '')}.{layer.parameter_name}"
+    return base_name(name)
 
 
 def trained_factors(target: Target) -> tuple[bool, bool]:

@@ -33,8 +33,12 @@ def expert_of(name: str) -> int:
     return int(name.removeprefix(holder_of(name))[1:-1])
 
 
-def read_peft_config(path: Path) -> dict[str, Any]:
+def read_peft_config(path: Path, *, in_names_alone: bool = True) -> dict[str, Any]:
     """Read ``adapter_config.json`` as it is, with what PEFT adds to it in other versions.
+
+    Args:
+        path: Of the file.
+        in_names_alone: Whether it must pass `check_names`, as what comes from outside does.
 
     Raises:
         ArtifactError: if it is no configuration of a LoRA adapter.
@@ -43,7 +47,8 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_bytes())
         patterns = (values["rank_pattern"], values["alpha_pattern"])
         numbers = [values["r"], values["lora_alpha"], *(n for pattern in patterns for n in pattern.values())]
-        check_names(path, values)
+        if in_names_alone:
+            check_names(path, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
@@ -63,16 +68,23 @@ def check_names(path: Path, peft_config: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: naming the setting that is more than a name.
     """
+    check_patterns(path, peft_config)
     odd: list[tuple[str, Any]] = [
-        (what, key)
-        for what in ("rank_pattern", "alpha_pattern")
-        for key in peft_config.get(what) or ()
-        if not _NAME.fullmatch(key)
+        ("modules_to_save", name) for name in peft_config.get("modules_to_save") or () if not _PATH.fullmatch(name)
     ]
-    odd += [("modules_to_save", name) for name in peft_config.get("modules_to_save") or () if not _PATH.fullmatch(name)]
     odd += [(what, peft_config[what]) for what in _MORE_THAN_NAMES if peft_config.get(what) not in (None, [], "")]
     if isinstance(peft_config.get("target_modules"), str):
         odd.append(("target_modules", peft_config["target_modules"]))
+    _refuse(path, odd)
+
+
+def check_patterns(path: Path, peft_config: Mapping[str, Any]) -> None:
+    """Do what `check_names` does for ranks and alphas alone."""
+    patterns = ("rank_pattern", "alpha_pattern")
+    _refuse(path, [(what, key) for what in patterns for key in peft_config.get(what) or () if not _NAME.fullmatch(key)])
+
+
+def _refuse(path: Path, odd: list[tuple[str, Any]]) -> None:
     for what, value in odd:
         raise ArtifactError(
             f"{path}: {what} holds {str(value)[:80]!r}, where a stored initialisation has names of modules. Do not use "
@@ -139,7 +151,10 @@ def alpha_divisor(peft_config: Mapping[str, Any], rank: int) -> float:
 
 
 def with_ranks(
-    peft_config: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float], kept: Mapping[str, str]
+    peft_config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    kept: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
     """Return the configuration for other ranks and alphas, with each layer that differs from the default by its name.
 
@@ -150,13 +165,13 @@ def with_ranks(
         peft_config: What to start from.
         ranks: By layer; of experts all the same.
         alphas: By layer.
-        kept: Further layers, which keep the rank and alpha that they have.
+        kept: Rank and alpha of further layers, which keep them.
     """
     experts = [rank for name, rank in ranks.items() if holder_of(name) != name]
     default_rank = (experts or [collections.Counter(ranks.values()).most_common(1)[0][0]])[0]
     default_alpha = peft_config["lora_alpha"]
-    ranks = {**{name: rank_of(peft_config, name) for name in kept}, **ranks}
-    alphas = {**{name: alpha_of(peft_config, name) for name in kept}, **alphas}
+    ranks = {**{name: rank for name, (rank, _) in kept.items()}, **ranks}
+    alphas = {**{name: alpha for name, (_, alpha) in kept.items()}, **alphas}
     return {
         **peft_config,
         "r": default_rank,

@@ -11,9 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from lora_da_hf.adapters.ranks_per_layer import at_rank, put_in, trained_factors
+from lora_da_hf.adapters.ranks_per_layer import at_rank, layers_in_patterns, put_in, trained_factors
 from lora_da_hf.adapters.targets import Target, find_targets
-from lora_da_hf.artifacts.peft_config import alpha_divisor, alpha_of, rank_of, read_peft_config, with_ranks
+from lora_da_hf.artifacts.peft_config import (
+    alpha_divisor,
+    alpha_of,
+    check_patterns,
+    rank_of,
+    read_peft_config,
+    with_ranks,
+)
 from lora_da_hf.errors import TargetError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
@@ -79,7 +86,9 @@ def give_ranks(job: Job, ranks: Mapping[str, int]) -> None:
     job.undo.append(_undo(job, config, values))
     job.targets = {**job.targets, **_resized(job.targets, values, ranks, alphas, job.trained)}
     job.scan = dataclasses.replace(job.scan, targets=list(job.targets.values()))
-    kept = {name: "" for name in [*job.targets, *job.scan.kept] if name not in ranks}
+    adapter = job.scan.adapter_name
+    layers = layers_in_patterns(job.model, adapter)
+    kept = {name: (layer.r[adapter], layer.lora_alpha[adapter]) for name, layer in layers.items() if name not in ranks}
     _set_patterns(config, with_ranks(values, ranks, alphas, kept))
     for layer in job.report.layers:
         layer.rank, layer.peft_scaling = job.targets[layer.name].rank, job.targets[layer.name].peft_scaling
@@ -87,10 +96,11 @@ def give_ranks(job: Job, ranks: Mapping[str, int]) -> None:
 
 def _undo(job: Job, config: Any, values: Mapping[str, Any]) -> Callable[[], None]:
     before = job.targets
+    alphas = {name: target.layer.lora_alpha[target.adapter_name] for name, target in before.items()}
 
     def undo() -> None:
         for name, target in before.items():
-            put_in(target, alpha=alpha_of(values, name))
+            put_in(target, alpha=alphas[name])
         _set_patterns(config, values)
         job.targets = before
 
@@ -114,10 +124,17 @@ def _resized(
 
 
 def adopt_ranks(model: nn.Module, adapter_name: str | None, peft_config_file: Path) -> None:
-    """Give an adapter the ranks that a stored one of the same layers has, so that its weights can be loaded."""
+    """Give an adapter the ranks that a checkpoint of the same layers has, so that its weights can be loaded.
+
+    Raises:
+        ArtifactError: if the checkpoint has ranks or alphas that are neither the adapter's nor by the name of layers.
+    """
     scan = find_targets(model, adapter_name, fresh=False)
     config = peft_config_of(model, scan.adapter_name)
-    stored = read_peft_config(peft_config_file)
+    stored = read_peft_config(peft_config_file, in_names_alone=False)
+    if all(stored[name] == getattr(config, name) for name in PATTERNS):
+        return  # the user's own patterns, where the budget gave every layer the rank that it had
+    check_patterns(peft_config_file, stored)
     targets = {target.name: target for target in scan.targets}
     ranks = {name: rank_of(stored, name) for name in targets}
     alphas = {name: alpha_of(stored, name) for name in targets}

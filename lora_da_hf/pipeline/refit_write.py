@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from lora_da_hf.adapters.experts import at_rank, slice_factors
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
-from lora_da_hf.artifacts.peft_config import alpha_divisor, expert_of, holder_of, is_parameter, with_ranks
+from lora_da_hf.artifacts.peft_config import (
+    alpha_divisor,
+    alpha_of,
+    expert_of,
+    holder_of,
+    is_parameter,
+    rank_of,
+    with_ranks,
+)
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -125,8 +133,10 @@ def write_refit(refit: Refit, output_dir: Path, solved_with: list[str]) -> Store
 def _new_peft_config(refit: Refit) -> dict[str, Any]:
     if all(refit.manifest.layers[name].rank == rank for name, rank in refit.ranks.items()):
         return refit.peft_config
-    kept = {name: why for name, why in refit.manifest.kept.items() if not is_parameter(refit.peft_config, name)}
-    return with_ranks(refit.peft_config, refit.ranks, refit.alphas, kept)
+    config = refit.peft_config
+    names = [name for name in refit.manifest.kept if not is_parameter(config, name)]
+    kept = {name: (rank_of(config, name), alpha_of(config, name)) for name in names}
+    return with_ranks(config, refit.ranks, refit.alphas, kept)
 
 
 def _new_tensors(refit: Refit, peft_config: dict[str, Any], step: float | None) -> dict[str, Tensor]:

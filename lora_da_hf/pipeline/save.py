@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from lora_da_hf.adapters.ranks_per_layer import layers_in_patterns
 from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
 from lora_da_hf.artifacts.peft_config import in_names
@@ -178,23 +178,12 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     """
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
-    layers = {
-        _name_in_patterns(name, layer): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.r
-    }
+    layers = layers_in_patterns(model, adapter_name)
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
     path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _name_in_patterns(name: str, layer: LoraLayer) -> str:
-    """Return the name that PEFT matches its patterns with: a layer's, or that of the parameter that it adapts."""
-    if isinstance(layer, ParamWrapper):
-        return f"{base_name(name).replace('.base_layer', '')}.{layer.parameter_name}"
-    return base_name(name)
 
 
 def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:

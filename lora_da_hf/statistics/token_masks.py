@@ -55,27 +55,37 @@ class BatchTokens:
         """Return the indices ``[kept]`` of the rows that count, for a layer with this shape before the last dimension.
 
         Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
-        samples that have a label count.
+        samples that have a label count. Of a single sample they all do, as the rows of relative positions that some
+        models project by the layers of the tokens.
 
         Returns:
             None if every row counts.
 
         Raises:
-            SingleSamplesNeeded: if the layer's rows cannot be matched to the tokens and some tokens do not count, or
-                if they match two sequences of which different tokens count.
+            SingleSamplesNeeded: if the layer's rows are not those of the samples in their order, if they cannot be
+                matched to the tokens and some tokens do not count, or if they match two sequences of which different
+                tokens count.
         """
-        for matches in (lambda mask: mask.shape == leading_shape, lambda mask: mask.numel() == leading_shape.numel()):
+        is_flat = len(leading_shape) == 1 or self.num_samples == 1
+        for matches in (
+            lambda mask: mask.shape == leading_shape,
+            lambda mask: is_flat and mask.numel() == leading_shape.numel(),
+        ):
             found = [kept for mask, kept in zip(self.masks, self._kept, strict=True) if matches(mask)]
-            if self.num_samples > 1 and any(not _same(kept, found[0]) for kept in found[1:]):
+            if any(not _same(kept, found[0]) for kept in found[1:]):
                 raise SingleSamplesNeeded(
                     f"the rows of {layer}, {list(leading_shape)}, could be those of either of the model's sequences"
                 )
             if found:
                 return found[0]
+        if not is_flat and leading_shape[0] % self.num_samples:
+            raise SingleSamplesNeeded(
+                f"some rows are not those of one sample after another ({list(leading_shape)} in {layer})"
+            )
         all_labelled = self.num_labelled == self.num_samples
         if all(kept is None for kept in self._kept) or (self.other_modality and all_labelled):
             return None
-        if leading_shape.numel() == self.num_samples:  # one row a sample, as heads that classify have it
+        if self.num_samples in (1, leading_shape.numel()):  # one row a sample, as heads that classify have it
             return None if all_labelled or self.label_counts is None else self.label_counts.nonzero().squeeze(1)
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
         raise SingleSamplesNeeded(f"the rows of {layer}, {list(leading_shape)}, do not match the token mask {shapes}")

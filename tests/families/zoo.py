@@ -14,6 +14,8 @@ CLASSES = 3
 PATCHES = 4
 IMAGE_TOKEN = 60
 PADDED = "the loss of two samples is neither the sum nor a mean of theirs"
+POSITIONS = "some rows are not those of one sample after another"
+"""As those of the relative positions, which DeBERTa projects by the layers of the tokens."""
 EXPERTS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
@@ -222,6 +224,17 @@ def _encoder(kind, **overrides):
     return lambda: kind(**{**ENCODER, **overrides})
 
 
+def _deberta(**overrides):
+    return _encoder(
+        tf.DebertaV2Config,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=8,
+        **overrides,
+    )
+
+
 FAMILIES = {
     "Llama": Family(model=tf.LlamaForCausalLM, config=_decoder(tf.LlamaConfig)),
     "Qwen3": Family(model=tf.Qwen3ForCausalLM, config=_decoder(tf.Qwen3Config, head_dim=8)),
@@ -320,14 +333,17 @@ FAMILIES = {
         single=PADDED,
     ),
     "DeBERTa, sequence classification": Family(
-        model=tf.DebertaV2ForSequenceClassification, config=_encoder(tf.DebertaV2Config), samples=classification_samples
+        model=tf.DebertaV2ForSequenceClassification,
+        config=_deberta(),
+        samples=classification_samples,
+        single=POSITIONS,
     ),
     "DeBERTa, token classification": Family(
-        model=tf.DebertaV2ForTokenClassification, config=_encoder(tf.DebertaV2Config), samples=tagging_samples
+        model=tf.DebertaV2ForTokenClassification, config=_deberta(), samples=tagging_samples, single=POSITIONS
     ),
     "DeBERTa, question answering": Family(
         model=tf.DebertaV2ForQuestionAnswering,
-        config=_encoder(tf.DebertaV2Config, num_labels=2),
+        config=_deberta(num_labels=2),
         samples=answer_samples,
         single=PADDED,
     ),

@@ -296,11 +296,15 @@ def test_a_model_that_mixes_samples_is_run_one_at_a_time(
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
 
 
-def test_a_model_that_cannot_be_run_even_so_is_an_error(token_samples, collected):
-    """The collator pads single samples, and the model drops the padding."""
-    with pytest.raises(StatisticsError, match="cannot be taken even one sample at a time: the rows of first") as caught:
-        collected(FlatLayers(), token_samples(3), batch_size=2, collate=pad_far, compute_loss=own_loss)
-    assert "If the collator pads single samples, turn that off" in str(caught.value)
+def test_a_model_that_drops_the_padding_of_single_samples_counts_the_rest(
+    token_samples, collected, stacked, assert_equal_statistics
+):
+    samples = token_samples(3)
+    found = collected(FlatLayers(), samples, batch_size=2, collate=pad_far, compute_loss=own_loss)
+    assert found.result.batch_size == 1
+    expected = stacked(FlatLayers(), samples, compute_loss=own_loss)["first"]
+    assert found.statistics["first"].num_input_tokens == sum(len(sample["input_ids"]) for sample in samples)
+    assert_equal_statistics({"first": found.statistics["first"]}, {"first": expected})
 
 
 def tiny_t5():
@@ -343,3 +347,20 @@ def test_an_encoder_decoder_whose_two_sides_look_alike_is_run_one_sample_at_a_ti
     (note,) = together.result.notes
     assert "could be those of either of the model's sequences" in note
     assert_equal_statistics(together.statistics, single.statistics)
+
+
+def test_sides_padded_to_one_length_cannot_be_told_apart_even_one_sample_at_a_time(collected):
+    def pad_to_eight(samples):
+        def padded(name, value):
+            return torch.tensor([s[name] + [value] * (8 - len(s[name])) for s in samples])
+
+        return {
+            "input_ids": padded("input_ids", 0),
+            "attention_mask": padded("attention_mask", 0),
+            "labels": padded("labels", -100),
+        }
+
+    samples = sequence_pairs((5, 3), (7, 2), (4, 7))
+    with pytest.raises(StatisticsError, match=r"even one sample at a time: .*either of the model's seq") as caught:
+        collected(tiny_t5(), samples, batch_size=3, declared="token_mean", collate=pad_to_eight)
+    assert "If the collator pads single samples, turn that off" in str(caught.value)

@@ -97,17 +97,49 @@ def test_where_every_token_counts_any_shape_will_do():
     assert tokens.rows(torch.Size([17]), layer="a") is None
 
 
+@pytest.mark.parametrize("tokens_count", [True, False])
+@pytest.mark.parametrize("leading", [(1, 8), (4, 2), (1, 17)])
+def test_rows_that_are_not_sample_after_sample_need_single_samples(leading, tokens_count):
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 3] = tokens_count
+    tokens = BatchTokens(num_samples=3, label_counts=None, masks=(mask,))
+    with pytest.raises(SingleSamplesNeeded, match=r"not those of one sample after another \(\[.*\] in layers\.3\)"):
+        tokens.rows(torch.Size(leading), layer="layers.3")
+
+
+def test_as_many_rows_as_tokens_in_another_order_are_not_masked_as_tokens():
+    mask = torch.tensor([[True, False, True, True], [True, True, True, True]])
+    tokens = BatchTokens(num_samples=2, label_counts=None, masks=(mask,))
+    with pytest.raises(SingleSamplesNeeded, match="not those of one sample after another"):
+        tokens.rows(torch.Size([1, 8]), layer="a")
+    with pytest.raises(SingleSamplesNeeded, match="do not match the token mask"):
+        tokens.rows(torch.Size([4, 2]), layer="a")
+
+
+def test_of_a_single_sample_rows_that_match_no_mask_count():
+    mask = torch.tensor([[True, True, False]])
+    tokens = BatchTokens(num_samples=1, label_counts=None, masks=(mask,))
+    assert tokens.rows(torch.Size([1, 3]), layer="a").tolist() == [0, 1]
+    assert tokens.rows(torch.Size([3, 1]), layer="a").tolist() == [0, 1]
+    assert tokens.rows(torch.Size([1, 16]), layer="a") is None
+    unlabelled = BatchTokens(num_samples=1, label_counts=torch.tensor([0]), masks=(mask,))
+    assert unlabelled.rows(torch.Size([1, 16]), layer="a").tolist() == []
+
+
 def test_rows_that_cannot_be_matched_need_single_samples():
     tokens = BatchTokens(num_samples=2, label_counts=None, masks=(torch.tensor([[True, False], [True, True]]),))
     with pytest.raises(SingleSamplesNeeded, match=r"rows of layers\.3, \[3\], do not match the token mask \[2, 2\]"):
         tokens.rows(torch.Size([3]), layer="layers.3")
 
 
-def test_rows_that_match_two_sequences_need_single_samples_if_their_masks_differ():
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_rows_that_match_two_sequences_are_refused_if_their_masks_differ(num_samples):
     first, second = torch.tensor([[True, False], [True, True]]), torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(
         SingleSamplesNeeded, match=r"rows of layers\.3, \[2, 2\], could be those of either of the model's"
     ):
-        BatchTokens(num_samples=2, label_counts=None, masks=(first, second)).rows(torch.Size([2, 2]), layer="layers.3")
-    alike = BatchTokens(num_samples=2, label_counts=None, masks=(first, first.clone()))
+        BatchTokens(num_samples=num_samples, label_counts=None, masks=(first, second)).rows(
+            torch.Size([2, 2]), layer="layers.3"
+        )
+    alike = BatchTokens(num_samples=num_samples, label_counts=None, masks=(first, first.clone()))
     assert alike.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 2, 3]

@@ -45,13 +45,13 @@ def initialize(model, samples, folder=None, **settings):
     )
 
 
-def make_trainer(folder, model, samples, steps=3, arguments=None, **settings):
+def make_trainer(folder, model, samples, steps=3, arguments=None, budget=BUDGET, **settings):
     return LoRADATrainer(
         model=model,
         args=make_args(folder, max_steps=steps, **(arguments or {})),
         train_dataset=samples,
         data_collator=collate,
-        da_config=make_config(rank_budget=BUDGET),
+        da_config=make_config(rank_budget=budget),
         **settings,
     )
 
@@ -63,6 +63,10 @@ def logits(model, samples):
 
 def ranks_of(model):
     return {name: module.r["default"] for name, module in lora_layers(model).items()}
+
+
+def scalings_of(model):
+    return {name: module.scaling["default"] for name, module in lora_layers(model).items()}
 
 
 def lora_layers(model):
@@ -147,27 +151,60 @@ def test_what_a_run_left_is_used_with_its_ranks(tmp_path, lora_model, samples):
     assert configs[0].rank_pattern == configs[1].rank_pattern != {}
 
 
-def test_layers_left_to_peft_keep_their_rank_and_count_for_nothing(tmp_path, tiny_llama, samples):
-    lora = make_lora_config(target_modules=["embed_tokens", "q_proj", "v_proj", "up_proj"], r=3, lora_alpha=6)
+@pytest.mark.parametrize("key", ["embed_tokens", "model.embed_tokens", r".*embed_tok\w+"])
+def test_layers_left_to_peft_keep_their_rank_and_count_for_nothing(tmp_path, tiny_llama, samples, key):
+    lora = make_lora_config(
+        target_modules=["embed_tokens", "q_proj", "v_proj", "up_proj"],
+        r=8,
+        rank_pattern={key: 3},
+        alpha_pattern={key: 32},
+    )
     model = get_peft_model(tiny_llama(), lora)
     report = initialize(model, samples, tmp_path, rank_budget=1500)
     assert list(report.kept) == ["model.embed_tokens"]
     assert ranks_of(model)["model.embed_tokens"] == 3
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert ranks_of(loaded) == ranks_of(model)
+    assert scalings_of(loaded) == scalings_of(model)
+    assert scalings_of(model) == {name: 32 / 3 if "embed" in name else 2 for name in ranks_of(model)}
     assert torch.equal(logits(loaded, samples), logits(model, samples))
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, tiny_llama, samples):
+ONE_LAYER = r"model\.layers\.0\.self_attn\.q_proj"
+"""A regular expression: PEFT reads it, and a stored initialisation may not have it."""
+
+
+@pytest.mark.parametrize(
+    ("lora", "budget", "different_ranks"),
+    [
+        ({}, BUDGET, 3),
+        ({"exclude_modules": ["o_proj"]}, BUDGET, 3),
+        ({"target_modules": r".*\.(q|v|up)_proj", "alpha_pattern": {r".*\.q_proj": 8}}, BUDGET, 1),
+        ({"target_modules": ONE_LAYER, "r": 8, "rank_pattern": {ONE_LAYER: 4}}, 4 * (48 + 48), 1),
+    ],
+    ids=["plain", "exclude_modules", "regex", "ranks_as_they_were"],
+)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    tmp_path, tiny_llama, samples, lora, budget, different_ranks
+):
     saving = {"save_strategy": "steps", "save_steps": 2}
     trainers = [
-        make_trainer(tmp_path, tiny_llama(), samples, 4, arguments=saving, peft_config=make_lora_config())
+        make_trainer(
+            tmp_path,
+            tiny_llama(),
+            samples,
+            4,
+            arguments=saving,
+            peft_config=make_lora_config(**lora),
+            budget=budget,
+        )
         for _ in range(2)
     ]
     trainers[0].train()
     trainers[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_tensors(*(adapter_weights(trainer.model) for trainer in trainers))
-    assert len(set(ranks_of(trainers[1].model).values())) > 2
+    assert len(set(ranks_of(trainers[1].model).values())) >= different_ranks
+    assert scalings_of(trainers[1].model) == scalings_of(trainers[0].model)
     assert trainers[1].lora_da_report.layers == trainers[0].lora_da_report.layers
 
 
