@@ -152,7 +152,7 @@ def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float |
     with job.stage("write"), job.ranks.together("write"):
         for name, solution in solutions.items():
             target = job.targets[name]
-            basis = solution.at_rank(target.rank)
+            basis = [part.to(target.device) for part in solution.at_rank(target.rank)]
             write_factors(
                 target, *factors_at_step(*basis, job.config, peft_scaling=target.peft_scaling, step_size=step)
             )
