@@ -219,7 +219,8 @@ def _checked(target: Target) -> Target:
                 "offloading layers to the CPU or the disk) before the "
                 "initialisation, and make the adapter without low_cpu_mem_usage=True."
             )
-    if target.magnitude is not None and full_shape(target.base_layer.weight) != target.base_layer.weight.shape:
+    base: Any = target.base_layer
+    if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
         raise UnsupportedSetupError(
             f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
         )
