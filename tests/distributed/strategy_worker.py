@@ -195,7 +195,6 @@ def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtyp
     args = training_args(folder / name, strategy, dtype=dtype, **settings)
     if load:  # the arguments above make from_pretrained build the model under zero.Init
         base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
-        assert all(hasattr(parameter, "ds_id") for parameter in base.parameters())
     data = {"train_dataset": samples(), "data_collator": collate}
     trainer = LoRADATrainer(
         model=base, args=args, peft_config=lora_config(**lora or {}), da_config=da_config(**config or {}), **data
