@@ -62,6 +62,10 @@ class PeerFailed(LoRADAError, RuntimeError):
     """Another process failed or is gone, in a stage that all take part in."""
 
 
+class PeerGone(PeerFailed):
+    """Another process is gone or does not answer, so that nothing can be done together any more."""
+
+
 class SolveError(LoRADAError, RuntimeError):
     """A layer's factorisation or eigenproblem could not be solved, even with more damping."""
 

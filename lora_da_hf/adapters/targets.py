@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
-from lora_da_hf.distributed.parameters import read_full
-from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError
+from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
+from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError, UnsupportedSetupError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, fresh: bo
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
         AdapterAlreadyTrainedError: if a B is not zero, so that the adapter is not a fresh one.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
+        UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), or for DoRA in ZeRO-3.
     """
     active = active_adapter_name(model)
     adapter_name = adapter_name or active
@@ -190,6 +191,12 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
     if not isinstance(layer, ParamWrapper):
         return []
     whole = _target(name, layer, adapter_name)
+    if not (is_whole(whole.lora_A) and is_whole(whole.lora_B)):
+        raise UnsupportedSetupError(
+            f"{name}: the experts of target_parameters share an adapter that DeepSpeed or FSDP keeps in parts or in "
+            "copies, and it cannot be written by expert. Use DDP, or initialise in one process with "
+            "initialize_lora_da(..., output_dir=...) and load that adapter with PeftModel.from_pretrained."
+        )
     targets: list[Target] = []
     for index in range(layer.num_experts):
         lora_A, lora_B = expert_factors(layer, adapter_name, index)
@@ -212,6 +219,11 @@ def _checked(target: Target) -> Target:
                 "offloading layers to the CPU or the disk) before the "
                 "initialisation, and make the adapter without low_cpu_mem_usage=True."
             )
+    base: Any = target.base_layer
+    if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
+        raise UnsupportedSetupError(
+            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
+        )
     if _is_packed(target.base_layer):
         raise UnsupportedLayerError(
             f"{target.name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the "

@@ -52,7 +52,7 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
     """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does.
 
     Raises:
-        UnsupportedSetupError: under ZeRO-3, and if a base weight in parts is a quantised one.
+        UnsupportedSetupError: if a base weight in parts is a quantised one.
         WriteError: if the magnitude reads back differently.
     """
     lora_A, lora_B = read_factors(target)
@@ -71,10 +71,6 @@ def _whole_weight(target: Target) -> Generator[Tensor]:
     if is_whole(parameter):
         yield dequantize_module_weight(target.base_layer)
         return
-    if full_shape(parameter) != parameter.shape:
-        raise UnsupportedSetupError(
-            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
-        )
     with gathered(parameter) as whole:
         if not whole.is_floating_point() or whole.numel() != target.in_features * target.out_features:
             raise UnsupportedSetupError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.files import put_in_place
 from lora_da_hf.artifacts.store import read_tensors
 from lora_da_hf.errors import ArtifactError
 
@@ -72,7 +72,7 @@ class CheckpointFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             partial = self._partial(_RUN_FILE)
             partial.write_text(text, encoding="utf-8")
-            _put(partial, self.path / _RUN_FILE)
+            put_in_place(partial, self.path / _RUN_FILE)
         for file in others:
             file.unlink()
 
@@ -145,7 +145,7 @@ class CheckpointFolder:
         partial = self._partial(name)
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(on_cpu, partial, metadata={_VALUES: json.dumps(values)})
-        _put(partial, self.path / name)
+        put_in_place(partial, self.path / name)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         file = self.path / name
@@ -155,18 +155,3 @@ class CheckpointFolder:
         if values is None:
             raise ArtifactError(f"{file} is not what was written there. Delete {self.path} to start over.")
         return tensors, json.loads(values)
-
-
-def _put(partial: Path, file: Path) -> None:
-    """Give a finished file its name, once its content is on the disk."""
-    _sync(partial)
-    partial.rename(file)
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

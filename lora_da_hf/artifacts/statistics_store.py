@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.files import put_in_place
 from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, Manifest
 from lora_da_hf.artifacts.tensors import iterate_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
@@ -57,7 +58,10 @@ def save_statistics(
         shards[-1].update(tensors)
         size += added
     for number, shard in enumerate(shards):
-        save_file(shard, folder / f"{part:05d}-{number:05d}.safetensors", metadata={"format": "pt"})
+        file = folder / f"{part:05d}-{number:05d}.safetensors"
+        partial = folder / f".{file.name}.partial"
+        save_file(shard, partial, metadata={"format": "pt"})
+        put_in_place(partial, file)
 
 
 def adopt_statistics(folder: Path, source: Path) -> None:
@@ -69,7 +73,7 @@ def adopt_statistics(folder: Path, source: Path) -> None:
         folder: Where to.
         source: Where they are, on the same file system.
     """
-    shards = sorted(source.iterdir())
+    shards = sorted(source.glob("*.safetensors"))
     for number, shard in enumerate(shards, start=1):
         target = folder / f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors"
         try:

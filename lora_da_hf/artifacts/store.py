@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, check_adapter, check_bases, check_report
+from lora_da_hf.artifacts.files import sync
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
@@ -91,7 +92,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
         yield partial
         for path in partial.iterdir():
             path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            _sync(path)
+            sync(path)
         partial.chmod(0o777 & ~_umask())
         if target.exists():
             aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
@@ -127,11 +128,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def write_init(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_da_hf.errors import OutOfStepError, PeerFailed
+from lora_da_hf.errors import OutOfStepError, PeerFailed, PeerGone
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Ranks:
             stage: Its name, for the message.
 
         Raises:
-            PeerFailed: if another process failed, or is gone.
+            PeerFailed: if another process failed; PeerGone: if one is gone.
         """
         failure: Exception | None = None
         try:
@@ -116,7 +116,7 @@ class Ranks:
         if self.size > 1:
             try:
                 messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-            except PeerFailed:
+            except PeerGone:
                 if failure is not None:
                     raise failure from None
                 raise
@@ -175,7 +175,7 @@ def _reporting_lost_peers() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerFailed(
+        raise PeerGone(
             f"Another process is gone, or did not answer within the timeout of the process group ({error}). See its "
             "own output for why (a process that is killed leaves none: often memory). Start all processes again."
         ) from error

@@ -72,10 +72,8 @@ def gather_statistics(
             result = _run_pass(job, ranks, probe, shared, store)
             apart = _groups_with_different_counts(ranks, result.taps, shared)
             if apart:
-                result.notes.append(
-                    f"{len(apart)} layers that share an input got gradients on their own: collected again"
-                )
-                notes = result.notes
+                note = f"{len(apart)} layers that share an input got gradients on their own: collected again"
+                notes, result = [*result.notes, note], None  # the sums go before the next ones are there
                 shared = {name: name if leader in apart else leader for name, leader in shared.items()}
                 result = _run_pass(job, ranks, probe, shared, None)
                 result.notes = [*notes, *result.notes]

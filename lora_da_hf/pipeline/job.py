@@ -19,9 +19,9 @@ from lora_da_hf.adapters.ranks_per_layer import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, settle
+from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import OutOfStepError
+from lora_da_hf.errors import OutOfStepError, PeerGone
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
@@ -89,18 +89,21 @@ class Job:
 
     @contextlib.contextmanager
     def restored_on_failure(self) -> Generator[None]:
-        """Put the adapter back as it was if the block fails."""
+        """Put the adapter back as it was if the block fails, as far as that takes no process that is gone."""
         before = {name: read_factors(target) for name, target in self.targets.items()}
         try:
             yield
         except OutOfStepError:
             raise  # to restore partitioned parameters takes all processes
-        except BaseException:
+        except BaseException as error:
             for undo in reversed(self.undo):
                 undo()
+            gone = isinstance(error, PeerGone)
             for name, factors in before.items():
-                write_factors(self.targets[name], *factors)
-            settle(self.model)
+                if not gone or is_whole(self.targets[name].lora_A):
+                    write_factors(self.targets[name], *factors)
+            if not gone:
+                settle(self.model)
             raise
 
     def bar(self, total: int, text: str) -> Any:

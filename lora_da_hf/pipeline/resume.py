@@ -100,6 +100,8 @@ class Progress:
         found = changes(earlier.get("identity"), self._identity)
         if earlier.get("batch_size") != self._job.batch_size:
             found.append("batch size")
+        if self._in_step and not found and earlier["plan"]["schedule"] == "layers":
+            found.append("way to share the parameters")  # they were whole: alone with its layers, a process would hang
         if found:
             note = f"the files of a run that was stopped were dropped: it had another {', '.join(found)}"
             self._job.report.notes.append(note)

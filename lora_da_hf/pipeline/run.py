@@ -99,7 +99,8 @@ def initialize_lora_da(
         CheckpointError: if the run that was stopped had another number of processes.
         PeerFailed: if another process failed or is gone.
 
-    Whatever else is raised, the model and its adapter are as they were.
+    Whatever else is raised, the model and its adapter are as they were. If a process is gone they are too, unless ZeRO
+    or FSDP2 keeps the adapter in parts or in copies.
     """
     config = config or LoRADAConfig()
     if is_loader(samples):

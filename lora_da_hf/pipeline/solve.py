@@ -140,7 +140,10 @@ def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSo
 
 
 def share_outcomes(job: Job, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """Give every process every outcome, in the model's order: each broadcasts the tensors that it has."""
+    """Give every process every outcome, in the model's order: each broadcasts the tensors that it has.
+
+    They wait in the CPU's memory, since those of all windows are kept until the adapter is written.
+    """
     described = {name: outcome if isinstance(outcome, str) else describe(*outcome) for name, outcome in mine.items()}
     found: dict[str, Outcome] = {}
     for source, outcomes in enumerate(job.ranks.gather(described)):
@@ -153,8 +156,7 @@ def share_outcomes(job: Job, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
         tensors = [getattr(solution, which) for solution in own for which in SOLUTION_TENSORS]
         received = iter(job.ranks.broadcast(tensors if source == job.ranks.rank else None, specs, source))
         for name, facts in solved.items():
-            device = job.targets[name].device
-            found[name] = outcome_of(facts, {which: next(received).to(device) for which in SOLUTION_TENSORS})
+            found[name] = outcome_of(facts, {which: next(received).cpu() for which in SOLUTION_TENSORS})
     return {name: found[name] for name in job.targets if name in found}
 
 

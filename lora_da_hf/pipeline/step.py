@@ -152,10 +152,10 @@ def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float |
     with job.stage("write"), job.ranks.together("write"):
         for name, solution in solutions.items():
             target = job.targets[name]
-            basis = solution.at_rank(target.rank)
-            write_factors(
-                target, *factors_at_step(*basis, job.config, peft_scaling=target.peft_scaling, step_size=step)
-            )
+            basis_A, basis_B = (part.to(target.device) for part in solution.at_rank(target.rank))
+            scaling = target.peft_scaling
+            factors = factors_at_step(basis_A, basis_B, job.config, peft_scaling=scaling, step_size=step)
+            write_factors(target, *factors)
         settle(job.model)
     for layer in job.report.layers:
         layer.update_norm = update_norm(job.targets[layer.name])

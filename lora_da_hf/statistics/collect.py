@@ -14,7 +14,7 @@ from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
-from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
 from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import SampleWeights, Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
@@ -143,14 +143,16 @@ def collect(
             "size"
         )
     make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
-    earlier = store.load() if store is not None else None
-    if earlier is not None:
-        batch_size, notes = earlier.facts["batch_size"], earlier.facts["notes"]
+    resumes = store is not None
     while True:
-        result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
+        with lockstep.alike():
+            earlier = store.load() if store is not None and resumes else None
+            if earlier is not None:
+                batch_size, notes = earlier.facts["batch_size"], earlier.facts["notes"]
+            result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
+            first = _restore(result, earlier) if earlier is not None else 0
+            earlier, resumes = None, False  # its tensors are as large as the sums
         batches = make_batches(samples, batch_size)
-        first = _restore(result, earlier) if earlier is not None else 0
-        earlier = None  # its tensors are as large as the sums
         done = sum(map(len, batches[:first]))
         if done:
             on_samples(done)
@@ -175,6 +177,7 @@ def collect(
                     'samples, turn that off; with token_mask="labels" try "attention".'
                 ) from reason
             batch_size, notes = 1, [*notes, f"run one sample at a time: {reason}"]
+            del result  # before the next sums are there too
             on_samples(-done)
             if store is not None:
                 with lockstep.alike():  # before any process writes the first of the new ones
@@ -186,7 +189,8 @@ def collect(
 def _state(result: PassResult, batches_done: int) -> PassState:
     facts = {name: getattr(result, name) for name in ("num_samples", "num_unlabelled", "batch_size", "notes")}
     counts = {"batches_done": batches_done, "counts": result.taps.counts(), "saw_float16": result.taps.saw_float16}
-    return PassState(tensors={**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}, facts={**facts, **counts})
+    tensors = {**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}
+    return PassState(tensors=tensors, facts={**facts, **counts, "generators": generator_states()})
 
 
 def _restore(result: PassResult, state: PassState) -> int:
@@ -195,6 +199,7 @@ def _restore(result: PassResult, state: PassState) -> int:
     result.taps.saw_float16 = state.facts["saw_float16"]
     result.num_samples, result.num_unlabelled = state.facts["num_samples"], state.facts["num_unlabelled"]
     torch.set_rng_state(state.tensors[_RANDOM_STATE])
+    restore_generators(state.facts["generators"])
     return state.facts["batches_done"]
 
 

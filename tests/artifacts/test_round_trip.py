@@ -383,7 +383,7 @@ def contents(folder):
         ("lora_da_hf.pipeline.resume", "save_statistics"),
         ("lora_da_hf.artifacts.store", "save_file"),
         ("lora_da_hf.artifacts.store", "file_entry"),
-        ("lora_da_hf.artifacts.store", "_sync"),
+        ("lora_da_hf.artifacts.store", "sync"),
     ],
 )
 def test_a_failure_while_writing_leaves_the_old_folder_and_the_old_adapter(

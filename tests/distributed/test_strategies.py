@@ -162,14 +162,15 @@ def test_partitioned_parameters_and_layers_that_are_shared_are_refused(launched,
         assert message.startswith("UnsupportedSetupError: schedule='layers' lets each process go back")
 
 
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=needs_deepspeed), *EVERY_PARTITIONED])
 def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy):
     start_apart("strategy_worker.py", [strategy, "lose"], tmp_path, survivors=(0,), DS_ACCELERATOR="cpu")
     message = result(tmp_path, "lost", 0)
-    assert message.startswith(("OutOfStepError: Process 0 failed in the statistics pass: ", "PeerFailed: Another"))
+    assert message.startswith(("OutOfStepError: Process 0 failed in the statistics pass: ", "PeerGone: Another"))
     assert not (tmp_path / "lost.rank1.json").exists()
     start_apart("strategy_worker.py", [strategy, "take_up"], tmp_path, DS_ACCELERATOR="cpu")
-    assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == [2, 2]  # of four, the filler is one
+    left = [2, 2] if strategy in PARTITIONED else [0, 1]  # of four, the filler is one; or of four and three
+    assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == left
     assert_same_tensors(
         written_adapter(tmp_path / "killed" / "lora_da"), written_adapter(tmp_path / "whole" / "lora_da")
     )

@@ -186,7 +186,7 @@ def lost(tmp_path_factory):
 
 def test_a_process_that_is_killed_makes_the_other_fail_and_not_hang(lost):
     found = result(lost, "lost", 0)
-    assert found["message"].startswith("PeerFailed: Another process is gone, or did not answer within the timeout")
+    assert found["message"].startswith("PeerGone: Another process is gone, or did not answer within the timeout")
     assert found["message"].endswith("Start all processes again.")
     assert found["seconds"] < 60
     assert not (lost / "lost.rank1.json").exists()

@@ -1,7 +1,8 @@
 """Initialises a tiny adapter in a folder, again and again after kills; the test looks at the folder alone.
 
 Usage: killed_worker.py FOLDER [NUMBER]. It prints a line once it is about to begin, and with a number it kills itself
-when half of the NUMBER-th file of its checkpoints is written; with 0, half of a file of the initialisation itself.
+when half of the NUMBER-th file of its checkpoints is written; with -1, half of its first file of statistics; with 0,
+half of a file of the initialisation itself.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from conftest import make_lora_model
 from harness import collate, make_config, make_learnable_samples
 
 import lora_da_hf.artifacts.checkpoint
+import lora_da_hf.artifacts.statistics_store
 import lora_da_hf.artifacts.store
 from lora_da_hf import initialize_lora_da
 
@@ -51,8 +53,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) > 2:
         number = int(sys.argv[2])
-        module = lora_da_hf.artifacts.checkpoint if number else lora_da_hf.artifacts.store
-        die_in_the_middle(module, number or 1)
+        modules = lora_da_hf.artifacts.store, lora_da_hf.artifacts.checkpoint, lora_da_hf.artifacts.statistics_store
+        die_in_the_middle(modules[0 if number == 0 else 1 if number > 0 else 2], abs(number) or 1)
     print("begins", flush=True)
     initialize(Path(sys.argv[1]))
     print("ends", flush=True)

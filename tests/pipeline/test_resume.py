@@ -2,8 +2,10 @@
 
 import json
 import logging
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from harness import (
@@ -49,10 +51,10 @@ class Stopping:
         return model_loss(model, batch, num_items)
 
 
-def initialize(model, samples, folder, loss=None, **overrides):
+def initialize(model, samples, folder, loss=None, collator=collate, **overrides):
     config = make_config(**{"batch_size": 2, "statistics_save_steps": 2, **overrides})
     report = initialize_lora_da(
-        model, samples, config=config, data_collator=collate, compute_loss=loss, output_dir=folder, progress=False
+        model, samples, config=config, data_collator=collator, compute_loss=loss, output_dir=folder, progress=False
     )
     return report, adapter_weights(model)
 
@@ -94,6 +96,21 @@ def test_windows_that_were_finished_are_not_collected_again(tmp_path, lora_model
     stored, again = (load_statistics(each.folder, each.manifest) for each in (whole, resumed))
     assert all(torch.equal(again[name].weight_grad, stored[name].weight_grad) for name in stored)
     assert names(tmp_path) == ["init", "whole"]
+
+
+@pytest.mark.parametrize("draw", [random.randrange, np.random.randint, lambda high: int(torch.randint(high, ()))])
+def test_a_collator_that_draws_goes_on_drawing(tmp_path, lora_model, samples, draw):
+    def masking(batch_samples):
+        batch = collate(batch_samples)
+        batch["input_ids"][:, draw(6)] = 1
+        return batch
+
+    _, expected = initialize(lora_model(), samples, tmp_path / "whole", collator=masking)
+    _, other = initialize(lora_model(), samples, tmp_path / "other")
+    assert any(not torch.equal(other[name], expected[name]) for name in expected)
+    stop(lora_model(), samples, tmp_path / "init", at=4, collator=masking)
+    _, found = initialize(lora_model(), samples, tmp_path / "init", collator=masking)
+    assert_same_tensors(found, expected)
 
 
 def test_a_run_that_is_stopped_twice_is_taken_up_twice(tmp_path, lora_model, samples):
@@ -227,6 +244,28 @@ def test_processes_in_step_go_on_from_a_batch_that_all_have(tmp_path, lora_model
         store.save(PassState(tensors={"a": torch.tensor([batches])}, facts={"batches_done": batches}))
     state = progress.store(0).load()
     assert (None if state is None else 7 - state.facts["batches_done"]) == left
+
+
+def test_processes_that_have_to_keep_in_step_drop_a_plan_that_shares_the_layers(tmp_path, caplog):
+    report = SimpleNamespace(notes=[])
+    job = SimpleNamespace(
+        config=make_config(statistics_save_steps=1),
+        ranks=TwoRanks(None),
+        output_dir=tmp_path / "init",
+        batch_size=2,
+        report=report,
+        say=print,
+    )
+    work = Workload(groups=(Group(members=("a",), d_in=2, d_outs=(2,)),), weights=4, num_samples=7, num_tokens=7)
+    layers, together = (
+        make_plan(work, num_processes=2, budget={0: float("inf")}, schedule=schedule)
+        for schedule in ("layers", "samples")
+    )
+    assert Progress(job, {}, in_step=False).begin(lambda: layers) == layers
+    assert Progress(job, {}, in_step=False).begin(lambda: together) == layers
+    assert Progress(job, {}, in_step=True).begin(lambda: together) == together
+    (note,) = report.notes
+    assert "another way to share the parameters" in note
 
 
 # A finished one

@@ -2,6 +2,7 @@
 
 import random
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.taps import Taps
 
 
 def pad_far(samples):
@@ -175,6 +177,21 @@ def test_a_model_without_an_output_layer_is_run_one_sample_at_a_time(
     assert found.result.notes == ["run one sample at a time: the model has no output layer to weight its samples at"]
     assert sum(progress) == 5
     assert_equal_statistics(found.statistics, expected)
+
+
+def test_the_sums_of_a_pass_that_starts_over_are_gone_before_the_next_are_made(
+    tiny_llama, token_samples, collected, monkeypatch
+):
+    made, make = [], Taps.__init__
+
+    def noted(self, *args, **kwargs):
+        assert all(taps() is None for taps in made)
+        make(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Taps, "__init__", noted)
+    collected(without_output_layer(tiny_llama()), token_samples(5), batch_size=3)
+    assert len(made) == 2
 
 
 def test_a_loss_that_goes_around_the_head_is_run_one_sample_at_a_time(

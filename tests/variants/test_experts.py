@@ -21,7 +21,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ArtifactError
+from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 from lora_da_hf.pipeline.save import base_model_facts
 
 SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
@@ -64,6 +64,15 @@ def test_each_expert_counts_the_tokens_that_are_routed_to_it(tmp_path):
         counts = [statistics[f"{layer}[{index}]"].num_input_tokens for index in range(4)]
         assert sum(counts) == 2 * tokens
         assert max(counts) < tokens
+
+
+def test_experts_whose_adapter_has_a_copy_in_an_optimizer_are_refused():
+    model = make_mixtral()
+    parameters = [p for name, p in model.named_parameters() if "experts.lora_B" in name]
+    assert parameters
+    parameters[0]._hp_mapping = None  # as DeepSpeed's ZeRO-1 and 2 mark the parameters that they have copies of
+    with pytest.raises(UnsupportedSetupError, match=r"mlp\.experts: the experts of target_parameters"):
+        find_targets(model)
 
 
 @pytest.mark.support("PEFT", "Experts that no token is routed to", "keep PEFT's own initialisation and are listed")

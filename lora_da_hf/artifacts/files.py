@@ -1,0 +1,22 @@
+"""Files that are there as a whole or not at all, also after a loss of power."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def put_in_place(partial: Path, file: Path) -> None:
+    """Give a finished file its name, once its content is on the disk."""
+    sync(partial)
+    partial.rename(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
