@@ -34,7 +34,9 @@ SOLVED_AGAIN_WITH = "solved_again_with"
 """Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
 
 _SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
-_FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
+_PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
+"""How a pass over data is made on a machine, which changes nothing of what it finds."""
+_FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS, *_PASS_SETTINGS} - {"save_statistics"}
 
 
 def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
@@ -86,7 +88,7 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     fixed = [
         name
         for name in changed_settings(given, stored)
-        if name not in free and getattr(given, name) != getattr(default, name)
+        if name not in (*free, *_PASS_SETTINGS) and getattr(given, name) != getattr(default, name)
     ]
     if fixed:
         raise ConfigError(
