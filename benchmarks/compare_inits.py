@@ -50,7 +50,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from lora_da_hf import LoRADAError
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.collect import sample_length
+from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 from lora_da_hf.training.arguments import setting
 from lora_da_hf.training.text_data import choose_block_size, load_model

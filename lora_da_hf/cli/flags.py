@@ -101,14 +101,26 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def load_base_model(arguments: argparse.Namespace, output: Output) -> Any:
-    """Load the model that `Flags.loaded_base_model` parsed; None if there is none."""
+def load_base_model(arguments: argparse.Namespace, output: Output, init: Path | None = None) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed; None if there is none.
+
+    Args:
+        arguments: What was parsed.
+        output: Where messages go.
+        init: The initialisation's folder, whose task type says with which head; None: a causal language model.
+    """
     if arguments.base_model is None:
         return None
-    from transformers import AutoModelForCausalLM
+    import transformers
+
+    from lora_da_hf.artifacts.peft_config import read_peft_config
+    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+    from lora_da_hf.hub.cards import auto_class_of
 
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     revision = arguments.model_revision or "main"
-    return AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+    task_type = None if init is None else read_peft_config(init / ADAPTER_CONFIG_FILE).get("task_type")
+    auto_class = getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))
+    return auto_class.from_pretrained(arguments.base_model, revision=revision, dtype="auto")

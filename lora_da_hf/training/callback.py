@@ -136,7 +136,7 @@ class LoRADACallback(TrainerCallback):
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
             mark_initialized(model, name)
             self._recall_report(folder if self.init_from is None else _folder_of_report(folder))
-            self._tag(model)
+            self._tag(model, self.report)
             return
         if was_initialized(model, name):
             logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
@@ -221,9 +221,9 @@ class LoRADACallback(TrainerCallback):
                     dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         return report
 
-    def _tag(self, model: nn.Module, report: LoRADAReport) -> None:
+    def _tag(self, model: nn.Module, report: LoRADAReport | None) -> None:
         """Let the cards that are written for the model say what it started from."""
-        if report.init_from is not None:
+        if report is not None and report.init_from is not None:
             tag_with_init(model, report.init_from)
 
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:

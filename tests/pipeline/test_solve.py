@@ -14,7 +14,7 @@ from lora_da_hf.pipeline import memory
 @pytest.fixture
 def solve_on(monkeypatch, lora_model):
     def initialize(threads):
-        monkeypatch.setattr(memory, "_threads", lambda devices: threads)
+        monkeypatch.setattr(memory, "solver_threads", lambda devices: threads)
         model = lora_model()
         report = initialize_lora_da(model, make_learnable_samples(24), config=make_config(), progress=False)
         return model, report

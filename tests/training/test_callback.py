@@ -288,6 +288,7 @@ OTHER_VALUES = {
     "max_rank": 9,
     "save_statistics": True,
     "memory_budget": "8GiB",
+    "rank_budget": 1000,
     "schedule": "samples",
     "statistics_save_steps": 10,
 }
