@@ -11,6 +11,7 @@ from card_facts import COMMIT, LAYERS, make_manifest, make_report
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
+from peft import LoraConfig
 
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards

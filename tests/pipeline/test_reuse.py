@@ -38,7 +38,7 @@ from lora_da_hf.errors import (
     TargetError,
 )
 from lora_da_hf.pipeline.save import base_model_facts
-from lora_da_hf.pipeline.stored import manifest_digest
+from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
 
@@ -97,6 +97,20 @@ def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_fu
     with torch.no_grad():
         other.lm_head.weight += 1
     assert base_model_facts(other)["weights_sha256"] != facts["weights_sha256"]
+
+
+# How a pass would be made
+
+
+@pytest.mark.parametrize("setting", [{"memory_budget": "1GiB"}, {"schedule": "layers"}, {"statistics_save_steps": 5}])
+def test_how_a_pass_is_made_may_be_said_where_there_is_none(stored_init, setting):
+    manifest = load_init(stored_init).manifest
+    stored = LoRADAConfig.from_dict(manifest.config)
+    used = config_for_use(manifest, LoRADAConfig(**setting))
+    assert changed_settings(used, dataclasses.replace(stored, rank_budget=None)) == []
+    refitted = config_for_refit(manifest, LoRADAConfig(input_damping=0.5, **setting))
+    assert [getattr(refitted, name) for name in setting] == [getattr(stored, name) for name in setting]
+    assert refitted.input_damping == 0.5
 
 
 # The weights
