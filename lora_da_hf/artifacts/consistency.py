@@ -252,7 +252,10 @@ def _check_sums(path: Path, report: LayerReport, basis: StoredBasis) -> None:
         (report.basis_A_sums, report.basis_B_sums), sums, lengths, widths, strict=True
     ):
         tolerance = _SUM_TOLERANCE * math.sqrt(width) * length.cpu()
-        if len(found) != len(expected) or ((torch.tensor(found, dtype=torch.float64) - expected).abs() > tolerance).any():
+        if (
+            len(found) != len(expected)
+            or ((torch.tensor(found, dtype=torch.float64) - expected).abs() > tolerance).any()
+        ):
             raise ArtifactError(
                 f"{path} has other sums over the basis of {report.name} than the stored one. Fetch it again."
             )

@@ -62,7 +62,9 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
     name = card_facts(init, base_model=base_model).base_id
     stored = init.manifest.base_model["name_or_path"]
     if stored and card_facts(init).base_id is None:
-        advice = "Give its name there as base_model (--base_model)." if name is None else "The card alone says its name."
+        advice = (
+            "Give its name there as base_model (--base_model)." if name is None else "The card alone says its name."
+        )
         _warn(
             f"The base model is called {stored!r}, which is no name on the Hub: manifest and adapter config are "
             f"published with it as it is, and nobody can find the base by it. {advice}"

@@ -20,7 +20,6 @@ from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LoRADAReport
 
-
 _LORA_ARGUMENTS: dict[str, Any] = {
     "use_rslora": bool,
     "use_dora": bool,

@@ -305,7 +305,9 @@ def test_the_lines_of_use_make_the_stored_adapter(stored, tmp_path, settings):
     layers = (*LAYERS, "model.layers.0.mlp.experts[0]", "model.layers.0.mlp.experts.base_layer[3]")
     config.save_pretrained(tmp_path)
     adapter = json.loads((tmp_path / "adapter_config.json").read_text())
-    card = render_card(stored(manifest=make_manifest(layers), report=make_report(layers), adapter=adapter), license=None)
+    card = render_card(
+        stored(manifest=make_manifest(layers), report=make_report(layers), adapter=adapter), license=None
+    )
     call = card[card.index("LoraConfig(\n") : card.index("trainer = ")]
     made = eval(call, {"LoraConfig": LoraConfig})
     for name in ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):

@@ -302,7 +302,12 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
 
 
 PUSHED = SimpleNamespace(
-    url="https://hub.example/user/name", repo_id="user/name", commit="c" * 40, pull_request_url=None, tag="v1", private=True
+    url="https://hub.example/user/name",
+    repo_id="user/name",
+    commit="c" * 40,
+    pull_request_url=None,
+    tag="v1",
+    private=True,
 )
 
 

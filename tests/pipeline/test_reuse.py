@@ -22,7 +22,13 @@ from harness import (
     written_updates,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
