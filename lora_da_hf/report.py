@@ -41,6 +41,9 @@ class LayerReport:
         residual: Its residual, relative to the largest eigenvalue.
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
         notes: What had to be done beyond the ordinary.
+        basis_A_sums: A weighted sum of each row of the stored ``basis_A``, which shows whether it was changed. Empty in
+            reports that are not of a stored initialisation, or of one that an earlier version wrote.
+        basis_B_sums: The same of each column of ``basis_B``.
     """
 
     name: str
@@ -56,6 +59,8 @@ class LayerReport:
     residual: float
     update_norm: float = 0.0
     notes: list[str] = field(default_factory=list)
+    basis_A_sums: list[float] = field(default_factory=list)
+    basis_B_sums: list[float] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)

@@ -64,6 +64,12 @@ def collate(samples):
     }
 
 
+def collate_classes(samples):
+    """Pad on the right samples that have one class each."""
+    labels = torch.tensor([sample["labels"] for sample in samples])
+    return {**collate([{**sample, "labels": sample["input_ids"]} for sample in samples]), "labels": labels}
+
+
 def pad_left(samples):
     """Pad on the left."""
     longest = max(len(sample["input_ids"]) for sample in samples)
@@ -269,7 +275,7 @@ STORED_RANK = 8
 STORED_MAX_RANK = 16
 
 
-def store_init(folder, model, samples=None, **overrides):
+def store_init(folder, model, samples=None, collate=collate, **overrides):
     """Compute an initialisation of rank 8 that is stored up to rank 16, with the full statistics."""
     settings = {"max_rank": STORED_MAX_RANK, "save_statistics": True}
     initialize_lora_da(

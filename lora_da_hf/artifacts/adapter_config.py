@@ -145,7 +145,8 @@ def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> b
     module, _, parameter = path.rpartition(".")
     if not key.startswith(PEFT_PREFIX):
         return False
-    if path.partition(".lora_")[0] in manifest.kept:
+    layer, factor, _ = path.partition(".lora_")
+    if factor and layer in manifest.kept:
         return True
     if parameter == "bias" and (config.get("bias") or "none") != "none":
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _BASIS_TOLERANCE = 1e-4
 _EIGENVALUE_TOLERANCE = 1e-3
 _ADAPTER_TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
+_SUM_TOLERANCE = 1e-7
 _REPORTED = ("rank", "peft_scaling", "num_tokens", "num_grad_tokens", "input_damping", "output_damping")
 _COUNTS = ("num_samples", "num_unlabelled", "num_search_samples", "population_size")
 
@@ -41,6 +43,28 @@ class StoredBasis:
     basis_A: Tensor
     basis_B: Tensor
     eigenvalues: Tensor
+
+
+def basis_sums(name: str, basis: StoredBasis) -> tuple[Tensor, Tensor]:
+    """Return a weighted sum of each row of ``basis_A`` and of each column of ``basis_B``, as they are stored.
+
+    The weights are from 1 to 2, and follow from the layer's name alone: an entry that is changed, a sign, another
+    order, and the basis of another layer all show.
+
+    Args:
+        name: The layer.
+        basis: Its basis.
+
+    Returns:
+        ``[max_rank]`` twice, in float64.
+    """
+    rows, columns = (basis.to("cpu", torch.float32).double() for basis in (basis.basis_A, basis.basis_B.mT))
+    return rows @ _weights_from(f"{name}.A", rows.shape[1]), columns @ _weights_from(f"{name}.B", columns.shape[1])
+
+
+def _weights_from(text: str, count: int) -> Tensor:
+    digest = bytearray(hashlib.shake_256(text.encode()).digest(4 * count))
+    return 1.5 + torch.frombuffer(digest, dtype=torch.int32).double() / 2**32
 
 
 def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest) -> None:
@@ -209,12 +233,32 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
     for layer in layers:
         if layer.name in manifest.layers:
             facts |= _layer_facts(layer, manifest.layers[layer.name], bases[layer.name])
+            _check_sums(path, layer, bases[layer.name])
     for what, (found, expected) in facts.items():
         if found != expected:
             raise ArtifactError(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there.")
     sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
     if min(*sizes, *report.seconds.values(), report.num_unseen_samples, report.batch_size - 1) < 0:
         raise ArtifactError(f"{path}: a count, a time, a norm or a residual is negative. Fetch it again.")
+
+
+def _check_sums(path: Path, report: LayerReport, basis: StoredBasis) -> None:
+    if not report.basis_A_sums and not report.basis_B_sums:  # of an earlier version
+        return
+    sums = basis_sums(report.name, basis)
+    lengths = (basis.basis_A.double().norm(dim=1), basis.basis_B.double().norm(dim=0))
+    widths = (basis.basis_A.shape[1], basis.basis_B.shape[0])
+    for found, expected, length, width in zip(
+        (report.basis_A_sums, report.basis_B_sums), sums, lengths, widths, strict=True
+    ):
+        tolerance = _SUM_TOLERANCE * math.sqrt(width) * length.cpu()
+        if (
+            len(found) != len(expected)
+            or ((torch.tensor(found, dtype=torch.float64) - expected).abs() > tolerance).any()
+        ):
+            raise ArtifactError(
+                f"{path} has other sums over the basis of {report.name} than the stored one. Fetch it again."
+            )
 
 
 def _layer_facts(report: LayerReport, entry: LayerEntry, basis: StoredBasis) -> dict[str, tuple[Any, Any]]:

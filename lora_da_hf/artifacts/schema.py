@@ -160,7 +160,7 @@ def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
         )
     layers = _entries(LayerEntry, fields.get("layers"), source, "layer")
     files = _entries(FileEntry, fields.get("files"), source, "file")
-    rest = {REFITTED_FROM: {}, **{name: value for name, value in fields.items() if name != CHECKSUM}}
+    rest = {name: value for name, value in fields.items() if name != CHECKSUM}
     manifest: Manifest = read_dataclass(Manifest, {**rest, "layers": layers, "files": files}, source)
     _check_files(manifest.files, source)
     _check_layers(manifest, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import logging
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
-from lora_da_hf.artifacts.consistency import StoredBasis, check_adapter, check_bases, check_report
+from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.files import sync
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.schema import (
@@ -29,6 +30,8 @@ from lora_da_hf.artifacts.schema import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     REPORT_FILE,
+    REQUIRED_FILES,
+    STATISTICS_PREFIX,
     FileEntry,
     Manifest,
     parse_manifest,
@@ -36,6 +39,7 @@ from lora_da_hf.artifacts.schema import (
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
 from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
+from lora_da_hf.report import LayerReport, LoRADAReport
 
 __all__ = [
     "PEFT_PREFIX",
@@ -46,6 +50,7 @@ __all__ = [
     "check_base_model",
     "check_file",
     "file_entry",
+    "foreign_files",
     "load_init",
     "load_manifest",
     "read_tensors",
@@ -135,7 +140,7 @@ def write_init(
     *,
     bases: Mapping[str, StoredBasis],
     save_adapter: Callable[[Path], None],
-    save_report: Callable[[Path], None],
+    report: LoRADAReport,
     save_statistics: Callable[[Path], None] | None,
     make_manifest: Callable[[dict[str, FileEntry]], Manifest],
 ) -> Manifest:
@@ -145,13 +150,13 @@ def write_init(
         folder: Where. What is there is replaced.
         bases: By layer.
         save_adapter: Writes the PEFT adapter into the folder that it is given.
-        save_report: Writes the report there.
+        report: Is written there, without local paths and with the sums that tie it to the bases.
         save_statistics: Writes the full statistics there; None: they are not stored.
         make_manifest: Makes the manifest from the entries of all files.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
-        save_report(partial)
+        _with_sums(report, bases).save(partial / REPORT_FILE)
         save_file(basis_tensors(bases), partial / BASIS_FILE, metadata={"format": "pt"})
         if save_statistics is not None:
             save_statistics(partial)
@@ -159,6 +164,24 @@ def write_init(
         manifest = make_manifest(entries)
         (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode("utf-8"))
     return manifest
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the names in the folder of an initialisation that are neither one's nor a card's nor a picture's."""
+    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES}
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in known and not path.name.startswith(STATISTICS_PREFIX) and path.suffix != ".png"
+    )
+
+
+def _with_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> LoRADAReport:
+    layers: list[LayerReport] = []
+    for layer in report.layers:
+        rows, columns = basis_sums(layer.name, bases[layer.name])
+        layers.append(dataclasses.replace(layer, basis_A_sums=rows.tolist(), basis_B_sums=columns.tolist()))
+    return dataclasses.replace(report, layers=layers, artifact=None)
 
 
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:

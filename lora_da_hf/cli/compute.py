@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, new_folder, read
 from lora_da_hf.cli.output import Output, hide_progress_bars
-from lora_da_hf.config import parse_bytes
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
     LOADER_OF_SUFFIX,
@@ -116,15 +114,14 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     if not output.shows_progress:
         hide_progress_bars()
 
-    from lora_da_hf.cli.planning import empty_model, measure_speed, weight_bytes, workload
+    from lora_da_hf.cli.planning import empty_model, measure_speed, usable_bytes, weight_bytes, workload
     from lora_da_hf.pipeline.plan import gibibytes, make_plan
 
     model = empty_model(arguments.model, arguments)
-    budget = settings.memory_budget
     plan = make_plan(
         workload(model, settings, tokens=arguments.tokens),
         num_processes=arguments.world_size,
-        budget={0: math.inf if budget is None else parse_bytes(budget, "memory_budget")},
+        budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
         schedule=settings.schedule,
         solve_alone=settings.save_statistics,
     )

@@ -82,7 +82,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.save import base_model_facts
 
-    model = load_base_model(arguments, output)
+    model = load_base_model(arguments, output, arguments.folder)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
     check_statistics(stored.folder, stored.manifest)
     manifest = stored.manifest

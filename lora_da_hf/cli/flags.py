@@ -86,26 +86,41 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
         ConfigError: if there is something else there, or an initialisation that was not to be replaced.
     """
     from lora_da_hf.artifacts.schema import MANIFEST_FILE
+    from lora_da_hf.artifacts.store import foreign_files
 
     if path.is_file():
         raise ConfigError(f"{path} is a file. Name a folder for the initialisation.")
     if not path.is_dir() or not any(path.iterdir()):
         return path
-    if not (path / MANIFEST_FILE).is_file():
-        raise ConfigError(f"{path} holds other things than an initialisation. Name a new folder.")
+    foreign = foreign_files(path)
+    if not (path / MANIFEST_FILE).is_file() or foreign:
+        what = f" ({foreign[0]})" if foreign else ""
+        raise ConfigError(f"{path} holds other things than an initialisation{what}. Name a new folder.")
     if not overwrite:
         raise ConfigError(f"{path} holds an initialisation already. Name a new folder, or give --overwrite.")
     return path
 
 
-def load_base_model(arguments: argparse.Namespace, output: Output) -> Any:
-    """Load the model that `Flags.loaded_base_model` parsed; None if there is none."""
+def load_base_model(arguments: argparse.Namespace, output: Output, init: Path | None = None) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed; None if there is none.
+
+    Args:
+        arguments: What was parsed.
+        output: Where messages go.
+        init: The initialisation's folder, whose task type says with which head; None: a causal language model.
+    """
     if arguments.base_model is None:
         return None
-    from transformers import AutoModelForCausalLM
+    import transformers
+
+    from lora_da_hf.artifacts.peft_config import read_peft_config
+    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+    from lora_da_hf.hub.cards import auto_class_of
 
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     revision = arguments.model_revision or "main"
-    return AutoModelForCausalLM.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+    task_type = None if init is None else read_peft_config(init / ADAPTER_CONFIG_FILE).get("task_type")
+    auto_class = getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))
+    return auto_class.from_pretrained(arguments.base_model, revision=revision, dtype="auto")

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.cli.flags import read
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.config import LoRADAConfig, parse_bytes
 from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import TargetError
-from lora_da_hf.pipeline.memory import linear_weights, solver_threads
+from lora_da_hf.pipeline.memory import linear_weights, solver_threads, usable_memory
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
@@ -95,6 +95,14 @@ def _width(layer: Any) -> tuple[int, int]:
 def _device() -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def usable_bytes(config: LoRADAConfig, *, num_processes: int) -> float:
+    """Return what the sums of a process may take: the budget, or what `lora-da init` would take on this machine."""
+    if config.memory_budget is not None:
+        return parse_bytes(config.memory_budget, "memory_budget")
+    device = _device()
+    return usable_memory(device) / (num_processes if device.type == "cpu" else 1)
 
 
 def measure_speed(dtype: torch.dtype) -> float:

@@ -39,7 +39,7 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
-        base_model=load_base_model(arguments, output),
+        base_model=load_base_model(arguments, output, arguments.folder),
         progress=output.shows_progress,
     )
     output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")

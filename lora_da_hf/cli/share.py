@@ -44,7 +44,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
         **facts_of_card(arguments),
     )
-    names = ("url", "repo_id", "commit", "pull_request_url", "tag")
+    names = ("url", "repo_id", "commit", "pull_request_url", "tag", "private")
     values = {name: getattr(pushed, name) for name in names}
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
     output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))

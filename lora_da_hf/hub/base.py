@@ -60,13 +60,16 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
         base_model: Name of the base on the Hub, if it was computed from a local copy.
     """
     name = card_facts(init, base_model=base_model).base_id
-    local = init.manifest.base_model["name_or_path"]
+    stored = init.manifest.base_model["name_or_path"]
+    if stored and card_facts(init).base_id is None:
+        advice = (
+            "Give its name there as base_model (--base_model)." if name is None else "The card alone says its name."
+        )
+        _warn(
+            f"The base model is called {stored!r}, which is no name on the Hub: manifest and adapter config are "
+            f"published with it as it is, and nobody can find the base by it. {advice}"
+        )
     if name is None:
-        if local:
-            _warn(
-                f"The base model is called {local!r}, which is no name on the Hub: it is published as it is, and "
-                "nobody can find the base by it. Give its name there as base_model (--base_model)."
-            )
         return BaseFacts()
     try:
         info = api.model_info(name)

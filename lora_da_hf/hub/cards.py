@@ -22,7 +22,7 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError, MissingDependencyError
 from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
-from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_string
+from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_literal
 from lora_da_hf.hub.plots import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
 
 if TYPE_CHECKING:
@@ -114,9 +114,9 @@ def render_card(
             plots=[plot for plot in PLOTS if plot in plots],
             spectra_plot=SPECTRA_PLOT,
             search_plot=SEARCH_PLOT,
-            auto_class=_TASKS.get(facts.task_type or "", (None, "AutoModel"))[1],
+            auto_class=auto_class_of(facts.task_type),
             command=_command(facts),
-            target_modules=sorted(facts.module_types),
+            lora_arguments=facts.lora_arguments or {"target_modules": facts.target_modules},
         )
     )
     return f"---\n{_to_yaml(metadata)}---\n\n{body}"
@@ -138,6 +138,11 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
     except MissingDependencyError as error:
         logger.warning("The card has no plots. %s", error)
         return {}
+
+
+def auto_class_of(task_type: str | None) -> str:
+    """Return the name of the class of transformers that loads the base model for one of PEFT's task types."""
+    return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
 
 
 def is_license(text: str) -> bool:
@@ -179,7 +184,7 @@ def card_metadata(
                 "rank": facts.ranks[-1],
                 "max_rank": facts.max_rank,
                 "alpha": facts.alpha,
-                "target_modules": sorted(map(clean, facts.module_types)),
+                "target_modules": sorted(map(clean, facts.target_modules)),
                 "base_revision": facts.base_revision,
                 "base_fingerprint": facts.base_fingerprint,
                 "n_samples": facts.num_samples,
@@ -234,8 +239,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Callable[..., Any]] = {
         "code": code,
         "text": escape,
-        "python": python_string,
-        "python_list": lambda values: Markdown(f"[{_joined(python_string, values)}]"),
+        "python": python_literal,
         "fixed": lambda value: Markdown(f"{value:.4f}"),
         "short": lambda value: Markdown(f"{value:.4g}"),
         "count": lambda value: Markdown(f"{value:,}"),
@@ -286,7 +290,7 @@ def _command(facts: CardFacts) -> Markdown | None:
     if facts.alpha is not None:
         words += ["--lora_alpha", f"{facts.alpha:g}"]
     words += ["--use_rslora"] if facts.uses_rslora else []
-    words += ["--target_modules", *sorted(map(clean, facts.module_types)), f"--{_FLAG_PREFIX}seed", str(facts.seed)]
+    words += ["--target_modules", *sorted(map(clean, facts.target_modules)), f"--{_FLAG_PREFIX}seed", str(facts.seed)]
     for setting in dataclasses.fields(LoRADAConfig):
         value = getattr(facts.config, setting.name)
         if value != setting.default and setting.name != "seed":

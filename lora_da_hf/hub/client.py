@@ -68,7 +68,9 @@ def _reason(error: Exception) -> str:
         return _refusal(refusal)
     if any(isinstance(cause, HTTPError) for cause in _causes(error)):
         return "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."
+    if isinstance(error, LocalEntryNotFoundError):
         return "it is not completely in the cache, and the network is off. Pull it once with the network on."
     return f"{text}. Correct that and try again."
 

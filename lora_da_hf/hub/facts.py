@@ -14,11 +14,20 @@ from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, FileEn
 from lora_da_hf.artifacts.statistics_store import STATISTICS_PREFIX
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.stored_report import read_report
-from lora_da_hf.artifacts.strict_json import parse_json
+from lora_da_hf.artifacts.strict_json import fits, parse_json
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LoRADAReport
+
+_LORA_ARGUMENTS: dict[str, Any] = {
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "target_modules": list[str],
+    "target_parameters": list[str],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,10 @@ class CardFacts:
         kind: Of the manifest.
         created: When it was computed.
         ranks: Ranks of the adapter, ascending.
+        default_rank: `r` of the adapter: of the layers that no pattern names.
         max_rank: Rank that is stored for every layer.
         alpha: `lora_alpha` of the adapter.
+        lora_arguments: What else a `LoraConfig` of the same layers and scalings is made with.
         task_type: PEFT's task type.
         uses_rslora: Whether the scaling is ``alpha / sqrt(r)``.
         module_types: Last part of the layers' names, with their number.
@@ -63,8 +74,10 @@ class CardFacts:
     kind: str
     created: str
     ranks: list[int]
+    default_rank: int
     max_rank: int
     alpha: float | None
+    lora_arguments: dict[str, Any]
     task_type: str | None
     uses_rslora: bool
     module_types: dict[str, int]
@@ -82,6 +95,11 @@ class CardFacts:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     report: LoRADAReport
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Names that PEFT finds the layers by; those of their kinds if its configuration has none."""
+        return self.lora_arguments.get("target_modules") or sorted(self.module_types)
 
     @property
     def num_bytes(self) -> int:
@@ -116,8 +134,10 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         kind=manifest.kind,
         created=manifest.created,
         ranks=sorted({layer.rank for layer in layers}),
+        default_rank=_count(adapter.get("r")) or max(layer.rank for layer in layers),
         max_rank=max(layer.max_rank for layer in layers),
         alpha=_number(adapter.get("lora_alpha")),
+        lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
         uses_rslora=adapter.get("use_rslora") is True,
         module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
@@ -136,6 +156,12 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         files=manifest.files,
         report=read_report(init.folder / REPORT_FILE),
     )
+
+
+def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
+    """Return what an adapter's configuration says of layers, ranks and kind, where it is of PEFT's types."""
+    found = {name: adapter[name] for name, hint in _LORA_ARGUMENTS.items() if fits(adapter.get(name), hint)}
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items() if value}
 
 
 def layer_type(name: str) -> str:

@@ -56,6 +56,13 @@ def code(value: Any) -> Markdown:
     return Markdown(f"`{text}`" if text else "*(empty)*")
 
 
-def python_string(value: Any) -> Markdown:
-    """Return a value as a Python string literal, for a fenced block."""
+def python_literal(value: Any) -> Markdown:
+    """Return a text, a number, or a list or mapping of them, as a Python literal for a fenced block."""
+    if isinstance(value, list):
+        return Markdown(f"[{', '.join(map(python_literal, value))}]")  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, dict):
+        pairs = (f"{python_literal(key)}: {python_literal(entry)}" for key, entry in value.items())  # pyright: ignore[reportUnknownVariableType]
+        return Markdown(f"{{{', '.join(pairs)}}}")
+    if isinstance(value, (bool, int, float)):
+        return Markdown(repr(value))
     return Markdown(json.dumps(clean(value), ensure_ascii=False).replace("`", "\\x60"))

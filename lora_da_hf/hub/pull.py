@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.statistics_store import check_statistics
-from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, load_init
+from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, foreign_files, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.refit import cut_init
@@ -173,7 +173,10 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
+    if not folder.exists():
+        return
+    is_init = (folder / MANIFEST_FILE).is_file() and not foreign_files(folder)
+    if not is_init and (folder.is_file() or any(folder.iterdir())):
         raise ConfigError(
             f"local_dir={str(folder)!r} holds something else, which would be replaced. Name a new folder."
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
 from lora_da_hf.artifacts.statistics_store import check_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import CardError, HubError
+from lora_da_hf.errors import CardError, HubError, LoRADAError
 from lora_da_hf.hub.base import base_facts
 from lora_da_hf.hub.client import check_tree, hub_errors, make_api
 from lora_da_hf.hub.page import license_of, own_page, render_page
@@ -131,10 +132,11 @@ def push_init(
             create_pr=create_pr,
             parent_commit=parent_commit or head.sha,
         )
-        pushed = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
-        _check_visibility(pushed, private=private)
-        check_tree(stored.manifest, pushed)
-        tagged = not create_pr and revision in (None, _MAIN) and _move_tag(api, repo_id, commit.oid)
+        with _naming(commit.oid), hub_errors(f"Checking what was pushed to {repo_id}"):
+            pushed = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
+            _check_visibility(pushed, private=private)
+            check_tree(stored.manifest, pushed)
+            tagged = not create_pr and revision in (None, _MAIN) and _move_tag(api, repo_id, commit.oid)
     return PushedInit(
         repo_id=repo_id,
         url=commit.commit_url,
@@ -144,6 +146,15 @@ def push_init(
         changed=commit.oid != head.sha,
         private=bool(pushed.private),
     )
+
+
+@contextlib.contextmanager
+def _naming(commit: str) -> Generator[None]:
+    """Add to an error that the commit was made before it."""
+    try:
+        yield
+    except LoRADAError as error:
+        raise type(error)(f"{error} The commit {commit} is on the Hub all the same.") from error
 
 
 def _refuse_facts(facts: Mapping[str, Any]) -> None:

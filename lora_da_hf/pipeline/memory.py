@@ -100,8 +100,13 @@ def _budget(job: Job) -> list[float]:
         return [parse_bytes(job.config.memory_budget, "memory_budget")] * len(devices)
     places = [f"{platform.node()} {device}" for device in devices]
     sharers = Counter(place for of_process in job.ranks.gather(places) for place in of_process)
-    mine = [free_memory(device) * _USABLE / sharers[place] for device, place in zip(devices, places, strict=True)]
+    mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
     return [min(of_device) for of_device in zip(*job.ranks.gather(mine), strict=True)]
+
+
+def usable_memory(device: torch.device) -> float:
+    """Return the bytes that sums may take on a device if no budget is given: infinity if it does not tell."""
+    return free_memory(device) * _USABLE
 
 
 def free_memory(device: torch.device) -> float:

@@ -123,7 +123,7 @@ def write_refit(refit: Refit, output_dir: Path, solved_with: list[str]) -> Store
         output_dir,
         bases=refit.bases,
         save_adapter=save_adapter,
-        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
+        report=report,
         save_statistics=copy_statistics if refit.config.save_statistics else None,
         make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
     )

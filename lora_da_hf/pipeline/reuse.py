@@ -230,7 +230,14 @@ def _solution(basis: StoredBasis, report: LayerReport, device: torch.device) -> 
 
 
 def _layer_report(target: Target, stored: LayerReport) -> LayerReport:
-    return dataclasses.replace(stored, rank=target.rank, peft_scaling=target.peft_scaling, notes=list(stored.notes))
+    return dataclasses.replace(
+        stored,
+        rank=target.rank,
+        peft_scaling=target.peft_scaling,
+        notes=list(stored.notes),
+        basis_A_sums=[],
+        basis_B_sums=[],
+    )
 
 
 def _write_without_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], *, given_step: bool) -> None:

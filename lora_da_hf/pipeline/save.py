@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -13,12 +12,13 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_da_hf.adapters.ranks_per_layer import layers_in_patterns
 from lora_da_hf.adapters.targets import Target, TargetScan, base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
 from lora_da_hf.artifacts.peft_config import in_names
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, IDENTITY, REPORT_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, IDENTITY, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import StoredBasis, write_init
 from lora_da_hf.distributed.parameters import gathered, is_partitioned, read_full
@@ -27,6 +27,7 @@ from lora_da_hf.losses import base_model_of
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 
+_OF_ADAPTER = ("lora_", ".modules_to_save.", ".token_adapter.")
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -100,7 +101,7 @@ def save_init(
         folder,
         bases=bases,
         save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state),
-        save_report=lambda path: dataclasses.replace(report, artifact=None).save(path / REPORT_FILE),  # no local path
+        report=report,
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
         make_manifest=make_manifest,
     )
@@ -136,12 +137,26 @@ def _layer_entry(target: Target, solution: LayerSolution, report: LayerReport, l
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the whole parameters of the base model, one by one, under the names that they have without an adapter."""
+    """Yield the whole parameters of the base model, one by one, under the names that they have without an adapter.
+
+    Heads are left out but for output embeddings: a classification head is random each time that a base is loaded, and a
+    plain base does not tell which of its modules an adapter will train in full.
+    """
+    heads = _head_parameters(base_model_of(model))
     for name, parameter in model.named_parameters():
-        if "lora_" not in name and ".modules_to_save." not in name:
+        if not any(part in name for part in _OF_ADAPTER) and id(parameter) not in heads:
             parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
             with gathered(parameter) as whole:
                 yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), whole
+
+
+def _head_parameters(model: Any) -> set[int]:
+    """Return the identities of the parameters that are neither in the backbone nor output embeddings."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    pretrained = [model.base_model, model.get_output_embeddings()]
+    known = {id(parameter) for module in pretrained if module is not None for parameter in module.parameters()}
+    return {id(parameter) for parameter in model.parameters()} - known
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:

@@ -34,6 +34,8 @@ SOLVED_AGAIN_WITH = "solved_again_with"
 """Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
 
 _SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
+_PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
+"""How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
 _FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
 
 
@@ -60,7 +62,8 @@ def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConf
             "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
             "writes."
         )
-    wanted = {name: getattr(given, name) for name in changed_settings(given, LoRADAConfig())}
+    changed = [name for name in changed_settings(given, LoRADAConfig()) if name not in _PASS_SETTINGS]
+    wanted = {name: getattr(given, name) for name in changed}
     fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
     if fixed:
         raise ConfigError(
@@ -86,7 +89,7 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     fixed = [
         name
         for name in changed_settings(given, stored)
-        if name not in free and getattr(given, name) != getattr(default, name)
+        if name not in (*free, *_PASS_SETTINGS) and getattr(given, name) != getattr(default, name)
     ]
     if fixed:
         raise ConfigError(

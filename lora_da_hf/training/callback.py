@@ -17,13 +17,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
-from lora_da_hf.artifacts.schema import REPORT_FILE
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import atomic_folder
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
+from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
@@ -36,6 +37,8 @@ TrainerLoss = Callable[..., Any]
 """A loss as `Trainer.compute_loss` takes and returns it."""
 
 INIT_FOLDER = "lora_da"
+USE_FOLDER = "lora_da_init_from"
+"""For the report of a run with `init_from`, where `INIT_FOLDER` holds an initialisation."""
 
 _USE_OURS = " In one process or under DDP, LoRADATrainer does it before it makes its optimizer."
 
@@ -50,7 +53,8 @@ class LoRADACallback(TrainerCallback):
     `initialize_lora_da` before the trainer is made.
 
     With ``init_from`` there is no pass over data: the adapter starts from a stored initialisation, and only the report
-    is written. The model gets a tag ``lora_da_init:<repo@commit>``, which Trainer, TRL and PEFT put on its card.
+    is written: to that folder or, where it holds an initialisation, to ``output_dir/lora_da_init_from``. The model gets
+    a tag ``lora_da_init:<repo@commit>``, which Trainer, TRL and PEFT put on its card.
 
     A callback does not get the trainer. Give it ``compute_loss=trainer.compute_loss`` (or set the attribute after the
     trainer was made) if the trainer's loss is not the one that the model returns; `LoRADATrainer` does that by itself.
@@ -131,7 +135,7 @@ class LoRADACallback(TrainerCallback):
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
             mark_initialized(model, name)
-            self._recall_report(folder)
+            self._recall_report(folder if self.init_from is None else _folder_of_report(folder))
             self._tag(model, self.report)
             return
         if was_initialized(model, name):
@@ -206,12 +210,14 @@ class LoRADACallback(TrainerCallback):
     ) -> LoRADAReport:
         """Start from the stored initialisation, and leave the report where a resumed run finds it."""
         ranks = Ranks.current()
+        is_pulled = any(ranks.gather(not Path(init_from).is_dir()))
+        facts = base_model_facts(model) if is_pulled else None  # takes all processes, and a pull may fail in one
         with ranks.together("search for the initialisation"):
-            init = find_init(init_from, model)
+            init = find_init(init_from, facts)
         report = apply_init(model, init, samples=samples, **settings)
         with ranks.together("writing of the report"):
             if ranks.is_main:
-                with atomic_folder(folder) as partial:
+                with atomic_folder(_folder_of_report(folder)) as partial:
                     dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         return report
 
@@ -257,6 +263,11 @@ class LoRADACallback(TrainerCallback):
                 "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
                 "trainer.compute_loss to use the trainer's."
             )
+
+
+def _folder_of_report(folder: Path) -> Path:
+    """Return where the report of a run with `init_from` goes: beside an initialisation that is there, never over it."""
+    return folder.with_name(USE_FOLDER) if (folder / MANIFEST_FILE).exists() else folder
 
 
 def _is_dispatched(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ logger = logging.getLogger(__name__)
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
-def find_init(init_from: str | Path, model: nn.Module) -> Path | PulledInit:
+def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Path | PulledInit:
     """Return the folder that ``init_from`` names or, if there is none, what the Hub has under that name.
 
     Args:
         init_from: A folder, or ``user/repo`` or ``user/repo@revision``.
-        model: The model that it is for, which is compared with the initialisation's base before anything large is
-            fetched.
+        base_model: Facts of the model that it is for, which are compared with the initialisation's base before anything
+            large is fetched. All processes must have taken them together, since parameters may be partitioned.
 
     Raises:
         ConfigError: if there is no such folder and it is no name of a repository.
@@ -40,7 +41,7 @@ def find_init(init_from: str | Path, model: nn.Module) -> Path | PulledInit:
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     repo_id, _, revision = init_from.partition("@")
     hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
-    return hub.pull_init(repo_id, base_model=model, **({"revision": revision} if revision else {}))
+    return hub.pull_init(repo_id, base_model=base_model, **({"revision": revision} if revision else {}))
 
 
 def tag_with_init(model: nn.Module, init_from: str) -> None:

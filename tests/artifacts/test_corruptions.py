@@ -30,7 +30,7 @@ many = settings(max_examples=550, deadline=None, suppress_health_check=list(Heal
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return make_init(tmp_path_factory.mktemp("original") / "init")
+    return make_init(tmp_path_factory.mktemp("original") / "init", max_rank=6)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,18 @@ def exchanged_rows(folder, draw):
     forge(folder)
 
 
+def turned_direction(folder, draw):
+    """Change the sign of one direction in one of the two parts of a basis, beyond the adapter's rank too."""
+
+    def change(tensors):
+        name = draw(st.sampled_from(sorted(name for name in tensors if "basis_" in name)))
+        directions = tensors[name] if "basis_A" in name else tensors[name].mT
+        directions[draw(st.integers(0, len(directions) - 1))] *= -1
+
+    change_tensors(folder / BASIS_FILE, change)
+    forge(folder)
+
+
 def exchanged_tensors(folder, draw):
     def change(tensors):
         first, second = draw(st.lists(st.sampled_from(sorted(tensors)), min_size=2, max_size=2, unique=True))
@@ -228,6 +240,20 @@ def other_tensors(folder, draw):
 
     change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
     forge(folder)
+
+
+def keep_base_weight(folder, name):
+    """Add a base weight to the adapter, and list its whole name among the layers that keep PEFT's initialisation."""
+    report = json.loads((folder / REPORT_FILE).read_text())
+    report["kept"][name] = "so"
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    change_tensors(folder / ADAPTER_FILE, lambda t: t.update({f"base_model.model.{name}": torch.zeros(80, 48)}))
+    forge(folder, lambda values: values["kept"].update({name: "so"}))
+
+
+def kept_base_weight(folder, draw):
+    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", f"{LAYER}.weight", "x"]
+    keep_base_weight(folder, draw(st.sampled_from(names)))
 
 
 def other_header(folder, draw):
@@ -428,12 +454,14 @@ def mistyped_report(values, draw):
 
 
 def incomplete_report(values, draw):
-    paths = [path for path in leaves(values) if path[0] != "seconds" and path[0] != "search"]
+    """Leave out what has no default, or another one than what is stored."""
+    paths = [path for path in leaves(values) if path[0] in SAID_TWICE and not set(path) & {"update_norm", "notes"}]
     path = draw(st.sampled_from(paths))
     path = path[: draw(st.integers(1, len(path)))]
     at(values, path[:-1]).pop(path[-1])
 
 
+SAID_TWICE = ("layers", "config", "step_size", "data_fingerprint", "num_samples", "population_size")
 FREE = ("notes", "solver", "residual", "displacement_norm", "update_norm", "loss_reduction", "batch_size", "artifact")
 
 
@@ -529,6 +557,8 @@ CORRUPTIONS = [
     exchanged_tensors,
     impossible_statistics,
     other_tensors,
+    kept_base_weight,
+    turned_direction,
     other_header,
     contradicting_manifest,
     mistyped_manifest,
@@ -578,6 +608,51 @@ def test_a_base_weight_in_the_adapter_is_refused(original, place):
     forge(folder)
     with pytest.raises(ArtifactError, match=f"'{key}' is no tensor of this adapter"):
         load_init(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_base_weight_of_the_name_of_a_kept_layer_is_refused(original, place, name):
+    folder = fresh_copy(original, place)
+    keep_base_weight(folder, name)
+    with pytest.raises(ArtifactError, match=f"'base_model.model.{name}' is no tensor of this adapter"):
+        load_init(folder)
+
+
+def turn_a_column(tensors):
+    tensors[f"{LAYER}.basis_B"][:, 5] *= -1
+
+
+def turn_a_row(tensors):
+    tensors[f"{LAYER}.basis_A"][5] *= -1
+
+
+def exchange_rows(tensors):
+    tensors[f"{LAYER}.basis_A"][[4, 5]] = tensors[f"{LAYER}.basis_A"][[5, 4]]
+
+
+@pytest.mark.parametrize("change", [turn_a_column, turn_a_row, exchange_rows])
+def test_a_direction_beyond_the_adapter_s_rank_is_tied_to_the_report(original, place, change):
+    folder = fresh_copy(original, place)
+    change_tensors(folder / BASIS_FILE, change)
+    forge(folder)
+    with pytest.raises(ArtifactError, match=f"has other sums over the basis of {LAYER} than the stored one"):
+        load_init(folder)
+
+
+def test_a_report_of_an_earlier_version_is_read(original, place, base):
+    folder = fresh_copy(original, place)
+    report = json.loads((folder / REPORT_FILE).read_text())
+    for layer in report["layers"]:
+        del layer["basis_A_sums"], layer["basis_B_sums"]
+    del report["plan"]
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    forge(folder)
+    use(folder, base)
+    report["later"] = 1
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    forge(folder)
+    with pytest.raises(ArtifactError, match="expected the fields"):
+        use(folder, base)
 
 
 def test_an_adapter_in_another_precision_is_accepted(original, place):

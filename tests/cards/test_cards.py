@@ -11,6 +11,7 @@ from card_facts import COMMIT, LAYERS, make_manifest, make_report
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
+from peft import LoraConfig
 
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
@@ -284,3 +285,32 @@ def test_a_malformed_report_is_refused(stored, change):
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"lora_da_report\.json"):
         render_card(init, license=None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["v_proj", "q_proj"]},
+        {"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 2},
+            "alpha_pattern": {"q_proj": 3.5},
+        },
+    ],
+)
+def test_the_lines_of_use_make_the_stored_adapter(stored, tmp_path, settings):
+    config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **settings)
+    layers = (*LAYERS, "model.layers.0.mlp.experts[0]", "model.layers.0.mlp.experts.base_layer[3]")
+    config.save_pretrained(tmp_path)
+    adapter = json.loads((tmp_path / "adapter_config.json").read_text())
+    card = render_card(
+        stored(manifest=make_manifest(layers), report=make_report(layers), adapter=adapter), license=None
+    )
+    call = card[card.index("LoraConfig(\n") : card.index("trainer = ")]
+    made = eval(call, {"LoraConfig": LoraConfig})
+    for name in ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+        assert getattr(made, name) == getattr(config, name)
+    for name in ("target_modules", "target_parameters"):
+        assert set(getattr(made, name) or ()) == set(settings.get(name, ()))

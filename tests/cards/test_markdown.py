@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from lora_da_hf.errors import CardError
-from lora_da_hf.hub.markdown import MAX_LENGTH, clean, code, escape, python_string
+from lora_da_hf.hub.markdown import MAX_LENGTH, clean, code, escape, python_literal
 
 PARSER = MarkdownIt("commonmark").enable("table")
 HOSTILE = [
@@ -70,7 +70,7 @@ def test_no_text_leaves_its_cell(name, value):
 
 @given(st.text(max_size=80))
 def test_python_strings_are_literals_of_one_line(text):
-    literal = python_string(text)
+    literal = python_literal(text)
     assert ast.literal_eval(literal) == clean(text)
     assert "\n" not in literal
     assert "`" not in literal

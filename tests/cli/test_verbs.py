@@ -13,7 +13,9 @@ from walkthrough import write_sums
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.cli.flags import load_base_model
 from lora_da_hf.cli.main import VERBS, make_parser
+from lora_da_hf.cli.output import Output
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -63,13 +65,17 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [({"notes.txt": "mine"}, "holds other things"), ({"lora_da_manifest.json": "{}"}, "give --overwrite")],
+    ("content", "flags", "message"),
+    [
+        ({"notes.txt": "mine"}, [], "holds other things"),
+        ({"lora_da_manifest.json": "{}"}, [], "give --overwrite"),
+        ({"lora_da_manifest.json": "{}", "thesis.tex": "mine"}, ["--overwrite"], "holds other things than an init"),
+    ],
 )
-def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, message):
+def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, flags, message):
     for name, text in content.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL)
+    code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL, *flags)
     assert code == 1
     assert message in err
     assert {path.name for path in tmp_path.iterdir()} == set(content)
@@ -108,6 +114,14 @@ def test_plan_says_before_what_init_says_then(lora_da, stored, place):
     assert code == 0, err
     assert out.split("; about")[0] == read_report(stored / "lora_da_report.json").plan.split("; about")[0]
     assert "at this machine's speed; besides, " in out
+
+
+def test_plan_takes_as_much_memory_as_init_would(lora_da, place, monkeypatch):
+    monkeypatch.setattr("lora_da_hf.pipeline.memory.free_memory", lambda device: 300 * 1024)
+    code, out, err = lora_da("plan", place / "model", "--da_schedule", "samples", "--json")
+    assert code == 0, err
+    assert json.loads(out)["passes"] > 1
+    assert json.loads(out)["peak_bytes"] <= 200 * 1024
 
 
 def test_plan_reads_a_config_alone_and_keeps_to_a_budget(lora_da, place, tmp_path):
@@ -195,6 +209,21 @@ def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_l
     assert "the model differs" in err
 
 
+def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, tmp_path):
+    import transformers
+
+    loaded = []
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        load = SimpleNamespace(from_pretrained=lambda *_, name=name, **__: loaded.append(name))
+        monkeypatch.setattr(transformers, name, load)
+    arguments = make_parser().parse_args(["verify", str(tmp_path), "--base_model", "org/base"])
+    for task_type in ("SEQ_CLS", "CAUSAL_LM", None):
+        config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "task_type": task_type}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        load_base_model(arguments, Output(quiet=True), tmp_path)
+    assert loaded == ["AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForCausalLM"]
+
+
 def test_card_goes_to_stdout(lora_da, stored):
     words = ["--license", "mit", "--datasets", "gsm8k", "two words", "--language", "en", "--hardware", "two cores"]
     code, out, err = lora_da("card", stored, *words, "--base_model", "org/model")
@@ -273,7 +302,12 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
 
 
 PUSHED = SimpleNamespace(
-    url="https://hub.example/user/name", repo_id="user/name", commit="c" * 40, pull_request_url=None, tag="v1"
+    url="https://hub.example/user/name",
+    repo_id="user/name",
+    commit="c" * 40,
+    pull_request_url=None,
+    tag="v1",
+    private=True,
 )
 
 

@@ -221,8 +221,9 @@ def test_a_repo_that_is_made_public_during_the_push_is_an_error(hub, push):
         hub.repos[REPO].private = False
 
     hub.before_commit = publish
-    with pytest.raises(HubError, match="alice/init is public, and private=True was asked for"):
+    with pytest.raises(HubError, match="alice/init is public, and private=True was asked for") as caught:
         push()
+    assert f"The commit {hub.repos[REPO].branches['main']} is on the Hub all the same" in str(caught.value)
 
 
 def make_base(hub, text, **settings):
@@ -402,7 +403,8 @@ def test_a_base_that_is_a_folder_is_warned_about_and_not_asked_for(hub, init, pu
         push(card=None)
     assert not hub.seen(contains="tiny") + hub.seen(contains="models/base")
     make_base(hub, "license: mit")
-    push(card=None, base_model="org/base")
+    with pytest.warns(UserWarning, match=f"called '{name}', .*The card alone says its name"):
+        push(card=None, base_model="org/base")
     assert metadata_of(hub)["license"] == "mit"
 
 
@@ -635,6 +637,9 @@ def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
     (folder / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
         pull(local_dir=folder)
+    (folder / "lora_da_manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
+        pull(local_dir=folder)
     (folder / "thesis.tex").unlink()
     assert pull(local_dir=folder).folder == pull(local_dir=folder).folder == folder
 
@@ -689,6 +694,8 @@ def test_endpoint_and_token_come_from_the_environment_and_offline_too(hub, push,
     assert found.stdout.split() == [pushed.commit, REPO], found.stderr
     hub.close()
     assert run(script, HF_HUB_OFFLINE="1").stdout.split() == [pushed.commit]
+    listing = "from lora_da_hf.hub import list_inits\nlist_inits()"
+    assert "the network is off (HF_HUB_OFFLINE), and this needs the Hub" in run(listing, HF_HUB_OFFLINE="1").stderr
 
 
 # Listing

@@ -12,6 +12,7 @@ from harness import (
     assert_same_tensors,
     assert_updates_equal,
     collate,
+    collate_classes,
     dense_updates,
     factors,
     make_config,
@@ -21,7 +22,13 @@ from harness import (
     written_updates,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
@@ -36,7 +43,8 @@ from lora_da_hf.errors import (
     ConfigError,
     TargetError,
 )
-from lora_da_hf.pipeline.stored import manifest_digest
+from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
 
@@ -55,6 +63,60 @@ def with_manifest(folder, **changes):
     """Return what is stored, with changes to its manifest."""
     stored = load_init(folder)
     return dataclasses.replace(stored, manifest=dataclasses.replace(stored.manifest, **changes))
+
+
+# The base
+
+
+def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
+    tiny_llama(name_or_path="base").model.save_pretrained(tmp_path / "base")
+
+    def load(seed):
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
+
+    first, second = load(0), load(1)
+    assert not torch.equal(first.score.weight, second.score.weight)
+    store_init(
+        tmp_path / "init",
+        lora_model(model=first, r=4, task_type="SEQ_CLS", target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        [{**sample, "labels": number % 2} for number, sample in enumerate(make_learnable_samples(24))],
+        collate=collate_classes,
+        step_size=0.1,
+        max_rank=None,
+    )
+    facts = base_model_facts(second)
+    check_base_model(load_init(tmp_path / "init").manifest, facts)
+    adapted = lora_model(model=second, r=4, task_type="SEQ_CLS", target_modules=["q_proj"])
+    assert base_model_facts(adapted) == facts
+    assert len(apply_init(adapted, tmp_path / "init").layers) == 2
+    with torch.no_grad():
+        second.model.norm.weight += 1
+    assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
+
+
+def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_full(tiny_llama, lora_model):
+    facts = base_model_facts(tiny_llama())
+    adapted = lora_model(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert base_model_facts(adapted) == facts
+    other = tiny_llama()
+    with torch.no_grad():
+        other.lm_head.weight += 1
+    assert base_model_facts(other)["weights_sha256"] != facts["weights_sha256"]
+
+
+# How a pass would be made
+
+
+@pytest.mark.parametrize("setting", [{"memory_budget": "1GiB"}, {"schedule": "layers"}, {"statistics_save_steps": 5}])
+def test_how_a_pass_is_made_may_be_said_where_there_is_none(stored_init, setting):
+    manifest = load_init(stored_init).manifest
+    stored = LoRADAConfig.from_dict(manifest.config)
+    used = config_for_use(manifest, LoRADAConfig(**setting))
+    assert changed_settings(used, dataclasses.replace(stored, rank_budget=None)) == []
+    refitted = config_for_refit(manifest, LoRADAConfig(input_damping=0.5, **setting))
+    assert [getattr(refitted, name) for name in setting] == [getattr(stored, name) for name in setting]
+    assert refitted.input_damping == 0.5
 
 
 # The weights

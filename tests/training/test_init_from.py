@@ -21,6 +21,7 @@ import lora_da_hf.training.callback
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, apply_init
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import BaseModelMismatchError, ConfigError
+from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
 
@@ -92,6 +93,18 @@ def test_training_starts_from_the_stored_initialisation(tmp_path, stored_init, l
     assert [(entry["step"], entry["lora_da_step_size"]) for entry in logged] == [(0, report.step_size)]
     assert [path.name for path in (tmp_path / "out" / "lora_da").iterdir()] == ["lora_da_report.json"]
     assert str(stored_init) not in (tmp_path / "out" / "lora_da" / "lora_da_report.json").read_text()
+
+
+def test_an_initialisation_in_the_output_folder_is_kept(tmp_path, stored_init, lora_model, no_pass):
+    folder = shutil.copytree(stored_init, tmp_path / "lora_da")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, lora_model(r=4), arguments=arguments, init_from=folder)
+    trainer.train()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    resumed = make_trainer(tmp_path, lora_model(r=4), arguments=arguments, init_from=folder)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.lora_da_report.init_from == trainer.lora_da_report.init_from
 
 
 def test_the_callback_does_the_same_in_any_trainer(tmp_path, stored_init, lora_model, no_pass):
@@ -206,7 +219,7 @@ def test_searching_without_an_initialisation_is_an_error():
 def test_a_name_that_is_no_folder_is_pulled(tmp_path, lora_model, pulls, name, call):
     trainer = make_trainer(tmp_path, lora_model(r=4), init_from=name)
     trainer.train()
-    assert pulls == [(*call, trainer.model)]
+    assert pulls == [(*call, base_model_facts(trainer.model))]
     assert trainer.lora_da_report.init_from == f"{call[0]}@c0ffee"
 
 
