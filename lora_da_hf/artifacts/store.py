@@ -39,7 +39,7 @@ from lora_da_hf.artifacts.schema import (
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
 from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LoRADAReport
 
 __all__ = [
     "PEFT_PREFIX",
@@ -150,13 +150,14 @@ def write_init(
         folder: Where. What is there is replaced.
         bases: By layer.
         save_adapter: Writes the PEFT adapter into the folder that it is given.
-        report: Is written there, without local paths and with the sums that tie it to the bases.
+        report: Gets the sums that tie it to the bases, and is written there without local paths.
         save_statistics: Writes the full statistics there; None: they are not stored.
         make_manifest: Makes the manifest from the entries of all files.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
-        _with_sums(report, bases).save(partial / REPORT_FILE)
+        _note_sums(report, bases)
+        dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         save_file(basis_tensors(bases), partial / BASIS_FILE, metadata={"format": "pt"})
         if save_statistics is not None:
             save_statistics(partial)
@@ -176,12 +177,10 @@ def foreign_files(folder: Path) -> list[str]:
     )
 
 
-def _with_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> LoRADAReport:
-    layers: list[LayerReport] = []
+def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:
     for layer in report.layers:
         rows, columns = basis_sums(layer.name, bases[layer.name])
-        layers.append(dataclasses.replace(layer, basis_A_sums=rows.tolist(), basis_B_sums=columns.tolist()))
-    return dataclasses.replace(report, layers=layers, artifact=None)
+        layer.basis_A_sums, layer.basis_B_sums = rows.tolist(), columns.tolist()
 
 
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:

@@ -216,7 +216,8 @@ def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, tmp_path):
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         load = SimpleNamespace(from_pretrained=lambda *_, name=name, **__: loaded.append(name))
         monkeypatch.setattr(transformers, name, load)
-    arguments = make_parser().parse_args(["verify", str(tmp_path), "--base_model", "org/base"])
+    verb = next(verb for verb in VERBS if verb.name == "verify")
+    arguments = make_parser(verb).parse_args(["verify", str(tmp_path), "--base_model", "org/base"])
     for task_type in ("SEQ_CLS", "CAUSAL_LM", None):
         config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "task_type": task_type}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))

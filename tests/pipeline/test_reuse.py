@@ -79,7 +79,7 @@ def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
     assert not torch.equal(first.score.weight, second.score.weight)
     store_init(
         tmp_path / "init",
-        lora_model(model=first, r=4, task_type="SEQ_CLS", target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        lora_model(model=first, r=4, task_type="SEQ_CLS", target_modules=["q_proj"]),
         [{**sample, "labels": number % 2} for number, sample in enumerate(make_learnable_samples(24))],
         collate=collate_classes,
         step_size=0.1,
