@@ -42,7 +42,7 @@ class LayerReport:
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
         notes: What had to be done beyond the ordinary.
         basis_A_sums: A weighted sum of each row of the stored ``basis_A``, which shows whether it was changed. Empty in
-            reports that are not of a stored initialisation, or of one that an earlier version wrote.
+            reports of what was not stored, of processes that did not store it, and of earlier versions.
         basis_B_sums: The same of each column of ``basis_B``.
     """
 
