@@ -14,13 +14,15 @@ blocks of cells, each of which is every combination of its methods, learning rat
 that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
-again, so the command can be stopped at any time and goes on when it is given again. Peak memory is to be compared only
-between cells that ran with `--isolate`. `--plan` says what is left and how
+again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
+rate or steps start from one initialisation, which is made once. Peak memory is to be compared only between cells that
+ran with `--isolate`, each of which makes its own. `--plan` says what is left and how
 long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import hashlib
@@ -76,6 +78,18 @@ SHARED: dict[str, Any] = {
 """Settings of all cells, with their defaults. ``evaluations`` are spread over the steps, beside the one at step 0;
 ``num_train`` samples are drawn from the training set by the seed (None: all); ``accuracy_samples`` answers are
 generated at the end and compared in what the pattern finds last in them."""
+
+TRAINING = (
+    "learning_rate",
+    "steps",
+    "warmup",
+    "max_grad_norm",
+    "evaluations",
+    "accuracy_samples",
+    "max_new_tokens",
+    "answer_pattern",
+)
+"""Settings of a cell that its initialisation does not depend on."""
 
 PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
 
@@ -247,20 +261,57 @@ class Subject:
 # ---- one cell
 
 
-def run_cell(cell: dict[str, Any], subject: Subject) -> dict[str, Any]:
-    """Initialise, train and evaluate.
+def training_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    Returns:
-        What was measured. Losses that are not finite are None.
+
+@dataclass(kw_only=True)
+class Start:
+    """An initialised model.
+
+    Attributes:
+        model: It, with trainable parameters in float32.
+        setup: What it was made of.
+        notes: What the method noted.
+        cost: Seconds and memory of its initialisation.
     """
-    base = subject.load_model().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    model: nn.Module
+    setup: Setup
+    notes: dict[str, Any]
+    cost: dict[str, Any]
+
+
+class LastStart:
+    """The initialised model of the cell before, kept on the CPU for cells that start from the same."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.kept: Start | None = None
+
+    def get(self, cell: dict[str, Any], subject: Subject) -> tuple[Start, bool]:
+        """Return a copy of the start of a cell, and whether it had been made before."""
+        key = json.dumps({name: value for name, value in cell.items() if name not in TRAINING}, sort_keys=True)
+        reused = key == self.key and self.kept is not None
+        if not reused:
+            self.kept = None
+            self.kept, self.key = make_start(cell, subject), key
+        assert self.kept is not None
+        model = copy.deepcopy(self.kept.model).to(training_device())
+        return dataclasses.replace(self.kept, model=model), reused
+
+
+def make_start(cell: dict[str, Any], subject: Subject) -> Start:
+    """Initialise, and move the model to the CPU."""
+    device = training_device()
+    base = subject.load_model().to(device)
     samples = subject.train
     if cell["num_train"] is not None:
         samples = random.Random(cell["seed"]).sample(samples, cell["num_train"])
     setup = Setup(
         model=base,
         samples=samples,
-        collate=lambda batch: {name: value.to(base.device) for name, value in pad_samples(batch).items()},
+        collate=lambda batch: {name: value.to(device) for name, value in pad_samples(batch).items()},
         lora={
             "r": cell["rank"],
             "lora_alpha": cell["alpha"],
@@ -277,15 +328,26 @@ def run_cell(cell: dict[str, Any], subject: Subject) -> dict[str, Any]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return Start(model=model.cpu(), setup=setup, notes=notes, cost=initialization.found)
+
+
+def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[str, Any]:
+    """Initialise, train and evaluate.
+
+    Returns:
+        What was measured. Losses that are not finite are None.
+    """
+    start, reused = last.get(cell, subject)
+    torch.manual_seed(cell["seed"])  # for dropout
     with Measured() as training:
-        found = train(model, setup, cell, subject.validation)
-    accuracy = exact_match(model, subject, cell) if cell["accuracy_samples"] else None
+        found = train(start.model, start.setup, cell, subject.validation)
+    accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
         "accuracy": accuracy,
-        "initialization": initialization.found,
+        "initialization": {**start.cost, "reused": reused},
         "training": training.found,
-        "notes": notes,
+        "notes": start.notes,
     }
 
 
@@ -465,7 +527,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
     """Run what is left, a cell at a time."""
     design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
     missing: set[str] = set()
-    num_run = 0
+    last, num_run = LastStart(), 0
     if arguments.plan:
         show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks)
         return
@@ -481,7 +543,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
             missing.add(cell["method"])
             print(f"{cell['method']} is left out: {reason}", file=sys.stderr, flush=True)
             continue
-        result = run_cell(cell, subject)
+        result = run_cell(cell, subject, last)
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
         about["isolated"] = arguments.max_cells == 1

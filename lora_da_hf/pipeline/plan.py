@@ -11,7 +11,7 @@ from lora_da_hf.distributed.ranks import balanced_owners
 from lora_da_hf.errors import PlanError
 
 _GIB = 2**30
-_SOLVE_SPEED = 0.25
+_SOLVE_SPEED = 0.11
 """Speed of the solve, in float64, as a part of the pass's: measured on a CPU, see benchmarks/results."""
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""

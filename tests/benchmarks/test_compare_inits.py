@@ -101,11 +101,11 @@ def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path, 
     block = {**BLOCK, "methods": ["lora", "lora_da"], "seeds": [0, 1]}
     run_cell, calls = compare_inits.run_cell, []
 
-    def stopped(cell, subject):
+    def stopped(cell, subject, last):
         calls.append(cell)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run_cell(cell, subject)
+        return run_cell(cell, subject, last)
 
     monkeypatch.setattr(compare_inits, "run_cell", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -125,6 +125,20 @@ def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path, 
     assert [r["losses"] for r in again] == [r["losses"] for r in records]
     assert compare(block) == again
     assert len(calls) == 5 + 4
+
+
+@pytest.mark.parametrize("method", ["lora_da", "pissa"])
+def test_cells_that_share_a_start_end_as_those_that_make_their_own(compare, tmp_path, method):
+    block = {**BLOCK, "methods": [method], "learning_rates": [1e-3, 1e-2]}
+    together = compare(block)
+    assert [record["initialization"]["reused"] for record in together] == [False, True]
+    assert together[0]["losses"][0] == together[1]["losses"][0]
+    assert together[0]["final_loss"] != together[1]["final_loss"]
+    (tmp_path / "results.jsonl").unlink()
+    compare(block, flags=("--max_cells", "1"))
+    apart = compare(block, flags=("--max_cells", "1"))
+    assert [record["initialization"]["reused"] for record in apart] == [False, False]
+    assert [record["losses"] for record in apart] == [record["losses"] for record in together]
 
 
 def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
