@@ -432,8 +432,8 @@ def computed_table() -> list[str]:
         *lines,
         "",
         "256 samples of 512 tokens, gradient checkpointing, float32 sums, adapters on all linear layers. Seconds "
-        f"without transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass and a quarter of that in the solve: "
-        "not measured. Weights and activations come on top of the budget.",
+        f"without transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass, and in the solve the part of it "
+        "that plans take: not measured. Weights and activations come on top of the budget.",
     ]
 
 
