@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -354,27 +354,74 @@ def lora_layer_names(model):
     return {*single, *(f"{name}[{index}]" for name, weight in experts.items() for index in range(len(weight)))}
 
 
-def assert_initialized(folder, model, report, kept=()):
-    """Check that no layer was left at PEFT's default in silence.
+@dataclass(frozen=True)
+class Adapter:
+    """The active adapter of a model at one moment.
 
-    Rows of A are orthogonal and of one norm after LoRA-DA, which random ones are not, and B is not zero.
+    Attributes:
+        layers: The name of every LoRA layer, an expert being one.
+        weights: Copies of its weights, with the names of PEFT's files.
+    """
+
+    layers: set[str]
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model):
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+        weights = {name: tensor.detach().clone() for name, tensor in state.items() if "lora_" in name}
+        return cls(layers=lora_layer_names(model), weights=weights)
+
+
+class Starts(TrainerCallback):
+    """Keeps the adapter as the first step of each training finds it."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.found.append(Adapter.of(model))
+
+
+def train_from(trainer):
+    """Train, and return the adapter as the first step found it."""
+    starts = Starts()
+    trainer.add_callback(starts)
+    trainer.train()
+    return starts.found[-1]
+
+
+def assert_initialized(folder, start, report, kept=()):
+    """Check that training started from the initialisation, and that no layer was left at PEFT's default in silence.
 
     Args:
         folder: Where the initialisation was written.
-        model: The model with the adapter.
+        start: The `Adapter` that the first step found, or, without a trainer, that of the model afterwards.
         report: Its report.
         kept: Endings of the names of layers that are expected to keep PEFT's own initialisation.
     """
     done = {layer.name for layer in report.layers}
-    assert done | set(report.kept) == lora_layer_names(model)
+    assert done | set(report.kept) == start.layers
     assert not done & set(report.kept)
     assert all(name.endswith(tuple(kept)) for name in report.kept), report.kept
     assert report.step_size > 0
-    state = written_adapter(folder)
-    for layer in report.layers:
-        lora_A, lora_B = written_factors(state, layer.name, layer.rank)
-        torch.testing.assert_close(3 * lora_A @ lora_A.mT, torch.eye(layer.rank), atol=1e-4, rtol=0)
-        assert lora_B.any(), layer.name
+    written = written_adapter(folder)
+    assert_made_from_data(written, {layer.name: layer.rank for layer in report.layers})
+    assert_same_tensors(start.weights, {name: tensor for name, tensor in written.items() if "lora_" in name})
+
+
+def assert_made_from_data(state, ranks):
+    """Check that rows of A are orthogonal and of one norm, which PEFT's random ones are not, and that B is not zero.
+
+    Args:
+        state: A stored adapter.
+        ranks: The rank of each layer that is to be such.
+    """
+    for name, rank in ranks.items():
+        lora_A, lora_B = written_factors(state, name, rank)
+        torch.testing.assert_close(3 * lora_A @ lora_A.mT, torch.eye(rank), atol=1e-4, rtol=0)
+        assert lora_B.any(), name
 
 
 def written_factors(state, name, rank):

@@ -4,14 +4,17 @@ import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
 from harness import (
+    Adapter,
     adapter_weights,
     assert_initialized,
+    assert_made_from_data,
     assert_same_tensors,
     collate,
     make_args,
     make_config,
     make_learnable_samples,
     make_lora_config,
+    train_from,
     written_adapter,
 )
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -85,7 +88,7 @@ def check_budget(model, folder, base):
     loaded = PeftModel.from_pretrained(base, folder)
     assert ranks_of(loaded) == ranks
     assert {layer.scaling["default"] for layer in lora_layers(loaded).values()} == {4.0}
-    return loaded
+    assert_made_from_data(written_adapter(folder), ranks)
 
 
 VARIANTS = [
@@ -103,13 +106,11 @@ VARIANTS = [
     "layer keeps its scaling; not with experts, DeepSpeed or FSDP2",
 )
 @pytest.mark.parametrize("lora", VARIANTS)
-def test_a_trainer_gives_each_layer_its_rank_before_it_makes_the_optimizer(
-    tmp_path, tiny_llama, lora_model, samples, lora
-):
+def test_a_trainer_gives_each_layer_its_rank_before_it_makes_the_optimizer(tmp_path, tiny_llama, samples, lora):
     trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config(**lora))
-    trainer.train()
-    assert_initialized(tmp_path / "lora_da", lora_model(**lora), trainer.lora_da_report)
-    start = check_budget(trainer.model, tmp_path / "lora_da", tiny_llama())
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
+    check_budget(trainer.model, tmp_path / "lora_da", tiny_llama())
     report = trainer.lora_da_report
     assert report.search_loss_after < report.search_loss_before
     assert any(f"of {BUDGET} parameters" in note for note in report.notes)
@@ -117,8 +118,9 @@ def test_a_trainer_gives_each_layer_its_rank_before_it_makes_the_optimizer(
     assert logged == [0]
     held = {p for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {p for p in trainer.model.parameters() if p.requires_grad}
-    before = adapter_weights(start)
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in adapter_weights(trainer.model).items())
+    assert all(
+        not torch.equal(tensor, start.weights[name]) for name, tensor in Adapter.of(trainer.model).weights.items()
+    )
     trainer.save_model(tmp_path / "trained")
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "trained")
     assert torch.equal(logits(loaded, samples), logits(trainer.model, samples))
