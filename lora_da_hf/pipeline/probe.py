@@ -97,6 +97,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
             labelled_head = None
         sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
+        any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
@@ -109,7 +110,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
     job.report.notes += splits.notes
-    if is_packed(first):
+    if any_packed:
         job.report.notes.append(
             "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
             "labels"
