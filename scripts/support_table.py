@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,53 +14,90 @@ TABLE = ROOT / "docs" / "support.md"
 TESTS = ("tests/families", "tests/losses", "tests/trainers", "tests/variants", "tests/training")
 SECTIONS = {
     "Families": """Each is initialised with the trainer that is named, trained three steps, saved, and loaded again to
-the same logits. Its statistics are compared with autograd's gradients and, where a layer can be hooked, with moments
-taken one sample at a time. Linear layers are targeted, and the parameters of experts.""",
-    "Losses": "What the statistics of a batch are made of. Each is compared with one sample at a time.",
+the same logits. Its statistics are compared with autograd's gradients and with moments taken one sample at a time.
+Linear layers are targeted, and the parameters of experts.""",
+    "Losses": """What the statistics of a batch are made of. Each is compared with one sample at a time or, where
+samples have no loss alone, with one batch at a time.""",
     "Trainers": "",
     "PEFT": "",
 }
 INTRODUCTION = """# What is supported
 
-Every row is a test on a small model with random weights, which fails if an adapter was left at PEFT's default in
-silence. `python scripts/support_table.py` writes this page from the marks of the tests, and a test compares the two.
-`make support` runs them all, which takes about two minutes; `make test-all` runs them too, among others.
+Every row is a test on a small model with random weights, which fails if training started from PEFT's default in
+silence, or if the test is skipped. `python scripts/support_table.py` writes this page from the marks of the tests, and
+a test compares the two. `make support` runs them all, which takes about two minutes; `make test-all` runs them too,
+among others.
 Layers that keep PEFT's own initialisation are listed in the report of the run.
 """
 
 
+@dataclass(frozen=True)
+class Row:
+    """What the page says of one thing that is supported.
+
+    Attributes:
+        remark: How.
+        test: Which test it is, without the cases of that test.
+        mark: Of the test or of one of its cases. A mark of a test with several cases makes one row of all of them.
+    """
+
+    remark: str
+    test: str
+    mark: pytest.Mark
+
+
 class _Collector:
-    """Keeps the `support` mark of every collected test."""
+    """Keeps the `support` mark of every collected test, and what is wrong with them."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[str, str], tuple[str, str]] = {}
+        self.rows: dict[tuple[str, str], Row] = {}
+        self.errors: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.errors.append(f"{report.nodeid} was skipped, with all its rows: install the extras that it needs")
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             for mark in item.iter_markers("support"):
                 section, what, remark = mark.args
-                self.rows.setdefault((section, what), (remark, item.nodeid.partition("[")[0]))
+                self._add(section, what, Row(remark, item.nodeid.partition("[")[0], mark))
+                self.errors += [
+                    f"{section}, {what}: {item.nodeid} is marked {name}, and a row must be a test that runs"
+                    for name in ("skip", "skipif", "xfail")
+                    if item.get_closest_marker(name)
+                ]
+
+    def _add(self, section: str, what: str, row: Row) -> None:
+        if section not in SECTIONS:
+            self.errors.append(f"no such section: {section!r}")
+        known = self.rows.setdefault((section, what), row)
+        if known.mark is not row.mark:
+            self.errors.append(f"{section}, {what}: two rows of one name, by {known.test} and {row.test}")
 
 
-def collect_rows() -> dict[tuple[str, str], tuple[str, str]]:
-    """Return remark and test of each row, by section and name."""
+def collect_rows() -> dict[tuple[str, str], Row]:
+    """Return the row of each section and name.
+
+    Raises:
+        SystemExit: if the tests cannot be collected, two rows have one name, or a row's test is not run.
+    """
     collector = _Collector()
     status = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *TESTS], plugins=[collector])
     if status != pytest.ExitCode.OK:
         raise SystemExit("the tests cannot be collected")
+    if collector.errors:
+        raise SystemExit("\n".join(collector.errors))
     return collector.rows
 
 
-def table(rows: dict[tuple[str, str], tuple[str, str]]) -> str:
+def table(rows: dict[tuple[str, str], Row]) -> str:
     """Return the page."""
-    unknown = {section for section, _ in rows} - set(SECTIONS)
-    if unknown:
-        raise SystemExit(f"no such section: {sorted(unknown)}")
     parts = [INTRODUCTION]
     for section, text in SECTIONS.items():
         parts.append(f"## {section}\n")
         parts += [f"{text}\n"] if text else []
-        lines = [f"| {what} | {remark} | `{test}` |" for (s, what), (remark, test) in rows.items() if s == section]
+        lines = [f"| {what} | {row.remark} | `{row.test}` |" for (s, what), row in rows.items() if s == section]
         parts.append("\n".join(["| what | how | test |", "|---|---|---|", *lines]) + "\n")
     return "\n".join(parts)
 

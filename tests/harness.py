@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -179,11 +179,17 @@ def base_linear_layers(model):
 
 @dataclass
 class Reference:
-    """Statistics of a layer computed one sample at a time by plain autograd; experts have the gradient alone."""
+    """Statistics of a layer computed one sample at a time by plain autograd."""
 
     weight_grad: torch.Tensor
-    input_second_moment: torch.Tensor | None = None
-    output_grad_second_moment_diag: torch.Tensor | None = None
+    input_second_moment: torch.Tensor
+    output_grad_second_moment_diag: torch.Tensor
+
+    @classmethod
+    def of(cls, weight_grad, rows):
+        """Take the means over rows of inputs and of output gradients, each a list of ``[rows, features]``."""
+        x, g = (torch.cat(parts).double() for parts in rows)
+        return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0))
 
 
 def autograd_statistics(model, samples, loss_of, collate=collate):
@@ -222,10 +228,11 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
                 loss_of(model, collate([sample])).backward()
                 for name, x, y in calls:
                     if y.grad is not None:
-                        rows[name][0].append(x.reshape(-1, x.shape[-1]).double())
-                        rows[name][1].append(y.grad.reshape(-1, y.shape[-1]).double())
+                        rows[name][0].append(x.reshape(-1, x.shape[-1]))
+                        rows[name][1].append(y.grad.reshape(-1, y.shape[-1]))
                 calls.clear()
-        grads = {name: weight.grad.double() / len(samples) for name, weight in weights.items()}
+            grads = {name: weight.grad.double() / len(samples) for name, weight in weights.items()}
+            expert_rows = _rows_of_experts(model, lambda: [loss_of(model, collate([s])).backward() for s in samples])
     finally:
         for handle in handles:
             handle.remove()
@@ -233,25 +240,72 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
         model.train(mode)
-    found = {}
-    for name, layer in layers.items():
-        x, g = (torch.cat(parts) for parts in rows[name])
-        found[name] = Reference(
-            weight_grad=grads[name].mT if isinstance(layer, Conv1D) else grads[name],
-            input_second_moment=x.mT @ x / len(x),
-            output_grad_second_moment_diag=g.square().mean(0),
-        )
-    for name in weights.keys() - layers.keys():
-        if _lora_layers(model)[name].get_base_layer().is_transposed:
-            grads[name] = grads[name].mT
-        found |= {f"{name}[{index}]": Reference(weight_grad=grad) for index, grad in enumerate(grads[name])}
+    found = {
+        name: Reference.of(grads[name].mT if isinstance(layer, Conv1D) else grads[name], rows[name])
+        for name, layer in layers.items()
+    }
+    for name, layer in _expert_layers(model).items():
+        by_expert = grads[name].mT if layer.get_base_layer().is_transposed else grads[name]
+        for index, grad in enumerate(by_expert):
+            found[f"{name}[{index}]"] = Reference.of(grad, expert_rows[name, index])
     return found
 
 
-def _expert_weights(model):
-    """Return the parameters of all experts that carry adapters, by the names that PEFT's layers have."""
+def _rows_of_experts(model, run_backward):
+    """Return inputs and output gradients of the tokens that each expert gets, by layer and number of the expert.
+
+    Every expert is run on every token, and what the router does not send to it is left out of the result.
+    """
+    names = {}
+    for name, layer in _expert_layers(model).items():
+        names.setdefault(layer.get_base_layer(), {})[layer.parameter_name] = name
+    rows = {
+        (name, index): ([], [])
+        for experts in names
+        for name in names[experts].values()
+        for index in range(experts.num_experts)
+    }
+
+    def apply(experts, parameter, index, x, routed):
+        weight, bias = getattr(experts, parameter)[index], getattr(experts, f"{parameter}_bias", None)
+        y = x @ (weight if experts.is_transposed else weight.mT)
+        y = y if bias is None else y + bias[index]
+        if parameter in names[experts]:
+            inputs, grads = rows[names[experts][parameter], index]
+            inputs.append(x.detach()[routed])
+            y.register_hook(lambda grad: grads.append(grad[routed]))
+        return y
+
+    def on_all_tokens(experts):
+        def forward(hidden, chosen, weights):
+            result = torch.zeros_like(hidden)
+            for index in range(experts.num_experts):
+                routed = (chosen == index).any(-1)
+                inner = experts._apply_gate(apply(experts, "gate_up_proj", index, hidden, routed))
+                share = weights.masked_fill(chosen != index, 0).sum(-1, keepdim=True)
+                result = result + share * apply(experts, "down_proj", index, inner, routed)
+            return result
+
+        return forward
+
+    try:
+        for experts in names:
+            experts.forward = on_all_tokens(experts)
+        run_backward()
+    finally:
+        for experts in names:
+            del experts.forward
+    return rows
+
+
+def _expert_layers(model):
+    """Return PEFT's layers of the parameters of all experts that carry adapters, by name."""
     wrappers = {name: module for name, module in _lora_layers(model).items() if isinstance(module, ParamWrapper)}
-    return {name: module.get_param() for name, module in wrappers.items() if module.get_param().dim() == 3}
+    return {name: module for name, module in wrappers.items() if module.get_param().dim() == 3}
+
+
+def _expert_weights(model):
+    return {name: layer.get_param() for name, layer in _expert_layers(model).items()}
 
 
 def relative_error(found, expected):
@@ -259,13 +313,12 @@ def relative_error(found, expected):
 
 
 def assert_statistics_equal(found, expected, tolerance):
-    """Compare statistics by layer: relative, in the Frobenius norm. What the reference does not know is left out."""
+    """Compare statistics by layer: relative, in the Frobenius norm."""
     assert set(found) == set(expected)
     fields = ("input_second_moment", "output_grad_second_moment_diag", "weight_grad")
     errors = {
         (name, field): relative_error(getattr(found[name], field), getattr(expected[name], field))
         for name, field in itertools.product(expected, fields)
-        if getattr(expected[name], field) is not None
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
@@ -354,27 +407,74 @@ def lora_layer_names(model):
     return {*single, *(f"{name}[{index}]" for name, weight in experts.items() for index in range(len(weight)))}
 
 
-def assert_initialized(folder, model, report, kept=()):
-    """Check that no layer was left at PEFT's default in silence.
+@dataclass(frozen=True)
+class Adapter:
+    """The active adapter of a model at one moment.
 
-    Rows of A are orthogonal and of one norm after LoRA-DA, which random ones are not, and B is not zero.
+    Attributes:
+        layers: The name of every LoRA layer, an expert being one.
+        weights: Copies of its weights, with the names of PEFT's files.
+    """
+
+    layers: set[str]
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model):
+        state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+        weights = {name: tensor.detach().clone() for name, tensor in state.items() if "lora_" in name}
+        return cls(layers=lora_layer_names(model), weights=weights)
+
+
+class Starts(TrainerCallback):
+    """Keeps the adapter as the first step of each training finds it."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.found.append(Adapter.of(model))
+
+
+def train_from(trainer):
+    """Train, and return the adapter as the first step found it."""
+    starts = Starts()
+    trainer.add_callback(starts)
+    trainer.train()
+    return starts.found[-1]
+
+
+def assert_initialized(folder, start, report, kept=()):
+    """Check that training started from the initialisation, and that no layer was left at PEFT's default in silence.
 
     Args:
         folder: Where the initialisation was written.
-        model: The model with the adapter.
+        start: The `Adapter` that the first step found, or, without a trainer, that of the model afterwards.
         report: Its report.
         kept: Endings of the names of layers that are expected to keep PEFT's own initialisation.
     """
     done = {layer.name for layer in report.layers}
-    assert done | set(report.kept) == lora_layer_names(model)
+    assert done | set(report.kept) == start.layers
     assert not done & set(report.kept)
     assert all(name.endswith(tuple(kept)) for name in report.kept), report.kept
     assert report.step_size > 0
-    state = written_adapter(folder)
-    for layer in report.layers:
-        lora_A, lora_B = written_factors(state, layer.name, layer.rank)
-        torch.testing.assert_close(3 * lora_A @ lora_A.mT, torch.eye(layer.rank), atol=1e-4, rtol=0)
-        assert lora_B.any(), layer.name
+    written = written_adapter(folder)
+    assert_made_from_data(written, {layer.name: layer.rank for layer in report.layers})
+    assert_same_tensors(start.weights, {name: tensor for name, tensor in written.items() if "lora_" in name})
+
+
+def assert_made_from_data(state, ranks):
+    """Check that rows of A are orthogonal and of one norm, which PEFT's random ones are not, and that B is not zero.
+
+    Args:
+        state: A stored adapter.
+        ranks: The rank of each layer that is to be such.
+    """
+    for name, rank in ranks.items():
+        lora_A, lora_B = written_factors(state, name, rank)
+        torch.testing.assert_close(3 * lora_A @ lora_A.mT, torch.eye(rank), atol=1e-4, rtol=0)
+        assert lora_B.any(), name
 
 
 def written_factors(state, name, rank):

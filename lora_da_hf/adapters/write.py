@@ -49,7 +49,7 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
-    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``, computed as its forward pass does.
+    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``.
 
     Raises:
         UnsupportedSetupError: if a base weight in parts is a quantised one.
@@ -58,8 +58,7 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
     lora_A, lora_B = read_factors(target)
     parameter: Any = magnitude.weight
     with torch.no_grad(), _whole_weight(target) as weight:
-        product = lora_B @ lora_A
-        norm = magnitude.get_weight_norm(weight.to(product), product, target.peft_scaling)
+        norm = _row_norms(_as_linear(target.base_layer, weight), lora_A, lora_B, target.peft_scaling)
     if not write_full(parameter, norm.to(parameter.device, parameter.dtype)):
         raise WriteError(f"{target.name}: DoRA's magnitude reads back differently from what was written.")
 
@@ -90,10 +89,19 @@ def dora_magnitude(base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scalin
         scaling: PEFT's.
     """
     with torch.no_grad():
-        product = scaling * (lora_B @ lora_A)
-        weight = dequantize_module_weight(base_layer)
-        weight = weight.mT if isinstance(base_layer, Conv1D) else weight
-        return torch.linalg.norm(weight.to(product) + product, dim=1)
+        weight = _as_linear(base_layer, dequantize_module_weight(base_layer))
+        return _row_norms(weight, lora_A, lora_B, scaling)
+
+
+def _as_linear(base_layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a layer's weight as ``[d_out, d_in]``."""
+    return weight.mT if isinstance(base_layer, Conv1D) else weight
+
+
+def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``, as DoRA's forward pass computes it."""
+    product = lora_B @ lora_A
+    return torch.linalg.norm(weight.to(product) + scaling * product, dim=1)
 
 
 def read_factors(target: Target) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
 _PROBED_SAMPLES = 64
-"""Samples among which the few that are run are chosen."""
+"""Samples with a label among which the few that are run are chosen."""
 _SAME_LOSS = 1e-3
 
 
@@ -65,7 +66,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
-        labelled = _labelled(job, splits.statistics, shifts, count=_PROBED_SAMPLES)
+        labelled = _from_everywhere(job, splits.statistics, shifts)
         if not labelled:
             raise DataError(
                 f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "
@@ -96,6 +97,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
             labelled_head = None
         sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
+        any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
@@ -108,7 +110,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size
     job.report.notes += splits.notes
-    if is_packed(first):
+    if any_packed:
         job.report.notes.append(
             "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
             "labels"
@@ -191,5 +193,15 @@ def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
 
 def _labelled(job: Job, samples: list[Any], shifts: bool, count: int | None = None) -> list[Any]:
     """Return the first ``count`` samples that have a label, or all of them."""
-    has_label = (s for s in samples if read_batch_tokens(job.collate([s]), shifts_labels=shifts).num_labelled)
-    return list(itertools.islice(has_label, count))
+    return list(itertools.islice((sample for sample in samples if _has_label(job, sample, shifts)), count))
+
+
+def _from_everywhere(job: Job, samples: list[Any], shifts: bool) -> list[Any]:
+    """Return some samples that have a label, in their order: drawn, since the first may be of one class or source."""
+    drawn = random.Random(job.seed).sample(range(len(samples)), len(samples))
+    labelled = (position for position in drawn if _has_label(job, samples[position], shifts))
+    return [samples[position] for position in sorted(itertools.islice(labelled, _PROBED_SAMPLES))]
+
+
+def _has_label(job: Job, sample: Any, shifts: bool) -> bool:
+    return read_batch_tokens(job.collate([sample]), shifts_labels=shifts).num_labelled > 0

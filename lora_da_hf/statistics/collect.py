@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -15,8 +14,9 @@ from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_bat
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
+from lora_da_hf.statistics.sample_weights import weighted_head
 from lora_da_hf.statistics.sampled_labels import SampledLabels
-from lora_da_hf.statistics.taps import SampleWeights, Taps
+from lora_da_hf.statistics.taps import Taps
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
 
 _HALF_PRECISION_SCALE = 2.0**12
@@ -268,7 +268,8 @@ def _add_batch(
 ) -> None:
     weights = prepared.weights
     taps.tokens, taps.muted = prepared.tokens, not prepared.counts
-    with taps, _weighted_head(model, settings, weights if isinstance(weights, Tensor) else None) as head:
+    by_sample = weights if isinstance(weights, Tensor) else None
+    with taps, weighted_head(model, settings.labelled_head, by_sample) as head:
         with lockstep.in_step():
             loss = settings.reduction.loss(compute_loss, model, prepared.batch)
             # gradients in float16, whose range is too small for them as they are
@@ -283,34 +284,6 @@ def _add_batch(
                 if head is not None:
                     head.check()
     taps.tokens = None
-
-
-@contextlib.contextmanager
-def _weighted_head(model: nn.Module, settings: PassSettings, weights: Tensor | None) -> Any:
-    if settings.labelled_head is not None:
-        with settings.labelled_head.rows_of_labels(weights) as labelled_head:
-            yield labelled_head
-        return
-    if weights is None:
-        yield None
-        return
-    head = _output_layer(model)
-    if head is None:
-        raise SingleSamplesNeeded("the model has no output layer to weight its samples at")
-    with SampleWeights(head) as sample_weights:
-        sample_weights.start(weights)
-        yield sample_weights
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """Return the output embeddings, or the last part of a model with another head."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if isinstance(head, nn.Module):
-        return head
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = get_base() if callable(get_base) else model
-    return next(reversed(list(base.children())), None)
 
 
 def check_loss(loss: Tensor) -> float:
@@ -356,7 +329,7 @@ def evaluate_loss(
             counts = counts and tokens.num_labelled > 0
             if not counts and not lockstep.runs_what_does_not_count:
                 continue
-            with lockstep.in_step(), _weighted_head(model, settings, None):
+            with lockstep.in_step(), weighted_head(model, settings.labelled_head, None):
                 loss = settings.reduction.loss(compute_loss, model, batch).double().item()
             if counts:
                 part, weight = settings.reduction.loss_sum(loss, tokens)

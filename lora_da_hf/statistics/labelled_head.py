@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.statistics.taps import scale_gradient
+from lora_da_hf.statistics.sample_weights import scale_gradient
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL, SingleSamplesNeeded
 
 

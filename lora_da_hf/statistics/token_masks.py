@@ -56,7 +56,8 @@ class BatchTokens:
 
         Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
         samples that have a label count. Of a single sample they all do, as the rows of relative positions that some
-        models project by the layers of the tokens.
+        models project by the layers of the tokens. Should a single sample be padded to just as many rows as there are
+        such positions, nothing tells the two apart, and the mask is taken for both.
 
         Returns:
             None if every row counts.

@@ -181,6 +181,15 @@ def test_windows_of_processes_that_share_the_samples_have_the_bits_of_one_window
     assert "passes, each for a part of the layers" in result(initialized, "sample_windows", 0)["plan"]
 
 
+def test_processes_share_out_a_budget_as_one_does(initialized, tmp_path, lora_model):
+    config = worker.seven_config(rank_budget=worker.BUDGET)
+    report, expected = one_process(tmp_path, lora_model, worker.seven_samples(), config)
+    assert len({layer.rank for layer in report.layers}) > 2
+    for rank in range(2):
+        assert_same_tensors(adapter(initialized, "budget", rank), expected)
+        assert result(initialized, "budget", rank)["layers"] == layers_as_seen_by(rank, report)
+
+
 # A process that is killed
 
 
@@ -312,6 +321,18 @@ def test_a_frozen_a_trains_under_ddp(trained):
     names = result(trained, "frozen", 0)["optimizer"]
     assert names
     assert all("lora_B" in name for name in names)
+
+
+def test_ranks_under_a_budget_are_the_same_in_both_processes_and_are_trained(trained):
+    starts, ends = ([adapter(trained, f"budget.{when}", rank) for rank in range(2)] for when in ("start", "end"))
+    assert_same_tensors(starts[1], starts[0])
+    assert_same_tensors(starts[0], load_file(trained / "budget" / "lora_da" / "adapter_model.safetensors"))
+    assert len({tensor.shape[0] for tensor in factors(starts[0], "A").values()}) > 2
+    assert sum(tensor.numel() for tensor in starts[0].values()) <= worker.BUDGET
+    assert_same_tensors(ends[1], ends[0])
+    assert all((ends[0][name] != starts[0][name]).any() for name in starts[0])
+    for rank in range(2):
+        assert len(result(trained, "budget", rank)["optimizer"]) == len(starts[0])
 
 
 # A stored initialisation

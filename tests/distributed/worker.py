@@ -32,6 +32,7 @@ from lora_da_hf.losses import model_loss
 
 RANK = int(os.environ.get("RANK", "0"))
 SMALL = 350_000  # bytes: several windows
+BUDGET = 5000  # parameters
 MARK = 95  # a token that no other sample has
 
 
@@ -280,6 +281,7 @@ def main():
         initialize(folder, "layer_windows", seven_samples(), seven_config(schedule="layers", memory_budget=SMALL))
         initialize(folder, "sample_windows", seven_samples(), seven_config(schedule="samples", memory_budget=SMALL))
         initialize(folder, "chosen_windows", seven_samples(), seven_config(memory_budget=SMALL))
+        initialize(folder, "budget", seven_samples(), seven_config(schedule="layers", rank_budget=BUDGET))
         initialize(folder, "one_sample", seven_samples()[:1], seven_config(save_statistics=True))
         nan_on_one_process(folder)
         failing_solve(folder)
@@ -290,6 +292,7 @@ def main():
     elif scenarios == "train":
         train(folder, "trained")
         train(folder, "frozen", freeze_a=True)
+        train(folder, "budget", rank_budget=BUDGET)
     else:
         {"lose": lose_a_process, "take_up": take_up, "measure": measure}[scenarios](folder)
     write(folder, "done", True)

@@ -10,6 +10,7 @@ from harness import (
     make_args,
     make_config,
     make_lora_config,
+    train_from,
 )
 from peft import PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -41,7 +42,7 @@ def make_model(family, **lora):
 
 
 def train(family, model, samples, folder):
-    """Train three steps with the family's trainer, and return it with the report of the initialisation."""
+    """Train three steps with the family's trainer. Returns it, the adapter that it started from, and the report."""
     config = make_config(num_samples=8, search_samples=2, sample_selection="head", save_statistics=True)
     settings = {"model": model, "train_dataset": samples, "data_collator": pad_samples}
     if family.trainer is Seq2SeqTrainer:
@@ -49,11 +50,9 @@ def train(family, model, samples, folder):
         args = make_args(folder, Seq2SeqTrainingArguments, max_steps=3)
         trainer = Seq2SeqTrainer(args=args, callbacks=[callback], **settings)
         callback.compute_loss = trainer.compute_loss
-        trainer.train()
-        return trainer, callback.report
+        return trainer, train_from(trainer), callback.report
     trainer = LoRADATrainer(args=make_args(folder, max_steps=3), da_config=config, **settings)
-    trainer.train()
-    return trainer, trainer.lora_da_report
+    return trainer, train_from(trainer), trainer.lora_da_report
 
 
 def outputs(model, samples):
@@ -65,8 +64,8 @@ def outputs(model, samples):
 @pytest.mark.parametrize("family", ROWS)
 def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     samples = family.samples(16)
-    trainer, report = train(family, make_model(family), samples, tmp_path)
-    assert_initialized(tmp_path / "lora_da", make_model(family), report, kept=family.kept)
+    trainer, start, report = train(family, make_model(family), samples, tmp_path)
+    assert_initialized(tmp_path / "lora_da", start, report, kept=family.kept)
     for ending, reason in family.kept.items():
         assert any(name.endswith(ending) and reason in why for name, why in report.kept.items()), report.kept
     assert bool(family.single) == (report.batch_size == 1)
@@ -79,6 +78,6 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
     trainer.save_model(tmp_path / "trained")
     loaded = PeftModel.from_pretrained(family.make_model(), tmp_path / "trained")
-    start = PeftModel.from_pretrained(family.make_model(), tmp_path / "lora_da")
+    stored_start = PeftModel.from_pretrained(family.make_model(), tmp_path / "lora_da")
     assert torch.equal(outputs(loaded, samples[:4]), outputs(trainer.model, samples[:4]))
-    assert not torch.equal(outputs(start, samples[:4]), outputs(loaded, samples[:4]))
+    assert not torch.equal(outputs(stored_start, samples[:4]), outputs(loaded, samples[:4]))

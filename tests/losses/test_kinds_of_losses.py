@@ -4,6 +4,7 @@ import pytest
 import torch
 from families.zoo import FAMILIES, classification_samples
 from harness import (
+    Adapter,
     assert_initialized,
     assert_statistics_equal,
     autograd_statistics,
@@ -11,6 +12,7 @@ from harness import (
     make_config,
     make_lora_config,
     pad_left,
+    train_from,
 )
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy, normalize
@@ -31,6 +33,7 @@ def make_model(family):
 
 
 def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, compute_loss=None, **settings):
+    """Initialise the model, and return the report and the statistics."""
     report = initialize_lora_da(
         model,
         samples,
@@ -41,6 +44,7 @@ def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, com
         output_dir=folder,
         progress=False,
     )
+    assert_initialized(folder, Adapter.of(model), report)
     stored = load_init(folder)
     return report, load_statistics(stored.folder, stored.manifest)
 
@@ -65,12 +69,10 @@ def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family,
     samples = FAMILIES[family].samples(16)
     single, single_statistics = statistics_of(tmp_path / "1", make_model(family), samples, batch_size=1)
     assert single.batch_size == 1
-    assert_initialized(tmp_path / "1", make_model(family), single)
     for name, collate in {"right": pad_samples, "left": pad_left}.items():
         if name == "left" and kind != "sum":
             continue  # positions of these models are absolute, so padding on the left changes their outputs
         report, statistics = statistics_of(tmp_path / name, make_model(family), samples, collate)
-        assert_initialized(tmp_path / name, make_model(family), report)
         assert (report.batch_size, report.loss_reduction.split()[0]) == (4, kind)
         assert_statistics_equal(statistics, single_statistics, 1e-4)
 
@@ -85,8 +87,8 @@ def test_label_smoothing(tmp_path):
         data_collator=pad_samples,
         da_config=make_config(**SETTINGS),
     )
-    trainer.train()
-    assert_initialized(tmp_path / "lora_da", make_model("Llama"), trainer.lora_da_report)
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
     def smoothed(model, batch):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -131,7 +133,6 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     model = only_the_encoder()
     settings = {"num_samples": 16, "search_samples": 8}
     report, statistics = statistics_of(tmp_path, model, samples, compute_loss=contrastive, **settings)
-    assert_initialized(tmp_path, only_the_encoder(), report)
     assert report.loss_reduction.startswith("batch (measured: samples have a loss together and none alone")
     assert report.batch_size == 4
     assert "the loss is one of 4 samples together and cannot be split" in " ".join(report.notes)
@@ -176,8 +177,6 @@ def test_a_contrastive_loss_inside_each_sample_is_a_mean_over_samples(tmp_path):
         for size in (1, 4)
     ]
     assert [report.batch_size for report, _ in found] == [1, 4]
-    for report, _ in found:
-        assert_initialized(report.artifact, only_the_encoder(), report)
     assert found[1][0].loss_reduction.startswith("sample_mean")
     assert_statistics_equal(found[1][1], found[0][1], 1e-4)
 
@@ -192,7 +191,6 @@ def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
         return model_loss(model, batch, None).sqrt()
 
     report, statistics = statistics_of(tmp_path, make_model("Llama"), samples, compute_loss=root)
-    assert_initialized(tmp_path, make_model("Llama"), report)
     assert report.batch_size == 1
     assert "run one sample at a time: the loss of two samples is neither" in " ".join(report.notes)
     expected = autograd_statistics(make_model("Llama"), samples[:8], lambda m, b: root(m, b, None), pad_samples)
@@ -216,12 +214,26 @@ def test_weights_of_classes_do_not_mix_the_samples_of_a_batch(tmp_path, first):
     samples = [rows[label].pop() for label in [*first, 0, 0, 0, 1, *[0, 1, 2] * 3]]
     model = make_model("BERT, sequence classification")
     report, statistics = statistics_of(tmp_path, model, samples, compute_loss=of_rare_class)
-    assert_initialized(tmp_path, make_model("BERT, sequence classification"), report)
     assert report.batch_size == 1
     expected = autograd_statistics(
         make_model("BERT, sequence classification"), samples[:8], lambda m, b: of_rare_class(m, b, None), pad_samples
     )
     assert_statistics_equal(statistics, expected, 1e-4)
+
+
+def test_a_class_that_only_late_samples_have_is_not_overlooked(tmp_path):
+    """The data set is sorted by class, and the last class is the one that weighs more."""
+
+    def of_last_class(model, batch, num_items):
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return cross_entropy(outputs.logits, batch["labels"], weight=torch.tensor([1.0, 1.0, 5.0]))
+
+    by_class = sorted(classification_samples(200), key=lambda sample: sample["labels"])
+    first = next(number for number, sample in enumerate(by_class) if sample["labels"] == 2)
+    samples = by_class[first - 70 : first + 50]
+    model = make_model("BERT, sequence classification")
+    report, _ = statistics_of(tmp_path, model, samples, compute_loss=of_last_class, num_samples=100)
+    assert report.batch_size == 1
 
 
 def test_samples_of_one_length_do_not_hide_what_padding_does_to_the_loss(tmp_path):

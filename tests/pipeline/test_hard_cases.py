@@ -39,6 +39,15 @@ def test_a_collator_that_joins_samples_in_one_row_does_not_change_the_statistics
         assert torch.allclose(found[name], expected[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("packed", [[], [5]])
+def test_a_packed_row_is_noted_wherever_it_is(lora_model, token_samples, packed):
+    samples = [{**sample, "position_ids": list(range(len(sample["input_ids"])))} for sample in token_samples(12)]
+    for index in packed:
+        samples[index]["position_ids"] = [0, 1, *range(len(samples[index]["input_ids"]) - 2)]
+    report = initialize_lora_da(lora_model(), samples, config=FIXED, progress=False)
+    assert any("packed row of several sequences" in note for note in report.notes) == bool(packed)
+
+
 def test_a_leader_without_gradient_does_not_starve_the_layers_that_share_its_input(lora_model, token_samples):
     model, alone = lora_model(target_modules=["q_proj", "k_proj", "v_proj"]), lora_model(target_modules=["v_proj"])
 

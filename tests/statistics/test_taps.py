@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.model_state import prepared_for_pass
 from lora_da_hf.statistics.moments import InputMomentSum
-from lora_da_hf.statistics.taps import SampleWeights, Taps, find_shared_inputs
+from lora_da_hf.statistics.sample_weights import SampleWeights
+from lora_da_hf.statistics.taps import Taps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
 

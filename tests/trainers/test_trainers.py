@@ -6,24 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.zoo import FAMILIES
 from harness import (
     LINEAR_LAYERS,
+    Starts,
     adapter_weights,
     assert_initialized,
+    assert_made_from_data,
     assert_same_tensors,
+    assert_statistics_equal,
+    autograd_statistics,
     collate,
     make_args,
     make_config,
     make_learnable_samples,
     make_lora_config,
+    make_tokenizer,
+    train_from,
     written_adapter,
 )
-from transformers import Trainer
+from peft import get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import BestRun
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+
+FIRST_EIGHT = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
 
 
 @pytest.fixture
@@ -46,15 +59,47 @@ def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **s
 @pytest.mark.support("Trainers", "`Trainer` with `LoRADACallback`", "the loss that the model returns, or the one given")
 def test_a_plain_trainer_with_the_callback(tmp_path, lora_model, samples):
     callback = LoRADACallback(make_config())
-    make_trainer(tmp_path, lora_model(), samples, Trainer, callbacks=[callback]).train()
-    assert_initialized(tmp_path / "lora_da", lora_model(), callback.report)
+    start = train_from(make_trainer(tmp_path, lora_model(), samples, Trainer, callbacks=[callback]))
+    assert_initialized(tmp_path / "lora_da", start, callback.report)
 
 
 @pytest.mark.support("Trainers", "`LoRADATrainer` (`Trainer`)", "its own loss, data, collator, precision and device")
-def test_our_trainer(tmp_path, tiny_llama, lora_model, samples):
+def test_our_trainer(tmp_path, tiny_llama, samples):
     trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
-    trainer.train()
-    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
+
+
+@pytest.mark.support("Trainers", "`Seq2SeqTrainer`", "by `LoRADACallback`, with its `compute_loss`")
+def test_a_sequence_to_sequence_trainer(tmp_path):
+    """Its loss has label smoothing, which the model's own has not, and its collator makes the decoder's inputs."""
+    family, callback = FAMILIES["T5"], LoRADACallback(make_config(**FIRST_EIGHT))
+    samples = family.samples(24)
+
+    def make_model():
+        return get_peft_model(family.make_model(), make_lora_config(task_type="SEQ_2_SEQ_LM"))
+
+    model = make_model()
+    collator = DataCollatorForSeq2Seq(make_tokenizer(), model=model)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=make_args(
+            tmp_path, Seq2SeqTrainingArguments, max_steps=3, label_smoothing_factor=0.2, predict_with_generate=True
+        ),
+        train_dataset=samples,
+        data_collator=collator,
+        callbacks=[callback],
+    )
+    callback.compute_loss = trainer.compute_loss
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, callback.report)
+
+    def smoothed(model, batch):
+        return cross_entropy(model(**batch).logits.transpose(1, 2), batch["labels"], label_smoothing=0.2)
+
+    stored = load_init(tmp_path / "lora_da")
+    expected = autograd_statistics(make_model(), samples[:8], smoothed, collator)
+    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
 
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
@@ -82,12 +127,12 @@ def test_a_compiled_run_starts_where_another_does(tmp_path, lora_model, samples,
             samples,
             arguments={"torch_compile": True, "torch_compile_backend": backend},
         )
-        compiled.train()
+        start = train_from(compiled)
     finally:
         torch.compiler.reset()
     plain = make_trainer(tmp_path / "plain", lora_model(), samples)
     plain.train()
-    assert_initialized(tmp_path / "compiled" / "lora_da", lora_model(), compiled.lora_da_report)
+    assert_initialized(tmp_path / "compiled" / "lora_da", start, compiled.lora_da_report)
     assert_same_tensors(*(written_adapter(tmp_path / which / "lora_da") for which in ("compiled", "plain")))
     found, expected = (adapter_weights(trainer.model) for trainer in (compiled, plain))
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
@@ -132,12 +177,11 @@ def search_backend(monkeypatch):
 )
 @pytest.mark.usefixtures("search_backend")
 def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, samples):
-    starts, models = [], []
+    starts, models = Starts(), []
 
     class Watching(LoRADATrainer):
         def _log_report(self, report):
             super()._log_report(report)
-            starts.append(adapter_weights(self.model))
             models.append(self.model)
 
     trainer = Watching(
@@ -148,13 +192,14 @@ def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, sample
         data_collator=collate,
         peft_config=make_lora_config(),
         da_config=make_config(),
+        callbacks=[starts],
     )
     best = trainer.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
     assert best.hyperparameters == {"learning_rate": 1e-2}
-    assert len(starts) == 2
+    assert len(starts.found) == 2
     assert models[0] is not models[1]
-    assert_same_tensors(starts[0], starts[1])
-    assert all(tensor.any() for tensor in starts[0].values())
+    assert_same_tensors(starts.found[0].weights, starts.found[1].weights)
+    assert_made_from_data(starts.found[0].weights, {layer.name: layer.rank for layer in trainer.lora_da_report.layers})
     assert trainer.args.learning_rate == 1e-2
     assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
 
@@ -166,7 +211,11 @@ class InFloat16(LoRADATrainer):
         return torch.autocast("cpu", dtype=torch.float16)
 
 
-@pytest.mark.support("Trainers", "`fp16=True`", "gradients of the pass are scaled, since float16's range is small")
+@pytest.mark.support(
+    "Trainers",
+    "float16 autocast, on the CPU",
+    "gradients of the pass are scaled, since float16's range is small; `fp16=True` itself needs a GPU, and is untried",
+)
 def test_half_precision_in_the_trainer(tmp_path, lora_model, samples):
     half, full = (
         kind(
@@ -179,8 +228,8 @@ def test_half_precision_in_the_trainer(tmp_path, lora_model, samples):
         for kind in (InFloat16, LoRADATrainer)
     )
     for trainer in (half, full):
-        trainer.train()
-        assert_initialized(Path(trainer.args.output_dir) / "lora_da", lora_model(), trainer.lora_da_report)
+        start = train_from(trainer)
+        assert_initialized(Path(trainer.args.output_dir) / "lora_da", start, trainer.lora_da_report)
     before = [trainer.lora_da_report.search_loss_before for trainer in (half, full)]
     assert before[0] == pytest.approx(before[1], rel=1e-2)
     assert before[0] != before[1]

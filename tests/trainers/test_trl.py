@@ -13,6 +13,7 @@ from harness import (
     make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    train_from,
 )
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -48,10 +49,9 @@ def make_callback(**overrides):
 
 
 def train_with_its_loss(trainer, callback):
-    """Hand the trainer's loss to the callback, train, and return the report."""
+    """Hand the trainer's loss to the callback and train. Returns the adapter that it started from, and the report."""
     callback.compute_loss = trainer.compute_loss
-    trainer.train()
-    return callback.report
+    return train_from(trainer), callback.report
 
 
 def token_rows(count=24):
@@ -73,8 +73,8 @@ def make_sft(folder, model, callback, **arguments):
 def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     callback = make_callback(save_statistics=True)
     trainer = make_sft(tmp_path, tiny_llama(), callback)
-    report = train_with_its_loss(trainer, callback)
-    assert_initialized(tmp_path / "lora_da", lora_model(), report)
+    start, report = train_with_its_loss(trainer, callback)
+    assert_initialized(tmp_path / "lora_da", start, report)
     stored = load_init(tmp_path / "lora_da")
     samples = [{**sample, "labels": sample["input_ids"]} for sample in make_learnable_samples(24)[:8]]
     expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss)
@@ -83,11 +83,11 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
 
 @pytest.mark.support("Trainers", "`SFTTrainer`, packing", "a packed row is one sample, and the report says so")
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
-def test_a_packed_row_is_one_sample(tmp_path, tiny_llama, lora_model):
+def test_a_packed_row_is_one_sample(tmp_path, tiny_llama):
     callback = make_callback()
     trainer = make_sft(tmp_path, tiny_llama(), callback, packing=True, max_length=32)
-    trainer.train()
-    assert_initialized(tmp_path / "lora_da", lora_model(), callback.report)
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, callback.report)
     assert callback.report.population_size == len(trainer.train_dataset) < 24
     assert any("packed row of several sequences: it counts as one" in note for note in callback.report.notes)
 
@@ -96,13 +96,13 @@ def test_a_packed_row_is_one_sample(tmp_path, tiny_llama, lora_model):
     "Trainers", "`SFTTrainer`, padding-free batches", "one sample at a time, since the samples are joined in one row"
 )
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
-def test_padding_free_batches_give_the_statistics_of_padded_ones(tmp_path, tiny_llama, lora_model):
+def test_padding_free_batches_give_the_statistics_of_padded_ones(tmp_path, tiny_llama):
     found = []
     for free in (False, True):
         folder = tmp_path / str(free)
         callback = make_callback(save_statistics=True)
-        make_sft(folder, tiny_llama(), callback, padding_free=free, max_length=None).train()
-        assert_initialized(folder / "lora_da", lora_model(), callback.report)
+        start = train_from(make_sft(folder, tiny_llama(), callback, padding_free=free, max_length=None))
+        assert_initialized(folder / "lora_da", start, callback.report)
         stored = load_init(folder / "lora_da")
         found.append((callback.report, load_statistics(stored.folder, stored.manifest)))
     assert [report.num_samples for report, _ in found] == [8, 8]
@@ -137,11 +137,11 @@ def make_dpo(folder, model, callback, peft_config=None, **arguments):
 @pytest.mark.support(
     "Trainers", "TRL's `DPOTrainer`, `peft_config`", "by `LoRADACallback`; the reference is the base, adapters disabled"
 )
-def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama, lora_model):
+def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama):
     callback = make_callback()
     trainer = make_dpo(tmp_path, tiny_llama(), callback, make_lora_config())
-    report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, report, trainer, lora_model())
+    start, report = train_with_its_loss(trainer, callback)
+    check_dpo(tmp_path, start, report, trainer)
 
 
 @pytest.mark.support(
@@ -153,17 +153,17 @@ def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
     callback = make_callback()
     trainer = make_dpo(tmp_path, lora_model(), callback)
     assert "ref" in trainer.model.peft_config
-    report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, report, trainer, lora_model())
+    start, report = train_with_its_loss(trainer, callback)
+    check_dpo(tmp_path, start, report, trainer)
     reference = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
     assert reference
     assert not any(p.any() for name, p in reference.items() if "lora_B" in name)
     assert not any(p.requires_grad for p in reference.values())
 
 
-def check_dpo(folder, report, trainer, fresh):
+def check_dpo(folder, start, report, trainer):
     """The search must move the policy and not the reference: only then does the loss leave log 2."""
-    assert_initialized(folder / "lora_da", fresh, report)
+    assert_initialized(folder / "lora_da", start, report)
     assert report.search_loss_before == pytest.approx(0.693147, abs=1e-4)
     assert report.search_loss_after < 0.69
     assert dict(report.search)[report.step_size] == pytest.approx(report.search_loss_after, rel=1e-3)
@@ -199,8 +199,8 @@ def test_a_reward_model(tmp_path):
         peft_config=make_lora_config(task_type="SEQ_CLS"),
         callbacks=[callback],
     )
-    report = train_with_its_loss(trainer, callback)
-    assert_initialized(tmp_path / "lora_da", trainer.model, report)
+    start, report = train_with_its_loss(trainer, callback)
+    assert_initialized(tmp_path / "lora_da", start, report)
     assert report.loss_reduction.startswith("sample_mean (measured")
     assert report.batch_size == 4
     assert report.search_loss_after < report.search_loss_before

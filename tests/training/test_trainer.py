@@ -20,6 +20,7 @@ from harness import (
     make_config,
     make_learnable_samples,
     make_lora_config,
+    train_from,
     written_adapter,
 )
 from peft import IA3Config, PeftModel
@@ -422,11 +423,11 @@ def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisati
         RunsOutOfMemory,
         arguments={"auto_find_batch_size": True, "learning_rate": 0.0},
     )
-    trainer.train()
+    start = train_from(trainer)
     assert trainer.sizes[0] == 4
     assert trainer.sizes[-1] < 4
     assert len(count_initializations) == 1
-    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     assert_same_tensors(adapter_weights(trainer.model), written_adapter(tmp_path / "lora_da"))
     assert [e["step"] for e in trainer.state.log_history if "lora_da_step_size" in e] == [0]
 
@@ -635,8 +636,8 @@ def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, l
     trainer = make_trainer(
         tmp_path, lora_model(), make_stream(kind, samples), RecordingLoRADATrainer, config, {"max_steps": 2}
     )
-    trainer.train()
-    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     assert trainer.lora_da_report.population_size == 1000
     assert trainer.lora_da_report.num_samples == 12
     assert torch.equal(trainer.batches[0], collate(samples[:4])["input_ids"])

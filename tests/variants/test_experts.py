@@ -6,6 +6,7 @@ import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
 from harness import (
+    Adapter,
     assert_initialized,
     assert_statistics_equal,
     collate,
@@ -86,7 +87,7 @@ def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_pat
     unused = {name for name in report.kept if name.endswith("[3]")}
     assert len(unused) == 4
     assert {report.kept[name] for name in unused} == {"no token is routed to it"}
-    assert_initialized(tmp_path, model, report, kept=("mlp.gate", "[3]"))
+    assert_initialized(tmp_path, Adapter.of(model), report, kept=("mlp.gate", "[3]"))
     rank = 4
     for name, parameter in model.named_parameters():
         if "experts" in name and "lora_A" in name:
@@ -107,13 +108,10 @@ ALPHAS = {"down_proj": 8}
 # PEFT 0.21 says that keys of parameters match nothing, and uses them all the same, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_experts_with_ranks_of_their_own_are_written_and_read(tmp_path):
-    def make():
-        return make_mixtral(rank_pattern=RANKS, alpha_pattern=ALPHAS)
-
     samples = make_learnable_samples(16)
-    model = make()
+    model = make_mixtral(rank_pattern=RANKS, alpha_pattern=ALPHAS)
     report, _ = initialize(model, tmp_path, samples=samples)
-    assert_initialized(tmp_path, make(), report, kept=("mlp.gate",))
+    assert_initialized(tmp_path, Adapter.of(model), report, kept=("mlp.gate",))
     assert {layer.rank for layer in report.layers} == {2, 3, 4, 5}
     loaded = PeftModel.from_pretrained(FAMILIES["Mixtral (experts)"].make_model(), tmp_path)
     batch = collate(samples[:4])

@@ -12,6 +12,7 @@ from harness import (
     make_config,
     make_learnable_samples,
     make_lora_config,
+    train_from,
 )
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -34,6 +35,7 @@ def logits(model, samples):
 
 
 def train(folder, model, samples, steps=3, **settings):
+    """Return the trainer, and the adapter that it started from."""
     trainer = LoRADATrainer(
         model=model,
         args=make_args(folder, max_steps=steps),
@@ -42,8 +44,7 @@ def train(folder, model, samples, steps=3, **settings):
         da_config=settings.pop("da_config", make_config()),
         **settings,
     )
-    trainer.train()
-    return trainer
+    return trainer, train_from(trainer)
 
 
 PART = {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["o_proj"]}
@@ -67,8 +68,8 @@ VARIANTS = [
 @pytest.mark.parametrize("lora", VARIANTS)
 def test_a_variant_is_initialised_trained_and_loaded(tmp_path, tiny_llama, lora_model, lora):
     samples = make_learnable_samples(24)
-    trainer = train(tmp_path, lora_model(**lora), samples)
-    assert_initialized(tmp_path / "lora_da", lora_model(**lora), trainer.lora_da_report)
+    trainer, found = train(tmp_path, lora_model(**lora), samples)
+    assert_initialized(tmp_path / "lora_da", found, trainer.lora_da_report)
     start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora_da")
     targets = lora_model(**lora)
     for layer in find_targets(targets).targets:
@@ -142,33 +143,30 @@ def test_dora_is_refused_where_a_process_has_a_part_of_the_base_weight(lora_mode
 @pytest.mark.support("PEFT", "LoRA-FA (`freeze_a=True`)", "A is frozen after it is written, B alone is trained")
 def test_lora_fa_by_our_setting(tmp_path, lora_model):
     samples = make_learnable_samples(24)
-    trainer = train(tmp_path, lora_model(), samples, da_config=make_config(freeze_a=True))
-    check_a_is_frozen(tmp_path, trainer, lora_model())
+    check_a_is_frozen(tmp_path, *train(tmp_path, lora_model(), samples, da_config=make_config(freeze_a=True)))
 
 
 @pytest.mark.support("PEFT", "LoRA-FA (`create_lorafa_optimizer`)", "A is frozen by PEFT, and written all the same")
 def test_lora_fa_by_pefts_optimizer(tmp_path, lora_model):
     model, samples = lora_model(), make_learnable_samples(24)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=16, lr=1e-2)
-    check_a_is_frozen(tmp_path, train(tmp_path, model, samples, optimizers=(optimizer, None)), lora_model())
+    check_a_is_frozen(tmp_path, *train(tmp_path, model, samples, optimizers=(optimizer, None)))
 
 
-def check_a_is_frozen(folder, trainer, fresh):
-    assert_initialized(folder / "lora_da", fresh, trainer.lora_da_report)
-    start = adapter_weights(PeftModel.from_pretrained(fresh.unload(), folder / "lora_da"))
+def check_a_is_frozen(folder, trainer, start):
+    assert_initialized(folder / "lora_da", start, trainer.lora_da_report)
     for name, tensor in adapter_weights(trainer.model).items():
-        assert torch.equal(tensor, start[name]) == ("lora_A" in name), name
+        assert torch.equal(tensor, start.weights[name]) == ("lora_A" in name), name
 
 
 @pytest.mark.support("PEFT", "LoRA+ (`create_loraplus_optimizer`)", "")
 def test_lora_plus(tmp_path, lora_model):
     model, samples = lora_model(), make_learnable_samples(24)
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    trainer = train(tmp_path, model, samples, optimizers=(optimizer, None))
-    assert_initialized(tmp_path / "lora_da", lora_model(), trainer.lora_da_report)
-    start = adapter_weights(PeftModel.from_pretrained(lora_model().unload(), tmp_path / "lora_da"))
+    trainer, start = train(tmp_path, model, samples, optimizers=(optimizer, None))
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     moved = {
-        which: max((t - start[n]).abs().max() for n, t in adapter_weights(trainer.model).items() if which in n)
+        which: max((t - start.weights[n]).abs().max() for n, t in adapter_weights(trainer.model).items() if which in n)
         for which in ("lora_A", "lora_B")
     }
     assert moved["lora_B"] > 4 * moved["lora_A"] > 0
@@ -178,10 +176,9 @@ def test_lora_plus(tmp_path, lora_model):
 def test_tied_embeddings(tmp_path, tiny_llama):
     samples = make_learnable_samples(24)
     model = get_peft_model(tiny_llama(tie_word_embeddings=True), make_lora_config())
-    trainer = train(tmp_path, model, samples)
+    trainer, start = train(tmp_path, model, samples)
     assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
-    fresh = get_peft_model(tiny_llama(tie_word_embeddings=True), make_lora_config())
-    assert_initialized(tmp_path / "lora_da", fresh, trainer.lora_da_report)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
 
 @pytest.mark.support("PEFT", "The output head as a target", "tied to the embeddings or not")
@@ -189,15 +186,11 @@ def test_tied_embeddings(tmp_path, tiny_llama):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_output_head_as_a_target(tmp_path, tiny_llama, tied):
     samples = make_learnable_samples(24)
-
-    def make():
-        return get_peft_model(
-            tiny_llama(tie_word_embeddings=tied), make_lora_config(target_modules=["lm_head", "v_proj"])
-        )
-
-    trainer = train(tmp_path, make(), samples)
+    config = make_lora_config(target_modules=["lm_head", "v_proj"])
+    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), config)
+    trainer, start = train(tmp_path, model, samples)
     assert "lm_head" in {layer.name for layer in trainer.lora_da_report.layers}
-    assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
 
 LISTED = {
@@ -216,12 +209,10 @@ LISTED = {
     [row(what, "keep PEFT's own initialisation and are listed", *values) for what, values in LISTED.items()],
 )
 def test_what_is_no_linear_layer_is_listed(tmp_path, family, target_modules, name, reason):
-    def make():
-        return get_peft_model(FAMILIES[family].make_model(), make_lora_config(target_modules=target_modules))
-
-    trainer = train(tmp_path, make(), FAMILIES[family].samples(24), data_collator=pad_samples)
+    model = get_peft_model(FAMILIES[family].make_model(), make_lora_config(target_modules=target_modules))
+    trainer, start = train(tmp_path, model, FAMILIES[family].samples(24), data_collator=pad_samples)
     assert trainer.lora_da_report.kept == {name: reason}
-    assert_initialized(tmp_path / "lora_da", make(), trainer.lora_da_report, kept=[name])
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report, kept=[name])
 
 
 @pytest.mark.support("PEFT", "Two adapters on one model", "the active one is initialised, the other stays")
@@ -233,7 +224,7 @@ def test_two_adapters_on_one_model(tmp_path, lora_model):
     before = {name: tensor.detach().clone() for name, tensor in first.items()}
     model.add_adapter("second", make_lora_config(r=2))
     model.set_adapter("second")
-    trainer = train(tmp_path / "second", model, samples)
+    trainer, start = train(tmp_path / "second", model, samples)
     assert {layer.rank for layer in trainer.lora_da_report.layers} == {2}
-    assert_initialized(tmp_path / "second" / "lora_da", lora_model(r=2), trainer.lora_da_report)
+    assert_initialized(tmp_path / "second" / "lora_da", start, trainer.lora_da_report)
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())

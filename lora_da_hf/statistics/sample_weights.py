@@ -1,0 +1,145 @@
+"""Weights of samples, where the model's logits are made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
+
+if TYPE_CHECKING:
+    from lora_da_hf.statistics.labelled_head import LabelledHead
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose backward multiplies the gradient of each sample, or row, by its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:
+        ctx.save_for_backward(weights)
+        ctx.seen = seen
+        return output.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weights,) = ctx.saved_tensors
+        ctx.seen()
+        exact = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad  # weights are no half numbers
+        weighted = exact * weights.to(exact).reshape(-1, *[1] * (grad.dim() - 1))
+        return weighted.to(grad.dtype), None, None
+
+
+def scale_gradient(tensor: Tensor, weights: Tensor, seen: Callable[[], None]) -> Tensor:
+    """Return the tensor ``[B, ...]``, of which the gradient is multiplied by weights ``[B]`` on its way back.
+
+    Args:
+        tensor: Any.
+        weights: One for each entry of the first dimension.
+        seen: Called in the backward pass.
+    """
+    return _ScaleGradient.apply(tensor, weights.to(tensor.device), seen)
+
+
+class SampleWeights:
+    """Multiplies the gradient of the loss by a weight per sample, where the model's logits are made.
+
+    Weighting there, and not in each layer, needs nothing from the layout of the layers in between. It is exact for
+    every loss that depends on the model only through the output of ``head``.
+
+    Args:
+        head: The module that makes the logits, with the samples in the first dimension of its output.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+        self._weights: Tensor | None = None
+        self._mixed = False
+        self._calls = 0
+        self._backward_calls = 0
+        self._handle: Any = None
+
+    def __enter__(self) -> SampleWeights:
+        self._handle = self._head.register_forward_hook(self._on_forward)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+
+    def _on_forward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._weights is None:
+            return output
+        if not isinstance(output, Tensor) or output.shape[0] != self._weights.shape[0]:
+            self._mixed = True
+            return output
+        self._calls += 1
+        return scale_gradient(output, self._weights, self._seen)
+
+    def _seen(self) -> None:
+        self._backward_calls += 1
+
+    def start(self, weights: Tensor | None) -> None:
+        """Set the weights ``[B]`` of the next batch, or None to leave its gradients alone."""
+        self._weights, self._mixed, self._calls, self._backward_calls = weights, False, 0, 0
+
+    def check(self) -> None:
+        """Verify that the weights went into the gradient of the batch exactly once.
+
+        Raises:
+            SingleSamplesNeeded: if the loss went around the head, or the head mixes the samples.
+        """
+        if self._mixed:
+            raise SingleSamplesNeeded("the model's head does not keep the samples apart in its first dimension")
+        if self._weights is not None and (self._calls != 1 or self._backward_calls != 1):
+            raise SingleSamplesNeeded("the loss does not go through the model's output layer exactly once")
+
+
+@contextlib.contextmanager
+def weighted_head(
+    model: nn.Module, labelled_head: LabelledHead | None, weights: Tensor | None
+) -> Generator[LabelledHead | SampleWeights | None]:
+    """Weight the samples of the pass inside at the model's head.
+
+    Args:
+        model: The model.
+        labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
+        weights: What the gradient of each sample is multiplied by, ``[B]``; None: nothing.
+
+    Yields:
+        What has a ``check``, for after the backward pass; None if there is nothing to check.
+
+    Raises:
+        SingleSamplesNeeded: if the model has no head.
+    """
+    if labelled_head is not None:
+        with labelled_head.rows_of_labels(weights):
+            yield labelled_head
+        return
+    if weights is None:
+        yield None
+        return
+    head = _output_layer(model)
+    if head is None:
+        raise SingleSamplesNeeded("the model has no output layer to weight its samples at")
+    with SampleWeights(head) as sample_weights:
+        sample_weights.start(weights)
+        yield sample_weights
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the output embeddings, or the last part of a model with another head."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module):
+        return head
+    get_base = getattr(model, "get_base_model", None)
+    base: Any = get_base() if callable(get_base) else model
+    return next(reversed(list(base.children())), None)
