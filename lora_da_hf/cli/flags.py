@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
@@ -50,10 +51,45 @@ def facts_of_card(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def dataclass_flags(*kinds: Any) -> argparse.ArgumentParser:
-    """Return the flags of dataclasses, as transformers' scripts have them."""
-    from transformers import HfArgumentParser
+    """Return the flags of dataclasses, the same as `transformers.HfArgumentParser` makes of them.
 
-    return HfArgumentParser(kinds, add_help=False, allow_abbrev=False)
+    To import that takes seconds, for torch comes with it, which a help or a mistake in the command line is not worth.
+    """
+    flags = Flags()
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            _add_field(flags, field, hints[field.name])
+    return flags
+
+
+def _add_field(flags: Flags, field: dataclasses.Field[Any], hint: Any) -> None:
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    options: dict[str, Any] = {"type": hint}
+    if get_origin(hint) is Literal:
+        options = {"type": str, "choices": get_args(hint)}
+    elif get_origin(hint) is list:
+        options = {"type": get_args(hint)[0], "nargs": "+"}
+    elif hint is bool:
+        options = {"type": _truth, "nargs": "?", "const": True}
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default  # pyright: ignore[reportCallIssue]
+    flags.flag(field.name, default=default, help=field.metadata["help"], **options)
+    if hint is bool and default:
+        flags.flag(
+            f"no_{field.name}", action="store_false", dest=field.name, default=False, help=field.metadata["help"]
+        )
+
+
+def _truth(text: str) -> bool:
+    words = {
+        **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+        **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+    }
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
 
 
 def joined(*parts: argparse.ArgumentParser) -> argparse.ArgumentParser:
