@@ -14,8 +14,9 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import WeakFileLock
 from torch import nn
 
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
-from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, foreign_files, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
@@ -189,8 +190,7 @@ def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: P
             put(manifest_path, partial / MANIFEST_FILE)
             for name, entry in manifest.files.items():
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
-            load_init(partial)
-            check_statistics(partial, manifest)
+            check_statistics(load_init(partial))
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
-from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, HubError, LoRADAError
 from lora_da_hf.hub.base import base_facts
@@ -104,7 +104,7 @@ def push_init(
             somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
     stored = load_init(folder)
-    check_statistics(stored.folder, stored.manifest)
+    check_statistics(stored)
     api = make_api(token=token, endpoint=endpoint)
     licence = {"license": license, "license_name": license_name, "license_link": license_link}
     facts = {"datasets": datasets, "language": language, "hardware": hardware, "notes": notes}

@@ -10,8 +10,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
-from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
+from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
+from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
@@ -76,6 +77,8 @@ def refit_init(
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
+    if refit.config.save_statistics and not solved_with:
+        check_statistics(refit.stored)
     if solved_with:
         if step_size is None and refit.config.step_size == stored_config.step_size:
             _note_carried_step(refit, solved_with)
@@ -153,14 +156,15 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
 
 def _solve_again(refit: Refit, *, progress: bool) -> None:
     """Solve every layer from its statistics with the new settings."""
-    statistics = load_statistics(refit.stored.folder, refit.manifest)
     population_size = population_of(refit.manifest, refit.config)
-    groups: dict[str, list[str]] = {}
-    for name, layer in refit.manifest.layers.items():
-        groups.setdefault(layer.shares_input_with, []).append(name)
-    for leader, names in tqdm(groups.items(), desc="LoRA-DA solve", disable=not progress, leave=False):
-        factorized = factorize(statistics[names[0]], refit.config, layer=leader)
-        for name in names:
+    stored_reports = dict(refit.reports)
+    groups = iterate_statistics(refit.stored.folder, refit.manifest)
+    number = len(input_groups_of(refit.manifest))
+    for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
+        check_solved_from(statistics, refit.stored, stored_reports)
+        first = next(iter(statistics))
+        factorized = factorize(statistics[first], refit.config, layer=first)
+        for name in statistics:
             layer = refit.manifest.layers[name]
             solution = solve_layer(
                 statistics[name],
