@@ -95,6 +95,15 @@ def test_a_push_to_a_branch_leaves_main_and_the_tag(api, another, push, pull):
 
 
 def test_a_push_without_changes_makes_no_commit(hub, push):
+def test_a_new_repo_has_no_other_branch_and_is_not_made_for_one(hub, push):
+    with pytest.raises(HubError, match=r"alice/init is not there yet, .* no branch but main. Push without a revision"):
+        push(revision="trial")
+    assert REPO not in hub.repos
+    assert push(revision="main").tag == "schema-v1"
+    with pytest.raises(HubError, match=r"the repo has no such branch, tag or commit.*page\.$"):
+        push(revision="trial")
+
+
     first = push()
     again = push()
     assert (again.commit, again.changed) == (first.commit, False)
@@ -428,7 +437,7 @@ def test_statistics_that_are_not_finite_are_not_pushed(hub, init, push):
 
 def test_an_interrupted_upload_leaves_no_commit_and_is_taken_up(hub, init, push, pull):
     hub.uploads_left = 1
-    with pytest.raises(HubError, match="Pushing alice/init failed"):
+    with pytest.raises(HubError, match=r"Pushing alice/init failed: .* The repo alice/init was made by this push"):
         push()
     assert len(hub.repos[REPO].commits) == 1
     assert hub.repos[REPO].tags == {}
