@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, facts_of_card, load_base_model
+from lora_da_hf.cli.flags import Flags, base_model_of_folder, facts_of_card
 from lora_da_hf.cli.output import Output, aligned
 
 
@@ -82,7 +82,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.save import base_model_facts
 
-    model = load_base_model(arguments, output, arguments.folder)
+    model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
     check_statistics(stored)
     manifest = stored.manifest

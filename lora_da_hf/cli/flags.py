@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -137,26 +138,42 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def load_base_model(arguments: argparse.Namespace, output: Output, init: Path | None = None) -> Any:
-    """Load the model that `Flags.loaded_base_model` parsed; None if there is none.
+def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed.
 
     Args:
-        arguments: What was parsed.
+        arguments: What was parsed, a model among it.
         output: Where messages go.
-        init: The initialisation's folder, whose task type says with which head; None: a causal language model.
+        peft_config: PEFT's configuration of the adapter, which says with which head the base is loaded.
     """
-    if arguments.base_model is None:
-        return None
-    import transformers
-
-    from lora_da_hf.artifacts.peft_config import read_peft_config
-    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
-    from lora_da_hf.hub.cards import auto_class_of
-
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     revision = arguments.model_revision or "main"
-    task_type = None if init is None else read_peft_config(init / ADAPTER_CONFIG_FILE).get("task_type")
-    auto_class = getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))
-    return auto_class.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+    return _class_of_base(peft_config).from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+
+
+def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
+    """Load the base model for the initialisation in a folder; None if none was given."""
+    if arguments.base_model is None:
+        return None
+    from lora_da_hf.artifacts.peft_config import read_peft_config
+    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+
+    return load_base_model(arguments, output, read_peft_config(arguments.folder / ADAPTER_CONFIG_FILE))
+
+
+def _class_of_base(peft_config: Mapping[str, Any]) -> Any:
+    """Return the class that loads the base of an adapter: that of its task or, without a task, the one PEFT noted.
+
+    Where neither is known, it is a causal language model.
+    """
+    import transformers
+
+    from lora_da_hf.hub.cards import auto_class_of
+
+    task_type = peft_config.get("task_type")
+    noted = getattr(transformers, (peft_config.get("auto_mapping") or {}).get("base_model_class") or "", None)
+    if not task_type and isinstance(noted, type) and issubclass(noted, transformers.PreTrainedModel):
+        return noted
+    return getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))

@@ -18,7 +18,7 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
-from lora_da_hf.pipeline.refit_write import Refit, write_refit
+from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, changed_settings, config_for_refit, population_of
 from lora_da_hf.theory.solve import factorize, solve_layer
@@ -73,7 +73,7 @@ def refit_init(
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
     if rank is not None or rank_budget is not None:
-        refit.config = dataclasses.replace(refit.config, rank_budget=rank_budget)
+        refit.config = _config_of_rank(refit.config, rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
@@ -102,6 +102,30 @@ def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int, base_mode
         ConfigError: if the rank is above the stored one, or a DoRA adapter comes without its base.
     """
     return refit_init(folder, output_dir, rank=rank, base_model=base_model).folder
+
+
+def is_cut(folder: Path, manifest: Manifest, *, rank: int) -> bool:
+    """Tell whether a folder holds what `cut_init` made, and every byte of it is still the same.
+
+    Args:
+        folder: Where it would be.
+        manifest: Of the initialisation that it would have been made from.
+        rank: That was asked for.
+    """
+    try:
+        found = load_init(folder).manifest
+    except ArtifactError:
+        return False
+    return (
+        found.refitted_from == refitted_from(manifest)
+        and LoRADAConfig.from_dict(found.config) == _config_of_rank(config_for_refit(manifest, None), None)
+        and {name: layer.rank for name, layer in found.layers.items()}
+        == {name: min(rank, layer.max_rank) for name, layer in manifest.layers.items()}
+    )
+
+
+def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConfig:
+    return dataclasses.replace(config, rank_budget=rank_budget)
 
 
 def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
