@@ -1,6 +1,6 @@
 """Fine-tune a causal language model with LoRA, with or without the LoRA-DA initialisation.
 
-Data comes from the Hugging Face Hub (`--dataset_name`) or a csv, json, jsonl or txt file (`--train_file`).
+Data comes from the Hugging Face Hub (`--dataset_name`) or a csv, json, jsonl, parquet or txt file (`--train_file`).
 Plain text is tokenised, joined and cut into blocks. With `--prompt_column` and `--completion_column` each row
 is one sample, and only the completion counts in the loss.
 
@@ -72,8 +72,8 @@ class DataArguments(TextArguments):
 
     dataset_name: str | None = setting(None, "Dataset on the Hub, or a local dataset folder.")
     dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
-    train_file: str | None = setting(None, "Training data: a csv, json, jsonl or txt file.")
-    validation_file: str | None = setting(None, "Validation data: a csv, json, jsonl or txt file.")
+    train_file: str | None = setting(None, "Training data: a csv, json, jsonl, parquet or txt file.")
+    validation_file: str | None = setting(None, "Validation data: a csv, json, jsonl, parquet or txt file.")
     validation_split_percentage: int = setting(
         5, "Share of the training rows that --do_eval holds out when there is no validation data."
     )

@@ -26,6 +26,7 @@ _EIGENVALUE_TOLERANCE = 1e-3
 _ADAPTER_TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
 _SUM_TOLERANCE = 1e-7
+_NORM_TOLERANCE = 1e-2
 _REPORTED = ("rank", "peft_scaling", "num_tokens", "num_grad_tokens", "input_damping", "output_damping")
 _COUNTS = ("num_samples", "num_unlabelled", "num_search_samples", "population_size")
 
@@ -234,6 +235,7 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
         if layer.name in manifest.layers:
             facts |= _layer_facts(layer, manifest.layers[layer.name], bases[layer.name])
             _check_sums(path, layer, bases[layer.name])
+            _check_update_norm(path, layer, bases[layer.name], _step(manifest, manifest.layers[layer.name]))
     for what, (found, expected) in facts.items():
         if found != expected:
             raise ArtifactError(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there.")
@@ -259,6 +261,18 @@ def _check_sums(path: Path, report: LayerReport, basis: StoredBasis) -> None:
             raise ArtifactError(
                 f"{path} has other sums over the basis of {report.name} than the stored one. Fetch it again."
             )
+
+
+def _check_update_norm(path: Path, report: LayerReport, basis: StoredBasis, step: float) -> None:
+    """Verify the norm of the step along the basis, as far as an adapter in half precision keeps to it."""
+    rows, columns = basis.basis_A[: report.rank].double(), basis.basis_B[:, : report.rank].double()
+    squared = ((columns.mT @ columns) * (rows @ rows.mT)).sum().item()
+    expected = step * math.sqrt(max(squared, 0.0))
+    if not math.isclose(report.update_norm, expected, rel_tol=_NORM_TOLERANCE):
+        raise ArtifactError(
+            f"{path} says that the update of {report.name} has norm {report.update_norm:.4g}, and along the stored "
+            f"basis it has {expected:.4g}. Fetch it again."
+        )
 
 
 def _layer_facts(report: LayerReport, entry: LayerEntry, basis: StoredBasis) -> dict[str, tuple[Any, Any]]:

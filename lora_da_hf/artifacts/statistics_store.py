@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_da_hf.artifacts.files import put_in_place
-from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, Manifest
-from lora_da_hf.artifacts.tensors import iterate_tensors, tensor_specs
+from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
+from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
@@ -90,35 +90,59 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
         manifest: Its manifest.
 
     Raises:
+        ArtifactError: as `iterate_statistics`.
+    """
+    loaded = {name: layer for group in iterate_statistics(folder, manifest) for name, layer in group.items()}
+    return {name: loaded[name] for name in manifest.layers}
+
+
+def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:
+    """Read the statistics of a stored initialisation, one at a time of the groups of layers that share an input.
+
+    Args:
+        folder: The initialisation's folder, checked by `load_init`.
+        manifest: Its manifest.
+
+    Yields:
+        By layer. All of them have the same tensor as the second moment of their input.
+
+    Raises:
         ArtifactError: if they were not stored, a tensor is missing, of another size or dtype, not finite, or cannot be
             what it is called: a second moment with a negative diagonal, or off its diagonal above what that allows.
     """
-    tensors = dict(_read_checked(folder, manifest))
-    loaded: dict[str, LayerStatistics] = {}
-    moments: dict[str, Tensor] = {}
-    for name, layer in manifest.layers.items():
-        leader = layer.shares_input_with
-        if leader not in moments:
-            moments[leader] = unpack_upper(tensors[f"{leader}.{_INPUT}"], layer.in_features)
-        loaded[name] = LayerStatistics(
-            input_second_moment=moments[leader],
-            output_grad_second_moment_diag=tensors[f"{name}.{_OUTPUT}"],
-            weight_grad=tensors[f"{name}.{_GRAD}"],
-            num_input_tokens=layer.num_tokens,
-            num_output_tokens=layer.num_grad_tokens,
+    files = statistics_files(manifest)
+    if not files:
+        raise ArtifactError(
+            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
         )
-    return loaded
+    check_statistics_headers(folder, manifest)
+    with open_tensors(folder / file for file in files) as read:
+        for leader, names in input_groups_of(manifest).items():
+            path, packed = read(f"{leader}.{_INPUT}")
+            _check_moment(packed, manifest.layers[leader].in_features, f"{leader}.{_INPUT}", path)
+            moment = unpack_upper(packed, manifest.layers[leader].in_features)
+            yield {name: _layer(name, moment, manifest.layers[name], read) for name in names}
 
 
-def check_statistics(folder: Path, manifest: Manifest) -> None:
-    """Look at every number of the stored statistics, one tensor at a time, as `load_statistics` does.
+def _layer(name: str, moment: Tensor, entry: LayerEntry, read: Callable[[str], tuple[Path, Tensor]]) -> LayerStatistics:
+    path, diagonal = read(f"{name}.{_OUTPUT}")
+    if (diagonal < 0).any():
+        raise ArtifactError(f"{path}: {name}.{_OUTPUT} is negative in places. Fetch it again.")
+    return LayerStatistics(
+        input_second_moment=moment,
+        output_grad_second_moment_diag=diagonal,
+        weight_grad=read(f"{name}.{_GRAD}")[1],
+        num_input_tokens=entry.num_tokens,
+        num_output_tokens=entry.num_grad_tokens,
+    )
 
-    Raises:
-        ArtifactError: as `load_statistics`, if there are any.
-    """
-    if statistics_files(manifest):
-        for _ in _read_checked(folder, manifest):
-            pass
+
+def input_groups_of(manifest: Manifest) -> dict[str, list[str]]:
+    """Return the layers that share an input, by their leader."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in manifest.layers.items():
+        groups.setdefault(layer.shares_input_with, []).append(name)
+    return groups
 
 
 def statistics_files(manifest: Manifest) -> list[str]:
@@ -158,23 +182,6 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
         if layer.shares_input_with == name:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
     return shapes
-
-
-def _read_checked(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    files = statistics_files(manifest)
-    if not files:
-        raise ArtifactError(
-            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
-        )
-    check_statistics_headers(folder, manifest)
-    widths = {f"{name}.{_INPUT}": layer.in_features for name, layer in manifest.layers.items()}
-    for file in files:
-        for name, tensor in iterate_tensors(folder / file):
-            if name in widths:
-                _check_moment(tensor, widths[name], name, folder / file)
-            elif name.endswith(_OUTPUT) and (tensor < 0).any():
-                raise ArtifactError(f"{folder / file}: {name} is negative in places. Fetch it again.")
-            yield name, tensor
 
 
 def _check_moment(packed: Tensor, width: int, name: str, path: Path) -> None:

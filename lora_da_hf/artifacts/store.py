@@ -206,7 +206,8 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     """Read an initialisation, checking everything before it is used.
 
     Hashes, headers, shapes and finiteness of every file but the numbers of stored statistics, which
-    `load_statistics` and `check_statistics` look at; and that basis, adapter, its config and the report tell one story.
+    `iterate_statistics` and `check_statistics` look at; and that basis, adapter, its config and the report tell one
+    story.
 
     Args:
         folder: What `write_init` wrote.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,32 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
-            tensor: Tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
-                raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it; compute it again.")
-            yield name, tensor
+            yield name, _finite(path, name, file.get_tensor(name))
+
+
+@contextlib.contextmanager
+def open_tensors(paths: Iterable[Path]) -> Generator[Callable[[str], tuple[Path, Tensor]]]:
+    """Give a function that reads one tensor of files whose headers were checked, and tells which of them has it.
+
+    That function raises `ArtifactError` if the tensor holds NaN or infinity.
+    """
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, Any]] = {}
+        for path in paths:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            places |= dict.fromkeys(file.keys(), (path, file))
+
+        def read(name: str) -> tuple[Path, Tensor]:
+            path, file = places[name]
+            return path, _finite(path, name, file.get_tensor(name))
+
+        yield read
+
+
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
+        raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it; compute it again.")
+    return tensor
 
 
 def _compare(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:

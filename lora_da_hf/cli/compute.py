@@ -25,7 +25,7 @@ def init_parser() -> argparse.ArgumentParser:
     own = Flags()
     own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
     own.add_argument(
-        "data", metavar="DATA", help="a csv, json, jsonl or txt file, or the name of a data set on the Hub"
+        "data", metavar="DATA", help="a csv, json, jsonl, parquet or txt file, or the name of a data set on the Hub"
     )
     own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the initialisation")
     own.flag("overwrite", action="store_true", help="replace an initialisation that is there")

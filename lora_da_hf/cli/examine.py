@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, facts_of_card, load_base_model
+from lora_da_hf.cli.flags import Flags, base_model_of_folder, facts_of_card
 from lora_da_hf.cli.output import Output, aligned
 
 
@@ -77,14 +77,14 @@ def verify_parser() -> argparse.ArgumentParser:
 
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
-    from lora_da_hf.artifacts.statistics_store import check_statistics
+    from lora_da_hf.artifacts.solved_from import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.save import base_model_facts
 
-    model = load_base_model(arguments, output, arguments.folder)
+    model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
-    check_statistics(stored.folder, stored.manifest)
+    check_statistics(stored)
     manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
@@ -50,10 +52,45 @@ def facts_of_card(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def dataclass_flags(*kinds: Any) -> argparse.ArgumentParser:
-    """Return the flags of dataclasses, as transformers' scripts have them."""
-    from transformers import HfArgumentParser
+    """Return the flags of dataclasses, the same as `transformers.HfArgumentParser` makes of them.
 
-    return HfArgumentParser(kinds, add_help=False, allow_abbrev=False)
+    To import that takes seconds, for torch comes with it, which a help or a mistake in the command line is not worth.
+    """
+    flags = Flags()
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            _add_field(flags, field, hints[field.name])
+    return flags
+
+
+def _add_field(flags: Flags, field: dataclasses.Field[Any], hint: Any) -> None:
+    if get_origin(hint) in (Union, UnionType):
+        (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+    options: dict[str, Any] = {"type": hint}
+    if get_origin(hint) is Literal:
+        options = {"type": str, "choices": get_args(hint)}
+    elif get_origin(hint) is list:
+        options = {"type": get_args(hint)[0], "nargs": "+"}
+    elif hint is bool:
+        options = {"type": _truth, "nargs": "?", "const": True}
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default  # pyright: ignore[reportCallIssue]
+    flags.flag(field.name, default=default, help=field.metadata["help"], **options)
+    if hint is bool and default:
+        flags.flag(
+            f"no_{field.name}", action="store_false", dest=field.name, default=False, help=field.metadata["help"]
+        )
+
+
+def _truth(text: str) -> bool:
+    words = {
+        **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
+        **dict.fromkeys(("no", "false", "f", "n", "0"), False),
+    }
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
 
 
 def joined(*parts: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -101,26 +138,42 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
-def load_base_model(arguments: argparse.Namespace, output: Output, init: Path | None = None) -> Any:
-    """Load the model that `Flags.loaded_base_model` parsed; None if there is none.
+def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:
+    """Load the model that `Flags.loaded_base_model` parsed.
 
     Args:
-        arguments: What was parsed.
+        arguments: What was parsed, a model among it.
         output: Where messages go.
-        init: The initialisation's folder, whose task type says with which head; None: a causal language model.
+        peft_config: PEFT's configuration of the adapter, which says with which head the base is loaded.
     """
-    if arguments.base_model is None:
-        return None
-    import transformers
-
-    from lora_da_hf.artifacts.peft_config import read_peft_config
-    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
-    from lora_da_hf.hub.cards import auto_class_of
-
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     revision = arguments.model_revision or "main"
-    task_type = None if init is None else read_peft_config(init / ADAPTER_CONFIG_FILE).get("task_type")
-    auto_class = getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))
-    return auto_class.from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+    return _class_of_base(peft_config).from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+
+
+def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
+    """Load the base model for the initialisation in a folder; None if none was given."""
+    if arguments.base_model is None:
+        return None
+    from lora_da_hf.artifacts.peft_config import read_peft_config
+    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+
+    return load_base_model(arguments, output, read_peft_config(arguments.folder / ADAPTER_CONFIG_FILE))
+
+
+def _class_of_base(peft_config: Mapping[str, Any]) -> Any:
+    """Return the class that loads the base of an adapter: that of its task or, without a task, the one PEFT noted.
+
+    Where neither is known, it is a causal language model.
+    """
+    import transformers
+
+    from lora_da_hf.hub.cards import auto_class_of
+
+    task_type = peft_config.get("task_type")
+    noted = getattr(transformers, (peft_config.get("auto_mapping") or {}).get("base_model_class") or "", None)
+    if not task_type and isinstance(noted, type) and issubclass(noted, transformers.PreTrainedModel):
+        return noted
+    return getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, load_base_model, new_folder
+from lora_da_hf.cli.flags import Flags, at_least, base_model_of_folder, dataclass_flags, joined, new_folder
 from lora_da_hf.cli.output import Output
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
@@ -39,7 +39,7 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
-        base_model=load_base_model(arguments, output, arguments.folder),
+        base_model=base_model_of_folder(arguments, output),
         progress=output.shows_progress,
     )
     output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")

@@ -69,11 +69,15 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
 
     _progress(output)
     repo_id, revision = _named(arguments.repo_id, arguments.revision)
+
+    def load_base(peft_config: dict[str, Any]) -> Any:
+        return load_base_model(arguments, output, peft_config)
+
     pulled = pull_init(
         repo_id,
         revision=revision,
         rank=arguments.rank,
-        base_model=load_base_model(arguments, output),
+        base_model=None if arguments.base_model is None else load_base,
         cache_dir=arguments.cache_dir,
         local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,20 @@ from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import WeakFileLock
 from torch import nn
 
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, FileEntry, Manifest, parse_manifest
-from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, foreign_files, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
-from lora_da_hf.pipeline.refit import cut_init
+from lora_da_hf.pipeline.refit import cut_init, is_cut
 from lora_da_hf.pipeline.save import base_model_facts
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
+
+LoadBase = Callable[[dict[str, Any]], nn.Module]
+"""Loads a base model, given PEFT's configuration of the adapter that it is for."""
 
 _Put = Callable[[Path, Path], Any]
 """Copies or links a file of the cache to a second place."""
@@ -81,7 +87,7 @@ def pull_init(
     *,
     revision: str | None = None,
     rank: int | None = None,
-    base_model: nn.Module | Mapping[str, Any] | None = None,
+    base_model: nn.Module | Mapping[str, Any] | LoadBase | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -99,11 +105,13 @@ def pull_init(
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
-        base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``); None: it is not
-            compared. A DoRA adapter of another rank needs the model itself.
-        cache_dir: The client's cache; None: its default.
+        base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``), or a function
+            that loads it, which is given PEFT's configuration of the adapter; None: it is not compared. A DoRA adapter
+            of another rank needs the model itself.
+        cache_dir: The client's cache; None: its default. It may be read-only if all of it is there and ``local_dir`` is
+            given; several processes then need a folder each.
         local_dir: Where to put the checked folder: a new or empty folder, or one with an initialisation, which is
-            replaced. None: in the cache, with hard links, so that it takes no space.
+            replaced. None: in the cache, with hard links, so that it takes no space; another rank is cut there once.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
@@ -127,7 +135,8 @@ def pull_init(
         cache_dir=Path(cache_dir) if cache_dir is not None else None,
         offline=local_files_only or is_offline_mode(),
     )
-    with hub_errors(f"Pulling {repo_id}{f'@{revision}' if revision else ''}"):
+    doing = f"Pulling {repo_id}{f'@{revision}' if revision else ''}"
+    with hub_errors(doing):
         info = None if source.offline else source.resolve(revision)
         path, manifest = _fetch_manifest(source, revision)
         commit = path.parent.name
@@ -135,18 +144,53 @@ def pull_init(
             if commit != info.sha:
                 raise HubError(f"{repo_id} changed while it was read: it was {info.sha}, now {commit}. Pull again.")
             check_tree(manifest, info)
-        _check_use(manifest, base_model, rank)
+        load = base_model if callable(base_model) and not isinstance(base_model, nn.Module) else None
+        peft_config = {} if load is None else _fetch_peft_config(source, manifest, commit)
+    base = load(peft_config) if load is not None else base_model
+    _check_use(manifest, base, rank)  # pyright: ignore[reportArgumentType] - it is called no more
+    with hub_errors(doing):
         checked = path.parents[2] / _CHECKED
-        checked.mkdir(exist_ok=True)
-        with WeakFileLock(checked / f"{commit}.lock"):
-            mine = Path(local_dir) if local_dir is not None and rank is None else None
-            folder = mine or checked / commit
-            _collect(source, manifest, path, folder, shutil.copyfile if mine else _link)
-            if rank is not None:
-                target = Path(local_dir or checked / f"{commit}-rank-{rank}")
-                base = base_model if isinstance(base_model, nn.Module) else None
-                folder = cut_init(folder, target, rank=rank, base_model=base)
+        folder = Path(local_dir) if local_dir is not None else checked / _name(commit, rank)
+        put = _link if local_dir is None else shutil.copyfile
+        with _locked(checked, commit, in_cache=local_dir is None):
+            if rank is None:
+                _collect(source, manifest, path, folder, put)
+            elif not is_cut(folder, manifest, rank=rank):
+                with _whole(checked, commit, folder, in_cache=local_dir is None) as whole:
+                    _collect(source, manifest, path, whole, put)
+                    cut_init(whole, folder, rank=rank, base_model=base if isinstance(base, nn.Module) else None)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
+
+
+def _name(commit: str, rank: int | None) -> str:
+    return commit if rank is None else f"{commit}-rank-{rank}"
+
+
+@contextlib.contextmanager
+def _locked(checked: Path, commit: str, *, in_cache: bool) -> Generator[None]:
+    """Keep other processes out of the checked folders of a commit.
+
+    A folder that is not in the cache is made without that if nothing can be written to the cache.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            checked.mkdir(exist_ok=True)
+            stack.enter_context(WeakFileLock(checked / f"{commit}.lock"))
+        except OSError:
+            if in_cache:
+                raise
+        yield
+
+
+@contextlib.contextmanager
+def _whole(checked: Path, commit: str, target: Path, *, in_cache: bool) -> Generator[Path]:
+    """Give the place for what a rank is cut from: in the cache, or beside the target and only as long as needed."""
+    if in_cache:
+        yield checked / commit
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.whole-", dir=target.parent) as place:
+        yield Path(place) / commit
 
 
 def _fetch_manifest(source: _Source, revision: str | None) -> tuple[Path, Manifest]:
@@ -160,6 +204,14 @@ def _fetch_manifest(source: _Source, revision: str | None) -> tuple[Path, Manife
             raise
     path = source.fetch(MANIFEST_FILE, revision, again=True)
     return path, parse_manifest(path.read_bytes(), source=where)
+
+
+def _fetch_peft_config(source: _Source, manifest: Manifest, commit: str) -> dict[str, Any]:
+    """Fetch and check PEFT's configuration of the adapter, which is small."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / ADAPTER_CONFIG_FILE
+        _place(source, commit, path, manifest.files[ADAPTER_CONFIG_FILE], shutil.copyfile)
+        return check_adapter_config(path, manifest)
 
 
 def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | None, rank: int | None) -> None:
@@ -189,8 +241,7 @@ def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: P
             put(manifest_path, partial / MANIFEST_FILE)
             for name, entry in manifest.files.items():
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
-            load_init(partial)
-            check_statistics(partial, manifest)
+            check_statistics(load_init(partial))
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
-from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, HubError, LoRADAError
 from lora_da_hf.hub.base import base_facts
@@ -82,7 +82,7 @@ def push_init(
             that is there is not as asked for, this is an error.
         create_pr: Make a pull request instead of a commit.
         parent_commit: Commit only on top of this one; None: of the one that is the newest now.
-        revision: The branch, which must exist; None: main.
+        revision: The branch, which must exist, so it cannot be one of a new repo; None: main.
         commit_message: None: one that names the base model.
         card: Text of a card of your own, whose metadata says the licence; None: `render_card` writes one, with the
             facts that follow.
@@ -101,10 +101,11 @@ def push_init(
         ArtifactError: if the folder is not a valid initialisation, or what arrived is not what was sent.
         CardError: if the card is malformed, shows a plot that is not there, or is given together with facts for one.
         HubError: if a public repo is asked for without a known licence, the repo is private or public against the wish,
-            somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
+            a new one should get another branch than main, somebody else pushed meanwhile, or the Hub refuses or cannot
+            be reached. If a repo was made by then, the error says so.
     """
     stored = load_init(folder)
-    check_statistics(stored.folder, stored.manifest)
+    check_statistics(stored)
     api = make_api(token=token, endpoint=endpoint)
     licence = {"license": license, "license_name": license_name, "license_link": license_link}
     facts = {"datasets": datasets, "language": language, "hardware": hardware, "notes": notes}
@@ -120,7 +121,15 @@ def push_init(
             licence = {"license": license_of(card)}
         named = base.name or stored.manifest.base_model["name_or_path"]
         _check_license(named, licence["license"], private=private)
+        is_new = not api.repo_exists(repo_id)
+        if is_new and revision not in (None, _MAIN):
+            raise HubError(
+                f"{repo_id} is not there yet, and a new repo has no branch but main. Push without a revision first, "
+                f"and make the branch {revision!r} then."
+            )
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    left = f"The repo {repo_id} was made by this push and stays: push again, or delete it on its page if it is empty."
+    with _adding(left if is_new else ""), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_visibility(head, private=private)
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
@@ -132,11 +141,12 @@ def push_init(
             create_pr=create_pr,
             parent_commit=parent_commit or head.sha,
         )
-        with _naming(commit.oid), hub_errors(f"Checking what was pushed to {repo_id}"):
-            pushed = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
-            _check_visibility(pushed, private=private)
-            check_tree(stored.manifest, pushed)
-            tagged = not create_pr and revision in (None, _MAIN) and _move_tag(api, repo_id, commit.oid)
+    made = f"The commit {commit.oid} is on the Hub all the same."
+    with _adding(made), hub_errors(f"Checking what was pushed to {repo_id}"):
+        pushed = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
+        _check_visibility(pushed, private=private)
+        check_tree(stored.manifest, pushed)
+        tagged = not create_pr and revision in (None, _MAIN) and _move_tag(api, repo_id, commit.oid)
     return PushedInit(
         repo_id=repo_id,
         url=commit.commit_url,
@@ -149,12 +159,12 @@ def push_init(
 
 
 @contextlib.contextmanager
-def _naming(commit: str) -> Generator[None]:
-    """Add to an error that the commit was made before it."""
+def _adding(sentence: str) -> Generator[None]:
+    """Add to an error what is on the Hub all the same."""
     try:
         yield
     except LoRADAError as error:
-        raise type(error)(f"{error} The commit {commit} is on the Hub all the same.") from error
+        raise type(error)(f"{error} {sentence}".rstrip()) from error
 
 
 def _refuse_facts(facts: Mapping[str, Any]) -> None:

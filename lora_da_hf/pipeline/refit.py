@@ -10,14 +10,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
-from lora_da_hf.artifacts.statistics_store import load_statistics, statistics_files
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
+from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
+from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
-from lora_da_hf.pipeline.refit_write import Refit, write_refit
+from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, changed_settings, config_for_refit, population_of
 from lora_da_hf.theory.solve import factorize, solve_layer
@@ -72,10 +73,12 @@ def refit_init(
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
     if rank is not None or rank_budget is not None:
-        refit.config = dataclasses.replace(refit.config, rank_budget=rank_budget)
+        refit.config = _config_of_rank(refit.config, rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
+    if refit.config.save_statistics and not solved_with:
+        check_statistics(refit.stored)
     if solved_with:
         if step_size is None and refit.config.step_size == stored_config.step_size:
             _note_carried_step(refit, solved_with)
@@ -99,6 +102,30 @@ def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int, base_mode
         ConfigError: if the rank is above the stored one, or a DoRA adapter comes without its base.
     """
     return refit_init(folder, output_dir, rank=rank, base_model=base_model).folder
+
+
+def is_cut(folder: Path, manifest: Manifest, *, rank: int) -> bool:
+    """Tell whether a folder holds what `cut_init` made, and every byte of it is still the same.
+
+    Args:
+        folder: Where it would be.
+        manifest: Of the initialisation that it would have been made from.
+        rank: That was asked for.
+    """
+    try:
+        found = load_init(folder).manifest
+    except ArtifactError:
+        return False
+    return (
+        found.refitted_from == refitted_from(manifest)
+        and LoRADAConfig.from_dict(found.config) == _config_of_rank(config_for_refit(manifest, None), None)
+        and {name: layer.rank for name, layer in found.layers.items()}
+        == {name: min(rank, layer.max_rank) for name, layer in manifest.layers.items()}
+    )
+
+
+def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConfig:
+    return dataclasses.replace(config, rank_budget=rank_budget)
 
 
 def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
@@ -153,14 +180,15 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
 
 def _solve_again(refit: Refit, *, progress: bool) -> None:
     """Solve every layer from its statistics with the new settings."""
-    statistics = load_statistics(refit.stored.folder, refit.manifest)
     population_size = population_of(refit.manifest, refit.config)
-    groups: dict[str, list[str]] = {}
-    for name, layer in refit.manifest.layers.items():
-        groups.setdefault(layer.shares_input_with, []).append(name)
-    for leader, names in tqdm(groups.items(), desc="LoRA-DA solve", disable=not progress, leave=False):
-        factorized = factorize(statistics[names[0]], refit.config, layer=leader)
-        for name in names:
+    stored_reports = dict(refit.reports)
+    groups = iterate_statistics(refit.stored.folder, refit.manifest)
+    number = len(input_groups_of(refit.manifest))
+    for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
+        check_solved_from(statistics, refit.stored, stored_reports)
+        first = next(iter(statistics))
+        factorized = factorize(statistics[first], refit.config, layer=first)
+        for name in statistics:
             layer = refit.manifest.layers[name]
             solution = solve_layer(
                 statistics[name],

@@ -6,7 +6,9 @@ import dataclasses
 import datetime
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -229,15 +231,22 @@ def _new_manifest(refit: Refit, step: float | None, solved_with: list[str], file
         versions=package_versions(),
         layers={name: _layer_entry(refit, name, layer) for name, layer in old.layers.items()},
         files=files,
-        refitted_from={
-            "manifest": manifest_digest(old),
-            "created": old.created,
-            SOLVED_AGAIN_WITH: {
-                **solved_again_with(old),
-                **{name: getattr(refit.config, name) for name in solved_with},
-            },
-        },
+        refitted_from=refitted_from(old, {name: getattr(refit.config, name) for name in solved_with}),
     )
+
+
+def refitted_from(manifest: Manifest, solved_with: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return what the manifest of a refitted initialisation says of where it comes from.
+
+    Args:
+        manifest: Of what was refitted.
+        solved_with: Settings of the solve that are others now.
+    """
+    return {
+        "manifest": manifest_digest(manifest),
+        "created": manifest.created,
+        SOLVED_AGAIN_WITH: {**solved_again_with(manifest), **solved_with},
+    }
 
 
 def _without_identity(data: dict[str, Any]) -> dict[str, Any]:

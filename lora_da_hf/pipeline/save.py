@@ -27,7 +27,9 @@ from lora_da_hf.losses import base_model_of
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 
-_OF_ADAPTER = ("lora_", ".modules_to_save.", ".token_adapter.")
+_OF_ADAPTER = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+"""Names that PEFT puts between a module and its weight, for adapters, modules to save and trainable tokens."""
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -147,7 +149,7 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not any(part in name for part in _OF_ADAPTER) and id(parameter) not in heads:
             parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
             with gathered(parameter) as whole:
-                yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), whole
+                yield ".".join(part for part in parts if part not in _WRAPPERS), whole
 
 
 def _head_parameters(model: Any) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.fisher_metric import WhitenedLayer
-from lora_da_hf.theory.guidance import build_guidance, check_residual_in_float64, lowest_subspace
+from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
 
 _FLOAT64_UP_TO = 8192
@@ -74,22 +75,8 @@ def solve_layer(
     if not statistics.weight_grad.any():
         raise SolveError(f"The weight gradient of {layer} is zero: no sample's loss depends on it.")
     dtype = factorized_input.cholesky.dtype
-    output_diag = statistics.output_grad_second_moment_diag.to(dtype)
-    inverse_output, output_damping = inverse_output_factor(
-        output_diag, Damping.parse(config.output_damping, "output_damping"), layer=layer
-    )
-    displacement = Displacement.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
-    whitened = None
-    if config.metric == "fisher":
-        whitened = WhitenedLayer.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input)
-    guidance = build_guidance(
-        displacement if whitened is None else whitened.displacement,
-        inverse_output if whitened is None else whitened.inverse_output_factor,
-        population_size=population_size,
-        bias_weight=config.bias_weight,
-        variance_weight=config.variance_weight,
-        normalize_terms=config.normalize_guidance_terms,
-    )
+    problem = _pose(statistics, factorized_input, config, layer=layer, population_size=population_size)
+    displacement, whitened, guidance = problem.displacement, problem.whitened, problem.guidance
     pairs = lowest_subspace(guidance, rank, solver=config.solver)
     if whitened is None:
         basis_A, basis_B = pairs.vectors.mT.contiguous(), displacement.apply(pairs.vectors)
@@ -126,11 +113,112 @@ def solve_layer(
         eigenvalues=pairs.eigenvalues / divisor**2,
         displacement_norm=norm,
         input_damping=factorized_input.damping,
-        output_damping=output_damping,
+        output_damping=problem.output_damping,
         solver=pairs.solver,
         residual=residual,
         notes=tuple(notes),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """What is solved for one layer: D, G, and the layer in the coordinates of the Fisher norm if that is the metric."""
+
+    displacement: Displacement
+    whitened: WhitenedLayer | None
+    guidance: Guidance
+    output_damping: float
+
+
+def _pose(
+    statistics: LayerStatistics,
+    factorized_input: FactorizedInput,
+    config: LoRADAConfig,
+    *,
+    layer: str,
+    population_size: int,
+) -> _Problem:
+    """Put together what is to be solved, in the dtype of the factorisation."""
+    dtype = factorized_input.cholesky.dtype
+    inverse_output, output_damping = inverse_output_factor(
+        statistics.output_grad_second_moment_diag.to(dtype),
+        Damping.parse(config.output_damping, "output_damping"),
+        layer=layer,
+    )
+    weight_grad = statistics.weight_grad.to(dtype)
+    displacement = Displacement.of(weight_grad, inverse_output, factorized_input)
+    whitened = WhitenedLayer.of(weight_grad, inverse_output, factorized_input) if config.metric == "fisher" else None
+    guidance = build_guidance(
+        displacement if whitened is None else whitened.displacement,
+        inverse_output if whitened is None else whitened.inverse_output_factor,
+        population_size=population_size,
+        bias_weight=config.bias_weight,
+        variance_weight=config.variance_weight,
+        normalize_terms=config.normalize_guidance_terms,
+    )
+    return _Problem(displacement=displacement, whitened=whitened, guidance=guidance, output_damping=output_damping)
+
+
+def solution_error(
+    statistics: LayerStatistics,
+    factorized_input: FactorizedInput,
+    config: LoRADAConfig,
+    solution: LayerSolution,
+    *,
+    layer: str,
+    population_size: int,
+) -> float:
+    """Measure how far a solution is from being one of these statistics, without solving anything again.
+
+    ``basis_B`` must be the displacement times the input basis, the basis must be made of eigenvectors of the guidance
+    matrix with these eigenvalues, and the displacement must have this norm. That they are the lowest eigenvectors is
+    not looked at.
+
+    Args:
+        statistics: Of this layer.
+        factorized_input: Of it, as for `solve_layer`.
+        config: That it was solved with.
+        solution: Its tensors may be rounded to float32.
+        layer: The layer's name, for messages.
+        population_size: That it was solved with.
+
+    Returns:
+        The largest of the three errors. Each is relative to what goes into it, so that it is of the order of the
+        roundings if the solution is one.
+
+    Raises:
+        SolveError: if the output factor has no inverse.
+    """
+    problem = _pose(statistics, factorized_input, config, layer=layer, population_size=population_size)
+    displacement, whitened, guidance = problem.displacement, problem.whitened, problem.guidance
+    cholesky = factorized_input.cholesky
+    rows = solution.basis_A.to(cholesky)
+    if whitened is None:
+        vectors, images = rows.mT, displacement.apply(rows.mT)
+        start = vectors
+    else:
+        vectors = cholesky.mT @ rows.mT
+        vectors = vectors / vectors.norm(dim=0)
+        images, start = whitened.map_back(vectors)[1], rows.mT
+    norm = displacement.norm(start=torch.linalg.qr(start).Q)
+    divisor = solution.displacement_norm if config.normalize_displacement else 1.0
+    eigenvalues = solution.eigenvalues.to(cholesky) * (divisor * divisor)
+    missed_images = (images - solution.basis_B.to(cholesky) * divisor).norm(dim=0).max().item()
+    missed_eigen = (guidance.apply(vectors) - vectors * eigenvalues).norm(dim=0).max().item()
+    largest = norm if whitened is None else guidance.displacement.apply(vectors).norm(dim=0).max().item()
+    pivot = guidance.factorized_input.cholesky.diagonal().min().item()
+    size = guidance.bias_coefficient * largest * largest + abs(guidance.variance_coefficient) / pivot / pivot
+    errors = (
+        _relative(abs(norm - solution.displacement_norm), norm),
+        _relative(missed_images, max(norm, images.norm(dim=0).max().item())),
+        _relative(missed_eigen, max(size, eigenvalues.abs().max().item())),
+    )
+    return max(errors)
+
+
+def _relative(error: float, size: float) -> float:
+    """Return a part, and infinity where there is none to tell."""
+    return error / size if size and math.isfinite(error) and math.isfinite(size) else math.inf
 
 
 def _solve_residual(statistics: LayerStatistics, displacement: Displacement, vectors: Tensor) -> float:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PREFIX = "da_"
 ALL_LINEAR = "all-linear"
-LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def setting(default: Any, help_text: str) -> Any:

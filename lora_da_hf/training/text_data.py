@@ -21,7 +21,7 @@ Rows = Dataset | IterableDataset
 
 
 def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
-    """Load one csv, json, jsonl or txt file."""
+    """Load one csv, json, jsonl, parquet or txt file."""
     loader = LOADER_OF_SUFFIX[Path(path).suffix]
     options: dict[str, Any] = {"keep_linebreaks": True} if loader == "text" else {}
     rows: Any = load_dataset(

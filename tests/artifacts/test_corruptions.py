@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
-from lora_da_hf.artifacts.statistics_store import check_statistics
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, LoRADAError
 from lora_da_hf.pipeline.save import base_model_facts
@@ -55,8 +55,7 @@ def contents(folder):
 
 def use(folder, base):
     """Do what anybody does who uses an initialisation."""
-    stored = load_init(folder, base_model=base)
-    check_statistics(folder, stored.manifest)
+    check_statistics(load_init(folder, base_model=base))
 
 
 def test_what_is_not_corrupt_is_accepted(original, base):
@@ -150,13 +149,13 @@ def not_finite(folder, draw):
 
 
 def moved_entry(folder, draw):
-    """Move one number of basis or adapter so far that it is no rounding."""
+    """Move one number so far that it is no rounding."""
 
     def change(tensors):
         tensor = tensors[draw(st.sampled_from(sorted(tensors)))]
         tensor[entry_of(tensor, draw)] += far(draw)
 
-    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
     forge(folder)
 
 
@@ -164,7 +163,7 @@ def scaled_tensor(folder, draw):
     def change(tensors):
         tensors[draw(st.sampled_from(sorted(tensors)))] *= draw(st.sampled_from([0.0, 0.5, -1.0, 1.01, 2.0, 1e9]))
 
-    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
     forge(folder)
 
 
@@ -195,7 +194,7 @@ def exchanged_tensors(folder, draw):
         first, second = draw(st.lists(st.sampled_from(sorted(tensors)), min_size=2, max_size=2, unique=True))
         tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
 
-    change_tensors(folder / draw(st.sampled_from([ADAPTER_FILE, BASIS_FILE])), change)
+    change_tensors(folder / draw(st.sampled_from(TENSOR_FILES)), change)
     forge(folder)
 
 
@@ -210,6 +209,33 @@ def impossible_statistics(folder, draw):
         tensor[column] = tensor[0] * draw(st.floats(1e6, 1e9))  # above what the diagonal allows
         if draw(st.booleans()):
             tensor[0] = -draw(st.floats(1e-6, 1e6))
+
+    change_tensors(folder / STATISTICS_FILE, change)
+    forge(folder)
+
+
+def other_gradient(folder, draw):
+    """Put another gradient in the place of a layer's: of the same size, its rows or columns shuffled, or smoothed."""
+
+    def change(tensors):
+        name = draw(st.sampled_from(sorted(name for name in tensors if "weight_grad" in name)))
+        gradient = tensors[name]
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+        other = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+        what = draw(st.sampled_from(["other", "mixed", "negative", "rows", "columns", "low rank"]))
+        if what == "other":
+            tensors[name] = other * (gradient.norm() / other.norm())
+        if what == "mixed":
+            tensors[name] = gradient + other * (0.01 * gradient.norm() / other.norm())
+        if what == "negative":
+            tensors[name] = -gradient
+        if what == "rows":
+            tensors[name] = gradient[torch.randperm(len(gradient), generator=generator)]
+        if what == "columns":
+            tensors[name] = gradient[:, torch.randperm(gradient.shape[1], generator=generator)].contiguous()
+        if what == "low rank":
+            left, singular, right = torch.linalg.svd(gradient, full_matrices=False)
+            tensors[name] = (left[:, :3] * singular[:3] @ right[:3]).contiguous()
 
     change_tensors(folder / STATISTICS_FILE, change)
     forge(folder)
@@ -455,14 +481,14 @@ def mistyped_report(values, draw):
 
 def incomplete_report(values, draw):
     """Leave out what has no default, or another one than what is stored."""
-    paths = [path for path in leaves(values) if path[0] in SAID_TWICE and not set(path) & {"update_norm", "notes"}]
+    paths = [path for path in leaves(values) if path[0] in SAID_TWICE and "notes" not in path]
     path = draw(st.sampled_from(paths))
     path = path[: draw(st.integers(1, len(path)))]
     at(values, path[:-1]).pop(path[-1])
 
 
 SAID_TWICE = ("layers", "config", "step_size", "data_fingerprint", "num_samples", "population_size")
-FREE = ("notes", "solver", "residual", "displacement_norm", "update_norm", "loss_reduction", "batch_size", "artifact")
+FREE = ("notes", "solver", "residual", "loss_reduction", "batch_size", "artifact")
 
 
 def contradicting_report(values, draw):
@@ -556,6 +582,7 @@ CORRUPTIONS = [
     exchanged_rows,
     exchanged_tensors,
     impossible_statistics,
+    other_gradient,
     other_tensors,
     kept_base_weight,
     turned_direction,
@@ -637,6 +664,14 @@ def test_a_direction_beyond_the_adapter_s_rank_is_tied_to_the_report(original, p
     forge(folder)
     with pytest.raises(ArtifactError, match=f"has other sums over the basis of {LAYER} than the stored one"):
         load_init(folder)
+
+
+def test_a_gradient_that_is_not_that_of_the_basis_is_refused(original, place):
+    folder = fresh_copy(original, place)
+    change_tensors(folder / STATISTICS_FILE, lambda tensors: tensors[f"{LAYER}.weight_grad"].mul_(1.001))
+    forge(folder)
+    with pytest.raises(ArtifactError, match=f"the basis of {LAYER} is not what comes of the stored statistics"):
+        check_statistics(load_init(folder))
 
 
 def test_a_report_of_an_earlier_version_is_read(original, place, base):

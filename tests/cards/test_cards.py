@@ -1,8 +1,11 @@
 """Cards: their metadata, their text, and what they are made of when facts are missing or hostile."""
 
+import dataclasses
 import itertools
 import json
 import re
+import typing
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -13,9 +16,11 @@ from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
 from peft import LoraConfig
 
+from lora_da_hf import LoRADAConfig, LoRADAReport
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
-from lora_da_hf.hub.cards import card_plots, render_card
+from lora_da_hf.hub.cards import card_metadata, card_plots, render_card
+from lora_da_hf.hub.facts import CardFacts
 from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT
 
 PARSER = MarkdownIt("commonmark").enable("table")
@@ -165,6 +170,116 @@ def test_no_value_is_undefined_whatever_is_missing(stored, base):
             assert None not in metadata["lora_da"].values()
             assert not re.search(r"\b(None|nan|inf|Undefined|null)\b|\{\{|\}\}|\{%|/home", body)
             assert re.findall(r"^## (.+)$", body, re.MULTILINE) == SECTIONS
+
+
+OPTIONAL = {
+    "facts.base_id": ["org/base-model", None],
+    "facts.base_name": ["copy", None],
+    "facts.base_revision": ["b" * 40, None],
+    "facts.base_fingerprint": ["f" * 64, None],
+    "facts.alpha": [16, None],
+    "facts.task_type": ["CAUSAL_LM", None],
+    "facts.num_samples": [12, None],
+    "facts.population_size": [100, None],
+    "facts.data_fingerprint": ["d" * 64, None],
+    "facts.step_size": [0.3, None],
+    "facts.config": [LoRADAConfig(), LoRADAConfig(step_size=None), None],
+    "facts.versions": [{"torch": "2"}, {}],
+    "facts.kept": [{"lm_head": "not a linear layer"}, {}],
+    "facts.uses_rslora": [True, False],
+    "facts.has_statistics": [True, False],
+    "report.unseen_loss_before": [3.0, None],
+    "report.unseen_loss_after": [2.0, None],
+    "report.search_loss_before": [3.0, None],
+    "report.search_loss_after": [2.0, None],
+    "report.seconds": [{"solve": 1.0}, {}],
+    "report.notes": [["A note."], []],
+    "report.loss_reduction": ["token_mean", ""],
+    "report.layers": [make_report().layers, []],
+    "license": ["apache-2.0", "other", None],
+    "license_name": ["own", None],
+    "license_link": ["https://example.org", None],
+    "repo_id": ["user/init", None],
+    "commit": [COMMIT, None],
+    "datasets": [["gsm8k"], []],
+    "language": [["en"], []],
+    "hardware": ["a GPU", None],
+    "notes": [["A note."], []],
+    "plots": [[SPECTRA_PLOT, SEARCH_PLOT], [SPECTRA_PLOT], [SEARCH_PLOT], []],
+    "command": ["lora-da init", None],
+}
+SET_AT_THE_TOP = {"base": ["facts.base_id", "facts.base_name"], "where": ["repo_id"]}
+
+
+@pytest.fixture
+def context(stored, monkeypatch):
+    """Return the environment, and everything that the template is given."""
+    given = {}
+    environment = cards._environment()
+    recorder = SimpleNamespace(get_template=lambda name: SimpleNamespace(render=lambda **names: given.update(names)))
+    with monkeypatch.context() as patch:
+        patch.setattr(cards, "_environment", lambda: recorder)
+        render_card(stored(), license=None)
+    return environment, given
+
+
+def test_no_section_has_an_undefined_value_for_any_combination_of_missing_facts(context):
+    environment, given = context
+    source, *_ = environment.loader.get_source(environment, cards._TEMPLATE)
+    top, *sections = re.split(r"(?m)^(?=## )", source)
+    settings = "\n".join(re.findall(r"(?m)^\{% set .*$", top))
+    mentioned = set()
+    for text in [top, *(f"{settings}\n{section}" for section in sections)]:
+        template = environment.from_string(text)
+        names = mentioned_in(text.removeprefix(settings))
+        mentioned |= names
+        for values in itertools.product(*(OPTIONAL[name] for name in sorted(names))):
+            chosen = dict(zip(sorted(names), values, strict=True))
+            found = template.render(**with_values(given, chosen))
+            assert not re.search(r"\b(None|nan|Undefined|null)\b|\{\{|\}\}|\{%", found), chosen
+    assert mentioned == set(OPTIONAL) - {"facts.task_type"}
+
+
+def mentioned_in(text):
+    """Return the optional facts that a part of the template asks for."""
+    tags = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", text))
+
+    def asks_for(name):
+        return re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", tags)
+
+    behind = {name for short, names in SET_AT_THE_TOP.items() if asks_for(short) for name in names}
+    return behind | {name for name in OPTIONAL if asks_for(name)}
+
+
+def with_values(given, chosen):
+    changes = {"facts": {}, "report": {}, "": {}}
+    for name, value in chosen.items():
+        owner, _, field = name.rpartition(".")
+        changes[owner][field] = value
+    report = dataclasses.replace(given["report"], **changes["report"])
+    facts = dataclasses.replace(given["facts"], report=report, **changes["facts"])
+    return {**given, "facts": facts, "report": report, **changes[""]}
+
+
+def test_whatever_may_be_none_is_tried_without(context):
+    source = context[0].loader.get_source(context[0], cards._TEMPLATE)[0]
+    for owner, kind in (("facts", CardFacts), ("report", LoRADAReport)):
+        hints = typing.get_type_hints(kind)
+        optional = {f"{owner}.{name}" for name, hint in hints.items() if type(None) in typing.get_args(hint)}
+        assert {name for name in optional if name in source} <= set(OPTIONAL)
+
+
+def test_metadata_has_no_undefined_value_for_any_combination_of_missing_facts(context):
+    facts = context[1]["facts"]
+    of_facts = ["base_id", "base_revision", "base_fingerprint", "alpha", "task_type", "num_samples"]
+    others = ["license", "license_name", "license_link", "datasets", "language"]
+    choices = [*(OPTIONAL[f"facts.{name}"] for name in of_facts), *(OPTIONAL[name] for name in others)]
+    for values in itertools.product(*choices):
+        chosen = dict(zip([*of_facts, *others], values, strict=True))
+        changed = dataclasses.replace(facts, **{name: chosen.pop(name) for name in of_facts})
+        metadata = card_metadata(changed, **chosen)
+        ModelCardData(**metadata)
+        assert not any(value is None or value == [] for value in [*metadata.values(), *metadata["lora_da"].values()])
 
 
 def test_not_measured_is_said(stored):

@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 import warnings
+from argparse import ArgumentTypeError
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import errors as hub_errors
+from transformers import HfArgumentParser
 
 from lora_da_hf.cli.errors import explain
+from lora_da_hf.cli.flags import dataclass_flags
 from lora_da_hf.cli.main import DEBUG_VARIABLE, VERBS
 from lora_da_hf.cli.output import Output, printable
 from lora_da_hf.errors import ConfigError, LoRADAError
+from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments
 
 NAMES = [verb.name for verb in VERBS]
 
@@ -31,8 +35,12 @@ def test_every_help_shows_an_example(lora_da, words):
     assert err == ""
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["push", "--help"], ["show", "--help"], ["--version"]])
-def test_help_does_not_import_torch(words):
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--help"], ["--version"], *([name, "--help"] for name in NAMES), ["init", "no-data"], ["plan", "m", "--x"]],
+    ids=" ".join,
+)
+def test_help_and_mistakes_do_not_import_torch(words):
     code = (
         "import sys\n"
         "from lora_da_hf.cli.main import main\n"
@@ -40,6 +48,26 @@ def test_help_does_not_import_torch(words):
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
     )
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("kind", [LoraArguments, TextArguments, ModelArguments, LoRADAArguments])
+def test_flags_are_those_that_transformers_makes_of_a_dataclass(kind):
+    found, expected = dataclass_flags(kind), HfArgumentParser(kind, add_help=False)
+    what = ("option_strings", "dest", "nargs", "const", "default", "required", "help")
+    facts = [[[getattr(action, name) for name in what] for action in parser._actions] for parser in (found, expected)]
+    assert facts[0] == facts[1]
+    for action, other in zip(found._actions, expected._actions, strict=True):
+        assert list(action.choices or ()) == list(other.choices or ())
+        if action.nargs != 0:
+            for text in (*(action.choices or ()), "3", "yes", "False", "0.5"):
+                assert parsed(action, text) == parsed(other, text), (action.dest, text)
+
+
+def parsed(action, text):
+    try:
+        return action.type(text)
+    except (ValueError, ArgumentTypeError):
+        return ValueError
 
 
 def test_every_setting_is_a_flag_of_init(lora_da):

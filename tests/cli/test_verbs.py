@@ -7,13 +7,15 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTForImageClassification
 from walkthrough import write_sums
 
-from lora_da_hf import LoRADAConfig
+from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.artifacts.stored_report import read_report
-from lora_da_hf.cli.flags import load_base_model
+from lora_da_hf.cli.flags import base_model_of_folder
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.cli.output import Output
 from lora_da_hf.hub.cards import render_card
@@ -218,11 +220,40 @@ def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, tmp_path):
         monkeypatch.setattr(transformers, name, load)
     verb = next(verb for verb in VERBS if verb.name == "verify")
     arguments = make_parser(verb).parse_args(["verify", str(tmp_path), "--base_model", "org/base"])
-    for task_type in ("SEQ_CLS", "CAUSAL_LM", None):
+    for task_type, noted in (
+        ("SEQ_CLS", None),
+        ("CAUSAL_LM", "ViTModel"),
+        (None, None),
+        (None, "Trainer"),
+        (None, "x"),
+    ):
         config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "task_type": task_type}
+        config["auto_mapping"] = None if noted is None else {"base_model_class": noted}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        load_base_model(arguments, Output(quiet=True), tmp_path)
-    assert loaded == ["AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForCausalLM"]
+        base_model_of_folder(arguments, Output(quiet=True))
+    assert loaded == ["AutoModelForSequenceClassification", *["AutoModelForCausalLM"] * 4]
+
+
+def test_without_a_task_the_base_is_loaded_by_the_class_that_peft_noted(lora_da, tmp_path, lora_model):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8)
+    config.patch_size, config.num_labels = 4, 3
+    base = ViTForImageClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    images = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": k % 3} for k in range(16)]
+    initialize_lora_da(
+        lora_model(model=base, target_modules=["fc1"]),
+        images,
+        config=LoRADAConfig(num_samples=8, search_samples=2, step_size=0.1),
+        data_collator=lambda rows: {
+            name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]
+        },
+        output_dir=tmp_path / "init",
+        progress=False,
+    )
+    code, out, err = lora_da("verify", tmp_path / "init", "--base_model", tmp_path / "base", "--json")
+    assert code == 0, err
+    assert json.loads(out)["base_model_checked"] is True
 
 
 def test_card_goes_to_stdout(lora_da, stored):
@@ -401,7 +432,8 @@ def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_p
     calls = replace("lora_da_hf.hub", "pull_init", pulled)
     assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
     expected = load_init(stored).manifest.base_model
-    assert base_model_facts(calls[0][1]["base_model"])["weights_sha256"] == expected["weights_sha256"]
+    model = calls[0][1]["base_model"]({"task_type": "CAUSAL_LM"})
+    assert base_model_facts(model)["weights_sha256"] == expected["weights_sha256"]
 
 
 @pytest.mark.parametrize(

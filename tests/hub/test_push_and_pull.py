@@ -20,6 +20,7 @@ from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, CardError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.hub.cards import card_plots, render_card
+from lora_da_hf.pipeline.refit import refit_init
 from lora_da_hf.pipeline.save import base_model_facts
 
 REPO = "alice/init"
@@ -92,6 +93,15 @@ def test_a_push_to_a_branch_leaves_main_and_the_tag(api, another, push, pull):
     assert second.tag is None
     assert pull().commit == pull(revision="schema-v1").commit == first.commit
     assert pull(revision="trial").commit == second.commit
+
+
+def test_a_new_repo_has_no_other_branch_and_is_not_made_for_one(hub, push):
+    with pytest.raises(HubError, match=r"alice/init is not there yet, .* no branch but main. Push without a revision"):
+        push(revision="trial")
+    assert REPO not in hub.repos
+    assert push(revision="main").tag == "schema-v1"
+    with pytest.raises(HubError, match=r"the repo has no such branch, tag or commit.*page\.$"):
+        push(revision="trial")
 
 
 def test_a_push_without_changes_makes_no_commit(hub, push):
@@ -428,7 +438,7 @@ def test_statistics_that_are_not_finite_are_not_pushed(hub, init, push):
 
 def test_an_interrupted_upload_leaves_no_commit_and_is_taken_up(hub, init, push, pull):
     hub.uploads_left = 1
-    with pytest.raises(HubError, match="Pushing alice/init failed"):
+    with pytest.raises(HubError, match=r"Pushing alice/init failed: .* The repo alice/init was made by this push"):
         push()
     assert len(hub.repos[REPO].commits) == 1
     assert hub.repos[REPO].tags == {}
@@ -604,6 +614,24 @@ def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pul
     assert pull(base_model=base_model_facts(make_tiny_llama())).folder.exists()
 
 
+def test_a_base_can_be_loaded_for_the_adapter_s_task(hub, push, pull):
+    push()
+    forget(hub)
+    asked = []
+
+    def load(peft_config, **settings):
+        asked.append(peft_config["target_modules"])
+        return make_tiny_llama(**settings)
+
+    with pytest.raises(BaseModelMismatchError, match="its weights have another fingerprint"):
+        pull(base_model=lambda peft_config: load(peft_config, seed=1))
+    assert not hub.seen(server="storage")
+    assert pull(base_model=load, rank=2).folder.exists()
+    assert sorted(asked[0]) == ["q_proj", "v_proj"]
+    with pytest.raises(OSError, match="no such model"):
+        pull(base_model=lambda _: (_ for _ in ()).throw(OSError("no such model")))
+
+
 def test_a_rank_that_is_not_stored_is_refused_before_anything_large_is_fetched(hub, push, pull):
     push()
     forget(hub)
@@ -619,6 +647,50 @@ def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path):
     assert {layer.rank for layer in load_init(folder).manifest.layers.values()} == {2}
     assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine"
     assert load_init(tmp_path / "mine").manifest.step_size == load_init(folder).manifest.step_size
+
+
+def written_when(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_rank_is_cut_once(push, pull, tmp_path, own):
+    push()
+    settings = {"rank": 2, **({"local_dir": tmp_path / "mine"} if own else {})}
+    folder = pull(**settings).folder
+    before = written_when(folder)
+    assert pull(**settings).folder == folder
+    assert pull(local_files_only=True, **settings).folder == folder
+    assert written_when(folder) == before
+    kept = contents(folder)
+    damage(folder / ADAPTER_FILE)
+    pull(**settings)
+    assert contents(folder)[ADAPTER_FILE] == kept[ADAPTER_FILE]
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"rank": 2, "step_size": 0.7}])
+def test_what_is_no_cut_of_that_rank_is_cut_again(push, pull, tmp_path, change):
+    push()
+    whole, mine = pull().folder, tmp_path / "mine"
+    pull(rank=2, local_dir=mine)
+    kept = contents(mine)[ADAPTER_FILE]
+    refit_init(whole, mine, **change)
+    pull(rank=2, local_dir=mine)
+    assert contents(mine)[ADAPTER_FILE] == kept
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_folder_of_ones_own_needs_no_cache_that_can_be_written(init, push, pull, tmp_path, rank):
+    push()
+    pull()
+    (checked,) = (tmp_path / "cache").glob("*/lora_da")
+    shutil.rmtree(checked)
+    checked.write_text("in the way")
+    folder = pull(local_dir=tmp_path / "mine", rank=rank, local_files_only=True).folder
+    assert {layer.rank for layer in load_init(folder).manifest.layers.values()} == {rank or 4}
+    assert [path.name for path in tmp_path.iterdir() if "mine" in path.name] == ["mine"]
+    with pytest.raises(HubError, match="Pulling alice/init failed"):
+        pull(rank=rank, local_files_only=True)
 
 
 def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, push, pull, tmp_path):

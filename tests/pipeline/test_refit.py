@@ -10,8 +10,10 @@ from harness import (
     adapter_weights,
     assert_same_tensors,
     assert_updates_equal,
+    change_tensors,
     dense_updates,
     factors,
+    forge_manifest,
     make_lora_config,
     relative_error,
     send_nothing_to_the_last_expert,
@@ -344,6 +346,17 @@ def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
         assert torch.equal(layer.input_second_moment, new[name].input_second_moment)
         assert torch.equal(layer.weight_grad, new[name].weight_grad)
         assert torch.equal(layer.output_grad_second_moment_diag, new[name].output_grad_second_moment_diag)
+
+
+@pytest.mark.parametrize("settings", [{"input_damping": "0.3*mean"}, {"save_statistics": True}])
+def test_statistics_that_the_basis_was_not_solved_from_are_refused(stored_init, tmp_path, settings):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    (file,) = folder.glob("lora_da_statistics*")
+    change_tensors(file, lambda tensors: tensors[f"{QUERY}.weight_grad"].neg_())
+    forge_manifest(folder)
+    with pytest.raises(ArtifactError, match=f"the basis of {QUERY} is not what comes of the stored statistics"):
+        refit_init(folder, tmp_path / "new", config=changed(folder, **settings))
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_report_has_no_loss_that_was_not_measured(stored_init, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -155,6 +156,8 @@ def write_texts(path):
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
+    elif path.suffix == ".parquet":
+        Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)]).to_parquet(path)
     elif path.suffix == ".json":
         path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)]), encoding="utf-8")
     else:
@@ -162,7 +165,7 @@ def write_texts(path):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl", ".parquet"])
 def test_plain_text_is_joined_and_cut_into_blocks(model_dir, tmp_path, samples, suffix):
     train_file = write_texts(tmp_path / f"text{suffix}")
     run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--block_size", 8, "--do_train"))
@@ -452,7 +455,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         ([], "nothing to do: give --do_train, --do_eval or both"),
         (["--do_train"], "--do_train needs data: give --dataset_name or --train_file"),
         (["--do_eval"], "--do_eval needs data"),
-        (["--do_train", "--train_file", "a.parquet"], "a.parquet: the name must end in one of .csv, .json"),
+        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx: the name must end in one of .csv, .json"),
         (["--do_train", "--train_file", "missing.csv"], "--train_file missing.csv does not exist"),
         (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
         (["--do_train", "--dataset_name", "d", "--prompt_column", "p"], "--completion_column is missing"),

@@ -7,7 +7,7 @@ import torch
 
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.theory import solve as solve_module
-from lora_da_hf.theory.solve import factorize, solve_dtype, solve_layer
+from lora_da_hf.theory.solve import factorize, solution_error, solve_dtype, solve_layer
 
 
 def solve(statistics, config, *, rank=4, population_size=100):
@@ -177,3 +177,73 @@ def test_no_output_damping_and_a_dead_output_is_an_error(problem, config):
     statistics.output_grad_second_moment_diag[2] = 0.0
     with pytest.raises(SolveError, match="Raise output_damping"):
         solve(statistics, config(output_damping=0.0))
+
+
+# Whether a solution is one
+
+
+def error_of(statistics, settings, solution):
+    factorized = factorize(statistics, settings, layer="a")
+    return solution_error(statistics, factorized, settings, solution, layer="a", population_size=100)
+
+
+def rounded(solution, **changes):
+    """Return a solution as it is stored, in float32."""
+    stored = {"basis_A": solution.basis_A.float(), "basis_B": solution.basis_B.float(), **changes}
+    return dataclasses.replace(solution, **stored)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize_displacement": False}, {"normalize_guidance_terms": True}])
+@pytest.mark.parametrize("metric", ["weights", "fisher"])
+@pytest.mark.parametrize("damping", ["0.1*mean", 1e-9])
+@pytest.mark.parametrize("weight", [0.0, 0.03, 50.0])
+def test_the_error_of_a_solution_is_its_rounding(problem, config, settings, metric, damping, weight):
+    chosen = config(metric=metric, input_damping=damping, variance_weight=weight, **settings)
+    assert error_of(problem(), chosen, rounded(solve(problem(), chosen))) < 1e-6
+
+
+def test_the_error_of_a_solution_in_float32_is_that_of_its_residual(problem, config):
+    chosen = config(solve_dtype="float32")
+    solution = solve(problem(dtype=torch.float32), chosen)
+    assert 1e-8 < error_of(problem(dtype=torch.float32), chosen, rounded(solution)) < 1e-4
+
+
+@pytest.mark.parametrize("metric", ["weights", "fisher"])
+def test_of_other_statistics_it_is_none(problem, config, metric):
+    chosen = config(metric=metric)
+    statistics = problem()
+    solution = rounded(solve(statistics, chosen))
+    gradient, moment = statistics.weight_grad.clone(), statistics.input_second_moment
+    gradient[3, 4] += 0.01 * gradient.abs().max()
+    others = [
+        {"weight_grad": gradient},
+        {"weight_grad": -statistics.weight_grad},
+        {"weight_grad": statistics.weight_grad.flip(0)},
+        {"input_second_moment": moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))},
+        {"output_grad_second_moment_diag": statistics.output_grad_second_moment_diag.flip(0)},
+    ]
+    for other in others:
+        assert error_of(dataclasses.replace(statistics, **other), chosen, solution) > 1e-4
+    changes = [
+        {"basis_B": -solution.basis_B},
+        {"basis_A": solution.basis_A.flip(1)},
+        {"eigenvalues": solution.eigenvalues * 1.01},
+        {"displacement_norm": solution.displacement_norm * 1.01},
+        {"displacement_norm": 1e300},
+        {"basis_B": solution.basis_B * float("inf")},
+    ]
+    for change in changes:
+        assert error_of(statistics, chosen, rounded(solution, **change)) > 1e-4
+
+
+def test_a_gradient_of_a_feature_that_no_direction_has_is_seen_too(problem, config):
+    statistics = problem()
+    moment, gradient = statistics.input_second_moment.clone(), statistics.weight_grad.clone()
+    moment[4], moment[:, 4], gradient[:, 4] = 0.0, 0.0, 0.0
+    statistics = dataclasses.replace(statistics, input_second_moment=moment, weight_grad=gradient)
+    chosen = config()
+    solution = rounded(solve(statistics, chosen))
+    assert error_of(statistics, chosen, solution) < 1e-6
+    gradient = gradient.clone()
+    gradient[:, 4] = 0.01 * gradient[:, 3]
+    assert error_of(dataclasses.replace(statistics, weight_grad=gradient), chosen, solution) > 1e-4
