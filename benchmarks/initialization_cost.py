@@ -361,7 +361,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             command = [sys.executable, __file__, "--worker", method, "--model", options.model]
             for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length", "peer_seconds"):
                 command += [f"--{name}", str(getattr(options, name))]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(output.splitlines()[-1])
             found[method].append(result)
             stopped = ", not finished" if UNFINISHED in result else ""
