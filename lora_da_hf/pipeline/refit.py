@@ -166,10 +166,10 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
     Raises:
         ConfigError: if it was found in other units.
     """
-    if "normalize_displacement" in solved_with and refit.config.step_size is not None:
+    units = [name for name in ("normalize_displacement", "layer_steps") if name in solved_with]
+    if units and refit.config.step_size is not None:
         raise ConfigError(
-            "normalize_displacement changes what a step is measured in, so the stored one means nothing. Give a "
-            "step_size."
+            f"{units[0]} changes what a step is measured in, so the stored one means nothing. Give a step_size."
         )
     if refit.config.searches_step:
         refit.notes.append(

@@ -21,6 +21,8 @@ SOLVE_SETTINGS = (
     "variance_weight",
     "normalize_displacement",
     "normalize_guidance_terms",
+    "layer_steps",
+    "projected_rms",
     "solver",
     "solve_dtype",
     "max_rank",

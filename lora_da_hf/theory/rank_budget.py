@@ -39,7 +39,8 @@ def allocate_ranks(
     layer. With ``normalize_displacement`` those are units of each layer's own largest singular value, so the sum counts
     what the update as written loses, and not the paper's expected distance of the weights: the sizes of the
     displacements, which differ by orders of magnitude between layers, are left out of it. Without, it is that distance,
-    or, with ``metric="fisher"``, twice the expected loss above the target's. With ``normalize_guidance_terms`` the
+    or, with ``metric="fisher"``, twice the expected loss above the target's. With ``layer_steps="quadratic"`` units are
+    the multiple of the displacement that each layer's step is. With ``normalize_guidance_terms`` the
     variance is relative to each layer's bias.
 
     Args:

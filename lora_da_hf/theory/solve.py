@@ -15,6 +15,7 @@ from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.fisher_metric import WhitenedLayer
 from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
+from lora_da_hf.theory.layer_scales import quadratic_length, row_scale
 
 _FLOAT64_UP_TO = 8192
 _FLOAT32_RESIDUAL = 1e-4
@@ -68,7 +69,8 @@ def solve_layer(
 
     Raises:
         NonFiniteError: if a statistic is not finite.
-        SolveError: if the gradient is zero, so that there is no direction to go.
+        SolveError: if the gradient is zero, so that there is no direction to go; or a length or a norm that the
+            settings ask for does not exist.
     """
     if not torch.isfinite(statistics.weight_grad).all():
         raise NonFiniteError(f"The weight gradient of {layer} is not finite. Check the loss on the samples used.")
@@ -107,9 +109,14 @@ def solve_layer(
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
     divisor = norm if config.normalize_displacement else 1.0
+    if config.layer_steps == "quadratic":
+        divisor = 1 / quadratic_length(statistics, basis_A, basis_B, layer=layer)
+    scale = 1.0
+    if config.projected_rms is not None:
+        scale = row_scale(statistics, basis_A, config.projected_rms, layer=layer)
     return LayerSolution(
-        basis_A=basis_A,
-        basis_B=basis_B / divisor,
+        basis_A=basis_A * scale,
+        basis_B=basis_B / (divisor * scale),
         eigenvalues=pairs.eigenvalues / divisor**2,
         displacement_norm=norm,
         input_damping=factorized_input.damping,

@@ -83,7 +83,7 @@ def test_every_method_runs_on_equal_terms(compare):
         assert record["cell"] == {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
         if method in ("rslora", "lora_fa", "pissa", "olora", "corda", "eva", "lora_ga"):  # no-ops at step 0
             assert record["losses"][0][1] == pytest.approx(base, rel=2e-2), method
-    for method in ("lora_da", "lora_one", "lora_da_fa"):
+    for method in ("lora_da", "lora_one", "lora_da_fa", "lora_da_preconditioned"):
         assert records[method]["losses"][0][1] != pytest.approx(base, rel=1e-4)
         assert records[method]["notes"]["step_size"] > 0
     assert records["lora_fa"]["trainable"] < records["lora"]["trainable"]
@@ -91,6 +91,9 @@ def test_every_method_runs_on_equal_terms(compare):
     assert records["lora_da_fa"]["trainable"] == records["lora_fa"]["trainable"]
     assert records["lora_da"]["trainable"] == records["pissa"]["trainable"] == records["lora"]["trainable"]
     assert len({record["final_loss"] for record in records.values()}) > 8
+    preconditioned = records["lora_da_preconditioned"]
+    assert preconditioned["losses"][0] == records["lora_da"]["losses"][0]
+    assert preconditioned["final_loss"] != records["lora_da"]["final_loss"]
 
 
 def cell_of(block, method):
@@ -255,6 +258,9 @@ def test_the_rate_warms_up_and_falls_to_zero():
         ({"methods": ["lora", "magic"]}, "magic is not known"),
         ({"epochs": 3}, "epochs is not known"),
         ({"seeds": None}, "block 'all' lacks seeds"),
+        ({"settings": [{}, {"metrics": "fisher"}]}, r"Unknown settings \['metrics'\]"),
+        ({"settings": {"num_samples": 0}}, "num_samples=0 must be at least 1"),
+        ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
     ],
 )
 def test_mistakes_in_a_design_are_errors(compare, change, message):
@@ -266,8 +272,47 @@ def test_mistakes_in_a_design_are_errors(compare, change, message):
 @pytest.mark.parametrize("path", sorted((Path(inits.__file__).parent / "designs").glob("*.json")), ids=lambda p: p.stem)
 def test_the_designs_are_valid(path):
     design = compare_inits.read_design(path)
-    assert all(block["why"] for block in design["blocks"])
-    assert compare_inits.cells_of(design, design["blocks"][0], [])
+    assert all("hour" in block["why"] for block in design["blocks"])
+    records, seen = [], set()
+    for block in design["blocks"]:
+        cells = compare_inits.cells_of(design, block, records)
+        keys = {compare_inits.key_of(cell, {}) for cell in cells}
+        assert len(keys) == len(cells) > 0
+        assert keys - seen  # no block repeats what others have
+        seen |= keys
+        assert f"{len(cells)} cells" in block["why"]
+        records += [{"cell": cell, "final_loss": cell["learning_rate"]} for cell in cells]
+
+
+def test_a_design_is_planned_before_and_after_some_of_it_is_run(compare, tmp_path, capsys):
+    block = {**BLOCK, "methods": ["lora_da"], "steps": [0, 4], "settings": [{}, {"metric": "fisher"}]}
+    compare(block, flags=["--plan"])
+    assert "all: 4 cells left, 8 steps, no time is known yet" in capsys.readouterr().out
+    compare(block, flags=["--max_cells", "1"])
+    compare(block, flags=["--plan"])
+    assert "all: 3 cells left, 8 steps, no time is known yet" in capsys.readouterr().out  # none was trained
+    (first, *others) = compare(block)
+    assert (first["cell"]["steps"], first["losses"], first["train_losses"]) == (0, [[0, first["final_loss"]]], [])
+    starts = [record["losses"][0][1] for record in (first, *others)]
+    settings = [json.dumps(record["cell"]["settings"]) for record in (first, *others)]
+    assert len(starts) == 4
+    assert len(set(zip(settings, starts, strict=True))) == len(set(starts)) == 2
+    report.main([str(tmp_path / "results.jsonl")])
+    assert f'| lora_da {{"metric": "fisher"}} | 0.001 | {starts[1]:.4f} (1) |' in capsys.readouterr().out
+
+
+def test_cells_without_training_are_timed_by_their_like():
+    def record(steps, seconds):
+        return {
+            "cell": {"method": "lora_da", "steps": steps},
+            "training": {"seconds": seconds},
+            "initialization": {"seconds": 2.0},
+        }
+
+    records = [record(0, 50.0), record(0, 70.0), record(10, 40.0)]
+    assert compare_inits.seconds_of({"method": "lora_da", "steps": 0}, records) == 62.0
+    assert compare_inits.seconds_of({"method": "lora_da", "steps": 100}, records) == 402.0
+    assert compare_inits.seconds_of({"method": "lora_da", "steps": 100}, records[:2]) is None
 
 
 # The report
@@ -316,6 +361,22 @@ def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
     assert "| lora | 1.2050 ± 0.0071 (2) | 1.0050 ± 0.0071 (2) | 1.0200 ± 0.0071 (2) |" in text
     assert "| lora_da | 2.0 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
     assert (tmp_path / "results_1.png").stat().st_size > 10_000
+
+
+def test_with_few_samples_the_lowest_losses_are_compared_too(tmp_path, capsys):
+    records = []
+    for seed in range(2):
+        for rate, low, final in ((1e-3, 1.2, 1.3), (1e-2, 1.0, 1.9)):
+            losses = [[0, 2.0], [2, low + seed / 100], [4, final]]
+            records.append(record_of("lora", rate, seed, losses, num_train=64))
+        losses = [[0, 1.6], [2, 0.9 + seed / 50], [4, 1.5]]
+        records.append(record_of("lora_da", 1e-3, seed, losses, num_train=64))
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main([str(tmp_path / "few.jsonl")])
+    text = capsys.readouterr().out
+    assert "| lora_da | 0.001 | 0.9100 ± 0.0141 (2) | -0.0950 ± 0.0050 |" in text
+    assert "| lora | 0.01 | 1.0050 ± 0.0071 (2) |  |" in text
+    assert "| lora | 0.001 | 2.0000 ± 0.0000 (2) | 1.3000 ± 0.0000 (2) |" in text
 
 
 def test_settings_that_differ_are_rows_of_their_own(records):

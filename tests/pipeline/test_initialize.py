@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 import lora_da_hf.pipeline.run as run_module
 import lora_da_hf.pipeline.windows as windows_module
-from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters import write as write_module
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
@@ -289,6 +289,48 @@ def test_every_split_gives_the_same_product(lora_model, samples, split):
         for name, a in factors(weights, "A").items():
             b = weights[name.replace("lora_A", "lora_B")]
             torch.testing.assert_close(torch.linalg.svdvals(a), torch.linalg.svdvals(b)[:4], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["weights", "fisher"])
+def test_rows_of_a_by_their_layers_input_change_no_product(tmp_path, lora_model, samples, metric):
+    model, reference = lora_model(), lora_model()
+    settings = {"step_size": 0.1, "metric": metric}
+    initialize(model, samples, tmp_path / "i", projected_rms=0.3, save_statistics=True, **settings)
+    initialize(reference, samples, **settings)
+    expected = update_of(reference)
+    for name, update in update_of(model).items():
+        assert relative_error(update, expected[name]) < 1e-4
+    stored = load_init(tmp_path / "i")
+    weights = factors(adapter_weights(model), "A")
+    norms = set()
+    for name, statistics in load_statistics(stored.folder, stored.manifest).items():
+        a = weights[f"base_model.model.{name}.lora_A.weight"]
+        assert ((a @ statistics.input_second_moment) * a).sum().item() / 4 == pytest.approx(0.3**2, rel=1e-4)
+        norms.add(round(a[0].norm().item(), 3))
+    assert len(norms) > 4
+    again = lora_model()
+    apply_init(again, stored)
+    for name, a in factors(adapter_weights(again), "A").items():
+        torch.testing.assert_close(a, weights[name])
+
+
+@pytest.mark.parametrize("metric", ["weights", "fisher"])
+def test_steps_by_layer_are_searched_stored_and_read(tmp_path, lora_model, samples, metric):
+    model, reference = lora_model(), lora_model()
+    report = initialize(model, samples, tmp_path / "init", metric=metric, layer_steps="quadratic")
+    initialize(reference, samples, metric=metric)
+    assert report.search_loss_after < report.search_loss_before
+    again = lora_model()
+    apply_init(again, tmp_path / "init")
+    expected, norms = update_of(reference), []
+    stored = update_of(again)
+    for name, update in update_of(model).items():
+        assert relative_error(update, stored[name]) < 1e-5
+        norms.append(update.norm().item() / expected[name].norm().item())
+        assert relative_error(update, norms[-1] * expected[name]) < 1e-4
+    assert max(norms) > 1.5 * min(norms)
+    largest = max(torch.linalg.matrix_norm(update, ord=2) for update in stored.values())
+    assert report.search[0][0] * largest.item() / report.step_size == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_larger_max_rank_is_stored_and_changes_nothing_that_is_written(tmp_path, lora_model, samples):

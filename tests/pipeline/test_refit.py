@@ -251,6 +251,8 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     assert again.manifest.refitted_from["solved_again_with"] == {"input_damping": 1e-2}
     with pytest.raises(ConfigError, match="normalize_displacement changes what a step is measured in"):
         refit_init(stored_init, tmp_path / "other", config=changed(stored_init, normalize_displacement=False))
+    with pytest.raises(ConfigError, match="layer_steps changes what a step is measured in"):
+        refit_init(stored_init, tmp_path / "other", config=changed(stored_init, layer_steps="quadratic"))
     given = refit_init(
         stored_init, tmp_path / "given", config=changed(stored_init, step_size=0.1, save_statistics=True)
     )

@@ -278,6 +278,8 @@ OTHER_VALUES = {
     "variance_weight": 0.25,
     "normalize_displacement": False,
     "normalize_guidance_terms": True,
+    "layer_steps": "quadratic",
+    "projected_rms": 0.3,
     "step_size": 0.02,
     "stable_gamma": 64.0,
     "factor_split": "balanced",

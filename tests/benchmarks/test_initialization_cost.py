@@ -1,0 +1,135 @@
+"""What an initialisation costs beside the peers: every row of the table, and a peer that is stopped."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from harness import make_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import initialization_cost
+
+
+@pytest.fixture
+def argv(tmp_path):
+    """The command line for a tiny model and its data."""
+    make_tiny_llama(hidden_size=32, intermediate_size=48, num_attention_heads=2).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    words = [[f"w{3 + (i * 5 + 7 * k) % 20}" for k in range(24 + i % 5)] for i in range(24)]
+    rows = [{"prompt": " ".join(w[:2]), "completion": " ".join(w[2:])} for w in words]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("--model", str(tmp_path / "model"), "--train_file", str(tmp_path / "train.jsonl")),
+        *("--num_samples", "8", "--search_samples", "2", "--batch_size", "4", "--max_length", "32"),
+        *("--repeats", "1", "--output", str(tmp_path / "cost.json")),
+    ]
+
+
+def worker(argv, method, *flags):
+    return initialization_cost.work(initialization_cost.parse_arguments([*argv, "--worker", method, *flags]))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in PEFT's LoRA-GA
+@pytest.mark.parametrize("method", initialization_cost.PEERS)
+def test_a_peer_is_measured_on_the_batches_that_all_get(argv, method, monkeypatch):
+    seen = []
+    make_adapter = initialization_cost.make_adapter
+
+    def make(name, setup):
+        seen.extend(len(batch["input_ids"]) for batch in setup.batches(setup.batch_size))
+        model, notes = make_adapter(name, setup)
+        layers = [module for _, module in model.named_modules() if hasattr(module, "lora_A")]
+        assert layers
+        assert all(module.use_rslora["default"] for module in layers)
+        return model, notes
+
+    monkeypatch.setattr(initialization_cost, "make_adapter", make)
+    found, bare = worker(argv, method), worker(argv, "bare")
+    assert seen == [4, 4]
+    assert (found["tokens"], found["labels"]) == (bare["tokens"], bare["labels"])
+    assert found["seconds"] > 0
+    assert found["peak_mib"] >= found["start_mib"] > 0
+    assert initialization_cost.UNFINISHED not in found
+
+
+def test_a_peer_that_is_not_done_in_time_is_stopped(argv, monkeypatch):
+    def never_done(*_):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # as careless as code may be
+                continue
+
+    monkeypatch.setattr(initialization_cost, "make_adapter", never_done)
+    handler = signal.getsignal(signal.SIGALRM)
+    found = worker(argv, "eva", "--peer_seconds", "0.2")
+    assert found[initialization_cost.UNFINISHED] == 0.2
+    assert 0.2 <= found["seconds"] < 5
+    assert found["peak_mib"] > 0
+    assert signal.getsignal(signal.SIGALRM) == handler
+
+
+def run_of(seconds, peak, **more):
+    return {"seconds": seconds, "peak_mib": peak, "start_mib": 100.0, "tokens": 90, "labels": 30, **more}
+
+
+def test_the_table_says_which_peer_did_not_finish(argv):
+    options = initialization_cost.parse_arguments([*argv, "--methods", "bare", "--peers"])
+    assert options.methods == ["bare", "eva", "corda", "lora_ga"]
+    found = {
+        "bare": [run_of(2.0, 300.0), run_of(4.0, 300.0)],
+        "eva": [run_of(9.0, 350.0), run_of(30.0, 400.0, unfinished_after=30.0)],
+        "corda": [run_of(6.0, 500.0), run_of(9.0, 520.0)],
+        "lora_ga": [run_of(3.0, 250.0), run_of(3.0, 250.0)],
+    }
+    lines = initialization_cost.table(found, make_tiny_llama(), options).splitlines()
+    assert "| EVA, by PEFT | not finished after 30 s (1 of 2 runs) |  | +75 by then |  |" in lines
+    assert "| CorDA (IPM), by PEFT, batch size 1 | 7.50 (6.00 to 9.00) | 2.50 | +210 |  |" in lines
+    assert "| LoRA-GA, by PEFT | 3.00 (3.00 to 3.00) | 1.00 | -50 |  |" in lines
+
+
+@pytest.mark.parametrize(("limit", "left"), [("10", 1), ("60", 2)])
+def test_a_peer_that_was_stopped_is_run_again_with_more_time_alone(argv, tmp_path, monkeypatch, limit, left):
+    options = initialization_cost.parse_arguments(
+        [*argv, "--methods", "bare", "--peers", "--resume", "--repeats", "2", "--peer_seconds", limit]
+    )
+    done = {name: [run_of(1.0, 200.0)] * 2 for name in options.methods}
+    done["eva"] = [run_of(30.0, 400.0, unfinished_after=30.0)]
+    initialization_cost.write_runs(tmp_path / "cost.json", initialization_cost.settings(options), done)
+    ran = []
+
+    def run(command, **_):
+        ran.append(command[command.index("--worker") + 1])
+        return type("Done", (), {"stdout": json.dumps(run_of(20.0, 400.0))})
+
+    monkeypatch.setattr(initialization_cost.subprocess, "run", run)
+    found = initialization_cost.measure(options)
+    assert ran == ["eva"] * (left if limit == "60" else 0)
+    assert len(found["eva"]) == left
+
+
+def test_a_peer_that_cannot_run_is_an_error_before_anything_runs(argv, monkeypatch, capsys):
+    monkeypatch.setattr(initialization_cost, "why_missing", lambda method: f"{method} is not there")
+    with pytest.raises(SystemExit):
+        initialization_cost.main([*argv, "--peers"])
+    assert "--peers: eva is not there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_rows_are_measured_in_one_run(argv, tmp_path, capsys):
+    initialization_cost.main([*argv, "--peers"])
+    text = (tmp_path / "cost.md").read_text()
+    assert text in capsys.readouterr().out
+    for title in initialization_cost.TITLES.values():
+        assert f"| {title} | " in text
+    assert "not finished" not in text
+    assert set(json.loads((tmp_path / "cost.json").read_text())["runs"]) == {
+        *initialization_cost.METHODS,
+        *initialization_cost.PEERS,
+    }
+    assert torch.__version__ in text
