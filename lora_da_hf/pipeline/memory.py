@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.config import parse_bytes
 from lora_da_hf.distributed.parameters import is_partitioned
+from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.pipeline.job import Job
@@ -98,10 +100,26 @@ def _budget(job: Job) -> list[float]:
     devices = _devices(job)
     if job.config.memory_budget is not None:
         return [parse_bytes(job.config.memory_budget, "memory_budget")] * len(devices)
-    places = [f"{platform.node()} {device}" for device in devices]
-    sharers = Counter(place for of_process in job.ranks.gather(places) for place in of_process)
+    return usable_by_all(devices, job.ranks)
+
+
+def usable_by_all(devices: Sequence[torch.device], ranks: Ranks) -> list[float]:
+    """Return the bytes that sums may take on each device in every process: those that share one get equal parts.
+
+    Args:
+        devices: This process's, as many as every other has.
+        ranks: The processes.
+    """
+    places = [_place(device) for device in devices]
+    sharers = Counter(place for of_process in ranks.gather(places) for place in of_process)
     mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
-    return [min(of_device) for of_device in zip(*job.ranks.gather(mine), strict=True)]
+    return [min(of_device) for of_device in zip(*ranks.gather(mine), strict=True)]
+
+
+def _place(device: torch.device) -> str:
+    """Name a device so that no other has that name: each process may see other GPUs, and call its first cuda:0."""
+    of_machine = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
+    return f"{platform.node()} {of_machine}"
 
 
 def usable_memory(device: torch.device) -> float:

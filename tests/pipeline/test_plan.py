@@ -1,14 +1,17 @@
 """Who collects which layers when: within the memory, and with as few passes as that allows."""
 
 import json
+import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import measured_tensors
 
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import PlanError
-from lora_da_hf.pipeline.memory import free_memory, linear_weights
+from lora_da_hf.pipeline.memory import free_memory, linear_weights, usable_by_all
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.theory.solve import factorize, solve_layer
@@ -216,6 +219,35 @@ def test_a_solve_takes_the_memory_that_is_planned_for_it(d_in, d_out):
         solve_layer(statistics, factorized, config, layer="a", rank=8, population_size=100)
     planned = Group(members=("a",), d_in=d_in, d_outs=(d_out,)).work_bytes
     assert 0.4 * planned < peak[0] <= planned
+
+
+class TwoProcesses(Ranks):
+    """The first of two processes, the other of which says what it is told to."""
+
+    def __init__(self, *answers):
+        super().__init__(0, 2)
+        self.answers = list(answers)
+
+    def gather(self, value):
+        return [value, self.answers.pop(0)]
+
+
+@pytest.mark.parametrize(("uuid_of_other", "sharers"), [("GPU-a", 2), ("GPU-b", 1)])
+def test_a_gpu_is_shared_by_the_processes_that_see_the_same_one_whatever_they_call_it(
+    monkeypatch, uuid_of_other, sharers
+):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
+    monkeypatch.setattr("lora_da_hf.pipeline.memory.free_memory", lambda device: 24.0)
+    ranks = TwoProcesses([f"{platform.node()} {uuid_of_other}"], [16.0])
+    assert usable_by_all([torch.device("cuda", 0)], ranks) == [16.0 / sharers]
+
+
+def test_processes_of_a_machine_share_its_memory_and_all_get_the_least_that_one_has(monkeypatch):
+    monkeypatch.setattr("lora_da_hf.pipeline.memory.free_memory", lambda device: 24.0)
+    cpu = [torch.device("cpu")]
+    assert usable_by_all(cpu, TwoProcesses([f"{platform.node()} cpu"], [16.0])) == [8.0]
+    assert usable_by_all(cpu, TwoProcesses(["another machine cpu"], [8.0])) == [8.0]
+    assert usable_by_all(cpu, TwoProcesses(["another machine cpu"], [32.0])) == [16.0]
 
 
 def test_the_free_memory_of_this_machine_is_known():

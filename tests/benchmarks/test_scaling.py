@@ -1,0 +1,113 @@
+"""benchmarks/scaling.py at a tiny size: one process and two are measured, and the plan is compared with that."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.multi_rank]
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+TINY = ("--blocks", "1", "--num_samples", "4", "--length", "16", "--repeats", "1")
+CASES = {
+    "one": "one process, one pass",
+    "samples": "two share the samples, owner sharding",
+    "layers": "two share the layers",
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Return what the script printed, the file beside it, and the runs."""
+    output = tmp_path_factory.mktemp("scaling") / "scaling.json"
+    root = SCRIPT.parents[1]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *TINY, "--cases", "samples", "layers", "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, output.with_suffix(".md").read_text(), json.loads(output.read_text())["runs"]
+
+
+def tables(text):
+    """Return the tables of a page, each as a list of its rows, and a row as what its columns say."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        if lines:
+            titles, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            found.append([list(zip(titles, row, strict=True)) for row in rows])
+    return found
+
+
+def test_each_case_is_measured_once_for_time_and_once_for_memory_by_each_of_its_processes(measured):
+    _, _, runs = measured
+    assert {name: [len(run) for run in of_case] for name, of_case in runs.items()} == {
+        "one": [1, 1],
+        "samples": [2, 2],
+        "layers": [2, 2],
+    }
+    for timed, memory in runs.values():
+        assert all(process["tensor_bytes"] is None and process["seconds"] > 0 for process in timed)
+        assert all(process["tensor_bytes"] > 0 for process in memory)
+
+
+def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_what_was_planned(measured):
+    printed, page, runs = measured
+    assert printed.strip() == page.strip()
+    first = tables(page)[0]
+    assert [row[0][1] for row in first] == list(CASES.values())
+    for name, row in zip(CASES, first, strict=True):
+        by_title = dict(row)
+        plan = runs[name][0][0]["plan"]
+        assert by_title["passes"] == str({"one": 4, "samples": 2, "layers": 4}[name])
+        assert [title for title, _ in row].count("planned") == 3
+        planned = [cell for title, cell in row if title == "planned"]
+        assert planned[1] == f"{plan['peak_bytes'] / 2**20:.0f}"
+        assert planned[2] == f"{plan['sent_bytes'] / 2**20:.1f}"
+        memory = max(process["tensor_bytes"] for process in runs[name][1])
+        assert by_title["tensors at their peak, MiB"] == f"{memory / 2**20:.0f}"
+    assert dict(first[1])["sent a process, MiB"] != "0.0"
+
+
+def test_the_goals_are_judged_by_what_was_measured(measured):
+    _, page, runs = measured
+    goals = tables(page)[1]
+    seconds = {name: max(process["seconds"] for process in of_case[0]) for name, of_case in runs.items()}
+    memory = {name: max(process["tensor_bytes"] for process in of_case[1]) for name, of_case in runs.items()}
+    expected = [seconds["samples"] / seconds["one"], memory["layers"] / memory["one"]]
+    for row, value in zip(goals, expected, strict=True):
+        (_, _), (_, found), (_, wanted), (_, judged) = row
+        assert found == f"{value:.2f}"
+        assert wanted == "at most 0.60"
+        assert judged == ("reached" if value <= 0.6 else "missed")
+
+
+def test_the_plan_is_compared_with_what_was_measured(measured):
+    _, page, runs = measured
+    numbers = r"(\d+\.\d+) to (\d+\.\d+)"
+    pattern = f"Planned / measured.*: seconds {numbers}, peak of tensors {numbers}, bytes sent {numbers}"
+    values = [float(value) for value in re.search(pattern, page).groups()]
+    peaks = [
+        of_case[0][0]["plan"]["peak_bytes"] / max(process["tensor_bytes"] for process in of_case[1])
+        for of_case in runs.values()
+    ]
+    sent = runs["samples"][0][0]["plan"]["sent_bytes"] / max(p["sent_bytes"] for p in runs["samples"][0])
+    assert values[2:4] == [pytest.approx(min(peaks), abs=0.006), pytest.approx(max(peaks), abs=0.006)]
+    assert values[4] == pytest.approx(sent, abs=0.006)
+    assert sent == pytest.approx(1, abs=0.2)
+    assert 0 < values[0] <= values[1]
+
+
+def test_the_last_table_plans_the_large_models_on_1_8_and_64_gpus(measured):
+    last = tables(measured[1])[2]
+    sizes = {(row[0][1], row[1][1]) for row in last}
+    assert sizes == {(model, gpus) for model in ("Llama-2-7B", "Llama-2-70B") for gpus in ("1", "8", "64")}
