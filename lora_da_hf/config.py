@@ -309,6 +309,19 @@ class LoRADAConfig:
         return json.dumps(self.to_dict())
 
 
+def checked_config(config: LoRADAConfig | None) -> LoRADAConfig:
+    """Return the settings; the default ones for None.
+
+    Raises:
+        ConfigError: if it is something else, such as a dict.
+    """
+    if config is None:
+        return LoRADAConfig()
+    if not isinstance(config, LoRADAConfig):
+        raise ConfigError(f"The settings are a {type(config).__name__}. Give a LoRADAConfig.")
+    return config
+
+
 def _check_types(config: LoRADAConfig) -> None:
     hints = get_type_hints(type(config))
     for setting in dataclasses.fields(config):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
@@ -80,8 +80,8 @@ def choose_samples(
         raise DataError("There is no sample to take statistics from. Check the training set and its filters.")
     if population_size is None:
         raise DataError(
-            "The training data is a stream, so its size is not known. Give population_size: about how many samples "
-            "training will see."
+            "The training data is a stream, so its size is not known. Give population_size (--da_population_size): "
+            "about how many samples training will see."
         )
     return _split(drawn, indices, config, population_size, data_size)
 
@@ -119,15 +119,28 @@ def _split(
 def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
     """Return the samples behind a data loader, and what collates them.
 
-    A `torch.utils.data.DataLoader` gives its data set and its collator. Any other iterable is taken to yield batches,
-    whose rows become samples.
+    A `torch.utils.data.DataLoader` gives its data set and its collator; of the data set those samples that its sampler
+    is limited to, if that is a `SubsetRandomSampler` or a list of indices. Any other iterable is taken to yield
+    batches, whose rows become samples.
     """
     dataset = getattr(loader, "dataset", None)
     if dataset is not None and callable(getattr(loader, "collate_fn", None)):
         while type(dataset).__name__ == "IterableDatasetShard":  # accelerate's and transformers'
             dataset = dataset.dataset
-        return dataset, loader.collate_fn
+        indices = _indices_of(loader)
+        return dataset if indices is None else Subset(dataset, indices), loader.collate_fn
     return _rows(loader), None
+
+
+def _indices_of(loader: Any) -> list[int] | None:
+    """Return the indices that a loader's sampler is limited to; None if that is not known, or all of them."""
+    batches = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):  # accelerate's shards
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
+    if isinstance(sampler, SubsetRandomSampler):
+        return list(sampler.indices)
+    return list(sampler) if isinstance(sampler, list | tuple | range) else None
 
 
 def is_loader(samples: Any) -> bool:

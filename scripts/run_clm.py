@@ -376,8 +376,6 @@ def make_trainer(
 def train(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, then save the adapter and the metrics."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if isinstance(trainer, LoRADATrainer) and trainer.is_world_process_zero():
-        print(trainer.lora_da_report)
     trainer.save_model()
     if not isinstance(trainer.train_dataset, IterableDataset):
         metrics["train_samples"] = len(trainer.train_dataset)

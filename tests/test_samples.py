@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
@@ -254,3 +254,18 @@ def test_batches_go_to_the_device_and_other_values_stay():
 def test_a_collator_that_makes_no_mapping_is_an_error():
     with pytest.raises(DataError, match="The data collator made a list; it must make a mapping of tensors"):
         on_device(lambda samples: samples, "cpu")([1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": SubsetRandomSampler([1, 3, 5, 7])},
+        {"sampler": [1, 3, 5, 7]},
+        {"batch_sampler": BatchSampler(SubsetRandomSampler([1, 3, 5, 7]), 2, drop_last=False)},
+    ],
+)
+def test_a_loader_over_a_part_of_a_data_set_gives_no_sample_of_the_rest(settings):
+    samples, _ = samples_of_loader(DataLoader(list(range(10)), **settings))
+    splits = choose(samples)
+    assert {*splits.statistics, *splits.search, *splits.unseen} == {1, 3, 5, 7}
+    assert splits.population_size == 4

@@ -229,6 +229,11 @@ def _checked(target: Target) -> Target:
             f"{target.name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the "
             "model ran in evaluation mode before. Load it again, and initialise before any evaluation."
         )
+    if not target.peft_scaling > 0:
+        raise TargetError(
+            f"{target.name}: its adapter is scaled by {target.peft_scaling:g}, with which no step can be written. Give "
+            "a lora_alpha above 0."
+        )
     if target.layer.merged:
         raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
     return target

@@ -38,7 +38,7 @@ from lora_da_hf.artifacts.schema import (
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
 from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
-from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
 from lora_da_hf.report import LoRADAReport
 
 __all__ = [
@@ -175,6 +175,27 @@ def foreign_files(folder: Path) -> list[str]:
         for path in folder.iterdir()
         if path.name not in known and not path.name.startswith(STATISTICS_PREFIX) and path.suffix != ".png"
     )
+
+
+def check_replaceable(folder: Path) -> None:
+    """Verify that nothing but an initialisation, or the report of one that was used, would be replaced at a folder.
+
+    Raises:
+        ConfigError: if something else is there, or the folder has no name of its own.
+    """
+    if folder.name in ("", ".."):
+        raise ConfigError(f"{str(folder)!r} does not name a folder of its own for the initialisation. Name a new one.")
+    if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"{folder} is a file. Name a new folder for the initialisation.")
+        return
+    names = {path.name for path in folder.iterdir()}
+    foreign = foreign_files(folder) if MANIFEST_FILE in names else sorted(names - {REPORT_FILE})
+    if foreign:
+        raise ConfigError(
+            f"{folder} holds something else than an initialisation ({foreign[0]}), which would be lost. Name a new "
+            "folder, or move what is there."
+        )
 
 
 def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:

@@ -123,17 +123,10 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
         ConfigError: if there is something else there, or an initialisation that was not to be replaced.
     """
     from lora_da_hf.artifacts.schema import MANIFEST_FILE
-    from lora_da_hf.artifacts.store import foreign_files
+    from lora_da_hf.artifacts.store import check_replaceable
 
-    if path.is_file():
-        raise ConfigError(f"{path} is a file. Name a folder for the initialisation.")
-    if not path.is_dir() or not any(path.iterdir()):
-        return path
-    foreign = foreign_files(path)
-    if not (path / MANIFEST_FILE).is_file() or foreign:
-        what = f" ({foreign[0]})" if foreign else ""
-        raise ConfigError(f"{path} holds other things than an initialisation{what}. Name a new folder.")
-    if not overwrite:
+    check_replaceable(path)
+    if (path / MANIFEST_FILE).is_file() and not overwrite:
         raise ConfigError(f"{path} holds an initialisation already. Name a new folder, or give --overwrite.")
     return path
 

@@ -19,7 +19,7 @@ from torch import nn
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
-from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, foreign_files, load_init
+from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, check_replaceable, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.refit import cut_init, is_cut
@@ -128,7 +128,7 @@ def pull_init(
             f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out for main."
         )
     if local_dir is not None:
-        _check_replaceable(Path(local_dir))
+        check_replaceable(Path(local_dir))
     source = _Source(
         api=make_api(token=token, endpoint=endpoint),
         repo_id=repo_id,
@@ -222,16 +222,6 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
     largest = max(layer.max_rank for layer in manifest.layers.values())
     if rank is not None and not 1 <= rank <= largest:
         raise ConfigError(f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    is_init = (folder / MANIFEST_FILE).is_file() and not foreign_files(folder)
-    if not is_init and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigError(
-            f"local_dir={str(folder)!r} holds something else, which would be replaced. Name a new folder."
-        )
 
 
 def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> None:

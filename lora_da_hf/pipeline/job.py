@@ -111,9 +111,10 @@ class Job:
         return tqdm(total=total, desc=text, disable=not (self.progress and self.ranks.is_main), leave=False)
 
     def say(self, text: str) -> None:
-        """Tell what goes on: beside the progress bars if they are shown, and in the log."""
-        logger.info("%s", text)
-        if self.progress and self.ranks.is_main:
+        """Tell what goes on: in the log or, if that takes no such news, beside the progress bars if they are shown."""
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", text)
+        elif self.progress and self.ranks.is_main:
             tqdm.write(text, file=sys.stderr)
 
     @functools.cached_property

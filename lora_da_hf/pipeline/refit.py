@@ -13,7 +13,7 @@ from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_conf
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_replaceable, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
@@ -45,7 +45,7 @@ def refit_init(
 
     Args:
         folder: A stored initialisation.
-        output_dir: Where the new one goes: all of it or nothing. What is there is replaced.
+        output_dir: Where the new one goes: all of it or nothing. An initialisation that is there is replaced.
         config: The settings to solve and write with; those of the pass over the data stay as stored. None: as stored.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
         rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``. None: the
@@ -61,11 +61,13 @@ def refit_init(
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
         ConfigError: if a rank is above the stored one, a budget too small, both are given, or ``config`` asks for
-            another pass over data, or for a displacement in other units without a step; if a DoRA adapter comes without
+            another pass over data, or for a displacement in other units without a step; if ``output_dir`` holds
+            something else than an initialisation; if a DoRA adapter comes without
             its base, or experts would get different ranks.
         BaseModelMismatchError: if it was computed for another base.
         SolveError: if a layer cannot be solved with these settings.
     """
+    check_replaceable(Path(output_dir))
     refit = _read(Path(folder), config, step_size, base_model)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
     if rank_budget is None and refit.config.rank_budget != stored_config.rank_budget:

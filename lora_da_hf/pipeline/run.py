@@ -13,8 +13,8 @@ from torch import nn
 from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.store import remove_leftovers
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.artifacts.store import check_replaceable, remove_leftovers
+from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ from lora_da_hf.samples import (
     samples_of_loader,
 )
 from lora_da_hf.statistics.losses import ComputeLoss
-from lora_da_hf.statistics.model_state import ROUTER_LOSS, prepared_for_pass
+from lora_da_hf.statistics.model_state import ROUTER_LOSS, prepared_for_pass, random_state
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SEED = 42
@@ -77,7 +77,8 @@ def initialize_lora_da(
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
         adapter_name: The adapter; None: the active one.
         output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
-            made with the same model, adapter, samples and settings, it is used and nothing is computed.
+            made with the same model, adapter, samples and settings, it is used and nothing is computed; another one is
+            replaced, and anything else is an error.
         batch_size: Used if the config gives none.
         seed: Used if the config gives none.
         device: Where batches go; None: where the embeddings are.
@@ -89,6 +90,7 @@ def initialize_lora_da(
     Raises:
         TargetError: if there is nothing that can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
+        ConfigError: if settings contradict each other, or ``output_dir`` holds something else.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
@@ -102,12 +104,13 @@ def initialize_lora_da(
     Whatever else is raised, the model and its adapter are as they were. If a process is gone they are too, unless ZeRO
     or FSDP2 keeps the adapter in parts or in copies.
     """
-    config = config or LoRADAConfig()
+    config = checked_config(config)
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
-    if population_size is not None and population_size < 1:
-        raise ConfigError(f"population_size={population_size!r} must be at least 1.")
+    for name, number in (("population_size", population_size), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name}={number!r} must be at least 1.")
     ranks = Ranks.current()
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
@@ -126,11 +129,13 @@ def initialize_lora_da(
         progress=progress,
         output_dir=Path(output_dir) if output_dir is not None else None,
     )
-    if config.statistics_save_steps is not None and job.output_dir is None:
-        raise ConfigError("statistics_save_steps needs an output_dir, beside which the sums are kept. Give one.")
+    if job.output_dir is None and (config.statistics_save_steps is not None or config.save_statistics):
+        name = "save_statistics" if config.save_statistics else "statistics_save_steps"
+        raise ConfigError(f"{name} needs an output_dir, in or beside which the statistics are kept. Give one.")
     with ranks.together("look at the output folder"):
         if job.output_dir is not None and ranks.is_main:
             remove_leftovers(job.output_dir)
+            check_replaceable(job.output_dir)
     splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 
@@ -138,7 +143,7 @@ def initialize_lora_da(
 def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
     """Choose the same samples on every process: a stream is read by the first one, since others may see other parts."""
     reads = isinstance(samples, Sized) or job.ranks.is_main
-    with job.ranks.together("choice of samples"):
+    with job.ranks.together("choice of samples"), random_state(job.seed):
         mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
     splits = mine if isinstance(samples, Sized) else job.ranks.gather(mine)[0]
     if splits is None:

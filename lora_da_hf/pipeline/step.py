@@ -35,18 +35,13 @@ def find_step(
     job.report.num_search_samples, job.report.num_unseen_samples = len(splits.search), len(splits.unseen)
     if splits.unseen:
         with job.stage("evaluate"):
-            job.report.unseen_loss_before = job.loss(splits.unseen, settings)
+            job.report.unseen_loss_before = _finite(job.loss(splits.unseen, settings), splits.unseen, "unseen")
     if not job.config.searches_step:
         job.report.step_size = None if job.config.step_size is None else float(job.config.step_size)
         return job.report.step_size
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solutions.items()}
     with job.stage("line search"):
-        baseline = job.loss(splits.search, settings)
-        if not math.isfinite(baseline):
-            raise NonFiniteError(
-                f"The loss of the {len(splits.search)} search samples is {baseline} without any adapter. Check the "
-                "samples (labels inside the vocabulary) and the model's dtype."
-            )
+        baseline = _finite(job.loss(splits.search, settings), splits.search, "search")
         with TrialAdapters([job.targets[name] for name in solutions], bases) as trial:
             scale = _step_scale(job, solutions)
             found = _search(job, trial, splits.search, settings, baseline, scale=scale)
@@ -57,6 +52,15 @@ def find_step(
     if not found.helped:
         job.report.notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
     return found.step_size
+
+
+def _finite(loss: float, samples: list[Any], kind: str) -> float:
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"The loss of the {len(samples)} {kind} samples is {loss} without any adapter. Check the samples (labels "
+            "inside the vocabulary) and the model's dtype."
+        )
+    return loss
 
 
 def _step_scale(job: Job, solutions: dict[str, LayerSolution]) -> float:
@@ -144,7 +148,11 @@ def write_adapter(
         job.report.search_loss_after = after
     if splits.unseen:
         with job.stage("evaluate"):
-            job.report.unseen_loss_after = job.loss(splits.unseen, settings)
+            after = job.loss(splits.unseen, settings)
+        if math.isfinite(after):
+            job.report.unseen_loss_after = after
+        else:
+            job.report.notes.append(f"with the adapter, the loss on the unseen samples is {after}")
 
 
 def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:

@@ -29,7 +29,7 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
         seed: What the generators start from inside.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_random_state(seed))
+        stack.enter_context(random_state(seed))
         stack.enter_context(_frozen_parameters(model))
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_switched_off(model, "use_cache"))
@@ -39,7 +39,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _random_state(seed: int) -> Generator[None]:
+def random_state(seed: int) -> Generator[None]:
+    """Seed the global random number generators of Python, numpy and torch, and put them back at the end."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     seed_generators(seed)

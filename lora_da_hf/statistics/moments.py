@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,12 +89,37 @@ def unpack_upper(packed: Tensor, width: int) -> Tensor:
 @contextlib.contextmanager
 def full_precision(device_type: str) -> Generator[None]:
     """Turn autocast and reduced-precision float32 products (TF32, bf16) off, and restore both."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    with torch.autocast(device_type, enabled=False), _full_products():
+        yield
+
+
+@contextlib.contextmanager
+def _full_products() -> Generator[None]:
     try:
-        with torch.autocast(device_type, enabled=False):
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer flags, which transformers' tf32=True does and the older ones cannot read
+        with _newer_flags_in_full():
             yield
+        return
+    if precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def _newer_flags_in_full() -> Generator[None]:
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        general = torch.backends.fp32_precision
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = "none" if precision == general else precision  # none: follows the general one

@@ -108,12 +108,7 @@ def solve_layer(
     if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
-    divisor = norm if config.normalize_displacement else 1.0
-    if config.layer_steps == "quadratic":
-        divisor = 1 / quadratic_length(statistics, basis_A, basis_B, layer=layer)
-    scale = 1.0
-    if config.projected_rms is not None:
-        scale = row_scale(statistics, basis_A, config.projected_rms, layer=layer)
+    divisor, scale = _units(statistics, basis_A, basis_B, config, norm, layer=layer)
     return LayerSolution(
         basis_A=basis_A * scale,
         basis_B=basis_B / (divisor * scale),
@@ -125,6 +120,27 @@ def solve_layer(
         residual=residual,
         notes=tuple(notes),
     )
+
+
+def _units(
+    statistics: LayerStatistics, basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, norm: float, *, layer: str
+) -> tuple[float, float]:
+    """Return what the displacement is divided by, and what the rows of A, of norm 1, are multiplied with.
+
+    Args:
+        statistics: Of the layer.
+        basis_A: With rows of norm 1.
+        basis_B: The displacement's part.
+        config: The settings.
+        norm: Of the displacement.
+        layer: Its name, for messages.
+    """
+    divisor = norm if config.normalize_displacement else 1.0
+    if config.layer_steps == "quadratic":
+        divisor = 1 / quadratic_length(statistics, basis_A, basis_B, layer=layer)
+    if config.projected_rms is None:
+        return divisor, 1.0
+    return divisor, row_scale(statistics, basis_A, config.projected_rms, layer=layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +195,7 @@ def solution_error(
 
     ``basis_B`` must be the displacement times the input basis, the basis must be made of eigenvectors of the guidance
     matrix with these eigenvalues, and the displacement must have this norm. That they are the lowest eigenvectors is
-    not looked at.
+    not looked at. Steps and norms per layer must be those of the settings.
 
     Args:
         statistics: Of this layer.
@@ -190,16 +206,19 @@ def solution_error(
         population_size: That it was solved with.
 
     Returns:
-        The largest of the three errors. Each is relative to what goes into it, so that it is of the order of the
+        The largest of these errors. Each is relative to what goes into it, so that it is of the order of the
         roundings if the solution is one.
 
     Raises:
-        SolveError: if the output factor has no inverse.
+        SolveError: if the output factor has no inverse, or a length that the settings ask for does not exist.
     """
     problem = _pose(statistics, factorized_input, config, layer=layer, population_size=population_size)
     displacement, whitened, guidance = problem.displacement, problem.whitened, problem.guidance
     cholesky = factorized_input.cholesky
-    rows = solution.basis_A.to(cholesky)
+    rows, columns, scale = solution.basis_A.to(cholesky), solution.basis_B.to(cholesky), 1.0
+    if config.projected_rms is not None:
+        scale = rows[0].norm().item()
+        rows, columns = rows / scale, columns * scale
     if whitened is None:
         vectors, images = rows.mT, displacement.apply(rows.mT)
         start = vectors
@@ -208,15 +227,16 @@ def solution_error(
         vectors = vectors / vectors.norm(dim=0)
         images, start = whitened.map_back(vectors)[1], rows.mT
     norm = displacement.norm(start=torch.linalg.qr(start).Q)
-    divisor = solution.displacement_norm if config.normalize_displacement else 1.0
+    divisor, expected_scale = _units(statistics, rows, images, config, solution.displacement_norm, layer=layer)
     eigenvalues = solution.eigenvalues.to(cholesky) * (divisor * divisor)
-    missed_images = (images - solution.basis_B.to(cholesky) * divisor).norm(dim=0).max().item()
+    missed_images = (images - columns * divisor).norm(dim=0).max().item()
     missed_eigen = (guidance.apply(vectors) - vectors * eigenvalues).norm(dim=0).max().item()
     largest = norm if whitened is None else guidance.displacement.apply(vectors).norm(dim=0).max().item()
     pivot = guidance.factorized_input.cholesky.diagonal().min().item()
     size = guidance.bias_coefficient * largest * largest + abs(guidance.variance_coefficient) / pivot / pivot
     errors = (
         _relative(abs(norm - solution.displacement_norm), norm),
+        _relative(abs(scale - expected_scale), expected_scale),
         _relative(missed_images, max(norm, images.norm(dim=0).max().item())),
         _relative(missed_eigen, max(size, eigenvalues.abs().max().item())),
     )

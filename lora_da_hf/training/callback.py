@@ -19,7 +19,7 @@ from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import atomic_folder
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
@@ -74,7 +74,7 @@ class LoRADACallback(TrainerCallback):
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
-        ConfigError: if ``search_step`` is given without ``init_from``.
+        ConfigError: if ``search_step`` is given without ``init_from``, or ``config`` is no `LoRADAConfig`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LoRADACallback(TrainerCallback):
     ) -> None:
         if search_step and init_from is None:
             raise ConfigError("search_step needs init_from: without it the config's step_size says how it is found.")
-        self.config = config or LoRADAConfig()
+        self.config = checked_config(config)
         self.init_from = init_from
         self.search_step = search_step
         self.compute_loss = compute_loss

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError
@@ -21,12 +22,19 @@ Rows = Dataset | IterableDataset
 
 
 def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
-    """Load one csv, json, jsonl, parquet or txt file."""
+    """Load one csv, json, jsonl, parquet or txt file.
+
+    Raises:
+        DataError: if it cannot be read as what its suffix says.
+    """
     loader = LOADER_OF_SUFFIX[Path(path).suffix]
     options: dict[str, Any] = {"keep_linebreaks": True} if loader == "text" else {}
-    rows: Any = load_dataset(
-        loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
-    )
+    try:
+        rows: Any = load_dataset(
+            loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
+        )
+    except DatasetGenerationError as error:
+        raise DataError(f"{path} cannot be read as {loader} data: {error.__cause__ or error}") from error
     return rows
 
 

@@ -45,7 +45,7 @@ class LoRADATrainer(Trainer):
 
     Raises:
         ConfigError: if ``peft_config`` is given for a model that has an adapter, or is no `LoraConfig`, or
-            ``search_step`` is given without ``init_from``.
+            ``search_step`` is given without ``init_from``, or there is a `LoRADACallback` among the callbacks.
         TargetError: if the model has no LoRA layer and there is no ``peft_config``.
     """
 
@@ -77,6 +77,8 @@ class LoRADATrainer(Trainer):
             else:
                 trainer_args = (*trainer_args[:position], wrapped, *trainer_args[position + 1 :])
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if any(isinstance(callback, LoRADACallback) for callback in self.callback_handler.callbacks):
+            raise ConfigError("LoRADATrainer has a LoRADACallback of its own. Give its settings as da_config instead.")
         self._lora_da.compute_loss = self._loss_for_statistics
         self._lora_da.on_report = self._log_report
         self.add_callback(self._lora_da)

@@ -69,9 +69,9 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ({"notes.txt": "mine"}, [], "holds other things"),
+        ({"notes.txt": "mine"}, [], "holds something else"),
         ({"lora_da_manifest.json": "{}"}, [], "give --overwrite"),
-        ({"lora_da_manifest.json": "{}", "thesis.tex": "mine"}, ["--overwrite"], "holds other things than an init"),
+        ({"lora_da_manifest.json": "{}", "thesis.tex": "mine"}, ["--overwrite"], "holds something else than an init"),
     ],
 )
 def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, flags, message):

@@ -707,10 +707,10 @@ def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
+    with pytest.raises(ConfigError, match=r"holds something else than an initialisation"):
         pull(local_dir=folder)
     (folder / "lora_da_manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds something else, which would be replaced. Name a new folder"):
+    with pytest.raises(ConfigError, match=r"holds something else than an initialisation"):
         pull(local_dir=folder)
     (folder / "thesis.tex").unlink()
     assert pull(local_dir=folder).folder == pull(local_dir=folder).folder == folder

@@ -9,6 +9,7 @@ from lora_da_hf import LoRADAError, initialize_lora_da
 from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
+    ConfigError,
     DataError,
     NonFiniteError,
     SolveError,
@@ -352,8 +353,10 @@ def test_a_loss_that_is_not_finite(lora_model, samples, value):
     )
 
 
-def test_a_loss_that_is_not_finite_on_the_search_samples_alone(lora_model, samples):
-    rows = [*samples[:12], *({**s, "input_ids": [95, *s["input_ids"][1:]]} for s in samples[12:])]
+@pytest.mark.parametrize(("kind", "first"), [("search", 12), ("unseen", 15)])
+def test_a_loss_that_is_not_finite_on_other_samples_than_those_of_the_statistics(lora_model, samples, kind, first):
+    broken = range(first, first + 3)
+    rows = [{**s, "input_ids": [95, *s["input_ids"][1:]]} if i in broken else s for i, s in enumerate(samples)]
 
     def loss(model, batch, num_items):
         extra = {} if num_items is None else {"num_items_in_batch": num_items}
@@ -362,7 +365,7 @@ def test_a_loss_that_is_not_finite_on_the_search_samples_alone(lora_model, sampl
 
     refuses(
         NonFiniteError,
-        r"The loss of the \d search samples is nan without any adapter",
+        f"The loss of the 3 {kind} samples is nan without any adapter",
         lora_model(),
         rows,
         compute_loss=loss,
@@ -375,3 +378,43 @@ def test_a_weight_that_is_not_finite(tiny_llama, lora_model, samples):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     refuses(NonFiniteError, "The loss of a batch is nan", lora_model(model=model), samples, data_collator=collate)
+
+
+# Settings, and where it is written
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_a_scaling_with_which_no_step_can_be_written(lora_model, samples, alpha):
+    refuses(TargetError, r"is scaled by (0|-2), with which no step can be", lora_model(lora_alpha=alpha), samples)
+
+
+def test_settings_that_are_no_settings(lora_model, samples):
+    with pytest.raises(ConfigError, match=r"settings are a dict. Give a LoRADAConfig"):
+        initialize(lora_model(), samples, config={"num_samples": 8})
+    refuses(ConfigError, "batch_size=-3 must be at least 1", lora_model(), samples, batch_size=-3)
+    config = make_config(save_statistics=True)
+    refuses(ConfigError, "save_statistics needs an output_dir", lora_model(), samples, config=config)
+
+
+def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp_path):
+    other = tmp_path / "run"
+    (other / "checkpoint-500").mkdir(parents=True)
+    (other / "checkpoint-500" / "model.bin").write_text("weeks of work")
+    refuses(
+        ConfigError, r"holds something else than an init.*\(checkpoint-500\)", lora_model(), samples, output_dir=other
+    )
+    assert (other / "checkpoint-500" / "model.bin").read_text() == "weeks of work"
+    file = tmp_path / "script.py"
+    file.write_text("pass")
+    refuses(ConfigError, "script.py is a file", lora_model(), samples, output_dir=file)
+    refuses(ConfigError, "does not name a folder of its own", lora_model(), samples, output_dir=".")
+    trained = tmp_path / "adapter"
+    lora_model().save_pretrained(trained)
+    refuses(ConfigError, "holds something else", lora_model(), samples, output_dir=trained)
+    init = tmp_path / "init"
+    initialize(lora_model(), samples, output_dir=init)
+    (init / "thesis.txt").write_text("do not lose")
+    changed = make_config(search_samples=2)
+    refuses(ConfigError, r"\(thesis.txt\), which would be lost", lora_model(), samples, output_dir=init, config=changed)
+    (init / "thesis.txt").unlink()
+    assert initialize(lora_model(), samples, output_dir=init, config=changed).num_search_samples == 2

@@ -1,4 +1,5 @@
 import importlib.util
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,31 @@ def test_random_state_and_mode_are_as_before(lora_model, samples):
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+class AugmentedSamples(torch.utils.data.Dataset):
+    """Samples that are drawn anew whenever they are read."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        shift = int(torch.randint(0, 5, ())) + random.randrange(5)
+        sample = self.samples[index]
+        return {**sample, "input_ids": [3 + (int(i) + shift) % 20 for i in sample["input_ids"]]}
+
+
+def test_a_data_set_that_draws_at_random_leaves_the_generators_alone(lora_model, samples):
+    torch.manual_seed(5)
+    states = torch.get_rng_state(), random.getstate()
+    first = initialize(lora_model(), AugmentedSamples(samples))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    torch.manual_seed(6)
+    assert initialize(lora_model(), AugmentedSamples(samples)).data_fingerprint == first.data_fingerprint
 
 
 def test_dropout_plays_no_part(tmp_path, tiny_llama, lora_model, samples):

@@ -30,6 +30,7 @@ from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.consistency import check_bases
 from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import IDENTITY, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
@@ -532,3 +533,15 @@ def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
     assert "LoRA-DA solve" in capsys.readouterr().err
     refit_init(stored_init, tmp_path / "new", config=config, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("settings", [{"layer_steps": "quadratic"}, {"projected_rms": 0.5}])
+def test_steps_and_norms_per_layer_are_known_to_come_of_the_statistics(tmp_path, lora_model, settings):
+    folder = store_init(tmp_path / "init", lora_model(r=8), **settings)
+    check_statistics(load_init(folder))
+    refitted = refit_init(folder, tmp_path / "new", config=changed(folder, input_damping=1e-2))
+    assert refitted.manifest.config["input_damping"] == 1e-2
+    lying = {**load_init(folder).manifest.config, **{name: LoRADAConfig().to_dict()[name] for name in settings}}
+    forge_manifest(folder, config=lying)
+    with pytest.raises(ArtifactError):
+        check_statistics(load_init(folder))

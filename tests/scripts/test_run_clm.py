@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import run_clm
 
 from lora_da_hf import LoRADAError
+from lora_da_hf.errors import DataError
+from lora_da_hf.training import text_data
 
 # The csv reader of datasets 4.0 leaves its file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -528,6 +530,14 @@ def test_wrong_config_file(capsys, tmp_path, text, message):
 def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
     with pytest.raises(LoRADAError, match=message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more, "--do_train"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("broken.jsonl", '{"text": "a"}\n{"text'), ("empty.csv", "")])
+def test_a_file_that_is_not_what_its_suffix_says(model_dir, tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"{name} cannot be read as (json|csv) data"):
+        text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"))
 
 
 def test_columns_that_are_not_text(model_dir, tmp_path):

@@ -1,5 +1,8 @@
 """Sums of products: half of them computed, in full precision."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,6 +65,35 @@ def test_a_streamed_sum_is_the_product_of_the_stacked_rows():
     stacked = torch.cat(parts).double()
     assert running.num_tokens == 14
     torch.testing.assert_close(mirror_upper_(running.total).double(), stacked.mT @ stacked, rtol=1e-5, atol=1e-5)
+
+
+NEWER_FLAGS = """
+import torch
+from lora_da_hf.statistics.moments import full_precision
+
+flags = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+{setting}
+before = [flag.fp32_precision for flag in flags]
+with full_precision("cpu"):
+    assert [flag.fp32_precision for flag in flags[1:]] == ["ieee", "ieee"]
+assert [flag.fp32_precision for flag in flags] == before
+torch.backends.fp32_precision = "ieee"
+assert ([flag.fp32_precision for flag in flags[1:]] == ["ieee", "ieee"]) == {follows}
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such flags")
+@pytest.mark.parametrize(
+    ("setting", "follows"),
+    [
+        ('torch.backends.fp32_precision = "tf32"', True),  # transformers' tf32=True
+        ('torch.backends.cuda.matmul.fp32_precision = "tf32"', False),
+        ('torch.backends.mkldnn.matmul.fp32_precision = "bf16"', False),
+    ],
+)
+def test_flags_of_the_newer_kind_are_off_inside_and_restored(setting, follows):
+    code = NEWER_FLAGS.format(setting=setting, follows=follows)  # a process of its own: the two kinds do not mix
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])

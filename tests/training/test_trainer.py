@@ -714,6 +714,13 @@ def test_a_peft_config_of_another_method_is_an_error(tmp_path, tiny_llama, sampl
         make_trainer(tmp_path, tiny_llama(), samples, peft_config=IA3Config(target_modules=["k_proj"]))
 
 
+def test_a_second_callback_and_settings_that_are_none_are_errors(tmp_path, lora_model, samples):
+    with pytest.raises(ConfigError, match=r"has a LoRADACallback of its own. Give its settings as da_config"):
+        make_trainer(tmp_path, lora_model(), samples, callbacks=[LoRADACallback()])
+    with pytest.raises(ConfigError, match=r"settings are a dict. Give a LoRADAConfig"):
+        make_trainer(tmp_path, lora_model(), samples, da_config={"num_samples": 8})
+
+
 def test_a_failed_initialisation_leaves_model_and_folder_as_they_were(tmp_path, lora_model, samples):
     class Fails(LoRADATrainer):
         def compute_loss(self, model, inputs, **kwargs):
