@@ -113,13 +113,14 @@ def _full_products() -> Generator[None]:
 
 @contextlib.contextmanager
 def _newer_flags_in_full() -> Generator[None]:
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    flags: Any = torch.backends
+    backends = (flags.cuda.matmul, flags.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
     finally:
-        general = torch.backends.fp32_precision
+        general = flags.fp32_precision
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = "none" if precision == general else precision  # none: follows the general one
