@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from harness import STORED_RANK, store_init
+from harness import STORED_RANK, make_learnable_samples, store_init
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,6 +74,12 @@ def tiny_llama():
 def token_samples():
     """Return ``token_samples(count, *, seed=0, min_length=5, max_length=14)``."""
     return make_token_samples
+
+
+@pytest.fixture
+def samples():
+    """Return 24 samples that can be learned."""
+    return make_learnable_samples(24)
 
 
 @pytest.fixture

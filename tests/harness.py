@@ -153,6 +153,16 @@ def adapter_weights(model):
     }
 
 
+FIRST_EIGHT = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
+"""Settings of an initialisation from the first eight samples, whose statistics can be looked at."""
+
+
+def stored_statistics(folder):
+    """Return the statistics of a stored initialisation, by layer."""
+    stored = load_init(folder)
+    return load_statistics(stored.folder, stored.manifest)
+
+
 def written_adapter(folder):
     return load_file(Path(folder) / "adapter_model.safetensors")
 

@@ -21,9 +21,9 @@ from harness import (
     make_learnable_samples,
     make_lora_config,
     measured_tensors,
+    train_from,
 )
 from safetensors.torch import save_file
-from transformers import TrainerCallback
 
 import lora_da_hf.pipeline.run
 from lora_da_hf import LoRADATrainer, apply_init, initialize_lora_da
@@ -219,16 +219,6 @@ def measure(folder):
     write(folder, "measured", {"seconds": min(seconds), "peak": peak[0]})
 
 
-class KeepWeights(TrainerCallback):
-    """Keeps the adapter as the first step finds it."""
-
-    start = None
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if self.start is None:
-            self.start = adapter_weights(model)
-
-
 def make_trainer(folder, name, **config):
     return LoRADATrainer(
         model=make_tiny_llama(),
@@ -243,15 +233,13 @@ def make_trainer(folder, name, **config):
         data_collator=collate,
         peft_config=make_lora_config(),
         da_config=trainer_config(**config),
-        callbacks=[KeepWeights()],
     )
 
 
 def train(folder, name, **config):
     trainer = make_trainer(folder, name, **config)
-    trainer.train()
-    keep = next(c for c in trainer.callback_handler.callbacks if isinstance(c, KeepWeights))
-    write_adapter(folder, f"{name}.start", keep.start)
+    start = train_from(trainer)
+    write_adapter(folder, f"{name}.start", start.weights)
     write_adapter(folder, f"{name}.end", adapter_weights(trainer.model))
     parameters = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     names = [n for n, p in trainer.model.named_parameters() if id(p) in parameters]

@@ -4,20 +4,20 @@ import pytest
 import torch
 from families.zoo import FAMILIES
 from harness import (
+    FIRST_EIGHT,
     assert_initialized,
     assert_statistics_equal,
     autograd_statistics,
     make_args,
     make_config,
     make_lora_config,
+    stored_statistics,
     train_from,
 )
 from peft import PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 
@@ -43,7 +43,7 @@ def make_model(family, **lora):
 
 def train(family, model, samples, folder):
     """Train three steps with the family's trainer. Returns it, the adapter that it started from, and the report."""
-    config = make_config(num_samples=8, search_samples=2, sample_selection="head", save_statistics=True)
+    config = make_config(**FIRST_EIGHT)
     settings = {"model": model, "train_dataset": samples, "data_collator": pad_samples}
     if family.trainer is Seq2SeqTrainer:
         callback = LoRADACallback(config)
@@ -70,8 +70,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         assert any(name.endswith(ending) and reason in why for name, why in report.kept.items()), report.kept
     assert bool(family.single) == (report.batch_size == 1)
     assert any(family.single in note for note in report.notes) or not family.single
-    stored = load_init(tmp_path / "lora_da")
-    statistics = load_statistics(stored.folder, stored.manifest)
+    statistics = stored_statistics(tmp_path / "lora_da")
     expected = autograd_statistics(
         make_model(family), samples[:8], lambda model, batch: model_loss(model, batch, None), pad_samples
     )

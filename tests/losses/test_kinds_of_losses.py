@@ -4,6 +4,7 @@ import pytest
 import torch
 from families.zoo import FAMILIES, classification_samples
 from harness import (
+    FIRST_EIGHT,
     Adapter,
     assert_initialized,
     assert_statistics_equal,
@@ -12,18 +13,15 @@ from harness import (
     make_config,
     make_lora_config,
     pad_left,
+    stored_statistics,
     train_from,
 )
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy, normalize
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-
-SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
 
 
 def make_model(family):
@@ -37,7 +35,7 @@ def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, com
     report = initialize_lora_da(
         model,
         samples,
-        config=make_config(**{**SETTINGS, **settings}),
+        config=make_config(**{**FIRST_EIGHT, **settings}),
         compute_loss=compute_loss,
         data_collator=collate,
         batch_size=batch_size,
@@ -45,8 +43,7 @@ def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, com
         progress=False,
     )
     assert_initialized(folder, Adapter.of(model), report)
-    stored = load_init(folder)
-    return report, load_statistics(stored.folder, stored.manifest)
+    return report, stored_statistics(folder)
 
 
 def loss_row(name, remark, *values):
@@ -85,7 +82,7 @@ def test_label_smoothing(tmp_path):
         args=make_args(tmp_path, label_smoothing_factor=0.2),
         train_dataset=samples,
         data_collator=pad_samples,
-        da_config=make_config(**SETTINGS),
+        da_config=make_config(**FIRST_EIGHT),
     )
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
@@ -94,9 +91,8 @@ def test_label_smoothing(tmp_path):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         return cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], label_smoothing=0.2)
 
-    stored = load_init(tmp_path / "lora_da")
     expected = autograd_statistics(make_model("Llama"), samples[:8], smoothed, pad_samples)
-    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 
 def pooled(model, batch):

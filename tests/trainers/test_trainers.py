@@ -8,6 +8,7 @@ import pytest
 import torch
 from families.zoo import FAMILIES
 from harness import (
+    FIRST_EIGHT,
     LINEAR_LAYERS,
     Starts,
     adapter_weights,
@@ -19,9 +20,9 @@ from harness import (
     collate,
     make_args,
     make_config,
-    make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    stored_statistics,
     train_from,
     written_adapter,
 )
@@ -33,15 +34,6 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import BestRun
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
-
-FIRST_EIGHT = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
-
-
-@pytest.fixture
-def samples():
-    return make_learnable_samples(24)
 
 
 def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **settings):
@@ -97,9 +89,8 @@ def test_a_sequence_to_sequence_trainer(tmp_path):
     def smoothed(model, batch):
         return cross_entropy(model(**batch).logits.transpose(1, 2), batch["labels"], label_smoothing=0.2)
 
-    stored = load_init(tmp_path / "lora_da")
     expected = autograd_statistics(make_model(), samples[:8], smoothed, collator)
-    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from harness import (
+    FIRST_EIGHT,
     assert_initialized,
     assert_statistics_equal,
     autograd_statistics,
@@ -13,13 +14,12 @@ from harness import (
     make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    stored_statistics,
     train_from,
 )
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_da_hf import LoRADACallback
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import UnsupportedSetupError
 
@@ -45,7 +45,7 @@ def make_trl_args(kind, folder, **overrides):
 
 
 def make_callback(**overrides):
-    return LoRADACallback(make_config(num_samples=8, search_samples=2, sample_selection="head", **overrides))
+    return LoRADACallback(make_config(**{**FIRST_EIGHT, **overrides}))
 
 
 def train_with_its_loss(trainer, callback):
@@ -71,14 +71,13 @@ def make_sft(folder, model, callback, **arguments):
 
 @pytest.mark.support("Trainers", "TRL's `SFTTrainer`", "by `LoRADACallback`, with the model's loss or the trainer's")
 def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
-    callback = make_callback(save_statistics=True)
+    callback = make_callback()
     trainer = make_sft(tmp_path, tiny_llama(), callback)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
-    stored = load_init(tmp_path / "lora_da")
     samples = [{**sample, "labels": sample["input_ids"]} for sample in make_learnable_samples(24)[:8]]
     expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss)
-    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-4)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 
 @pytest.mark.support("Trainers", "`SFTTrainer`, packing", "a packed row is one sample, and the report says so")
@@ -100,11 +99,10 @@ def test_padding_free_batches_give_the_statistics_of_padded_ones(tmp_path, tiny_
     found = []
     for free in (False, True):
         folder = tmp_path / str(free)
-        callback = make_callback(save_statistics=True)
+        callback = make_callback()
         start = train_from(make_sft(folder, tiny_llama(), callback, padding_free=free, max_length=None))
         assert_initialized(folder / "lora_da", start, callback.report)
-        stored = load_init(folder / "lora_da")
-        found.append((callback.report, load_statistics(stored.folder, stored.manifest)))
+        found.append((callback.report, stored_statistics(folder / "lora_da")))
     assert [report.num_samples for report, _ in found] == [8, 8]
     assert found[1][0].batch_size == 1
     assert any("rows of 4 samples" in note for note in found[1][0].notes)

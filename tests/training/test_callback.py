@@ -14,23 +14,17 @@ from harness import (
     make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    stored_statistics,
     written_adapter,
 )
 from peft import PeftModel
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import LoRADAArguments
 from lora_da_hf.training.callback import adapt_loss
-
-
-@pytest.fixture
-def samples():
-    return make_learnable_samples(24)
 
 
 def make_trainer(folder, model, samples, callback, **arguments):
@@ -41,11 +35,6 @@ def make_trainer(folder, model, samples, callback, **arguments):
         data_collator=collate,
         callbacks=[callback],
     )
-
-
-def stored_statistics(folder):
-    stored = load_init(folder / "lora_da")
-    return load_statistics(stored.folder, stored.manifest)
 
 
 def test_a_plain_trainer_with_the_callback_does_what_our_trainer_does(tmp_path, lora_model, samples):
@@ -85,7 +74,7 @@ def test_a_loss_that_is_given_is_the_one_of_the_statistics(tmp_path, lora_model,
         folder = tmp_path / str(number)
         config = make_config(save_statistics=True)
         make_trainer(folder, lora_model(), samples, LoRADACallback(config, compute_loss=loss)).train()
-        found.append(stored_statistics(folder))
+        found.append(stored_statistics(folder / "lora_da"))
     halved = {
         name: dataclasses.replace(
             layer,

@@ -20,6 +20,7 @@ from harness import (
     make_config,
     make_learnable_samples,
     make_lora_config,
+    stored_statistics,
     train_from,
     written_adapter,
 )
@@ -29,15 +30,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
 from lora_da_hf.training import callback as callback_module
-
-
-@pytest.fixture
-def samples():
-    return make_learnable_samples(24)
 
 
 @pytest.fixture
@@ -64,11 +58,6 @@ def make_trainer(folder, model, samples, kind=LoRADATrainer, da_config=None, arg
         data_collator=settings.pop("data_collator", collate),
         **settings,
     )
-
-
-def stored_statistics(folder):
-    stored = load_init(folder / "lora_da")
-    return load_statistics(stored.folder, stored.manifest)
 
 
 class Recording:
@@ -262,7 +251,7 @@ def test_statistics_are_those_of_the_trainers_own_loss_sample_by_sample(
     trainer = make_trainer(tmp_path, lora_model(), samples, kind, config, arguments, **settings)
     trainer.train()
     expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, **reference))
-    assert_statistics_equal(stored_statistics(tmp_path), expected, 2e-5)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
     assert trainer.lora_da_report.loss_reduction.startswith(reduction)
     assert trainer.lora_da_report.batch_size == 4
 
@@ -274,7 +263,7 @@ def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_pat
     trainer = make_trainer(tmp_path, lora_model(), samples, TokenMean, config)
     trainer.train()
     expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, factor=2.0))
-    assert_statistics_equal(stored_statistics(tmp_path), expected, 2e-5)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
     assert trainer.lora_da_report.batch_size == 5
 
 
@@ -300,7 +289,7 @@ def test_gradient_accumulation_and_averaging_over_devices_do_not_change_the_stat
         make_trainer(
             folder, lora_model(), samples, da_config=make_config(save_statistics=True), arguments=arguments
         ).train()
-        found.append(stored_statistics(folder))
+        found.append(stored_statistics(folder / "lora_da"))
     assert_statistics_equal(found[1], found[0], 1e-5)
     assert_statistics_equal(found[2], found[0], 1e-5)
 
@@ -547,7 +536,7 @@ def test_bfloat16_weights_give_statistics_near_those_of_float32(tmp_path, tiny_l
         trainer.train()
         assert {p.dtype for _, p in trainer.model.named_parameters() if p.requires_grad} == {torch.float32}
         assert trainer.lora_da_report.search_loss_after <= trainer.lora_da_report.search_loss_before
-        found[dtype] = stored_statistics(folder)
+        found[dtype] = stored_statistics(folder / "lora_da")
     assert all(s.weight_grad.dtype == torch.float32 for s in found[torch.bfloat16].values())
     assert_statistics_equal(found[torch.bfloat16], found[torch.float32], 0.1)
 
@@ -564,7 +553,7 @@ def test_bf16_training_takes_statistics_under_autocast(tmp_path, lora_model, sam
         config = make_config(save_statistics=True)
         make_trainer(folder, model, samples, da_config=config, arguments={"bf16": bf16}).train()
         assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
-        found[bf16] = stored_statistics(folder)
+        found[bf16] = stored_statistics(folder / "lora_da")
     assert_statistics_equal(found[True], found[False], 0.1)
 
 
@@ -587,7 +576,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, lora_model, samples, u
         },
     )
     checkpointed.train()
-    found, expected = (stored_statistics(tmp_path / which) for which in ("checkpointed", "plain"))
+    found, expected = (stored_statistics(tmp_path / which / "lora_da") for which in ("checkpointed", "plain"))
     assert_statistics_equal(found, expected, 1e-6)
     assert [s.num_input_tokens for s in found.values()] == [s.num_input_tokens for s in expected.values()]
     assert checkpointed.lora_da_report.step_size == pytest.approx(plain.lora_da_report.step_size, rel=1e-4)
@@ -607,7 +596,7 @@ def test_a_model_with_a_device_map_gives_the_same(tmp_path, tiny_llama, samples,
         trainer = make_trainer(folder, model, samples, da_config=config, peft_config=make_lora_config())
         trainer.train()
         reports.append(trainer.lora_da_report)
-        statistics.append(stored_statistics(folder))
+        statistics.append(stored_statistics(folder / "lora_da"))
     assert_statistics_equal(statistics[1], statistics[0], 1e-6)
     assert reports[1].step_size == reports[0].step_size
 

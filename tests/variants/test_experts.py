@@ -6,6 +6,7 @@ import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
 from harness import (
+    FIRST_EIGHT,
     Adapter,
     assert_initialized,
     assert_statistics_equal,
@@ -14,18 +15,17 @@ from harness import (
     make_config,
     make_learnable_samples,
     send_nothing_to_the_last_expert,
+    stored_statistics,
 )
 from harness import make_lora_config as lora_config
 from peft import PeftModel, get_peft_model
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
-from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 from lora_da_hf.pipeline.save import base_model_facts
 
-SETTINGS = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
 EXPERT_LAYERS = 2 * 2 * 4
 
 
@@ -37,14 +37,13 @@ def initialize(model, folder, batch_size=4, samples=None):
     report = initialize_lora_da(
         model,
         samples or make_learnable_samples(16),
-        config=make_config(**SETTINGS),
+        config=make_config(**FIRST_EIGHT),
         data_collator=collate,
         batch_size=batch_size,
         output_dir=folder,
         progress=False,
     )
-    stored = load_init(folder)
-    return report, load_statistics(stored.folder, stored.manifest)
+    return report, stored_statistics(folder)
 
 
 def test_the_statistics_of_experts_do_not_depend_on_batching(tmp_path):

@@ -12,7 +12,6 @@ from harness import (
     collate,
     make_args,
     make_config,
-    make_learnable_samples,
     make_lora_config,
     train_from,
     written_adapter,
@@ -29,11 +28,6 @@ from lora_da_hf.theory.rank_budget import num_adapter_parameters
 BUDGET = 5000
 CHEAPEST = 48 + 24
 """Parameters of one rank of the narrowest layer."""
-
-
-@pytest.fixture
-def samples():
-    return make_learnable_samples(24)
 
 
 def initialize(model, samples, folder=None, **settings):
