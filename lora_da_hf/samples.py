@@ -134,7 +134,7 @@ def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
 
 def _indices_of(loader: Any) -> list[int] | None:
     """Return the indices that a loader's sampler is limited to; None if that is not known, or all of them."""
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards
         batches = batches.batch_sampler
     sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
