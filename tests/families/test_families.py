@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.losses import model_loss
@@ -72,6 +73,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     assert bool(family.single) == (report.batch_size == 1)
     assert any(family.single in note for note in report.notes) or not family.single
     stored = load_init(tmp_path / "lora_da")
+    check_statistics(stored)
     statistics = load_statistics(stored.folder, stored.manifest)
     expected = autograd_statistics(
         make_model(family), samples[:8], lambda model, batch: model_loss(model, batch, None), pad_samples
