@@ -309,7 +309,7 @@ class LoRADAConfig:
         return json.dumps(self.to_dict())
 
 
-def checked_config(config: LoRADAConfig | None) -> LoRADAConfig:
+def checked_config(config: object) -> LoRADAConfig:
     """Return the settings; the default ones for None.
 
     Raises:
