@@ -16,7 +16,7 @@ from lora_da_hf.artifacts.consistency import stored_factor
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init, read_tensors
 from lora_da_hf.artifacts.stored_report import read_report
-from lora_da_hf.errors import ArtifactError
+from lora_da_hf.errors import ArtifactError, WriteError
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.ranks_per_layer import give_ranks
@@ -41,7 +41,7 @@ def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
     with job.stage("load"):
         give_ranks(job, {layer.name: layer.rank for layer in report.layers})
         factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
-        with job.ranks.together("write"):
+        with job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
             for name, (lora_A, lora_B) in factors.items():
                 write_factors(job.targets[name], lora_A, lora_B)
     note = f"found in {job.output_dir}: made before with the same model, adapter, samples and settings"

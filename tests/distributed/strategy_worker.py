@@ -462,6 +462,36 @@ def save_often(folder, strategy, loss):
     return loss.count
 
 
+def break_probe(folder, strategy):
+    """Fail on the second process when it collates two samples of the probe, and then in the middle of a pass of it."""
+
+    def broken_collate(batch):
+        if RANK == 1 and len(batch) == 2:
+            raise ValueError("broken on purpose")
+        return collate(batch)
+
+    def broken_loss(model, inputs, num_items_in_batch=None):
+        if RANK == 1:
+            raise ValueError("broken on purpose")
+        return model(**inputs).loss
+
+    for name, collator, loss in (
+        ("broken_in_collator", broken_collate, None),
+        ("broken_in_pass", collate, broken_loss),
+    ):
+        trainer = Trainer(
+            model=get_peft_model(make_base(), lora_config()),
+            args=training_args(folder / name, strategy),
+            train_dataset=samples(),
+            data_collator=collator,
+            callbacks=[LoRADACallback(da_config(), compute_loss=loss)],
+        )
+        try:
+            trainer.train()
+        except Exception as error:
+            write(folder, name, f"{type(error).__name__}: {error}")
+
+
 def lose(folder, strategy):
     """Kill the second process with its third batch; the first one says what it got."""
     save_often(folder / "whole", strategy, Dying())
@@ -489,7 +519,7 @@ def main():
         make_base().save_pretrained(folder / "base")
         make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide_base")
     PartialState().wait_for_everyone()
-    if only and only[0] in ("lose", "take_up"):
+    if only and only[0] in ("lose", "take_up", "break_probe"):
         globals()[only[0]](folder, strategy)
         write(folder, "done", True)
         os._exit(0)  # the engine's own teardown may wait for the process that is gone

@@ -239,6 +239,16 @@ def test_a_loss_that_is_nan_on_one_process_fails_on_both(launched, strategy):
 def test_a_failure_in_the_middle_of_a_pass_ends_the_run(launched):
     message = result(launched("zero3"), "broken_on_one_process", 1)
     assert message.startswith(
-        "OutOfStepError: Process 1 failed in the statistics pass: ValueError: broken on purpose. The parameters are "
-        "partitioned, so the other processes wait"
+        "OutOfStepError: Process 1 failed in the statistics pass: ValueError: broken on purpose. The others may wait"
     )
+
+
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_a_failure_of_one_process_in_the_probe_ends_both_with_a_message(tmp_path, strategy):
+    start_apart("strategy_worker.py", [strategy, "break_probe"], tmp_path, DS_ACCELERATOR="cpu")
+    innocent, guilty = (result(tmp_path, "broken_in_collator", rank) for rank in range(2))
+    assert guilty == "ValueError: broken on purpose"
+    assert innocent == "PeerFailed: Process 1 failed in the probe: ValueError: broken on purpose"
+    innocent, guilty = (result(tmp_path, "broken_in_pass", rank) for rank in range(2))
+    assert guilty.startswith("OutOfStepError: Process 1 failed in the probe: ValueError: broken on purpose.")
+    assert innocent.startswith(("OutOfStepError: Process 0 failed in the probe: ", "PeerGone: Another process"))

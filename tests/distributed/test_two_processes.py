@@ -152,6 +152,15 @@ def test_a_failure_of_one_process_fails_both_and_undoes_both(initialized, name, 
 
 
 def test_an_initialisation_after_failures_is_the_same_as_without(initialized):
+def test_a_failure_of_one_process_in_the_reduction_ends_both_with_a_message(tmp_path):
+    start_apart("worker.py", ["break_reduction"], tmp_path)
+    innocent, guilty = (result(tmp_path, "failing_reduction", rank) for rank in range(2))
+    assert guilty["message"].startswith("OutOfStepError: Process 1 failed in the reduction: MemoryError: broken on pur")
+    assert innocent["message"].startswith("PeerGone: Another process is gone")
+    assert innocent["adapter_as_before"]
+    assert guilty["adapter_as_before"]
+
+
     assert_same_tensors(adapter(initialized, "after_failures", 1), adapter(initialized, "shared", 0))
 
 
@@ -220,6 +229,29 @@ def test_all_of_them_take_up_where_each_was(lost, lora_model):
 
 
 # What it saves
+# What is refused
+
+
+def test_fsdp1_leaves_no_adapter_matrix_and_is_refused(tmp_path):
+    start_apart("worker.py", ["fsdp1"], tmp_path)
+    found = [result(tmp_path, "fsdp1", rank) for rank in range(2)]
+    for each in found:
+        assert each["joined"].startswith("Must flatten tensors with uniform `requires_grad`")  # frozen and trained ones
+        assert all(len(shape) == 1 for shape in each["shapes"].values())
+        assert each["message"].startswith("UnsupportedSetupError: LoRA-DA does not work with FSDP1, which joins")
+        assert each["message"].endswith("Use FSDP2: fsdp_version: 2 in accelerate's config.")
+    assert any([0] in each["shapes"].values() for each in found)  # all of it is with the other process
+
+
+def test_a_model_that_transformers_split_for_tensor_parallelism_is_refused(tmp_path, tiny_llama):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    start_apart("worker.py", ["tensor_parallel"], tmp_path)
+    for rank in range(2):
+        found = result(tmp_path, "tensor_parallel", rank)
+        assert found["shape"] == [40, 48]  # half of the rows
+        assert found["message"].startswith("UnsupportedSetupError: LoRA-DA does not work under tensor parallelism")
+
+
 
 
 @pytest.mark.slow

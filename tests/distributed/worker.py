@@ -23,7 +23,9 @@ from harness import (
     measured_tensors,
 )
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import lora_da_hf.pipeline.run
 from lora_da_hf import LoRADATrainer, apply_init, initialize_lora_da
@@ -130,6 +132,18 @@ def failing_solve(folder):
 def failing_save(folder):
     """Fail when the first process writes files, which the second does not."""
     original = lora_da_hf.pipeline.run.save_init
+def break_reduction(folder):
+    """Fail in the second process in the middle of the reduction of the sums, of which it cannot tell the first."""
+    import lora_da_hf.distributed.reduce as module
+
+    def broken(moment):
+        raise MemoryError("broken on purpose")
+
+    if RANK == 1:
+        module.pack_upper = broken
+    fail(folder, "failing_reduction")
+
+
 
     def broken(*args, **kwargs):
         raise OSError("no space left on purpose")
@@ -215,7 +229,39 @@ def measure(folder):
     config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
     with measured_tensors() as peak:
         initialize_lora_da(model, seven_samples(), config=config, progress=False)
-    write(folder, "measured", {"seconds": min(seconds), "peak": peak[0]})
+    write(folder, "measured", {"runs": runs, "peak": peak[0]})
+
+
+def flatten_parameters(folder):
+    """Wrap a model in FSDP1 in both of its ways, and note what is left of the adapter and what LoRA-DA says."""
+    cpu = torch.device("cpu")
+    try:
+        FullyShardedDataParallel(make_lora_model(), use_orig_params=False, device_id=cpu)
+        joined = None
+    except ValueError as error:
+        joined = str(error)
+    model = FullyShardedDataParallel(make_lora_model(), use_orig_params=True, device_id=cpu)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if "lora_A" in name}
+    try:
+        initialize_lora_da(model, seven_samples(), config=seven_config(), progress=False)
+        message = None
+    except LoRADAError as error:
+        message = f"{type(error).__name__}: {error}"
+    write(folder, "fsdp1", {"joined": joined, "shapes": shapes, "message": message})
+
+
+def split_layers(folder):
+    """Load a model for tensor parallelism as transformers does, and note what an initialisation says."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
+    weight = base.model.layers[0].mlp.gate_proj.weight
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    model = make_lora_model(model=base, target_modules=["gate_proj"])
+    try:
+        initialize_lora_da(model, seven_samples(), config=seven_config(), progress=False)
+        message = None
+    except LoRADAError as error:
+        message = f"{type(error).__name__}: {error}"
+    write(folder, "tensor_parallel", {"shape": list(own.shape), "message": message})
 
 
 class KeepWeights(TrainerCallback):
@@ -291,9 +337,13 @@ def main():
         train(folder, "trained")
         train(folder, "frozen", freeze_a=True)
     else:
-        {"lose": lose_a_process, "take_up": take_up, "measure": measure}[scenarios](folder)
+        alone = {"lose": lose_a_process, "take_up": take_up, "measure": measure, "break_reduction": break_reduction}
+        alone |= {"fsdp1": flatten_parameters, "tensor_parallel": split_layers}
+        alone[scenarios](folder)
     write(folder, "done", True)
 
 
 if __name__ == "__main__":
     main()
+    if scenarios == "break_reduction":
+        os._exit(0)  # the other waits for this one
