@@ -52,7 +52,8 @@ def cells(strategy):
     if strategy in ("ddp", "fsdp2"):
         found["dora_fp32"] = {"lora": {"use_dora": True}}
     if strategy in PARTITIONED:
-        found["windows_fp32"] = {"config": {"memory_budget": SMALL}}
+        for name, checkpointing in CHECKPOINTING.items():
+            found[f"windows_{name}_fp32"] = {"config": {"memory_budget": SMALL}, "checkpointing": checkpointing}
     if strategy == "fsdp2":
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found
@@ -131,8 +132,16 @@ def whole(parameter):
     return parameter.detach().clone()
 
 
+def in_parts(model):
+    """Tell whether this process has no more than a part of every parameter, or leaves that to DeepSpeed."""
+    return all(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
 class Watch(TrainerCallback):
-    """Notes the gradients that are there before the first step, those of each step, and the weights after the first."""
+    """Notes the gradients that are there before the first step, those of each step, and the weights after the first.
+
+    And whether the parameters are in parts.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -141,6 +150,7 @@ class Watch(TrainerCallback):
         self.start = self.weights = self.masters = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.in_parts = in_parts(model)
         self.start = {name: whole(p) for name, p in trained(model)}
         self.left_behind = [name for name, p in model.named_parameters() if p.grad is not None]
         if args.deepspeed:
@@ -195,6 +205,7 @@ def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtyp
     args = training_args(folder / name, strategy, dtype=dtype, **settings)
     if load:  # the arguments above make from_pretrained build the model under zero.Init
         base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    loaded_in_parts = in_parts(base) and not any(p.numel() for p in base.parameters())
     data = {"train_dataset": samples(), "data_collator": collate}
     trainer = LoRADATrainer(
         model=base, args=args, peft_config=lora_config(**lora or {}), da_config=da_config(**config or {}), **data
@@ -214,6 +225,8 @@ def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtyp
         name,
         {
             "wrapped": wrapped,
+            "loaded_in_parts": loaded_in_parts,
+            "in_parts": watch.in_parts,
             "report": report,
             "left_behind": watch.left_behind,
             "weights": largest_difference(watch.weights, written),

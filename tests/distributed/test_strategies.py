@@ -17,6 +17,7 @@ from launching import guidance_of, launch, result, start_apart, stored_statistic
 from peft import get_peft_model
 from safetensors.torch import load_file
 from strategy_worker import (
+    CHECKPOINTING,
     PARTITIONED,
     QUANTISED,
     STRATEGIES,
@@ -147,10 +148,19 @@ def test_one_process_finds_what_two_made(launched, tmp_path):
     assert_same_tensors(adapter_weights(model), load_file(folder / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
-def test_windows_are_passes_of_all_processes_in_step(launched, strategy):
+@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
+def test_parameters_are_in_parts_where_the_strategy_has_them_so(launched, strategy, cell):
     for rank in range(2):
-        plan = result(launched(strategy), "windows_fp32", rank)["report"]["plan"]
+        found = result(launched(strategy), cell, rank)
+        assert found["in_parts"] == (strategy in PARTITIONED)
+        assert found["loaded_in_parts"] == (cell == "zero_init_fp32")
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_windows_are_passes_of_all_processes_in_step(launched, strategy, checkpointing):
+    for rank in range(2):
+        plan = result(launched(strategy), f"windows_{checkpointing}_fp32", rank)["report"]["plan"]
         assert plan.startswith("2 processes that share the samples, ")
         assert "passes, each for a part of the layers" in plan
 
