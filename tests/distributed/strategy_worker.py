@@ -462,19 +462,6 @@ def fail(folder, strategy, loss):
         raise
 
 
-def save_often(folder, strategy, loss):
-    """Initialise with single samples, and the sums written after each; return how many batches were run."""
-    trainer = Trainer(
-        model=get_peft_model(make_base(), lora_config()),
-        args=training_args(folder, strategy, max_steps=1),
-        train_dataset=samples(),
-        data_collator=collate,
-        callbacks=[LoRADACallback(da_config(batch_size=1, statistics_save_steps=1), compute_loss=loss)],
-    )
-    trainer.train()
-    return loss.count
-
-
 def break_probe(folder, strategy):
     """Fail on the second process when it collates two samples of the probe, and then in the middle of a pass of it."""
 
@@ -505,17 +492,31 @@ def break_probe(folder, strategy):
             write(folder, name, f"{type(error).__name__}: {error}")
 
 
+def save_often(folder, strategy, loss):
+    """Initialise with single samples, and the sums written after each; return how many batches were run."""
+    trainer = Trainer(
+        model=get_peft_model(make_base(), lora_config()),
+        args=training_args(folder, strategy, max_steps=1),
+        train_dataset=samples(),
+        data_collator=collate,
+        callbacks=[LoRADACallback(da_config(batch_size=1, statistics_save_steps=1), compute_loss=loss)],
+    )
+    trainer.train()
+    return loss.count
+
+
 def lose(folder, strategy):
-    """Kill the second process with its third batch; the first one says what it got."""
-    save_often(folder / "whole", strategy, Dying())
+    """Kill the processes KILLED with their AT-th batch; one that is left says what it got."""
+    killed, at = os.environ["KILLED"], int(os.environ["AT"])
     try:
-        save_often(folder / "killed", strategy, Dying(3 if RANK == 1 else None))
+        save_often(folder / "killed", strategy, Dying(at if str(RANK) in killed else None))
     except LoRADAError as error:
-        write(folder, "lost", f"{type(error).__name__}: {error}")
+        write(folder, f"lost_{killed}", f"{type(error).__name__}: {error}")
 
 
 def take_up(folder, strategy):
     write(folder, "taken_up", save_often(folder / "killed", strategy, Dying()))
+    save_often(folder / "whole", strategy, Dying())
 
 
 def main():

@@ -172,14 +172,28 @@ def test_partitioned_parameters_and_layers_that_are_shared_are_refused(launched,
         assert message.startswith("UnsupportedSetupError: schedule='layers' lets each process go back")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=needs_deepspeed), *EVERY_PARTITIONED])
-def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy):
-    start_apart("strategy_worker.py", [strategy, "lose"], tmp_path, survivors=(0,), DS_ACCELERATOR="cpu")
-    message = result(tmp_path, "lost", 0)
-    assert message.startswith(("OutOfStepError: Process 0 failed in the statistics pass: ", "PeerGone: Another"))
-    assert not (tmp_path / "lost.rank1.json").exists()
+IN_STEP = [("1", 3), ("0", 2), ("01", 1)]  # of four batches each, of which the second process's last is a filler
+EACH_ALONE = [("01", 3), ("0", 2)]  # of four and three: the other one's are done by then
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kills", "left"),
+    [
+        pytest.param("zero2", EACH_ALONE, [1, 0], marks=needs_deepspeed),
+        pytest.param("zero3", IN_STEP, [1, 1], marks=needs_deepspeed),
+        pytest.param("fsdp2", IN_STEP, [1, 1]),
+    ],
+)
+def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy, kills, left):
+    for killed, at in kills:
+        survivors = [rank for rank in range(2) if str(rank) not in killed]
+        command, settings = [strategy, "lose"], {"KILLED": killed, "AT": str(at), "DS_ACCELERATOR": "cpu"}
+        start_apart("strategy_worker.py", command, tmp_path, survivors=survivors, **settings)
+        told = (f"OutOfStepError: Process {rank} failed in the statistics pass: " for rank in survivors)
+        for rank in survivors:
+            assert result(tmp_path, f"lost_{killed}", rank).startswith((*told, "PeerGone: Another process is gone"))
+        assert len(list(tmp_path.glob(f"lost_{killed}.*"))) == len(survivors)
     start_apart("strategy_worker.py", [strategy, "take_up"], tmp_path, DS_ACCELERATOR="cpu")
-    left = [2, 2] if strategy in PARTITIONED else [0, 1]  # of four, the filler is one; or of four and three
     assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == left
     assert_same_tensors(
         written_adapter(tmp_path / "killed" / "lora_da"), written_adapter(tmp_path / "whole" / "lora_da")
