@@ -3,6 +3,7 @@
 Usage: worker.py SCENARIOS FOLDER, started by torchrun with the tests' folder on the path.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -47,7 +48,7 @@ def seven_config(**overrides):
 
 
 def long_samples():
-    return make_token_samples(240, min_length=40, max_length=60)
+    return make_token_samples(480, min_length=40, max_length=60)
 
 
 def model_of_blocks(count, width):
@@ -129,9 +130,6 @@ def failing_solve(folder):
         module.solve_layer = original
 
 
-def failing_save(folder):
-    """Fail when the first process writes files, which the second does not."""
-    original = lora_da_hf.pipeline.run.save_init
 def break_reduction(folder):
     """Fail in the second process in the middle of the reduction of the sums, of which it cannot tell the first."""
     import lora_da_hf.distributed.reduce as module
@@ -144,6 +142,9 @@ def break_reduction(folder):
     fail(folder, "failing_reduction")
 
 
+def failing_save(folder):
+    """Fail when the first process writes files, which the second does not."""
+    original = lora_da_hf.pipeline.run.save_init
 
     def broken(*args, **kwargs):
         raise OSError("no space left on purpose")
@@ -214,17 +215,40 @@ def take_up(folder):
     write(folder, "taken_up", loss.count)
 
 
+@contextlib.contextmanager
+def marked_collectives():
+    """Note the processor time of this process at its start, at the beginning of each collective, and at its end."""
+    marks = [time.process_time()]
+    originals = {name: getattr(dist, name) for name in ("reduce", "broadcast", "all_gather_object")}
+
+    def marking(original):
+        def call(*args, **kwargs):
+            marks.append(time.process_time())
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, marking(original))
+    try:
+        yield marks
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    marks.append(time.process_time())
+
+
 def measure(folder):
     """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
     settings = {"step_size": 0.05, "search_samples": 0}
-    config = make_config(num_samples=240, batch_size=4, schedule="samples", **settings)
+    config = make_config(num_samples=480, batch_size=4, schedule="samples", **settings)
     initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
-    seconds = []
-    for _ in range(2):  # the faster one counts: whatever else runs takes some of the processor's cache
+    runs = []
+    for _ in range(2):
         model = model_of_blocks(12, width=256)
-        start = time.process_time()
-        initialize_lora_da(model, long_samples(), config=config, progress=False)
-        seconds.append(time.process_time() - start)
+        with marked_collectives() as marks:
+            initialize_lora_da(model, long_samples(), config=config, progress=False)
+        runs.append(marks)
     model = model_of_blocks(24, width=256)
     config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
     with measured_tensors() as peak:
@@ -341,9 +365,9 @@ def main():
         alone |= {"fsdp1": flatten_parameters, "tensor_parallel": split_layers}
         alone[scenarios](folder)
     write(folder, "done", True)
+    if scenarios == "break_reduction":
+        os._exit(0)  # the other waits for this one
 
 
 if __name__ == "__main__":
     main()
-    if scenarios == "break_reduction":
-        os._exit(0)  # the other waits for this one
