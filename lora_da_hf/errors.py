@@ -39,7 +39,7 @@ class StatisticsError(LoRADAError, RuntimeError):
 
 
 class OutOfStepError(StatisticsError):
-    """This process failed in a pass in the middle of which the others wait for it."""
+    """This process failed in a stage in the middle of which the others wait for it."""
 
 
 class TapNotCalledError(StatisticsError):

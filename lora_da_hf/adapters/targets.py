@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
 from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
+from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError, UnsupportedSetupError
 
 
@@ -142,7 +144,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, fresh: bo
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
     if fresh:
-        _check_fresh(targets)
+        check_fresh(targets)
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 
@@ -255,8 +257,15 @@ def keep_weights_unpacked(model: nn.Module) -> None:
             module.training = True
 
 
-def _check_fresh(targets: list[Target]) -> None:
-    used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
+def check_fresh(targets: Sequence[Target]) -> None:
+    """Verify that an adapter is a fresh one. Under ZeRO-3 and FSDP2 all processes look at each layer together.
+
+    Raises:
+        AdapterAlreadyTrainedError: if a B is not zero.
+    """
+    in_parts = not all(is_whole(target.lora_B) for target in targets)
+    with Ranks.current().stage("look at the adapter", has_collectives=in_parts):
+        used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
     if used:
         raise AdapterAlreadyTrainedError(
             f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "

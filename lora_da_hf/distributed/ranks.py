@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_da_hf.errors import OutOfStepError, PeerFailed, PeerGone
+from lora_da_hf.errors import LoRADAError, OutOfStepError, PeerFailed, PeerGone
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ class Ranks:
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self._known_failure: Exception | None = None
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -113,10 +114,12 @@ class Ranks:
             raise  # the others are not here to be told
         except Exception as error:
             failure = error
+        self._known_failure = failure
         if self.size > 1:
             try:
                 messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
             except PeerGone:
+                self._known_failure = None
                 if failure is not None:
                     raise failure from None
                 raise
@@ -146,22 +149,40 @@ class Ranks:
             raise reason or shared(reasons[0])
 
     @contextlib.contextmanager
-    def in_step(self, stage: str) -> Generator[None]:
+    def in_step(self, stage: str, *, known: type[Exception] = PeerFailed) -> Generator[None]:
         """Mark a failure in a stage with collectives, of which this process cannot tell the others.
 
         Args:
             stage: Its name, for the message.
+            known: A kind of failure that all processes have if one does, and that is left as it is.
 
         Raises:
             OutOfStepError: from whatever failed.
         """
         try:
             yield
+        except (OutOfStepError, PeerFailed, known):
+            raise
         except Exception as error:
             raise OutOfStepError(
-                f"Process {self.rank} failed in the {stage}: {type(error).__name__}: {error}. The parameters are "
-                "partitioned, so the other processes wait for it in the middle of their passes: end them too."
+                f"Process {self.rank} failed in the {stage}: {type(error).__name__}: {error}. The others may wait for "
+                "it in the middle of that stage, where they cannot be told: end them too."
             ) from error
+
+    def stage(
+        self, name: str, *, has_collectives: bool, known: type[Exception] = PeerFailed
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return `in_step` for a stage with collectives, and `together` for one without."""
+        return self.in_step(name, known=known) if has_collectives and self.size > 1 else self.together(name)
+
+    def all_fail_with(self, error: BaseException) -> bool:
+        """Tell whether all processes fail when this one does with an error, so that they can still do things together.
+
+        They do with what `together` raised, and with this library's own errors, which follow from what all have.
+        """
+        if self.size == 1 or error is self._known_failure:
+            return True
+        return isinstance(error, LoRADAError) and not isinstance(error, (OutOfStepError, PeerGone))
 
 
 def _collective_device() -> torch.device:

@@ -16,7 +16,7 @@ from lora_da_hf.artifacts.consistency import stored_factor
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init, read_tensors
 from lora_da_hf.artifacts.stored_report import read_report
-from lora_da_hf.errors import ArtifactError
+from lora_da_hf.errors import ArtifactError, WriteError
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.ranks_per_layer import give_ranks
@@ -41,7 +41,7 @@ def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
     with job.stage("load"):
         give_ranks(job, {layer.name: layer.rank for layer in report.layers})
         factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
-        with job.ranks.together("write"):
+        with job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
             for name, (lora_A, lora_B) in factors.items():
                 write_factors(job.targets[name], lora_A, lora_B)
     note = f"found in {job.output_dir}: made before with the same model, adapter, samples and settings"
@@ -77,8 +77,8 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
 
 def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:
     targets = [job.targets[name] for name in names]
-    shapes = [shape for t in targets for shape in ((t.rank, t.in_features), (t.out_features, t.rank))]
-    specs = [(shape, torch.float32) for shape in shapes]
+    shapes = {t.name: ((t.rank, t.in_features), (t.out_features, t.rank)) for t in targets}
+    specs = [(shape, _shared_dtype(t)) for t in targets for shape in shapes[t.name]]
     with job.ranks.together("look for a finished initialisation"):
         tensors = None if stored is None else [_stored(stored, t, factor) for t in targets for factor in ("A", "B")]
     shared = job.ranks.broadcast(tensors, specs, 0)
@@ -89,4 +89,9 @@ def _stored(stored: Mapping[str, Tensor], target: Target, factor: str) -> Tensor
     tensor = stored_factor(stored, target.name, factor, target.rank)
     if tensor is None:
         raise ArtifactError(f"The stored adapter has no lora_{factor} of {target.name}. Delete it to start over.")
-    return tensor.float()
+    return tensor.to(_shared_dtype(target))
+
+
+def _shared_dtype(target: Target) -> torch.dtype:
+    """Return a dtype that loses nothing: float32 for narrower adapters, since their float32 copies may be written."""
+    return torch.promote_types(target.lora_A.dtype, torch.float32)

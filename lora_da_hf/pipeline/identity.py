@@ -10,7 +10,6 @@ from typing import Any
 
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.statistics.batches import digest_sample
 
 _LOSS_TOLERANCE = 1e-3
@@ -45,7 +44,7 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     }
     facts = {
         "settings": {**settings, "seed": job.seed, "population_size": splits.population_size},
-        "base model": [base_model_facts(job.model), dtypes],
+        "base model": [job.base_model, dtypes],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name],
         "samples": [statistics, search, unseen],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),

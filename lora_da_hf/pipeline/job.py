@@ -21,7 +21,7 @@ from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import OutOfStepError, PeerGone
+from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
@@ -90,19 +90,18 @@ class Job:
     @contextlib.contextmanager
     def restored_on_failure(self) -> Generator[None]:
         """Put the adapter back as it was if the block fails, as far as that takes no process that is gone."""
-        before = {name: read_factors(target) for name, target in self.targets.items()}
+        with self.ranks.stage("copy of the adapter", has_collectives=self.writes_in_step):
+            before = {name: read_factors(target) for name, target in self.targets.items()}
         try:
             yield
-        except OutOfStepError:
-            raise  # to restore partitioned parameters takes all processes
         except BaseException as error:
             for undo in reversed(self.undo):
                 undo()
-            gone = isinstance(error, PeerGone)
+            together = self.ranks.all_fail_with(error)
             for name, factors in before.items():
-                if not gone or is_whole(self.targets[name].lora_A):
+                if together or is_whole(self.targets[name].lora_A):
                     write_factors(self.targets[name], *factors)
-            if not gone:
+            if together:
                 settle(self.model)
             raise
 
@@ -121,6 +120,17 @@ class Job:
     def runs_in_lockstep(self) -> bool:
         """Whether the processes have to run the model in step, since each holds a part of its parameters."""
         return self.ranks.size > 1 and is_partitioned(self.model)
+
+    @functools.cached_property
+    def writes_in_step(self) -> bool:
+        """Whether the processes have to write the adapter in step, since each holds a part of it or of a copy."""
+        return self.ranks.size > 1 and not all(is_whole(target.lora_A) for target in self.scan.targets)
+
+    @functools.cached_property
+    def base_model(self) -> dict[str, Any]:
+        """What `base_model_facts` finds, by all processes together the first time."""
+        with self.ranks.stage("fingerprint", has_collectives=self.runs_in_lockstep):
+            return base_model_facts(self.model)
 
     def lockstep(self, samples: list[Any], stage: str) -> Lockstep | None:
         """Return how the processes keep in step over samples that they share; None if they need not."""

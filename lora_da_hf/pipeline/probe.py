@@ -8,7 +8,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from lora_da_hf.losses import (
 )
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.batches import check_lengths
+from lora_da_hf.statistics.batches import Lockstep, check_lengths
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
@@ -64,7 +65,7 @@ class Probe:
 def probe(job: Job, splits: SampleSplits) -> Probe:
     """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
-    with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
+    with job.stage("probe"), job.ranks.together("probe"):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
         labelled = _from_everywhere(job, splits.statistics, shifts)
         if not labelled:
@@ -74,8 +75,10 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             )
         splits = _with_labels(job, splits, shifts)
         first = job.collate(labelled[:1])
+    lockstep = job.lockstep(labelled, "probe") or Lockstep.of_one()
+    compute_loss = _TimedLoss(job.compute_loss, lockstep.in_step)
+    with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         layers = {name: target.base_layer for name, target in job.targets.items()}
-        compute_loss = _TimedLoss(job.compute_loss)
         losses: list[float] = []
         labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
 
@@ -93,10 +96,11 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             labelled,
             shifts_labels=shifts,
             declared=job.config.loss_reduction,
+            alike=lockstep.alike,
         )
-        if labelled_head is not None and not _loss_stays(job, labelled_head, first, losses[0]):
+        if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
             labelled_head = None
-        sampled_labels = _sampled_labels(job, splits, first, losses[0], shifts)
+        sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
         any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
@@ -125,23 +129,30 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
     )
 
 
-def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:
+def _loss_stays(
+    job: Job, compute_loss: ComputeLoss, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float
+) -> bool:
     """Tell whether the loss of a sample is the same with the head on the rows of labels."""
     if labelled_head.seen_loss is None or not math.isclose(labelled_head.seen_loss, loss, rel_tol=1e-6):
         return False  # the loss is made elsewhere, or there is more to it
     with torch.no_grad(), labelled_head.rows_of_labels():
-        found = job.compute_loss(job.model, batch, None).double().item()
+        found = compute_loss(job.model, batch, None).double().item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
 
 
 def _sampled_labels(
-    job: Job, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
+    job: Job, lockstep: Lockstep, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
 ) -> SampledLabels | None:
     """Return what draws the labels of the output-gradient second moment, if they are to be drawn."""
     if job.config.fisher == "empirical":
         return None
     check_labels_can_be_sampled(
-        job.model, batch, loss, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model)
+        job.model,
+        batch,
+        loss,
+        shifts_labels=shifts,
+        encoder_decoder=is_encoder_decoder(job.model),
+        in_step=lockstep.in_step,
     )
     return SampledLabels(splits.statistics, seed=job.seed, shifts_labels=shifts)
 
@@ -151,15 +162,21 @@ class _TimedLoss:
 
     Attributes:
         tokens_per_second: Of the fastest call.
+
+    Args:
+        compute_loss: The loss.
+        in_step: Makes a block in which several processes wait for each other, for each call.
     """
 
-    def __init__(self, compute_loss: ComputeLoss) -> None:
+    def __init__(self, compute_loss: ComputeLoss, in_step: Callable[[], AbstractContextManager[None]]) -> None:
         self._compute_loss = compute_loss
+        self._in_step = in_step
         self.tokens_per_second = 0.0
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
         start = time.perf_counter()
-        loss = self._compute_loss(model, batch, num_items)
+        with self._in_step():
+            loss = self._compute_loss(model, batch, num_items)
         if loss.is_cuda:
             torch.cuda.synchronize(loss.device)
         speed = _num_tokens(batch) / (time.perf_counter() - start)

@@ -10,12 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.targets import Target, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
+from lora_da_hf.adapters.targets import (
+    Target,
+    check_fresh,
+    find_targets,
+    freeze_a,
+    keep_weights_unpacked,
+    mark_initialized,
+)
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
@@ -102,8 +110,10 @@ def apply_init(
     start = time.perf_counter()
     ranks = Ranks.current()
     with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name)
-    facts = base_model_facts(model)
+        scan = find_targets(model, adapter_name, fresh=False)
+    check_fresh(scan.targets)
+    with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):
+        facts = base_model_facts(model)
     with ranks.together("reading of the initialisation"):
         stored, citation = _open(init, facts)
         stored_report = read_report(stored.folder / REPORT_FILE)

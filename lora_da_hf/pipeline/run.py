@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_da_hf.adapters.ranks_per_layer import check_resizable
-from lora_da_hf.adapters.targets import find_targets, freeze_a, keep_weights_unpacked, mark_initialized
+from lora_da_hf.adapters.targets import check_fresh, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.store import check_replaceable, remove_leftovers
 from lora_da_hf.config import LoRADAConfig, checked_config
@@ -26,7 +26,7 @@ from lora_da_hf.pipeline.memory import linear_weights, plan_windows
 from lora_da_hf.pipeline.probe import Probe, probe
 from lora_da_hf.pipeline.ranks_per_layer import spend_budget
 from lora_da_hf.pipeline.resume import Progress
-from lora_da_hf.pipeline.save import base_model_facts, save_init, whole_adapter
+from lora_da_hf.pipeline.save import save_init, whole_adapter
 from lora_da_hf.pipeline.step import find_step, write_adapter
 from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LoRADAReport
@@ -97,7 +97,8 @@ def initialize_lora_da(
         SolveError: if no layer can be solved.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; or if layers are to be shared, or to get
             other ranks, while parameters are partitioned.
-        OutOfStepError: if this process fails in the middle of a pass over partitioned parameters (ZeRO-3, FSDP2).
+        OutOfStepError: if this process fails in the middle of what all do in step: a pass over partitioned parameters
+            (ZeRO-3, FSDP2), the reduction of the sums, or writing what ZeRO and FSDP2 keep in parts or in copies.
         CheckpointError: if the run that was stopped had another number of processes.
         PeerFailed: if another process failed or is gone.
 
@@ -114,9 +115,10 @@ def initialize_lora_da(
     ranks = Ranks.current()
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name)
+        scan = find_targets(model, adapter_name, fresh=False)
         if config.rank_budget is not None:
             check_resizable(scan.targets)
+    check_fresh(scan.targets)
     job = Job(
         model=model,
         config=config,
@@ -194,14 +196,14 @@ def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
 def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: dict[str, Any]) -> None:
     """Write the initialisation to its folder."""
     job.report.artifact = str(folder)
-    with job.stage("save"):
-        base_model, adapter_state = base_model_facts(job.model), whole_adapter(job.model)
+    with job.stage("save"), job.ranks.stage("save", has_collectives=job.runs_in_lockstep):
+        adapter_state = whole_adapter(job.model)
     with job.stage("save"), job.ranks.together("save"):
         if job.ranks.is_main:
             save_init(
                 folder,
                 model=job.model,
-                base_model=base_model,
+                base_model=job.base_model,
                 adapter_state=adapter_state,
                 scan=job.scan,
                 solutions=solved.solutions,

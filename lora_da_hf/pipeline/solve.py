@@ -54,8 +54,9 @@ def solve(job: Job, gathered: Gathered, population_size: int, plan: Plan) -> Sol
     mine: dict[str, Outcome] = {}
     stored: dict[str, LayerStatistics] = {}
     with job.stage("solve"), job.bar(len(groups), "LoRA-DA solve") as bar:
-        with job.ranks.together("solve"):
+        with job.ranks.stage("reduction", has_collectives=gathered.ranks.size > 1):
             reduced = _reduce(gathered, groups)
+        with job.ranks.together("solve"):
 
             def solve_group(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
                 statistics = reduced.pop(leader)

@@ -8,7 +8,7 @@ from typing import Any
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
 from lora_da_hf.distributed.parameters import settle
-from lora_da_hf.errors import NonFiniteError
+from lora_da_hf.errors import NonFiniteError, WriteError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.samples import SampleSplits
@@ -157,7 +157,7 @@ def write_adapter(
 
 def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
     """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`; 0: B is zero."""
-    with job.stage("write"), job.ranks.together("write"):
+    with job.stage("write"), job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
         for name, solution in solutions.items():
             target = job.targets[name]
             basis_A, basis_B = (part.to(target.device) for part in solution.at_rank(target.rank))
@@ -165,5 +165,5 @@ def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float |
             factors = factors_at_step(basis_A, basis_B, job.config, peft_scaling=scaling, step_size=step)
             write_factors(target, *factors)
         settle(job.model)
-    for layer in job.report.layers:
-        layer.update_norm = update_norm(job.targets[layer.name])
+        for layer in job.report.layers:
+            layer.update_norm = update_norm(job.targets[layer.name])

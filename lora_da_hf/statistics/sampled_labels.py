@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,7 +69,13 @@ class SampledLabels:
 
 
 def check_labels_can_be_sampled(
-    model: nn.Module, batch: Mapping[str, Any], loss: float, *, shifts_labels: bool, encoder_decoder: bool
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss: float,
+    *,
+    shifts_labels: bool,
+    encoder_decoder: bool,
+    in_step: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Verify that the loss of a sample is the cross-entropy of the model's logits, so that labels can be drawn.
 
@@ -77,6 +85,7 @@ def check_labels_can_be_sampled(
         loss: Its loss.
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
+        in_step: Makes a block in which several processes wait for each other, to run the model in.
 
     Raises:
         StatisticsError: if it is another loss, or the labels are an input too.
@@ -93,7 +102,8 @@ def check_labels_can_be_sampled(
             'fisher="sampled" would change what the decoder reads, which it makes of the labels. Give '
             f"decoder_input_ids in the samples. Or: {advice}"
         )
-    logits = _logits(model, batch)
+    with in_step():
+        logits = _logits(model, batch)
     targets, scores = _aligned(labels, logits, shifts_labels)
     expected = nn.functional.cross_entropy(
         scores.float().reshape(-1, scores.shape[-1]), targets.reshape(-1), ignore_index=IGNORED_LABEL

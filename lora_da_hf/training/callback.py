@@ -20,6 +20,7 @@ from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_init
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import atomic_folder
 from lora_da_hf.config import LoRADAConfig, checked_config
+from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
@@ -211,7 +212,8 @@ class LoRADACallback(TrainerCallback):
         """Start from the stored initialisation, and leave the report where a resumed run finds it."""
         ranks = Ranks.current()
         is_pulled = any(ranks.gather(not Path(init_from).is_dir()))
-        facts = base_model_facts(model) if is_pulled else None  # takes all processes, and a pull may fail in one
+        with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):  # not below: a pull may fail in one
+            facts = base_model_facts(model) if is_pulled else None
         with ranks.together("search for the initialisation"):
             init = find_init(init_from, facts)
         report = apply_init(model, init, samples=samples, **settings)

@@ -60,15 +60,22 @@ def launch(script, arguments, folder, **environment):
     return output
 
 
+def meeting_point(processes):
+    """Return the variables by which processes that are started apart find each other."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+
+
 def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1), **variables):
     """Run a script of this folder in some processes that are started here, and not by torchrun.
 
     Torchrun would end the others when one is killed.
     """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    shared = {**_settings(), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared = {**_settings(), **meeting_point(processes)}
+    for left in folder.glob("done.rank*.json"):  # by processes that were started before
+        left.unlink()
     command = [sys.executable, str(TESTS / "distributed" / script), *arguments, str(folder)]
     started = []
     for rank in range(processes):

@@ -52,7 +52,8 @@ def cells(strategy):
     if strategy in ("ddp", "fsdp2"):
         found["dora_fp32"] = {"lora": {"use_dora": True}}
     if strategy in PARTITIONED:
-        found["windows_fp32"] = {"config": {"memory_budget": SMALL}}
+        for name, checkpointing in CHECKPOINTING.items():
+            found[f"windows_{name}_fp32"] = {"config": {"memory_budget": SMALL}, "checkpointing": checkpointing}
     if strategy == "fsdp2":
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found
@@ -131,8 +132,16 @@ def whole(parameter):
     return parameter.detach().clone()
 
 
+def in_parts(model):
+    """Tell whether this process has no more than a part of every parameter, or leaves that to DeepSpeed."""
+    return all(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
 class Watch(TrainerCallback):
-    """Notes the gradients that are there before the first step, those of each step, and the weights after the first."""
+    """Notes the gradients that are there before the first step, those of each step, and the weights after the first.
+
+    And whether the parameters are in parts.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -141,6 +150,7 @@ class Watch(TrainerCallback):
         self.start = self.weights = self.masters = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.in_parts = in_parts(model)
         self.start = {name: whole(p) for name, p in trained(model)}
         self.left_behind = [name for name, p in model.named_parameters() if p.grad is not None]
         if args.deepspeed:
@@ -195,6 +205,7 @@ def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtyp
     args = training_args(folder / name, strategy, dtype=dtype, **settings)
     if load:  # the arguments above make from_pretrained build the model under zero.Init
         base = AutoModelForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    loaded_in_parts = in_parts(base) and not any(p.numel() for p in base.parameters())
     data = {"train_dataset": samples(), "data_collator": collate}
     trainer = LoRADATrainer(
         model=base, args=args, peft_config=lora_config(**lora or {}), da_config=da_config(**config or {}), **data
@@ -214,6 +225,8 @@ def run_cell(folder, strategy, name, *, config=None, lora=None, load=False, dtyp
         name,
         {
             "wrapped": wrapped,
+            "loaded_in_parts": loaded_in_parts,
+            "in_parts": watch.in_parts,
             "report": report,
             "left_behind": watch.left_behind,
             "weights": largest_difference(watch.weights, written),
@@ -449,6 +462,36 @@ def fail(folder, strategy, loss):
         raise
 
 
+def break_probe(folder, strategy):
+    """Fail on the second process when it collates two samples of the probe, and then in the middle of a pass of it."""
+
+    def broken_collate(batch):
+        if RANK == 1 and len(batch) == 2:
+            raise ValueError("broken on purpose")
+        return collate(batch)
+
+    def broken_loss(model, inputs, num_items_in_batch=None):
+        if RANK == 1:
+            raise ValueError("broken on purpose")
+        return model(**inputs).loss
+
+    for name, collator, loss in (
+        ("broken_in_collator", broken_collate, None),
+        ("broken_in_pass", collate, broken_loss),
+    ):
+        trainer = Trainer(
+            model=get_peft_model(make_base(), lora_config()),
+            args=training_args(folder / name, strategy),
+            train_dataset=samples(),
+            data_collator=collator,
+            callbacks=[LoRADACallback(da_config(), compute_loss=loss)],
+        )
+        try:
+            trainer.train()
+        except Exception as error:
+            write(folder, name, f"{type(error).__name__}: {error}")
+
+
 def save_often(folder, strategy, loss):
     """Initialise with single samples, and the sums written after each; return how many batches were run."""
     trainer = Trainer(
@@ -463,16 +506,17 @@ def save_often(folder, strategy, loss):
 
 
 def lose(folder, strategy):
-    """Kill the second process with its third batch; the first one says what it got."""
-    save_often(folder / "whole", strategy, Dying())
+    """Kill the processes KILLED with their AT-th batch; one that is left says what it got."""
+    killed, at = os.environ["KILLED"], int(os.environ["AT"])
     try:
-        save_often(folder / "killed", strategy, Dying(3 if RANK == 1 else None))
+        save_often(folder / "killed", strategy, Dying(at if str(RANK) in killed else None))
     except LoRADAError as error:
-        write(folder, "lost", f"{type(error).__name__}: {error}")
+        write(folder, f"lost_{killed}", f"{type(error).__name__}: {error}")
 
 
 def take_up(folder, strategy):
     write(folder, "taken_up", save_often(folder / "killed", strategy, Dying()))
+    save_often(folder / "whole", strategy, Dying())
 
 
 def main():
@@ -489,7 +533,7 @@ def main():
         make_base().save_pretrained(folder / "base")
         make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide_base")
     PartialState().wait_for_everyone()
-    if only and only[0] in ("lose", "take_up"):
+    if only and only[0] in ("lose", "take_up", "break_probe"):
         globals()[only[0]](folder, strategy)
         write(folder, "done", True)
         os._exit(0)  # the engine's own teardown may wait for the process that is gone

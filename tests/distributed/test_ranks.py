@@ -3,7 +3,7 @@ import torch
 
 from lora_da_hf.distributed.ranks import Ranks, balanced_owners
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.errors import OutOfStepError, PeerFailed
+from lora_da_hf.errors import OutOfStepError, PeerFailed, PeerGone, PlanError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
 from lora_da_hf.statistics.taps import Taps
 
@@ -87,13 +87,57 @@ def test_a_failure_of_another_kind_comes_before_one_of_the_shared_kind():
 def test_a_failure_among_collectives_is_not_told_to_the_others():
     with (
         pytest.raises(
-            OutOfStepError, match=r"Process 0 failed in the pass: ValueError: mine\. The parameters are"
+            OutOfStepError, match=r"Process 0 failed in the pass: ValueError: mine\. The others may wait"
         ) as found,
         Answers(0).together("run"),
         Answers(0).in_step("pass"),
     ):
         raise ValueError("mine")
     assert isinstance(found.value.__cause__, ValueError)
+
+
+def test_what_all_processes_have_is_left_as_it_is_among_collectives():
+    ranks = Answers(0)
+    for error in (KeyError("all"), PeerFailed("told"), OutOfStepError("from within")):
+        with pytest.raises(type(error)) as found, ranks.in_step("pass", known=KeyError):
+            raise error
+        assert found.value is error
+
+
+def test_a_stage_is_in_step_only_if_it_has_collectives_of_several_processes():
+    with pytest.raises(OutOfStepError), Answers(0).stage("stage", has_collectives=True):
+        raise ValueError("mine")
+    with pytest.raises(ValueError, match="mine"), Answers(0, None).stage("stage", has_collectives=False):
+        raise ValueError("mine")
+    with pytest.raises(ValueError, match="mine"), Ranks(0, 1).stage("stage", has_collectives=True):
+        raise ValueError("mine")
+
+
+def test_all_fail_with_what_they_were_told_and_with_what_all_found():
+    ranks = Answers(0, None, "ValueError: theirs")
+    with pytest.raises(ValueError, match="mine") as told, ranks.together("stage"):
+        raise ValueError("mine")
+    assert ranks.all_fail_with(told.value)
+    assert not ranks.all_fail_with(ValueError("mine"))
+    assert ranks.all_fail_with(PlanError("the same plan"))
+    assert not ranks.all_fail_with(OutOfStepError("alone"))
+    assert not ranks.all_fail_with(PeerGone("gone"))
+    assert not ranks.all_fail_with(KeyboardInterrupt())
+    assert Ranks(0, 1).all_fail_with(KeyboardInterrupt())
+
+
+class Gone(TwoRanks):
+    """Two processes, of which the other is gone."""
+
+    def gather(self, value):
+        raise PeerGone("gone")
+
+
+def test_nobody_is_told_of_a_failure_once_another_process_is_gone():
+    ranks = Gone(0, None)
+    with pytest.raises(ValueError, match="mine") as found, ranks.together("stage"):
+        raise ValueError("mine")
+    assert not ranks.all_fail_with(found.value)
 
 
 def test_sums_are_added_in_the_order_of_the_processes():

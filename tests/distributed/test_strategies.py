@@ -17,6 +17,7 @@ from launching import guidance_of, launch, result, start_apart, stored_statistic
 from peft import get_peft_model
 from safetensors.torch import load_file
 from strategy_worker import (
+    CHECKPOINTING,
     PARTITIONED,
     QUANTISED,
     STRATEGIES,
@@ -147,10 +148,19 @@ def test_one_process_finds_what_two_made(launched, tmp_path):
     assert_same_tensors(adapter_weights(model), load_file(folder / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
-def test_windows_are_passes_of_all_processes_in_step(launched, strategy):
+@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
+def test_parameters_are_in_parts_where_the_strategy_has_them_so(launched, strategy, cell):
     for rank in range(2):
-        plan = result(launched(strategy), "windows_fp32", rank)["report"]["plan"]
+        found = result(launched(strategy), cell, rank)
+        assert found["in_parts"] == (strategy in PARTITIONED)
+        assert found["loaded_in_parts"] == (cell == "zero_init_fp32")
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_windows_are_passes_of_all_processes_in_step(launched, strategy, checkpointing):
+    for rank in range(2):
+        plan = result(launched(strategy), f"windows_{checkpointing}_fp32", rank)["report"]["plan"]
         assert plan.startswith("2 processes that share the samples, ")
         assert "passes, each for a part of the layers" in plan
 
@@ -162,14 +172,28 @@ def test_partitioned_parameters_and_layers_that_are_shared_are_refused(launched,
         assert message.startswith("UnsupportedSetupError: schedule='layers' lets each process go back")
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=needs_deepspeed), *EVERY_PARTITIONED])
-def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy):
-    start_apart("strategy_worker.py", [strategy, "lose"], tmp_path, survivors=(0,), DS_ACCELERATOR="cpu")
-    message = result(tmp_path, "lost", 0)
-    assert message.startswith(("OutOfStepError: Process 0 failed in the statistics pass: ", "PeerGone: Another"))
-    assert not (tmp_path / "lost.rank1.json").exists()
+IN_STEP = [("1", 3), ("0", 2), ("01", 1)]  # of four batches each, of which the second process's last is a filler
+EACH_ALONE = [("01", 3), ("0", 2)]  # of four and three: the other one's are done by then
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kills", "left"),
+    [
+        pytest.param("zero2", EACH_ALONE, [1, 0], marks=needs_deepspeed),
+        pytest.param("zero3", IN_STEP, [1, 1], marks=needs_deepspeed),
+        pytest.param("fsdp2", IN_STEP, [1, 1]),
+    ],
+)
+def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy, kills, left):
+    for killed, at in kills:
+        survivors = [rank for rank in range(2) if str(rank) not in killed]
+        command, settings = [strategy, "lose"], {"KILLED": killed, "AT": str(at), "DS_ACCELERATOR": "cpu"}
+        start_apart("strategy_worker.py", command, tmp_path, survivors=survivors, **settings)
+        told = (f"OutOfStepError: Process {rank} failed in the statistics pass: " for rank in survivors)
+        for rank in survivors:
+            assert result(tmp_path, f"lost_{killed}", rank).startswith((*told, "PeerGone: Another process is gone"))
+        assert len(list(tmp_path.glob(f"lost_{killed}.*"))) == len(survivors)
     start_apart("strategy_worker.py", [strategy, "take_up"], tmp_path, DS_ACCELERATOR="cpu")
-    left = [2, 2] if strategy in PARTITIONED else [0, 1]  # of four, the filler is one; or of four and three
     assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == left
     assert_same_tensors(
         written_adapter(tmp_path / "killed" / "lora_da"), written_adapter(tmp_path / "whole" / "lora_da")
@@ -239,6 +263,16 @@ def test_a_loss_that_is_nan_on_one_process_fails_on_both(launched, strategy):
 def test_a_failure_in_the_middle_of_a_pass_ends_the_run(launched):
     message = result(launched("zero3"), "broken_on_one_process", 1)
     assert message.startswith(
-        "OutOfStepError: Process 1 failed in the statistics pass: ValueError: broken on purpose. The parameters are "
-        "partitioned, so the other processes wait"
+        "OutOfStepError: Process 1 failed in the statistics pass: ValueError: broken on purpose. The others may wait"
     )
+
+
+@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
+def test_a_failure_of_one_process_in_the_probe_ends_both_with_a_message(tmp_path, strategy):
+    start_apart("strategy_worker.py", [strategy, "break_probe"], tmp_path, DS_ACCELERATOR="cpu")
+    innocent, guilty = (result(tmp_path, "broken_in_collator", rank) for rank in range(2))
+    assert guilty == "ValueError: broken on purpose"
+    assert innocent == "PeerFailed: Process 1 failed in the probe: ValueError: broken on purpose"
+    innocent, guilty = (result(tmp_path, "broken_in_pass", rank) for rank in range(2))
+    assert guilty.startswith("OutOfStepError: Process 1 failed in the probe: ValueError: broken on purpose.")
+    assert innocent.startswith(("OutOfStepError: Process 0 failed in the probe: ", "PeerGone: Another process"))

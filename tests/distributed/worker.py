@@ -3,6 +3,7 @@
 Usage: worker.py SCENARIOS FOLDER, started by torchrun with the tests' folder on the path.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,9 @@ from harness import (
     train_from,
 )
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import lora_da_hf.pipeline.run
 from lora_da_hf import LoRADATrainer, apply_init, initialize_lora_da
@@ -46,7 +50,7 @@ def seven_config(**overrides):
 
 
 def long_samples():
-    return make_token_samples(240, min_length=40, max_length=60)
+    return make_token_samples(480, min_length=40, max_length=60)
 
 
 def model_of_blocks(count, width):
@@ -128,6 +132,18 @@ def failing_solve(folder):
         module.solve_layer = original
 
 
+def break_reduction(folder):
+    """Fail in the second process in the middle of the reduction of the sums, of which it cannot tell the first."""
+    import lora_da_hf.distributed.reduce as module
+
+    def broken(moment):
+        raise MemoryError("broken on purpose")
+
+    if RANK == 1:
+        module.pack_upper = broken
+    fail(folder, "failing_reduction")
+
+
 def failing_save(folder):
     """Fail when the first process writes files, which the second does not."""
     original = lora_da_hf.pipeline.run.save_init
@@ -201,22 +217,77 @@ def take_up(folder):
     write(folder, "taken_up", loss.count)
 
 
+@contextlib.contextmanager
+def marked_collectives():
+    """Note the processor time of this process at its start, at the beginning of each collective, and at its end."""
+    marks = [time.process_time()]
+    originals = {name: getattr(dist, name) for name in ("reduce", "broadcast", "all_gather_object")}
+
+    def marking(original):
+        def call(*args, **kwargs):
+            marks.append(time.process_time())
+            return original(*args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, marking(original))
+    try:
+        yield marks
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    marks.append(time.process_time())
+
+
 def measure(folder):
     """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
     settings = {"step_size": 0.05, "search_samples": 0}
-    config = make_config(num_samples=240, batch_size=4, schedule="samples", **settings)
+    config = make_config(num_samples=480, batch_size=4, schedule="samples", **settings)
     initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
-    seconds = []
-    for _ in range(2):  # the faster one counts: whatever else runs takes some of the processor's cache
+    runs = []
+    for _ in range(2):
         model = model_of_blocks(12, width=256)
-        start = time.process_time()
-        initialize_lora_da(model, long_samples(), config=config, progress=False)
-        seconds.append(time.process_time() - start)
+        with marked_collectives() as marks:
+            initialize_lora_da(model, long_samples(), config=config, progress=False)
+        runs.append(marks)
     model = model_of_blocks(24, width=256)
     config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
     with measured_tensors() as peak:
         initialize_lora_da(model, seven_samples(), config=config, progress=False)
-    write(folder, "measured", {"seconds": min(seconds), "peak": peak[0]})
+    write(folder, "measured", {"runs": runs, "peak": peak[0]})
+
+
+def flatten_parameters(folder):
+    """Wrap a model in FSDP1 in both of its ways, and note what is left of the adapter and what LoRA-DA says."""
+    cpu = torch.device("cpu")
+    try:
+        FullyShardedDataParallel(make_lora_model(), use_orig_params=False, device_id=cpu)
+        joined = None
+    except ValueError as error:
+        joined = str(error)
+    model = FullyShardedDataParallel(make_lora_model(), use_orig_params=True, device_id=cpu)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if "lora_A" in name}
+    try:
+        initialize_lora_da(model, seven_samples(), config=seven_config(), progress=False)
+        message = None
+    except LoRADAError as error:
+        message = f"{type(error).__name__}: {error}"
+    write(folder, "fsdp1", {"joined": joined, "shapes": shapes, "message": message})
+
+
+def split_layers(folder):
+    """Load a model for tensor parallelism as transformers does, and note what an initialisation says."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
+    weight = base.model.layers[0].mlp.gate_proj.weight
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    model = make_lora_model(model=base, target_modules=["gate_proj"])
+    try:
+        initialize_lora_da(model, seven_samples(), config=seven_config(), progress=False)
+        message = None
+    except LoRADAError as error:
+        message = f"{type(error).__name__}: {error}"
+    write(folder, "tensor_parallel", {"shape": list(own.shape), "message": message})
 
 
 def make_trainer(folder, name, **config):
@@ -282,8 +353,12 @@ def main():
         train(folder, "frozen", freeze_a=True)
         train(folder, "budget", rank_budget=BUDGET)
     else:
-        {"lose": lose_a_process, "take_up": take_up, "measure": measure}[scenarios](folder)
+        alone = {"lose": lose_a_process, "take_up": take_up, "measure": measure, "break_reduction": break_reduction}
+        alone |= {"fsdp1": flatten_parameters, "tensor_parallel": split_layers}
+        alone[scenarios](folder)
     write(folder, "done", True)
+    if scenarios == "break_reduction":
+        os._exit(0)  # the other waits for this one
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Initialises a tiny adapter in a folder, again and again after kills; the test looks at the folder alone.
 
-Usage: killed_worker.py FOLDER [NUMBER]. It prints a line once it is about to begin, and with a number it kills itself
-when half of the NUMBER-th file of its checkpoints is written; with -1, half of its first file of statistics; with 0,
-half of a file of the initialisation itself.
+Usage: killed_worker.py FOLDER [NUMBER], with torchrun's variables if it is one of several processes. It prints a line
+once it is about to begin, and with a number it kills itself when half of the NUMBER-th file of its checkpoints is
+written; with -1, half of its first file of statistics; with 0, half of a file of the initialisation itself.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from conftest import make_lora_model
 from harness import collate, make_config, make_learnable_samples
 
@@ -51,6 +52,8 @@ def initialize(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     if len(sys.argv) > 2:
         number = int(sys.argv[2])
         modules = lora_da_hf.artifacts.store, lora_da_hf.artifacts.checkpoint, lora_da_hf.artifacts.statistics_store
@@ -58,3 +61,5 @@ if __name__ == "__main__":
     print("begins", flush=True)
     initialize(Path(sys.argv[1]))
     print("ends", flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(0)  # gloo sometimes aborts in its teardown

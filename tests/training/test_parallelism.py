@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from harness import LINEAR_LAYERS, collate, make_args, make_config, make_learnable_samples
@@ -40,7 +41,7 @@ def begin(trainer, loader=None):
 
 @pytest.mark.parametrize(("size", "kind"), [("tp", "tensor"), ("cp", "context"), ("sp", "sequence")])
 def test_other_kinds_of_parallelism_are_refused(trainer, size, kind):
-    trainer.args.parallelism_config = SimpleNamespace(**{f"{size}_size": 2})
+    trainer.args.parallelism_config = ParallelismConfig(**{f"{size}_size": 2})
     with pytest.raises(UnsupportedSetupError, match=f"does not work under {kind} parallelism: no process sees"):
         begin(trainer)
 
