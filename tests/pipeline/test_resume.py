@@ -300,6 +300,17 @@ def test_a_second_start_with_the_same_settings_skips_the_pass(tmp_path, lora_mod
         initialize(model, samples, tmp_path / "init")
 
 
+def test_a_second_start_of_a_float64_adapter_has_the_same_bits(tmp_path, tiny_llama, lora_model, samples):
+    def double():
+        return lora_model(model=tiny_llama(dtype=torch.float64))
+
+    _, expected = initialize(double(), samples, tmp_path / "init", statistics_save_steps=None)
+    second, found = initialize(double(), samples, tmp_path / "init", Stopping())
+    assert any("found in" in note for note in second.notes)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float64}
+    assert_same_tensors(found, expected)
+
+
 def halved(model):
     """Change weights in places that the fingerprint of the base does not sample."""
     with torch.no_grad():
