@@ -29,11 +29,12 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.batches import Lockstep, check_lengths
 from lora_da_hf.statistics.collect import PassSettings
+from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import ComputeLoss, find_reduction
+from lora_da_hf.statistics.losses import ComputeLoss, choose_unlike, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
-from lora_da_hf.statistics.taps import find_shared_inputs
+from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
 _PROBED_SAMPLES = 64
@@ -52,6 +53,8 @@ class Probe:
         loss: Loss of the base model on the first labelled sample.
         num_tokens: Tokens of that sample.
         tokens_per_second: Speed of a forward pass, the best seen.
+        unlike: Two samples that are unlike each other, or one if there are no two.
+        other_modality: Whether samples have inputs that are no tokens.
     """
 
     splits: SampleSplits
@@ -60,6 +63,8 @@ class Probe:
     loss: float
     num_tokens: int
     tokens_per_second: float
+    unlike: list[Any]
+    other_modality: bool
 
 
 def probe(job: Job, splits: SampleSplits) -> Probe:
@@ -101,6 +106,8 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
             labelled_head = None
         sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
+        with lockstep.alike():
+            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts, count=2)
         any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
@@ -126,7 +133,38 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         loss=losses[0],
         num_tokens=_num_tokens(first),
         tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
+        unlike=unlike,
+        other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
     )
+
+
+def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
+    """Run a few samples as a batch and each alone, and have the pass run them one at a time if that makes a difference.
+
+    Not where it is known to make none: for a language model of text whose head runs on the rows of labels, which was
+    compared already.
+    """
+    settings = found.settings
+    is_known = settings.labelled_head is not None and not found.other_modality
+    is_single = settings.reduction.kind == "unknown" or settings.batch_size == 1 or len(found.unlike) < 2
+    if is_known or is_single or settings.reduction.kind == "batch":
+        return found
+    layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
+    devices = {name: job.targets[name].device for name in layers}
+    with job.stage("probe"), job.ranks.together("probe"):
+        reason = why_not_in_batches(
+            job.model,
+            found.unlike,
+            collate=job.collate,
+            compute_loss=job.compute_loss,
+            settings=settings,
+            make_taps=lambda: SizeTaps(layers, devices=devices),
+            lockstep=job.lockstep(found.unlike, "probe"),
+        )
+    reasons = [text for text in job.ranks.gather(reason) if text is not None]
+    if not reasons:
+        return found
+    return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
 
 
 def _loss_stays(

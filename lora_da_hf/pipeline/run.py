@@ -23,7 +23,7 @@ from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.memory import linear_weights, plan_windows
-from lora_da_hf.pipeline.probe import Probe, probe
+from lora_da_hf.pipeline.probe import Probe, compare_batch_with_samples, probe
 from lora_da_hf.pipeline.ranks_per_layer import spend_budget
 from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import save_init, whole_adapter
@@ -186,6 +186,7 @@ def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
         plan = progress.begin(lambda: plan_windows(job, found))
         job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
         job.say(f"LoRA-DA plan: {job.report.plan}")
+        found = compare_batch_with_samples(job, found)
         solved = solve_windows(job, found, plan, progress)
         spend_budget(job, solved.solutions)
         step = find_step(job, found.splits, found.settings, solved.solutions)

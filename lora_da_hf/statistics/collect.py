@@ -35,6 +35,7 @@ class PassSettings:
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         sampled_labels: Draws the labels of the output-gradient second moment; None: they are the data's.
+        why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class PassSettings:
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
     sampled_labels: SampledLabels | None = None
+    why_single: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -111,6 +113,7 @@ def collect(
     on_samples: Callable[[int], None],
     store: PassStore | None = None,
     lockstep: Lockstep | None = None,
+    by_length: bool = True,
 ) -> PassResult:
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
 
@@ -127,6 +130,7 @@ def collect(
         on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
         store: Where the state of the pass is kept, and taken up from; None: nowhere.
         lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
+        by_length: Whether samples of similar length are put together; else they are in their order.
 
     Raises:
         NonFiniteError: if a loss is not finite.
@@ -134,15 +138,16 @@ def collect(
     """
     lockstep = lockstep or Lockstep.of_one()
     batch_size, notes = settings.batch_size, []
-    if settings.reduction.kind == "unknown" and batch_size > 1:
+    why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
+    if why_single is not None and batch_size > 1:
         batch_size = 1
-        notes.append(f"run one sample at a time: {settings.reduction.reason}")
+        notes.append(f"run one sample at a time: {why_single}")
     if settings.reduction.kind == "batch":
         notes.append(
             f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
             "size"
         )
-    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
+    make_batches = batches_by_length if by_length and settings.reduction.kind != "batch" else whole_batches
     resumes = store is not None
     while True:
         with lockstep.alike():

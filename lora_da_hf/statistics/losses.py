@@ -181,6 +181,11 @@ class _Single:
         )
 
 
+def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool, count: int) -> list[Any]:
+    """Return some short samples that differ in length, number of labels and labels as far as any do."""
+    return [single.sample for single in _unlike([_Single.of(s, collate, shifts_labels) for s in samples])[:count]]
+
+
 def _unlike(singles: list[_Single]) -> list[_Single]:
     """Choose the shortest sample and a few that are unlike it and each other, the shortest such."""
     first, *left = sorted(singles, key=lambda single: single.num_tokens)

@@ -77,6 +77,7 @@ class Taps:
         tokens: Those of the batch that runs.
         gradient_scale: What its loss is multiplied with.
         saw_float16: Whether a layer puts out float16.
+        saw_half: Whether a layer puts out float16 or bfloat16.
         muted: Whether the batch counts for nothing.
         sums_gradients: Whether it counts in the sums of ``g x^T`` and ``x x^T``.
         sums_squares: Whether it counts in that of ``g**2``.
@@ -93,7 +94,7 @@ class Taps:
     ) -> None:
         self.tokens: BatchTokens | None = None
         self.gradient_scale = 1.0
-        self.saw_float16 = False
+        self.saw_float16 = self.saw_half = False
         self.muted = False
         self.sums_gradients = self.sums_squares = True
         self._unmatched: SingleSamplesNeeded | None = None
@@ -151,6 +152,7 @@ class Taps:
             routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
             tap.forward_calls += not self.muted
             self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
+            self.saw_half = self.saw_half or output.dtype in (torch.float16, torch.bfloat16)
             tap.last_input = weakref.ref(layer_input)
             if tap.leader is not None:
                 expected = tap.leader.last_input
@@ -198,17 +200,48 @@ class Taps:
             g = grad.reshape(-1, grad.shape[-1]).to(device, self._dtype)
             if self.gradient_scale != 1.0:
                 g = g / self.gradient_scale
-            if self.sums_gradients:
-                tap.sums.weight_grad.addmm_(g.mT, x)
-            sums_input = self.sums_gradients and tap.leader is None
-            if kept is not None:
-                kept = kept.to(device)
-                g, x = g.index_select(0, kept), x.index_select(0, kept) if sums_input else x
-            if self.sums_squares:
-                tap.sums.squares += g.square().sum(dim=0)
-                tap.sums.num_tokens += g.shape[0]
-            if sums_input:
-                tap.input_sum.add(x)
+            self._sum(tap, x, g, None if kept is None else kept.to(device))
+
+    def _sum(self, tap: _LayerTap, x: Tensor, g: Tensor, kept: Tensor | None) -> None:
+        """Add rows ``x [tokens, d_in]`` and ``g [tokens, d_out]``; the second moments count those at ``kept`` alone."""
+        if self.sums_gradients:
+            tap.sums.weight_grad.addmm_(g.mT, x)
+        sums_input = self.sums_gradients and tap.leader is None
+        if kept is not None:
+            g, x = g.index_select(0, kept), x.index_select(0, kept) if sums_input else x
+        if self.sums_squares:
+            tap.sums.squares += g.square().sum(dim=0)
+            tap.sums.num_tokens += g.shape[0]
+        if sums_input:
+            tap.input_sum.add(x)
+
+
+class SizeTaps(Taps):
+    """Taps that sum three numbers a layer and nothing else, to compare passes by.
+
+    They are the squared norms of the inputs and of the output gradients of the rows that count, and of all output
+    gradients. None can cancel, so each takes the rounding of the pass and no more.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], *, devices: Mapping[str, torch.device]) -> None:
+        super().__init__(
+            layers, widths=dict.fromkeys(layers, (1, 1)), shared_inputs={n: n for n in layers}, devices=devices
+        )
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Return the three numbers of each layer, ``[3]``."""
+        return {
+            name: torch.stack([tap.input_sum.total.sum(), tap.sums.squares.sum(), tap.sums.weight_grad.sum()]).cpu()
+            for name, tap in self.taps.items()
+        }
+
+    def _sum(self, tap: _LayerTap, x: Tensor, g: Tensor, kept: Tensor | None) -> None:
+        tap.sums.weight_grad += g.square().sum()
+        if kept is not None:
+            g, x = g.index_select(0, kept), x.index_select(0, kept)
+        tap.sums.squares += g.square().sum()
+        tap.input_sum.total += x.square().sum()
+        tap.sums.num_tokens += g.shape[0]
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:
