@@ -318,8 +318,11 @@ class LastStart:
             self.kept = None
             self.kept, self.key = make_start(cell, subject), key
         assert self.kept is not None
-        model = copy.deepcopy(self.kept.model).to(training_device())
-        return dataclasses.replace(self.kept, model=model), reused
+        model, on_optimizer = copy.deepcopy(
+            (self.kept.model, self.kept.setup.on_optimizer)
+        )  # which know its parameters
+        setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
+        return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup), reused
 
 
 def make_start(cell: dict[str, Any], subject: Subject) -> Start:

@@ -58,9 +58,15 @@ def test_the_plan_is_told_before_it_is_carried_out(lora_model, samples, caplog, 
         return model_loss(model, batch, num_items)
 
     config = make_config(memory_budget=SMALL)
-    report = initialize_lora_da(lora_model(), samples, config=config, compute_loss=loss)
+    initialize_lora_da(lora_model(), samples, config=config, compute_loss=loss)
     assert told
     assert all(told)
+    assert "LoRA-DA plan" not in capfd.readouterr().err  # once is enough
+
+
+def test_the_plan_is_told_beside_the_progress_bars_if_the_log_takes_no_such_news(lora_model, samples, caplog, capfd):
+    caplog.set_level(logging.WARNING)
+    report = initialize_lora_da(lora_model(), samples, config=make_config(memory_budget=SMALL))
     assert f"LoRA-DA plan: {report.plan}\n" in capfd.readouterr().err
 
 
