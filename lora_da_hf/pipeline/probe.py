@@ -151,7 +151,7 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
         return found
     layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
     devices = {name: job.targets[name].device for name in layers}
-    with job.stage("probe"), job.ranks.together("probe"):
+    with job.stage("statistics"), job.ranks.together("statistics pass"):
         reason = why_not_in_batches(
             job.model,
             found.unlike,
@@ -159,7 +159,7 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
             compute_loss=job.compute_loss,
             settings=settings,
             make_taps=lambda: SizeTaps(layers, devices=devices),
-            lockstep=job.lockstep(found.unlike, "probe"),
+            lockstep=job.lockstep(found.unlike, "statistics pass"),
         )
     reasons = [text for text in job.ranks.gather(reason) if text is not None]
     if not reasons:
