@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from harness import make_config, make_learnable_samples
+from families.zoo import FAMILIES
+from harness import make_config, make_learnable_samples, turn_checkpointing_on
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -240,3 +241,16 @@ def test_the_auxiliary_loss_of_routers_is_off_and_said_to_be(lora_model):
     assert report.loss_reduction.startswith("sum")
     assert any("auxiliary loss" in note for note in report.notes)
     assert config.output_router_logits is True
+
+
+def test_layers_that_a_config_drops_at_random_are_kept_and_there_are_no_embeddings_to_ask_for():
+    model = FAMILIES["Wav2Vec2 (audio, padded)"].make_model().train()
+    turn_checkpointing_on(model, reentrant=False)
+    config = model.config
+    config.layerdrop = 1.0  # every layer of an encoder in train mode
+    speech = torch.randn(2, 400)
+    with prepared_for_pass(model, seed=0):
+        assert any(module.training for module in checkpointing_modules(model))
+        found = model(speech).logits
+    assert config.layerdrop == 1.0
+    assert torch.allclose(found, model.eval()(speech).logits, atol=1e-6)
