@@ -20,9 +20,9 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """Freeze every parameter, turn dropout off and keep gradient checkpointing on; undo it all at the end.
 
     With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
-    the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero. Caches for generation are off,
-    and so are the auxiliary losses of routers, which are of a batch as a whole and no part of the likelihood. Random
-    number generators are seeded, and restored too.
+    the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero.
+    Caches for generation are off, and so are the auxiliary losses of routers, which are of a batch as a whole and no
+    part of the likelihood. Random number generators are seeded, and restored too.
 
     Args:
         model: The model, with its adapter.

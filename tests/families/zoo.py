@@ -480,14 +480,14 @@ FAMILIES = {
         model=tf.BertForQuestionAnswering,
         config=_encoder(tf.BertConfig, num_labels=2),
         samples=answer_samples,
-        lora={"task_type": "QUESTION_ANS"},
+        lora={"task_type": "QUESTION_ANS", "target_modules": ["query", "key", "value", "dense"]},
         single=PADDED,
     ),
     "XLM-RoBERTa, token classification (`TOKEN_CLS`)": Family(
         model=tf.XLMRobertaForTokenClassification,
         config=_encoder(tf.XLMRobertaConfig, max_position_embeddings=80),
         samples=tagging_samples,
-        lora={"task_type": "TOKEN_CLS"},
+        lora={"task_type": "TOKEN_CLS", "target_modules": ["query", "key", "value", "dense"]},
     ),
     "Wav2Vec2 (audio, padded)": Family(
         model=tf.Wav2Vec2ForSequenceClassification,
