@@ -221,6 +221,8 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
 
     def keep(name):
         def hook(_, args, output):
+            if not output.requires_grad:  # as in a reference model's pass
+                return output
             output.retain_grad()
             calls.append((name, args[0].detach(), output))
             return output.clone()  # what comes next may change it in place

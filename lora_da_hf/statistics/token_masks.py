@@ -88,8 +88,8 @@ class BatchTokens:
             )
         if self.masks_other_modality and self.num_samples > 1 and self._kept[0] is not None:
             raise SingleSamplesNeeded(
-                f"the attention mask, {list(self.masks[0].shape)}, is of another sequence than its layers' rows "
-                f"({list(leading_shape)} in {layer})"
+                f"the attention mask is of another sequence than the layers' rows ({list(self.masks[0].shape)}, and "
+                f"{list(leading_shape)} in {layer})"
             )
         all_labelled = self.num_labelled == self.num_samples
         if all(kept is None for kept in self._kept) or (self.other_modality and all_labelled):

@@ -17,7 +17,7 @@ PATCHES = 4
 IMAGE_TOKEN = 60
 MASK_TOKEN = 61
 PADDED = "the loss of two samples is neither the sum nor a mean of theirs"
-FRAMES = "is of another sequence than its layers' rows"
+FRAMES = "the attention mask is of another sequence than the layers' rows"
 SPLIT = "cannot be split: the statistics depend on the batch size"
 POSITIONS = "some rows are not those of one sample after another"
 """As those of the relative positions, which DeBERTa projects by the layers of the tokens."""
@@ -312,7 +312,11 @@ class Family:
         remarks = [f"`{self.model.__name__}`, `{self.trainer.__name__}`"]
         remarks += [f"`{ending}` keeps PEFT's own initialisation: it {reason}" for ending, reason in self.kept.items()]
         remarks += [f"one sample at a time: {self.single}"] if self.single else []
-        remarks += [f"the loss is one of a batch as a whole and {SPLIT}"] if self.contrasts else []
+        remarks += (
+            [f"the loss is one of a batch as a whole and {SPLIT}, so autograd's are not compared with"]
+            if self.contrasts
+            else []
+        )
         return "; ".join(remarks)
 
     def make_model(self, *, seed=0):

@@ -164,5 +164,7 @@ def test_frames_made_of_padded_audio_cannot_be_told(attention):
     if attention[0] == attention[1]:
         assert tokens.rows(torch.Size([2, 3]), layer="q") is None
     else:
-        with pytest.raises(SingleSamplesNeeded, match="is of another sequence than its layers' rows"):
+        with pytest.raises(
+            SingleSamplesNeeded, match="the attention mask is of another sequence than the layers' rows"
+        ):
             tokens.rows(torch.Size([2, 3]), layer="q")
