@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from lora_da_hf.errors import DataError
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.model_state import input_embeddings
 
 TAKES_LOSS_ALONE = "takes_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
@@ -109,7 +110,5 @@ def max_sample_length(model: nn.Module) -> int | None:
 
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that batches must be on: where the embeddings are, or the first parameter."""
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embeddings = get_embeddings() if callable(get_embeddings) else None
-    weight = getattr(embeddings, "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device

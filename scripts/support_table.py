@@ -27,7 +27,8 @@ Every row is a test on a small model with random weights, which fails if trainin
 silence, or if the test is skipped. `python scripts/support_table.py` writes this page from the marks of the tests, and
 a test compares the two. `make support` runs them all, which takes about two minutes; `make test-all` runs them too,
 among others.
-Layers that keep PEFT's own initialisation are listed in the report of the run.
+Layers that keep PEFT's own initialisation are listed in the report of the run. A layer that no sample goes through is
+an error, unless `uncalled_layers="keep"`.
 """
 
 

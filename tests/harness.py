@@ -209,7 +209,8 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
         model: A PEFT model whose adapter is a no-op.
         samples: Samples.
         loss_of: Maps the model and the batch of one sample to that sample's mean loss.
-        collate: Makes batches.
+        collate: Makes batches. Of a batch's rows, one for each place of its attention mask, those that are attended to
+            count in the second moments.
     """
     layers = {n: m for n, m in base_linear_layers(model).items() if isinstance(m, torch.nn.Linear | Conv1D)}
     weights = {**{name: layer.weight for name, layer in layers.items()}, **_expert_weights(model)}
@@ -220,6 +221,8 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
 
     def keep(name):
         def hook(_, args, output):
+            if not output.requires_grad:  # as in a reference model's pass
+                return output
             output.retain_grad()
             calls.append((name, args[0].detach(), output))
             return output.clone()  # what comes next may change it in place
@@ -235,11 +238,14 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
             for weight in weights.values():
                 weight.requires_grad_(True)
             for sample in samples:
-                loss_of(model, collate([sample])).backward()
+                batch = collate([sample])
+                attended = batch.get("attention_mask", torch.ones(0)).bool().flatten()
+                loss_of(model, batch).backward()
                 for name, x, y in calls:
                     if y.grad is not None:
-                        rows[name][0].append(x.reshape(-1, x.shape[-1]))
-                        rows[name][1].append(y.grad.reshape(-1, y.shape[-1]))
+                        counts = attended if len(attended) == y[..., 0].numel() else slice(None)
+                        rows[name][0].append(x.reshape(-1, x.shape[-1])[counts])
+                        rows[name][1].append(y.grad.reshape(-1, y.shape[-1])[counts])
                 calls.clear()
             grads = {name: weight.grad.double() / len(samples) for name, weight in weights.items()}
             expert_rows = _rows_of_experts(model, lambda: [loss_of(model, collate([s])).backward() for s in samples])

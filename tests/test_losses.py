@@ -1,5 +1,6 @@
 import pytest
 import torch
+from families.zoo import FAMILIES
 from harness import collate, make_learnable_samples
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
@@ -102,3 +103,9 @@ def test_batches_go_where_the_embeddings_are(tiny_llama):
     model.model.embed_tokens.to("meta")
     assert input_device(model).type == "meta"
     assert input_device(torch.nn.Linear(2, 2)).type == "cpu"
+
+
+def test_a_model_without_embeddings_is_fed_where_its_first_parameter_is():
+    for name in ("Wav2Vec2 (audio, padded)", "CLIP (images and text, contrastive)"):
+        model = FAMILIES[name].make_model()
+        assert input_device(model) == next(model.parameters()).device

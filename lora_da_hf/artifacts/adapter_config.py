@@ -13,7 +13,7 @@ from peft import LoraConfig
 from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
-from lora_da_hf.errors import ArtifactError
+from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 
 PEFT_PREFIX = "base_model.model."
 
@@ -67,6 +67,20 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     _check_base(path, config, manifest)
     _check_layers(path, config, manifest)
     return config
+
+
+def refuse_unstorable(config: LoraConfig | None) -> None:
+    """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`.
+
+    Raises:
+        UnsupportedSetupError: naming them.
+    """
+    used = [key for key in _EMPTY if getattr(config, key, None)]
+    if used:
+        raise UnsupportedSetupError(
+            f"{used} of the adapter's config is not that of a plain LoRA adapter, so the initialisation could not be "
+            "loaded again. Make the adapter without it, or call initialize_lora_da without output_dir."
+        )
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, choose_unlike, find_reduction
 from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.sample_weights import watched_logits
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
@@ -92,7 +93,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             with torch.no_grad(), watched:
                 losses.append(compute_loss(job.model, first, None).double().item())
 
-        with checked_backward(job.scan.targets):
+        with checked_backward(job.scan.targets), watched_logits(job.model) as heads:
             shared = find_shared_inputs(layers, run_forward)
         reduction = find_reduction(
             compute_loss,
@@ -116,6 +117,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
         labelled_head=labelled_head,
+        head=heads[0] if heads else None,
         sampled_labels=sampled_labels,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"

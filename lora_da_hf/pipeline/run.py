@@ -13,6 +13,7 @@ from torch import nn
 from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
+from lora_da_hf.artifacts.adapter_config import refuse_unstorable
 from lora_da_hf.artifacts.store import check_replaceable, remove_leftovers
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
@@ -95,8 +96,8 @@ def initialize_lora_da(
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
-        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; or if layers are to be shared, or to get
-            other ranks, while parameters are partitioned.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; if the adapter could not be stored and is to
+            be; or if layers are to be shared, or to get other ranks, while parameters are partitioned.
         OutOfStepError: if this process fails in the middle of what all do in step: a pass over partitioned parameters
             (ZeRO-3, FSDP2), the reduction of the sums, or writing what ZeRO and FSDP2 keep in parts or in copies.
         CheckpointError: if the run that was stopped had another number of processes.
@@ -118,6 +119,8 @@ def initialize_lora_da(
         scan = find_targets(model, adapter_name, fresh=False)
         if config.rank_budget is not None:
             check_resizable(scan.targets)
+        if output_dir is not None:
+            refuse_unstorable(getattr(model, "peft_config", {}).get(scan.adapter_name))
     check_fresh(scan.targets)
     job = Job(
         model=model,

@@ -34,6 +34,7 @@ class PassSettings:
         encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
+        head: The module that makes the logits; None: the output embeddings, or the last part of the model.
         sampled_labels: Draws the labels of the output-gradient second moment; None: they are the data's.
         why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
     """
@@ -44,6 +45,7 @@ class PassSettings:
     encoder_decoder: bool
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
+    head: nn.Module | None = None
     sampled_labels: SampledLabels | None = None
     why_single: str | None = None
 
@@ -274,7 +276,7 @@ def _add_batch(
     weights = prepared.weights
     taps.tokens, taps.muted = prepared.tokens, not prepared.counts
     by_sample = weights if isinstance(weights, Tensor) else None
-    with taps, weighted_head(model, settings.labelled_head, by_sample) as head:
+    with taps, weighted_head(model, settings.labelled_head, by_sample, settings.head) as head:
         with lockstep.in_step():
             loss = settings.reduction.loss(compute_loss, model, prepared.batch)
             # gradients in float16, whose range is too small for them as they are

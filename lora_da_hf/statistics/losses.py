@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,11 +141,19 @@ def find_reduction(
 
 @dataclass(frozen=True, kw_only=True)
 class _Single:
-    """A sample by itself: its batch, tokens and number of labels (if known), and what it may be told from others by."""
+    """A sample by itself: its batch, and what it may be told from others by.
+
+    Attributes:
+        num_tokens: Those that are attended to or, without tokens, the size of all that is in the batch.
+        num_targets: Size of what is no input, as of the boxes of an image.
+        num_labels: Those that count in the loss; None: unknown.
+        targets: The values of what is no input, by name.
+    """
 
     sample: Any
     batch: Mapping[str, Any]
     num_tokens: int
+    num_targets: int
     num_labels: int | None
     targets: dict[str, set[float]]
 
@@ -153,16 +161,20 @@ class _Single:
     def of(cls, sample: Any, collate: Collate, shifts_labels: bool) -> _Single:
         batch = collate([sample])
         tokens = read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1)
+        tensors = list(_tensors(batch))
+        attended = [mask.sum() for mask in tokens.masks] or [sum(tensor.numel() for _, tensor in tensors)]
+        targets: dict[str, set[float]] = {}
+        for name, tensor in tensors:
+            if not name.startswith(_NO_TARGETS):
+                values: list[float] = tensor.detach().flatten()[:_MOST_TARGETS].double().tolist()
+                targets.setdefault(name, set()).update(values)
         return cls(
             sample=sample,
             batch=batch,
-            num_tokens=max((int(mask.sum().item()) for mask in tokens.masks), default=0),
+            num_tokens=max(map(int, attended)),
+            num_targets=sum(tensor.numel() for name, tensor in tensors if not name.startswith(_NO_TARGETS)),
             num_labels=None if tokens.label_counts is None else int(tokens.label_counts[0].item()),
-            targets={
-                name: set(tensor.detach().flatten()[:_MOST_TARGETS].double().tolist())
-                for name, tensor in batch.items()
-                if isinstance(tensor, Tensor) and not name.startswith(_NO_TARGETS)
-            },
+            targets=targets,
         )
 
     def news(self, known: Sequence[_Single]) -> int:
@@ -173,12 +185,26 @@ class _Single:
                 self.num_tokens not in lengths,
                 all(2 * abs(self.num_tokens - length) > min(self.num_tokens, length) for length in lengths),
                 self.num_labels not in [single.num_labels for single in known],
+                self.num_targets not in [single.num_targets for single in known],
                 *(
                     not values <= set[float]().union(*(single.targets.get(name, ()) for single in known))
                     for name, values in self.targets.items()
                 ),
             )
         )
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Return the tensors of a batch with their names: also those in lists and dictionaries, as of boxes they are."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        inside: Mapping[Any, Any] = value
+        for key, item in inside.items():
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for item in list[Any](value):
+            yield from _tensors(item, name)
 
 
 def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool, count: int) -> list[Any]:
@@ -192,8 +218,6 @@ def _unlike(singles: list[_Single]) -> list[_Single]:
     chosen = [first]
     while left and len(chosen) < _MEASURED:
         best = max(left, key=lambda single: single.news(chosen))
-        if not best.news(chosen) and len(chosen) > 1:
-            break
         left = [single for single in left if single is not best]
         chosen.append(best)
     return chosen

@@ -20,9 +20,9 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """Freeze every parameter, turn dropout off and keep gradient checkpointing on; undo it all at the end.
 
     With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
-    the modules that checkpoint are put in it, with their own functional dropout at zero. Caches for generation are off,
-    and so are the auxiliary losses of routers, which are of a batch as a whole and no part of the likelihood. Random
-    number generators are seeded, and restored too.
+    the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero.
+    Caches for generation are off, and so are the auxiliary losses of routers, which are of a batch as a whole and no
+    part of the likelihood. Random number generators are seeded, and restored too.
 
     Args:
         model: The model, with its adapter.
@@ -105,12 +105,14 @@ def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    dropouts: list[tuple[nn.Module, str, float]] = []
+    dropouts: list[tuple[Any, str, float]] = []
     try:
         model.eval()
         for module in checkpointing_modules(model):
             module.training = True  # not .train(), which would reach the children
-            dropouts += [(module, k, v) for k, v in vars(module).items() if isinstance(v, float) and "drop" in k]
+            for holder in (module, getattr(module, "config", None)):  # Wav2Vec2 reads layerdrop from its config
+                values = vars(holder) if holder is not None else {}
+                dropouts += [(holder, k, v) for k, v in values.items() if isinstance(v, float) and "drop" in k]
         for module, name, _ in dropouts:
             setattr(module, name, 0.0)
         yield
@@ -149,12 +151,21 @@ def _switched_off(model: nn.Module, option: str) -> Generator[None]:
         setattr(config, option, before)
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the embeddings of a model, if it has any: transformers raises for one of images or audio."""
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = get_embeddings() if callable(get_embeddings) else None
+    except NotImplementedError:
+        return None
+    return embeddings if isinstance(embeddings, nn.Module) else None
+
+
 @contextlib.contextmanager
 def _checkpoints_start_a_graph(model: nn.Module) -> Generator[None]:
     """Make the embeddings' output require a gradient: reentrant checkpointing drops the graph otherwise."""
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    embeddings = get_embeddings() if callable(get_embeddings) and checkpointing_modules(model) else None
-    if not isinstance(embeddings, nn.Module):
+    embeddings = input_embeddings(model) if checkpointing_modules(model) else None
+    if embeddings is None:
         yield
         return
 

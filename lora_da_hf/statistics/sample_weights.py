@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ class SampleWeights:
 
 @contextlib.contextmanager
 def weighted_head(
-    model: nn.Module, labelled_head: LabelledHead | None, weights: Tensor | None
+    model: nn.Module, labelled_head: LabelledHead | None, weights: Tensor | None, head: nn.Module | None = None
 ) -> Generator[LabelledHead | SampleWeights | None]:
     """Weight the samples of the pass inside at the model's head.
 
@@ -112,6 +113,8 @@ def weighted_head(
         model: The model.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         weights: What the gradient of each sample is multiplied by, ``[B]``; None: nothing.
+        head: The module that makes the logits, as `watched_logits` finds it; None: the output embeddings, or the last
+            part of the model.
 
     Yields:
         What has a ``check``, for after the backward pass; None if there is nothing to check.
@@ -126,12 +129,43 @@ def weighted_head(
     if weights is None:
         yield None
         return
-    head = _output_layer(model)
+    head = head or _output_layer(model)
     if head is None:
         raise SingleSamplesNeeded("the model has no output layer to weight its samples at")
     with SampleWeights(head) as sample_weights:
         sample_weights.start(weights)
         yield sample_weights
+
+
+@contextlib.contextmanager
+def watched_logits(model: nn.Module) -> Generator[list[nn.Module]]:
+    """Watch which module puts out what the model inside returns as its ``logits``.
+
+    Yields:
+        A list that has it once the model ran, if one does; the last if one is inside another.
+    """
+    found: list[nn.Module] = []
+    outputs: list[tuple[weakref.ref[Tensor], nn.Module]] = []
+
+    def on_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((weakref.ref(output), module))
+            return
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if isinstance(logits, Tensor) and module is _base_of(model):
+            found[:] = [made_by for made, made_by in outputs if made() is logits][-1:]
+            outputs.clear()
+
+    handle = nn.modules.module.register_module_forward_hook(on_forward)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _base_of(model: nn.Module) -> Any:
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
@@ -140,6 +174,4 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     head = get_head() if callable(get_head) else None
     if isinstance(head, nn.Module):
         return head
-    get_base = getattr(model, "get_base_model", None)
-    base: Any = get_base() if callable(get_base) else model
-    return next(reversed(list(base.children())), None)
+    return next(reversed(list(_base_of(model).children())), None)

@@ -42,14 +42,17 @@ class BatchTokens:
         label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels, or they
             cannot be told apart by sample.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
-            reads (an encoder-decoder reads two).
-        other_modality: Whether the batch has inputs that are no tokens (images, audio), which no mask describes.
+            reads (an encoder-decoder reads two); ``[B * C, S]`` if each sample is C sequences to choose from.
+        other_modality: Whether the batch has inputs that are no tokens (images, audio).
+        masks_other_modality: Whether the first mask is of those inputs, as they are before the model makes fewer
+            frames of them.
     """
 
     num_samples: int
     label_counts: Tensor | None
     masks: tuple[Tensor, ...]
     other_modality: bool = False
+    masks_other_modality: bool = False
 
     def rows(self, leading_shape: torch.Size, *, layer: str) -> Tensor | None:
         """Return the indices ``[kept]`` of the rows that count, for a layer with this shape before the last dimension.
@@ -83,11 +86,19 @@ class BatchTokens:
             raise SingleSamplesNeeded(
                 f"some rows are not those of one sample after another ({list(leading_shape)} in {layer})"
             )
+        if self.masks_other_modality and self.num_samples > 1 and self._kept[0] is not None:
+            raise SingleSamplesNeeded(
+                f"the attention mask is of another sequence than the layers' rows ({list(self.masks[0].shape)}, and "
+                f"{list(leading_shape)} in {layer})"
+            )
         all_labelled = self.num_labelled == self.num_samples
         if all(kept is None for kept in self._kept) or (self.other_modality and all_labelled):
             return None
         if self.num_samples in (1, leading_shape.numel()):  # one row a sample, as heads that classify have it
             return None if all_labelled or self.label_counts is None else self.label_counts.nonzero().squeeze(1)
+        for mask in self.masks:
+            if leading_shape.numel() == len(mask):  # one row a sequence, of which a sample has several
+                return mask.any(dim=1).nonzero().squeeze(1)
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
         raise SingleSamplesNeeded(f"the rows of {layer}, {list(leading_shape)}, do not match the token mask {shapes}")
 
@@ -145,13 +156,38 @@ def read_batch_tokens(
     else:
         masks = attended
     if counts is not None:
-        masks = tuple(mask & (counts > 0)[:, None] if mask.shape[0] == counts.shape[0] else mask for mask in masks)
+        masks = tuple(_of_labelled(mask, counts > 0, batch) for mask in masks)
     return BatchTokens(
         num_samples=num_rows(batch) if num_samples is None else num_samples,
         label_counts=_by_sample(counts, num_samples),
         masks=masks,
         other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
+        masks_other_modality=_masks_other_modality(batch),
     )
+
+
+def _masks_other_modality(batch: Mapping[str, Any]) -> bool:
+    """Tell whether the attention mask ``[B, S]`` is one of audio or images, by there being no tokens and its length."""
+    attention = batch.get("attention_mask")
+    if not isinstance(attention, Tensor) or attention.dim() != 2 or "input_ids" in batch:
+        return False
+    return any(
+        isinstance(value, Tensor) and name.startswith(_OTHER_MODALITIES) and attention.shape[1] in value.shape[1:]
+        for name, value in batch.items()
+    )
+
+
+def _of_labelled(mask: Tensor, labelled: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Mask out the sequences of samples that are not ``labelled [B]``, where they can be told."""
+    if _has_choices(batch):
+        labelled = labelled.repeat_interleave(max(1, mask.shape[0] // len(labelled)))
+    return mask & labelled[:, None] if len(mask) == len(labelled) else mask
+
+
+def _has_choices(batch: Mapping[str, Any]) -> bool:
+    """Tell whether each sample is several sequences, ``[B, C, S]``, which models of multiple choice run one by one."""
+    ids = batch.get("input_ids")
+    return isinstance(ids, Tensor) and ids.dim() == 3
 
 
 def _by_sample(counts: Tensor | None, num_samples: int | None) -> Tensor | None:
@@ -198,10 +234,14 @@ def _predicted_positions(batch: Mapping[str, Any], labels: Tensor | None, shifts
 def _attended_positions(batch: Mapping[str, Any], read_labels: Tensor | None) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     attention = batch.get("attention_mask")
+    ids = batch.get("input_ids")
     if isinstance(attention, Tensor) and attention.dim() == 2:
         found.append(attention.bool())
-    elif isinstance(batch.get("input_ids"), Tensor):
-        found.append(torch.ones_like(batch["input_ids"], dtype=torch.bool))
+    elif isinstance(ids, Tensor):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(attention, Tensor) and attention.shape == ids.shape:
+            mask = attention.bool()
+        found.append(mask.flatten(0, 1) if mask.dim() == 3 else mask)
     decoder = batch.get("decoder_attention_mask")
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         found.append(decoder.bool())

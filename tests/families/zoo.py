@@ -8,12 +8,17 @@ import torch
 import transformers as tf
 from transformers import Seq2SeqTrainer, Trainer
 
+from lora_da_hf.samples import pad_samples
+
 VOCABULARY = 64
 WIDTH = 32
 CLASSES = 3
 PATCHES = 4
 IMAGE_TOKEN = 60
+MASK_TOKEN = 61
 PADDED = "the loss of two samples is neither the sum nor a mean of theirs"
+FRAMES = "the attention mask is of another sequence than the layers' rows"
+SPLIT = "cannot be split: the statistics depend on the batch size"
 POSITIONS = "some rows are not those of one sample after another"
 """As those of the relative positions, which DeBERTa projects by the layers of the tokens."""
 EXPERTS = {
@@ -114,6 +119,72 @@ def image_samples(count):
     ]
 
 
+def choice_samples(count):
+    """Make two sequences a sample, as long as the longer of the two."""
+    generator = random.Random(0)
+    samples = []
+    for number in range(count):
+        rows = [_counting(generator) for _ in range(2)]
+        width = max(map(len, rows))
+        samples.append(
+            {
+                "input_ids": [row + [0] * (width - len(row)) for row in rows],
+                "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in rows],
+                "labels": int(len(rows[0]) < len(rows[1])) if number % 4 else 0,
+            }
+        )
+    return samples
+
+
+def pad_choices(samples):
+    """Pad the sequences of all samples to the longest, ``[B, C, S]``."""
+    width = max(len(sample["input_ids"][0]) for sample in samples)
+    padded = {
+        name: torch.tensor([[row + [0] * (width - len(row)) for row in sample[name]] for sample in samples])
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**padded, "labels": torch.tensor([sample["labels"] for sample in samples])}
+
+
+def masked_samples(count):
+    """Hide every third token, which is to be found again."""
+    return [
+        {
+            **sample,
+            "input_ids": [MASK_TOKEN if k % 3 == 1 else token for k, token in enumerate(sample["input_ids"])],
+            "labels": [token if k % 3 == 1 else -100 for k, token in enumerate(sample["input_ids"])],
+        }
+        for sample in causal_samples(count)
+    ]
+
+
+def audio_samples(count):
+    lengths = [200 + 40 * (number % 6) for number in range(count)]
+    return [
+        {
+            "input_values": _noise(length, seed=number) + number % 2,
+            "attention_mask": [1] * length,
+            "labels": number % 2,
+        }
+        for number, length in enumerate(lengths)
+    ]
+
+
+def pair_samples(count):
+    return [
+        {
+            "input_ids": [*row["input_ids"], 2],
+            "attention_mask": [1, *row["attention_mask"]],
+            "pixel_values": _noise(3, 16, 16, seed=number),
+        }
+        for number, row in enumerate(causal_samples(count))
+    ]
+
+
+def pad_pairs(samples):
+    return {**pad_samples(samples), "return_loss": True}
+
+
 def speech_samples(count):
     rows = translation_samples(count)
     return [{"input_features": _noise(8, 32, seed=number), "labels": row["labels"]} for number, row in enumerate(rows)]
@@ -172,6 +243,35 @@ def _whisper():
     )
 
 
+def _wav2vec2():
+    return tf.Wav2Vec2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(5, 4),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+        initializer_range=0.2,
+        num_labels=2,
+        classifier_proj_size=16,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        apply_spec_augment=False,
+        pad_token_id=0,
+    )
+
+
+def _clip():
+    text = {**DECODER, "max_position_embeddings": 16}
+    return tf.CLIPConfig(
+        text_config=text, vision_config=_vision_config(tf.CLIPVisionConfig).to_dict(), projection_dim=16
+    )
+
+
 def _llava():
     return tf.LlavaConfig(
         text_config=tf.LlamaConfig(**DECODER),
@@ -189,25 +289,34 @@ class Family:
         model: The class of the model.
         config: Its config, or what makes it.
         samples: Makes samples.
+        collate: Makes batches of them.
         trainer: The trainer that people use for it.
         lora: What differs from ``target_modules="all-linear"``.
         kept: Endings of the names of the LoRA layers that keep PEFT's own initialisation, with a part of the reason.
         single: A part of the reason that samples are run one at a time; empty: they are not.
+        contrasts: Whether the loss is one of a batch as a whole.
     """
 
     model: type
     config: Callable
     samples: Callable = causal_samples
+    collate: Callable = pad_samples
     trainer: type = Trainer
     lora: dict = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     single: str = ""
+    contrasts: bool = False
 
     def describe(self):
         """Return what the table of support says of it."""
         remarks = [f"`{self.model.__name__}`, `{self.trainer.__name__}`"]
         remarks += [f"`{ending}` keeps PEFT's own initialisation: it {reason}" for ending, reason in self.kept.items()]
         remarks += [f"one sample at a time: {self.single}"] if self.single else []
+        remarks += (
+            [f"the loss is one of a batch as a whole and {SPLIT}, so autograd's are not compared with"]
+            if self.contrasts
+            else []
+        )
         return "; ".join(remarks)
 
     def make_model(self, *, seed=0):
@@ -362,4 +471,36 @@ FAMILIES = {
         model=tf.WhisperForConditionalGeneration, config=_whisper, samples=speech_samples, trainer=Seq2SeqTrainer
     ),
     "LLaVA (images and text)": Family(model=tf.LlavaForConditionalGeneration, config=_llava, samples=caption_samples),
+    "BERT, multiple choice": Family(
+        model=tf.BertForMultipleChoice,
+        config=_encoder(tf.BertConfig, num_labels=1),
+        samples=choice_samples,
+        collate=pad_choices,
+    ),
+    "BERT, masked language model": Family(
+        model=tf.BertForMaskedLM, config=_encoder(tf.BertConfig), samples=masked_samples
+    ),
+    "BERT, question answering (`QUESTION_ANS`)": Family(
+        model=tf.BertForQuestionAnswering,
+        config=_encoder(tf.BertConfig, num_labels=2),
+        samples=answer_samples,
+        lora={"task_type": "QUESTION_ANS", "target_modules": ["query", "key", "value", "dense"]},
+        single=PADDED,
+    ),
+    "XLM-RoBERTa, token classification (`TOKEN_CLS`)": Family(
+        model=tf.XLMRobertaForTokenClassification,
+        config=_encoder(tf.XLMRobertaConfig, max_position_embeddings=80),
+        samples=tagging_samples,
+        lora={"task_type": "TOKEN_CLS", "target_modules": ["query", "key", "value", "dense"]},
+    ),
+    "Wav2Vec2 (audio, padded)": Family(
+        model=tf.Wav2Vec2ForSequenceClassification,
+        config=_wav2vec2,
+        samples=audio_samples,
+        lora={"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"]},
+        single=FRAMES,
+    ),
+    "CLIP (images and text, contrastive)": Family(
+        model=tf.CLIPModel, config=_clip, samples=pair_samples, collate=pad_pairs, contrasts=True
+    ),
 }

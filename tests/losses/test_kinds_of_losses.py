@@ -74,6 +74,21 @@ def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family,
         assert_statistics_equal(statistics, single_statistics, 1e-4)
 
 
+@pytest.mark.support("Losses", "Multiple choice", "a mean over samples: measured; each sample is several sequences")
+def test_padding_of_sequences_to_choose_from_does_not_count(tmp_path):
+    family = FAMILIES["BERT, multiple choice"]
+    samples = family.samples(16)
+    expected = autograd_statistics(
+        make_model("BERT, multiple choice"), samples[:8], lambda m, batch: model_loss(m, batch, None), family.collate
+    )
+    for size in (4, 2, 1):
+        folder = tmp_path / str(size)
+        model = make_model("BERT, multiple choice")
+        report, statistics = statistics_of(folder, model, samples, family.collate, batch_size=size)
+        assert report.batch_size == size
+        assert_statistics_equal(statistics, expected, 1e-4)
+
+
 @pytest.mark.support("Losses", "Label smoothing", "the trainer's own, in `LoRADATrainer` or handed to the callback")
 def test_label_smoothing(tmp_path):
     samples = FAMILIES["Llama"].samples(16)

@@ -15,6 +15,7 @@ from lora_da_hf.errors import (
     SolveError,
     TapNotCalledError,
     TargetError,
+    UnsupportedSetupError,
 )
 
 VELORA = VeloraConfig(num_groups=4)
@@ -79,6 +80,14 @@ def test_a_merged_adapter(lora_model, samples):
     model = lora_model()
     model.merge_adapter()
     refuses(TargetError, r"its adapter is merged into the base weight. Call unmerge_adapter\(\) first", model, samples)
+
+
+def test_an_adapter_that_could_not_be_loaded_again(lora_model, samples, tmp_path):
+    model = lora_model(layer_replication=[(0, 2), (0, 2)], target_modules=["q_proj", "v_proj"])
+    match = "layer_replication.* could not be loaded again"
+    refuses(UnsupportedSetupError, match, model, samples, output_dir=tmp_path / "init")
+    assert not list(tmp_path.iterdir())
+    assert initialize(model, samples).step_size > 0
 
 
 def test_two_active_adapters(lora_model, samples):

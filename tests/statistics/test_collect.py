@@ -270,8 +270,12 @@ def test_the_reduction_is_measured_on_two_samples(loss, samples, kind, reason):
 
 
 def test_samples_with_different_numbers_of_labels_are_measured_if_there_are_such():
+    def mean_of_labels(model, batch, num_items):
+        counts = (batch["labels"] == 1).sum(-1)
+        return (batch["x"].double() * counts).sum() / counts.sum()
+
     samples = [{"x": 1.0, "labels": [1, 1]}, {"x": 1.0, "labels": [1, 1]}, {"x": 2.0, "labels": [1, 1, 1]}]
-    assert reduction_of(toy(1, 3, 2.2), samples).kind == "token_mean"
+    assert reduction_of(mean_of_labels, samples).kind == "token_mean"
 
 
 def per_sample(batch, weights=(1.0, 5.0, 1.0)):
@@ -311,6 +315,51 @@ def test_a_loss_that_padding_changes_shows_though_most_samples_are_of_one_length
     samples = [{"input_ids": list(range(k, k + length))} for k, length in enumerate(lengths)]
     assert reduction_of(padded, samples).kind == "unknown"
     assert reduction_of(padded, samples[:4]).kind == "sample_mean"
+
+
+def boxed(samples):
+    return {
+        "pixel_values": torch.tensor([[sample["x"]] for sample in samples]),
+        "labels": [{"class_labels": torch.zeros(sample["boxes"])} for sample in samples],
+    }
+
+
+def mean_of_boxes(model, batch, num_items):
+    counts = torch.tensor([len(target["class_labels"]) for target in batch["labels"]])
+    return (batch["pixel_values"][:, 0] * counts).sum() / counts.sum()
+
+
+def test_targets_in_lists_of_dictionaries_are_seen():
+    samples = [{"x": float(number), "boxes": 1 + (number == 5)} for number in range(12)]
+    model = torch.nn.Linear(1, 1)
+    assert find_reduction(mean_of_boxes, model, boxed, samples, shifts_labels=False).kind == "unknown"
+    assert find_reduction(mean_of_boxes, model, boxed, samples[6:], shifts_labels=False).kind == "sample_mean"
+
+
+def test_lengths_are_seen_where_there_is_no_mask():
+    def mean_of_frames(model, batch, num_items):
+        return batch["input_values"].mean() + 1
+
+    def pad_audio(samples):
+        speech = [torch.full((sample["frames"],), 1.0 + sample["x"]) for sample in samples]
+        return {"input_values": torch.nn.utils.rnn.pad_sequence(speech, batch_first=True)}
+
+    samples = [{"x": number, "frames": 12 if number == 5 else 6} for number in range(12)]
+    model = torch.nn.Linear(1, 1)
+    assert find_reduction(mean_of_frames, model, pad_audio, samples, shifts_labels=False).kind == "unknown"
+    assert find_reduction(mean_of_frames, model, pad_audio, samples[6:], shifts_labels=False).kind == "sample_mean"
+
+
+def test_four_samples_are_measured_though_nothing_tells_them_apart():
+    rows = []
+
+    def loss(model, batch, num_items):
+        rows.append(len(batch["labels"]))
+        return batch["pixel_values"].mean()
+
+    samples = [{"x": float(number), "boxes": 1} for number in range(12)]
+    assert find_reduction(loss, torch.nn.Linear(1, 1), boxed, samples, shifts_labels=False).kind == "sample_mean"
+    assert rows.count(2) == 3
 
 
 def test_pairs_that_agree_on_different_means_agree_on_none():

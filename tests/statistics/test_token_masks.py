@@ -143,3 +143,28 @@ def test_rows_that_match_two_sequences_are_refused_if_their_masks_differ(num_sam
         )
     alike = BatchTokens(num_samples=num_samples, label_counts=None, masks=(first, first.clone()))
     assert alike.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 2, 3]
+
+
+def test_sequences_to_choose_from_are_rows_of_their_own():
+    chosen = {"input_ids": [IDS, IDS, IDS], "attention_mask": [ATTENTION] * 3, "labels": [1, -100, 0]}
+    tokens = read_batch_tokens(batch(**chosen), shifts_labels=False)
+    none = [[0] * 4] * 2
+    assert masks(tokens) == [[*ATTENTION, *none, *ATTENTION]]
+    assert (tokens.num_samples, tokens.num_labelled) == (3, 2)
+    assert tokens.rows(torch.Size([6, 4]), layer="q").tolist() == [0, 1, 2, 3, 4, 5, 6, 16, 17, 18, 19, 20, 21, 22]
+    assert tokens.rows(torch.Size([6]), layer="pooler").tolist() == [0, 1, 4, 5]
+    del chosen["attention_mask"]
+    assert read_batch_tokens(batch(**chosen), shifts_labels=False).masks[0].shape == (6, 4)
+
+
+@pytest.mark.parametrize("attention", [[[1] * 6, [1] * 6], [[1] * 6, [1] * 4 + [0] * 2]])
+def test_frames_made_of_padded_audio_cannot_be_told(attention):
+    speech = {"input_values": [[0.5] * 6] * 2, "labels": [0, 1]}
+    tokens = read_batch_tokens(batch(**speech, attention_mask=attention), shifts_labels=False)
+    if attention[0] == attention[1]:
+        assert tokens.rows(torch.Size([2, 3]), layer="q") is None
+    else:
+        with pytest.raises(
+            SingleSamplesNeeded, match="the attention mask is of another sequence than the layers' rows"
+        ):
+            tokens.rows(torch.Size([2, 3]), layer="q")

@@ -48,6 +48,16 @@ def make_callback(**overrides):
     return LoRADACallback(make_config(**{**FIRST_EIGHT, **overrides}))
 
 
+def expected_of(trainer, model):
+    """Compute the statistics of the first samples by autograd, with the trainer's loss on a fresh model."""
+    collate = trainer.get_train_dataloader().collate_fn
+    samples = [trainer.train_dataset[number] for number in range(8)]
+    found = autograd_statistics(model, samples, lambda model, batch: trainer.compute_loss(model, dict(batch)), collate)
+    for values in trainer._metrics.values():
+        values.clear()
+    return found
+
+
 def train_with_its_loss(trainer, callback):
     """Hand the trainer's loss to the callback and train. Returns the adapter that it started from, and the report."""
     callback.compute_loss = trainer.compute_loss
@@ -69,12 +79,17 @@ def make_sft(folder, model, callback, **arguments):
     )
 
 
-@pytest.mark.support("Trainers", "TRL's `SFTTrainer`", "by `LoRADACallback`, with the model's loss or the trainer's")
+@pytest.mark.support(
+    "Trainers",
+    "TRL's `SFTTrainer`",
+    "by `LoRADACallback`, with the model's loss, or the trainer's, which runs one sample at a time",
+)
 def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     callback = make_callback()
     trainer = make_sft(tmp_path, tiny_llama(), callback)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
+    assert report.batch_size == 1
     samples = [{**sample, "labels": sample["input_ids"]} for sample in make_learnable_samples(24)[:8]]
     expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss)
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
@@ -138,8 +153,9 @@ def make_dpo(folder, model, callback, peft_config=None, **arguments):
 def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama):
     callback = make_callback()
     trainer = make_dpo(tmp_path, tiny_llama(), callback, make_lora_config())
+    expected = expected_of(trainer, trainer.model)
     start, report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, start, report, trainer)
+    check_dpo(tmp_path, start, report, trainer, expected)
 
 
 @pytest.mark.support(
@@ -151,17 +167,19 @@ def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
     callback = make_callback()
     trainer = make_dpo(tmp_path, lora_model(), callback)
     assert "ref" in trainer.model.peft_config
+    expected = expected_of(trainer, trainer.model)
     start, report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, start, report, trainer)
+    check_dpo(tmp_path, start, report, trainer, expected)
     reference = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
     assert reference
     assert not any(p.any() for name, p in reference.items() if "lora_B" in name)
     assert not any(p.requires_grad for p in reference.values())
 
 
-def check_dpo(folder, start, report, trainer):
+def check_dpo(folder, start, report, trainer, expected):
     """The search must move the policy and not the reference: only then does the loss leave log 2."""
     assert_initialized(folder / "lora_da", start, report)
+    assert_statistics_equal(stored_statistics(folder / "lora_da"), expected, 1e-4)
     assert report.search_loss_before == pytest.approx(0.693147, abs=1e-4)
     assert report.search_loss_after < 0.69
     assert dict(report.search)[report.step_size] == pytest.approx(report.search_loss_after, rel=1e-3)
@@ -197,8 +215,10 @@ def test_a_reward_model(tmp_path):
         peft_config=make_lora_config(task_type="SEQ_CLS"),
         callbacks=[callback],
     )
+    expected = expected_of(trainer, trainer.model)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
+    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
     assert report.loss_reduction.startswith("sample_mean (measured")
     assert report.batch_size == 4
     assert report.search_loss_after < report.search_loss_before
