@@ -22,6 +22,7 @@ from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, check_replaceable, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
+from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.refit import cut_init, is_cut
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -159,6 +160,8 @@ def pull_init(
                 with _whole(checked, commit, folder, in_cache=local_dir is None) as whole:
                     _collect(source, manifest, path, whole, put)
                     cut_init(whole, folder, rank=rank, base_model=base if isinstance(base, nn.Module) else None)
+        if isinstance(base, nn.Module):
+            check_against_base(load_init(folder), base)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 

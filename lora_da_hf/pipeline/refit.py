@@ -17,6 +17,7 @@ from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_replaceabl
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.save import base_model_facts
@@ -132,6 +133,7 @@ def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConf
 
 def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
     stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
+    notes = [] if base_model is None else list(check_against_base(stored, base_model))
     new = config_for_refit(stored.manifest, config)
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
@@ -148,7 +150,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, ba
         reports={layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, holder_of(name)) for name in stored.manifest.layers},
-        notes=[],
+        notes=notes,
         base=base_model,
     )
     for name, layer in stored.manifest.layers.items():
