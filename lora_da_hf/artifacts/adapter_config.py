@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
-from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of
+from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of, targets_among
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
@@ -110,6 +110,12 @@ def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
 
 def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
     targets = set(config.get("target_modules") or ())
+    known = (*manifest.layers, *manifest.kept, *(config.get("modules_to_save") or ()))
+    unknown = sorted(targets - set(targets_among(targets, known)))
+    if unknown:
+        raise ArtifactError(
+            f"{path}: target_modules holds {unknown[0]!r}, and the manifest no layer of that name. Do not use it."
+        )
     for name, layer in manifest.layers.items():
         keys = _pattern_keys(config, name)
         ranks, alphas = [rank_of(config, key) for key in keys], [alpha_of(config, key) for key in keys]
@@ -143,32 +149,3 @@ def _pattern_keys(config: dict[str, Any], name: str) -> list[str]:
 
 def _or(values: list[Any]) -> str:
     return " or ".join(map(str, dict.fromkeys(values)))
-
-
-def is_adapter_tensor(key: str, config: dict[str, Any], manifest: Manifest) -> bool:
-    """Tell whether a tensor of the adapter's file is one that PEFT may load beside those of the manifest's layers.
-
-    PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
-
-    Args:
-        key: The tensor's name.
-        config: The checked adapter config.
-        manifest: Of the folder.
-    """
-    path = key.removeprefix(PEFT_PREFIX)
-    module, _, parameter = path.rpartition(".")
-    if not key.startswith(PEFT_PREFIX):
-        return False
-    layer, factor, _ = path.partition(".lora_")
-    if factor and layer in manifest.kept:
-        return True
-    if parameter == "bias" and (config.get("bias") or "none") != "none":
-        return True
-    if config.get("trainable_token_indices") and parameter == "trainable_tokens_delta":
-        return True
-    if config.get("use_dora") and path.partition(".lora_magnitude_vector")[0] in manifest.layers:
-        return True
-    if config.get("lora_bias") and path.endswith(".lora_B.bias"):
-        return True
-    saved: list[str] = config.get("modules_to_save") or []
-    return any(f".{name}." in f".{module}." for name in saved)

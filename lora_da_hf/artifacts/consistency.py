@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, is_adapter_tensor
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.other_tensors import check_other_tensors
 from lora_da_hf.artifacts.peft_config import expert_of, holder_of
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
@@ -117,7 +118,7 @@ def check_adapter(
     config: dict[str, Any],
     manifest: Manifest,
 ) -> None:
-    """Verify that ``s B A`` of each layer is the step times the basis at the adapter's rank, and nothing else is there.
+    """Verify that ``s B A`` of each layer is the step times the basis at its rank, and the rest what PEFT starts with.
 
     Args:
         path: The adapter's file, for messages.
@@ -151,9 +152,7 @@ def check_adapter(
                 f"{path}: the adapter of {name} is not the step of the manifest along the stored basis: it misses it "
                 f"by {missed:.1e} of its size. Fetch it again."
             )
-    extra = sorted(key for key in tensors if key not in known and not is_adapter_tensor(key, config, manifest))
-    if extra:
-        raise ArtifactError(f"{path}: {extra[0]!r} is no tensor of this adapter. Do not use it.")
+    check_other_tensors(path, tensors, known, config, manifest)
 
 
 def _check_magnitude(path: Path, tensors: Mapping[str, Tensor], name: str, layer: LayerEntry) -> None:

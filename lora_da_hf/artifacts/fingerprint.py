@@ -12,6 +12,7 @@ from torch import Tensor
 _SAMPLED_ENTRIES = 1024
 _CONFIG_KEYS = (
     "model_type",
+    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",

@@ -102,13 +102,25 @@ def is_target(peft_config: Mapping[str, Any], targets: Collection[str], name: st
     """
     if any(f".{saved}." in f".{name}." for saved in peft_config.get("modules_to_save") or ()):
         return False
-    return any(name[start:] in targets for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    return any(end in targets for end in _ends_of(name))
+
+
+def targets_among(targets: Collection[str], names: Collection[str]) -> list[str]:
+    """Return the targets that are the name of one of these modules, or the end of it behind a dot."""
+    ends = {end for name in names for end in _ends_of(name.replace(".base_layer", ""))}
+    return [target for target in targets if target in ends]
+
+
+def _ends_of(name: str) -> list[str]:
+    return [name[start:] for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))]
 
 
 def in_names(
     peft_config: Mapping[str, Any], modules: Collection[str], ranks: Mapping[str, int], alphas: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return the configuration with names in the place of what only PEFT's own matching reads, if there is any.
+
+    Targets that no module has are left out.
 
     Args:
         peft_config: What PEFT saved.
@@ -119,7 +131,8 @@ def in_names(
     patterns = (*(peft_config.get("rank_pattern") or ()), *(peft_config.get("alpha_pattern") or ()))
     is_plain = not isinstance(peft_config.get("target_modules"), str) and all(map(_NAME.fullmatch, patterns))
     if is_plain and not any(peft_config.get(key) not in (None, [], "") for key in _MORE_THAN_NAMES):
-        return dict(peft_config)
+        targets: list[str] | None = peft_config.get("target_modules")
+        return {**peft_config, "target_modules": targets and targets_among(targets, modules)}
     return {
         **peft_config,
         **{key: None for key in _MORE_THAN_NAMES if key in peft_config},

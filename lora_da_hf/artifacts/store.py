@@ -320,7 +320,7 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
     notes: tuple[str, ...] = ()
     if stored.get("weights_sha256") and base_model.get("weights_sha256"):
         if not found and stored["weights_sha256"] != base_model["weights_sha256"]:
-            found = ["its weights have another fingerprint"]
+            found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
     else:
         found += _differences_of_names(stored, base_model)
         notes = (

@@ -29,8 +29,8 @@ def init_parser() -> argparse.ArgumentParser:
     )
     own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the initialisation")
     own.flag("overwrite", action="store_true", help="replace an initialisation that is there")
-    own.flag("dataset_config_name", help="configuration of the data set")
-    own.flag("split", default="train", help="split of the data set, such as train[:5000] (default: train)")
+    own.flag("dataset_config_name", help="configuration of a data set on the Hub")
+    own.flag("split", help="split of a data set on the Hub, such as train[:5000] (default: train)")
     return joined(own, dataclass_flags(LoraArguments, TextArguments, ModelArguments, LoRADAArguments))
 
 
@@ -40,11 +40,12 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     text.check(_refuse)
     folder = new_folder(arguments.output, overwrite=arguments.overwrite)
     rows = _load_rows(arguments, output)
+    lora = read(LoraArguments, arguments).to_peft()
 
     from accelerate import PartialState
-    from peft import get_peft_model
     from transformers import set_seed
 
+    from lora_da_hf.cli.planning import with_adapter
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.training.text_data import choose_block_size, load_model, tokenize
 
@@ -52,7 +53,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
     set_seed(_DEFAULT_SEED if settings.seed is None else settings.seed)
-    peft_model: Any = get_peft_model(model, read(LoraArguments, arguments).to_peft())
+    peft_model: Any = with_adapter(model, lora)
     report = initialize_lora_da(
         peft_model.to(PartialState().device),
         samples,
@@ -85,6 +86,9 @@ def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
     is_file = data.suffix in LOADER_OF_SUFFIX
     if is_file and not data.is_file():
         raise DataError(f"{data} does not exist.")
+    for flag in ("split", "dataset_config_name"):
+        if is_file and getattr(arguments, flag) is not None:
+            raise ConfigError(f"--{flag} is for a data set on the Hub, and {data} is a file. Leave it out.")
     import datasets
 
     from lora_da_hf.training.text_data import load_file
@@ -95,7 +99,7 @@ def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
     if is_file:
         return load_file(str(data), cache_dir=arguments.cache_dir)
     return datasets.load_dataset(
-        arguments.data, arguments.dataset_config_name, split=arguments.split, cache_dir=arguments.cache_dir
+        arguments.data, arguments.dataset_config_name, split=arguments.split or "train", cache_dir=arguments.cache_dir
     )
 
 

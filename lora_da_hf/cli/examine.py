@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_da_hf.cli.flags import Flags, base_model_of_folder, facts_of_card
 from lora_da_hf.cli.output import Output, aligned
+from lora_da_hf.errors import ConfigError
 
 
 def show_parser() -> argparse.ArgumentParser:
@@ -80,11 +81,14 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.solved_from import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
+    from lora_da_hf.pipeline.against_base import check_against_base
     from lora_da_hf.pipeline.save import base_model_facts
 
     model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
     check_statistics(stored)
+    for note in () if model is None else check_against_base(stored, model):
+        output.message(f"Note: {note}.")
     manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {
@@ -105,6 +109,7 @@ def card_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.folder()
     flags.flag("output", type=Path, metavar="FOLDER", help="write card and plots there (default: the card to stdout)")
+    flags.flag("overwrite", action="store_true", help="replace a README.md there that is no card of lora-da")
     flags.flag("repo_id", metavar="USER/NAME", help="where it is published")
     flags.flag("commit", help="the commit there that the card names")
     flags.facts_of_card()
@@ -114,8 +119,8 @@ def card_parser() -> argparse.ArgumentParser:
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import render_card
-    from lora_da_hf.hub.page import render_page
+    from lora_da_hf.hub.cards import CARD_FILE, render_card
+    from lora_da_hf.hub.page import is_own_card, render_page
 
     facts = {**facts_of_card(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
     init = load_init(arguments.folder)
@@ -123,12 +128,20 @@ def run_card(arguments: argparse.Namespace, output: Output) -> None:
         card = render_card(init, **facts)
         output.result({"card": card}, bare=card.rstrip("\n"), text=card.rstrip("\n"))
         return
+    readme = arguments.output / CARD_FILE
+    if readme.exists() and not arguments.overwrite and not is_own_card(readme.read_bytes()):
+        raise ConfigError(
+            f"{readme} is no card of lora-da, and would be lost. Name another folder, or give --overwrite."
+        )
     written = _write(arguments.output, render_page(init, **facts))
     output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} is a file, or lies in one. Name a folder.") from error
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return [str(folder / name) for name in files]

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +41,21 @@ def empty_model(name: str, arguments: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
         )
-        return get_peft_model(model, read(LoraArguments, arguments).to_peft())
+        return with_adapter(model, read(LoraArguments, arguments).to_peft())
+
+
+def with_adapter(model: Any, lora: LoraConfig) -> Any:
+    """Wrap a model with an adapter.
+
+    Raises:
+        TargetError: if no layer has the name of a target.
+    """
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        raise TargetError(f"--target_modules: {str(error).rstrip('.')}. Name layers of the model.") from error
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -16,7 +16,11 @@ def refit_parser() -> argparse.ArgumentParser:
     own = Flags()
     own.folder()
     own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the new initialisation")
-    own.flag("overwrite", action="store_true", help="replace an initialisation that is there")
+    own.flag(
+        "overwrite",
+        action="store_true",
+        help="replace an initialisation that is there; FOLDER itself may be OUTPUT, and keeps its statistics",
+    )
     own.flag("rank", type=at_least(1), help="rank of the new adapter, at most the stored one")
     own.flag("rank_budget", type=at_least(1), help="parameters of the adapter, shared out between the layers")
     own.flag("step_size", type=float, help="how far step 0 goes (default: as the stored steps say)")
@@ -55,5 +59,9 @@ def _changed_config(arguments: argparse.Namespace) -> LoRADAConfig | None:
     if not given:
         return None
     from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.pipeline.stored import check_given
 
-    return LoRADAConfig.from_dict({**load_init(arguments.folder).manifest.config, **given})
+    stored = LoRADAConfig.from_dict(load_init(arguments.folder).manifest.config)
+    config = LoRADAConfig.from_dict({**stored.to_dict(), **given})
+    check_given(config, stored, given)
+    return config

@@ -32,6 +32,8 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
     from lora_da_hf.hub import push_init
 
+    if arguments.card is not None and not arguments.card.is_file():
+        raise ConfigError(f"{arguments.card}, given as --card, is not a file.")
     _progress(output)
     pushed = push_init(
         arguments.folder,

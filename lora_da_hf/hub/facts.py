@@ -59,6 +59,7 @@ class CardFacts:
         data_fingerprint: SHA-256 over the samples.
         seed: Of every random choice.
         step_size: How far step 0 goes; None if it differs between layers.
+        is_refitted: Whether it was made of another one, so that its step follows from stored ones.
         has_statistics: Whether the full statistics are stored.
         config: The settings; None if this version does not know them.
         versions: Of the libraries.
@@ -90,6 +91,7 @@ class CardFacts:
     data_fingerprint: str | None
     seed: int
     step_size: float | None
+    is_refitted: bool
     has_statistics: bool
     config: LoRADAConfig | None
     versions: dict[str, str]
@@ -150,6 +152,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         data_fingerprint=_text(manifest.data.get("fingerprint")),
         seed=manifest.seed,
         step_size=manifest.step_size,
+        is_refitted=bool(manifest.refitted_from),
         has_statistics=any(name.startswith(STATISTICS_PREFIX) for name in manifest.files),
         config=_known_config(manifest.config),
         versions=manifest.versions,

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError
-from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
+from lora_da_hf.hub.cards import CARD_FILE, TAGS, card_plots, render_card
 from lora_da_hf.hub.plots import PLOTS
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -48,6 +48,15 @@ def own_page(init: StoredInit, card: str) -> dict[str, bytes]:
             'card, or install matplotlib: pip install "lora_da_hf[plot]".'
         )
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in shown}}
+
+
+def is_own_card(text: bytes) -> bool:
+    """Tell whether a file is a card of an initialisation, by the tag in its metadata."""
+    try:
+        tags = ModelCard(text.decode("utf-8"), ignore_metadata_errors=True).data.to_dict().get("tags")
+    except (yaml.YAMLError, ValueError, TypeError):
+        return False
+    return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def license_of(card: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -19,9 +20,17 @@ from torch import nn
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
-from lora_da_hf.artifacts.store import atomic_folder, check_base_model, check_file, check_replaceable, load_init
+from lora_da_hf.artifacts.store import (
+    atomic_folder,
+    check_base_model,
+    check_file,
+    check_replaceable,
+    load_init,
+    remove_leftovers,
+)
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
+from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.refit import cut_init, is_cut
 from lora_da_hf.pipeline.save import base_model_facts
 
@@ -153,12 +162,15 @@ def pull_init(
         folder = Path(local_dir) if local_dir is not None else checked / _name(commit, rank)
         put = _link if local_dir is None else shutil.copyfile
         with _locked(checked, commit, in_cache=local_dir is None):
+            model = base if isinstance(base, nn.Module) else None
             if rank is None:
-                _collect(source, manifest, path, folder, put)
+                _collect(source, manifest, path, folder, put, model)
             elif not is_cut(folder, manifest, rank=rank):
                 with _whole(checked, commit, folder, in_cache=local_dir is None) as whole:
-                    _collect(source, manifest, path, whole, put)
-                    cut_init(whole, folder, rank=rank, base_model=base if isinstance(base, nn.Module) else None)
+                    _collect(source, manifest, path, whole, put, model)
+                    cut_init(whole, folder, rank=rank, base_model=model)
+            elif model is not None:
+                check_against_base(load_init(folder), model)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 
@@ -189,7 +201,10 @@ def _whole(checked: Path, commit: str, target: Path, *, in_cache: bool) -> Gener
         yield checked / commit
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.whole-", dir=target.parent) as place:
+    prefix = f".{target.name}.whole-"
+    for left in target.parent.glob(glob.escape(prefix) + "*"):  # by a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as place:
         yield Path(place) / commit
 
 
@@ -224,14 +239,23 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
         raise ConfigError(f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
 
 
-def _collect(source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put) -> None:
+def _collect(
+    source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put, base: nn.Module | None
+) -> None:
     """Make a folder of the manifest and its files, and check all of it; if it fails, there is none."""
-    if not _is_complete(folder, manifest):
+    remove_leftovers(folder)
+    if _is_complete(folder, manifest):
+        if base is not None:
+            check_against_base(load_init(folder), base)
+    else:
         with atomic_folder(folder) as partial:
             put(manifest_path, partial / MANIFEST_FILE)
             for name, entry in manifest.files.items():
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
-            check_statistics(load_init(partial))
+            stored = load_init(partial)
+            check_statistics(stored)
+            if base is not None:
+                check_against_base(stored, base)
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:

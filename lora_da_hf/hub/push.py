@@ -132,6 +132,11 @@ def push_init(
     with _adding(left if is_new else ""), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_visibility(head, private=private)
+        if parent_commit is not None and not create_pr and not str(head.sha).startswith(parent_commit):
+            raise HubError(
+                f"{repo_id} is at {head.sha}, not at {parent_commit}: somebody else pushed meanwhile. Look at what "
+                "changed, and push again on top of it."
+            )
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
         commit = api.create_commit(
             repo_id,

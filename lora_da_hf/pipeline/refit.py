@@ -13,10 +13,11 @@ from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_conf
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_replaceable, load_init
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_replaceable, load_init, remove_leftovers
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.save import base_model_facts
@@ -55,8 +56,8 @@ def refit_init(
         progress: Whether to show a progress bar while layers are solved.
 
     Returns:
-        The new initialisation, read back with every check. Statistics are copied if ``config.save_statistics``, and
-        stay where they are without a config.
+        The new initialisation, read back with every check. Statistics are copied if ``config.save_statistics``;
+        without a config they stay where they are, in ``folder`` itself too.
 
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
@@ -68,12 +69,16 @@ def refit_init(
         SolveError: if a layer cannot be solved with these settings.
     """
     check_replaceable(Path(output_dir))
+    remove_leftovers(Path(output_dir))
     refit = _read(Path(folder), config, step_size, base_model)
     stored_config = LoRADAConfig.from_dict(refit.manifest.config)
     if rank_budget is None and refit.config.rank_budget != stored_config.rank_budget:
         rank_budget = refit.config.rank_budget
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
+    if config is None and Path(folder).resolve() == Path(output_dir).resolve():
+        kept = bool(statistics_files(refit.manifest))  # they would be lost
+        refit.config = dataclasses.replace(refit.config, save_statistics=kept)
     if rank is not None or rank_budget is not None:
         refit.config = _config_of_rank(refit.config, rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
@@ -132,6 +137,7 @@ def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConf
 
 def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
     stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
+    notes = [] if base_model is None else list(check_against_base(stored, base_model))
     new = config_for_refit(stored.manifest, config)
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
@@ -148,7 +154,7 @@ def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, ba
         reports={layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers},
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, holder_of(name)) for name in stored.manifest.layers},
-        notes=[],
+        notes=notes,
         base=base_model,
     )
     for name, layer in stored.manifest.layers.items():
@@ -226,7 +232,7 @@ def _possible_rank(refit: Refit, name: str, rank: int) -> int:
         return min(rank, solved)
     raise ConfigError(
         f"{name}: rank {rank} is above the stored {solved}. Ask for a smaller one; or, if the full statistics are "
-        f"stored, give a config with max_rank={rank}."
+        f"stored, give a config with max_rank={rank} (--da_max_rank {rank})."
     )
 
 

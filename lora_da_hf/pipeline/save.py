@@ -144,16 +144,27 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Heads are left out but for output embeddings: a classification head is random each time that a base is loaded, and a
     plain base does not tell which of its modules an adapter will train in full.
     """
-    heads = _head_parameters(base_model_of(model))
+    heads = head_parameters(model)
     for name, parameter in model.named_parameters():
         if not any(part in name for part in _OF_ADAPTER) and id(parameter) not in heads:
-            parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
             with gathered(parameter) as whole:
-                yield ".".join(part for part in parts if part not in _WRAPPERS), whole
+                yield _plain_name(name), whole
 
 
-def _head_parameters(model: Any) -> set[int]:
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model under the names that they have without an adapter."""
+    named = [(name, module) for name, module in model.named_modules() if not any(o in f"{name}." for o in _OF_ADAPTER)]
+    return {_plain_name(name): module for name, module in named}  # what is wrapped comes after what wraps it
+
+
+def _plain_name(name: str) -> str:
+    parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def head_parameters(model: nn.Module) -> set[int]:
     """Return the identities of the parameters that are neither in the backbone nor output embeddings."""
+    model = base_model_of(model)
     if not isinstance(model, PreTrainedModel):
         return set()
     pretrained = [model.base_model, model.get_output_embeddings()]

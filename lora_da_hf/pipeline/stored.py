@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_da_hf.artifacts.schema import Manifest
@@ -38,6 +38,7 @@ SOLVED_AGAIN_WITH = "solved_again_with"
 _SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
 _PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
 """How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
+_FREE_IN_REFIT = (*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget")
 _FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
 
 
@@ -86,24 +87,36 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
     if given is None:
         return stored
-    free = (*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget")
-    default = LoRADAConfig()
-    fixed = [
-        name
-        for name in changed_settings(given, stored)
-        if name not in (*free, *_PASS_SETTINGS) and getattr(given, name) != getattr(default, name)
-    ]
-    if fixed:
-        raise ConfigError(
-            f"{_listed(given, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
-            "changed without the data. Leave that out, or compute an initialisation anew."
-        )
-    values = {name: getattr(given, name) for name in free}
+    check_given(given, stored, changed_settings(given, LoRADAConfig()))
+    values = {name: getattr(given, name) for name in _FREE_IN_REFIT}
     if given.searches_step:
         values["step_size"] = stored.step_size
     for name in ("max_rank", "population_size", "rank_budget"):
         values[name] = values[name] or getattr(stored, name)
     return dataclasses.replace(stored, **values)
+
+
+def check_given(config: LoRADAConfig, stored: LoRADAConfig, given: Collection[str]) -> None:
+    """Verify that no setting of the pass over the data is given otherwise than stored.
+
+    Args:
+        config: The settings.
+        stored: The stored ones.
+        given: Which of the settings count.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    fixed = [
+        name
+        for name in changed_settings(config, stored)
+        if name in given and name not in (*_FREE_IN_REFIT, *_PASS_SETTINGS)
+    ]
+    if fixed:
+        raise ConfigError(
+            f"{_listed(config, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
+            "changed without the data. Leave that out, or compute an initialisation anew."
+        )
 
 
 def _listed(config: LoRADAConfig, names: list[str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -89,9 +90,15 @@ class LoraArguments:
     )
 
     def to_peft(self) -> "LoraConfig":
-        """Make the configuration that PEFT reads."""
+        """Make the configuration that PEFT reads.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
         from peft import LoraConfig
 
+        if self.lora_rank < 1:
+            raise ConfigError(f"--lora_rank must be at least 1, got {self.lora_rank}.")
         names = self.target_modules
         return LoraConfig(
             task_type="CAUSAL_LM",

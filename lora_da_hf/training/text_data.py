@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError
@@ -33,7 +34,9 @@ def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> R
         rows: Any = load_dataset(
             loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
         )
-    except DatasetGenerationError as error:
+    except StopIteration as error:
+        raise DataError(f"{path} is empty.") from error
+    except (DatasetGenerationError, ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as {loader} data: {error.__cause__ or error}") from error
     return rows
 
@@ -170,16 +173,22 @@ def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenize
 
 
 def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad.
+
+    Raises:
+        ConfigError: if there is no tokenizer, or not one for this model.
+    """
     shared = {
         "cache_dir": arguments.cache_dir,
         "trust_remote_code": arguments.trust_remote_code,
     }
     revision = arguments.model_revision
-    if arguments.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name, **shared)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **shared)
+    source = arguments.tokenizer_name or name
+    of_model = {} if arguments.tokenizer_name else {"revision": revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
+    except ValueError as error:
+        raise ConfigError(f"No tokenizer can be loaded from {source}. Name one with --tokenizer_name.") from error
     if tokenizer.eos_token is None:
         raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
     if tokenizer.pad_token is None:

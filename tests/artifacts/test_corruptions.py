@@ -1,6 +1,7 @@
 """Generated corruptions of a stored initialisation: every one is refused with an error of this library."""
 
 import copy
+import functools
 import hashlib
 import json
 import pickle
@@ -9,22 +10,34 @@ import struct
 
 import pytest
 import torch
-from conftest import make_tiny_llama
-from harness import BASE_NAME, change_tensors, make_init
+from conftest import make_lora_model, make_tiny_llama
+from harness import (
+    BASE_NAME,
+    change_tensors,
+    collate_classes,
+    make_config,
+    make_init,
+    make_learnable_samples,
+    store_init,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 
+from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, LoRADAError
+from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.save import base_model_facts
 
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
 FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
 TENSOR_FILES = [ADAPTER_FILE, BASIS_FILE, STATISTICS_FILE]
 LAYER = "model.layers.0.self_attn.q_proj"
+pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter .default.. . LoRA tensor")
 many = settings(max_examples=550, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -282,6 +295,29 @@ def kept_base_weight(folder, draw):
     keep_base_weight(folder, draw(st.sampled_from(names)))
 
 
+def tensor_beside(folder, draw):
+    """Add a tensor of another layer's adapter, a bias, a magnitude or rows of tokens, with a word for it or without."""
+    name = draw(st.sampled_from(["lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj", LAYER, "x"]))
+    ends = ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias"]
+    end = draw(st.sampled_from([*ends, "lora_magnitude_vector", "token_adapter.trainable_tokens_delta", "bias"]))
+    key = f"base_model.model.{name}.{end}"
+    said = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}.get(end)
+    value = torch.full(draw(st.sampled_from([(4, 48), (48, 4), (3, 3), (48,)])), draw(st.sampled_from([9.0, -1.0])))
+    tensors = load_file(folder / ADAPTER_FILE)
+    assume(key not in tensors)
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update({key: value}))
+    if said is not None:
+        config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+        (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps({**config, said: True}))
+    if draw(st.booleans()) and name != LAYER:
+        report = json.loads((folder / REPORT_FILE).read_text())
+        report["kept"][name] = "so"
+        (folder / REPORT_FILE).write_text(json.dumps(report))
+        forge(folder, lambda values: values["kept"].update({name: "so"}))
+    else:
+        forge(folder)
+
+
 def other_header(folder, draw):
     path = folder / draw(st.sampled_from(TENSOR_FILES))
     data = path.read_bytes()
@@ -525,7 +561,18 @@ CONFIG_CHANGES = {
     "use_rslora": [True, "yes", 1],
     "use_dora": [True],
     "use_qalora": [True],
-    "target_modules": [["q_proj"], [], None, "x", "(", ".*mlp.*", [3], {"q_proj": 1}, "all-linear"],
+    "target_modules": [
+        ["q_proj"],
+        ["q_proj", "v_proj", "up_proj"],
+        [],
+        None,
+        "x",
+        "(",
+        ".*mlp.*",
+        [3],
+        {"q_proj": 1},
+        "all-linear",
+    ],
     "exclude_modules": [["v_proj"], ".*q_proj", "(", 3],
     "modules_to_save": [["q_proj"], "q_proj", [3], ["("]],
     "layers_to_transform": [[0], 1, "0"],
@@ -585,6 +632,7 @@ CORRUPTIONS = [
     other_gradient,
     other_tensors,
     kept_base_weight,
+    tensor_beside,
     turned_direction,
     other_header,
     contradicting_manifest,
@@ -706,3 +754,154 @@ def test_a_card_and_its_pictures_may_lie_beside(original, place):
     (folder / "notes.txt").write_text("x")
     with pytest.raises(ArtifactError, match=r"notes.txt is not listed in the manifest. Remove it, or fetch"):
         load_init(folder)
+
+
+# Tensors besides the factors that were initialised
+
+
+OTHERS = {
+    "plain": {},
+    "lora_bias": {"lora_bias": True},
+    "kept embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "kept embedding, DoRA": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "saved head": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+    "tokens of two": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [7]}},
+    "biases": {"bias": "all"},
+    "a target that no module has": {"target_modules": ["q_proj", "nowhere"]},
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Return ``others(name)``: an initialisation whose adapter has other tensors, computed once."""
+
+    @functools.cache
+    def make(name):
+        model = make_lora_model(model=make_tiny_llama(), **{"target_modules": ["q_proj"], **OTHERS[name]})
+        return store_init(tmp_path_factory.mktemp("others") / "init", model, save_statistics=False, step_size=0.1)
+
+    return make
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_tensors_as_they_are_written_are_accepted(others, name):
+    assert check_against_base(load_init(others(name)), make_tiny_llama()) == ()
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+PREFIX = "base_model.model."
+EMBEDDING = f"{PREFIX}model.embed_tokens"
+TOKENS = f"{EMBEDDING}.token_adapter.trainable_tokens_delta"
+HEAD = f"{PREFIX}lm_head.lora_"
+MEANINGS = {
+    "bias": ("lora_bias", lambda t: t[f"{PREFIX}{LAYER}.lora_B.bias"].fill_(9.0)),
+    "embedding not zero": ("kept embedding", lambda t: t[f"{EMBEDDING}.lora_embedding_A"].fill_(0.1)),
+    "embedding of another rank": (
+        "kept embedding",
+        lambda t: t.update({f"{EMBEDDING}.lora_embedding_{x}": torch.zeros(3, 3) for x in "AB"}),
+    ),
+    "half an embedding": ("kept embedding", lambda t: t.pop(f"{EMBEDDING}.lora_embedding_B")),
+    "bias of nothing": (
+        "lora_bias",
+        lambda t: rename(t, f"{PREFIX}{LAYER}.lora_B.bias", f"{PREFIX}lm_head.lora_B.bias"),
+    ),
+    "magnitude of nothing": (
+        "kept embedding, DoRA",
+        lambda t: rename(t, f"{EMBEDDING}.lora_magnitude_vector", f"{PREFIX}lm_head.lora_magnitude_vector"),
+    ),
+    "negative magnitude": ("kept embedding, DoRA", lambda t: t[f"{EMBEDDING}.lora_magnitude_vector"].mul_(-1)),
+    "tokens more": ("tokens", lambda t: t.update({TOKENS: t[TOKENS].repeat(2, 1)})),
+    "tokens of no module": (
+        "tokens of two",
+        lambda t: rename(t, TOKENS, f"{PREFIX}model.norm.token_adapter.trainable_tokens_delta"),
+    ),
+    "adapter of nothing": (
+        "plain",
+        lambda t: t.update({f"{HEAD}A.weight": torch.ones(4, 48), f"{HEAD}B.weight": torch.ones(96, 4)}),
+    ),
+}
+
+
+def change_others(others, place, name, change):
+    folder = fresh_copy(others(name), place)
+    change_tensors(folder / ADAPTER_FILE, change)
+    forge(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", MEANINGS)
+def test_what_peft_would_not_start_with_is_refused(others, place, what):
+    folder = change_others(others, place, *MEANINGS[what])
+    with pytest.raises(ArtifactError, match=r"adapter_model.safetensors"):
+        load_init(folder)
+
+
+def keep_head(folder):
+    report = json.loads((folder / REPORT_FILE).read_text())
+    report["kept"]["lm_head"] = "so"
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    forge(folder, lambda values: values["kept"].update({"lm_head": "so"}))
+
+
+def test_what_is_only_said_to_be_kept_is_refused_unless_it_is_zero(others, place):
+    folder = change_others(others, place, *MEANINGS["adapter of nothing"])
+    keep_head(folder)
+    with pytest.raises(ArtifactError, match="the adapter of lm_head, which PEFT initialised, is not zero"):
+        load_init(folder)
+
+
+def test_a_target_that_is_no_layer_of_the_manifest_is_refused(others, place):
+    folder = fresh_copy(others("plain"), place)
+    config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    config["target_modules"].append("up_proj")
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config))
+    forge(folder)
+    with pytest.raises(ArtifactError, match="target_modules holds 'up_proj', and the manifest no layer of that name"):
+        load_init(folder)
+
+
+OF_THE_BASE = {
+    "magnitude": ("kept embedding, DoRA", f"{PREFIX}{LAYER}.lora_magnitude_vector"),
+    "kept magnitude": ("kept embedding, DoRA", f"{EMBEDDING}.lora_magnitude_vector"),
+    "saved": ("saved head", f"{PREFIX}lm_head.weight"),
+    "tokens": ("tokens", TOKENS),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("what", OF_THE_BASE)
+def test_what_only_the_base_tells_is_compared_with_it(others, place, what, adapted):
+    name, key = OF_THE_BASE[what]
+    folder = change_others(others, place, name, lambda tensors: tensors[key].mul_(50.0))
+    model = make_lora_model(**OTHERS[name]) if adapted else make_tiny_llama()
+    with pytest.raises(ArtifactError, match=f"'{key}' is not what follows from the base model"):
+        check_against_base(load_init(folder), model)
+
+
+def test_a_head_that_is_random_in_the_base_is_noted(tmp_path):
+    def make(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForSequenceClassification(make_tiny_llama().config)
+
+    base = make(0)
+    head = torch.randn_like(base.score.weight)
+    samples = [{**s, "labels": i % 2} for i, s in enumerate(make_learnable_samples(16))]
+    base.config.pad_token_id = 0
+    initialize_lora_da(
+        make_lora_model(model=base, task_type="SEQ_CLS", target_modules=["q_proj"]),
+        samples,
+        config=make_config(step_size=0.1),
+        data_collator=collate_classes,
+        output_dir=tmp_path / "init",
+        progress=False,
+    )
+    with torch.no_grad():
+        plain = base.score.original_module if hasattr(base.score, "original_module") else base.score
+        plain.weight.copy_(head)
+    (note,) = check_against_base(load_init(tmp_path / "init"), base)
+    assert note == "score.weight was not compared with the base's, which is random"

@@ -407,6 +407,15 @@ def test_a_base_of_another_shape_is_refused_with_the_difference(folder, lora_mod
     )
 
 
+def test_a_base_of_another_vocabulary_is_refused_with_the_difference(folder, tiny_llama):
+    model = tiny_llama(vocab_size=128)
+    refuses(folder, "vocab_size is 128 and was 96", BaseModelMismatchError, base_model=facts(model))
+    stored = load_init(folder).manifest.base_model
+    config = {name: value for name, value in stored["config"].items() if name != "vocab_size"}  # an earlier version's
+    forge_manifest(folder, base_model={**stored, "config": config})
+    refuses(folder, r"load it in float32 or bfloat16", BaseModelMismatchError, base_model=facts(model))
+
+
 def test_a_base_with_other_weights_is_refused(folder, lora_model, tiny_llama):
     model = lora_model(model=tiny_llama(seed=1), target_modules=["q_proj", "v_proj"])
     refuses(folder, "its weights have another fingerprint", BaseModelMismatchError, base_model=facts(model))

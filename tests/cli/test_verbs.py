@@ -90,11 +90,21 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
         (["train.jsonl", "--da_num_samples", "0"], "num_samples=0 must be at least 1"),
         (["train.jsonl", "--text_column", "nothing"], "has no column 'nothing'"),
+        (["train.jsonl", "--split", "train[:3]"], "--split is for a data set on the Hub, and train.jsonl is a file"),
+        (["train.jsonl", "--dataset_config_name", "main"], "--dataset_config_name is for a data set on the Hub"),
+        (["train.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not found"),
+        (["train.jsonl", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
+        (["empty.jsonl"], "empty.jsonl is empty"),
+        (["broken.parquet"], "broken.parquet cannot be read as parquet data"),
+        (["train.jsonl", "--tokenizer_name", "bare"], "No tokenizer can be loaded from bare. Name one with --tok"),
     ],
 )
 def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write_sums(tmp_path / "train.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    shutil.copytree(place / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     data, *flags = words
     code, out, err = lora_da("init", place / "model", data, "out", *flags)
     assert (code, out) == (1, "")
@@ -282,6 +292,33 @@ def test_card_goes_to_a_folder_with_its_plots(lora_da, stored, tmp_path):
     ]
 
 
+def test_card_replaces_only_a_card(lora_da, stored, tmp_path):
+    readme = tmp_path / "README.md"
+    for text in ("# Mine", "---\ntags: [lora]\n---\n", "---\ntags: 3\n---\n"):
+        readme.write_text(text, encoding="utf-8")
+        code, _, err = lora_da("card", stored, "--output", tmp_path)
+        assert code == 1
+        assert "README.md is no card of lora-da, and would be lost. Name another folder, or give --overwrite" in err
+        assert readme.read_text(encoding="utf-8") == text
+    assert lora_da("card", stored, "--output", tmp_path, "--overwrite")[0] == 0
+    assert lora_da("card", stored, "--output", tmp_path, "--license", "mit")[0] == 0
+    assert "license: mit" in readme.read_text(encoding="utf-8")
+
+
+def test_a_file_in_the_place_of_a_folder_or_the_reverse_is_said(lora_da, stored, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    for words in (["show", stored, "--plots", file], ["card", stored, "--output", file]):
+        code, _, err = lora_da(*words)
+        assert code == 1
+        assert f"{file} is a file, or lies in one. Name a folder" in err
+        assert "hf auth login" not in err
+    code, _, err = lora_da("push", stored, "user/name", "--card", tmp_path / "nofile")
+    assert code == 1
+    assert "nofile, given as --card, is not a file" in err
+    assert "hf auth login" not in err
+
+
 def test_the_command_on_a_card_gives_the_same_settings(stored):
     card = render_card(load_init(stored), license=None)
     command = re.search(r"```\n(lora-da init .+)\n```", card)[1]
@@ -331,6 +368,17 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
         {**rest, "config": changed, "step_size": 0.5},
         {**rest, "rank_budget": 1000},
     ]
+
+
+def test_refit_refuses_a_setting_of_the_pass_even_at_its_default(lora_da, stored, tmp_path):
+    assert load_init(stored).manifest.config["num_samples"] != LoRADAConfig().num_samples
+    words = [stored, tmp_path / "new", "--da_num_samples", LoRADAConfig().num_samples]
+    code, _, err = lora_da("refit", *words)
+    assert code == 1
+    assert f"num_samples={LoRADAConfig().num_samples}: the statistics were taken with num_samples=12" in err
+    code, _, err = lora_da("refit", stored, tmp_path / "new", "--rank", 9)
+    assert code == 1
+    assert "(--da_max_rank 9)" in err
 
 
 PUSHED = SimpleNamespace(

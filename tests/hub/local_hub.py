@@ -108,6 +108,8 @@ class LocalHub:
         multipart_above: Files above this size are sent in parts.
         default_public: Repos are made public whatever was asked for, as an organisation may have it.
         before_commit: Called when a commit arrives, before anything is looked at.
+        after_commit: Called with the repo once a commit is in it, before that is answered.
+        after_info: Called once it is known what a revision is, before that is answered.
     """
 
     def __init__(self, folder):
@@ -122,6 +124,8 @@ class LocalHub:
         self.multipart_above = 1 << 40
         self.default_public = False
         self.before_commit = None
+        self.after_commit = None
+        self.after_info = None
         self.closed = False
         self._servers = {name: _serve(self, handler) for name, handler in (("hub", Front), ("storage", Storage))}
 
@@ -330,7 +334,10 @@ class Front(Handler):
 
     def info(self, repo_id, revision="main"):
         repo = self.repo(repo_id)
-        self.reply(values=describe(repo, self.commit_of(repo, revision)))
+        values = describe(repo, self.commit_of(repo, revision))
+        if self.hub.after_info is not None:
+            self.hub.after_info()
+        self.reply(values=values)
 
     def list(self):
         wanted, author = set(self.query.get("filter", [])), self.query.get("author", [None])[0]
@@ -448,6 +455,8 @@ class Front(Handler):
             answer["pullRequestUrl"] = f"{self.hub.endpoint}/{repo_id}/discussions/{number}"
         else:
             repo.branches[revision] = sha
+        if self.hub.after_commit is not None:
+            self.hub.after_commit(repo)
         self.reply(values=answer)
 
     def apply(self, key, value, files):

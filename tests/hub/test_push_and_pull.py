@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 import yaml
-from conftest import make_tiny_llama
-from harness import assert_same_tensors, change_tensors, forge_manifest, written_adapter
+from conftest import make_lora_model, make_tiny_llama
+from harness import BASE_NAME, assert_same_tensors, change_tensors, forge_manifest, store_init, written_adapter
 from huggingface_hub import HfApi
 from local_hub import CARD, File, Repo
 from peft import PeftModel
@@ -181,6 +181,51 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
     assert "somebody else pushed meanwhile" in str(lost[0])
     assert hub.repos[REPO].branches["main"] == won.commit == hub.repos[REPO].tags["schema-v1"]
     assert len(hub.repos[REPO].commits) == 3
+
+
+def test_a_stale_parent_is_refused_even_if_nothing_changed(hub, push):
+    commit = push().commit
+    with pytest.raises(HubError, match=rf"alice/init is at {commit}, not at 0000000: somebody else pushed meanwhile"):
+        push(parent_commit="0000000")
+    assert push(parent_commit=commit).commit == push(parent_commit=commit[:7]).commit == commit
+
+
+def test_what_arrived_is_compared_with_what_was_sent(hub, push):
+    def damage_in_repo(repo):
+        files = repo.commits[repo.branches["main"]]
+        files[ADAPTER_FILE] = File(size=files[ADAPTER_FILE].size, sha256="0" * 64)
+
+    hub.after_commit = damage_in_repo
+    with pytest.raises(ArtifactError, match=rf"{ADAPTER_FILE} has SHA-256 000.* is on the Hub all the same"):
+        push()
+    assert hub.repos[REPO].tags == {}
+
+
+def test_the_tag_stays_if_somebody_pushed_on_top(hub, another, push):
+    first = push()
+
+    def push_on_top(repo):
+        repo.branches["main"] = repo.add_commit(dict(repo.commits[repo.branches["main"]]))
+
+    hub.after_commit = push_on_top
+    second = push(another())
+    assert second.tag is None
+    assert second.commit != hub.repos[REPO].branches["main"]
+    assert hub.repos[REPO].tags == {"schema-v1": first.commit}
+
+
+def test_a_repo_that_changes_while_it_is_read_is_pulled_again(hub, push, pull):
+    first = push().commit
+    repo = hub.repos[REPO]
+
+    def change():
+        hub.after_info = None
+        repo.branches["main"] = repo.add_commit(dict(repo.commits[first]))
+
+    hub.after_info = change
+    with pytest.raises(HubError, match=rf"changed while it was read: it was {first}, now \w+. Pull again"):
+        pull()
+    assert pull().commit == repo.branches["main"]
 
 
 # Who may read and write
@@ -614,6 +659,20 @@ def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pul
     assert pull(base_model=base_model_facts(make_tiny_llama())).folder.exists()
 
 
+def test_magnitudes_that_are_not_the_base_s_are_refused(hub, push, pull, tmp_path):
+    def make(**lora):
+        return make_lora_model(model=make_tiny_llama(name_or_path=BASE_NAME), target_modules=["q_proj"], **lora)
+
+    folder = store_init(tmp_path / "dora", make(use_dora=True), save_statistics=False, step_size=0.1)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors[key].mul_(50.0))
+    forge_manifest(folder)
+    push(folder)
+    with pytest.raises(ArtifactError, match="lora_magnitude_vector' is not what follows from the base model"):
+        pull(base_model=make().unload(), local_dir=tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_base_can_be_loaded_for_the_adapter_s_task(hub, push, pull):
     push()
     forget(hub)
@@ -647,6 +706,16 @@ def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path):
     assert {layer.rank for layer in load_init(folder).manifest.layers.values()} == {2}
     assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine"
     assert load_init(tmp_path / "mine").manifest.step_size == load_init(folder).manifest.step_size
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_a_killed_pull_left_is_removed(push, pull, tmp_path, rank):
+    push()
+    for name in (".mine.partial-x", ".mine.old-x", *([] if rank is None else [".mine.whole-x"])):
+        (tmp_path / name / "mine").mkdir(parents=True)
+    before = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".mine")}
+    pull(rank=rank, local_dir=tmp_path / "mine")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"mine", "cache"}
 
 
 def written_when(folder):

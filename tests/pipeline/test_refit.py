@@ -545,3 +545,18 @@ def test_steps_and_norms_per_layer_are_known_to_come_of_the_statistics(tmp_path,
     forge_manifest(folder, config=lying)
     with pytest.raises(ArtifactError):
         check_statistics(load_init(folder))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 2}, {"step_size": 0.5}])
+def test_a_refit_in_place_keeps_the_statistics(stored_init, tmp_path, settings):
+    folder = shutil.copytree(stored_init, tmp_path / "init")
+    (tmp_path / ".init.partial-killed").mkdir()
+    (tmp_path / "x").mkdir()
+    expected = {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")}
+    refit_init(folder, tmp_path / "x" / ".." / "init", **settings)
+    assert {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")} == expected != {}
+    assert load_init(folder).manifest.config["save_statistics"]
+    assert {path.name for path in tmp_path.iterdir()} == {"init", "x"}
+    config = dataclasses.replace(LoRADAConfig.from_dict(load_init(folder).manifest.config), save_statistics=False)
+    refit_init(folder, folder, config=config)
+    assert not list(folder.glob("lora_da_statistics*"))
