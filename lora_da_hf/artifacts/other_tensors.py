@@ -38,10 +38,11 @@ def check_other_tensors(
     Raises:
         ArtifactError: naming the tensor.
     """
-    holders = {holder_of(name) for name in (*manifest.layers, *manifest.kept)}
+    kept = {holder_of(name) for name in manifest.kept}
+    holders = {*map(holder_of, manifest.layers), *kept}
     for key in sorted(set(tensors) - set(known)):
         name = key.removeprefix(PEFT_PREFIX)
-        if not key.startswith(PEFT_PREFIX) or not _is_named(name, holders, config):
+        if not key.startswith(PEFT_PREFIX) or not _is_named(name, holders, kept, config):
             raise ArtifactError(f"{path}: {key!r} is no tensor of this adapter. Do not use it.")
         if name.endswith(_BIAS_OF_B) and tensors[key].any():
             raise ArtifactError(f"{path}: {key!r} is not zero, as it is before training. Do not use it.")
@@ -55,10 +56,12 @@ def check_other_tensors(
         _check_kept(path, tensors, name, config, manifest)
 
 
-def _is_named(name: str, holders: Collection[str], config: Mapping[str, Any]) -> bool:
+def _is_named(name: str, holders: Collection[str], kept: Collection[str], config: Mapping[str, Any]) -> bool:
     """Tell whether a tensor belongs to an adapted layer, or to what the config says is trained besides."""
-    ends = [end for pair in _FACTORS for end in pair]
-    ends += [MAGNITUDE] if config.get("use_dora") else []
+    factors = [end for pair in _FACTORS for end in pair]
+    if any(name.endswith(end) and name.removesuffix(end) in kept for end in factors):
+        return True
+    ends = [MAGNITUDE] if config.get("use_dora") else []
     ends += [_BIAS_OF_B] if config.get("lora_bias") else []
     if any(name.endswith(end) and name.removesuffix(end) in holders for end in ends):
         return True

@@ -112,9 +112,9 @@ def test_numbers_are_those_of_manifest_and_report(stored):
 
 
 def test_where_the_step_is_from_is_said(stored):
-    assert "| step | 0.3000, by a line search on 4 samples" in render_card(stored(), license=None)
+    assert "| step | 0.3, by a line search on 4 samples" in render_card(stored(), license=None)
     refitted = stored(manifest=make_manifest(refitted_from={"created": "x", "manifest": "sha256:0"}))
-    assert "| step | 0.3000, from the stored steps |" in render_card(refitted, license=None)
+    assert "| step | 0.3, from the stored steps |" in render_card(refitted, license=None)
 
 
 def test_plots_are_shown_only_if_they_are_there(stored):
