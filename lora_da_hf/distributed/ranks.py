@@ -195,6 +195,8 @@ def _reporting_lost_peers() -> Generator[None]:
     """Say what it means when a collective operation breaks: torch speaks of sockets and timeouts."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this process's own
     except RuntimeError as error:
         raise PeerGone(
             f"Another process is gone, or did not answer within the timeout of the process group ({error}). See its "

@@ -99,7 +99,7 @@ class Job:
                 undo()
             together = self.ranks.all_fail_with(error)
             for name, factors in before.items():
-                if together or is_whole(self.targets[name].lora_A):
+                if together or _is_whole(self.targets[name]):
                     write_factors(self.targets[name], *factors)
             if together:
                 settle(self.model)
@@ -124,7 +124,7 @@ class Job:
     @functools.cached_property
     def writes_in_step(self) -> bool:
         """Whether the processes have to write the adapter in step, since each holds a part of it or of a copy."""
-        return self.ranks.size > 1 and not all(is_whole(target.lora_A) for target in self.scan.targets)
+        return self.ranks.size > 1 and not all(map(_is_whole, self.scan.targets))
 
     @functools.cached_property
     def base_model(self) -> dict[str, Any]:
@@ -161,3 +161,8 @@ class Job:
             )
         total, count = self.ranks.sum(mine)
         return total / count if count else float("nan")
+
+
+def _is_whole(target: Target) -> bool:
+    """Tell whether a layer's factors can be written by this process alone; a frozen one may be, and the other not."""
+    return is_whole(target.lora_A) and is_whole(target.lora_B)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.checkpoint import CheckpointFolder
 from lora_da_hf.artifacts.statistics_store import save_statistics
+from lora_da_hf.config import parse_bytes
 from lora_da_hf.errors import CheckpointError
 from lora_da_hf.pipeline.gather import PassCounts
 from lora_da_hf.pipeline.identity import changes
@@ -100,6 +101,12 @@ class Progress:
         found = changes(earlier.get("identity"), self._identity)
         if earlier.get("batch_size") != self._job.batch_size:
             found.append("batch size")
+        plan, config = Plan.from_dict(earlier["plan"]), self._job.config
+        budget = config.memory_budget
+        if budget is not None and parse_bytes(budget, "memory_budget") < plan.peak_bytes:
+            found.append("memory budget, below what its plan takes")
+        if config.schedule not in ("auto", plan.schedule):
+            found.append("schedule")
         if self._in_step and not found and earlier["plan"]["schedule"] == "layers":
             found.append("way to share the parameters")  # they were whole: alone with its layers, a process would hang
         if found:

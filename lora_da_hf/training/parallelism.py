@@ -18,7 +18,7 @@ def refuse_split_samples(args: TrainingArguments) -> None:
         args: The trainer's.
 
     Raises:
-        UnsupportedSetupError: naming the kind of parallelism.
+        UnsupportedSetupError: naming the kind of parallelism; or under DeepSpeed in half precision without ZeRO.
     """
     found = _kinds_of_parallelism(args)
     if found:
@@ -28,6 +28,18 @@ def refuse_split_samples(args: TrainingArguments) -> None:
             "initialize_lora_da(..., output_dir=...), and load that adapter with "
             "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
         )
+    if _hides_float32_copies(args):
+        raise UnsupportedSetupError(
+            "DeepSpeed without ZeRO (stage 0) keeps float32 copies of a half-precision adapter where they cannot be "
+            "written, and its first step would undo the initialisation. Use stage 1, 2 or 3, or DDP."
+        )
+
+
+def _hides_float32_copies(args: TrainingArguments) -> bool:
+    plugin: Any = AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None
+    config: dict[str, Any] = getattr(plugin, "deepspeed_config", None) or {}
+    is_half = args.bf16 or args.fp16 or any(config.get(kind, {}).get("enabled") is True for kind in ("bf16", "fp16"))
+    return bool(config) and is_half and config.get("zero_optimization", {}).get("stage", 0) == 0
 
 
 def _kinds_of_parallelism(args: TrainingArguments) -> list[str]:

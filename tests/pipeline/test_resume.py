@@ -175,6 +175,13 @@ def test_files_of_another_run_are_dropped_and_that_is_said(tmp_path, lora_model,
     assert names(tmp_path) == ["init"]
 
 
+def test_a_plan_that_takes_more_than_is_allowed_now_is_made_anew(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=5)
+    report, _ = initialize(lora_model(), samples, tmp_path / "init", memory_budget=SMALL)
+    assert "4 passes" in report.plan
+    assert any("it had another memory budget, below what its plan takes" in note for note in report.notes)
+
+
 def test_the_plan_of_the_stopped_run_stays_whatever_is_free_now(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=10, memory_budget=SMALL)
     loss = Stopping()

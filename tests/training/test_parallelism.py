@@ -57,6 +57,14 @@ def test_those_that_a_deepspeed_config_asks_for_are_refused(trainer, monkeypatch
         begin(trainer)
 
 
+@pytest.mark.parametrize("config", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True}, "zero_optimization": {}}])
+def test_deepspeed_in_half_precision_without_zero_is_refused(trainer, monkeypatch, config):
+    plugin = SimpleNamespace(deepspeed_config=config)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda state: plugin))
+    with pytest.raises(UnsupportedSetupError, match=r"its first step would undo the initialisation. Use stage 1"):
+        begin(trainer)
+
+
 def test_megatron_is_refused(trainer, monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MEGATRON_LM)
     with pytest.raises(UnsupportedSetupError, match="does not work under Megatron-LM"):
