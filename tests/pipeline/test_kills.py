@@ -66,7 +66,8 @@ def start_two(folder, write=AT_RANDOM, dying=()):
 def check_whole(folder):
     """Verify that every file under its final name can be read as a whole."""
     for path in folder.rglob("*"):
-        partial = any(".partial" in part for part in path.relative_to(folder).parts)
+        parts = path.relative_to(folder).parts
+        partial = any(".partial" in part or part.startswith(".tmp") for part in parts)  # .tmp: of safetensors itself
         if path.is_file() and not partial:
             load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
