@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +21,19 @@ import lora_da_hf.artifacts.checkpoint
 import lora_da_hf.artifacts.statistics_store
 import lora_da_hf.artifacts.store
 from lora_da_hf import initialize_lora_da
+
+LEAST_WRITE_SECONDS = 0.02  # a kill at random finds about as much left to do on a fast machine as on a slow one
+
+
+def take_time(module):
+    """Make each call of the module's `save_file` take no less than a known time."""
+    save_file = module.save_file
+
+    def slow_save_file(*arguments, **kwargs):
+        time.sleep(LEAST_WRITE_SECONDS)
+        save_file(*arguments, **kwargs)
+
+    module.save_file = slow_save_file
 
 
 def die_in_the_middle(module, number):
@@ -36,13 +50,14 @@ def die_in_the_middle(module, number):
 
 
 def initialize(folder):
-    """Run a slow enough initialisation: single samples, four windows, sums written after each batch."""
+    """Run a slow enough initialisation: 32 single samples a process, four windows, sums written after each batch."""
+    samples = 32 * int(os.environ.get("WORLD_SIZE", "1"))
     config = make_config(
-        num_samples=32, batch_size=1, memory_budget=350_000, statistics_save_steps=1, save_statistics=True
+        num_samples=samples, batch_size=1, memory_budget=350_000, statistics_save_steps=1, save_statistics=True
     )
     initialize_lora_da(
         make_lora_model(),
-        make_learnable_samples(48),
+        make_learnable_samples(samples + 16),
         config=config,
         data_collator=collate,
         output_dir=folder,
@@ -54,6 +69,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
+    take_time(lora_da_hf.artifacts.checkpoint)
     if len(sys.argv) > 2:
         number = int(sys.argv[2])
         modules = lora_da_hf.artifacts.store, lora_da_hf.artifacts.checkpoint, lora_da_hf.artifacts.statistics_store
