@@ -295,12 +295,14 @@ class Start:
         setup: What it was made of.
         notes: What the method noted.
         cost: Seconds and memory of its initialisation.
+        loss: That on the validation samples, once it was measured.
     """
 
     model: nn.Module
     setup: Setup
     notes: dict[str, Any]
     cost: dict[str, Any]
+    loss: float | None = None
 
 
 class LastStart:
@@ -323,6 +325,11 @@ class LastStart:
         )  # which know its parameters
         setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
         return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup), reused
+
+    def note_loss(self, loss: float | None) -> None:
+        """Keep the loss that the start was found to have, for those who get it next."""
+        assert self.kept is not None
+        self.kept.loss = loss
 
 
 def make_start(cell: dict[str, Any], subject: Subject) -> Start:
@@ -364,7 +371,8 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     start, reused = last.get(cell, subject)
     torch.manual_seed(cell["seed"])  # for dropout
     with Measured() as training:
-        found = train(start.model, start.setup, cell, subject.validation)
+        found = train(start, cell, subject.validation)
+    last.note_loss(found["losses"][0][1])
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
@@ -416,20 +424,21 @@ def rate_at(step: int, cell: dict[str, Any]) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, cell["steps"] - warmup))) / 2
 
 
-def train(model: nn.Module, setup: Setup, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
+def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
     """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more."""
+    model, setup = start.model, start.setup
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
     for prepare in setup.on_optimizer:
         prepare(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
-    losses = [[0, evaluate(model, setup, validation)]]
+    losses = [[0, evaluate(model, setup, validation) if start.loss is None else start.loss]]
     train_losses: list[float] = []
     seconds = 0.0
     batches = batches_of(setup.samples, cell["seed"], cell["batch_size"])
     for step in range(1, cell["steps"] + 1):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         model.train()
         loss = model(**setup.collate(next(batches)), use_cache=False).loss
         loss.backward()
@@ -438,7 +447,7 @@ def train(model: nn.Module, setup: Setup, cell: dict[str, Any], validation: list
         optimizer.zero_grad()
         schedule.step()
         train_losses.append(loss.item())
-        seconds += time.perf_counter() - start
+        seconds += time.perf_counter() - begin
         if not math.isfinite(train_losses[-1]):
             break
         if step in marks:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,8 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
-from lora_da_hf.artifacts.files import sync
 from lora_da_hf.artifacts.fingerprint import differences
+from lora_da_hf.artifacts.folders import UNLISTED_FILES, atomic_folder
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -30,42 +25,32 @@ from lora_da_hf.artifacts.schema import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     REPORT_FILE,
-    REQUIRED_FILES,
-    STATISTICS_PREFIX,
     FileEntry,
     Manifest,
     parse_manifest,
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
 from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
-from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.report import LoRADAReport
 
 __all__ = [
     "PEFT_PREFIX",
     "StoredBasis",
     "StoredInit",
-    "atomic_folder",
     "basis_tensors",
     "check_base_model",
     "check_file",
     "file_entry",
-    "foreign_files",
     "load_init",
     "load_manifest",
     "read_tensors",
-    "remove_leftovers",
     "write_init",
 ]
-
-UNLISTED_FILES = ("README.md", ".gitattributes")
-"""What a folder may hold besides, apart from PNG files. Nothing of it is read."""
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
-_PARTIAL = ".{}.partial-"
-_OLD = ".{}.old-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,56 +68,6 @@ class StoredInit:
     manifest: Manifest
     bases: dict[str, StoredBasis]
     notes: tuple[str, ...] = ()
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Generator[Path]:
-    """Give a temporary folder beside ``target`` that takes its place if the block ends well.
-
-    What was at ``target`` before is replaced. If the block fails, it is as it was and nothing is left behind.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL.format(target.name), dir=target.parent))
-    try:
-        yield partial
-        for path in partial.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            sync(path)
-        partial.chmod(0o777 & ~_umask())
-        if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
-            target.rename(aside / target.name)
-            try:
-                partial.rename(target)
-            except BaseException:
-                (aside / target.name).rename(target)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_leftovers(target: Path) -> None:
-    """Delete what `atomic_folder` could not, because its process was killed; a replaced folder is put back.
-
-    No other process may be writing to ``target``.
-    """
-    name = glob.escape(target.name)
-    for partial in target.parent.glob(_PARTIAL.format(name) + "*"):
-        shutil.rmtree(partial)
-    for aside in target.parent.glob(_OLD.format(name) + "*"):
-        if (aside / target.name).exists() and not target.exists():
-            (aside / target.name).rename(target)
-        shutil.rmtree(aside)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_init(
@@ -165,37 +100,6 @@ def write_init(
         manifest = make_manifest(entries)
         (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode("utf-8"))
     return manifest
-
-
-def foreign_files(folder: Path) -> list[str]:
-    """Return the names in the folder of an initialisation that are neither one's nor a card's nor a picture's."""
-    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES}
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in known and not path.name.startswith(STATISTICS_PREFIX) and path.suffix != ".png"
-    )
-
-
-def check_replaceable(folder: Path) -> None:
-    """Verify that nothing but an initialisation, or the report of one that was used, would be replaced at a folder.
-
-    Raises:
-        ConfigError: if something else is there, or the folder has no name of its own.
-    """
-    if folder.name in ("", ".."):
-        raise ConfigError(f"{str(folder)!r} does not name a folder of its own for the initialisation. Name a new one.")
-    if not folder.is_dir():
-        if folder.exists():
-            raise ConfigError(f"{folder} is a file. Name a new folder for the initialisation.")
-        return
-    names = {path.name for path in folder.iterdir()}
-    foreign = foreign_files(folder) if MANIFEST_FILE in names else sorted(names - {REPORT_FILE})
-    if foreign:
-        raise ConfigError(
-            f"{folder} holds something else than an initialisation ({foreign[0]}), which would be lost. Name a new "
-            "folder, or move what is there."
-        )
 
 
 def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:

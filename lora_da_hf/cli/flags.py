@@ -122,8 +122,8 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     Raises:
         ConfigError: if there is something else there, or an initialisation that was not to be replaced.
     """
+    from lora_da_hf.artifacts.folders import check_replaceable
     from lora_da_hf.artifacts.schema import MANIFEST_FILE
-    from lora_da_hf.artifacts.store import check_replaceable
 
     check_replaceable(path)
     if (path / MANIFEST_FILE).is_file() and not overwrite:

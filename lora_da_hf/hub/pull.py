@@ -18,16 +18,10 @@ from huggingface_hub.utils import WeakFileLock
 from torch import nn
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable, remove_leftovers
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
-from lora_da_hf.artifacts.store import (
-    atomic_folder,
-    check_base_model,
-    check_file,
-    check_replaceable,
-    load_init,
-    remove_leftovers,
-)
+from lora_da_hf.artifacts.store import check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.against_base import check_against_base

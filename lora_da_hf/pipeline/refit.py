@@ -9,11 +9,12 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 
+from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
 from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_replaceable, load_init, remove_leftovers
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError

@@ -14,7 +14,7 @@ from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable
-from lora_da_hf.artifacts.store import check_replaceable, remove_leftovers
+from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks

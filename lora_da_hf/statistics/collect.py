@@ -59,13 +59,15 @@ class PassResult:
         num_samples: Samples that have a label.
         num_unlabelled: Samples that have none, and count nowhere.
         batch_size: Samples run together, which is 1 where the loss or the model demands it.
-        notes: Why, if so.
+        why_single: Why samples were run one at a time though more were asked for; None: they were not.
+        notes: That, and what else a user has to know.
     """
 
     taps: Taps
     num_samples: int = 0
     num_unlabelled: int = 0
     batch_size: int = 1
+    why_single: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -141,9 +143,10 @@ def collect(
     lockstep = lockstep or Lockstep.of_one()
     batch_size, notes = settings.batch_size, []
     why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
-    if why_single is not None and batch_size > 1:
-        batch_size = 1
-        notes.append(f"run one sample at a time: {why_single}")
+    if batch_size == 1:
+        why_single = None
+    if why_single is not None:
+        batch_size, notes = 1, [_single_note(why_single)]
     if settings.reduction.kind == "batch":
         notes.append(
             f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
@@ -155,8 +158,8 @@ def collect(
         with lockstep.alike():
             earlier = store.load() if store is not None and resumes else None
             if earlier is not None:
-                batch_size, notes = earlier.facts["batch_size"], earlier.facts["notes"]
-            result = PassResult(taps=make_taps(), batch_size=batch_size, notes=notes)
+                batch_size, why_single, notes = (earlier.facts[name] for name in ("batch_size", "why_single", "notes"))
+            result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, notes=notes)
             first = _restore(result, earlier) if earlier is not None else 0
             earlier, resumes = None, False  # its tensors are as large as the sums
         batches = make_batches(samples, batch_size)
@@ -183,7 +186,8 @@ def collect(
                     f"The statistics cannot be taken even one sample at a time: {reason}. If the collator pads single "
                     'samples, turn that off; with token_mask="labels" try "attention".'
                 ) from reason
-            batch_size, notes = 1, [*notes, f"run one sample at a time: {reason}"]
+            batch_size, why_single = 1, str(reason)
+            notes = [*notes, _single_note(why_single)]
             del result  # before the next sums are there too
             on_samples(-done)
             if store is not None:
@@ -193,8 +197,13 @@ def collect(
         return result
 
 
+def _single_note(reason: str) -> str:
+    return f"run one sample at a time: {reason}"
+
+
 def _state(result: PassResult, batches_done: int) -> PassState:
-    facts = {name: getattr(result, name) for name in ("num_samples", "num_unlabelled", "batch_size", "notes")}
+    names = ("num_samples", "num_unlabelled", "batch_size", "why_single", "notes")
+    facts = {name: getattr(result, name) for name in names}
     counts = {"batches_done": batches_done, "counts": result.taps.counts(), "saw_float16": result.taps.saw_float16}
     tensors = {**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}
     return PassState(tensors=tensors, facts={**facts, **counts, "generators": generator_states()})

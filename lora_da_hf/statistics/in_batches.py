@@ -61,8 +61,8 @@ def why_not_in_batches(
         )
         for size in (len(samples), 1)
     ]
-    if results[0].batch_size == 1:
-        return results[0].notes[-1].partition(": ")[2]
+    if results[0].why_single is not None:
+        return results[0].why_single
     together, apart = (result.taps for result in results)
     assert isinstance(together, SizeTaps)
     assert isinstance(apart, SizeTaps)

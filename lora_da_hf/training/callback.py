@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
+from lora_da_hf.artifacts.folders import atomic_folder
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
-from lora_da_hf.artifacts.store import atomic_folder
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
@@ -30,7 +30,7 @@ from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.training.init_source import find_init, tag_with_init
-from lora_da_hf.training.parallelism import refuse_split_samples
+from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class LoRADACallback(TrainerCallback):
         if model is None:
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
-        refuse_split_samples(args)
+        refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
         starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
         if self.config.freeze_a:
@@ -161,7 +161,7 @@ class LoRADACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
     ) -> None:
         """Initialise before the optimizer is made. The report is logged when training begins."""
-        refuse_split_samples(args)
+        refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
         self.report = self._initialize(args, state, model, name, train_dataloader)
         self._is_unlogged = True

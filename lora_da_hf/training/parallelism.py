@@ -11,8 +11,10 @@ from transformers import TrainingArguments
 from lora_da_hf.errors import UnsupportedSetupError
 
 
-def refuse_split_samples(args: TrainingArguments) -> None:
-    """Refuse runs in which a process sees a part of a sample, or of a layer's width: data parallelism alone is left.
+def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
+    """Refuse runs in which statistics would be of parts, or the initialisation would be undone.
+
+    A process may see neither a part of a sample nor one of a layer's width: data parallelism alone is left.
 
     Args:
         args: The trainer's.

@@ -24,9 +24,10 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
+from lora_da_hf.artifacts.folders import atomic_folder
 from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics, load_statistics, save_statistics
-from lora_da_hf.artifacts.store import atomic_folder, load_init
+from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.theory.adapter_factors import split_factors
 from lora_da_hf.theory.solve import factorize, solve_layer
