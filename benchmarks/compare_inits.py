@@ -47,6 +47,7 @@ from typing import Any
 import torch
 from initialization_cost import machine, peak_mib, reset_peak
 from inits import METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
+from movement import movement, read_factors
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -370,12 +371,14 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     """
     start, reused = last.get(cell, subject)
     torch.manual_seed(cell["seed"])  # for dropout
+    before = read_factors(start.model)
     with Measured() as training:
         found = train(start, cell, subject.validation)
     last.note_loss(found["losses"][0][1])
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
+        "movement": movement(before, read_factors(start.model)) if cell["steps"] else None,
         "accuracy": accuracy,
         "initialization": {**start.cost, "reused": reused},
         "training": training.found,

@@ -13,6 +13,7 @@ from harness import make_tokenizer
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import compare_inits
 import inits
+import movement
 import report
 
 from lora_da_hf.errors import ConfigError
@@ -389,3 +390,23 @@ def test_nothing_to_report_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "empty.jsonl")])
     assert "holds no result yet" in capsys.readouterr().err
+
+
+def test_movement_is_that_of_the_products():
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(*shape, generator=generator) for shape in ((3, 9), (7, 3), (3, 9), (7, 3)))
+    before, after = movement.Factors(a, b, 2.0), movement.Factors(c, d, 2.0)
+    found = movement.movement({"layer": before}, {"layer": after})
+    old, new = 2 * b @ a, 2 * d @ c
+    assert found["start"] == pytest.approx(torch.linalg.matrix_norm(old, ord=2).item(), rel=1e-5)
+    assert found["moved"] == pytest.approx(torch.linalg.matrix_norm(new - old, ord=2).item(), rel=1e-5)
+    assert found["start_kept"] == pytest.approx(((new * old).sum() / old.square().sum()).item(), rel=1e-4)
+    inside = c @ torch.linalg.pinv(a) @ a
+    assert found["subspace_kept"] == pytest.approx((inside.square().sum() / c.square().sum()).item(), rel=1e-5)
+
+
+def test_movement_of_what_stays():
+    model = inits.get_peft_model(make_tiny_llama(), inits.LoraConfig(r=2, target_modules="all-linear"))
+    factors = movement.read_factors(model)
+    found = movement.movement(factors, factors)
+    assert found == {"start": 0, "moved": 0, "subspace_kept": pytest.approx(1, rel=1e-6), "start_kept": None}
