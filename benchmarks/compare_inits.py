@@ -45,9 +45,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from initialization_cost import machine, peak_mib, reset_peak
+from initialization_cost import machine, package_digest, peak_mib, reset_peak
 from inits import METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
 from movement import movement, read_factors
+from report import wilson_interval
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -375,10 +376,11 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     with Measured() as training:
         found = train(start, cell, subject.validation)
     last.note_loss(found["losses"][0][1])
+    is_trained = cell["steps"] > 0 and found["final_loss"] is not None
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
-        "movement": movement(before, read_factors(start.model)) if cell["steps"] else None,
+        "movement": movement(before, read_factors(start.model)) if is_trained else None,
         "accuracy": accuracy,
         "initialization": {**start.cost, "reused": reused},
         "training": training.found,
@@ -489,12 +491,14 @@ def evaluate(model: nn.Module, setup: Setup, samples: list[Any]) -> float:
 
 
 def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dict[str, Any]:
-    """Generate answers greedily, and count those in which the pattern finds what it finds in the right one."""
+    """Generate answers greedily, and count those in which the pattern finds what it finds in the right one.
+
+    Samples whose right answer was cut before what the pattern finds are left out.
+    """
     tokenizer, pattern = subject.tokenizer, re.compile(cell["answer_pattern"])
     model.eval()
-    correct = 0
-    samples = subject.validation[: cell["accuracy_samples"]]
-    for sample in samples:
+    correct = total = 0
+    for sample in subject.validation[: cell["accuracy_samples"]]:
         split = next(place for place, label in enumerate(sample["labels"]) if label != IGNORED_LABEL)
         prompt = torch.tensor([sample["input_ids"][:split]], device=model.device)
         with torch.no_grad():
@@ -507,17 +511,10 @@ def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dic
             )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, split:], sample["input_ids"])]
         given, wanted = ((pattern.findall(text) or [None])[-1] for text in texts)
+        total += wanted is not None
         correct += wanted is not None and given == wanted
-    low, high = wilson_interval(correct, len(samples))
-    return {"correct": correct, "total": len(samples), "low": low, "high": high}
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share, 95 % by default."""
-    share = correct / total
-    middle = share + z**2 / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, (middle - half) / (1 + z**2 / total)), min(1.0, (middle + half) / (1 + z**2 / total))
+    low, high = wilson_interval(correct, total) if total else (0.0, 1.0)
+    return {"correct": correct, "total": total, "low": low, "high": high}
 
 
 # ---- all of them
@@ -588,10 +585,17 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         result = run_cell(cell, subject, last)
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
-        about["isolated"] = arguments.max_cells == 1
+        about |= {"isolated": arguments.max_cells == 1, "code": code()}
         add_line(output, {**about, "machine": machine(), "reads_samples": cell["method"] in READ_SAMPLES, **result})
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
+
+
+def code() -> dict[str, str | None]:
+    """Return what identifies the code that a cell was run with."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"package_sha256": package_digest(), "commit": found.stdout.strip() or None}
 
 
 def is_over(begin: float, hours: float | None) -> bool:

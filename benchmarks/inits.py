@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -64,8 +65,26 @@ Made = tuple[nn.Module, dict[str, Any]]
 
 
 def from_peft(**settings: Any) -> Callable[[Setup], Made]:
-    """Return a method that PEFT carries out by itself."""
+    """Return a method that PEFT carries out by itself, and that leaves the base's weights alone."""
     return lambda setup: (get_peft_model(setup.model, setup.config(**settings)), {})
+
+
+def decomposed(**settings: Any) -> Callable[[Setup], Made]:
+    """Return a method of PEFT that takes the adapter out of the base's weights."""
+    return lambda setup: (take_out_in_float32(setup.model, setup.config(**settings)), {})
+
+
+def take_out_in_float32(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """Make an adapter that is taken out of the base's weights, in float32; then give the rest its dtype back.
+
+    On weights in half precision PEFT rounds adapter and rest apart, and step 0 is not the base model any more.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    places = dict(model.named_parameters())
+    made = get_peft_model(model.float(), config)  # pyright: ignore[reportArgumentType] - a PreTrainedModel
+    for name, parameter in places.items():
+        parameter.data = parameter.data.to(dtypes[name])
+    return made
 
 
 def frozen(method: Callable[[Setup], Made]) -> Callable[[Setup], Made]:
@@ -80,8 +99,13 @@ def frozen(method: Callable[[Setup], Made]) -> Callable[[Setup], Made]:
 
 
 def eva(setup: Setup) -> Made:
-    """Make an adapter by EVA with its default settings, which shift ranks between layers."""
-    config = setup.config(init_lora_weights="eva", eva_config=EvaConfig())
+    """Make an adapter by EVA with its default settings, which shift ranks between layers.
+
+    It keeps alpha over the rank in every layer, which would give layers other scalings than all else under rsLoRA's
+    root of the rank, and is left out then.
+    """
+    eva_config = EvaConfig(adjust_scaling_factors=not setup.lora["use_rslora"])
+    config = setup.config(init_lora_weights="eva", eva_config=eva_config)
     model = get_peft_model(setup.model, config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(model, list(setup.batches(setup.batch_size)), show_progress_bar=False)
     return model, {}
@@ -98,7 +122,7 @@ def corda(setup: Setup) -> Made:
             setup.model(**batch)
 
     preprocess_corda(setup.model, config, run_model=run_model)
-    return get_peft_model(setup.model, config), {}
+    return take_out_in_float32(setup.model, config), {}
 
 
 def lora_ga(setup: Setup) -> Made:
@@ -110,7 +134,7 @@ def lora_ga(setup: Setup) -> Made:
             setup.model(**batch).loss.backward()
 
     peft.preprocess_loraga(setup.model, config, train_step)
-    return get_peft_model(setup.model, config), {}
+    return take_out_in_float32(setup.model, config), {}
 
 
 def lora_da(
@@ -149,14 +173,24 @@ def lora_da_preconditioned(setup: Setup) -> Made:
     return model, notes
 
 
+def lora_preconditioned(setup: Setup) -> Made:
+    """Make a plain adapter, whose A is trained with the statistics' help: what `lora_da_preconditioned` is without."""
+    model, notes = lora_da_preconditioned(setup)
+    torch.manual_seed(setup.seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters("default", init_lora_weights=True)
+    return model, notes
+
+
 IDENTITY_FACTORS = {"input_damping": "1e8*mean", "output_damping": "1e8*mean", "variance_weight": 0.0}
 """With so much damping the displacement is the gradient, but for its length."""
 
 METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora": from_peft(),
     "rslora": from_peft(use_rslora=True),
-    "pissa": from_peft(init_lora_weights="pissa_niter_16"),
-    "olora": from_peft(init_lora_weights="olora"),
+    "pissa": decomposed(init_lora_weights="pissa_niter_16"),
+    "olora": decomposed(init_lora_weights="olora"),
     "eva": eva,
     "corda": corda,
     "lora_ga": lora_ga,
@@ -166,13 +200,14 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_fa": frozen(from_peft()),
     "lora_da_fa": frozen(lora_da(LoRADAConfig)),
     "lora_da_preconditioned": lora_da_preconditioned,
+    "lora_preconditioned": lora_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
 ``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
 
 READ_SAMPLES = {
     *("eva", "corda", "lora_ga", "lora_one"),
-    *("lora_da_paper", "lora_da", "lora_da_fa", "lora_da_preconditioned"),
+    *("lora_da_paper", "lora_da", "lora_da_fa", "lora_da_preconditioned", "lora_preconditioned"),
 }
 """Methods whose start depends on data."""
 

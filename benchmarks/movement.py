@@ -28,7 +28,7 @@ def read_factors(model: nn.Module) -> dict[str, Factors]:
             target.lora_B.detach().float().cpu().clone(),
             target.peft_scaling,
         )
-        for target in find_targets(model, fresh=False).targets
+        for target in find_targets(model).targets
     }
 
 

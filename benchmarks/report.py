@@ -3,8 +3,10 @@
     python benchmarks/report.py benchmarks/results/gsm8k.jsonl
 
 For each rank, number of steps and number of training samples: every method at the learning rate of its lowest mean
-final loss, with mean, standard deviation and number of seeds; the other learning rates; and what the initialisation
-cost. The tables go to a .md file beside the lines, the plots to .png files.
+final loss, with mean, standard deviation and number of seeds; the other learning rates; how far training went; and what
+it cost. A rate is chosen on the seeds that all rates of the method were run with, and by the losses that are reported:
+the more rates a method has, the more that flatters it. The tables go to a .md file beside the lines, the plots to .png
+files.
 """
 
 from __future__ import annotations
@@ -24,6 +26,14 @@ BAND = 1.02
 
 GROUP = ("rank", "steps", "num_train")
 """Settings of a cell that make a table of their own; and so do model and data."""
+
+MOVEMENT = (
+    "How far training went: spectral norms of what the adapter adds to a weight, medians over the layers. Methods that "
+    "change the base's weights have a start that is no distance from the base:"
+)
+
+EQUAL = ("batch_size", "alpha", "use_rslora", "num_samples", "warmup", "max_grad_norm")
+"""Settings that runs are to share if they are compared: where a table has several, they are in the methods' names."""
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -50,34 +60,84 @@ def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Group records by method, and by what differs from the defaults in its settings."""
+    """Group records by method, and by what differs from the defaults in its settings, or between the records."""
+    seen = {name: {json.dumps(record["cell"][name]) for record in records} for name in EQUAL}
+    shown = [name for name, values in seen.items() if len(values) > 1]
     groups: dict[str, list[Record]] = {}
     for record in records:
-        settings = record["cell"]["settings"]
-        shown = f" {json.dumps(settings)}" if settings else ""
-        groups.setdefault(record["cell"]["method"] + shown, []).append(record)
+        cell = record["cell"]
+        settings = f" {json.dumps(cell['settings'])}" if cell["settings"] else ""
+        others = "".join(f" {name}={cell[name]}" for name in shown)
+        groups.setdefault(cell["method"] + settings + others, []).append(record)
     return groups
 
 
+def partner_of(name: str) -> str:
+    """Return the row that a row is compared with: plain LoRA, with A frozen where it is."""
+    method, _, others = name.partition(" ")
+    equal = "".join(f" {part}" for part in others.split() if part.partition("=")[0] in EQUAL)
+    return ("lora_fa" if method.endswith("_fa") else "lora") + equal
+
+
+def by_rate(records: Sequence[Record]) -> dict[float, list[Record]]:
+    """Group records by learning rate, from small to large."""
+    return dict(sorted((rate, found) for (rate,), found in grouped(records, "learning_rate").items()))
+
+
+def rate_losses(records: Sequence[Record], which: str = "final_loss") -> dict[float, float]:
+    """Return the mean loss of every learning rate over the seeds that all of them were run with.
+
+    Rates that have no seed in common with the one with most of them are left out.
+    """
+    rates = by_rate(records)
+    seeds = {rate: {record["cell"]["seed"] for record in found} for rate, found in rates.items()}
+    most = max(seeds.values(), key=len)
+    rates = {rate: found for rate, found in rates.items() if seeds[rate] & most}
+    common = set.intersection(most, *(seeds[rate] for rate in rates)) or most
+    chosen = {rate: [record for record in found if record["cell"]["seed"] in common] for rate, found in rates.items()}
+    return {rate: mean_loss(found, which) for rate, found in chosen.items() if found}
+
+
 def at_best_rate(records: Sequence[Record], which: str = "final_loss") -> tuple[float, list[Record]]:
-    """Return the learning rate with the lowest mean loss, and its runs."""
-    by_rate = {rate: found for (rate,), found in grouped(records, "learning_rate").items()}
-    best = min(by_rate, key=lambda rate: mean_loss(by_rate[rate], which))
-    return best, by_rate[best]
+    """Return the learning rate with the lowest mean loss on the seeds that all rates share, and all of its runs."""
+    losses = rate_losses(records, which)
+    best = min(losses, key=lambda rate: losses[rate])
+    return best, by_rate(records)[best]
 
 
-def band(records: Sequence[Record]) -> float:
-    """Return the ratio of the largest to the smallest learning rate within 2 % of the best, neighbours only."""
-    by_rate = {rate: mean_loss(found) for (rate,), found in grouped(records, "learning_rate").items()}
-    rates = sorted(by_rate)
-    best = min(by_rate.values())
-    place = next(place for place, rate in enumerate(rates) if by_rate[rate] == best)
-    low = high = place
-    while low > 0 and by_rate[rates[low - 1]] <= BAND * best:
-        low -= 1
-    while high < len(rates) - 1 and by_rate[rates[high + 1]] <= BAND * best:
-        high += 1
-    return rates[high] / rates[low]
+def rate_text(records: Sequence[Record], which: str = "final_loss") -> str:
+    """Write the best learning rate, and whether it is the smallest or the largest of several that were tried."""
+    losses = rate_losses(records, which)
+    best = min(losses, key=lambda rate: losses[rate])
+    at_edge = len(losses) > 1 and best in (min(losses), max(losses))
+    return f"{best:g}" + (" (edge)" if at_edge else "")
+
+
+def band(records: Sequence[Record]) -> str:
+    """Return by what factor the learning rate can vary with a loss within 2 % of the best.
+
+    The loss is taken to be linear in the logarithm of the rate between two that were tried. At least that much (>=) if
+    the smallest or the largest rate is within it, or next to one that diverged.
+    """
+    losses = rate_losses(records)
+    rates = list(losses)
+    best = min(losses.values())
+    if len(rates) == 1 or math.isinf(best):
+        return ""
+    place = next(place for place, rate in enumerate(rates) if losses[rate] == best)
+    ends, is_open = [], False
+    for direction in (-1, 1):
+        end = place
+        while 0 <= end + direction < len(rates) and losses[rates[end + direction]] <= BAND * best:
+            end += direction
+        inside, beyond = rates[end], rates[end + direction] if 0 <= end + direction < len(rates) else None
+        if beyond is None or math.isinf(losses[beyond]):
+            is_open = True
+            ends.append(math.log(inside))
+        else:
+            part = (BAND * best - losses[inside]) / (losses[beyond] - losses[inside])
+            ends.append(math.log(inside) + part * (math.log(beyond) - math.log(inside)))
+    return f"{'>= ' if is_open else ''}{math.exp(ends[1] - ends[0]):.2g}"
 
 
 def first_step_at(record: Record, loss: float) -> int | None:
@@ -86,35 +146,39 @@ def first_step_at(record: Record, loss: float) -> int | None:
 
 
 def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: str = "final_loss") -> str:
-    """Return the mean difference of the losses on the same seeds, with its standard error."""
+    """Return the mean difference of the losses on the same seeds, with its standard error and the number of seeds.
+
+    Seeds where one of the two diverged are left out, and counted.
+    """
     by_seed = {record["cell"]["seed"]: record[which] for record in theirs}
-    pairs = [(record[which], by_seed.get(record["cell"]["seed"])) for record in ours]
+    pairs = [(record[which], by_seed[seed]) for record in ours if (seed := record["cell"]["seed"]) in by_seed]
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if not differences:
         return ""
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return f"{statistics.fmean(differences):+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+    error = f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.4f}" if len(differences) > 1 else ""
+    lost = f", {len(pairs) - len(differences)} diverged" if len(differences) < len(pairs) else ""
+    return f"{statistics.fmean(differences):+.4f}{error} ({len(differences)}{lost})"
 
 
 def main_table(records: Sequence[Record]) -> list[str]:
     """Compare the methods, each at its best learning rate."""
-    found = {name: at_best_rate(of_method) for name, of_method in variants(records).items()}
-    plain = found.get("lora")
-    target = mean_loss(plain[1]) if plain else math.nan
+    of_methods = variants(records)
+    found = {name: at_best_rate(of_method) for name, of_method in of_methods.items()}
     lines = [
         "| method | best learning rate | loss at step 0 | final loss | less plain LoRA's, same seeds |"
         " lowest on the way | reaches plain LoRA's final loss at step | band | exact match |",
         "|---" * 9 + "|",
     ]
-    for name, (rate, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1])):
+    for name, (_, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1])):
+        plain = found.get(partner_of(name))
         starts, ends, lowest = ([value(r) for r in runs] for value in (first_loss, final_loss, best_loss))
-        steps = [first_step_at(run, target) for run in runs]
+        steps = [first_step_at(run, mean_loss(plain[1])) for run in runs] if plain else []
         reached = [step for step in steps if step is not None]
         when = f"{statistics.median(reached):g} ({len(reached)} of {len(steps)})" if reached else "never"
-        difference = paired_difference(runs, plain[1]) if plain and name != "lora" else ""
+        difference = paired_difference(runs, plain[1]) if plain and name != partner_of(name) else ""
         lines.append(
-            f"| {name} | {rate:g} | {spread(starts)} | {spread(ends)} | {difference} | {spread(lowest)} | "
-            f"{when if plain else ''} | {band(variants(records)[name]):.3g} | {accuracy(runs)} |"
+            f"| {name} | {rate_text(of_methods[name])} | {spread(starts)} | {spread(ends)} | {difference} | "
+            f"{spread(lowest)} | {when if plain else ''} | {band(of_methods[name])} | {accuracy(runs)} |"
         )
     return lines
 
@@ -124,13 +188,69 @@ def lowest_table(records: Sequence[Record]) -> list[str]:
 
     That is what counts where few samples are seen several times, and training is stopped when the loss rises.
     """
-    found = {name: at_best_rate(of_method, "best_loss") for name, of_method in variants(records).items()}
+    of_methods = variants(records)
+    found = {name: at_best_rate(of_method, "best_loss") for name, of_method in of_methods.items()}
     lines = ["| method | best learning rate | lowest loss | less plain LoRA's, same seeds |", "|---" * 4 + "|"]
-    for name, (rate, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1], "best_loss")):
-        plain = found["lora"][1] if "lora" in found and name != "lora" else []
-        difference = paired_difference(runs, plain, "best_loss")
-        lines.append(f"| {name} | {rate:g} | {spread([best_loss(run) for run in runs])} | {difference} |")
+    for name, (_, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1], "best_loss")):
+        plain = found[partner_of(name)][1] if partner_of(name) in found and name != partner_of(name) else []
+        rate, lowest = rate_text(of_methods[name], "best_loss"), spread([best_loss(run) for run in runs])
+        lines.append(f"| {name} | {rate} | {lowest} | {paired_difference(runs, plain, 'best_loss')} |")
     return lines
+
+
+def start_table(records: Sequence[Record]) -> list[str]:
+    """Compare what was not trained, by the loss at step 0."""
+    of_methods = variants(records)
+    lines = [
+        "| start | loss at step 0 | less that of the default settings, same seeds | initialisation, s |",
+        "|---" * 4 + "|",
+    ]
+    for name, runs in sorted(of_methods.items(), key=lambda item: mean_loss(item[1])):
+        method = name.partition(" ")[0]
+        default = [] if name == method else of_methods.get(method, [])
+        seconds = [run["initialization"]["seconds"] for run in runs if not run["initialization"].get("reused")]
+        took = f"{statistics.median(seconds):.0f}" if seconds else ""
+        lines.append(
+            f"| {name} | {spread([run['final_loss'] for run in runs])} | {paired_difference(runs, default)} | {took} |"
+        )
+    return lines
+
+
+def half_table(records: Sequence[Record]) -> list[str]:
+    """Compare each method with plain LoRA that was trained for twice as many steps, each with its own schedule."""
+    lines = [
+        "| method | steps | best learning rate | final loss | less plain LoRA's in twice the steps, same seeds |",
+        "|---" * 5 + "|",
+    ]
+    for (rank, num_train, steps), found in grouped(records, "rank", "num_train", "steps").items():
+        longer = grouped(records, "rank", "num_train", "steps").get((rank, num_train, 2 * steps), [])
+        for name, runs in variants(found).items():
+            plain = variants(longer).get(partner_of(name), [])
+            if steps and plain and name != partner_of(name):
+                _, ours = at_best_rate(runs)
+                difference = paired_difference(ours, at_best_rate(plain)[1])
+                loss = spread([run["final_loss"] for run in ours])
+                what = "" if (rank, num_train) == (8, None) else f", rank {rank}, {num_train or 'all'} samples"
+                lines.append(f"| {name}{what} | {steps} | {rate_text(runs)} | {loss} | {difference} |")
+    return lines if len(lines) > 2 else []
+
+
+def movement_table(records: Sequence[Record]) -> list[str]:
+    """Show how far training went from the start, and what was left of it, at each method's best learning rate."""
+    lines = [
+        "| method | learning rate | size of the start | distance to the end | share of A in its first subspace |"
+        " share of the start in the end |",
+        "|---" * 6 + "|",
+    ]
+    for name, of_method in variants(records).items():
+        for rate, runs in by_rate(of_method).items():
+            found = [run["movement"] for run in runs if run.get("movement")]
+            if found:
+                names = ("start", "moved", "subspace_kept", "start_kept")
+                values = [[one[key] for one in found if one[key] is not None] for key in names]
+                shown = [f"{statistics.fmean(column):.3g}" if column else "" for column in values]
+                lines.append(f"| {name} | {rate:g} | {' | '.join(shown)} |")
+    return lines if len(lines) > 2 else []
 
 
 def first_loss(record: Record) -> float | None:
@@ -148,13 +268,19 @@ def best_loss(record: Record) -> float | None:
 def accuracy(runs: Sequence[Record]) -> str:
     """Return the share of exact answers of all runs together, with Wilson's interval."""
     counted = [run["accuracy"] for run in runs if run["accuracy"]]
-    if not counted:
+    correct, total = (sum(one[name] for one in counted) for name in ("correct", "total"))
+    if not total:
         return ""
-    if len(counted) == 1:
-        (one,) = counted
-        return f"{one['correct']}/{one['total']} ({one['low']:.1%} to {one['high']:.1%})"
-    shares = [one["correct"] / one["total"] for one in counted]
-    return f"{statistics.fmean(shares):.1%} ± {statistics.stdev(shares):.1%} ({len(shares)})"
+    low, high = wilson_interval(correct, total)
+    return f"{correct}/{total} ({low:.1%} to {high:.1%})"
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval of a share, 95 % by default."""
+    share = correct / total
+    middle = share + z**2 / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return max(0.0, (middle - half) / (1 + z**2 / total)), min(1.0, (middle + half) / (1 + z**2 / total))
 
 
 def rates_table(records: Sequence[Record]) -> list[str]:
@@ -162,55 +288,74 @@ def rates_table(records: Sequence[Record]) -> list[str]:
     rates = sorted({record["cell"]["learning_rate"] for record in records})
     lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
     for name, of_method in variants(records).items():
-        by_rate = {rate: runs for (rate,), runs in grouped(of_method, "learning_rate").items()}
-        cells = [spread([r["final_loss"] for r in by_rate[rate]]) if rate in by_rate else "" for rate in rates]
+        found = by_rate(of_method)
+        cells = [spread([r["final_loss"] for r in found[rate]]) if rate in found else "" for rate in rates]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
 def cost_table(records: Sequence[Record]) -> list[str]:
-    """Show what initialisation and training took, as medians."""
+    """Show what initialisation and training took, as medians.
+
+    Starts that were made for an earlier cell are left out, and so is the memory of runs that did not have a process of
+    their own.
+    """
     lines = [
         "| method | initialisation, s | its peak memory over the start, MiB | training, s a step | its peak, MiB |"
         " trained parameters | optimizer state, MiB |",
         "|---" * 7 + "|",
     ]
     for name, runs in variants(records).items():
-        start, train = ([run[part] for run in runs] for part in ("initialization", "training"))
+        made = [run for run in runs if not run["initialization"].get("reused")]
+        alone = [run for run in made if run.get("isolated")]
+        trained = [run for run in runs if run["cell"]["steps"]]
         columns = [
-            f"{statistics.median(part['seconds'] for part in start):.1f}",
-            f"{statistics.median(part['peak_mib'] - part['start_mib'] for part in start):.0f}",
-            f"{statistics.median(run['seconds_per_step'] for run in runs):.2f}",
-            f"{statistics.median(part['peak_mib'] for part in train):.0f}",
-            f"{statistics.median(run['trainable'] for run in runs):.0f}",
-            f"{statistics.median(run['optimizer_mib'] for run in runs):.1f}",
+            middle([run["initialization"]["seconds"] for run in made], ".1f"),
+            middle([run["initialization"]["peak_mib"] - run["initialization"]["start_mib"] for run in alone], ".0f"),
+            middle([run["seconds_per_step"] for run in trained], ".2f"),
+            middle([run["training"]["peak_mib"] for run in alone if run["cell"]["steps"]], ".0f"),
+            middle([run["trainable"] for run in runs], ".0f"),
+            middle([run["optimizer_mib"] for run in trained], ".1f"),
         ]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return lines
 
 
+def middle(values: Sequence[float], form: str) -> str:
+    """Write the median, if there is one."""
+    return format(statistics.median(values), form) if values else ""
+
+
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
-    """Draw the final loss over the learning rate, and the loss over the steps at each method's best one."""
+    """Draw the final loss over the learning rate, and the loss over the steps at each method's best one.
+
+    Means, with the standard deviation where there are several runs.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     rates_axes, steps_axes = figure.subplots(1, 2)
     for name, of_method in variants(records).items():
-        by_rate = {rate: mean_loss(runs) for (rate,), runs in grouped(of_method, "learning_rate").items()}
-        points = [(rate, loss) for rate, loss in sorted(by_rate.items()) if math.isfinite(loss)]
-        if points:
-            rates_axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        finals = {rate: [run["final_loss"] for run in runs] for rate, runs in by_rate(of_method).items()}
+        draw(rates_axes, finals, name)
         rate, runs = at_best_rate(of_method)
         curves = [dict(run["losses"]) for run in runs]
-        steps = [step for step in curves[0] if all(curve.get(step) is not None for curve in curves)]
-        means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
-        steps_axes.plot(steps, means, marker="o", label=f"{name}, {rate:g}")
+        draw(steps_axes, {step: [curve.get(step) for curve in curves] for step in curves[0]}, f"{name}, {rate:g}")
     rates_axes.set(xscale="log", xlabel="learning rate", ylabel="final loss on unseen data", title=title)
     steps_axes.set(xlabel="step", ylabel="loss on unseen data", title="each at its best learning rate")
     for axes in (rates_axes, steps_axes):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def draw(axes: Any, points: dict[Any, list[float | None]], label: str) -> None:
+    """Draw means with their standard deviations; points of which a run diverged are left out."""
+    found = {x: [y for y in ys if y is not None] for x, ys in points.items() if None not in ys}
+    if found:
+        deviations = [statistics.stdev(ys) if len(ys) > 1 else 0.0 for ys in found.values()]
+        means = [statistics.fmean(ys) for ys in found.values()]
+        axes.errorbar(list(found), means, yerr=deviations, marker="o", capsize=3, label=label)
 
 
 def describe(facts: dict[str, Any], machines: Sequence[dict[str, Any]]) -> str:
@@ -222,6 +367,16 @@ def describe(facts: dict[str, Any], machines: Sequence[dict[str, Any]]) -> str:
     return f"{', '.join(parts)}. {dates[0]} to {dates[-1]}; " + " / ".join(where) + "."
 
 
+def shared_settings(records: Sequence[Record]) -> str:
+    """Name what all runs have in common, and by how many versions of the code they were made."""
+    parts = []
+    for name in EQUAL:
+        values = sorted({json.dumps(record["cell"][name]) for record in records})
+        parts.append(f"{name} {' or '.join(values)}")
+    codes = sorted({record["code"]["package_sha256"] for record in records if record.get("code")})
+    return f"{', '.join(parts)}; code {', '.join(codes) or 'not recorded'}."
+
+
 def report(records: Sequence[Record], path: Path) -> str:
     """Return all tables, and save a plot for each group beside ``path``."""
     lines: list[str] = []
@@ -230,17 +385,25 @@ def report(records: Sequence[Record], path: Path) -> str:
     for key, facts in subjects.items():
         of_subject = [record for record in records if json.dumps(record["subject"], sort_keys=True) == key]
         lines += [f"## {facts['model']}", "", describe(facts, [record["machine"] for record in of_subject]), ""]
+        lines += [shared_settings(of_subject), ""]
         for values, found in grouped(of_subject, *GROUP).items():
             rank, steps, num_train = values
             title = f"rank {rank}, {steps} steps, {num_train or facts['train']} training samples"
+            lines += [f"### {title[0].upper()}{title[1:]}", "", "Mean ± standard deviation (runs).", ""]
+            if steps == 0:
+                lines += [*start_table(found), ""]
+                continue
             plots += 1
             picture = path.with_name(f"{path.stem}_{plots}.png")
             plot(found, title, picture)
-            lines += [f"### {title[0].upper()}{title[1:]}", "", "Mean ± standard deviation (runs).", ""]
             if num_train is not None:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
+            moved = movement_table(found)
+            lines += [MOVEMENT, "", *moved, ""] if moved else []
             lines += [f"![{title}]({picture.name})", ""]
+        halves = half_table(of_subject)
+        lines += ["### Half of the steps", "", *halves, ""] if halves else []
         lines += ["### What it took", "", *cost_table(of_subject), ""]
     return "\n".join(lines)
 

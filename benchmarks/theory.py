@@ -312,7 +312,7 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
 
     Returns:
         ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and
-        ``excess``: bias in the Fisher norm plus ``r d_out / 2 n``, to which the subspace does not matter.
+        ``excess``, of the loss: bias in the Fisher norm plus ``r d_out / 2 n``; in linear regression the exact one.
     """
     delta, covariance = problem.delta, problem.covariance
     inner = torch.linalg.inv(basis.mT @ covariance @ basis)
@@ -326,14 +326,17 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     bias = outside.square().sum().item()
     freedom = count - basis.shape[1] - 1
     exact = math.nan
+    lost = (unexplained / inverse_fisher).sum().item() / 2
+    excess = lost + basis.shape[1] * D_OUT / (2 * count)
     if problem.model == "linear" and freedom > 0:
         variance = (inverse_fisher + unexplained).sum().item() * inner.trace().item() / freedom
         exact = (left_over.square().sum().item() + variance) / size
+        excess = lost + basis.shape[1] * (D_OUT / 2 + lost) / freedom
     return {
         "paper": (bias + noise * bound / count) / size,
         "frozen": (bias + noise * inner.trace().item() / count) / size,
         "exact": exact,
-        "excess": (unexplained / inverse_fisher).sum().item() / 2 + basis.shape[1] * D_OUT / (2 * count),
+        "excess": excess,
     }
 
 
