@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.config import LoRADAConfig
     from lora_da_hf.errors import LoRADAError
     from lora_da_hf.pipeline import apply_init, initialize_lora_da, refit_init
@@ -21,6 +22,7 @@ __all__ = [
     "LoRADATrainer",
     "apply_init",
     "initialize_lora_da",
+    "load_init",
     "refit_init",
 ]
 
@@ -32,6 +34,7 @@ _HOMES = {
     "LoRADATrainer": "lora_da_hf.training.trainer",
     "apply_init": "lora_da_hf.pipeline",
     "initialize_lora_da": "lora_da_hf.pipeline",
+    "load_init": "lora_da_hf.artifacts.store",
     "refit_init": "lora_da_hf.pipeline",
 }
 

@@ -232,7 +232,7 @@ class LoRADAConfig:
             _check_range(self, name, lambda v: v >= 1, "at least 1")
         for name in ("search_samples", "bias_weight", "variance_weight"):
             _check_range(self, name, lambda v: v >= 0 and math.isfinite(v), "finite and not negative")
-        _check_range(self, "seed", lambda v: 0 <= v < 2**63, "between 0 and 2**63")
+        _check_range(self, "seed", lambda v: 0 <= v < 2**32, "between 0 and 2**32")
         _check_range(self, "projected_rms", lambda v: v > 0 and math.isfinite(v), "positive")
         _check_range(self, "stable_gamma", lambda v: v > 0 and math.isfinite(v), "positive")
         Damping.parse(self.input_damping, "input_damping")

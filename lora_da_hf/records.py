@@ -58,7 +58,7 @@ class LayerSolution:
     residual: float
     notes: tuple[str, ...] = ()
 
-    def update_norm(self) -> float:
+    def spectral_norm(self) -> float:
         """Return the spectral norm of ``basis_B @ basis_A``, by which one step moves the layer."""
         triangle = torch.linalg.qr(self.basis_A.mT).R
         return torch.linalg.matrix_norm(self.basis_B @ triangle.mT, ord=2).item()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
@@ -61,7 +62,7 @@ def choose_samples(
     wanted = config.num_samples + 2 * config.search_samples
     if isinstance(samples, Mapping):
         raise DataError("samples is a mapping; give a list of samples, each a mapping of its own.")
-    if isinstance(samples, Sized) and hasattr(samples, "__getitem__"):
+    if has_positions(samples):
         indexable: Any = samples
         length = len(samples)
         population_size = population_size or length
@@ -73,6 +74,7 @@ def choose_samples(
     elif isinstance(samples, Iterable):
         drawn = list(itertools.islice(iter(samples), wanted))
         indices = list(range(len(drawn)))
+        population_size = population_size or (len(samples) if isinstance(samples, Sized) else None)
         data_size = max(population_size or 0, wanted) if len(drawn) == wanted else len(drawn)
     else:
         raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
@@ -84,6 +86,12 @@ def choose_samples(
             "about how many samples training will see."
         )
     return _split(drawn, indices, config, population_size, data_size)
+
+
+def has_positions(samples: Any) -> bool:
+    """Tell whether samples can be picked by position; a stream cannot, even if it knows its length."""
+    is_stream = isinstance(samples, IterableDataset)  # which has a __getitem__ that raises
+    return isinstance(samples, Sized) and hasattr(samples, "__getitem__") and not is_stream
 
 
 def _split(
@@ -212,6 +220,6 @@ def on_device(collate: RawCollate, device: Any) -> Callable[[Sequence[Any]], dic
         batch: Any = collate(list(samples))
         if not isinstance(batch, Mapping):
             raise DataError(f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors.")
-        return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        return {name: send_to_device(value, device) for name, value in batch.items()}
 
     return collate_on_device

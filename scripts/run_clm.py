@@ -41,6 +41,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
+from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.errors import DataError
 from lora_da_hf.training.arguments import (
     LOADER_OF_SUFFIX,
@@ -356,9 +357,7 @@ def make_trainer(
     if arguments.adapter.init == "lora":
         model = get_peft_model(model, peft_config)
         if arguments.da.da_freeze_a:
-            for name, parameter in model.named_parameters():
-                if ".lora_A." in name:
-                    parameter.requires_grad_(False)
+            freeze_a(model)
         return Trainer(model=model, **shared)
     return LoRADATrainer(
         model=model,

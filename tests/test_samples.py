@@ -153,6 +153,17 @@ class Stream(IterableDataset):
         return iter(range(40))
 
 
+class SizedStream(Stream):
+    def __len__(self):
+        return 40
+
+
+def test_a_stream_that_knows_its_length_is_a_stream_all_the_same():
+    splits = choose(SizedStream(), sample_selection="random")
+    assert splits.indices == tuple(range(18))
+    assert splits.population_size == 40
+
+
 class Sized(list):
     """A map-style data set."""
 
@@ -249,6 +260,8 @@ def test_batches_go_to_the_device_and_other_values_stay():
     batch = collate((1, 2))
     assert batch["input_ids"].device.type == "meta"
     assert batch["names"] == ["a"]
+    nested = on_device(lambda samples: {"labels": [{"boxes": torch.zeros(2)}]}, "meta")([1])
+    assert nested["labels"][0]["boxes"].device.type == "meta"
 
 
 def test_a_collator_that_makes_no_mapping_is_an_error():

@@ -99,17 +99,15 @@ def active_adapter_name(model: nn.Module) -> str:
     return names.pop()
 
 
-def find_targets(model: nn.Module, adapter_name: str | None = None, *, fresh: bool = True) -> TargetScan:
+def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetScan:
     """Find the LoRA layers of an adapter that can be initialised.
 
     Args:
         model: A PEFT model, or any model with LoRA layers.
         adapter_name: The adapter; None: the active one.
-        fresh: Whether it must be one.
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
-        AdapterAlreadyTrainedError: if a B is not zero, so that the adapter is not a fresh one.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), or for DoRA in ZeRO-3.
     """
@@ -143,8 +141,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, fresh: bo
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
-    if fresh:
-        check_fresh(targets)
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 

@@ -32,7 +32,8 @@ def atomic_folder(target: Path) -> Generator[Path]:
     try:
         yield partial
         for path in partial.iterdir():
-            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            if path.stat().st_nlink == 1:  # else it is a file of the Hub's cache too, and may be another user's
+                path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
             sync(path)
         partial.chmod(0o777 & ~_umask())
         if target.exists():

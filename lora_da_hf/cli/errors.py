@@ -18,6 +18,8 @@ def explain(error: Exception) -> tuple[str, str | None]:
     if found is not None:
         return found
     if isinstance(error, OSError):
+        if error.errno is not None:  # of the operating system: a full disk, a permission
+            return _first_lines(error), "Make room or choose another folder, and run it again."
         return _first_lines(error), "Check the name or path; a private or gated model needs `hf auth login`."
     return f"unexpected {type(error).__name__}: {_first_lines(error)}", "Run it again with --debug for the traceback."
 

@@ -82,7 +82,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.against_base import check_against_base
-    from lora_da_hf.pipeline.save import base_model_facts
+    from lora_da_hf.pipeline.base_model import base_model_facts
 
     model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))

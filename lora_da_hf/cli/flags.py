@@ -163,10 +163,8 @@ def _class_of_base(peft_config: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    from lora_da_hf.hub.cards import auto_class_of
+    from lora_da_hf.hub.cards import base_class_name
 
-    task_type = peft_config.get("task_type")
-    noted = getattr(transformers, (peft_config.get("auto_mapping") or {}).get("base_model_class") or "", None)
-    if not task_type and isinstance(noted, type) and issubclass(noted, transformers.PreTrainedModel):
-        return noted
-    return getattr(transformers, auto_class_of(task_type or "CAUSAL_LM"))
+    task_type, noted = peft_config.get("task_type"), (peft_config.get("auto_mapping") or {}).get("base_model_class")
+    name = base_class_name(task_type, noted)
+    return getattr(transformers, name if task_type or name == noted else base_class_name("CAUSAL_LM", None))

@@ -99,6 +99,7 @@ def workload(model: Any, config: LoRADAConfig, *, tokens: int) -> Workload:
         num_tokens=config.num_samples * tokens,
         itemsize=getattr(torch, config.accumulate_dtype).itemsize,
         threads=solver_threads([_device()]),
+        samples_labels=config.fisher == "sampled",
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lora_da_hf.cli.flags import Flags, at_least, base_model_of_folder, dataclass_flags, joined, new_folder
 from lora_da_hf.cli.output import Output
-from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
 
 
@@ -39,7 +39,7 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     refit_init(
         arguments.folder,
         folder,
-        config=_changed_config(arguments),
+        config=_given_settings(arguments),
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
@@ -49,19 +49,11 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")
 
 
-def _changed_config(arguments: argparse.Namespace) -> LoRADAConfig | None:
-    """Return the stored settings with those on the command line in their place; None if there are none."""
+def _given_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the settings on the command line; None if there are none."""
     given = {
         flag.removeprefix(PREFIX): setting_of_flag(flag, value)
         for flag, value in vars(arguments).items()
         if flag.startswith(PREFIX)
     }
-    if not given:
-        return None
-    from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.pipeline.stored import check_given
-
-    stored = LoRADAConfig.from_dict(load_init(arguments.folder).manifest.config)
-    config = LoRADAConfig.from_dict({**stored.to_dict(), **given})
-    check_given(config, stored, given)
-    return config
+    return given or None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import transformers
 import yaml
 
 from lora_da_hf.artifacts.schema import REPORT_FILE
@@ -114,7 +115,7 @@ def render_card(
             plots=[plot for plot in PLOTS if plot in plots],
             spectra_plot=SPECTRA_PLOT,
             search_plot=SEARCH_PLOT,
-            auto_class=auto_class_of(facts.task_type),
+            auto_class=base_class_name(facts.task_type, facts.base_class),
             command=_command(facts),
             lora_arguments=facts.lora_arguments or {"target_modules": facts.target_modules},
         )
@@ -140,8 +141,16 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
         return {}
 
 
-def auto_class_of(task_type: str | None) -> str:
-    """Return the name of the class of transformers that loads the base model for one of PEFT's task types."""
+def base_class_name(task_type: str | None, noted: str | None) -> str:
+    """Return the name of the class of transformers that loads the base model of an adapter.
+
+    Args:
+        task_type: PEFT's task type.
+        noted: The class that PEFT noted, which counts where there is no task type.
+    """
+    found = getattr(transformers, noted, None) if noted and not task_type else None
+    if noted and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return noted
     return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator
 
+import torch
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -42,7 +43,7 @@ def hub_errors(doing: str) -> Generator[None]:
     """
     try:
         yield
-    except LoRADAError:
+    except (LoRADAError, torch.OutOfMemoryError):
         raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HubError(f"{doing} failed: {_reason(error)}") from error

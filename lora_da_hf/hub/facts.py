@@ -48,6 +48,7 @@ class CardFacts:
         alpha: `lora_alpha` of the adapter.
         lora_arguments: What else a `LoraConfig` of the same layers and scalings is made with.
         task_type: PEFT's task type.
+        base_class: The base model's class, which PEFT notes for an adapter without a task type.
         uses_rslora: Whether the scaling is ``alpha / sqrt(r)``.
         module_types: Last part of the layers' names, with their number.
         num_layers: Layers that were initialised.
@@ -80,6 +81,7 @@ class CardFacts:
     alpha: float | None
     lora_arguments: dict[str, Any]
     task_type: str | None
+    base_class: str | None
     uses_rslora: bool
     module_types: dict[str, int]
     num_layers: int
@@ -141,6 +143,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         alpha=_number(adapter.get("lora_alpha")),
         lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
+        base_class=_text((adapter.get("auto_mapping") or {}).get("base_model_class")),
         uses_rslora=adapter.get("use_rslora") is True,
         module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
         num_layers=len(layers),

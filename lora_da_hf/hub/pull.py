@@ -25,8 +25,8 @@ from lora_da_hf.artifacts.store import check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.against_base import check_against_base
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.refit import cut_init, is_cut
-from lora_da_hf.pipeline.save import base_model_facts
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""

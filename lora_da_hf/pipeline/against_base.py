@@ -15,7 +15,7 @@ from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit, read_tensors
 from lora_da_hf.errors import ArtifactError
-from lora_da_hf.pipeline.save import base_modules, head_parameters
+from lora_da_hf.pipeline.base_model import base_modules, head_parameters
 
 _NORM_TOLERANCE = 1e-2
 _QUANTISED_NORM_TOLERANCE = 0.1

@@ -65,9 +65,8 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
         report = read_report(folder / REPORT_FILE)
         differing = changes(stored.manifest.data.get(IDENTITY), dict(identity))
     except ArtifactError as error:
-        note = f"the initialisation in {folder} cannot be used and is replaced ({error})"
-        job.report.notes.append(note)
-        logger.warning("LoRA-DA: %s", note)
+        job.report.notes.append("an initialisation that was there before could not be used and was replaced")
+        logger.warning("LoRA-DA: the initialisation in %s cannot be used and is replaced (%s)", folder, error)
         return None
     if differing:
         logger.info("LoRA-DA: the initialisation in %s is of another %s: replaced", folder, ", ".join(differing))

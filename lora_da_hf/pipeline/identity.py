@@ -21,6 +21,10 @@ _NO_MATTER = {
 }
 
 
+_OF_ADAPTER = ("peft_type", "task_type", "use_dora", "use_rslora", "lora_dropout", "bias", "init_lora_weights")
+_NAMES_OF_ADAPTER = ("modules_to_save", "exclude_modules")
+
+
 def identify(job: Job, probe: Probe) -> dict[str, Any]:
     """Return a hash of each thing that an initialisation depends on, and the loss that the base model begins with.
 
@@ -38,19 +42,28 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     job.report.data_fingerprint = hashlib.sha256("".join(statistics).encode()).hexdigest()
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
+    together = [job.batch_size, job.ranks.size] if probe.settings.reduction.kind == "batch" else []
     adapter = {
         name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
     facts = {
-        "settings": {**settings, "seed": job.seed, "population_size": splits.population_size},
+        "settings": {**settings, "seed": job.seed, "population_size": splits.population_size, "together": together},
         "base model": [job.base_model, dtypes],
-        "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name],
+        "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
         "samples": [statistics, search, unseen],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
     return job.ranks.gather({**hashes, "loss": probe.loss if math.isfinite(probe.loss) else str(probe.loss)})[0]
+
+
+def _peft_settings(job: Job) -> dict[str, Any]:
+    """Return what the adapter's config says beside the layers and their ranks, which are compared as they are."""
+    config: Any = getattr(job.model, "peft_config", {}).get(job.scan.adapter_name)
+    return {name: repr(getattr(config, name, None)) for name in _OF_ADAPTER} | {
+        name: sorted(getattr(config, name, None) or []) for name in _NAMES_OF_ADAPTER
+    }
 
 
 def _in_order(shares: list[list[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss

@@ -129,7 +129,7 @@ def adopt_ranks(model: nn.Module, adapter_name: str | None, peft_config_file: Pa
     Raises:
         ArtifactError: if the checkpoint has ranks or alphas that are neither the adapter's nor by the name of layers.
     """
-    scan = find_targets(model, adapter_name, fresh=False)
+    scan = find_targets(model, adapter_name)
     config = peft_config_of(model, scan.adapter_name)
     stored = read_peft_config(peft_config_file, in_names_alone=False)
     if all(stored[name] == getattr(config, name) for name in PATTERNS):

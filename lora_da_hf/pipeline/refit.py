@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -19,10 +21,10 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.against_base import check_against_base
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
-from lora_da_hf.pipeline.save import base_model_facts
-from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, changed_settings, config_for_refit, population_of
+from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -30,7 +32,7 @@ def refit_init(
     folder: str | Path,
     output_dir: str | Path,
     *,
-    config: LoRADAConfig | None = None,
+    config: LoRADAConfig | Mapping[str, Any] | None = None,
     rank: int | None = None,
     rank_budget: int | None = None,
     step_size: float | None = None,
@@ -48,7 +50,8 @@ def refit_init(
     Args:
         folder: A stored initialisation.
         output_dir: Where the new one goes: all of it or nothing. An initialisation that is there is replaced.
-        config: The settings to solve and write with; those of the pass over the data stay as stored. None: as stored.
+        config: The settings to solve and write with: all of them as a config, or by name those that are not as stored.
+            Those of the pass over the data stay. None: as stored.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
         rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`; instead of ``rank``. None: the
             config's, if it is another than the stored one.
@@ -77,9 +80,10 @@ def refit_init(
         rank_budget = refit.config.rank_budget
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
-    if config is None and Path(folder).resolve() == Path(output_dir).resolve():
+    drops = isinstance(config, Mapping) and config.get("save_statistics") is False
+    if not drops and Path(folder).resolve() == Path(output_dir).resolve():
         kept = bool(statistics_files(refit.manifest))  # they would be lost
-        refit.config = dataclasses.replace(refit.config, save_statistics=kept)
+        refit.config = dataclasses.replace(refit.config, save_statistics=kept or refit.config.save_statistics)
     if rank is not None or rank_budget is not None:
         refit.config = _config_of_rank(refit.config, rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
@@ -136,7 +140,7 @@ def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConf
     return dataclasses.replace(config, rank_budget=rank_budget)
 
 
-def _read(folder: Path, config: LoRADAConfig | None, step_size: float | None, base_model: nn.Module | None) -> Refit:
+def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.Module | None) -> Refit:
     stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
     notes = [] if base_model is None else list(check_against_base(stored, base_model))
     new = config_for_refit(stored.manifest, config)

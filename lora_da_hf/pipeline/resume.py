@@ -71,7 +71,7 @@ class Progress:
             CheckpointError: if it was the same one on another number of processes.
         """
         if self._folder is None or self._every is None:
-            self._clear()  # statistics that a killed run left
+            self._drop_unasked()
             return make_plan()
         job = self._job
         with job.ranks.together("checkpoint"):
@@ -101,19 +101,31 @@ class Progress:
         found = changes(earlier.get("identity"), self._identity)
         if earlier.get("batch_size") != self._job.batch_size:
             found.append("batch size")
-        plan, config = Plan.from_dict(earlier["plan"]), self._job.config
-        budget = config.memory_budget
-        if budget is not None and parse_bytes(budget, "memory_budget") < plan.peak_bytes:
-            found.append("memory budget, below what its plan takes")
-        if config.schedule not in ("auto", plan.schedule):
-            found.append("schedule")
-        if self._in_step and not found and earlier["plan"]["schedule"] == "layers":
-            found.append("way to share the parameters")  # they were whole: alone with its layers, a process would hang
+        if not found:  # else it may be of another version, whose plan cannot be read
+            found = self._differences_of_plan(Plan.from_dict(earlier["plan"]))
         if found:
             note = f"the files of a run that was stopped were dropped: it had another {', '.join(found)}"
             self._job.report.notes.append(note)
             logger.warning("LoRA-DA: %s", note)
         return found
+
+    def _differences_of_plan(self, plan: Plan) -> list[str]:
+        config, found = self._job.config, list[str]()
+        if config.memory_budget is not None and parse_bytes(config.memory_budget, "memory_budget") < plan.peak_bytes:
+            found.append("memory budget, below what its plan takes")
+        if config.schedule not in ("auto", plan.schedule):
+            found.append("schedule")
+        if self._in_step and not found and plan.schedule == "layers":
+            found.append("way to share the parameters")  # they were whole: alone with its layers, a process would hang
+        return found
+
+    def _drop_unasked(self) -> None:
+        """Delete what a killed run left, which is not gone on with unless new sums are kept."""
+        if self._folder is not None and self._job.ranks.is_main and self._folder.read_run() is not None:
+            note = "the files of a run that was stopped were dropped: statistics_save_steps is not set"
+            self._job.report.notes.append(note)
+            logger.warning("LoRA-DA: %s", note)
+        self._clear()
 
     def store(self, window: int) -> PassFiles | None:
         """Return where this process keeps its sums of a window; None if nowhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,16 +24,23 @@ from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned
+from lora_da_hf.distributed.parameters import is_partitioned, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import probe
 from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
-from lora_da_hf.pipeline.save import base_model_facts
 from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions
-from lora_da_hf.pipeline.stored import config_for_use, manifest_digest, population_of, steps_by_rank, stored_step
+from lora_da_hf.pipeline.stored import (
+    config_for_use,
+    gives_step,
+    manifest_digest,
+    population_of,
+    steps_by_rank,
+    stored_step,
+)
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import RawCollate, is_loader, on_device, pad_samples, samples_of_loader
@@ -64,7 +72,7 @@ def apply_init(
     init: str | Path | StoredInit | PulledInit,
     *,
     adapter_name: str | None = None,
-    config: LoRADAConfig | None = None,
+    config: LoRADAConfig | Mapping[str, Any] | None = None,
     step_size: float | None = None,
     samples: Any = None,
     compute_loss: ComputeLoss | None = None,
@@ -86,9 +94,11 @@ def apply_init(
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
         init: A folder, what `load_init` read, or what was pulled from the Hub.
         adapter_name: The adapter; None: the active one.
-        config: Settings of the step, the split and the search; what is not at its default replaces what is stored.
+        config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
+            default replaces what is stored.
         step_size: How far step 0 goes, whatever the config says.
-        samples: Samples to search the step on, or, with a step, to measure the loss on; None: neither.
+        samples: Samples to search the step on, or, with a step, to measure the loss on; None: neither. As many of them
+            as the statistics would take of these are left out, since they may be the ones that were taken.
         compute_loss: As for `initialize_lora_da`.
         data_collator: As for `initialize_lora_da`.
         batch_size: Used if the config gives none.
@@ -110,14 +120,14 @@ def apply_init(
     start = time.perf_counter()
     ranks = Ranks.current()
     with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name, fresh=False)
+        scan = find_targets(model, adapter_name)
     check_fresh(scan.targets)
     with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):
         facts = base_model_facts(model)
     with ranks.together("reading of the initialisation"):
         stored, citation = _open(init, facts)
         stored_report = read_report(stored.folder / REPORT_FILE)
-        given_step = step_size is not None or (config is not None and not config.searches_step)
+        given_step = step_size is not None or gives_step(config)
         config = config_for_use(stored.manifest, config)
         if step_size is not None or (samples is not None and not given_step):
             config = dataclasses.replace(config, step_size="line_search" if step_size is None else step_size)
@@ -147,6 +157,7 @@ def apply_init(
             _write_without_data(job, stored.manifest, solutions, given_step=given_step)
         else:
             _write_with_data(job, stored.manifest, solutions, samples)
+    settle(model)
     mark_initialized(model, scan.adapter_name)
     if config.freeze_a:
         freeze_a(model, scan.adapter_name)
@@ -265,6 +276,10 @@ def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSol
     """Search the step on samples, or measure the loss on them, and write."""
     splits = choose_together(job, samples, population_of(manifest, job.config))
     splits = dataclasses.replace(splits, notes=())  # they would speak of statistics, which are not taken
+    if not splits.search and not splits.unseen:
+        job.report.notes.append(
+            f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples"
+        )
     with prepared_for_pass(job.model, seed=job.seed):
         keep_weights_unpacked(job.model)
         with adapters_off(job.scan.targets):

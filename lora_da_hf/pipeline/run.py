@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from lora_da_hf.samples import (
     RawCollate,
     SampleSplits,
     choose_samples,
+    has_positions,
     is_loader,
     on_device,
     pad_samples,
@@ -95,7 +95,7 @@ def initialize_lora_da(
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
-        SolveError: if no layer can be solved.
+        SolveError: if a layer cannot be solved, or there is none to solve.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; if the adapter could not be stored and is to
             be; or if layers are to be shared, or to get other ranks, while parameters are partitioned.
         OutOfStepError: if this process fails in the middle of what all do in step: a pass over partitioned parameters
@@ -116,7 +116,7 @@ def initialize_lora_da(
     ranks = Ranks.current()
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name, fresh=False)
+        scan = find_targets(model, adapter_name)
         if config.rank_budget is not None:
             check_resizable(scan.targets)
         if output_dir is not None:
@@ -147,10 +147,11 @@ def initialize_lora_da(
 
 def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
     """Choose the same samples on every process: a stream is read by the first one, since others may see other parts."""
-    reads = isinstance(samples, Sized) or job.ranks.is_main
+    alike = has_positions(samples)
+    reads = alike or job.ranks.is_main
     with job.ranks.together("choice of samples"), random_state(job.seed):
         mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
-    splits = mine if isinstance(samples, Sized) else job.ranks.gather(mine)[0]
+    splits = mine if alike else job.ranks.gather(mine)[0]
     if splits is None:
         raise DataError("The first process chose no samples.")
     return splits

@@ -67,7 +67,7 @@ def _step_scale(job: Job, solutions: dict[str, LayerSolution]) -> float:
     """Return the step that moves the layers by spectral norm 1 at most."""
     if job.config.moves_by_norm:
         return 1.0
-    return 1.0 / max(solution.update_norm() for solution in solutions.values())
+    return 1.0 / max(solution.spectral_norm() for solution in solutions.values())
 
 
 def _search(

@@ -48,8 +48,19 @@ def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
     return [name for name in names if getattr(config, name) != getattr(other, name)]
 
 
-def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
-    """Return the stored settings, with those of ``given`` that are not the default's in their place.
+Given = LoRADAConfig | Mapping[str, Any] | None
+"""Settings that replace stored ones: by name, or a whole config."""
+
+
+def gives_step(given: Given) -> bool:
+    """Tell whether settings say how far step 0 goes, so that nothing is searched."""
+    if isinstance(given, LoRADAConfig):
+        return not given.searches_step
+    return given is not None and given.get("step_size", "line_search") != "line_search"
+
+
+def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
+    """Return the stored settings, with those that are given in their place: of a config, what is not the default's.
 
     ``freeze_a`` concerns training, so it is always that of ``given``. The ranks are the adapter's, without a budget.
 
@@ -59,14 +70,15 @@ def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConf
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False, rank_budget=None)
     if given is None:
         return stored
+    names = list(given) if isinstance(given, Mapping) else changed_settings(given, LoRADAConfig())
+    given = _merged(stored, given)
     if given.rank_budget is not None:
         raise ConfigError(
             f"rank_budget={given.rank_budget} is spent when an initialisation is computed. Share out the ranks of a "
             "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
             "writes."
         )
-    changed = [name for name in changed_settings(given, LoRADAConfig()) if name not in _PASS_SETTINGS]
-    wanted = {name: getattr(given, name) for name in changed}
+    wanted = {name: getattr(given, name) for name in names if name not in _PASS_SETTINGS}
     fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
     if fixed:
         raise ConfigError(
@@ -76,7 +88,11 @@ def config_for_use(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConf
     return dataclasses.replace(stored, **wanted)
 
 
-def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADAConfig:
+def _merged(stored: LoRADAConfig, given: LoRADAConfig | Mapping[str, Any]) -> LoRADAConfig:
+    return LoRADAConfig.from_dict({**stored.to_dict(), **given}) if isinstance(given, Mapping) else given
+
+
+def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     """Return the stored settings, with those of the solve and of the write that are given in their place.
 
     What cannot be had offline stays as stored: a step that is to be searched, and a rank, budget or population of None.
@@ -87,7 +103,9 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
     if given is None:
         return stored
-    check_given(given, stored, changed_settings(given, LoRADAConfig()))
+    names = list(given) if isinstance(given, Mapping) else changed_settings(given, LoRADAConfig())
+    given = _merged(stored, given)
+    _check_given(given, stored, names)
     values = {name: getattr(given, name) for name in _FREE_IN_REFIT}
     if given.searches_step:
         values["step_size"] = stored.step_size
@@ -96,7 +114,7 @@ def config_for_refit(manifest: Manifest, given: LoRADAConfig | None) -> LoRADACo
     return dataclasses.replace(stored, **values)
 
 
-def check_given(config: LoRADAConfig, stored: LoRADAConfig, given: Collection[str]) -> None:
+def _check_given(config: LoRADAConfig, stored: LoRADAConfig, given: Collection[str]) -> None:
     """Verify that no setting of the pass over the data is given otherwise than stored.
 
     Args:

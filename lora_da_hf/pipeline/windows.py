@@ -27,7 +27,7 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, progress: Progress) -> Sol
 
     Raises:
         TapNotCalledError: if no gradient came back to any layer.
-        SolveError: if no layer can be solved.
+        SolveError: if a layer cannot be solved, or there is none to solve.
     """
     windows = [_solve_window(job, probe, plan, progress, number) for number in range(len(plan.windows))]
     outcomes = {name: outcome for window in windows for name, outcome in window.outcomes.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.errors import DataError
-from lora_da_hf.statistics.losses import Collate
+from lora_da_hf.statistics.losses import Collate, named_tensors
 
 _LITTLE_PADDING = 16
 
@@ -84,11 +85,9 @@ def sample_length(sample: Any) -> int:
 def digest_sample(batch: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the tensors of a batch of one sample, by name and content."""
     digest = hashlib.sha256()
-    for name in sorted(batch):
-        value = batch[name]
-        if isinstance(value, Tensor):
-            digest.update(f"{name}:{value.dtype}:{list(value.shape)}:".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(named_tensors(batch), key=operator.itemgetter(0)):
+        digest.update(f"{name}:{value.dtype}:{list(value.shape)}:".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -161,7 +161,7 @@ class _Single:
     def of(cls, sample: Any, collate: Collate, shifts_labels: bool) -> _Single:
         batch = collate([sample])
         tokens = read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1)
-        tensors = list(_tensors(batch))
+        tensors = list(named_tensors(batch))
         attended = [mask.sum() for mask in tokens.masks] or [sum(tensor.numel() for _, tensor in tensors)]
         targets: dict[str, set[float]] = {}
         for name, tensor in tensors:
@@ -194,17 +194,17 @@ class _Single:
         )
 
 
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors of a batch with their names: also those in lists and dictionaries, as of boxes they are."""
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch with their names: also those in lists and dictionaries, as of boxes they are."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         inside: Mapping[Any, Any] = value
         for key, item in inside.items():
-            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+            yield from named_tensors(item, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for item in list[Any](value):
-            yield from _tensors(item, name)
+            yield from named_tensors(item, name)
 
 
 def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool, count: int) -> list[Any]:

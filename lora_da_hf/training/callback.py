@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
-from lora_da_hf.artifacts.folders import atomic_folder
+from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
@@ -25,7 +25,7 @@ from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
@@ -211,6 +211,9 @@ class LoRADACallback(TrainerCallback):
     ) -> LoRADAReport:
         """Start from the stored initialisation, and leave the report where a resumed run finds it."""
         ranks = Ranks.current()
+        with ranks.together("look at the output folder"):
+            if ranks.is_main:
+                check_replaceable(_folder_of_report(folder))
         is_pulled = any(ranks.gather(not Path(init_from).is_dir()))
         with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):  # not below: a pull may fail in one
             facts = base_model_facts(model) if is_pulled else None

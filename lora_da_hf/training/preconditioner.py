@@ -77,7 +77,7 @@ class InputPreconditioner:
         by_leader: dict[str, Tensor] = {}
         roots: dict[str, tuple[nn.Parameter, Tensor]] = {}
         left_out: list[str] = []
-        for target in find_targets(model, adapter_name, fresh=False).targets:
+        for target in find_targets(model, adapter_name).targets:
             found, weight = statistics.get(target.name), target.lora_A
             if found is None or target.is_routed or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 left_out.append(target.name)

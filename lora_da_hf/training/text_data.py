@@ -188,7 +188,10 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
     except ValueError as error:
-        raise ConfigError(f"No tokenizer can be loaded from {source}. Name one with --tokenizer_name.") from error
+        raise ConfigError(
+            f"No tokenizer can be loaded from {source} ({str(error).strip().splitlines()[0]}). Name one with "
+            "--tokenizer_name, or do what it says there."
+        ) from error
     if tokenizer.eos_token is None:
         raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
     if tokenizer.pad_token is None:

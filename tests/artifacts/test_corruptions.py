@@ -31,7 +31,7 @@ from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, LoRADAError
 from lora_da_hf.pipeline.against_base import check_against_base
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
 FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE, STATISTICS_FILE]

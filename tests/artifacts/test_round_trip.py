@@ -21,6 +21,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+import lora_da_hf.pipeline.base_model
 import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
@@ -384,7 +385,7 @@ def contents(folder):
         ("lora_da_hf.pipeline.resume", "save_statistics"),
         ("lora_da_hf.artifacts.store", "save_file"),
         ("lora_da_hf.artifacts.store", "file_entry"),
-        ("lora_da_hf.artifacts.store", "sync"),
+        ("lora_da_hf.artifacts.folders", "sync"),
     ],
 )
 def test_a_failure_while_writing_leaves_the_old_folder_and_the_old_adapter(
@@ -426,6 +427,11 @@ def test_a_failure_while_the_folders_are_swapped_puts_the_old_one_back(tmp_path,
 
 
 def test_nothing_is_at_the_target_before_all_of_it_is(tmp_path):
+    (tmp_path / "cached").write_text("of the Hub's cache")
+    (tmp_path / "cached").chmod(0o600)
+    with atomic_folder(tmp_path / "links") as partial:
+        (partial / "file").hardlink_to(tmp_path / "cached")
+    assert (tmp_path / "cached").stat().st_mode & 0o777 == 0o600  # not ours to change
     with atomic_folder(tmp_path / "deep" / "init") as partial:
         (partial / "file").write_text("new")
         assert not (tmp_path / "deep" / "init").exists()
@@ -451,7 +457,7 @@ def test_a_model_that_peft_cannot_save_is_an_error(tmp_path, lora_model, samples
 
 def test_base_facts_of_a_model_are_those_of_its_base(lora_model, tiny_llama):
     model = lora_model()
-    facts = lora_da_hf.pipeline.save.base_model_facts(model)
+    facts = lora_da_hf.pipeline.base_model.base_model_facts(model)
     assert facts["config"]["hidden_size"] == 48
     assert facts["config"]["model_type"] == "llama"
     assert len(facts["weights_sha256"]) == 64

@@ -14,7 +14,7 @@ from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE,
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 
 LAYER = "model.layers.0.self_attn.q_proj"
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"

@@ -435,3 +435,18 @@ def test_the_lines_of_use_make_the_stored_adapter(stored, tmp_path, settings):
         assert getattr(made, name) == getattr(config, name)
     for name in ("target_modules", "target_parameters"):
         assert set(getattr(made, name) or ()) == set(settings.get(name, ()))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        ({"task_type": "SEQ_CLS"}, "AutoModelForSequenceClassification"),
+        ({"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}}, "LlamaForCausalLM"),
+        ({"task_type": None, "auto_mapping": {"base_model_class": "Trainer"}}, "AutoModel"),
+        ({"task_type": None, "auto_mapping": {"base_model_class": "OfSomebodyElse"}}, "AutoModel"),
+    ],
+)
+def test_the_card_loads_the_base_by_the_class_of_the_task_or_of_the_adapter(stored, adapter, expected):
+    text = render_card(stored(adapter={"lora_alpha": 16, **adapter}), license="mit")
+    assert f"from transformers import {expected}\n" in text
+    assert f"model = {expected}.from_pretrained(" in text

@@ -156,6 +156,7 @@ def hub_error(kind, status=404):
     [
         (ConfigError("Raise it."), "Raise it.", None),
         (OSError("no-model is not a local folder"), "no-model is not", "Check the name"),
+        (OSError(28, "No space left on device"), "No space left", "Make room"),
         (ZeroDivisionError("division"), "unexpected ZeroDivisionError: division", "--debug"),
         (hub_error(hub_errors.GatedRepoError, 403), "gated", "Ask for access"),
         (hub_error(hub_errors.RepositoryNotFoundError), "does not exist, or you may not see it", "hf auth login"),

@@ -19,7 +19,7 @@ from lora_da_hf.cli.flags import base_model_of_folder
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.cli.output import Output
 from lora_da_hf.hub.cards import render_card
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 
 PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
 SMALL = ["--block_size", 32, "--lora_rank", 2, "--da_num_samples", 12, "--da_search_samples", 2]
@@ -96,7 +96,7 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["train.jsonl", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
         (["empty.jsonl"], "empty.jsonl is empty"),
         (["broken.parquet"], "broken.parquet cannot be read as parquet data"),
-        (["train.jsonl", "--tokenizer_name", "bare"], "No tokenizer can be loaded from bare. Name one with --tok"),
+        (["train.jsonl", "--tokenizer_name", "bare"], "Name one with --tokenizer_name, or do what it says"),
     ],
 )
 def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path, monkeypatch, words, message):
@@ -126,6 +126,13 @@ def test_plan_says_before_what_init_says_then(lora_da, stored, place):
     assert code == 0, err
     assert out.split("; about")[0] == read_report(stored / "lora_da_report.json").plan.split("; about")[0]
     assert "at this machine's speed; besides, " in out
+
+
+def test_plan_counts_the_passes_that_draw_labels(lora_da, place, monkeypatch):
+    monkeypatch.setattr("lora_da_hf.cli.planning.measure_speed", lambda dtype: 1e6)
+    flags = [[], ["--da_fisher", "sampled"]]
+    empirical, sampled = (json.loads(lora_da("plan", place / "model", "--json", *more)[1]) for more in flags)
+    assert sampled["statistics_seconds"] > 1.5 * empirical["statistics_seconds"]
 
 
 def test_plan_takes_as_much_memory_as_init_would(lora_da, place, monkeypatch):
@@ -362,10 +369,9 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
     lora_da("refit", stored, tmp_path / "new", "--rank_budget", 1000)
     assert [args for args, _ in calls] == [(stored, tmp_path / "new")] * 3
     rest = dict.fromkeys(["config", "rank", "rank_budget", "step_size", "base_model"]) | {"progress": False}
-    changed = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "input_damping": "0.3*mean"})
     assert [kwargs for _, kwargs in calls] == [
         {**rest, "rank": 2},
-        {**rest, "config": changed, "step_size": 0.5},
+        {**rest, "config": {"input_damping": "0.3*mean"}, "step_size": 0.5},
         {**rest, "rank_budget": 1000},
     ]
 

@@ -20,8 +20,8 @@ from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, CardError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.hub.cards import card_plots, render_card
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.refit import refit_init
-from lora_da_hf.pipeline.save import base_model_facts
 
 REPO = "alice/init"
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"

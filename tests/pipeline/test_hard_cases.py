@@ -194,7 +194,7 @@ def test_samples_that_are_a_mapping_of_columns_and_a_population_that_is_none(lor
 
 
 def test_the_fingerprint_sees_layers_that_have_no_adapter(lora_model):
-    from lora_da_hf.pipeline.save import base_model_facts
+    from lora_da_hf.pipeline.base_model import base_model_facts
 
     model, same = lora_model(target_modules=["q_proj"]), lora_model(target_modules=["v_proj", "up_proj"])
     expected = base_model_facts(model)["weights_sha256"]

@@ -139,6 +139,15 @@ def test_nothing_is_left_by_a_run_that_saves_nothing(tmp_path, lora_model, sampl
     assert names(tmp_path) == []
 
 
+def test_sums_that_are_not_gone_on_with_are_not_dropped_in_silence(tmp_path, lora_model, samples, caplog):
+    stop(lora_model(), samples, tmp_path / "init", at=5)
+    report, _ = initialize(lora_model(), samples, tmp_path / "init", statistics_save_steps=None)
+    note = "the files of a run that was stopped were dropped: statistics_save_steps is not set"
+    assert note in report.notes
+    assert note in caplog.text
+    assert names(tmp_path) == ["init"]
+
+
 def test_statistics_of_a_killed_run_are_not_taken_for_those_of_the_next(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=20, memory_budget=SMALL, save_statistics=True)
     assert len(list((tmp_path / ".init.checkpoint" / "statistics").iterdir())) == 3
@@ -173,6 +182,15 @@ def test_files_of_another_run_are_dropped_and_that_is_said(tmp_path, lora_model,
     assert note in report.notes
     assert note in caplog.text
     assert names(tmp_path) == ["init"]
+
+
+def test_the_plan_of_another_run_is_not_even_read(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=5)
+    path = tmp_path / ".init.checkpoint" / "run.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "identity": {}, "plan": {"of": "another version"}}))
+    report, _ = initialize(lora_model(), samples, tmp_path / "init")
+    assert any(note.startswith("the files of a run that was stopped were dropped") for note in report.notes)
 
 
 def test_a_plan_that_takes_more_than_is_allowed_now_is_made_anew(tmp_path, lora_model, samples):
@@ -341,6 +359,8 @@ def halved(model):
         ({"lora": {"lora_alpha": 8}}, "adapter"),
         ({"lora": {"r": 2}}, "adapter"),
         ({"lora": {"target_modules": ["q_proj"]}}, "adapter"),
+        ({"lora": {"use_dora": True}}, "adapter"),
+        ({"lora": {"lora_dropout": 0.5}}, "adapter"),
         ({"llama": {"seed": 1}}, "base model, loss"),
         ({"llama": {"dtype": torch.bfloat16}}, "base model"),
         ({"samples": make_learnable_samples(25)}, "settings"),
@@ -375,6 +395,7 @@ def test_a_broken_one_is_replaced_and_that_is_said(tmp_path, lora_model, samples
     adapter.write_bytes(adapter.read_bytes()[:-4])
     report, found = initialize(lora_model(), samples, tmp_path / "init")
     assert_same_tensors(found, expected)
-    assert any("cannot be used and is replaced" in note for note in report.notes)
+    assert "an initialisation that was there before could not be used and was replaced" in report.notes
+    assert str(tmp_path) not in json.dumps(report.notes)
     assert "cannot be used and is replaced" in caplog.text
     load_init(tmp_path / "init")

@@ -43,7 +43,7 @@ from lora_da_hf.errors import (
     ConfigError,
     TargetError,
 )
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
@@ -293,6 +293,32 @@ def test_with_samples_the_step_is_searched_as_an_initialisation_would(stored_ini
     assert report.step_size == pytest.approx(computed.step_size, rel=1e-2)
     assert report.unseen_loss_before == pytest.approx(computed.unseen_loss_before)
     assert (report.num_samples, report.population_size) == (12, 24)
+
+
+def test_where_the_statistics_may_have_seen_all_samples_it_is_said_that_nothing_was_measured(
+    stored_init, lora_model, samples
+):
+    few = apply_init(lora_model(r=4), stored_init, samples=samples[:8], step_size=0.1, data_collator=collate)
+    assert few.unseen_loss_after is None
+    assert "no loss was measured: the statistics may have seen all of the 8 samples" in few.notes
+    enough = apply_init(lora_model(r=4), stored_init, samples=samples, step_size=0.1, data_collator=collate)
+    assert enough.unseen_loss_after is not None
+    assert not any("no loss was measured" in note for note in enough.notes)
+
+
+def test_settings_can_be_given_by_name_their_defaults_too(stored_init, lora_model):
+    stored = LoRADAConfig.from_dict(load_init(stored_init).manifest.config)
+    manifest = load_init(stored_init).manifest
+    assert stored.search_samples != LoRADAConfig().search_samples
+    found = config_for_use(manifest, {"search_samples": LoRADAConfig().search_samples})
+    assert changed_settings(found, config_for_use(manifest, None)) == ["search_samples"]
+    assert config_for_use(manifest, LoRADAConfig()) == config_for_use(manifest, None)
+    report = apply_init(lora_model(r=4), stored_init, config={"step_size": 0.25})
+    assert report.step_size == 0.25
+    with pytest.raises(ConfigError, match=r"input_damping=0\.5: the stored initialisation was computed with"):
+        apply_init(lora_model(r=4), stored_init, config={"input_damping": 0.5})
+    with pytest.raises(ConfigError, match="input_dumping"):
+        apply_init(lora_model(r=4), stored_init, config={"input_dumping": 0.5})
 
 
 def test_a_stream_can_be_searched_on(stored_init, lora_model, samples):

@@ -14,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.batches import digest_sample
 from lora_da_hf.statistics.taps import Taps
 
 
@@ -381,3 +382,11 @@ def test_sides_padded_to_one_length_cannot_be_told_apart_even_one_sample_at_a_ti
     with pytest.raises(StatisticsError, match=r"even one sample at a time: .*either of the model's seq") as caught:
         collected(tiny_t5(), samples, batch_size=3, declared="token_mean", collate=pad_to_eight)
     assert "If the collator pads single samples, turn that off" in str(caught.value)
+
+
+def test_what_is_nested_is_in_the_hash_of_a_sample():
+    def sample(box):
+        return {"pixel_values": torch.zeros(1, 3), "labels": [{"boxes": torch.tensor([box])}]}
+
+    assert digest_sample(sample([0.1, 0.2])) == digest_sample(sample([0.1, 0.2]))
+    assert digest_sample(sample([0.1, 0.2])) != digest_sample(sample([0.1, 0.3]))

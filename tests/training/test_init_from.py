@@ -21,7 +21,7 @@ import lora_da_hf.training.callback
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, apply_init
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import BaseModelMismatchError, ConfigError
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
 
@@ -105,6 +105,17 @@ def test_an_initialisation_in_the_output_folder_is_kept(tmp_path, stored_init, l
     resumed = make_trainer(tmp_path, lora_model(r=4), arguments=arguments, init_from=folder)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.lora_da_report.init_from == trainer.lora_da_report.init_from
+
+
+def test_other_files_where_the_report_goes_are_not_lost(tmp_path, stored_init, lora_model, no_pass):
+    (tmp_path / "lora_da").mkdir()
+    (tmp_path / "lora_da" / "notes.txt").write_text("mine")
+    model = lora_model(r=4)
+    before = adapter_weights(model)
+    with pytest.raises(ConfigError, match=r"holds something else than an initialisation \(notes.txt\)"):
+        make_trainer(tmp_path, model, init_from=stored_init).train()
+    assert (tmp_path / "lora_da" / "notes.txt").read_text() == "mine"
+    assert_same_tensors(adapter_weights(model), before)
 
 
 def test_the_callback_does_the_same_in_any_trainer(tmp_path, stored_init, lora_model, no_pass):

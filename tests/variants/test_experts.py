@@ -24,7 +24,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
-from lora_da_hf.pipeline.save import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts
 
 EXPERT_LAYERS = 2 * 2 * 4
 

@@ -1,0 +1,63 @@
+"""The base model under an adapter: its facts, weights and modules, by the names that they have without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_da_hf.adapters.targets import base_name
+from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
+from lora_da_hf.distributed.parameters import gathered
+from lora_da_hf.losses import base_model_of
+
+_OF_ADAPTER = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+"""Names that PEFT puts between a module and its weight, for adapters, modules to save and trainable tokens."""
+
+
+def base_model_facts(model: nn.Module) -> dict[str, Any]:
+    """Return name, revision, config facts and weights fingerprint of the base model."""
+    config: Any = getattr(base_model_of(model), "config", None)
+    return {
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "config": config_facts(config),
+        "weights_sha256": weights_fingerprint(base_weights(model)),
+    }
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the whole parameters of the base model, one by one, under the names that they have without an adapter.
+
+    Heads are left out but for output embeddings: a classification head is random each time that a base is loaded, and a
+    plain base does not tell which of its modules an adapter will train in full.
+    """
+    heads = head_parameters(model)
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in _OF_ADAPTER) and id(parameter) not in heads:
+            with gathered(parameter) as whole:
+                yield _plain_name(name), whole
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the base model under the names that they have without an adapter."""
+    named = [(name, module) for name, module in model.named_modules() if not any(o in f"{name}." for o in _OF_ADAPTER)]
+    return {_plain_name(name): module for name, module in named}  # what is wrapped comes after what wraps it
+
+
+def _plain_name(name: str) -> str:
+    parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
+    return ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def head_parameters(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters that are neither in the backbone nor output embeddings."""
+    model = base_model_of(model)
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    pretrained = [model.base_model, model.get_output_embeddings()]
+    known = {id(parameter) for module in pretrained if module is not None for parameter in module.parameters()}
+    return {id(parameter) for parameter in model.parameters()} - known
