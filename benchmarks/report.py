@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ MOVEMENT = (
 )
 
 EQUAL = ("batch_size", "alpha", "use_rslora", "num_samples", "warmup", "max_grad_norm")
-"""Settings that runs are to share if they are compared: where a table has several, they are in the methods' names."""
+"""Settings that runs are to share if they are compared: what is not as in most runs of a table is in a row's name."""
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -60,14 +61,13 @@ def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Group records by method, and by what differs from the defaults in its settings, or between the records."""
-    seen = {name: {json.dumps(record["cell"][name]) for record in records} for name in EQUAL}
-    shown = [name for name, values in seen.items() if len(values) > 1]
+    """Group records by method, and by what differs in its settings from the defaults, or from most of the records."""
+    usual = {name: Counter(record["cell"][name] for record in records).most_common(1)[0][0] for name in EQUAL}
     groups: dict[str, list[Record]] = {}
     for record in records:
         cell = record["cell"]
         settings = f" {json.dumps(cell['settings'])}" if cell["settings"] else ""
-        others = "".join(f" {name}={cell[name]}" for name in shown)
+        others = "".join(f" {name}={cell[name]}" for name in EQUAL if cell[name] != usual[name])
         groups.setdefault(cell["method"] + settings + others, []).append(record)
     return groups
 
@@ -223,9 +223,9 @@ def half_table(records: Sequence[Record]) -> list[str]:
         "|---" * 5 + "|",
     ]
     for (rank, num_train, steps), found in grouped(records, "rank", "num_train", "steps").items():
-        longer = grouped(records, "rank", "num_train", "steps").get((rank, num_train, 2 * steps), [])
+        longer = grouped(records, "rank", "num_train", "steps").get((rank, num_train, 2 * steps))
         for name, runs in variants(found).items():
-            plain = variants(longer).get(partner_of(name), [])
+            plain = variants(longer).get(partner_of(name), []) if longer else []
             if steps and plain and name != partner_of(name):
                 _, ours = at_best_rate(runs)
                 difference = paired_difference(ours, at_best_rate(plain)[1])

@@ -486,12 +486,12 @@ def test_shared_settings_that_differ_are_in_the_name():
     records = [
         record_of(method, 1e-3, 0, [[0, 2.0], [4, 1.0]], num_samples=number)
         for method in ("lora", "lora_da")
-        for number in (64, 256)
+        for number in (256, 256, 64)
     ]
-    assert "lora_da num_samples=64" in report.variants(records)
+    assert list(report.variants(records)) == ["lora", "lora num_samples=64", "lora_da", "lora_da num_samples=64"]
     assert report.partner_of("lora_da num_samples=64") == "lora num_samples=64"
     assert report.partner_of('lora_da_fa {"metric": "fisher"}') == "lora_fa"
-    assert list(report.variants(records[::2])) == ["lora", "lora_da"]
+    assert list(report.variants(records[2::3])) == ["lora", "lora_da"]
 
 
 def test_a_run_that_diverged_has_no_movement(compare):
