@@ -404,7 +404,6 @@ def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]
     if stages:
         rows |= {name: [seconds[stage] for seconds in stages] for name, stage in STAGES.items()}
         rows["line_search"] = [stage["line search"] + stage.get("evaluate", 0.0) for stage in stages]
-        rows["initialization"] = [sum(stage.values()) for stage in stages]
     return rows
 
 
