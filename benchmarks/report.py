@@ -373,8 +373,8 @@ def shared_settings(records: Sequence[Record]) -> str:
     for name in EQUAL:
         values = sorted({json.dumps(record["cell"][name]) for record in records})
         parts.append(f"{name} {' or '.join(values)}")
-    codes = sorted({record["code"]["package_sha256"] for record in records if record.get("code")})
-    return f"{', '.join(parts)}; code {', '.join(codes) or 'not recorded'}."
+    codes = Counter(record["code"]["package_sha256"] if record.get("code") else "not recorded" for record in records)
+    return f"{', '.join(parts)}; code {', '.join(f'{code} ({number} runs)' for code, number in codes.items())}."
 
 
 def report(records: Sequence[Record], path: Path) -> str:
