@@ -17,8 +17,8 @@ measured.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
-rate or steps start from one initialisation, which is made once. Peak memory is to be compared only between cells that
-ran with `--isolate`, each of which makes its own. `--plan` says what is left and how
+rate or steps, or in that A is frozen, start from one initialisation if they follow each other. Peak memory is to be
+compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says what is left and how
 long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
@@ -46,7 +46,7 @@ from typing import Any
 
 import torch
 from initialization_cost import machine, package_digest, peak_mib, reset_peak
-from inits import METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
+from inits import FROZEN, METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
 from movement import movement, read_factors
 from report import wilson_interval
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, LoRADAError
+from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
@@ -135,7 +136,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
-        unknown |= set(block["methods"]) - set(METHODS)
+        unknown |= set(block["methods"]) - {*METHODS, *FROZEN}
         rates = block["learning_rates"]
         if isinstance(rates, dict) and rates["best_of"] not in earlier:
             raise ConfigError(
@@ -171,16 +172,23 @@ def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[s
     shared = {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
     cells: list[dict[str, Any]] = []
     sets = sets_of_settings(design, block)
-    for method, rank, steps in itertools.product(block["methods"], block["ranks"], block["steps"]):
-        rates = block["learning_rates"]
-        if isinstance(rates, dict):
-            earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
-            best = best_rate(cells_of(design, earlier, records), records, method)
-            rates = [float(f"{best * times:.3g}") for times in rates["times"]]
-        for seed, settings, rate in itertools.product(block["seeds"], sets, rates):
+    rates = {method: rates_of(method, design, block, records) for method in block["methods"]}
+    starts = itertools.product(block["ranks"], block["seeds"], sets, block["methods"])  # cells of one start in a row
+    for rank, seed, settings, method in starts:
+        for steps, rate in itertools.product(block["steps"], rates[method]):
             cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate}
             cells.append({**cell, **shared, "settings": settings})
     return cells
+
+
+def rates_of(method: str, design: dict[str, Any], block: dict[str, Any], records: list[dict[str, Any]]) -> list[float]:
+    """Return the learning rates that a block has for a method."""
+    rates = block["learning_rates"]
+    if isinstance(rates, dict):
+        earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
+        best = best_rate(cells_of(design, earlier, records), records, method)
+        return [float(f"{best * times:.3g}") for times in rates["times"]]
+    return rates
 
 
 def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str) -> float:
@@ -316,15 +324,19 @@ class LastStart:
 
     def get(self, cell: dict[str, Any], subject: Subject) -> tuple[Start, bool]:
         """Return a copy of the start of a cell, and whether it had been made before."""
-        key = json.dumps({name: value for name, value in cell.items() if name not in TRAINING}, sort_keys=True)
+        method = FROZEN.get(cell["method"], cell["method"])
+        made = {**{name: value for name, value in cell.items() if name not in TRAINING}, "method": method}
+        key = json.dumps(made, sort_keys=True)
         reused = key == self.key and self.kept is not None
         if not reused:
             self.kept = None
-            self.kept, self.key = make_start(cell, subject), key
+            self.kept, self.key = make_start({**cell, "method": method}, subject), key
         assert self.kept is not None
         model, on_optimizer = copy.deepcopy(
             (self.kept.model, self.kept.setup.on_optimizer)
         )  # which know its parameters
+        if method != cell["method"]:
+            freeze_a(model)
         setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
         return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup), reused
 
@@ -586,7 +598,15 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
         about |= {"isolated": arguments.max_cells == 1, "code": code()}
-        add_line(output, {**about, "machine": machine(), "reads_samples": cell["method"] in READ_SAMPLES, **result})
+        add_line(
+            output,
+            {
+                **about,
+                "machine": machine(),
+                "reads_samples": FROZEN.get(cell["method"], cell["method"]) in READ_SAMPLES,
+                **result,
+            },
+        )
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
@@ -85,17 +84,6 @@ def take_out_in_float32(model: nn.Module, config: LoraConfig) -> nn.Module:
     for name, parameter in places.items():
         parameter.data = parameter.data.to(dtypes[name])
     return made
-
-
-def frozen(method: Callable[[Setup], Made]) -> Callable[[Setup], Made]:
-    """Return a method with A frozen afterwards (LoRA-FA)."""
-
-    def make(setup: Setup) -> Made:
-        model, notes = method(setup)
-        freeze_a(model)
-        return model, notes
-
-    return make
 
 
 def eva(setup: Setup) -> Made:
@@ -197,17 +185,18 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_one": lora_da(LoRADAConfig, **IDENTITY_FACTORS),
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
-    "lora_fa": frozen(from_peft()),
-    "lora_da_fa": frozen(lora_da(LoRADAConfig)),
     "lora_da_preconditioned": lora_da_preconditioned,
     "lora_preconditioned": lora_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
 ``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
 
+FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
+"""Methods that train B alone (LoRA-FA), by what they start from."""
+
 READ_SAMPLES = {
     *("eva", "corda", "lora_ga", "lora_one"),
-    *("lora_da_paper", "lora_da", "lora_da_fa", "lora_da_preconditioned", "lora_preconditioned"),
+    *("lora_da_paper", "lora_da", "lora_da_preconditioned", "lora_preconditioned"),
 }
 """Methods whose start depends on data."""
 

@@ -20,7 +20,7 @@ from lora_da_hf.errors import ConfigError
 
 BLOCK = {
     "name": "all",
-    "methods": sorted(inits.METHODS),
+    "methods": sorted({*inits.METHODS, *inits.FROZEN}),
     "learning_rates": [1e-3],
     "ranks": [2],
     "seeds": [0],
@@ -76,7 +76,7 @@ def compare(model_dir, tmp_path):
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in PEFT's LoRA-GA
 def test_every_method_runs_on_equal_terms(compare):
     records = {record["cell"]["method"]: record for record in compare(BLOCK)}
-    assert set(records) == {name for name in inits.METHODS if inits.why_missing(name) is None}
+    assert set(records) == {name for name in BLOCK["methods"] if inits.why_missing(name) is None}
     base = records["lora"]["losses"][0][1]
     for method, record in records.items():
         assert [step for step, _ in record["losses"]] == [0, 2, 4]
@@ -156,6 +156,17 @@ def test_cells_that_share_a_start_end_as_those_that_make_their_own(compare, tmp_
     apart = compare(block, flags=("--max_cells", "1"))
     assert [record["initialization"]["reused"] for record in apart] == [False, False]
     assert [record["losses"] for record in apart] == [record["losses"] for record in together]
+
+
+def test_a_frozen_a_shares_the_start_of_the_method_that_trains_it(compare, tmp_path):
+    together = compare({**BLOCK, "methods": ["lora_da", "lora_da_fa"], "seeds": [0, 1]})
+    assert [record["initialization"]["reused"] for record in together] == [False, True, False, True]
+    assert [record["cell"]["seed"] for record in together] == [0, 0, 1, 1]
+    assert all(record["reads_samples"] for record in together)
+    (tmp_path / "results.jsonl").unlink()
+    (apart,) = compare({**BLOCK, "methods": ["lora_da_fa"]})
+    assert apart["losses"] == together[1]["losses"] != together[0]["losses"]
+    assert apart["trainable"] == together[1]["trainable"] < together[0]["trainable"]
 
 
 def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
@@ -312,7 +323,7 @@ def test_a_design_is_planned_before_and_after_some_of_it_is_run(compare, tmp_pat
     assert len(starts) == 4
     assert len(set(zip(settings, starts, strict=True))) == len(set(starts)) == 2
     report.main([str(tmp_path / "results.jsonl")])
-    assert f'| lora_da {{"metric": "fisher"}} | 0.001 | {starts[1]:.4f} (1) |' in capsys.readouterr().out
+    assert f'| lora_da {{"metric": "fisher"}} | 0.001 | {starts[-1]:.4f} (1) |' in capsys.readouterr().out
 
 
 def test_cells_without_training_are_timed_by_their_like():
