@@ -10,7 +10,7 @@ import torch
 
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.store import StoredBasis, StoredInit
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, NonFiniteError, SolveError
@@ -91,7 +91,7 @@ def _errors(
                 layer,
                 factorized,
                 dataclasses.replace(config, output_damping=stored.manifest.layers[name].output_damping),
-                _solution(stored, reports[name]),
+                stored_solution(stored.bases[name], reports[name]),
                 layer=name,
                 population_size=population,
             )
@@ -101,8 +101,8 @@ def _errors(
         return dict.fromkeys(statistics, math.inf)
 
 
-def _solution(stored: StoredInit, report: LayerReport) -> LayerSolution:
-    basis = stored.bases[report.name]
+def stored_solution(basis: StoredBasis, report: LayerReport) -> LayerSolution:
+    """Put the solution of a layer together from what is stored of it."""
     return LayerSolution(
         basis_A=basis.basis_A,
         basis_B=basis.basis_B,

@@ -12,8 +12,9 @@ from lora_da_hf.errors import TapNotCalledError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.statistics.collect import PassResult, PassStore, collect
+from lora_da_hf.statistics.collect import PassResult, collect
 from lora_da_hf.statistics.model_state import seed_generators
+from lora_da_hf.statistics.pass_state import PassStore
 from lora_da_hf.statistics.taps import Taps
 
 

@@ -28,7 +28,7 @@ from lora_da_hf.pipeline.solve import (
     outcome_of,
     share_outcomes,
 )
-from lora_da_hf.statistics.collect import PassState
+from lora_da_hf.statistics.pass_state import PassState
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from lora_da_hf.adapters.targets import (
 )
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
+from lora_da_hf.artifacts.solved_from import stored_solution
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
@@ -238,16 +239,9 @@ def _check_fits(target: Target, basis: StoredBasis) -> None:
 
 
 def _solution(basis: StoredBasis, report: LayerReport, device: torch.device) -> LayerSolution:
-    return LayerSolution(
-        basis_A=basis.basis_A.to(device).double(),
-        basis_B=basis.basis_B.to(device).double(),
-        eigenvalues=basis.eigenvalues.to(device),
-        displacement_norm=report.displacement_norm,
-        input_damping=report.input_damping,
-        output_damping=report.output_damping,
-        solver=report.solver,
-        residual=report.residual,
-    )
+    basis_A, basis_B = (tensor.to(device).double() for tensor in (basis.basis_A, basis.basis_B))
+    eigenvalues = basis.eigenvalues.to(device)
+    return stored_solution(StoredBasis(basis_A=basis_A, basis_B=basis_B, eigenvalues=eigenvalues), report)
 
 
 def _layer_report(target: Target, stored: LayerReport) -> LayerReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_bat
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
+from lora_da_hf.statistics.pass_state import PassState, PassStore
 from lora_da_hf.statistics.sample_weights import weighted_head
 from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import Taps
@@ -69,41 +70,6 @@ class PassResult:
     batch_size: int = 1
     why_single: str | None = None
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassState:
-    """A pass that is under way, to go on from later to the same bits.
-
-    Attributes:
-        tensors: The sums, and the state of torch's random number generator.
-        facts: Everything else, as JSON values.
-    """
-
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-class PassStore(Protocol):
-    """Where the state of a pass is kept.
-
-    Attributes:
-        every: Batches from one state to the next.
-    """
-
-    every: int
-
-    def load(self) -> PassState | None:
-        """Return the state to go on from, if there is one."""
-        ...
-
-    def save(self, state: PassState) -> None:
-        """Keep a state in place of the last."""
-        ...
-
-    def clear(self) -> None:
-        """Forget every state: the pass starts over."""
-        ...
 
 
 def collect(

@@ -26,7 +26,7 @@ from lora_da_hf.errors import ArtifactError, CheckpointError, ConfigError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.pipeline.plan import Group, Workload, make_plan
 from lora_da_hf.pipeline.resume import Progress
-from lora_da_hf.statistics.collect import PassState
+from lora_da_hf.statistics.pass_state import PassState
 
 SMALL = 350_000  # bytes: four windows
 
