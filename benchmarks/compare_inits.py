@@ -17,9 +17,9 @@ measured.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
-rate or steps, or in that A is frozen, start from one initialisation if they follow each other. Peak memory is to be
-compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says what is left and how
-long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
+rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. Peak memory is
+to be compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says what is left and
+how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
 from __future__ import annotations
@@ -46,7 +46,18 @@ from typing import Any
 
 import torch
 from initialization_cost import machine, package_digest, peak_mib, reset_peak
-from inits import FROZEN, METHODS, READ_SAMPLES, Setup, make_adapter, target_modules, why_missing
+from inits import (
+    FROZEN,
+    METHODS,
+    READ_SAMPLES,
+    RESET,
+    Setup,
+    change,
+    made_by,
+    make_adapter,
+    target_modules,
+    why_missing,
+)
 from movement import movement, read_factors
 from report import wilson_interval
 from torch import Tensor, nn
@@ -54,7 +65,6 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, LoRADAError
-from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
@@ -136,7 +146,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
-        unknown |= set(block["methods"]) - {*METHODS, *FROZEN}
+        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET}
         rates = block["learning_rates"]
         if isinstance(rates, dict) and rates["best_of"] not in earlier:
             raise ConfigError(
@@ -324,7 +334,7 @@ class LastStart:
 
     def get(self, cell: dict[str, Any], subject: Subject) -> tuple[Start, bool]:
         """Return a copy of the start of a cell, and whether it had been made before."""
-        method = FROZEN.get(cell["method"], cell["method"])
+        method = made_by(cell["method"])
         made = {**{name: value for name, value in cell.items() if name not in TRAINING}, "method": method}
         key = json.dumps(made, sort_keys=True)
         reused = key == self.key and self.kept is not None
@@ -335,15 +345,16 @@ class LastStart:
         model, on_optimizer = copy.deepcopy(
             (self.kept.model, self.kept.setup.on_optimizer)
         )  # which know its parameters
-        if method != cell["method"]:
-            freeze_a(model)
+        change(model, cell["method"], cell["seed"])
         setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
-        return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup), reused
+        loss = None if cell["method"] in RESET else self.kept.loss
+        return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup, loss=loss), reused
 
-    def note_loss(self, loss: float | None) -> None:
-        """Keep the loss that the start was found to have, for those who get it next."""
+    def note_loss(self, cell: dict[str, Any], loss: float | None) -> None:
+        """Keep the loss that the start of a cell was found to have, for those who get it next."""
         assert self.kept is not None
-        self.kept.loss = loss
+        if cell["method"] not in RESET:
+            self.kept.loss = loss
 
 
 def make_start(cell: dict[str, Any], subject: Subject) -> Start:
@@ -387,7 +398,7 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     before = read_factors(start.model)
     with Measured() as training:
         found = train(start, cell, subject.validation)
-    last.note_loss(found["losses"][0][1])
+    last.note_loss(cell, found["losses"][0][1])
     is_trained = cell["steps"] > 0 and found["final_loss"] is not None
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
@@ -603,7 +614,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
             {
                 **about,
                 "machine": machine(),
-                "reads_samples": FROZEN.get(cell["method"], cell["method"]) in READ_SAMPLES,
+                "reads_samples": made_by(cell["method"]) in READ_SAMPLES,
                 **result,
             },
         )

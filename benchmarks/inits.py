@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
@@ -161,16 +162,6 @@ def lora_da_preconditioned(setup: Setup) -> Made:
     return model, notes
 
 
-def lora_preconditioned(setup: Setup) -> Made:
-    """Make a plain adapter, whose A is trained with the statistics' help: what `lora_da_preconditioned` is without."""
-    model, notes = lora_da_preconditioned(setup)
-    torch.manual_seed(setup.seed)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.reset_lora_parameters("default", init_lora_weights=True)
-    return model, notes
-
-
 IDENTITY_FACTORS = {"input_damping": "1e8*mean", "output_damping": "1e8*mean", "variance_weight": 0.0}
 """With so much damping the displacement is the gradient, but for its length."""
 
@@ -186,7 +177,6 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
     "lora_da_preconditioned": lora_da_preconditioned,
-    "lora_preconditioned": lora_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
 ``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
@@ -194,11 +184,27 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 """Methods that train B alone (LoRA-FA), by what they start from."""
 
-READ_SAMPLES = {
-    *("eva", "corda", "lora_ga", "lora_one"),
-    *("lora_da_paper", "lora_da", "lora_da_preconditioned", "lora_preconditioned"),
-}
-"""Methods whose start depends on data."""
+RESET = {"lora_preconditioned": "lora_da_preconditioned"}
+"""Methods that put a plain adapter in place of one that was made from data, and keep the optimizer's help."""
+
+READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
+"""Methods of ``METHODS`` whose start depends on data."""
+
+
+def made_by(method: str) -> str:
+    """Return the method of ``METHODS`` that makes the adapter which a method changes before it is trained."""
+    return {**FROZEN, **RESET}.get(method, method)
+
+
+def change(model: nn.Module, method: str, seed: int) -> None:
+    """Make of the adapter of ``made_by`` that of the method."""
+    if method in FROZEN:
+        freeze_a(model)
+    if method in RESET:
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def why_missing(method: str) -> str | None:

@@ -20,7 +20,7 @@ from lora_da_hf.errors import ConfigError
 
 BLOCK = {
     "name": "all",
-    "methods": sorted({*inits.METHODS, *inits.FROZEN}),
+    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET}),
     "learning_rates": [1e-3],
     "ranks": [2],
     "seeds": [0],
@@ -85,16 +85,7 @@ def test_every_method_runs_on_equal_terms(compare):
         assert record["initialization"]["seconds"] > 0
         assert record["training"]["peak_mib"] > 0
         assert record["cell"] == {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
-        if method in (
-            "rslora",
-            "lora_fa",
-            "pissa",
-            "olora",
-            "corda",
-            "eva",
-            "lora_ga",
-            "lora_preconditioned",
-        ):  # no-ops at step 0
+        if method in NO_OPS:
             assert record["losses"][0][1] == pytest.approx(base, rel=2e-2), method
     for method in ("lora_da", "lora_one", "lora_da_fa", "lora_da_preconditioned"):
         assert records[method]["losses"][0][1] != pytest.approx(base, rel=1e-4)
@@ -167,6 +158,19 @@ def test_a_frozen_a_shares_the_start_of_the_method_that_trains_it(compare, tmp_p
     (apart,) = compare({**BLOCK, "methods": ["lora_da_fa"]})
     assert apart["losses"] == together[1]["losses"] != together[0]["losses"]
     assert apart["trainable"] == together[1]["trainable"] < together[0]["trainable"]
+
+
+def test_a_reset_start_is_plain_and_does_not_disturb_the_one_it_is_made_from(compare, tmp_path):
+    methods = ["lora_da_preconditioned", "lora_preconditioned"]
+    together = compare({**BLOCK, "methods": methods, "steps": [2, 4]})
+    assert [record["initialization"]["reused"] for record in together] == [False, True, True, True]
+    (tmp_path / "results.jsonl").unlink()
+    apart = [compare({**BLOCK, "methods": [method]})[-1] for method in reversed(methods)]
+    assert [record["losses"] for record in apart] == [together[3]["losses"], together[1]["losses"]]
+    (tmp_path / "results.jsonl").unlink()
+    (plain,) = compare({**BLOCK, "methods": ["lora"]})
+    assert apart[0]["losses"][0] == plain["losses"][0]
+    assert apart[0]["final_loss"] != plain["final_loss"]
 
 
 def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
