@@ -404,7 +404,10 @@ def report(records: Sequence[Record], path: Path) -> str:
             lines += [f"![{title}]({picture.name})", ""]
         halves = half_table(of_subject)
         lines += ["### Half of the steps", "", *halves, ""] if halves else []
-        lines += ["### What it took", "", *cost_table(of_subject), ""]
+        for threads in sorted({record["machine"].get("threads", 0) for record in of_subject}, reverse=True):
+            alike = [record for record in of_subject if record["machine"].get("threads", 0) == threads]
+            where = f" with {threads} thread{'s' * (threads > 1)}" if threads else ""
+            lines += [f"### What it took{where}", "", *cost_table(alike), ""]
     return "\n".join(lines)
 
 

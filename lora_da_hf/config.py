@@ -107,12 +107,12 @@ class LoRADAConfig:
     search_samples: int = _setting(
         16,
         "Samples that the line search measures the loss on, and as many again that nothing else sees, to report the "
-        "loss before and after. At most an eighth of the data each.",
+        "loss before and after. At most an eighth of the data each, and one sample for the search in any case.",
     )
     population_size: int | None = _setting(
         None,
         "Number of samples that training will draw from, which scales the variance term. "
-        "None: the length of the training set; a stream has none, so give it.",
+        "None: the length of the training set; a stream that has none needs it.",
     )
     seed: int | None = _setting(None, "Seed of every random choice. None: the trainer's seed, or 42 without a trainer.")
 

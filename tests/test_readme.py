@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from lora_da_hf.samples import pad_samples
 
@@ -20,7 +20,6 @@ def test_readme_has_its_three_examples():
 def test_snippet_runs_and_initialises(snippet, tiny_llama, lora_model, token_samples, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {
-        "Trainer": Trainer,
         "model": tiny_llama(),
         "peft_model": lora_model(),
         "samples": token_samples(24),

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 _FLAG_PREFIX = "da_"
+_WITHOUT_FLAGS = {"use_dora", "rank_pattern", "alpha_pattern", "target_parameters"}
 TAGS = ("lora", "peft", "lora-da", "lora-init")
 
 _TEMPLATE = "init_card.md.jinja"
@@ -67,7 +68,8 @@ def render_card(
 ) -> str:
     """Render the card of a stored initialisation.
 
-    Nothing of the samples is on it but their number, and every text from the manifest and the report is escaped.
+    Nothing of the samples is on it but their number, that of their tokens and a fingerprint. Every text from the
+    manifest and the report is escaped.
 
     Args:
         init: The initialisation.
@@ -117,7 +119,7 @@ def render_card(
             search_plot=SEARCH_PLOT,
             auto_class=base_class_name(facts.task_type, facts.base_class),
             command=_command(facts),
-            lora_arguments=facts.lora_arguments or {"target_modules": facts.target_modules},
+            lora_arguments=_lora_arguments(facts),
         )
     )
     return f"---\n{_to_yaml(metadata)}---\n\n{body}"
@@ -291,9 +293,16 @@ def human_size(size: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
 
 
+def _lora_arguments(facts: CardFacts) -> dict[str, Any]:
+    """Return what the example on the card gives to `LoraConfig`, beside rank and alpha."""
+    task = {"task_type": facts.task_type} if facts.task_type in _TASKS else {}
+    return {**(facts.lora_arguments or {"target_modules": facts.target_modules}), **task}
+
+
 def _command(facts: CardFacts) -> Markdown | None:
-    """Return the command line with these settings, or None if they are not known."""
-    if facts.config is None:
+    """Return the command line with these settings, or None if they are not known or it has no flags for the adapter."""
+    is_for_text = facts.task_type not in _TASKS or facts.task_type == "CAUSAL_LM"
+    if facts.config is None or not is_for_text or set(facts.lora_arguments) & _WITHOUT_FLAGS:
         return None
     words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
     if facts.alpha is not None:

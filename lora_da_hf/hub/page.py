@@ -45,7 +45,7 @@ def own_page(init: StoredInit, card: str) -> dict[str, bytes]:
     if missing:
         raise CardError(
             f"The card shows {missing[0]}, which cannot be drawn for this initialisation. Take the picture out of the "
-            'card, or install matplotlib: pip install "lora_da_hf[plot]".'
+            "card, or install matplotlib: pip install matplotlib."
         )
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in shown}}
 

@@ -186,7 +186,7 @@ def _figure(width: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            'Plots need matplotlib, which is not installed. `pip install "lora_da_hf[plot]"` brings it.'
+            "Plots need matplotlib, which is not installed: pip install matplotlib."
         ) from error
     return Figure(figsize=(width, 4.8), layout="constrained")
 

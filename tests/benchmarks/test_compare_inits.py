@@ -414,6 +414,16 @@ def test_settings_that_differ_are_rows_of_their_own(records):
     assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
 
 
+def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tmp_path):
+    for record, (threads, seconds) in zip(records, ((1, 3.0), (2, 1.0)) * 4, strict=True):
+        record["machine"] = {**record["machine"], "threads": threads}
+        record["seconds_per_step"] = seconds
+    text = report.report(records, tmp_path / "results.md")
+    two, one = text.partition("### What it took with 2 threads")[2].split("### What it took with 1 thread\n")
+    assert "| lora | 2.0 | 5 | 1.00 |" in two
+    assert "| lora | 2.0 | 5 | 3.00 |" in one
+
+
 def test_nothing_to_report_is_an_error(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(SystemExit):

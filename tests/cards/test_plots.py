@@ -104,5 +104,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(MissingDependencyError, match=r'pip install "lora_da_hf\[plot\]"'):
+    with pytest.raises(MissingDependencyError, match=r"pip install matplotlib"):
         draw_plots(make_report())

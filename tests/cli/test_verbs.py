@@ -1,5 +1,6 @@
 """What each verb does: on a small model where it computes, with the functions replaced where it only calls one."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -337,6 +338,22 @@ def test_the_command_on_a_card_gives_the_same_settings(stored):
     stored_config = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "seed": 42})
     assert read(LoRADAArguments, arguments).to_config() == stored_config
     assert read(LoraArguments, arguments).lora_rank == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank_pattern": {"q_proj": 1}}, {"use_dora": True}, {"task_type": "SEQ_CLS"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_card_has_no_command_for_an_adapter_without_flags(stored, tmp_path, change):
+    folder = shutil.copytree(stored, tmp_path / "init")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    init = dataclasses.replace(load_init(stored), folder=folder)
+    card = render_card(init, license=None)
+    assert "lora-da init" not in card
+    name, value = next(iter(change.items()))
+    assert f"{name}={json.dumps(value)}".replace("true", "True") in card
 
 
 # --------------------------------------------------------------------------------------------- verbs that only call

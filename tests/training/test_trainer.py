@@ -617,7 +617,9 @@ def make_stream(kind, samples):
 
 
 @pytest.mark.support(
-    "Trainers", "Streams (`IterableDataset`)", "samples are read from the head; `population_size` has to be given"
+    "Trainers",
+    "Streams (`IterableDataset`)",
+    "samples are read from the head; `population_size` has to be given if the stream has no length",
 )
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, lora_model, samples, kind):
