@@ -18,6 +18,9 @@ from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import input_embeddings
 
+_MORE_POSITIONS = 2
+"""Rows that a table of positions has beyond the longest sample, for an offset (OPT, BART)."""
+
 TAKES_LOSS_ALONE = "takes_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
 
@@ -48,7 +51,7 @@ def checked_loss(compute_loss: ComputeLoss) -> ComputeLoss:
 
     @functools.wraps(compute_loss)
     def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        value: Any = compute_loss(model, batch, num_items)
+        value: Any = compute_loss(model, dict(batch), num_items)  # which it may change
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise DataError(
@@ -101,11 +104,19 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def max_sample_length(model: nn.Module) -> int | None:
-    """Return the longest sample, in tokens, that the model's position embeddings allow."""
-    config: Any = getattr(base_model_of(model), "config", None)
+    """Return the longest sample, in tokens, that a model with a table of positions allows; None: there is no table.
+
+    Rotary and other computed positions have no end, whatever the config calls the longest one.
+    """
+    base = base_model_of(model)
+    config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    tokens = input_embeddings(base)
+    sizes = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    return limit if any(limit <= size <= limit + _MORE_POSITIONS for size in sizes) else None
 
 
 def input_device(model: nn.Module) -> torch.device:

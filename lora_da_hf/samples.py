@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -213,13 +217,64 @@ def _tensors(sample: Any) -> dict[str, Tensor]:
     return row
 
 
-def on_device(collate: RawCollate, device: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
-    """Return a collator whose tensors are on ``device``."""
+class DeviceCollator:
+    """A collator whose tensors are on a device, and that leaves the samples as they are.
 
-    def collate_on_device(samples: Sequence[Any]) -> dict[str, Any]:
-        batch: Any = collate(list(samples))
+    Args:
+        collate: Makes a batch of a list of samples, which it may change: they are copied, one level deep.
+        device: Where the tensors go.
+    """
+
+    def __init__(self, collate: RawCollate, device: Any) -> None:
+        self._collate = collate
+        self._device = device
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Make a batch.
+
+        Raises:
+            DataError: if it is no mapping.
+        """
+        batch: Any = self._collate([copy.copy(s) if isinstance(s, MutableMapping | list) else s for s in samples])
         if not isinstance(batch, Mapping):
             raise DataError(f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors.")
-        return {name: send_to_device(value, device) for name, value in batch.items()}
+        return {name: send_to_device(value, self._device) for name, value in batch.items()}
 
-    return collate_on_device
+    @contextlib.contextmanager
+    def generators_kept(self) -> Generator[None]:
+        """Put back the random generators that the collator has as attributes: it may make them at its first call."""
+        holder: Any = self._collate
+        while isinstance(holder, functools.partial):
+            holder = holder.func  # pyright: ignore[reportUnknownMemberType]
+        values: dict[str, Any] = getattr(getattr(holder, "__self__", holder), "__dict__", {})
+        before = {name: (value, _state(value)) for name, value in values.items()}
+        try:
+            yield
+        finally:
+            for name in [name for name, value in values.items() if _state(value) is not None]:
+                if name not in before:
+                    del values[name]
+                    continue
+                values[name], state = before[name]
+                if state is not None:
+                    _set_state(values[name], state)
+
+
+def _state(generator: Any) -> Any:
+    """Return the state of a random generator, or None of anything else."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)

@@ -6,7 +6,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
-from lora_da_hf.samples import choose_samples, is_loader, on_device, pad_samples, samples_of_loader
+from lora_da_hf.samples import DeviceCollator, choose_samples, is_loader, pad_samples, samples_of_loader
 
 
 def choose(samples, *, seed=0, population_size=None, **settings):
@@ -256,17 +256,17 @@ def test_samples_of_another_form_are_an_error(samples, message):
 
 
 def test_batches_go_to_the_device_and_other_values_stay():
-    collate = on_device(lambda samples: {"input_ids": torch.tensor(samples), "names": ["a"]}, "meta")
+    collate = DeviceCollator(lambda samples: {"input_ids": torch.tensor(samples), "names": ["a"]}, "meta")
     batch = collate((1, 2))
     assert batch["input_ids"].device.type == "meta"
     assert batch["names"] == ["a"]
-    nested = on_device(lambda samples: {"labels": [{"boxes": torch.zeros(2)}]}, "meta")([1])
+    nested = DeviceCollator(lambda samples: {"labels": [{"boxes": torch.zeros(2)}]}, "meta")([1])
     assert nested["labels"][0]["boxes"].device.type == "meta"
 
 
 def test_a_collator_that_makes_no_mapping_is_an_error():
     with pytest.raises(DataError, match="The data collator made a list; it must make a mapping of tensors"):
-        on_device(lambda samples: samples, "cpu")([1])
+        DeviceCollator(lambda samples: samples, "cpu")([1])
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,17 @@ def experts_apart(targets: Sequence[Target]) -> Generator[None]:
         if isinstance(target.base_layer, ExpertLinear):
             known = linears.setdefault(target.base_layer.experts, {})
             known[target.base_layer.parameter_name, target.base_layer.index] = target.base_layer
+    before = {experts: vars(experts).get("forward") for experts in linears}  # of accelerate's hooks, or a patch
     try:
         for experts, known in linears.items():
             experts.forward = _forward_by_expert(experts, known)
         yield
     finally:
-        for experts in linears:
-            experts.__dict__.pop("forward", None)
+        for experts, forward in before.items():
+            if forward is None:
+                del experts.forward
+            else:
+                experts.forward = forward
 
 
 def _parameter_names(experts: Any) -> tuple[str, str]:

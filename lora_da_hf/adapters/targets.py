@@ -109,7 +109,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
-        UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), or for DoRA in ZeRO-3.
+        UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
+            on Apple's GPUs.
     """
     active = active_adapter_name(model)
     adapter_name = adapter_name or active
@@ -141,6 +142,12 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
+    if any(target.device.type == "mps" for target in targets):
+        raise UnsupportedSetupError(
+            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU, with "
+            "initialize_lora_da(..., output_dir=...) or TrainingArguments(use_cpu=True), and load that adapter with "
+            "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+        )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 

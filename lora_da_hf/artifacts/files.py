@@ -9,13 +9,18 @@ from pathlib import Path
 def put_in_place(partial: Path, file: Path) -> None:
     """Give a finished file its name, once its content is on the disk."""
     sync(partial)
-    partial.rename(file)
+    partial.replace(file)
     sync(file.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Windows syncs no folder, and no file that is open for reading alone.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -25,6 +25,7 @@ from lora_da_hf.artifacts.schema import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     REPORT_FILE,
+    STATISTICS_PREFIX,
     FileEntry,
     Manifest,
     parse_manifest,
@@ -127,7 +128,9 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None) -> StoredInit:
+def load_init(
+    folder: str | Path, *, base_model: Mapping[str, Any] | None = None, statistics: bool = True
+) -> StoredInit:
     """Read an initialisation, checking everything before it is used.
 
     Hashes, headers, shapes and finiteness of every file but the numbers of stored statistics, which
@@ -137,6 +140,8 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     Args:
         folder: What `write_init` wrote.
         base_model: Facts of the model it will be used on, as `check_base_model` takes them; None: not compared.
+        statistics: Whether full statistics that the manifest lists must be there; False: they may be missing, and are
+            not looked at, as for `apply_init`, which uses none.
 
     Raises:
         ArtifactError: if a file is missing, truncated, changed, of another schema, not listed, holds anything but the
@@ -148,7 +153,8 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
     notes = () if base_model is None else check_base_model(manifest, base_model)
     _check_nothing_else(folder, manifest)
     for name, entry in manifest.files.items():
-        check_file(folder / name, entry)
+        if statistics or not name.startswith(STATISTICS_PREFIX):
+            check_file(folder / name, entry)
     tensors = read_tensors(folder / BASIS_FILE, _basis_specs(manifest))
     bases = {
         name: StoredBasis(
@@ -158,7 +164,8 @@ def load_init(folder: str | Path, *, base_model: Mapping[str, Any] | None = None
         )
         for name in manifest.layers
     }
-    check_statistics_headers(folder, manifest)
+    if statistics:
+        check_statistics_headers(folder, manifest)
     check_bases(folder / BASIS_FILE, bases, manifest)
     check_report(folder / REPORT_FILE, bases, manifest)
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
@@ -256,7 +263,10 @@ def check_file(path: Path, entry: FileEntry) -> None:
         ArtifactError: if it is missing, a link, or of another size or hash.
     """
     if path.is_symlink() or not path.is_file():
-        raise ArtifactError(f"{path} is listed in the manifest and is not there as a file. Fetch it again.")
+        again = "Fetch it again."
+        if path.name.startswith(STATISTICS_PREFIX):
+            again = "Fetch all of it with `lora-da pull`: `init_from` leaves the statistics out."
+        raise ArtifactError(f"{path} is listed in the manifest and is not there as a file. {again}")
     size = path.stat().st_size
     if size != entry.size:
         raise ArtifactError(f"{path} has {size} bytes and the manifest says {entry.size}: truncated or changed.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -21,6 +22,7 @@ from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable, remove_leftovers
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
+from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
@@ -30,6 +32,9 @@ from lora_da_hf.pipeline.refit import cut_init, is_cut
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors of a place that this process may not write to."""
 
 LoadBase = Callable[[dict[str, Any]], nn.Module]
 """Loads a base model, given PEFT's configuration of the adapter that it is for."""
@@ -90,6 +95,7 @@ def pull_init(
     *,
     revision: str | None = None,
     rank: int | None = None,
+    statistics: bool = True,
     base_model: nn.Module | Mapping[str, Any] | LoadBase | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
@@ -108,11 +114,13 @@ def pull_init(
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
+        statistics: Whether the full statistics are fetched and checked too, if there are any. `apply_init` needs none;
+            what else reads an initialisation refuses a folder that lacks them.
         base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``), or a function
             that loads it, which is given PEFT's configuration of the adapter; None: it is not compared. A DoRA adapter
             of another rank needs the model itself.
-        cache_dir: The client's cache; None: its default. It may be read-only if all of it is there and ``local_dir`` is
-            given; several processes then need a folder each.
+        cache_dir: The client's cache; None: its default. It may be read-only if it holds the checked folder, or if all
+            files are there and ``local_dir`` is given; several processes then need a folder each.
         local_dir: Where to put the checked folder: a new or empty folder, or one with an initialisation, which is
             replaced. None: in the cache, with hard links, so that it takes no space; another rank is cut there once.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
@@ -120,16 +128,19 @@ def pull_init(
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
 
     Raises:
-        HubError: if the repo or revision is not there or not readable, or the cache is incomplete with the network off.
+        HubError: if the repo or revision is not there or not readable, the cache is incomplete with the network off, or
+            it cannot be written and has no checked folder.
         ArtifactError: if anything in it is not as the manifest says.
         BaseModelMismatchError: if it was computed for another base model.
-        ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else, or a
-            DoRA adapter is to get another rank without the base model itself.
+        ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else, a DoRA
+            adapter is to get another rank without the base model itself, or a rank is to be cut without statistics.
     """
     if revision == "":
         raise ConfigError(
             f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out for main."
         )
+    if rank is not None and not statistics:
+        raise ConfigError(f"rank={rank} is cut from all of an initialisation. Leave statistics=False out.")
     if local_dir is not None:
         check_replaceable(Path(local_dir))
     source = _Source(
@@ -151,41 +162,65 @@ def pull_init(
         peft_config = {} if load is None else _fetch_peft_config(source, manifest, commit)
     base = load(peft_config) if load is not None else base_model
     _check_use(manifest, base, rank)  # pyright: ignore[reportArgumentType] - it is called no more
+    model = base if isinstance(base, nn.Module) else None
+    statistics = statistics or not statistics_files(manifest)
     with hub_errors(doing):
         checked = path.parents[2] / _CHECKED
-        folder = Path(local_dir) if local_dir is not None else checked / _name(commit, rank)
+        places = [Path(local_dir)] if local_dir is not None else _places(checked, commit, rank, statistics=statistics)
         put = _link if local_dir is None else shutil.copyfile
-        with _locked(checked, commit, in_cache=local_dir is None):
-            model = base if isinstance(base, nn.Module) else None
-            if rank is None:
-                _collect(source, manifest, path, folder, put, model)
-            elif not is_cut(folder, manifest, rank=rank):
+        with _locked(checked, commit, in_cache=local_dir is None) as refusal:
+            for place in places if refusal is None else ():
+                remove_leftovers(place)
+            made = next((place for place in places if _is_made(place, manifest, rank, statistics=statistics)), None)
+            folder = made or places[-1]
+            if made is not None:
+                if model is not None:
+                    check_against_base(load_init(made, statistics=statistics), model)
+            elif refusal is not None:
+                raise HubError(
+                    f"{doing} failed: {checked} cannot be written ({refusal.strerror}), and has no complete "
+                    f"{folder.name}. Pull it once where that can be written, or to a folder of its own (local_dir)."
+                ) from refusal
+            elif rank is None:
+                _collect(source, manifest, path, folder, put, model, statistics=statistics)
+            else:
                 with _whole(checked, commit, folder, in_cache=local_dir is None) as whole:
-                    _collect(source, manifest, path, whole, put, model)
+                    remove_leftovers(whole)
+                    if not _is_made(whole, manifest, None):
+                        _collect(source, manifest, path, whole, put, model)
                     cut_init(whole, folder, rank=rank, base_model=model)
-            elif model is not None:
-                check_against_base(load_init(folder), model)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 
-def _name(commit: str, rank: int | None) -> str:
-    return commit if rank is None else f"{commit}-rank-{rank}"
+def _places(checked: Path, commit: str, rank: int | None, *, statistics: bool) -> list[Path]:
+    """Return the folders of the cache that would do, the one to make last.
+
+    What has no statistics has a folder of its own, so that none has to be replaced while another process reads it.
+    """
+    if rank is not None:
+        return [checked / f"{commit}-rank-{rank}"]
+    return [checked / commit, *([] if statistics else [checked / f"{commit}-without-statistics"])]
 
 
 @contextlib.contextmanager
-def _locked(checked: Path, commit: str, *, in_cache: bool) -> Generator[None]:
-    """Keep other processes out of the checked folders of a commit.
+def _locked(checked: Path, commit: str, *, in_cache: bool) -> Generator[OSError | None]:
+    """Keep other processes out of the checked folders of a commit, which needs a cache that can be written.
 
-    A folder that is not in the cache is made without that if nothing can be written to the cache.
+    A folder that is not in the cache is made without that. One in a read-only cache can be used and not be made.
+
+    Yields:
+        Why nothing can be made in the cache; None: it can, or need not be.
     """
+    refusal = None
     with contextlib.ExitStack() as stack:
         try:
             checked.mkdir(exist_ok=True)
             stack.enter_context(WeakFileLock(checked / f"{commit}.lock"))
-        except OSError:
-            if in_cache:
+        except OSError as error:
+            if in_cache and error.errno not in _READ_ONLY:
                 raise
-        yield
+            refusal = error if in_cache else None
+        yield refusal
 
 
 @contextlib.contextmanager
@@ -234,28 +269,35 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
 
 
 def _collect(
-    source: _Source, manifest: Manifest, manifest_path: Path, folder: Path, put: _Put, base: nn.Module | None
+    source: _Source,
+    manifest: Manifest,
+    manifest_path: Path,
+    folder: Path,
+    put: _Put,
+    base: nn.Module | None,
+    *,
+    statistics: bool = True,
 ) -> None:
     """Make a folder of the manifest and its files, and check all of it; if it fails, there is none."""
-    remove_leftovers(folder)
-    if _is_complete(folder, manifest):
-        if base is not None:
-            check_against_base(load_init(folder), base)
-    else:
-        with atomic_folder(folder) as partial:
-            put(manifest_path, partial / MANIFEST_FILE)
-            for name, entry in manifest.files.items():
+    left_out = () if statistics else statistics_files(manifest)
+    with atomic_folder(folder) as partial:
+        put(manifest_path, partial / MANIFEST_FILE)
+        for name, entry in manifest.files.items():
+            if name not in left_out:
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
-            stored = load_init(partial)
+        stored = load_init(partial, statistics=statistics)
+        if statistics:
             check_statistics(stored)
-            if base is not None:
-                check_against_base(stored, base)
+        if base is not None:
+            check_against_base(stored, base)
 
 
-def _is_complete(folder: Path, manifest: Manifest) -> bool:
-    """Tell whether an earlier pull made the folder, and every byte of it is still the same."""
+def _is_made(folder: Path, manifest: Manifest, rank: int | None, *, statistics: bool = True) -> bool:
+    """Tell whether an earlier pull made the folder, and every byte that is needed of it is still the same."""
+    if rank is not None:
+        return is_cut(folder, manifest, rank=rank)
     try:
-        return load_init(folder).manifest == manifest
+        return load_init(folder, statistics=statistics).manifest == manifest
     except ArtifactError:
         return False
 

@@ -23,9 +23,10 @@ from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
+from lora_da_hf.samples import DeviceCollator
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
-from lora_da_hf.statistics.losses import Collate, ComputeLoss
+from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
@@ -61,7 +62,7 @@ class Job:
     ranks: Ranks
     scan: TargetScan
     compute_loss: ComputeLoss
-    collate: Collate
+    collate: DeviceCollator
     seed: int
     batch_size: int
     progress: bool
@@ -149,7 +150,7 @@ class Job:
         A collator that draws at random makes the same batches at each call.
         """
         seed_generators(self.seed)
-        with self.ranks.together("evaluation"):
+        with self.ranks.together("evaluation"), self.collate.generators_kept():
             mine = evaluate_loss(
                 self.model,
                 self.ranks.share(samples),

@@ -91,7 +91,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         def run_forward() -> None:
             watched = contextlib.nullcontext() if labelled_head is None else labelled_head.watched()
             with torch.no_grad(), watched:
-                losses.append(compute_loss(job.model, first, None).double().item())
+                losses.append(compute_loss(job.model, first, None).item())
 
         with checked_backward(job.scan.targets), watched_logits(job.model) as heads:
             shared = find_shared_inputs(layers, run_forward)
@@ -176,7 +176,7 @@ def _loss_stays(
     if labelled_head.seen_loss is None or not math.isclose(labelled_head.seen_loss, loss, rel_tol=1e-6):
         return False  # the loss is made elsewhere, or there is more to it
     with torch.no_grad(), labelled_head.rows_of_labels():
-        found = compute_loss(job.model, batch, None).double().item()
+        found = compute_loss(job.model, batch, None).item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
 
 

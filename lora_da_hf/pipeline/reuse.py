@@ -44,7 +44,7 @@ from lora_da_hf.pipeline.stored import (
 )
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.samples import RawCollate, is_loader, on_device, pad_samples, samples_of_loader
+from lora_da_hf.samples import DeviceCollator, RawCollate, is_loader, pad_samples, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass
 
@@ -143,7 +143,7 @@ def apply_init(
         ranks=ranks,
         scan=scan,
         compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
-        collate=on_device(data_collator or pad_samples, device or input_device(model)),
+        collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
         seed=first_given(config.seed, stored.manifest.seed),
         batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
@@ -153,7 +153,7 @@ def apply_init(
     with ranks.together("matching of the layers"):
         solutions = _match(job, stored, stored_report)
     job.report.seconds["read"] = time.perf_counter() - start
-    with job.restored_on_failure():
+    with job.restored_on_failure(), job.collate.generators_kept():
         if samples is None:
             _write_without_data(job, stored.manifest, solutions, given_step=given_step)
         else:
@@ -166,14 +166,14 @@ def apply_init(
 
 
 def _open(init: str | Path | StoredInit | PulledInit, facts: dict[str, Any]) -> tuple[StoredInit, str]:
-    """Read and check an initialisation, and say how it is cited."""
+    """Read and check an initialisation but for its statistics, which are not used, and say how it is cited."""
     if isinstance(init, StoredInit):
         stored = dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
         return stored, manifest_digest(stored.manifest)
     if isinstance(init, str | Path):
-        stored = load_init(init, base_model=facts)
+        stored = load_init(init, base_model=facts, statistics=False)
         return stored, manifest_digest(stored.manifest)
-    return load_init(init.folder, base_model=facts), f"{init.repo_id}@{init.commit}"
+    return load_init(init.folder, base_model=facts, statistics=False), f"{init.repo_id}@{init.commit}"
 
 
 def _new_report(job: Job, stored: StoredInit, stored_report: LoRADAReport, citation: str) -> LoRADAReport:

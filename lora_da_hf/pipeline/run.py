@@ -31,12 +31,12 @@ from lora_da_hf.pipeline.step import find_step, write_adapter
 from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import (
+    DeviceCollator,
     RawCollate,
     SampleSplits,
     choose_samples,
     has_positions,
     is_loader,
-    on_device,
     pad_samples,
     samples_of_loader,
 )
@@ -128,7 +128,7 @@ def initialize_lora_da(
         ranks=ranks,
         scan=scan,
         compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
-        collate=on_device(data_collator or pad_samples, device or input_device(model)),
+        collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
         seed=first_given(config.seed, seed, DEFAULT_SEED),
         batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
@@ -164,9 +164,11 @@ def first_given(*values: int | None) -> int:
 
 def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
-    with job.restored_on_failure(), contextlib.ExitStack() as files:
+    with job.restored_on_failure(), job.collate.generators_kept(), contextlib.ExitStack() as files:
         if getattr(getattr(job.model, "config", None), ROUTER_LOSS, False):
-            job.report.notes.append("the routers' auxiliary loss is left out of the statistics and of the search")
+            job.report.notes.append(
+                "the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"
+            )
         with prepared_for_pass(job.model, seed=job.seed):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):

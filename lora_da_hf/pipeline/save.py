@@ -24,6 +24,9 @@ from lora_da_hf.errors import TargetError
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 
+_BESIDE_AN_ADAPTER = ("README.md", "generation_config.json")
+"""What PEFT and transformers write with an adapter: a card as of a trained one, and how the base generates."""
+
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -168,16 +171,15 @@ def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state:
         model.save_pretrained(
             str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
         )
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card would describe a trained adapter
         inner = folder / adapter_name
         if inner.is_dir():
             for path in inner.iterdir():
-                path.rename(folder / path.name)
+                path.replace(folder / path.name)
             inner.rmdir()
-            (folder / "README.md").unlink(missing_ok=True)
     elif getattr(model, "_hf_peft_config_loaded", False):
         saveable: Any = model
         saveable.save_pretrained(str(folder), state_dict=state)
-        (folder / "README.md").unlink(missing_ok=True)
     else:
         raise TargetError(f"A {type(model).__name__} cannot be saved as a PEFT adapter. Wrap it with get_peft_model.")
+    for path in _BESIDE_AN_ADAPTER:
+        (folder / path).unlink(missing_ok=True)

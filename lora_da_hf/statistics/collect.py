@@ -274,13 +274,18 @@ def check_loss(loss: Tensor) -> float:
     Raises:
         NonFiniteError: if it is NaN or infinite.
     """
-    value = float(loss.detach().double().item())
+    value = float(loss.detach().item())
     if not torch.isfinite(torch.tensor(value)):
         raise NonFiniteError(
             f"The loss of a batch is {value}. Check the samples (labels inside the vocabulary, at least one label) "
             "and the model's dtype: float16 overflows where bfloat16 does not."
         )
     return value
+
+
+def _are_joined(samples: Sequence[Any], collate: Collate) -> bool:
+    """Tell whether a collator joins two samples into one row, in which their labels cannot be told apart."""
+    return len(samples) > 1 and num_rows(collate(samples[:2])) % 2 > 0
 
 
 def evaluate_loss(
@@ -301,8 +306,10 @@ def evaluate_loss(
     """
     lockstep = lockstep or Lockstep.of_one()
     total, count = 0.0, 0.0
-    single = settings.reduction.kind == "unknown"
-    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
+    kind = settings.reduction.kind
+    is_apart = settings.why_single is not None or (kind != "batch" and _are_joined(samples, collate))
+    single = kind == "unknown" or is_apart
+    make_batches = whole_batches if kind == "batch" else batches_by_length
     with torch.no_grad(), without_checkpointing(model):
         for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):
             with lockstep.alike():
@@ -312,7 +319,7 @@ def evaluate_loss(
             if not counts and not lockstep.runs_what_does_not_count:
                 continue
             with lockstep.in_step(), weighted_head(model, settings.labelled_head, None):
-                loss = settings.reduction.loss(compute_loss, model, batch).double().item()
+                loss = settings.reduction.loss(compute_loss, model, batch).item()
             if counts:
                 part, weight = settings.reduction.loss_sum(loss, tokens)
                 total, count = total + part, count + weight

@@ -114,34 +114,35 @@ def find_reduction(
         return LossReduction(kind="unknown", reason="there is one sample only")
     with alike():
         first, *others = _unlike([_Single.of(sample, collate, shifts_labels) for sample in samples])
-        joined = [collate([first.sample, other.sample]) for other in others]
+        alone = collate([first.sample])
+        batches = [(collate([other.sample]), collate([first.sample, other.sample])) for other in others]
 
     def value(batch: Mapping[str, Any], items: int | None) -> float:
-        return compute(model, batch, None if items is None else _items(items, batch)).double().item()
+        return compute(model, batch, None if items is None else _items(items, batch)).item()
 
     def pairs(items: int | None, first_loss: float) -> list[_Pair]:
         return [
             _Pair(
-                losses=(first_loss, value(other.batch, items)),
-                whole=value(batch, items),
+                losses=(first_loss, value(single, items)),
+                whole=value(joined, items),
                 counts=(first.num_labels, other.num_labels) if first.num_labels and other.num_labels else None,
             )
-            for other, batch in zip(others, joined, strict=True)
+            for other, (single, joined) in zip(others, batches, strict=True)
         ]
 
     with torch.no_grad(), _watch_precision() as seen:
-        of_one, of_two = (value(first.batch, items) for items in (1, 2))
+        of_one, of_two = (value(alone, items) for items in (1, 2))
         if first.num_labels is not None and _close(of_two * 2, of_one, _tolerance(seen)):
             found = pairs(1, of_one)
             if all(pair.counts and _close(sum(pair.losses), pair.whole, _tolerance(seen)) for pair in found):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
-        found = pairs(None, value(first.batch, None))
+        found = pairs(None, value(alone, None))
     return _mean_of(found, _tolerance(seen))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Single:
-    """A sample by itself: its batch, and what it may be told from others by.
+    """A sample by itself, and what it may be told from others by. Its batch may be large, and is not kept.
 
     Attributes:
         num_tokens: Those that are attended to or, without tokens, the size of all that is in the batch.
@@ -151,7 +152,6 @@ class _Single:
     """
 
     sample: Any
-    batch: Mapping[str, Any]
     num_tokens: int
     num_targets: int
     num_labels: int | None
@@ -170,7 +170,6 @@ class _Single:
                 targets.setdefault(name, set()).update(values)
         return cls(
             sample=sample,
-            batch=batch,
             num_tokens=max(map(int, attended)),
             num_targets=sum(tensor.numel() for name, tensor in tensors if not name.startswith(_NO_TARGETS)),
             num_labels=None if tokens.label_counts is None else int(tokens.label_counts[0].item()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
 def random_state(seed: int) -> Generator[None]:
     """Seed the global random number generators of Python, numpy and torch, and put them back at the end."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    accelerators = _accelerator_states()
     seed_generators(seed)
     try:
         yield
@@ -50,8 +50,18 @@ def random_state(seed: int) -> Generator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        for put_back, state in accelerators:
+            put_back(state)
+
+
+def _accelerator_states() -> list[tuple[Callable[[Any], None], Any]]:
+    """Return what puts back the generators of CUDA, XPU or another accelerator, with their states."""
+    if not torch.accelerator.is_available():
+        return []
+    module: Any = torch.get_device_module(torch.accelerator.current_accelerator())
+    if hasattr(module, "get_rng_state_all"):
+        return [(module.set_rng_state_all, module.get_rng_state_all())]
+    return [(module.set_rng_state, module.get_rng_state())]  # MPS has one device
 
 
 def seed_generators(seed: int) -> None:

@@ -27,7 +27,7 @@ from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import RawCollate, samples_of_loader
+from lora_da_hf.samples import RawCollate, has_positions, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
@@ -180,7 +180,8 @@ class LoRADACallback(TrainerCallback):
             samples, settings["data_collator"] = self._data(train_dataloader)
             self._note_unseen_loss(args)
             settings["compute_loss"] = None if self.compute_loss is None else adapt_loss(self.compute_loss)
-            settings["batch_size"] = state.train_batch_size or args.train_batch_size
+            batch_size = state.train_batch_size or args.train_batch_size
+            settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
         else:
             samples = None
         with _no_averaging_over_devices(args), _trainers_metrics_kept(self.compute_loss):
@@ -201,9 +202,15 @@ class LoRADACallback(TrainerCallback):
     def _data(self, train_dataloader: Any) -> tuple[Any, RawCollate | None]:
         """Return the samples and their collator, those that were given or the data loader's."""
         samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
-        samples = self.train_dataset if self.train_dataset is not None else samples
-        if samples is None:
+        if self.train_dataset is not None:
+            samples = self.train_dataset
+        elif samples is None:
             raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
+        elif not has_positions(samples) and iter(samples) is iter(samples):
+            raise DataError(
+                "The training data is a stream that can be read once only: what the initialisation reads, training "
+                "would miss. Let its __iter__ begin anew, or give LoRADACallback a train_dataset of its own."
+            )
         return samples, self.data_collator or collator
 
     def _apply(
@@ -282,12 +289,18 @@ def _is_dispatched(model: nn.Module) -> bool:
 def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
     """Make a loss of `Trainer.compute_loss`'s kind one that the statistics pass can call.
 
-    A loss that takes no ``num_items_in_batch`` is called without it.
+    A loss that takes no ``num_items_in_batch`` is called without it. One that a user gave to a trainer is never called
+    with None where the trainer would count the items, since the trainer never does that.
     """
     parameters = inspect.signature(compute_loss).parameters.values()
     takes_items = any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters)
+    trainer: Any = getattr(compute_loss, "__self__", None)
+    is_own = isinstance(trainer, Trainer) and (not _is_stock(trainer) or trainer.compute_loss_func is not None)
 
     def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        if num_items is None and is_own and takes_items:
+            count: Any = trainer._get_num_items_in_batch([batch], trainer.args.device)
+            num_items = None if count is None else torch.as_tensor(count)
         extra = {"num_items_in_batch": num_items} if takes_items else {}
         result = compute_loss(model, dict(batch), **extra)
         result = result[0] if isinstance(result, tuple) else result
@@ -295,7 +308,7 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
             raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
         return result
 
-    setattr(loss, TAKES_LOSS_ALONE, _is_stock(getattr(compute_loss, "__self__", None)))
+    setattr(loss, TAKES_LOSS_ALONE, _is_stock(trainer))
     return loss
 
 

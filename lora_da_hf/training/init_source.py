@@ -27,6 +27,8 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Path | PulledInit:
     """Return the folder that ``init_from`` names or, if there is none, what the Hub has under that name.
 
+    Full statistics are not fetched, since a start uses none.
+
     Args:
         init_from: A folder, or ``user/repo`` or ``user/repo@revision``.
         base_model: Facts of the model that it is for, which are compared with the initialisation's base before anything
@@ -41,7 +43,7 @@ def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Pa
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     repo_id, _, revision = init_from.partition("@")
     hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
-    return hub.pull_init(repo_id, base_model=base_model, **({"revision": revision} if revision else {}))
+    return hub.pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
 
 
 def tag_with_init(model: nn.Module, init_from: str) -> None:

@@ -87,6 +87,28 @@ def test_a_folder_in_the_place_of_a_file_is_refused(folder, file):
     refuses(folder, f"{file} is listed in the manifest and is not there as a file")
 
 
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_statistics_that_nobody_asks_for_are_not_looked_at(folder, damage):
+    file = folder / STATISTICS_FILE
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if damage == "changed" else data[:-1])
+    if damage == "missing":
+        file.unlink()
+    assert set(load_init(folder, statistics=False).manifest.files) == set(FILES)
+    with pytest.raises(ArtifactError, match=STATISTICS_FILE):
+        load_init(folder)
+
+
+def test_the_rest_is_checked_without_statistics_too(folder):
+    (folder / STATISTICS_FILE).unlink()
+    (folder / "notes.txt").write_text("x")
+    refuses(folder, "notes.txt is not listed in the manifest", statistics=False)
+    (folder / "notes.txt").unlink()
+    data = (folder / BASIS_FILE).read_bytes()
+    (folder / BASIS_FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refuses(folder, f"{BASIS_FILE} has another SHA-256", statistics=False)
+
+
 # The manifest
 
 

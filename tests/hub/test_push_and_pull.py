@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -15,13 +16,17 @@ from huggingface_hub import HfApi
 from local_hub import CARD, File, Repo
 from peft import PeftModel
 
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
+import lora_da_hf.hub.pull
+from lora_da_hf import apply_init
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.cli.main import main
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, CardError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.hub.cards import card_plots, render_card
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.refit import refit_init
+from lora_da_hf.training.init_source import find_init
 
 REPO = "alice/init"
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
@@ -557,6 +562,178 @@ def test_a_snapshot_that_lost_a_file_does_not_pass_offline(push, pull, tmp_path)
     with pytest.raises(HubError, match="it is not completely in the cache"):
         pull(local_files_only=True)
     assert not pulled.folder.exists()
+
+
+# Without statistics
+
+
+def without_statistics(folder):
+    return {name: content for name, content in contents(folder).items() if name != STATISTICS_FILE}
+
+
+def start_from(init):
+    model = make_lora_model(model=make_tiny_llama(name_or_path=BASE_NAME), target_modules=["q_proj", "v_proj"])
+    return apply_init(model, init)
+
+
+def test_a_start_needs_no_statistics_and_they_are_not_fetched(hub, init, push, pull):
+    commit = push().commit
+    forget(hub)
+    pulled = pull(statistics=False, base_model=make_tiny_llama())
+    assert contents(pulled.folder) == without_statistics(init)
+    fetched = {seen.path.rsplit("/", 1)[-1] for seen in hub.seen(contains="/resolve/")}
+    assert fetched == set(without_statistics(init))
+    assert len(hub.seen(server="storage", method="GET")) == 2
+    assert start_from(pulled).init_from == f"{REPO}@{commit}"
+    forget(hub)
+    assert pull(statistics=False, base_model=make_tiny_llama()).folder == pulled.folder
+    assert not hub.seen(server="storage")
+    assert pull(statistics=False, local_files_only=True).folder == pulled.folder
+
+
+def test_init_from_fetches_no_statistics(hub, init, push, pull, monkeypatch):
+    commit = push().commit
+    monkeypatch.setattr(lora_da_hf.hub, "pull_init", pull)
+    for name in (REPO, f"{REPO}@{commit}"):
+        found = find_init(name, base_model_facts(make_tiny_llama(name_or_path=BASE_NAME)))
+        assert contents(found.folder) == without_statistics(init)
+        assert start_from(found).init_from == f"{REPO}@{commit}"
+    assert not hub.seen(method="GET", contains=STATISTICS_FILE)
+
+
+def test_a_pull_of_all_completes_what_a_start_fetched_and_a_start_uses_it(init, push, pull):
+    push()
+    start = pull(statistics=False).folder
+    with pytest.raises(HubError, match="it is not completely in the cache, and the network is off"):
+        pull(local_files_only=True)
+    whole = pull().folder
+    assert contents(whole) == contents(init)
+    assert contents(start) == without_statistics(init)  # another process may be reading it
+    damage(whole / STATISTICS_FILE)
+    kept = written_when(whole)
+    assert pull(statistics=False).folder == whole
+    assert start_from(whole).artifact == str(whole)
+    assert written_when(whole) == kept
+    damage(whole / BASIS_FILE)
+    assert pull(statistics=False).folder == start
+    assert contents(pull().folder) == contents(init)
+
+
+def test_a_folder_of_ones_own_without_statistics_is_completed_there(init, push, pull, tmp_path):
+    push()
+    mine = pull(statistics=False, local_dir=tmp_path / "mine").folder
+    assert contents(mine) == without_statistics(init)
+    assert contents(pull(local_dir=mine).folder) == contents(init)
+    kept = written_when(mine)
+    assert pull(statistics=False, local_dir=mine).folder == mine
+    assert written_when(mine) == kept
+
+
+def test_where_no_statistics_are_stored_there_is_one_folder(another, push, pull):
+    push(another())
+    assert pull(statistics=False).folder == pull().folder
+
+
+def test_a_rank_is_cut_from_all_of_it(hub, pull):
+    with pytest.raises(ConfigError, match="rank=2 is cut from all of an initialisation"):
+        pull(rank=2, statistics=False)
+    assert not hub.log
+
+
+def test_what_a_start_fetches_is_checked(hub, init, push, pull):
+    push()
+    damage(hub.blob(load_init(init).manifest.files[BASIS_FILE].sha256))
+    with pytest.raises(ArtifactError, match=f"{BASIS_FILE} has another SHA-256 than the manifest says"):
+        pull(statistics=False)
+
+
+@pytest.mark.parametrize(
+    "words", [["verify", "FOLDER"], ["push", "FOLDER", "alice/two"], ["refit", "FOLDER", "NEW", "--rank", "2"]]
+)
+def test_verbs_that_need_all_of_it_name_what_is_missing(hub, push, pull, tmp_path, capfd, words):
+    push()
+    places = {"FOLDER": str(pull(statistics=False).folder), "NEW": str(tmp_path / "new")}
+    forget(hub)
+    assert main([places.get(word, word) for word in words]) == 1
+    shown = " ".join(capfd.readouterr().err.split())
+    assert f"{STATISTICS_FILE} is listed in the manifest and is not there as a file" in shown
+    assert "Fetch all of it with `lora-da pull`" in shown
+    assert not hub.log
+    assert not (tmp_path / "new").exists()
+
+
+def test_pulls_with_and_without_statistics_at_once(init, push, pull):
+    push()
+    results = []
+
+    def run(statistics):
+        try:
+            results.append((statistics, contents(pull(statistics=statistics).folder)))
+        except Exception as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=run, args=(number % 2 == 0,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    for statistics, found in results:
+        assert {name: found[name] for name in without_statistics(init)} == without_statistics(init)
+        assert not statistics or found == contents(init)
+
+
+# A cache that cannot be written
+
+
+@pytest.fixture
+def make_read_only(monkeypatch):
+    """Return ``make_read_only(number)``, after which no lock can be taken, for that reason."""
+
+    def make_read_only(number):
+        def refuse(path):
+            raise OSError(number, os.strerror(number), str(path))
+
+        monkeypatch.setattr(lora_da_hf.hub.pull, "WeakFileLock", refuse)
+
+    return make_read_only
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"statistics": False}])
+def test_a_checked_folder_in_a_read_only_cache_is_used(push, pull, make_read_only, settings, number):
+    push()
+    folder = pull(**settings).folder
+    before = written_when(folder.parent)
+    make_read_only(number)
+    assert pull(local_files_only=True, **settings).folder == folder
+    assert pull(local_files_only=True, base_model=make_tiny_llama(), **settings).folder == folder
+    assert written_when(folder.parent) == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}, {"statistics": False}])
+def test_what_is_not_complete_in_a_read_only_cache_is_not_used(push, pull, make_read_only, tmp_path, settings):
+    push()
+    folder = pull(**settings).folder
+    make_read_only(errno.EROFS)
+    damage(folder / BASIS_FILE)
+    damaged = contents(folder)
+    message = rf"lora_da cannot be written \(Read-only file system\), and has no complete {folder.name}\. Pull it once"
+    with pytest.raises(HubError, match=message):
+        pull(local_files_only=True, **settings)
+    assert contents(folder) == damaged
+    shutil.rmtree(folder)
+    with pytest.raises(HubError, match=message):
+        pull(local_files_only=True, **settings)
+    assert pull(local_files_only=True, local_dir=tmp_path / "mine", **settings).folder == tmp_path / "mine"
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error(push, pull, make_read_only):
+    push()
+    pull()
+    make_read_only(errno.ENOLCK)
+    with pytest.raises(HubError, match=r"Pulling alice/init failed: .*No locks available"):
+        pull()
 
 
 # Damage and tampering

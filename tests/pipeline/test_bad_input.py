@@ -4,9 +4,10 @@ from harness import adapter_weights, assert_same_tensors, collate, make_config, 
 from peft.tuners.lora.config import VeloraConfig
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_da_hf import LoRADAError, initialize_lora_da
-from lora_da_hf.adapters.targets import base_name
+from lora_da_hf.adapters.targets import Target, base_name
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ConfigError,
@@ -52,6 +53,11 @@ def refuses(kind, match, model, samples, **settings):
 
 def test_a_model_without_lora_layers(tiny_llama, samples):
     refuses(TargetError, r"The model has no LoRA layer. Wrap it with peft.get_peft_model", tiny_llama(), samples)
+
+
+def test_an_adapter_on_an_apple_gpu(lora_model, samples, monkeypatch):
+    monkeypatch.setattr(Target, "device", torch.device("mps"))
+    refuses(UnsupportedSetupError, r"have no float64, .* Initialise on the CPU", lora_model(), samples)
 
 
 def test_an_adapter_of_a_name_that_is_not_there(lora_model, samples):
@@ -291,10 +297,11 @@ def test_samples_without_labels_at_all(lora_model, samples):
 def test_a_sample_that_is_too_long(lora_model, samples):
     rows = [*samples[:5], {"input_ids": [5] * 65, "labels": [5] * 65}, *samples[6:]]
     rows = [{key: sample[key] for key in ("input_ids", "labels")} for sample in rows]
+    table = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64))
     refuses(
         DataError,
         r"A sample has 65 tokens and the model allows 64 \(max_position_embeddings\). Truncate samples to 64 tokens",
-        lora_model(),
+        lora_model(model=table, target_modules=["c_fc"], fan_in_fan_out=True),
         rows,
         config=make_config(sample_selection="head"),
     )

@@ -1,10 +1,13 @@
 """Inputs that used to give a wrong result in silence: each must be handled or refused."""
 
+import functools
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
-from harness import adapter_weights, make_args, make_lora_config
+from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
@@ -37,6 +40,92 @@ def test_a_collator_that_joins_samples_in_one_row_does_not_change_the_statistics
     expected, found = map(adapter_weights, models)
     for name in expected:
         assert torch.allclose(found[name], expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_of_samples_in_one_row_is_counted_by_label(lora_model, token_samples, batch_size):
+    samples, config = plain(token_samples(24)), LoRADAConfig(num_samples=12, step_size=0.1, search_samples=4)
+    collators = (pad_samples, DataCollatorWithFlattening(return_flash_attn_kwargs=False))
+    padded, joined = (
+        initialize_lora_da(
+            lora_model(), samples, config=config, data_collator=collator, batch_size=batch_size, progress=False
+        )
+        for collator in collators
+    )
+    assert joined.unseen_loss_before == pytest.approx(padded.unseen_loss_before, rel=1e-5)
+    assert joined.unseen_loss_after == pytest.approx(padded.unseen_loss_after, rel=1e-3)
+
+
+def test_a_collator_and_a_loss_that_change_what_they_are_given(lora_model, token_samples):
+    samples = plain(token_samples(24))
+    before = [dict(sample) for sample in samples]
+
+    def taking_labels_out(rows):
+        labels = [row.pop("labels") for row in rows]
+        return pad_samples([{**row, "labels": label} for row, label in zip(rows, labels, strict=True)])
+
+    def loss(model, batch, num_items):
+        labels = batch.pop("labels")
+        return model_loss(model, {**batch, "labels": labels}, num_items)
+
+    settings = {"config": LoRADAConfig(num_samples=12, search_samples=4), "progress": False}
+    expected = initialize_lora_da(lora_model(), samples, data_collator=pad_samples, **settings)
+    report = initialize_lora_da(lora_model(), samples, data_collator=taking_labels_out, compute_loss=loss, **settings)
+    assert samples == before
+    assert report.unseen_loss_after == pytest.approx(expected.unseen_loss_after, rel=1e-5)
+
+
+class MaskingCollator:
+    """Masks labels at random, by a generator of its own that it makes at its first call if there is none."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self, rows):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(7)
+        batch = pad_samples(rows)
+        masked = self.draw(batch["labels"].shape) < 0.3
+        masked[:, -3:] = False
+        return {**batch, "labels": batch["labels"].masked_fill(masked, -100)}
+
+    def draw(self, shape):
+        if isinstance(self.generator, torch.Generator):
+            return torch.rand(shape, generator=self.generator)
+        if isinstance(self.generator, random.Random):
+            return torch.tensor([self.generator.random() for _ in range(shape.numel())]).view(shape)
+        return torch.from_numpy(self.generator.uniform(size=tuple(shape)))
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(7),
+    "numpy": lambda: np.random.default_rng(7),
+    "numpy's old one": lambda: np.random.RandomState(7),
+    "python": lambda: random.Random(7),
+    "made at the first call": lambda: None,
+}
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
+def test_a_collator_with_a_generator_of_its_own(lora_model, make):
+    samples = plain(make_learnable_samples(24))
+    collator, untouched = MaskingCollator(make()), MaskingCollator(make())
+    config = LoRADAConfig(num_samples=12, search_samples=4)
+    wrapped = functools.partial(collator)
+    report = initialize_lora_da(lora_model(), samples, config=config, data_collator=wrapped, progress=False)
+    assert report.search_loss_after < report.search_loss_before
+    at_the_step = min(report.search, key=lambda tried: abs(tried[0] - report.step_size))
+    assert report.search_loss_after == pytest.approx(at_the_step[1], rel=1e-5)  # the same masks before and after
+    assert (collator.generator is None) == (make() is None)
+    for _ in range(2):  # and training sees the masks that it would have seen
+        assert torch.equal(collator(samples[:4])["labels"], untouched(samples[:4])["labels"])
+
+
+def test_samples_beyond_a_rotary_model_s_position_embeddings_are_its_own_affair(lora_model, tiny_llama, token_samples):
+    samples = plain(token_samples(24, min_length=9, max_length=20))
+    model = lora_model(model=tiny_llama(max_position_embeddings=8))
+    report = initialize_lora_da(model, samples, config=FIXED, progress=False)
+    assert report.num_samples == 12
 
 
 @pytest.mark.parametrize("packed", [[], [5]])

@@ -1,6 +1,7 @@
 """The pass leaves nothing behind, whether it succeeds or not."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.losses import model_loss
+from lora_da_hf.statistics import model_state
 from lora_da_hf.statistics.model_state import checkpointing_modules, prepared_for_pass
 
 
@@ -188,6 +190,20 @@ def test_the_random_state_inside_is_that_of_the_seed_and_is_restored_after_an_er
     assert all(a != b for a, b in zip(values[1], values[2], strict=True))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("suffix", ["_all", ""], ids=["several devices", "one device"])
+def test_the_generators_of_an_accelerator_are_put_back(monkeypatch, suffix):
+    states = [b"before"]
+    module = SimpleNamespace()
+    setattr(module, f"get_rng_state{suffix}", lambda: states[-1])
+    setattr(module, f"set_rng_state{suffix}", states.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(model_state, "seed_generators", lambda seed: states.append(seed))
+    with model_state.random_state(5):
+        assert states == [b"before", 5]
+    assert states == [b"before", 5, b"before"]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

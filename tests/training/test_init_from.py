@@ -68,7 +68,8 @@ def pulls(monkeypatch, stored_init):
     """Stand in for the Hub, and list what was pulled."""
     calls = []
 
-    def pull_init(repo_id, *, revision="main", base_model):
+    def pull_init(repo_id, *, revision, statistics, base_model):
+        assert not statistics
         calls.append((repo_id, revision, base_model))
         return SimpleNamespace(folder=stored_init, repo_id=repo_id, commit="c0ffee")
 
@@ -224,7 +225,7 @@ def test_searching_without_an_initialisation_is_an_error():
     [
         ("someone/init@v1.0", ("someone/init", "v1.0")),
         ("someone/init@refs/pr/2", ("someone/init", "refs/pr/2")),
-        ("someone/my.init_2", ("someone/my.init_2", "main")),
+        ("someone/my.init_2", ("someone/my.init_2", None)),
     ],
 )
 def test_a_name_that_is_no_folder_is_pulled(tmp_path, lora_model, pulls, name, call):

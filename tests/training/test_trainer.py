@@ -601,6 +601,46 @@ def test_a_model_with_a_device_map_gives_the_same(tmp_path, tiny_llama, samples,
     assert reports[1].step_size == reports[0].step_size
 
 
+def loss_by_items(outputs, labels, num_items_in_batch=None):
+    """Divide by the number of items, as `Trainer` always gives one."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+class TrainerByItems(LoRADATrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = loss_by_items(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(LoRADATrainer, {"compute_loss_func": loss_by_items}), (TrainerByItems, {})],
+    ids=["compute_loss_func", "compute_loss"],
+)
+def test_a_loss_that_cannot_do_without_the_number_of_items(tmp_path, lora_model, samples, kind, settings):
+    trainer = make_trainer(tmp_path / "own", lora_model(), samples, kind, **settings)
+    trainer.train()
+    stock = make_trainer(tmp_path / "stock", lora_model(), samples)
+    stock.train()
+    own_report, stock_report = trainer.lora_da_report, stock.lora_da_report
+    assert own_report.loss_reduction == stock_report.loss_reduction
+    assert own_report.unseen_loss_before == pytest.approx(stock_report.unseen_loss_before, rel=1e-5)
+    assert own_report.step_size == pytest.approx(stock_report.step_size, rel=1e-5)
+
+
+def test_the_pass_has_the_batch_size_of_one_of_several_gpus(tmp_path, lora_model, samples, count_initializations):
+    class FourGPUs(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            args._n_gpu = 4
+
+    make_trainer(
+        tmp_path, lora_model(), samples, callbacks=[FourGPUs()], arguments={"per_device_train_batch_size": 8}
+    ).train()
+    assert [call["batch_size"] for call in count_initializations] == [2]
+
+
 # Data
 
 
@@ -641,6 +681,19 @@ def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, l
     listed.train()
     assert listed.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
     assert_same_tensors(written_adapter(tmp_path / "lora_da"), written_adapter(tmp_path / "list" / "lora_da"))
+
+
+def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, samples):
+    class Once(Stream):
+        def __iter__(self):
+            self.rest = getattr(self, "rest", None) or iter(self.samples)
+            return self.rest
+
+    stream = Once(samples)
+    config = make_config(population_size=1000, step_size=0.01)
+    with pytest.raises(DataError, match=r"a stream that can be read once only: .* Let its __iter__ begin anew"):
+        make_trainer(tmp_path, lora_model(), stream, da_config=config, arguments={"max_steps": 2}).train()
+    assert next(iter(stream)) == samples[0]
 
 
 def test_a_stream_without_a_population_size_is_an_error(tmp_path, lora_model, samples):

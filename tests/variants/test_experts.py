@@ -55,6 +55,26 @@ def test_the_statistics_of_experts_do_not_depend_on_batching(tmp_path):
         assert statistics.num_input_tokens == found[1][1][name].num_input_tokens, name
 
 
+def test_a_forward_of_the_experts_own_is_put_back(tmp_path):
+    model = make_mixtral()
+    found = [module for module in model.modules() if type(module).__name__ == "MixtralExperts"]
+    experts, others = found[0], found[1:]
+    calls, original = [], experts.forward
+
+    def patched(*args):
+        calls.append(1)
+        return original(*args)
+
+    experts.forward = patched
+    initialize(model, tmp_path)
+    assert experts.forward is patched
+    assert others
+    assert not any("forward" in vars(module) for module in others)
+    before = len(calls)
+    model(**collate(make_learnable_samples(2)))
+    assert len(calls) == before + 1
+
+
 def test_each_expert_counts_the_tokens_that_are_routed_to_it(tmp_path):
     """Two of four experts a token: both together count every token twice."""
     samples = make_learnable_samples(16)
