@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import random
-from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,8 @@ def choose_samples(
 ) -> SampleSplits:
     """Draw disjoint sets of samples for the statistics, the line search and the final check.
 
-    The search and the unseen set get at most an eighth of the data each. With fewer samples than asked, the statistics
-    get the rest.
+    The search and the unseen set get at most an eighth of the data each, and the search one sample in any case. With
+    fewer samples than asked, the statistics get the rest.
 
     Args:
         samples: A sequence or map-style data set, or a stream, which is read from its head.
@@ -141,7 +141,7 @@ def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
             dataset = dataset.dataset
         indices = _indices_of(loader)
         return dataset if indices is None else Subset(dataset, indices), loader.collate_fn
-    return _rows(loader), None
+    return _Rows(loader), None
 
 
 def _indices_of(loader: Any) -> list[int] | None:
@@ -160,11 +160,17 @@ def is_loader(samples: Any) -> bool:
     return isinstance(samples, DataLoader) or (hasattr(samples, "dataset") and hasattr(samples, "collate_fn"))
 
 
-def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    for batch in batches:
-        size = next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
-        for row in range(size):
-            yield {name: value[row] for name, value in batch.items() if isinstance(value, Tensor)}
+class _Rows:
+    """The rows of batches, as samples: read from the first one each time."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._batches:
+            size = next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+            for row in range(size):
+                yield {name: value[row] for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
@@ -243,21 +249,37 @@ class DeviceCollator:
     @contextlib.contextmanager
     def generators_kept(self) -> Generator[None]:
         """Put back the random generators that the collator has as attributes: it may make them at its first call."""
-        holder: Any = self._collate
-        while isinstance(holder, functools.partial):
-            holder = holder.func  # pyright: ignore[reportUnknownMemberType]
-        values: dict[str, Any] = getattr(getattr(holder, "__self__", holder), "__dict__", {})
-        before = {name: (value, _state(value)) for name, value in values.items()}
+        holder = _innermost(self._collate)
+        before = {name: (value, _state(value)) for name, value in _attributes(holder)}
         try:
             yield
         finally:
-            for name in [name for name, value in values.items() if _state(value) is not None]:
-                if name not in before:
-                    del values[name]
+            for name, value in _attributes(holder):
+                if _state(value) is None:
                     continue
-                values[name], state = before[name]
+                if name not in before:
+                    delattr(holder, name)
+                    continue
+                first, state = before[name]
+                if value is not first:
+                    setattr(holder, name, first)
                 if state is not None:
-                    _set_state(values[name], state)
+                    _set_state(first, state)
+
+
+def _innermost(collate: Any) -> Any:
+    """Return the object that a collator keeps its attributes in, without what Trainer or a partial puts around it."""
+    while True:
+        if isinstance(collate, functools.partial):
+            collate = collate.func  # pyright: ignore[reportUnknownMemberType]
+        elif callable(getattr(collate, "data_collator", None)):  # of Trainer's RemoveColumnsCollator
+            collate = collate.data_collator
+        else:
+            return getattr(collate, "__self__", collate)
+
+
+def _attributes(holder: Any) -> list[tuple[str, Any]]:
+    return list(getattr(holder, "__dict__", {}).items())
 
 
 def _state(generator: Any) -> Any:

@@ -1,5 +1,7 @@
 """Which samples are used for what, and how they become batches."""
 
+import random
+
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
@@ -262,6 +264,22 @@ def test_batches_go_to_the_device_and_other_values_stay():
     assert batch["names"] == ["a"]
     nested = DeviceCollator(lambda samples: {"labels": [{"boxes": torch.zeros(2)}]}, "meta")([1])
     assert nested["labels"][0]["boxes"].device.type == "meta"
+
+
+def test_a_generator_of_a_collator_s_class_is_put_back():
+    class OfTheClass:
+        generator = random.Random(7)
+
+        @classmethod
+        def collate(cls, rows):
+            return {"drawn": cls.generator.random(), "rows": rows}
+
+    collate = DeviceCollator(OfTheClass.collate, "cpu")
+    found = []
+    for _ in range(2):
+        with collate.generators_kept():
+            found.append(collate([1])["drawn"])
+    assert found == [random.Random(7).random()] * 2
 
 
 def test_a_collator_that_makes_no_mapping_is_an_error():

@@ -145,8 +145,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     if any(target.device.type == "mps" for target in targets):
         raise UnsupportedSetupError(
             "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU, with "
-            "initialize_lora_da(..., output_dir=...) or TrainingArguments(use_cpu=True), and load that adapter with "
-            "PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+            "initialize_lora_da(..., output_dir=...), and load that adapter with PeftModel.from_pretrained(base, "
+            "output_dir, is_trainable=True)."
         )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 _FLAG_PREFIX = "da_"
 _WITHOUT_FLAGS = {"use_dora", "rank_pattern", "alpha_pattern", "target_parameters"}
+"""Arguments of LoraConfig that `lora-da init` has no flags for."""
 TAGS = ("lora", "peft", "lora-da", "lora-init")
 
 _TEMPLATE = "init_card.md.jinja"

@@ -48,7 +48,7 @@ class PulledInit:
     """A fetched initialisation, on disk and checked.
 
     Attributes:
-        folder: For `load_init`, and for ``PeftModel.from_pretrained``.
+        folder: For `load_init` (with ``statistics=False`` if it was pulled so), and for ``PeftModel.from_pretrained``.
         repo_id: Owner and name.
         revision: What was asked for.
         commit: What that was resolved to: the one to cite.
@@ -106,8 +106,9 @@ def pull_init(
     """Fetch an initialisation from the Hub, and check it before it is used.
 
     The revision is resolved to a commit first. The manifest comes next, and with it the base model is compared, before
-    anything large is downloaded. Then come exactly the files that the manifest lists, and every check of `load_init`.
-    Files in the cache are hashed again. With the network off, all of it must be in the cache. With the network on,
+    anything large is downloaded. Then come exactly the files that the manifest lists, and every check of `load_init`,
+    but for statistics that are left out. Files in the cache are hashed again. With the network off, all of them must be
+    in the cache. With the network on,
     nothing is taken from the cache that the Hub does not let the token read now.
 
     Args:

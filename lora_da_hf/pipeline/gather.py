@@ -105,7 +105,8 @@ def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], stor
         )
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
-    with job.bar(len(mine), "LoRA-DA statistics") as bar, ranks.together("statistics pass"):
+    kept = job.collate.generators_kept()
+    with job.bar(len(mine), "LoRA-DA statistics") as bar, ranks.together("statistics pass"), kept:
         return collect(
             job.model,
             mine,

@@ -24,8 +24,8 @@ from lora_da_hf.errors import TargetError
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 
-_BESIDE_AN_ADAPTER = ("README.md", "generation_config.json")
-"""What PEFT and transformers write with an adapter: a card as of a trained one, and how the base generates."""
+_BESIDE_AN_ADAPTER = ("README.md", "generation_config.json", "*.py")
+"""What PEFT and transformers write with an adapter: a card as of a trained one, how the base generates, code."""
 
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -181,5 +181,6 @@ def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state:
         saveable.save_pretrained(str(folder), state_dict=state)
     else:
         raise TargetError(f"A {type(model).__name__} cannot be saved as a PEFT adapter. Wrap it with get_peft_model.")
-    for path in _BESIDE_AN_ADAPTER:
-        (folder / path).unlink(missing_ok=True)
+    for pattern in _BESIDE_AN_ADAPTER:
+        for path in folder.glob(pattern):
+            path.unlink()

@@ -307,8 +307,10 @@ def evaluate_loss(
     lockstep = lockstep or Lockstep.of_one()
     total, count = 0.0, 0.0
     kind = settings.reduction.kind
-    is_apart = settings.why_single is not None or (kind != "batch" and _are_joined(samples, collate))
-    single = kind == "unknown" or is_apart
+    single = kind == "unknown" or settings.why_single is not None
+    if batch_size > 1 and not single and kind != "batch":
+        with lockstep.alike():
+            single = _are_joined(samples, collate)
     make_batches = whole_batches if kind == "batch" else batches_by_length
     with torch.no_grad(), without_checkpointing(model):
         for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):

@@ -23,12 +23,13 @@ from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
-from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device
+from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device, shifts_labels
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, has_positions, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.token_masks import read_batch_tokens
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 
@@ -209,7 +210,8 @@ class LoRADACallback(TrainerCallback):
         elif not has_positions(samples) and iter(samples) is iter(samples):
             raise DataError(
                 "The training data is a stream that can be read once only: what the initialisation reads, training "
-                "would miss. Let its __iter__ begin anew, or give LoRADACallback a train_dataset of its own."
+                "would miss. Let its __iter__ return a new iterator each time, or give LoRADACallback a train_dataset "
+                "of its own."
             )
         return samples, self.data_collator or collator
 
@@ -295,12 +297,12 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
     parameters = inspect.signature(compute_loss).parameters.values()
     takes_items = any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters)
     trainer: Any = getattr(compute_loss, "__self__", None)
-    is_own = isinstance(trainer, Trainer) and (not _is_stock(trainer) or trainer.compute_loss_func is not None)
+    counts_items = takes_items and isinstance(trainer, Trainer) and _gives_items_to_a_loss_of_its_own(trainer)
 
     def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        if num_items is None and is_own and takes_items:
-            count: Any = trainer._get_num_items_in_batch([batch], trainer.args.device)
-            num_items = None if count is None else torch.as_tensor(count)
+        if num_items is None and counts_items and isinstance(batch.get("labels"), Tensor):
+            counts = read_batch_tokens(batch, shifts_labels=shifts_labels(model)).label_counts
+            num_items = torch.tensor(batch["labels"].shape[0]) if counts is None else counts.sum()
         extra = {"num_items_in_batch": num_items} if takes_items else {}
         result = compute_loss(model, dict(batch), **extra)
         result = result[0] if isinstance(result, tuple) else result
@@ -310,6 +312,13 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
 
     setattr(loss, TAKES_LOSS_ALONE, _is_stock(trainer))
     return loss
+
+
+def _gives_items_to_a_loss_of_its_own(trainer: Trainer) -> bool:
+    """Tell whether a trainer has a loss of a user's, and gives it the number of items wherever there are labels."""
+    if trainer.compute_loss_func is not None:
+        return True
+    return not _is_stock(trainer) and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
 
 
 def _is_stock(trainer: Any) -> bool:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -635,10 +636,17 @@ def test_the_pass_has_the_batch_size_of_one_of_several_gpus(tmp_path, lora_model
         def on_train_begin(self, args, state, control, **kwargs):
             args._n_gpu = 4
 
-    make_trainer(
-        tmp_path, lora_model(), samples, callbacks=[FourGPUs()], arguments={"per_device_train_batch_size": 8}
-    ).train()
+    trainer = make_trainer(
+        tmp_path,
+        lora_model(),
+        samples,
+        callbacks=[FourGPUs()],
+        compute_loss_func=loss_by_items,
+        arguments={"per_device_train_batch_size": 8},
+    )
+    trainer.train()
     assert [call["batch_size"] for call in count_initializations] == [2]
+    assert trainer.lora_da_report.loss_reduction.startswith("sum")
 
 
 # Data
@@ -691,9 +699,42 @@ def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, sample
 
     stream = Once(samples)
     config = make_config(population_size=1000, step_size=0.01)
-    with pytest.raises(DataError, match=r"a stream that can be read once only: .* Let its __iter__ begin anew"):
+    with pytest.raises(
+        DataError, match=r"a stream that can be read once only: .* Let its __iter__ return a new iterator"
+    ):
         make_trainer(tmp_path, lora_model(), stream, da_config=config, arguments={"max_steps": 2}).train()
     assert next(iter(stream)) == samples[0]
+
+
+def test_a_list_of_batches_as_data_loader(tmp_path, lora_model, samples):
+    class OfBatches(LoRADATrainer):
+        def get_train_dataloader(self):
+            return [collate(samples[start : start + 4]) for start in range(0, 24, 4)]
+
+    config = make_config(population_size=24, step_size=0.01)
+    trainer = make_trainer(tmp_path, lora_model(), samples, OfBatches, config)
+    trainer.train()
+    assert trainer.lora_da_report.num_samples == 12
+
+
+def test_training_goes_on_with_the_random_numbers_of_its_collator(tmp_path, lora_model, samples):
+    class Drawing:
+        def __init__(self):
+            self.generator, self.drawn = random.Random(7), []
+
+        def __call__(self, rows):
+            self.drawn.append(self.generator.random())
+            return collate(rows)
+
+    drawn = []
+    for kind in (Trainer, LoRADATrainer):
+        collator = Drawing()
+        folder = tmp_path / kind.__name__
+        make_trainer(folder, lora_model(), samples, kind, data_collator=collator, arguments={"max_steps": 2}).train()
+        drawn.append(collator.drawn)
+    plain, ours = drawn
+    assert len(ours) > len(plain) >= 2
+    assert ours[-len(plain) :] == plain
 
 
 def test_a_stream_without_a_population_size_is_an_error(tmp_path, lora_model, samples):
