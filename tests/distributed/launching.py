@@ -1,5 +1,7 @@
 """Starting two processes, and what the tests do with what they leave."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -60,12 +62,26 @@ def launch(script, arguments, folder, **environment):
     return output
 
 
+_PORTS = itertools.cycle(range(1000))
+
+
 def meeting_point(processes):
     """Return the variables by which processes that are started apart find each other."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+
+
+def free_port():
+    """Return a port that nothing uses, and that nobody else gets before the processes are there.
+
+    Each worker of pytest has ports of its own, below those that the system hands out by itself.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _PORTS:
+        port = 20_000 + 1000 * (worker % 10) + number
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
+    raise AssertionError("the ports never end")
 
 
 def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1), **variables):
