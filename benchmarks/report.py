@@ -253,6 +253,24 @@ def movement_table(records: Sequence[Record]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def late_training_table(records: Sequence[Record]) -> list[str]:
+    """Compare the losses of the training batches in the second half of the steps, each method at its best rate."""
+    lines = ["| method | loss of the training batches, second half | less plain LoRA's, same seeds |", "|---" * 3 + "|"]
+    found = {name: [*map(with_late_loss, at_best_rate(runs)[1])] for name, runs in variants(records).items()}
+    for name, runs in found.items():
+        plain = found.get(partner_of(name), []) if name != partner_of(name) else []
+        difference = paired_difference(runs, plain, "late_loss")
+        lines.append(f"| {name} | {spread([run['late_loss'] for run in runs])} | {difference} |")
+    return lines
+
+
+def with_late_loss(record: Record) -> Record:
+    """Add the mean loss of the training batches in the second half of the steps; None if the run diverged."""
+    late = record.get("train_losses", [])[record["cell"]["steps"] // 2 :]
+    is_whole = bool(late) and None not in late and record["final_loss"] is not None
+    return {**record, "late_loss": statistics.fmean(late) if is_whole else None}
+
+
 def first_loss(record: Record) -> float | None:
     return record["losses"][0][1]
 
@@ -399,6 +417,7 @@ def report(records: Sequence[Record], path: Path) -> str:
             if num_train is not None:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
+            lines += ["The batches that were trained on:", "", *late_training_table(found), ""]
             moved = movement_table(found)
             lines += [MOVEMENT, "", *moved, ""] if moved else []
             lines += [f"![{title}]({picture.name})", ""]

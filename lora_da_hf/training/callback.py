@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
 import logging
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
@@ -23,20 +19,16 @@ from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
-from lora_da_hf.losses import TAKES_LOSS_ALONE, input_device, shifts_labels
+from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import RawCollate, has_positions, samples_of_loader
-from lora_da_hf.statistics.losses import ComputeLoss
-from lora_da_hf.statistics.token_masks import read_batch_tokens
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
+from lora_da_hf.training.trainer_loss import TrainerLoss, adapt_loss, metrics_kept, no_averaging_over_devices
 
 logger = logging.getLogger(__name__)
-
-TrainerLoss = Callable[..., Any]
-"""A loss as `Trainer.compute_loss` takes and returns it."""
 
 INIT_FOLDER = "lora_da"
 USE_FOLDER = "lora_da_init_from"
@@ -185,7 +177,7 @@ class LoRADACallback(TrainerCallback):
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
         else:
             samples = None
-        with _no_averaging_over_devices(args), _trainers_metrics_kept(self.compute_loss):
+        with no_averaging_over_devices(args), metrics_kept(self.compute_loss):
             if self.init_from is None:
                 report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
@@ -286,81 +278,3 @@ def _folder_of_report(folder: Path) -> Path:
 
 def _is_dispatched(model: nn.Module) -> bool:
     return getattr(model, "hf_device_map", None) is not None
-
-
-def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
-    """Make a loss of `Trainer.compute_loss`'s kind one that the statistics pass can call.
-
-    A loss that takes no ``num_items_in_batch`` is called without it. One that a user gave to a trainer is never called
-    with None where the trainer would count the items, since the trainer never does that.
-    """
-    parameters = inspect.signature(compute_loss).parameters.values()
-    takes_items = any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters)
-    trainer: Any = getattr(compute_loss, "__self__", None)
-    counts_items = takes_items and isinstance(trainer, Trainer) and _gives_items_to_a_loss_of_its_own(trainer)
-
-    def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        if num_items is None and counts_items and isinstance(batch.get("labels"), Tensor):
-            counts = read_batch_tokens(batch, shifts_labels=shifts_labels(model)).label_counts
-            num_items = torch.tensor(batch["labels"].shape[0]) if counts is None else counts.sum()
-        extra = {"num_items_in_batch": num_items} if takes_items else {}
-        result = compute_loss(model, dict(batch), **extra)
-        result = result[0] if isinstance(result, tuple) else result
-        if not isinstance(result, torch.Tensor):
-            raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
-        return result
-
-    setattr(loss, TAKES_LOSS_ALONE, _is_stock(trainer))
-    return loss
-
-
-def _gives_items_to_a_loss_of_its_own(trainer: Trainer) -> bool:
-    """Tell whether a trainer has a loss of a user's, and gives it the number of items wherever there are labels."""
-    if trainer.compute_loss_func is not None:
-        return True
-    return not _is_stock(trainer) and bool(getattr(trainer, "model_accepts_loss_kwargs", False))
-
-
-def _is_stock(trainer: Any) -> bool:
-    """Tell whether a trainer's ``compute_loss`` is transformers' own, in no way replaced."""
-    return (
-        isinstance(trainer, Trainer)
-        and type(trainer).compute_loss is Trainer.compute_loss
-        and "compute_loss" not in vars(trainer)
-        and Trainer.compute_loss.__module__ == Trainer.__module__
-    )
-
-
-@contextmanager
-def _trainers_metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
-    """Put back the metrics that the losses of TRL's trainers write down at each call: this is no evaluation.
-
-    Raises:
-        UnsupportedSetupError: in several processes, from all of which those losses gather their metrics at each call.
-    """
-    metrics: Any = getattr(getattr(compute_loss, "__self__", None), "_metrics", None)
-    if isinstance(metrics, dict) and Ranks.current().size > 1:
-        raise UnsupportedSetupError(
-            f"The loss of a {type(getattr(compute_loss, '__self__', None)).__name__} gathers metrics from all "
-            "processes at each call, and they call it different numbers of times here, so they would wait for each "
-            "other for ever. Leave the callback's compute_loss unset if the model's own loss will do (SFT), or "
-            "initialise in one process."
-        )
-    before = copy.deepcopy(metrics)
-    try:
-        yield
-    finally:
-        if isinstance(metrics, dict):
-            metrics.clear()  # pyright: ignore[reportUnknownMemberType]
-            metrics.update(before)  # pyright: ignore[reportUnknownMemberType]
-
-
-@contextmanager
-def _no_averaging_over_devices(args: TrainingArguments) -> Generator[None]:
-    """Keep `Trainer.compute_loss` from multiplying the loss by the number of processes."""
-    before = args.average_tokens_across_devices
-    args.average_tokens_across_devices = False
-    try:
-        yield
-    finally:
-        args.average_tokens_across_devices = before

@@ -414,6 +414,16 @@ def test_settings_that_differ_are_rows_of_their_own(records):
     assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
 
 
+def test_losses_of_the_training_batches_are_compared_in_the_second_half(records):
+    for record in records:
+        late = 0.7 if record["cell"]["method"] == "lora_da" else 0.8
+        record["train_losses"] = [2.0, 2.0, late, late + 0.2 * record["cell"]["seed"]]
+    lines = report.late_training_table(records)
+    assert "| lora_da | 0.7500 ± 0.0707 (2) | -0.1000 ± 0.0000 (2) |" in lines
+    assert "| lora | 0.8500 ± 0.0707 (2) |  |" in lines
+    assert report.with_late_loss({**records[0], "final_loss": None})["late_loss"] is None
+
+
 def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tmp_path):
     for record, (threads, seconds) in zip(records, ((1, 3.0), (2, 1.0)) * 4, strict=True):
         record["machine"] = {**record["machine"], "threads": threads}

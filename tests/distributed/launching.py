@@ -76,12 +76,11 @@ def free_port():
     Each worker of pytest has ports of its own, below those that the system hands out by itself.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for number in _PORTS:
-        port = 20_000 + 1000 * (worker % 10) + number
+    while True:
+        port = 20_000 + 1000 * (worker % 10) + next(_PORTS)
         with socket.socket() as found, contextlib.suppress(OSError):
             found.bind(("", port))
             return port
-    raise AssertionError("the ports never end")
 
 
 def start_apart(script, arguments, folder, *, processes=2, survivors=(0, 1), **variables):

@@ -24,7 +24,7 @@ from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import LoRADAArguments
-from lora_da_hf.training.callback import adapt_loss
+from lora_da_hf.training.trainer_loss import adapt_loss
 
 
 def make_trainer(folder, model, samples, callback, **arguments):
