@@ -17,9 +17,11 @@ measured.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
-rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. Peak memory is
-to be compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says what is left and
-how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
+rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. With
+`--statistics FOLDER` this package's statistics stay there, 2 GB for each seed and number of samples of a model with
+135 million weights, and cells with other ranks or settings are solved from them; the time of those is not reported.
+Peak memory is to be compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says
+what is left and how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
 from __future__ import annotations
@@ -120,6 +122,9 @@ class CompareArguments:
     )
     hours: float | None = setting(None, "Start no cell after this many hours.")
     max_cells: int | None = setting(None, "Run this many cells at most.")
+    statistics: str | None = setting(
+        None, "Keep this package's statistics in this folder, for cells with other ranks or settings."
+    )
     isolate: bool = setting(
         False,
         "Run each cell in a process of its own, so that its peak memory is its own too; costs its start each time.",
@@ -268,6 +273,7 @@ class Subject:
         train: Training samples.
         validation: Samples that no method reads.
         facts: What identifies them.
+        statistics: Where this package's statistics of the samples are kept; None: nowhere.
     """
 
     arguments: run_clm.NamedModelArguments
@@ -275,9 +281,12 @@ class Subject:
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     facts: dict[str, Any]
+    statistics: Path | None = None
 
     @classmethod
-    def load(cls, arguments: run_clm.NamedModelArguments, data: run_clm.DataArguments) -> Subject:
+    def load(
+        cls, arguments: run_clm.NamedModelArguments, data: run_clm.DataArguments, statistics: str | None = None
+    ) -> Subject:
         """Load the data as `run_clm.py` does."""
         training = SimpleNamespace(do_train=True, do_eval=True, data_seed=0)
         model, tokenizer = load_model(arguments.model_name_or_path, arguments)
@@ -292,7 +301,11 @@ class Subject:
             **{name: len(part) for name, part in parts.items()},
             "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
         }
-        return cls(arguments=arguments, tokenizer=tokenizer, facts=facts, **parts)
+        kept = None
+        if statistics is not None:
+            of_these = json.dumps([facts, package_digest()], sort_keys=True)
+            kept = Path(statistics) / hashlib.sha256(of_these.encode()).hexdigest()[:16]
+        return cls(arguments=arguments, tokenizer=tokenizer, facts=facts, statistics=kept, **parts)
 
     def load_model(self) -> nn.Module:
         """Load a fresh model: some methods change its weights."""
@@ -378,6 +391,7 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
         num_samples=cell["num_samples"],
         batch_size=cell["batch_size"],
         settings=cell["settings"],
+        statistics=None if subject.statistics is None else subject.statistics / f"of_{cell['num_train'] or 'all'}",
     )
     with Measured() as initialization:
         model, notes = make_adapter(cell["method"], setup)
@@ -394,6 +408,7 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
         What was measured. Losses that are not finite are None.
     """
     start, reused = last.get(cell, subject)
+    reused = reused or start.notes.get("solved_again", False)
     torch.manual_seed(cell["seed"])  # for dropout
     before = read_factors(start.model)
     with Measured() as training:
@@ -664,7 +679,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     set_verbosity_error()
     disable_progress_bar()
-    run(arguments, Subject.load(model, data))
+    run(arguments, Subject.load(model, data, arguments.statistics))
 
 
 if __name__ == "__main__":

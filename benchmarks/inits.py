@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -18,7 +21,7 @@ from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.targets import freeze_a
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
@@ -36,6 +39,8 @@ class Setup:
         num_samples: How many samples a method that looks at data may read.
         batch_size: Samples that it runs together.
         settings: Of LoRADAConfig, over those of the method.
+        statistics: Where this package's statistics of these samples are kept for other ranks and settings; None:
+            nowhere.
         on_optimizer: What a method adds to be called with the optimizer before training.
     """
 
@@ -47,6 +52,7 @@ class Setup:
     num_samples: int
     batch_size: int
     settings: dict[str, Any]
+    statistics: Path | None = None
     on_optimizer: list[Callable[[Optimizer], None]] = field(default_factory=list)
 
     def config(self, **settings: Any) -> LoraConfig:
@@ -134,24 +140,61 @@ def lora_da(
     def make(setup: Setup) -> Made:
         model = get_peft_model(setup.model, setup.config())
         values: dict[str, Any] = {"num_samples": setup.num_samples, "batch_size": setup.batch_size, **settings}
-        report = initialize_lora_da(
-            model,
-            setup.samples,
-            config=config(**{**values, **setup.settings}),
-            data_collator=setup.collate,
-            seed=setup.seed,
-            output_dir=output_dir,
-            progress=False,
-        )
+        report, solved_again = initialized(model, setup, config(**{**values, **setup.settings}), output_dir)
         notes = {
             "step_size": report.step_size,
             "kept": len(report.kept),
             "stages": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
             "unseen_loss": [report.unseen_loss_before, report.unseen_loss_after],
+            "solved_again": solved_again,
         }
         return model, notes
 
     return make
+
+
+OF_THE_STATISTICS = (
+    "num_samples",
+    "batch_size",
+    "sample_selection",
+    "search_samples",
+    "seed",
+    "token_mask",
+    "fisher",
+    "loss_reduction",
+    "accumulate_dtype",
+)
+"""Settings of LoRADAConfig that say, with whether a step is searched, which samples the statistics are of and what they
+are."""
+
+
+def initialized(
+    model: nn.Module, setup: Setup, config: LoRADAConfig, output_dir: str | None
+) -> tuple[LoRADAReport, bool]:
+    """Initialise, from statistics that were kept of these samples if there are any.
+
+    Returns:
+        What was done, and whether statistics of before were solved again.
+    """
+    arguments: dict[str, Any] = {"data_collator": setup.collate, "progress": False}
+    if setup.statistics is None or output_dir is not None:
+        return initialize_lora_da(
+            model, setup.samples, config=config, seed=setup.seed, output_dir=output_dir, **arguments
+        ), False
+    values = config.to_dict()
+    of_these = [setup.seed, config.searches_step, {name: values[name] for name in OF_THE_STATISTICS}]
+    folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
+    if not folder.exists():
+        config = LoRADAConfig.from_dict({**values, "save_statistics": True})
+        return initialize_lora_da(
+            model, setup.samples, config=config, seed=setup.seed, output_dir=folder, **arguments
+        ), False
+    rank = setup.lora["r"]
+    with tempfile.TemporaryDirectory() as other:
+        solved = {**values, "max_rank": rank, "save_statistics": False}
+        init = refit_init(folder, other, config=solved, rank=rank, step_size=1.0, progress=False)
+        used = {name: values[name] for name in ("step_size", "stable_gamma", "factor_split")}
+        return apply_init(model, init, config=used, samples=setup.samples, **arguments), True
 
 
 def lora_da_preconditioned(setup: Setup) -> Made:

@@ -315,8 +315,8 @@ def rates_table(records: Sequence[Record]) -> list[str]:
 def cost_table(records: Sequence[Record]) -> list[str]:
     """Show what initialisation and training took, as medians.
 
-    Starts that were made for an earlier cell are left out, and so is the memory of runs that did not have a process of
-    their own.
+    Starts that were made for an earlier cell or solved from its statistics are left out, and so is the memory of runs
+    that did not have a process of their own.
     """
     lines = [
         "| method | initialisation, s | its peak memory over the start, MiB | training, s a step | its peak, MiB |"

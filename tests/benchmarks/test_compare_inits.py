@@ -173,6 +173,30 @@ def test_a_reset_start_is_plain_and_does_not_disturb_the_one_it_is_made_from(com
     assert apart[0]["final_loss"] != plain["final_loss"]
 
 
+@pytest.mark.parametrize("num_train", [None, 12])
+def test_starts_that_are_solved_from_kept_statistics_are_those_that_take_their_own(compare, tmp_path, num_train):
+    settings = [
+        {},
+        {"input_damping": "1*mean"},
+        {"normalize_displacement": False},
+        {"variance_weight": 3.0},
+        {"step_size": 0.05},
+        {"factor_split": "balanced"},
+        {"token_mask": "labels"},
+    ]
+    block = {**BLOCK, "methods": ["lora_da", "lora_one"], "ranks": [2, 4], "steps": [0], "num_train": num_train}
+    apart = compare({**block, "settings": settings})
+    assert not any(record["initialization"]["reused"] for record in apart)
+    (tmp_path / "results.jsonl").unlink()
+    kept = compare({**block, "settings": settings}, flags=("--statistics", str(tmp_path / "kept")))
+    assert sum(not record["initialization"]["reused"] for record in kept) == 3  # two token masks, and no search
+    assert [record["initialization"]["reused"] for record in kept[:2]] == [False, True]
+    for one, other in zip(apart, kept, strict=True):
+        assert one["notes"]["step_size"] == pytest.approx(other["notes"]["step_size"], rel=1e-6)
+        assert one["losses"][0][1] == pytest.approx(other["losses"][0][1], rel=1e-5)
+    assert len({round(record["losses"][0][1], 5) for record in kept}) > 10
+
+
 def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
     samples = list(range(10))
 
