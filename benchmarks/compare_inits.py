@@ -26,6 +26,7 @@ what is left and how long it takes, by what was measured so far. `report.py` mak
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -40,7 +41,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ from inits import (
     target_modules,
     why_missing,
 )
-from movement import movement, read_factors
+from movement import Factors, movement, read_factors
 from report import wilson_interval
 from torch import Tensor, nn
 from transformers import HfArgumentParser
@@ -68,6 +69,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, LoRADAError
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
@@ -173,13 +175,19 @@ def sets_of_settings(design: dict[str, Any], block: dict[str, Any]) -> list[dict
     return settings if isinstance(settings, list) else [settings]
 
 
-def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the settings of each cell of a block.
+def cells_of(
+    design: dict[str, Any],
+    block: dict[str, Any],
+    records: list[dict[str, Any]],
+    without: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Return the settings of each cell of a block: none of a method that diverged at each rate it has its own from.
 
     Args:
         design: All of it.
         block: One of its blocks.
         records: Results so far, which the best learning rates are taken from.
+        without: Methods that are left out.
 
     Raises:
         ConfigError: if the best learning rate of a method is not known yet.
@@ -187,8 +195,8 @@ def cells_of(design: dict[str, Any], block: dict[str, Any], records: list[dict[s
     shared = {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
     cells: list[dict[str, Any]] = []
     sets = sets_of_settings(design, block)
-    rates = {method: rates_of(method, design, block, records) for method in block["methods"]}
-    starts = itertools.product(block["ranks"], block["seeds"], sets, block["methods"])  # cells of one start in a row
+    rates = {method: rates_of(method, design, block, records) for method in block["methods"] if method not in without}
+    starts = itertools.product(block["ranks"], block["seeds"], sets, rates)  # cells of one start in a row
     for rank, seed, settings, method in starts:
         for steps, rate in itertools.product(block["steps"], rates[method]):
             cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate}
@@ -202,15 +210,15 @@ def rates_of(method: str, design: dict[str, Any], block: dict[str, Any], records
     if isinstance(rates, dict):
         earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
         best = best_rate(cells_of(design, earlier, records), records, method)
-        return [float(f"{best * times:.3g}") for times in rates["times"]]
+        return [] if best is None else [float(f"{best * times:.3g}") for times in rates["times"]]
     return rates
 
 
-def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str) -> float:
-    """Return the learning rate with the lowest mean final loss of a method among some cells.
+def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str) -> float | None:
+    """Return the learning rate with the lowest mean final loss of a method among some cells; None if all diverged.
 
     Raises:
-        ConfigError: if one of them was not run yet, or all diverged.
+        ConfigError: if one of them was not run yet.
     """
     found: dict[float, list[float]] = {}
     for cell in cells:
@@ -222,9 +230,7 @@ def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method
     if not found:
         raise ConfigError(f"The block that the best learning rate is taken from has no cell of {method}.")
     best = min(found, key=lambda rate: statistics.fmean(found[rate]))
-    if math.isinf(statistics.fmean(found[best])):
-        raise ConfigError(f"{method} diverged at every learning rate of the block.")
-    return best
+    return None if math.isinf(statistics.fmean(found[best])) else best
 
 
 def is_of(record: dict[str, Any], cell: dict[str, Any]) -> bool:
@@ -273,6 +279,7 @@ class Subject:
         train: Training samples.
         validation: Samples that no method reads.
         facts: What identifies them.
+        weights_sha256: Of the base model, whose name alone is in the facts.
         statistics: Where this package's statistics of the samples are kept; None: nowhere.
     """
 
@@ -281,6 +288,7 @@ class Subject:
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     facts: dict[str, Any]
+    weights_sha256: str
     statistics: Path | None = None
 
     @classmethod
@@ -301,11 +309,14 @@ class Subject:
             **{name: len(part) for name, part in parts.items()},
             "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
         }
+        weights = base_model_facts(model)["weights_sha256"]
         kept = None
         if statistics is not None:
-            of_these = json.dumps([facts, package_digest()], sort_keys=True)
+            of_these = json.dumps([facts, weights, package_digest()], sort_keys=True)
             kept = Path(statistics) / hashlib.sha256(of_these.encode()).hexdigest()[:16]
-        return cls(arguments=arguments, tokenizer=tokenizer, facts=facts, statistics=kept, **parts)
+        return cls(
+            arguments=arguments, tokenizer=tokenizer, facts=facts, weights_sha256=weights, statistics=kept, **parts
+        )
 
     def load_model(self) -> nn.Module:
         """Load a fresh model: some methods change its weights."""
@@ -363,6 +374,11 @@ class LastStart:
         loss = None if cell["method"] in RESET else self.kept.loss
         return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup, loss=loss), reused
 
+    def put_aside(self, cell: dict[str, Any]) -> dict[str, Factors] | None:
+        """Return the adapter that was made from data, if a cell's method put a plain one in its place."""
+        assert self.kept is not None
+        return read_factors(self.kept.model) if cell["method"] in RESET else None
+
     def note_loss(self, cell: dict[str, Any], loss: float | None) -> None:
         """Keep the loss that the start of a cell was found to have, for those who get it next."""
         assert self.kept is not None
@@ -391,7 +407,7 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
         num_samples=cell["num_samples"],
         batch_size=cell["batch_size"],
         settings=cell["settings"],
-        statistics=None if subject.statistics is None else subject.statistics / f"of_{cell['num_train'] or 'all'}",
+        statistics=subject.statistics,
     )
     with Measured() as initialization:
         model, notes = make_adapter(cell["method"], setup)
@@ -413,12 +429,13 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     before = read_factors(start.model)
     with Measured() as training:
         found = train(start, cell, subject.validation)
+    training.found["peak_mib"] = found.pop("peak_mib")
     last.note_loss(cell, found["losses"][0][1])
     is_trained = cell["steps"] > 0 and found["final_loss"] is not None
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
-        "movement": movement(before, read_factors(start.model)) if is_trained else None,
+        "movement": movement(before, read_factors(start.model), last.put_aside(cell)) if is_trained else None,
         "accuracy": accuracy,
         "initialization": {**start.cost, "reused": reused},
         "training": training.found,
@@ -431,16 +448,21 @@ class Measured:
 
     def __enter__(self) -> Measured:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            reset_peak()
+        self.reset()
         self.start, self.start_mib = time.perf_counter(), self.peak()
         return self
 
     def __exit__(self, *_: Any) -> None:
         seconds = time.perf_counter() - self.start
         self.found = {"seconds": seconds, "start_mib": self.start_mib, "peak_mib": self.peak()}
+
+    @staticmethod
+    def reset() -> None:
+        """Begin a new peak."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak()
 
     @staticmethod
     def peak() -> float:
@@ -468,7 +490,10 @@ def rate_at(step: int, cell: dict[str, Any]) -> float:
 
 
 def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
-    """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more."""
+    """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more.
+
+    The peak memory is that of the steps, without the evaluations between them, whose batches are larger.
+    """
     model, setup = start.model, start.setup
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
@@ -478,7 +503,8 @@ def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
     losses = [[0, evaluate(model, setup, validation) if start.loss is None else start.loss]]
     train_losses: list[float] = []
-    seconds = 0.0
+    seconds = peak = 0.0
+    Measured.reset()
     batches = batches_of(setup.samples, cell["seed"], cell["batch_size"])
     for step in range(1, cell["steps"] + 1):
         begin = time.perf_counter()
@@ -494,7 +520,9 @@ def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str
         if not math.isfinite(train_losses[-1]):
             break
         if step in marks:
+            peak = max(peak, Measured.peak())
             losses.append([step, evaluate(model, setup, validation)])
+            Measured.reset()
     finished = math.isfinite(train_losses[-1]) if train_losses else True
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     return {
@@ -504,6 +532,7 @@ def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str
         "train_losses": [number(round(loss, 5)) for loss in train_losses],
         "seconds_per_step": seconds / max(1, len(train_losses)),
         "trainable": sum(parameter.numel() for parameter in parameters),
+        "peak_mib": max(peak, Measured.peak()),
         "optimizer_mib": sum(value.numel() * value.element_size() for value in state) / 2**20,
     }
 
@@ -573,13 +602,17 @@ def seconds_of(cell: dict[str, Any], records: list[dict[str, Any]]) -> float | N
 
 
 def pending(
-    design: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], blocks: list[str]
+    design: dict[str, Any],
+    records: list[dict[str, Any]],
+    facts: dict[str, Any],
+    blocks: list[str],
+    without: Collection[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the cells that were not run, with the names of their blocks, in the order of the design."""
     for block in design["blocks"]:
         if blocks and block["name"] not in blocks:
             continue
-        for cell in cells_of(design, block, records):
+        for cell in cells_of(design, block, records, without):
             if key_of(cell, facts) not in {record["key"] for record in records}:
                 yield block["name"], cell
 
@@ -610,9 +643,9 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         return
     while True:
         records = of_subject(read_lines(output), subject.facts)
-        left = pending(design, records, subject.facts, arguments.blocks)
-        found = next(((name, cell) for name, cell in left if cell["method"] not in missing), None)
+        found = next(pending(design, records, subject.facts, arguments.blocks, missing), None)
         if found is None or num_run == arguments.max_cells or is_over(begin, arguments.hours):
+            name_the_diverged(design, records, arguments.blocks, missing)
             return
         block, cell = found
         reason = why_missing(cell["method"])
@@ -624,6 +657,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
         about |= {"isolated": arguments.max_cells == 1, "code": code()}
+        about |= {"weights_sha256": subject.weights_sha256}
         add_line(
             output,
             {
@@ -637,11 +671,31 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
 
 
+def name_the_diverged(
+    design: dict[str, Any], records: list[dict[str, Any]], blocks: list[str], without: Collection[str]
+) -> None:
+    """Say which methods have no cells in a block, since they diverged where it takes its rates from."""
+    for block in design["blocks"]:
+        rates = block["learning_rates"]
+        if not isinstance(rates, dict) or (blocks and block["name"] not in blocks):
+            continue
+        for method in set(block["methods"]) - set(without):
+            with contextlib.suppress(ConfigError):  # not known yet: the run was stopped before
+                if not rates_of(method, design, block, records):
+                    about = f"it diverged at every learning rate of {rates['best_of']}"
+                    print(f"{method} has no cells in {block['name']}: {about}", file=sys.stderr, flush=True)
+
+
 def code() -> dict[str, str | None]:
-    """Return what identifies the code that a cell was run with."""
+    """Return what identifies the code that a cell was run with: the digests count where the commit differs."""
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"package_sha256": package_digest(), "commit": found.stdout.strip() or None}
+    contents = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return {
+        "package_sha256": package_digest(),
+        "benchmarks_sha256": hashlib.sha256(contents).hexdigest()[:16],
+        "commit": found.stdout.strip() or None,
+    }
 
 
 def is_over(begin: float, hours: float | None) -> bool:
@@ -649,13 +703,13 @@ def is_over(begin: float, hours: float | None) -> bool:
     return hours is not None and time.perf_counter() - begin > hours * 3600
 
 
-def run_apart(argv: list[str], output: Path, hours: float | None) -> None:
+def run_apart(argv: list[str], output: Path, hours: float | None, max_cells: int | None) -> None:
     """Run the command again and again for one cell each, until it adds none."""
-    begin, command = time.perf_counter(), [word for word in argv if word != "--isolate"]
-    before = -1
-    while len(read_lines(output)) > before and not is_over(begin, hours):
-        before = len(read_lines(output))
-        subprocess.run([sys.executable, __file__, *command, "--max_cells", "1"], check=True)
+    begin, first, before = time.perf_counter(), len(read_lines(output)), -1
+    while (now := len(read_lines(output))) > before and now - first != max_cells and not is_over(begin, hours):
+        before = now
+        one = [sys.executable, __file__, *argv, "--isolate", "false", "--max_cells", "1"]  # the last of each counts
+        subprocess.run(one, check=True)
 
 
 def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -675,7 +729,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--design, --output and --model_name_or_path are needed")
     run_clm.check_columns_and_sizes(parser.error, data)
     if arguments.isolate:
-        run_apart(sys.argv[1:] if argv is None else argv, Path(arguments.output), arguments.hours)
+        command = sys.argv[1:] if argv is None else argv
+        run_apart(command, Path(arguments.output), arguments.hours, arguments.max_cells)
         return
     set_verbosity_error()
     disable_progress_bar()

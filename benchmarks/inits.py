@@ -23,6 +23,8 @@ from torch.optim import Optimizer
 
 from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.targets import freeze_a
+from lora_da_hf.pipeline.stored import SOLVE_SETTINGS
+from lora_da_hf.samples import choose_samples
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
@@ -94,13 +96,8 @@ def take_out_in_float32(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def eva(setup: Setup) -> Made:
-    """Make an adapter by EVA with its default settings, which shift ranks between layers.
-
-    It keeps alpha over the rank in every layer, which would give layers other scalings than all else under rsLoRA's
-    root of the rank, and is left out then.
-    """
-    eva_config = EvaConfig(adjust_scaling_factors=not setup.lora["use_rslora"])
-    config = setup.config(init_lora_weights="eva", eva_config=eva_config)
+    """Make an adapter by EVA, with its ranks left equal (``rho=1``): every layer then has the scaling that all have."""
+    config = setup.config(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     model = get_peft_model(setup.model, config, low_cpu_mem_usage=True)
     initialize_lora_eva_weights(model, list(setup.batches(setup.batch_size)), show_progress_bar=False)
     return model, {}
@@ -153,19 +150,11 @@ def lora_da(
     return make
 
 
-OF_THE_STATISTICS = (
-    "num_samples",
-    "batch_size",
-    "sample_selection",
-    "search_samples",
-    "seed",
-    "token_mask",
-    "fisher",
-    "loss_reduction",
-    "accumulate_dtype",
-)
-"""Settings of LoRADAConfig that say, with whether a step is searched, which samples the statistics are of and what they
-are."""
+OF_THE_STATISTICS = ("batch_size", "token_mask", "fisher", "loss_reduction", "accumulate_dtype", "population_size")
+"""Settings of LoRADAConfig that say what the statistics of some samples are, and what is stored with them."""
+
+OF_THE_USE = ("step_size", "stable_gamma", "factor_split", "search_samples")
+"""Settings that say what becomes of a stored solution."""
 
 
 def initialized(
@@ -176,25 +165,26 @@ def initialized(
     Returns:
         What was done, and whether statistics of before were solved again.
     """
+    samples, values = setup.samples, config.to_dict()
     arguments: dict[str, Any] = {"data_collator": setup.collate, "progress": False}
-    if setup.statistics is None or output_dir is not None:
-        return initialize_lora_da(
-            model, setup.samples, config=config, seed=setup.seed, output_dir=output_dir, **arguments
-        ), False
-    values = config.to_dict()
-    of_these = [setup.seed, config.searches_step, {name: values[name] for name in OF_THE_STATISTICS}]
-    folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
-    if not folder.exists():
-        config = LoRADAConfig.from_dict({**values, "save_statistics": True})
-        return initialize_lora_da(
-            model, setup.samples, config=config, seed=setup.seed, output_dir=folder, **arguments
-        ), False
+    folder: Path | None = None
     rank = setup.lora["r"]
+    if setup.statistics is not None and output_dir is None and config.rank_budget is None:
+        seed = setup.seed if config.seed is None else config.seed
+        chosen = choose_samples(samples, config, seed=seed).statistics
+        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
+        if config.projected_rms is not None or config.layer_steps != "norm":
+            of_these.append(rank)  # of the basis that is stored, which these depend on
+        folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
+        config = LoRADAConfig.from_dict({**values, "save_statistics": True})
+    if folder is None or not folder.exists():
+        given = {"config": config, "seed": setup.seed, "output_dir": folder or output_dir}
+        return initialize_lora_da(model, samples, **given, **arguments), False
     with tempfile.TemporaryDirectory() as other:
-        solved = {**values, "max_rank": rank, "save_statistics": False}
-        init = refit_init(folder, other, config=solved, rank=rank, step_size=1.0, progress=False)
-        used = {name: values[name] for name in ("step_size", "stable_gamma", "factor_split")}
-        return apply_init(model, init, config=used, samples=setup.samples, **arguments), True
+        solve = {**{name: values[name] for name in SOLVE_SETTINGS}, "max_rank": rank}
+        init = refit_init(folder, other, config=solve, rank=rank, step_size=1.0, progress=False)
+        use = {name: values[name] for name in OF_THE_USE}
+        return apply_init(model, init, config=use, samples=samples, **arguments), True
 
 
 def lora_da_preconditioned(setup: Setup) -> Made:
@@ -227,8 +217,9 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 """Methods that train B alone (LoRA-FA), by what they start from."""
 
-RESET = {"lora_preconditioned": "lora_da_preconditioned"}
-"""Methods that put a plain adapter in place of one that was made from data, and keep the optimizer's help."""
+RESET = {"lora_preconditioned": "lora_da_preconditioned", "lora_beside_da": "lora_da"}
+"""Methods that put a plain adapter in place of one that was made from data: one keeps the optimizer's help, the other
+looks how much of that start plain LoRA finds by itself."""
 
 READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
 """Methods of ``METHODS`` whose start depends on data."""

@@ -32,16 +32,25 @@ def read_factors(model: nn.Module) -> dict[str, Factors]:
     }
 
 
-def movement(before: dict[str, Factors], after: dict[str, Factors]) -> dict[str, float | None]:
+def movement(
+    before: dict[str, Factors], after: dict[str, Factors], other: dict[str, Factors] | None = None
+) -> dict[str, float | None]:
     """Compare the adapters of a model at two times.
+
+    Args:
+        before: Where training began.
+        after: Where it ended.
+        other: A start that it could have had instead.
 
     Returns:
         Medians over the layers: ``start``, the spectral norm of what the adapter adds to the weight before; ``moved``,
         that of what it adds after less what it added before; ``subspace_kept``, the share of A's squared norm after
         that lies in the span of its rows before; ``start_kept``, how much of what it added before is in what it adds
-        after (their inner product over the squared norm of the former), None if it added nothing.
+        after (their inner product over the squared norm of the former), None if it added nothing; ``other_found``, the
+        same for what the other start adds.
     """
-    found: dict[str, list[float]] = {"start": [], "moved": [], "subspace_kept": [], "start_kept": []}
+    names = ("start", "moved", "subspace_kept", "start_kept", "other_found")
+    found: dict[str, list[float]] = {name: [] for name in names}
     for name, old in before.items():
         new = after[name]
         found["start"].append(old.scaling * product_norm(old.lora_B, old.lora_A))
@@ -52,6 +61,8 @@ def movement(before: dict[str, Factors], after: dict[str, Factors]) -> dict[str,
         size = inner_product(old, old)
         if size > 0:
             found["start_kept"].append(inner_product(new, old) / size)
+        if other is not None:
+            found["other_found"].append(inner_product(new, other[name]) / inner_product(other[name], other[name]))
     return {name: statistics.median(values) if values else None for name, values in found.items()}
 
 

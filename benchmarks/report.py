@@ -5,8 +5,8 @@
 For each rank, number of steps and number of training samples: every method at the learning rate of its lowest mean
 final loss, with mean, standard deviation and number of seeds; the other learning rates; how far training went; and what
 it cost. A rate is chosen on the seeds that all rates of the method were run with, and by the losses that are reported:
-the more rates a method has, the more that flatters it. The tables go to a .md file beside the lines, the plots to .png
-files.
+the more rates a method has, the more that flatters it. Of runs that differ only in where they were evaluated, the last
+counts. The tables go to a .md file beside the lines, the plots to .png files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ MOVEMENT = (
     "change the base's weights have a start that is no distance from the base:"
 )
 
+EXPLAINED = (
+    "Mean ± standard deviation (runs). Differences: mean ± standard error (seeds that both have); with three seeds "
+    "95 % of the t-distribution lie within 4.3 standard errors, and 82 % within two."
+)
+
+LOOKS = ("evaluations", "accuracy_samples", "max_new_tokens", "answer_pattern")
+"""Settings of a cell that say where it is looked at, and change nothing of it."""
+
 EQUAL = ("batch_size", "alpha", "use_rslora", "num_samples", "warmup", "max_grad_norm")
 """Settings that runs are to share if they are compared: what is not as in most runs of a table is in a row's name."""
 
@@ -52,12 +60,26 @@ def mean_loss(records: Sequence[Record], which: str = "final_loss") -> float:
     return statistics.fmean(math.inf if record[which] is None else record[which] for record in records)
 
 
+def mean_start(records: Sequence[Record]) -> float:
+    """Return the mean loss at step 0."""
+    return statistics.fmean(record["losses"][0][1] for record in records)
+
+
 def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
     """Group records by settings of their cells, in the order in which they come."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record["cell"][name] for name in names), []).append(record)
     return groups
+
+
+def each_once(records: Sequence[Record]) -> list[Record]:
+    """Return the last of the records that differ only in where a run was looked at."""
+    last = {
+        json.dumps({name: value for name, value in record["cell"].items() if name not in LOOKS}, sort_keys=True): record
+        for record in records
+    }
+    return list(last.values())
 
 
 def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -106,18 +128,19 @@ def at_best_rate(records: Sequence[Record], which: str = "final_loss") -> tuple[
 
 
 def rate_text(records: Sequence[Record], which: str = "final_loss") -> str:
-    """Write the best learning rate, and whether it is the smallest or the largest of several that were tried."""
+    """Write the best learning rate, and whether it is the smallest or the largest of those that were tried."""
     losses = rate_losses(records, which)
     best = min(losses, key=lambda rate: losses[rate])
-    at_edge = len(losses) > 1 and best in (min(losses), max(losses))
-    return f"{best:g}" + (" (edge)" if at_edge else "")
+    if len(losses) == 1:
+        return f"{best:g} (alone)"
+    return f"{best:g}" + (" (edge)" if best in (min(losses), max(losses)) else "")
 
 
 def band(records: Sequence[Record]) -> str:
     """Return by what factor the learning rate can vary with a loss within 2 % of the best.
 
     The loss is taken to be linear in the logarithm of the rate between two that were tried. At least that much (>=) if
-    the smallest or the largest rate is within it, or next to one that diverged.
+    the smallest or the largest rate is within it, or next to one that ends no lower than it began.
     """
     losses = rate_losses(records)
     rates = list(losses)
@@ -131,7 +154,7 @@ def band(records: Sequence[Record]) -> str:
         while 0 <= end + direction < len(rates) and losses[rates[end + direction]] <= BAND * best:
             end += direction
         inside, beyond = rates[end], rates[end + direction] if 0 <= end + direction < len(rates) else None
-        if beyond is None or math.isinf(losses[beyond]):
+        if beyond is None or losses[beyond] >= mean_start(by_rate(records)[beyond]):
             is_open = True
             ends.append(math.log(inside))
         else:
@@ -172,13 +195,15 @@ def main_table(records: Sequence[Record]) -> list[str]:
     for name, (_, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1])):
         plain = found.get(partner_of(name))
         starts, ends, lowest = ([value(r) for r in runs] for value in (first_loss, final_loss, best_loss))
-        steps = [first_step_at(run, mean_loss(plain[1])) for run in runs] if plain else []
+        goals = {run["cell"]["seed"]: run["final_loss"] for run in plain[1]} if plain else {}
+        goals = {seed: goal for seed, goal in goals.items() if goal is not None}
+        steps = [first_step_at(run, goals[seed]) for run in runs if (seed := run["cell"]["seed"]) in goals]
         reached = [step for step in steps if step is not None]
         when = f"{statistics.median(reached):g} ({len(reached)} of {len(steps)})" if reached else "never"
         difference = paired_difference(runs, plain[1]) if plain and name != partner_of(name) else ""
         lines.append(
             f"| {name} | {rate_text(of_methods[name])} | {spread(starts)} | {spread(ends)} | {difference} | "
-            f"{spread(lowest)} | {when if plain else ''} | {band(of_methods[name])} | {accuracy(runs)} |"
+            f"{spread(lowest)} | {when if steps else ''} | {band(of_methods[name])} | {accuracy(runs)} |"
         )
     return lines
 
@@ -235,21 +260,41 @@ def half_table(records: Sequence[Record]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def ranks_table(records: Sequence[Record]) -> list[str]:
+    """Show what each method's final loss is less plain LoRA's, at every rank, each at its best rate there."""
+    lines = ["| steps | method | rank | learning rates | less plain LoRA's, same seeds |", "|---" * 5 + "|"]
+    for (steps, num_train), found in grouped(records, "steps", "num_train").items():
+        by_rank = {rank: variants(of_rank) for (rank,), of_rank in sorted(grouped(found, "rank").items())}
+        if not steps or num_train is not None or len(by_rank) == 1:
+            continue
+        for name in dict.fromkeys(name for of_rank in by_rank.values() for name in of_rank):
+            with_plain = {
+                rank: of_rank for rank, of_rank in by_rank.items() if {name, partner_of(name)} <= set(of_rank)
+            }
+            if name == partner_of(name) or len(with_plain) < 2:
+                continue
+            for rank, of_rank in with_plain.items():
+                ours, plain = of_rank[name], of_rank[partner_of(name)]
+                difference = paired_difference(at_best_rate(ours)[1], at_best_rate(plain)[1])
+                lines.append(f"| {steps} | {name} | {rank} | {rate_text(ours)}, {rate_text(plain)} | {difference} |")
+    return lines if len(lines) > 2 else []
+
+
 def movement_table(records: Sequence[Record]) -> list[str]:
-    """Show how far training went from the start, and what was left of it, at each method's best learning rate."""
+    """Show how far training went from the start, and what was left of it, as means over runs."""
     lines = [
-        "| method | learning rate | size of the start | distance to the end | share of A in its first subspace |"
-        " share of the start in the end |",
-        "|---" * 6 + "|",
+        "| method | learning rate | runs | size of the start | distance to the end | share of A in its first subspace |"
+        " share of the start in the end | share of LoRA-DA's start in the end |",
+        "|---" * 8 + "|",
     ]
     for name, of_method in variants(records).items():
         for rate, runs in by_rate(of_method).items():
             found = [run["movement"] for run in runs if run.get("movement")]
             if found:
-                names = ("start", "moved", "subspace_kept", "start_kept")
-                values = [[one[key] for one in found if one[key] is not None] for key in names]
+                names = ("start", "moved", "subspace_kept", "start_kept", "other_found")
+                values = [[one[key] for one in found if one.get(key) is not None] for key in names]
                 shown = [f"{statistics.fmean(column):.3g}" if column else "" for column in values]
-                lines.append(f"| {name} | {rate:g} | {' | '.join(shown)} |")
+                lines.append(f"| {name} | {rate:g} | {len(found)} | {' | '.join(shown)} |")
     return lines if len(lines) > 2 else []
 
 
@@ -284,13 +329,13 @@ def best_loss(record: Record) -> float | None:
 
 
 def accuracy(runs: Sequence[Record]) -> str:
-    """Return the share of exact answers of all runs together, with Wilson's interval."""
-    counted = [run["accuracy"] for run in runs if run["accuracy"]]
-    correct, total = (sum(one[name] for one in counted) for name in ("correct", "total"))
-    if not total:
-        return ""
-    low, high = wilson_interval(correct, total)
-    return f"{correct}/{total} ({low:.1%} to {high:.1%})"
+    """Return the share of exact answers of each run, with Wilson's interval: they answer the same questions."""
+    counted = [run["accuracy"] for run in runs if run["accuracy"] and run["accuracy"]["total"]]
+    shown: list[str] = []
+    for correct, total in ((one["correct"], one["total"]) for one in counted):
+        low, high = wilson_interval(correct, total)
+        shown.append(f"{correct}/{total} ({low:.1%} to {high:.1%})")
+    return "; ".join(shown)
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -401,13 +446,13 @@ def report(records: Sequence[Record], path: Path) -> str:
     subjects = {json.dumps(record["subject"], sort_keys=True): record["subject"] for record in records}
     plots = 0
     for key, facts in subjects.items():
-        of_subject = [record for record in records if json.dumps(record["subject"], sort_keys=True) == key]
+        of_subject = each_once([one for one in records if json.dumps(one["subject"], sort_keys=True) == key])
         lines += [f"## {facts['model']}", "", describe(facts, [record["machine"] for record in of_subject]), ""]
         lines += [shared_settings(of_subject), ""]
         for values, found in grouped(of_subject, *GROUP).items():
             rank, steps, num_train = values
             title = f"rank {rank}, {steps} steps, {num_train or facts['train']} training samples"
-            lines += [f"### {title[0].upper()}{title[1:]}", "", "Mean ± standard deviation (runs).", ""]
+            lines += [f"### {title[0].upper()}{title[1:]}", "", EXPLAINED, ""]
             if steps == 0:
                 lines += [*start_table(found), ""]
                 continue
@@ -423,6 +468,8 @@ def report(records: Sequence[Record], path: Path) -> str:
             lines += [f"![{title}]({picture.name})", ""]
         halves = half_table(of_subject)
         lines += ["### Half of the steps", "", *halves, ""] if halves else []
+        ranks = ranks_table(of_subject)
+        lines += ["### Ranks", "", *ranks, ""] if ranks else []
         for threads in sorted({record["machine"].get("threads", 0) for record in of_subject}, reverse=True):
             alike = [record for record in of_subject if record["machine"].get("threads", 0) == threads]
             where = f" with {threads} thread{'s' * (threads > 1)}" if threads else ""

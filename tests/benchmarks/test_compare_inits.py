@@ -26,7 +26,7 @@ BLOCK = {
     "seeds": [0],
     "steps": [4],
 }
-NO_OPS = {"rslora", "lora_fa", "pissa", "olora", "corda", "eva", "lora_ga", "lora_preconditioned"}
+NO_OPS = {"rslora", "lora_fa", "pissa", "olora", "corda", "eva", "lora_ga", "lora_preconditioned", "lora_beside_da"}
 """Methods that leave the model's function as it is at step 0."""
 
 SMALL = {"batch_size": 4, "num_samples": 12, "evaluations": 2, "alpha": 4}
@@ -164,6 +164,7 @@ def test_a_reset_start_is_plain_and_does_not_disturb_the_one_it_is_made_from(com
     methods = ["lora_da_preconditioned", "lora_preconditioned"]
     together = compare({**BLOCK, "methods": methods, "steps": [2, 4]})
     assert [record["initialization"]["reused"] for record in together] == [False, True, True, True]
+    assert [record["movement"]["other_found"] is None for record in together] == [True, True, False, False]
     (tmp_path / "results.jsonl").unlink()
     apart = [compare({**BLOCK, "methods": [method]})[-1] for method in reversed(methods)]
     assert [record["losses"] for record in apart] == [together[3]["losses"], together[1]["losses"]]
@@ -173,28 +174,45 @@ def test_a_reset_start_is_plain_and_does_not_disturb_the_one_it_is_made_from(com
     assert apart[0]["final_loss"] != plain["final_loss"]
 
 
-@pytest.mark.parametrize("num_train", [None, 12])
-def test_starts_that_are_solved_from_kept_statistics_are_those_that_take_their_own(compare, tmp_path, num_train):
-    settings = [
-        {},
-        {"input_damping": "1*mean"},
-        {"normalize_displacement": False},
-        {"variance_weight": 3.0},
-        {"step_size": 0.05},
-        {"factor_split": "balanced"},
-        {"token_mask": "labels"},
-    ]
-    block = {**BLOCK, "methods": ["lora_da", "lora_one"], "ranks": [2, 4], "steps": [0], "num_train": num_train}
-    apart = compare({**block, "settings": settings})
+def starts_with_and_without_kept_statistics(compare, tmp_path, **block):
+    """Run a block both ways, compare the starts, and return which cells of the second took statistics of their own."""
+    block = {**BLOCK, "methods": ["lora_da"], "ranks": [4, 2], "steps": [0], **block}
+    apart = compare(block)
     assert not any(record["initialization"]["reused"] for record in apart)
     (tmp_path / "results.jsonl").unlink()
-    kept = compare({**block, "settings": settings}, flags=("--statistics", str(tmp_path / "kept")))
-    assert sum(not record["initialization"]["reused"] for record in kept) == 3  # two token masks, and no search
-    assert [record["initialization"]["reused"] for record in kept[:2]] == [False, True]
+    kept = compare(block, flags=("--statistics", str(tmp_path / "kept")))
     for one, other in zip(apart, kept, strict=True):
-        assert one["notes"]["step_size"] == pytest.approx(other["notes"]["step_size"], rel=1e-6)
-        assert one["losses"][0][1] == pytest.approx(other["losses"][0][1], rel=1e-5)
-    assert len({round(record["losses"][0][1], 5) for record in kept}) > 10
+        assert one["notes"]["step_size"] == pytest.approx(other["notes"]["step_size"], rel=1e-3)
+        assert one["losses"][0][1] == pytest.approx(other["losses"][0][1], rel=1e-4)
+    assert len({record["losses"][0][1] for record in kept}) > len(kept) / 2
+    return [record["cell"] for record in kept if not record["initialization"]["reused"]]
+
+
+def test_starts_are_solved_from_kept_statistics(compare, tmp_path):
+    settings = [{}, {"input_damping": "1*mean", "factor_split": "balanced"}]
+    own = starts_with_and_without_kept_statistics(compare, tmp_path, settings=settings, methods=["lora_da", "lora_one"])
+    assert [(cell["method"], cell["rank"], cell["settings"]) for cell in own] == [("lora_da", 4, {})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_train", [None, 12])
+def test_what_is_kept_is_used_for_its_own_samples_and_settings_alone(compare, tmp_path, num_train):
+    settings = [
+        {},
+        {"normalize_displacement": False, "variance_weight": 3.0},
+        {"step_size": 0.05, "search_samples": 4},
+        {"projected_rms": 0.1},
+        {"rank_budget": 2000},
+        {"token_mask": "labels", "sample_selection": "head"},
+    ]
+    own = starts_with_and_without_kept_statistics(
+        compare, tmp_path, settings=settings, seeds=[0, 1], num_train=num_train
+    )
+    expected = [{}, settings[3], settings[3], settings[4], settings[4], settings[5]]
+    expected += [settings[2]] if num_train else []  # without a search more samples are left for the statistics
+    for seed in (0, 1):
+        found = [json.dumps(cell["settings"]) for cell in own if cell["seed"] == seed]
+        assert sorted(found) == sorted(map(json.dumps, expected))
 
 
 def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
@@ -247,6 +265,35 @@ def test_no_more_cells_than_asked_are_run(compare):
     assert len(compare(block, flags=["--max_cells", "2"])) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isolate", [["--isolate"], ["--isolate=true"]])
+def test_no_more_cells_than_asked_are_run_apart(compare, isolate):
+    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1, 2]}
+    assert [one["isolated"] for one in compare(block, flags=["--max_cells", "2", *isolate])] == [True, True]
+
+
+def test_methods_that_diverged_or_are_missing_do_not_stop_those_that_follow(compare, monkeypatch, capsys):
+    monkeypatch.setattr(compare_inits, "why_missing", lambda method: "no EVA here" if method == "eva" else None)
+    first = {**BLOCK, "methods": ["eva", "lora", "lora_fa"], "learning_rates": [1e30, 1e-3]}
+    second = {**BLOCK, "name": "next", "methods": ["eva", "lora_fa", "lora"], "steps": [2]}
+    second["learning_rates"] = {"best_of": "all", "times": [1]}
+    records = compare({**first, "methods": ["lora_fa"], "learning_rates": [1e30], "name": "lost"})
+    assert records[0]["final_loss"] is None
+    second_of_lost = {**second, "name": "more", "learning_rates": {"best_of": "lost", "times": [1]}}
+    lost = {**first, "methods": ["lora_fa"], "learning_rates": [1e30], "name": "lost"}
+    records = compare(lost, {**second_of_lost, "methods": ["lora_fa"]}, first, second)
+    assert [(r["block"], r["cell"]["method"]) for r in records[1:]] == [
+        ("all", "lora"),
+        ("all", "lora"),
+        ("all", "lora_fa"),
+        ("next", "lora_fa"),
+        ("next", "lora"),
+    ]
+    error = capsys.readouterr().err
+    assert error.count("eva is left out: no EVA here") == 1
+    assert error.count("lora_fa has no cells in more: it diverged at every learning rate of lost") == 1
+
+
 def test_few_training_samples_and_settings_of_lora_da(compare):
     block = {**BLOCK, "methods": ["lora_da"], "num_train": 9, "settings": {"metric": "fisher", "fisher": "sampled"}}
     (record,) = compare(block)
@@ -283,7 +330,9 @@ def test_an_answer_is_the_last_match_of_the_pattern_behind_the_prompt(model_dir)
             return torch.cat([input_ids, torch.tensor([[3, 4, 5, 7]])], dim=1)
 
     samples = [{"input_ids": [9, 9, *answer], "labels": [-100, -100, *answer]} for answer in ([8, 7], [7, 8], [5, 7])]
-    subject = compare_inits.Subject(arguments=None, tokenizer=tokenizer, train=[], validation=samples, facts={})
+    subject = compare_inits.Subject(
+        arguments=None, tokenizer=tokenizer, train=[], validation=samples, facts={}, weights_sha256=""
+    )
     cell = {"accuracy_samples": 3, "max_new_tokens": 4, "answer_pattern": r"w(\d+)"}
     assert compare_inits.exact_match(Echo(), subject, cell)["correct"] == 2
 
@@ -351,7 +400,7 @@ def test_a_design_is_planned_before_and_after_some_of_it_is_run(compare, tmp_pat
     assert len(starts) == 4
     assert len(set(zip(settings, starts, strict=True))) == len(set(starts)) == 2
     report.main([str(tmp_path / "results.jsonl")])
-    assert f'| lora_da {{"metric": "fisher"}} | 0.001 | {starts[-1]:.4f} (1) |' in capsys.readouterr().out
+    assert f'| lora_da {{"metric": "fisher"}} | 0.001 (alone) | {starts[-1]:.4f} (1) |' in capsys.readouterr().out
 
 
 def test_cells_without_training_are_timed_by_their_like():
@@ -407,11 +456,13 @@ def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
     report.main([str(lines)])
     text = lines.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
-    first, second = (line for line in text.splitlines() if line.startswith("| lora") and "0.001 |" in line)
-    ours = "| lora_da | 0.001 | 1.6000 ± 0.0000 (2) | 0.9050 ± 0.0071 (2) | -0.1000 ± 0.0000 (2) |"
+    first, second = (line for line in text.splitlines() if line.startswith("| lora") and "| 0.001" in line)
+    ours = "| lora_da | 0.001 (alone) | 1.6000 ± 0.0000 (2) | 0.9050 ± 0.0071 (2) | -0.1000 ± 0.0000 (2) |"
     assert first == f"{ours} 0.9050 ± 0.0071 (2) | 2 (2 of 2) |  |  |"
     assert second.startswith("| lora | 0.001 | 2.0000 ± 0.0000 (2) | 1.0050 ± 0.0071 (2) |  |")
-    assert second.endswith("| 4 (1 of 2) | >= 13 |  |")
+    assert second.endswith("| 4 (2 of 2) | >= 13 |  |")
+    assert "(edge)" not in second
+    assert "0.001 (alone)" in first
     assert "| lora | 1.2050 ± 0.0071 (2) | 1.0050 ± 0.0071 (2) | 1.0200 ± 0.0071 (2) |" in text
     assert "| lora_da | 2.0 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
     assert (tmp_path / "results_1.png").stat().st_size > 10_000
@@ -428,7 +479,7 @@ def test_with_few_samples_the_lowest_losses_are_compared_too(tmp_path, capsys):
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     report.main([str(tmp_path / "few.jsonl")])
     text = capsys.readouterr().out
-    assert "| lora_da | 0.001 | 0.9100 ± 0.0141 (2) | -0.0950 ± 0.0050 (2) |" in text
+    assert "| lora_da | 0.001 (alone) | 0.9100 ± 0.0141 (2) | -0.0950 ± 0.0050 (2) |" in text
     assert "| lora | 0.01 (edge) | 1.0050 ± 0.0071 (2) |  |" in text
     assert "| lora | 0.001 (edge) | 2.0000 ± 0.0000 (2) | 1.3000 ± 0.0000 (2) |" in text
 
@@ -469,7 +520,8 @@ def test_movement_is_that_of_the_products():
     generator = torch.Generator().manual_seed(0)
     a, b, c, d = (torch.randn(*shape, generator=generator) for shape in ((3, 9), (7, 3), (3, 9), (7, 3)))
     before, after = movement.Factors(a, b, 2.0), movement.Factors(c, d, 2.0)
-    found = movement.movement({"layer": before}, {"layer": after})
+    found = movement.movement({"layer": before}, {"layer": after}, {"layer": after})
+    assert found["other_found"] == pytest.approx(1, rel=1e-5)
     old, new = 2 * b @ a, 2 * d @ c
     assert found["start"] == pytest.approx(torch.linalg.matrix_norm(old, ord=2).item(), rel=1e-5)
     assert found["moved"] == pytest.approx(torch.linalg.matrix_norm(new - old, ord=2).item(), rel=1e-5)
@@ -482,7 +534,8 @@ def test_movement_of_what_stays():
     model = inits.get_peft_model(make_tiny_llama(), inits.LoraConfig(r=2, target_modules="all-linear"))
     factors = movement.read_factors(model)
     found = movement.movement(factors, factors)
-    assert found == {"start": 0, "moved": 0, "subspace_kept": pytest.approx(1, rel=1e-6), "start_kept": None}
+    assert found["subspace_kept"] == pytest.approx(1, rel=1e-6)
+    assert (found["start"], found["moved"], found["start_kept"], found["other_found"]) == (0, 0, None, None)
 
 
 def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
@@ -501,6 +554,7 @@ def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
         ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 1.2}, "1.6"),  # a tenth of the way up in the logarithm on either side
         ({1e-3: 1.0, 1e-2: 1.2}, ">= 1.3"),
         ({1e-4: 1.2, 1e-3: 1.0, 1e-2: None}, ">= 1.3"),
+        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 2.5}, ">= 1.3"),  # above its start
         ({1e-3: 1.0}, ""),
         ({1e-3: None, 1e-2: None}, ""),
     ],
@@ -529,6 +583,32 @@ def test_half_of_the_steps_are_compared_with_all_of_plain_lora_s():
     (row,) = report.half_table(records)[2:]
     assert row == "| lora_da | 4 | 0.001 (edge) | 1.1000 ± 0.0000 (2) | +0.0500 ± 0.0500 (2) |"
     assert report.half_table(records[:2]) == []
+
+
+def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
+    records = [
+        record_of(method, 1e-3, seed, [[0, 2.0], [4, end + seed / 10]], rank=rank)
+        for rank, ends in {4: (1.2, 1.1), 64: (1.0, 1.05)}.items()
+        for method, end in zip(("lora", "lora_da"), ends, strict=True)
+        for seed in range(2)
+    ]
+    assert report.ranks_table(records)[2:] == [
+        "| 4 | lora_da | 4 | 0.001 (alone), 0.001 (alone) | -0.1000 ± 0.0000 (2) |",
+        "| 4 | lora_da | 64 | 0.001 (alone), 0.001 (alone) | +0.0500 ± 0.0000 (2) |",
+    ]
+    assert report.ranks_table(records[:4]) == []
+
+
+def test_runs_that_differ_in_where_they_were_looked_at_count_once(records, tmp_path):
+    again = [{**one, "cell": {**one["cell"], "evaluations": 1}, "losses": one["losses"][::2]} for one in records]
+    assert report.each_once([*records, *again]) == again
+    assert "(4)" not in report.report([*records, *again], tmp_path / "results.md")
+
+
+def test_exact_answers_are_shown_run_by_run():
+    runs = [record_of("lora", 1e-3, seed, [[0, 2.0], [4, 1.0]]) for seed in range(3)]
+    runs[0]["accuracy"], runs[1]["accuracy"] = {"correct": 5, "total": 10}, {"correct": 0, "total": 10}
+    assert report.accuracy(runs) == "5/10 (23.7% to 76.3%); 0/10 (0.0% to 27.8%)"
 
 
 def test_starts_are_compared_with_that_of_the_default_settings():
