@@ -382,7 +382,7 @@ def test_the_designs_are_valid(path):
         assert len(keys) == len(cells) > 0
         assert keys - seen  # no block repeats what others have
         seen |= keys
-        assert f"{len(cells)} cells" in block["why"]
+        assert f"{len(cells)} cell{'s' * (len(cells) > 1)} " in block["why"]
         records += [{"cell": cell, "final_loss": cell["learning_rate"]} for cell in cells]
 
 
