@@ -51,6 +51,7 @@ import torch
 from initialization_cost import machine, package_digest, peak_mib, reset_peak
 from inits import (
     FROZEN,
+    HALF,
     METHODS,
     READ_SAMPLES,
     RESET,
@@ -110,6 +111,9 @@ TRAINING = (
 )
 """Settings of a cell that its initialisation does not depend on."""
 
+STARTS_ELSEWHERE = {*RESET, *HALF}
+"""Methods whose loss at step 0 is not that of the start that they are made from."""
+
 PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
 
 
@@ -153,7 +157,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
-        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET}
+        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *HALF}
         rates = block["learning_rates"]
         if isinstance(rates, dict) and rates["best_of"] not in earlier:
             raise ConfigError(
@@ -371,7 +375,7 @@ class LastStart:
         )  # which know its parameters
         change(model, cell["method"], cell["seed"])
         setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
-        loss = None if cell["method"] in RESET else self.kept.loss
+        loss = None if cell["method"] in STARTS_ELSEWHERE else self.kept.loss
         return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup, loss=loss), reused
 
     def put_aside(self, cell: dict[str, Any]) -> dict[str, Factors] | None:
@@ -382,7 +386,7 @@ class LastStart:
     def note_loss(self, cell: dict[str, Any], loss: float | None) -> None:
         """Keep the loss that the start of a cell was found to have, for those who get it next."""
         assert self.kept is not None
-        if cell["method"] not in RESET:
+        if cell["method"] not in STARTS_ELSEWHERE:
             self.kept.loss = loss
 
 

@@ -221,24 +221,32 @@ RESET = {"lora_preconditioned": "lora_da_preconditioned", "lora_beside_da": "lor
 """Methods that put a plain adapter in place of one that was made from data: one keeps the optimizer's help, the other
 looks how much of that start plain LoRA finds by itself."""
 
+HALF = {"lora_da_half": "lora_da", "lora_da_half_fa": "lora_da"}
+"""Methods that keep the first half of the directions of a start, and give the others up for rows of A as plain LoRA
+draws them, with zero in B."""
+
 READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
 """Methods of ``METHODS`` whose start depends on data."""
 
 
 def made_by(method: str) -> str:
     """Return the method of ``METHODS`` that makes the adapter which a method changes before it is trained."""
-    return {**FROZEN, **RESET}.get(method, method)
+    return {**FROZEN, **RESET, **HALF}.get(method, method)
 
 
 def change(model: nn.Module, method: str, seed: int) -> None:
     """Make of the adapter of ``made_by`` that of the method."""
-    if method in FROZEN:
+    torch.manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and method in (*RESET, *HALF):
+            made = [factors["default"].weight.detach().clone() for factors in (layer.lora_A, layer.lora_B)]
+            layer.reset_lora_parameters("default", init_lora_weights=True)
+            if method in HALF:
+                half = len(made[0]) // 2
+                layer.lora_A["default"].weight.data[:half] = made[0][:half]
+                layer.lora_B["default"].weight.data[:, :half] = made[1][:, :half]
+    if method.endswith("_fa"):
         freeze_a(model)
-    if method in RESET:
-        torch.manual_seed(seed)
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                layer.reset_lora_parameters("default", init_lora_weights=True)
 
 
 def why_missing(method: str) -> str | None:

@@ -20,7 +20,7 @@ from lora_da_hf.errors import ConfigError
 
 BLOCK = {
     "name": "all",
-    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET}),
+    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET, *inits.HALF}),
     "learning_rates": [1e-3],
     "ranks": [2],
     "seeds": [0],
@@ -186,6 +186,21 @@ def starts_with_and_without_kept_statistics(compare, tmp_path, **block):
         assert one["losses"][0][1] == pytest.approx(other["losses"][0][1], rel=1e-4)
     assert len({record["losses"][0][1] for record in kept}) > len(kept) / 2
     return [record["cell"] for record in kept if not record["initialization"]["reused"]]
+
+
+def test_half_of_a_start_is_given_up_for_fresh_rows():
+    model = inits.get_peft_model(make_tiny_llama(), inits.LoraConfig(r=4, target_modules="all-linear"))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
+    torch.nn.init.ones_(a)
+    torch.nn.init.ones_(b)
+    inits.change(model, "lora_da_half", seed=0)
+    assert torch.equal(a[:2], torch.ones_like(a[:2]))
+    assert torch.equal(b, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand_as(b))
+    assert 0 < a[2:].abs().max() <= a.shape[1] ** -0.5 + 1e-6  # kaiming_uniform with a = sqrt(5)
+    assert (a.requires_grad, b.requires_grad) == (True, True)
+    inits.change(model, "lora_da_half_fa", seed=0)
+    assert (a.requires_grad, b.requires_grad) == (False, True)
 
 
 def test_starts_are_solved_from_kept_statistics(compare, tmp_path):
