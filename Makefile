@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS := $(BIN)/python -m pytest -n 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all support check format benchmark clean
+.PHONY: demo test test-all support check format benchmark compare clean
 
 demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoRA-DA
 	$(BIN)/python scripts/demo.py
@@ -32,6 +32,11 @@ format: $(VENV)/.dev
 benchmark: $(VENV)/.demo  ## what an initialisation costs, and how it scales, on a quiet machine
 	$(BIN)/python benchmarks/initialization_cost.py
 	$(BIN)/python benchmarks/scaling.py
+
+compare: $(VENV)/.demo  ## LoRA-DA and other starts on Python's functions: hours, and it goes on where it was stopped
+	$(BIN)/python benchmarks/compare_inits.py --held_out functions --statistics .cache/statistics \
+		--design benchmarks/designs/stdlib_same_modules.json --output outputs/compare.jsonl
+	$(BIN)/python benchmarks/report.py outputs/compare.jsonl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

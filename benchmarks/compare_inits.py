@@ -4,8 +4,9 @@
         --model_name_or_path MODEL --train_file train.jsonl --validation_file validation.jsonl \
         --prompt_column question --completion_column answer --block_size 192 --dtype bfloat16
 
-Model and data are given as for `scripts/run_clm.py`. The design is a JSON file: settings that all runs share, and
-blocks of cells, each of which is every combination of its methods, learning rates, ranks, seeds and numbers of steps:
+Model and data are given as for `scripts/run_clm.py`; or `--held_out functions` in their place takes a model and data
+that every machine can have. The design is a JSON file: settings that all runs share, and blocks of cells, each of which
+is every combination of its methods, learning rates, ranks, seeds and numbers of steps:
 
     {"batch_size": 8, ..., "blocks": [{"name": "coarse", "why": "...", "methods": ["lora", "lora_da"],
      "learning_rates": [1e-4, 1e-3], "ranks": [8], "seeds": [0], "steps": [100]}]}
@@ -79,7 +80,8 @@ from lora_da_hf.training.text_data import choose_block_size, load_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-import run_clm  # noqa: E402 - a script, not a package
+import demo  # noqa: E402 - a script, not a package
+import run_clm  # noqa: E402
 
 SHARED: dict[str, Any] = {
     "batch_size": 8,
@@ -117,6 +119,9 @@ STARTS_ELSEWHERE = {*RESET, *HALF}
 PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
 
 
+HELD_OUT = ("modules", "functions")
+
+
 @dataclass
 class CompareArguments:
     """What is run, and where results go."""
@@ -128,6 +133,11 @@ class CompareArguments:
     )
     hours: float | None = setting(None, "Start no cell after this many hours.")
     max_cells: int | None = setting(None, "Run this many cells at most.")
+    held_out: str | None = setting(
+        None,
+        "Compare on the model and the data of `make demo`, in bfloat16, on 128 functions of Python's standard library "
+        "that are held out: whole `modules`, or `functions` of modules that training sees.",
+    )
     statistics: str | None = setting(
         None, "Keep this package's statistics in this folder, for cells with other ranks or settings."
     )
@@ -721,6 +731,19 @@ def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dic
     return [record for record in records if record["subject"] == facts]
 
 
+def take_those_of_the_demo(model: run_clm.NamedModelArguments, data: run_clm.DataArguments, held_out: str) -> None:
+    """Fill in model and data of `make demo`, made if they are not there: by whole modules, or every 20th function."""
+    model.model_name_or_path, model.dtype = str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct")), "bfloat16"
+    train, validation = demo.make_data(model.model_name_or_path)
+    if held_out == "functions":
+        lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+        train, validation = train.with_name("most.jsonl"), train.with_name("every_20th.jsonl")
+        train.write_text("".join(line for place, line in enumerate(lines, 1) if place % 20), encoding="utf-8")
+        validation.write_text("".join(lines[19::20]), encoding="utf-8")
+    data.train_file, data.validation_file, data.max_eval_samples = str(train), str(validation), 128
+    data.prompt_column, data.completion_column, data.block_size = "prompt", "completion", demo.MAX_TOKENS
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command.
 
@@ -729,6 +752,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = HfArgumentParser((CompareArguments, run_clm.NamedModelArguments, run_clm.DataArguments))
     arguments, model, data = parser.parse_args_into_dataclasses(argv)
+    if arguments.held_out not in (None, *HELD_OUT):
+        parser.error(f"--held_out must be {' or '.join(HELD_OUT)}, got {arguments.held_out}")
+    if arguments.held_out:
+        take_those_of_the_demo(model, data, arguments.held_out)
     if not (arguments.design and arguments.output and model.model_name_or_path):
         parser.error("--design, --output and --model_name_or_path are needed")
     run_clm.check_columns_and_sizes(parser.error, data)

@@ -256,6 +256,25 @@ def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
     assert "fine: 0 cells left, 0 steps, 0.0 hours" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("held_out", "sizes"), [("modules", (40, 9)), ("functions", (38, 2))])
+def test_the_demo_s_model_and_data_can_be_taken(model_dir, tmp_path, monkeypatch, held_out, sizes):
+    files = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    for file, part in zip(files, (rows(40, 0), rows(9, 40)), strict=True):
+        named = [{"prompt": row["question"], "completion": row["answer"]} for row in part]
+        file.write_text("".join(json.dumps(row) + "\n" for row in named))
+    monkeypatch.setattr(compare_inits.demo, "fetch_model", lambda folder: model_dir)
+    monkeypatch.setattr(compare_inits.demo, "make_data", lambda model: files)
+    design, output = tmp_path / "design.json", tmp_path / "results.jsonl"
+    design.write_text(json.dumps({**SMALL, "blocks": [{**BLOCK, "methods": ["lora"], "steps": [0]}]}))
+    flags = ["--design", str(design), "--output", str(output), "--held_out"]
+    compare_inits.main([*flags, held_out])
+    (record,) = compare_inits.read_lines(output)
+    assert (record["subject"]["train"], record["subject"]["validation"]) == sizes
+    assert record["subject"]["dtype"] == "bfloat16"
+    with pytest.raises(SystemExit):
+        compare_inits.main([*flags, "classes"])
+
+
 def test_blocks_are_run_alone_and_not_beyond_the_hours(compare):
     one, other = ({**BLOCK, "name": name, "methods": ["lora"], "seeds": [seed]} for seed, name in enumerate("ab"))
     assert compare(one, other, flags=["--hours", "0"]) == []
