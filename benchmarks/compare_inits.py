@@ -19,10 +19,10 @@ measured.
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
 rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. With
-`--statistics FOLDER` this package's statistics stay there, 2 GB for each seed and number of samples of a model with
-135 million weights, and cells with other ranks or settings are solved from them; the time of those is not reported.
-Peak memory is to be compared only between cells that ran with `--isolate`, each of which makes its own. `--plan` says
-what is left and how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
+`--statistics FOLDER` this package's statistics stay there, 0.65 GB for each seed and number of samples of a model with
+135 million weights, until the folder is removed, and cells with other ranks or settings are solved from them; the time
+of those is not reported. Peak memory is to be compared only between cells that ran with `--isolate`. `--plan` says what
+is left and about how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "rank
 
 
 HELD_OUT = ("modules", "functions")
+"""What can be held out of the demo's data."""
 
 
 @dataclass
@@ -135,8 +136,8 @@ class CompareArguments:
     max_cells: int | None = setting(None, "Run this many cells at most.")
     held_out: str | None = setting(
         None,
-        "Compare on the model and the data of `make demo`, in bfloat16, on 128 functions of Python's standard library "
-        "that are held out: whole `modules`, or `functions` of modules that training sees.",
+        "Compare on the model and the data of `make demo`, in bfloat16, on up to 128 functions of Python's standard "
+        "library that are held out: whole `modules`, or `functions` of modules that training sees.",
     )
     statistics: str | None = setting(
         None, "Keep this package's statistics in this folder, for cells with other ranks or settings."
@@ -223,7 +224,10 @@ def rates_of(method: str, design: dict[str, Any], block: dict[str, Any], records
     rates = block["learning_rates"]
     if isinstance(rates, dict):
         earlier = next(other for other in design["blocks"] if other["name"] == rates["best_of"])
-        best = best_rate(cells_of(design, earlier, records), records, method)
+        cells = cells_of(design, {**earlier, "methods": [method]}, records)
+        if not cells and method in earlier["methods"]:
+            return []  # it diverged before
+        best = best_rate(cells, records, method)
         return [] if best is None else [float(f"{best * times:.3g}") for times in rates["times"]]
     return rates
 
@@ -631,13 +635,19 @@ def pending(
                 yield block["name"], cell
 
 
-def show_plan(design: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], blocks: list[str]) -> None:
+def show_plan(
+    design: dict[str, Any],
+    records: list[dict[str, Any]],
+    facts: dict[str, Any],
+    blocks: list[str],
+    without: Collection[str],
+) -> None:
     """Print how many cells of each block are left, and how long they take."""
     for block in design["blocks"]:
         if blocks and block["name"] not in blocks:
             continue
         try:
-            left = [cell for _, cell in pending(design, records, facts, [block["name"]])]
+            left = [cell for _, cell in pending(design, records, facts, [block["name"]], without)]
         except ConfigError as error:
             print(f"{block['name']}: {error}")
             continue
@@ -650,10 +660,10 @@ def show_plan(design: dict[str, Any], records: list[dict[str, Any]], facts: dict
 def run(arguments: CompareArguments, subject: Subject) -> None:
     """Run what is left, a cell at a time."""
     design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
-    missing: set[str] = set()
+    missing = say_what_is_missing(design, arguments.blocks)
     last, num_run = LastStart(), 0
     if arguments.plan:
-        show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks)
+        show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks, missing)
         return
     while True:
         records = of_subject(read_lines(output), subject.facts)
@@ -662,11 +672,6 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
             name_the_diverged(design, records, arguments.blocks, missing)
             return
         block, cell = found
-        reason = why_missing(cell["method"])
-        if reason is not None:
-            missing.add(cell["method"])
-            print(f"{cell['method']} is left out: {reason}", file=sys.stderr, flush=True)
-            continue
         result = run_cell(cell, subject, last)
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
@@ -683,6 +688,16 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         )
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
+
+
+def say_what_is_missing(design: dict[str, Any], blocks: list[str]) -> set[str]:
+    """Return the methods of some blocks that PEFT lacks here, and say why."""
+    chosen = [block for block in design["blocks"] if not blocks or block["name"] in blocks]
+    reasons = {method: why_missing(method) for block in chosen for method in block["methods"]}
+    for method, reason in reasons.items():
+        if reason is not None:
+            print(f"{method} is left out: {reason}", file=sys.stderr, flush=True)
+    return {method for method, reason in reasons.items() if reason is not None}
 
 
 def name_the_diverged(
@@ -720,7 +735,9 @@ def is_over(begin: float, hours: float | None) -> bool:
 def run_apart(argv: list[str], output: Path, hours: float | None, max_cells: int | None) -> None:
     """Run the command again and again for one cell each, until it adds none."""
     begin, first, before = time.perf_counter(), len(read_lines(output)), -1
-    while (now := len(read_lines(output))) > before and now - first != max_cells and not is_over(begin, hours):
+    while (now := len(read_lines(output))) > before and not is_over(begin, hours):
+        if max_cells is not None and now - first >= max_cells:
+            return
         before = now
         one = [sys.executable, __file__, *argv, "--isolate", "false", "--max_cells", "1"]  # the last of each counts
         subprocess.run(one, check=True)
@@ -731,15 +748,24 @@ def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dic
     return [record for record in records if record["subject"] == facts]
 
 
+def keep_lines(path: Path, lines: list[str]) -> Path:
+    """Write a file in one move, unless it is there as it should be."""
+    content = "".join(lines).encode()
+    if not path.exists() or path.read_bytes() != content:
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(path)
+    return path
+
+
 def take_those_of_the_demo(model: run_clm.NamedModelArguments, data: run_clm.DataArguments, held_out: str) -> None:
     """Fill in model and data of `make demo`, made if they are not there: by whole modules, or every 20th function."""
     model.model_name_or_path, model.dtype = str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct")), "bfloat16"
     train, validation = demo.make_data(model.model_name_or_path)
     if held_out == "functions":
         lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
-        train, validation = train.with_name("most.jsonl"), train.with_name("every_20th.jsonl")
-        train.write_text("".join(line for place, line in enumerate(lines, 1) if place % 20), encoding="utf-8")
-        validation.write_text("".join(lines[19::20]), encoding="utf-8")
+        train = keep_lines(train.with_name("most.jsonl"), [one for place, one in enumerate(lines, 1) if place % 20])
+        validation = keep_lines(train.with_name("every_20th.jsonl"), lines[19::20])
     data.train_file, data.validation_file, data.max_eval_samples = str(train), str(validation), 128
     data.prompt_column, data.completion_column, data.block_size = "prompt", "completion", demo.MAX_TOKENS
 
@@ -754,10 +780,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments, model, data = parser.parse_args_into_dataclasses(argv)
     if arguments.held_out not in (None, *HELD_OUT):
         parser.error(f"--held_out must be {' or '.join(HELD_OUT)}, got {arguments.held_out}")
+    given = model.model_name_or_path or data.dataset_name or data.train_file or data.validation_file
+    if arguments.held_out and given:
+        parser.error(f"--held_out takes model and data of the demo: leave {given} out")
+    if not (arguments.design and arguments.output and (arguments.held_out or model.model_name_or_path)):
+        parser.error("--design, --output and --model_name_or_path (or --held_out) are needed")
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
-    if not (arguments.design and arguments.output and model.model_name_or_path):
-        parser.error("--design, --output and --model_name_or_path are needed")
     run_clm.check_columns_and_sizes(parser.error, data)
     if arguments.isolate:
         command = sys.argv[1:] if argv is None else argv

@@ -153,7 +153,7 @@ def lora_da(
 OF_THE_STATISTICS = ("batch_size", "token_mask", "fisher", "loss_reduction", "accumulate_dtype", "population_size")
 """Settings of LoRADAConfig that say what the statistics of some samples are, and what is stored with them."""
 
-OF_THE_USE = ("step_size", "stable_gamma", "factor_split", "search_samples")
+OF_THE_USE = ("step_size", "stable_gamma", "factor_split", "search_samples", "freeze_a")
 """Settings that say what becomes of a stored solution."""
 
 

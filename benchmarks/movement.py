@@ -61,8 +61,9 @@ def movement(
         size = inner_product(old, old)
         if size > 0:
             found["start_kept"].append(inner_product(new, old) / size)
-        if other is not None:
-            found["other_found"].append(inner_product(new, other[name]) / inner_product(other[name], other[name]))
+        other_size = 0.0 if other is None else inner_product(other[name], other[name])
+        if other is not None and other_size > 0:
+            found["other_found"].append(inner_product(new, other[name]) / other_size)
     return {name: statistics.median(values) if values else None for name, values in found.items()}
 
 

@@ -61,8 +61,9 @@ def mean_loss(records: Sequence[Record], which: str = "final_loss") -> float:
 
 
 def mean_start(records: Sequence[Record]) -> float:
-    """Return the mean loss at step 0."""
-    return statistics.fmean(record["losses"][0][1] for record in records)
+    """Return the mean loss at step 0: infinity if one is not finite."""
+    losses = [first_loss(record) for record in records]
+    return statistics.fmean(math.inf if loss is None else loss for loss in losses)
 
 
 def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
@@ -74,11 +75,13 @@ def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def each_once(records: Sequence[Record]) -> list[Record]:
-    """Return the last of the records that differ only in where a run was looked at."""
-    last = {
-        json.dumps({name: value for name, value in record["cell"].items() if name not in LOOKS}, sort_keys=True): record
-        for record in records
-    }
+    """Return the last of the records that differ only in where a run was looked at, with answers if any of them has."""
+    last: dict[str, Record] = {}
+    for record in records:
+        what = {name: value for name, value in record["cell"].items() if name not in LOOKS}
+        key = json.dumps(what, sort_keys=True)
+        answers = record["accuracy"] or (last[key]["accuracy"] if key in last else None)
+        last[key] = {**record, "accuracy": answers}
     return list(last.values())
 
 
@@ -140,7 +143,7 @@ def band(records: Sequence[Record]) -> str:
     """Return by what factor the learning rate can vary with a loss within 2 % of the best.
 
     The loss is taken to be linear in the logarithm of the rate between two that were tried. At least that much (>=) if
-    the smallest or the largest rate is within it, or next to one that ends no lower than it began.
+    the smallest or the largest rate is within it, or if the next rate beyond ends no lower than it began.
     """
     losses = rate_losses(records)
     rates = list(losses)
@@ -261,11 +264,14 @@ def half_table(records: Sequence[Record]) -> list[str]:
 
 
 def ranks_table(records: Sequence[Record]) -> list[str]:
-    """Show what each method's final loss is less plain LoRA's, at every rank, each at its best rate there."""
+    """Show what each method's final loss is less plain LoRA's, at every rank, each at its best rate there.
+
+    Runs on a part of the training samples are left out.
+    """
     lines = ["| steps | method | rank | learning rates | less plain LoRA's, same seeds |", "|---" * 5 + "|"]
     for (steps, num_train), found in grouped(records, "steps", "num_train").items():
         by_rank = {rank: variants(of_rank) for (rank,), of_rank in sorted(grouped(found, "rank").items())}
-        if not steps or num_train is not None or len(by_rank) == 1:
+        if not steps or num_train is not None:
             continue
         for name in dict.fromkeys(name for of_rank in by_rank.values() for name in of_rank):
             with_plain = {
@@ -370,11 +376,18 @@ def cost_table(records: Sequence[Record]) -> list[str]:
     ]
     for name, runs in variants(records).items():
         made = [run for run in runs if not run["initialization"].get("reused")]
-        alone = [run for run in made if run.get("isolated")]
+        alone = [run for run in runs if run.get("isolated")]
         trained = [run for run in runs if run["cell"]["steps"]]
         columns = [
             middle([run["initialization"]["seconds"] for run in made], ".1f"),
-            middle([run["initialization"]["peak_mib"] - run["initialization"]["start_mib"] for run in alone], ".0f"),
+            middle(
+                [
+                    run["initialization"]["peak_mib"] - run["initialization"]["start_mib"]
+                    for run in alone
+                    if run in made
+                ],
+                ".0f",
+            ),
             middle([run["seconds_per_step"] for run in trained], ".2f"),
             middle([run["training"]["peak_mib"] for run in alone if run["cell"]["steps"]], ".0f"),
             middle([run["trainable"] for run in runs], ".0f"),
@@ -446,7 +459,8 @@ def report(records: Sequence[Record], path: Path) -> str:
     subjects = {json.dumps(record["subject"], sort_keys=True): record["subject"] for record in records}
     plots = 0
     for key, facts in subjects.items():
-        of_subject = each_once([one for one in records if json.dumps(one["subject"], sort_keys=True) == key])
+        every_look = [one for one in records if json.dumps(one["subject"], sort_keys=True) == key]
+        of_subject = each_once(every_look)
         lines += [f"## {facts['model']}", "", describe(facts, [record["machine"] for record in of_subject]), ""]
         lines += [shared_settings(of_subject), ""]
         for values, found in grouped(of_subject, *GROUP).items():
@@ -470,8 +484,8 @@ def report(records: Sequence[Record], path: Path) -> str:
         lines += ["### Half of the steps", "", *halves, ""] if halves else []
         ranks = ranks_table(of_subject)
         lines += ["### Ranks", "", *ranks, ""] if ranks else []
-        for threads in sorted({record["machine"].get("threads", 0) for record in of_subject}, reverse=True):
-            alike = [record for record in of_subject if record["machine"].get("threads", 0) == threads]
+        for threads in sorted({record["machine"].get("threads", 0) for record in every_look}, reverse=True):
+            alike = [record for record in every_look if record["machine"].get("threads", 0) == threads]
             where = f" with {threads} thread{'s' * (threads > 1)}" if threads else ""
             lines += [f"### What it took{where}", "", *cost_table(alike), ""]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -325,6 +326,10 @@ def test_methods_that_diverged_or_are_missing_do_not_stop_those_that_follow(comp
     ]
     error = capsys.readouterr().err
     assert error.count("eva is left out: no EVA here") == 1
+    chained = {**second, "name": "chained", "learning_rates": {"best_of": "more", "times": [1]}, "methods": ["lora_fa"]}
+    assert len(compare(lost, {**second_of_lost, "methods": ["lora_fa"]}, chained)) == len(records)
+    after_missing = {**second, "name": "last", "learning_rates": {"best_of": "next", "times": [2]}, "methods": ["lora"]}
+    assert len(compare(first, second, after_missing, flags=["--blocks", "last"])) == len(records) + 1
     assert error.count("lora_fa has no cells in more: it diverged at every learning rate of lost") == 1
 
 
@@ -416,7 +421,7 @@ def test_the_designs_are_valid(path):
         assert len(keys) == len(cells) > 0
         assert keys - seen  # no block repeats what others have
         seen |= keys
-        assert f"{len(cells)} cell{'s' * (len(cells) > 1)} " in block["why"]
+        assert re.search(rf"\b{len(cells)} cells? ", block["why"])
         records += [{"cell": cell, "final_loss": cell["learning_rate"]} for cell in cells]
 
 
@@ -554,8 +559,10 @@ def test_movement_is_that_of_the_products():
     generator = torch.Generator().manual_seed(0)
     a, b, c, d = (torch.randn(*shape, generator=generator) for shape in ((3, 9), (7, 3), (3, 9), (7, 3)))
     before, after = movement.Factors(a, b, 2.0), movement.Factors(c, d, 2.0)
-    found = movement.movement({"layer": before}, {"layer": after}, {"layer": after})
-    assert found["other_found"] == pytest.approx(1, rel=1e-5)
+    found = movement.movement({"layer": before}, {"layer": after}, {"layer": movement.Factors(c, 2 * d, 2.0)})
+    assert found["other_found"] == pytest.approx(0.5, rel=1e-5)
+    nothing = {"layer": movement.Factors(c, 0 * d, 2.0)}
+    assert movement.movement({"layer": before}, {"layer": after}, nothing)["other_found"] is None
     old, new = 2 * b @ a, 2 * d @ c
     assert found["start"] == pytest.approx(torch.linalg.matrix_norm(old, ord=2).item(), rel=1e-5)
     assert found["moved"] == pytest.approx(torch.linalg.matrix_norm(new - old, ord=2).item(), rel=1e-5)
@@ -636,6 +643,8 @@ def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
 def test_runs_that_differ_in_where_they_were_looked_at_count_once(records, tmp_path):
     again = [{**one, "cell": {**one["cell"], "evaluations": 1}, "losses": one["losses"][::2]} for one in records]
     assert report.each_once([*records, *again]) == again
+    answers = {"correct": 1, "total": 2}
+    assert report.each_once([{**records[0], "accuracy": answers}, again[0]])[0]["accuracy"] == answers
     assert "(4)" not in report.report([*records, *again], tmp_path / "results.md")
 
 
