@@ -118,7 +118,6 @@ STARTS_ELSEWHERE = {*RESET, *HALF}
 
 PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
 
-
 HELD_OUT = ("modules", "functions")
 """What can be held out of the demo's data."""
 

@@ -377,17 +377,11 @@ def cost_table(records: Sequence[Record]) -> list[str]:
     for name, runs in variants(records).items():
         made = [run for run in runs if not run["initialization"].get("reused")]
         alone = [run for run in runs if run.get("isolated")]
+        own = [run["initialization"] for run in alone]
         trained = [run for run in runs if run["cell"]["steps"]]
         columns = [
             middle([run["initialization"]["seconds"] for run in made], ".1f"),
-            middle(
-                [
-                    run["initialization"]["peak_mib"] - run["initialization"]["start_mib"]
-                    for run in alone
-                    if run in made
-                ],
-                ".0f",
-            ),
+            middle([one["peak_mib"] - one["start_mib"] for one in own if not one.get("reused")], ".0f"),
             middle([run["seconds_per_step"] for run in trained], ".2f"),
             middle([run["training"]["peak_mib"] for run in alone if run["cell"]["steps"]], ".0f"),
             middle([run["trainable"] for run in runs], ".0f"),
