@@ -12,9 +12,9 @@ is every combination of its methods, learning rates, ranks, seeds and numbers of
      "learning_rates": [1e-4, 1e-3], "ranks": [8], "seeds": [0], "steps": [100]}]}
 
 `learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final loss
-that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig:
-one set of them, or a list of sets to compare. With 0 steps there is no training: the loss at step 0 is all that is
-measured.
+that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig
+where the method is this package's: one set of them, or a list of sets to compare. With 0 steps there is no training:
+the loss at step 0 is all that is measured.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
@@ -54,6 +54,7 @@ from inits import (
     FROZEN,
     HALF,
     METHODS,
+    OWN,
     READ_SAMPLES,
     RESET,
     Setup,
@@ -214,7 +215,9 @@ def cells_of(
     for rank, seed, settings, method in starts:
         for steps, rate in itertools.product(block["steps"], rates[method]):
             cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate}
-            cells.append({**cell, **shared, "settings": settings})
+            cell |= {**shared, "settings": settings if made_by(method) in OWN else {}}
+            if cell not in cells:
+                cells.append(cell)
     return cells
 
 

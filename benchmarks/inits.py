@@ -172,8 +172,8 @@ def initialized(
     if setup.statistics is not None and output_dir is None and config.rank_budget is None:
         seed = setup.seed if config.seed is None else config.seed
         chosen = choose_samples(samples, config, seed=seed).statistics
-        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
-        if config.projected_rms is not None or config.layer_steps != "norm":
+        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}, sorted(values)]
+        if config.projected_rms is not None or config.layer_steps == "quadratic":
             of_these.append(rank)  # of the basis that is stored, which these depend on
         folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
         config = LoRADAConfig.from_dict({**values, "save_statistics": True})
@@ -195,8 +195,13 @@ def lora_da_preconditioned(setup: Setup) -> Made:
     return model, notes
 
 
-IDENTITY_FACTORS = {"input_damping": "1e8*mean", "output_damping": "1e8*mean", "variance_weight": 0.0}
-"""With so much damping the displacement is the gradient, but for its length."""
+GRADIENT = {
+    "input_damping": "1e8*mean",
+    "output_damping": "1e8*mean",
+    "variance_weight": 0.0,
+    "layer_steps": "equal",
+}
+"""With so much damping the displacement is the gradient, but for its length, which is the same in all layers."""
 
 METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora": from_peft(),
@@ -206,13 +211,14 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "eva": eva,
     "corda": corda,
     "lora_ga": lora_ga,
-    "lora_one": lora_da(LoRADAConfig, **IDENTITY_FACTORS),
+    "lora_one": lora_da(LoRADAConfig, **GRADIENT),
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
     "lora_da_preconditioned": lora_da_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
-``lora_one`` has this package's step and split, so that it differs from ``lora_da`` in the direction alone."""
+``lora_one`` has this package's search and split, and differs from ``lora_da`` with equal steps in the direction
+alone."""
 
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 """Methods that train B alone (LoRA-FA), by what they start from."""
@@ -225,7 +231,10 @@ HALF = {"lora_da_half": "lora_da", "lora_da_half_fa": "lora_da"}
 """Methods that keep the first half of the directions of a start, and give the others up for rows of A as plain LoRA
 draws them, with zero in B."""
 
-READ_SAMPLES = {"eva", "corda", "lora_ga", "lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
+OWN = {"lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
+"""Methods of ``METHODS`` that this package's settings go to."""
+
+READ_SAMPLES = {"eva", "corda", "lora_ga", *OWN}
 """Methods of ``METHODS`` whose start depends on data."""
 
 

@@ -28,6 +28,8 @@ BAND = 1.02
 GROUP = ("rank", "steps", "num_train")
 """Settings of a cell that make a table of their own; and so do model and data."""
 
+ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
+
 MOVEMENT = (
     "How far training went: spectral norms of what the adapter adds to a weight, medians over the layers. Methods that "
     "change the base's weights have a start that is no distance from the base:"
@@ -315,6 +317,28 @@ def late_training_table(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def along_table(records: Sequence[Record]) -> list[str]:
+    """Compare the losses of single training batches, which are the same for all methods, as the steps go on.
+
+    The loss of step n is the one before the weights change for the n-th time.
+    """
+    length = max(record["cell"]["steps"] for record in records)
+    steps = sorted({n * 2**k for k in range(length.bit_length()) for n in (1, 3) if n * 2**k <= length})
+    found = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in variants(records).items()}
+    pairs = {name: (runs, found[partner_of(name)]) for name, runs in found.items() if partner_of(name) in found}
+    lines = ["| method | " + " | ".join(map(str, steps)) + " |", "|---" * (1 + len(steps)) + "|"]
+    for name, (runs, plain) in pairs.items():
+        if name != partner_of(name):
+            lines.append(f"| {name} | " + " | ".join(paired_difference(runs, plain, str(n)) for n in steps) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def with_losses_of_steps(record: Record) -> Record:
+    """Add the loss of the batch of each step under the step's number; None where the run had diverged."""
+    losses = dict(enumerate(record.get("train_losses", []), start=1))
+    return {**record, **{str(step): losses.get(step) for step in range(1, record["cell"]["steps"] + 1)}}
+
+
 def with_late_loss(record: Record) -> Record:
     """Add the mean loss of the training batches in the second half of the steps; None if the run diverged."""
     late = record.get("train_losses", [])[record["cell"]["steps"] // 2 :]
@@ -370,9 +394,9 @@ def cost_table(records: Sequence[Record]) -> list[str]:
     that did not have a process of their own.
     """
     lines = [
-        "| method | initialisation, s | its peak memory over the start, MiB | training, s a step | its peak, MiB |"
-        " trained parameters | optimizer state, MiB |",
-        "|---" * 7 + "|",
+        "| method | initialisation, s | in training steps | its peak memory over the start, MiB | training, s a step |"
+        " its peak, MiB | trained parameters | optimizer state, MiB |",
+        "|---" * 8 + "|",
     ]
     for name, runs in variants(records).items():
         made = [run for run in runs if not run["initialization"].get("reused")]
@@ -381,6 +405,10 @@ def cost_table(records: Sequence[Record]) -> list[str]:
         trained = [run for run in runs if run["cell"]["steps"]]
         columns = [
             middle([run["initialization"]["seconds"] for run in made], ".1f"),
+            middle(
+                [run["initialization"]["seconds"] / run["seconds_per_step"] for run in made if run["cell"]["steps"]],
+                ".1f",
+            ),
             middle([one["peak_mib"] - one["start_mib"] for one in own if not one.get("reused")], ".0f"),
             middle([run["seconds_per_step"] for run in trained], ".2f"),
             middle([run["training"]["peak_mib"] for run in alone if run["cell"]["steps"]], ".0f"),
@@ -471,6 +499,8 @@ def report(records: Sequence[Record], path: Path) -> str:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
             lines += ["The batches that were trained on:", "", *late_training_table(found), ""]
+            along = along_table(found)
+            lines += [ALONG, "", *along, ""] if along else []
             moved = movement_table(found)
             lines += [MOVEMENT, "", *moved, ""] if moved else []
             lines += [f"![{title}]({picture.name})", ""]

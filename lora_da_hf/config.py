@@ -146,20 +146,20 @@ class LoRADAConfig:
     output_damping: float | str = _setting("0.1*mean", "The same for the output-gradient second moment.")
     bias_weight: float = _setting(1.0, "Weight of the bias term: the displacement that the subspace leaves out.")
     variance_weight: float = _setting(0.03, "Weight of the variance term: noise of the estimate in the subspace.")
-    normalize_displacement: bool = _setting(True, "Divide the displacement by its largest singular value.")
     normalize_guidance_terms: bool = _setting(
         False, "Bring both terms of the guidance matrix to one Frobenius norm before they are weighed."
     )
 
-    layer_steps: Literal["norm", "quadratic"] = _setting(
-        "norm",
-        "What one step is in each layer. norm: the displacement, normalised or not; quadratic: the multiple of it that "
-        "the quadratic model of the loss says is best along this layer's update, from gradient and undamped Fisher.",
+    layer_steps: Literal["displacement", "equal", "quadratic"] = _setting(
+        "displacement",
+        "How far the layers go beside each other. displacement: each as far as its displacement; equal: all by the "
+        "same spectral norm (the paper); quadratic: by the multiple of the displacement that the quadratic model of "
+        "the loss says is best along this layer's update, from gradient and undamped Fisher.",
     )
     step_size: float | str | None = _setting(
         "line_search",
-        "How far step 0 goes: what the displacement, normalised or not, is multiplied with. A number, line_search, "
-        "or None to follow `stable_gamma`.",
+        "How far step 0 goes: the spectral norm of the displacement of the layer that goes farthest, which the adapter "
+        "keeps as much of as its rank can. A number, line_search, or None to follow `stable_gamma`.",
     )
     stable_gamma: float = _setting(
         1024.0, "The paper's way to say the step: scaling / stable_gamma. Used only if step_size is None."
@@ -273,6 +273,7 @@ class LoRADAConfig:
             "output_damping": 1e-6,
             "bias_weight": 1.0,
             "variance_weight": 0.03,
+            "layer_steps": "equal",
             "step_size": None,
             "stable_gamma": 1024.0,
             "factor_split": "orthonormal",
@@ -283,11 +284,6 @@ class LoRADAConfig:
     def searches_step(self) -> bool:
         """Whether the step is found by a line search."""
         return self.step_size == "line_search"
-
-    @property
-    def moves_by_norm(self) -> bool:
-        """Whether one step moves each layer by spectral norm 1."""
-        return self.normalize_displacement and self.layer_steps == "norm"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,9 @@ class LayerSolution:
         basis_A: ``[max_rank, d_in]``, rows of norm 1: the transposed input basis, with ``metric="weights"``. With
             ``metric="fisher"`` they are orthogonal under the input factor instead. With ``projected_rms`` all rows have
             another norm, and `basis_B` is divided by it.
-        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the displacement (normalised, or scaled as
-            ``layer_steps`` says) that the subspace keeps, so with ``metric="weights"`` it is the displacement times the
-            input basis.
+        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the displacement, scaled as
+            ``layer_steps`` says, that the subspace keeps, so with ``metric="weights"`` it is the displacement times the
+            input basis. Once all layers are solved, all are divided by one number (`in_unit`).
         eigenvalues: ``[max_rank]``, of the guidance matrix in that metric, ascending.
         displacement_norm: Largest singular value of the displacement.
         input_damping: Damping that was added to the input second moment.
@@ -59,9 +60,15 @@ class LayerSolution:
     notes: tuple[str, ...] = ()
 
     def spectral_norm(self) -> float:
-        """Return the spectral norm of ``basis_B @ basis_A``, by which one step moves the layer."""
+        """Return the spectral norm of ``basis_B @ basis_A``."""
         triangle = torch.linalg.qr(self.basis_A.mT).R
         return torch.linalg.matrix_norm(self.basis_B @ triangle.mT, ord=2).item()
+
+    def in_unit(self, unit: float) -> LayerSolution:
+        """Return the solution for a displacement that is divided by a number."""
+        if unit == 1.0:
+            return self
+        return dataclasses.replace(self, basis_B=self.basis_B / unit, eigenvalues=self.eigenvalues / unit**2)
 
     def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return ``basis_A [rank, d_in]`` and ``basis_B [d_out, rank]``."""

@@ -77,6 +77,8 @@ class LoRADAReport:
         population_size: N of the variance term.
         batch_size: Samples run together.
         loss_reduction: What the loss of a batch is, and where that is known from.
+        step_unit: What the displacements were divided by once all were known, so that a step is the spectral norm that
+            the displacement of the layer that goes farthest is brought to.
         step_size: How far step 0 goes; 0 if no step helped; None if the layers' steps differ (`stable_gamma`).
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.
@@ -103,6 +105,7 @@ class LoRADAReport:
     population_size: int = 0
     batch_size: int = 1
     loss_reduction: str = ""
+    step_unit: float = 1.0
     step_size: float | None = None
     step_size_by_rank: dict[int, float] = field(default_factory=dict)
     search: list[tuple[float, float | None]] = field(default_factory=list)
@@ -180,6 +183,12 @@ class LoRADAReport:
             parts += [f"  ... and {len(noted) - 20} more in the JSON report"] if len(noted) > 20 else []
         return "\n".join(parts)
 
+    def _of_layers(self) -> str:
+        """Say how far the layers go beside each other."""
+        steps = self.config.get("layer_steps")
+        how = {"displacement": "each layer as far as its displacement", "equal": "all layers equally far"}
+        return f"; {how.get(steps, f'layer_steps={steps!r}')}" if steps else ""
+
     def _summary(self) -> list[str]:
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
         lines = [
@@ -187,7 +196,7 @@ class LoRADAReport:
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
             f"plan        {self.plan}" if self.plan else "",
-            f"step size   {step}",
+            f"step size   {step}{self._of_layers()}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),
             "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
@@ -225,7 +234,7 @@ def _row(group: list[LayerReport]) -> list[str]:
         span([layer.input_damping for layer in group], ".1e"),
         span([layer.output_damping for layer in group], ".1e"),
         span([layer.displacement_norm for layer in group], ".1e"),
-        span([layer.eigenvalues[0] for layer in group], ".3f"),
+        span([layer.eigenvalues[0] for layer in group], ".2g"),
         "/".join(sorted({layer.solver for layer in group})),
         f"{max(layer.residual for layer in group):.0e}",
         span([layer.update_norm for layer in group], ".3g"),

@@ -371,26 +371,38 @@ def dense_updates(folder, ranks, step, config=None):
     config = config or LoRADAConfig.from_dict(stored.manifest.config)
     statistics = load_statistics(stored.folder, stored.manifest)
     population = config.population_size or stored.manifest.data["population_size"]
-    updates = {}
-    for name, rank in ranks.items():
-        moment = statistics[name].input_second_moment.double().numpy()
-        diagonal = statistics[name].output_grad_second_moment_diag.double().numpy()
-        inverse = np.linalg.inv(moment + _dense_damping(config.input_damping, moment.diagonal()) * np.eye(len(moment)))
-        inverse_output = 1 / (diagonal + _dense_damping(config.output_damping, diagonal))
-        displacement = -inverse_output[:, None] * statistics[name].weight_grad.double().numpy() @ inverse
-        norm = np.linalg.norm(displacement, 2) if config.normalize_displacement else 1.0
-        displacement = displacement / norm
-        if config.metric == "fisher":
-            root, output_root = np.linalg.cholesky(np.linalg.inv(inverse)), inverse_output[:, None] ** 0.5
-            left, singular, right = np.linalg.svd(displacement / output_root @ root, full_matrices=False)
-            kept = output_root * (left[:, :rank] * singular[:rank] @ right[:rank]) @ np.linalg.inv(root)
-            updates[name] = (step[name] if isinstance(step, dict) else step) * kept
-            continue
-        variance = config.variance_weight * inverse_output.sum() / (population * norm**2)
-        _, vectors = np.linalg.eigh(variance * inverse - config.bias_weight * displacement.T @ displacement)
-        basis = vectors[:, :rank]
-        updates[name] = (step[name] if isinstance(step, dict) else step) * displacement @ basis @ basis.T
-    return updates
+    displacements = {name: _dense_displacement(statistics[name], config)[0] for name in stored.manifest.layers}
+    unit = max(np.linalg.norm(displacement, 2) for displacement in displacements.values())
+    return {
+        name: (step[name] if isinstance(step, dict) else step)
+        / (1.0 if config.layer_steps == "equal" else unit)
+        * _dense_update(statistics[name], config, population, rank)
+        for name, rank in ranks.items()
+    }
+
+
+def _dense_displacement(statistics, config):
+    """Compute D, and the inverses of the damped factors that are in it."""
+    moment = statistics.input_second_moment.double().numpy()
+    diagonal = statistics.output_grad_second_moment_diag.double().numpy()
+    inverse = np.linalg.inv(moment + _dense_damping(config.input_damping, moment.diagonal()) * np.eye(len(moment)))
+    inverse_output = 1 / (diagonal + _dense_damping(config.output_damping, diagonal))
+    return -inverse_output[:, None] * statistics.weight_grad.double().numpy() @ inverse, inverse, inverse_output
+
+
+def _dense_update(statistics, config, population, rank):
+    """Compute ``D Q Q^T`` of a layer, with D divided by its norm if all layers go equally far."""
+    displacement, inverse, inverse_output = _dense_displacement(statistics, config)
+    norm = np.linalg.norm(displacement, 2) if config.layer_steps == "equal" else 1.0
+    displacement = displacement / norm
+    if config.metric == "fisher":
+        root, output_root = np.linalg.cholesky(np.linalg.inv(inverse)), inverse_output[:, None] ** 0.5
+        left, singular, right = np.linalg.svd(displacement / output_root @ root, full_matrices=False)
+        return output_root * (left[:, :rank] * singular[:rank] @ right[:rank]) @ np.linalg.inv(root)
+    variance = config.variance_weight * inverse_output.sum() / (population * norm**2)
+    _, vectors = np.linalg.eigh(variance * inverse - config.bias_weight * displacement.T @ displacement)
+    basis = vectors[:, :rank]
+    return displacement @ basis @ basis.T
 
 
 def _dense_damping(setting, diagonal):

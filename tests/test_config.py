@@ -31,7 +31,7 @@ def test_the_papers_preset_is_the_papers():
     assert config.input_damping == config.output_damping == 1e-6
     assert (config.bias_weight, config.variance_weight) == (1.0, 0.03)
     assert (config.step_size, config.stable_gamma) == (None, 1024.0)
-    assert (config.factor_split, config.normalize_displacement) == ("orthonormal", True)
+    assert (config.factor_split, config.layer_steps) == ("orthonormal", "equal")
     assert not config.searches_step
     assert not config.freeze_a
 
@@ -83,7 +83,7 @@ def test_the_papers_preset_takes_overrides():
             {"save_statistics": True, "schedule": "layers"},
             'save_statistics needs the sums in one process: set schedule="samples" or leave it out.',
         ),
-        ({"layer_steps": "loss"}, "layer_steps='loss' is not one of 'norm', 'quadratic'."),
+        ({"layer_steps": "loss"}, "layer_steps='loss' is not one of 'displacement', 'equal', 'quadratic'."),
         ({"projected_rms": 0.0}, "projected_rms=0.0 must be positive."),
         (
             {"projected_rms": 0.3, "factor_split": "balanced"},

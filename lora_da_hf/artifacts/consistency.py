@@ -73,7 +73,8 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
     """Verify that rows are orthonormal, eigenvalues ascend, and that none promises more than its direction gives.
 
     The guidance matrix is a positive semidefinite term minus ``bias_weight D^T D``, so an eigenvalue is never below
-    ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``. Under ``metric="fisher"`` rows have norm 1 and
+    ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``. One step moves no layer by a spectral norm above
+    1. Under ``metric="fisher"`` rows have norm 1 and
     need not be orthogonal, and lengths are measured with the output factor, which is not stored: that the eigenvalues
     ascend is all there is to check then.
 
@@ -107,8 +108,8 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
         if (-values - explained > _EIGENVALUE_TOLERANCE * scale).any():
             raise ArtifactError(f"{path}: basis_B of {name} does not explain its eigenvalues. Fetch it again.")
         largest = torch.linalg.eigvalsh(columns.mT @ columns)[-1].item()
-        if config.moves_by_norm and largest > 1 + _EIGENVALUE_TOLERANCE:
-            raise ArtifactError(f"{path}: basis_B of {name} is longer than a normalised displacement. Fetch it again.")
+        if largest > 1 + _EIGENVALUE_TOLERANCE:
+            raise ArtifactError(f"{path}: one step moves {name} by a spectral norm above 1. Fetch it again.")
 
 
 def check_adapter(
@@ -242,6 +243,12 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
         if found != expected:
             raise ArtifactError(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there.")
     sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
+    layer_steps = LoRADAConfig.from_dict(manifest.config).layer_steps
+    units = {"equal": 1.0, "displacement": max(layer.displacement_norm for layer in layers)}
+    if not report.step_unit > 0 or report.step_unit != units.get(layer_steps, report.step_unit):
+        raise ArtifactError(
+            f"{path}: the unit of steps, {report.step_unit:.6g}, is not that of the norms there. Fetch it again."
+        )
     if min(*sizes, *report.seconds.values(), report.num_unseen_samples, report.batch_size - 1) < 0:
         raise ArtifactError(f"{path}: a count, a time, a norm or a residual is negative. Fetch it again.")
 

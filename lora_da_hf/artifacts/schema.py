@@ -219,7 +219,10 @@ def _check_facts(manifest: Manifest, source: str) -> None:
     try:
         config = LoRADAConfig.from_dict(manifest.config)
     except ConfigError as error:
-        raise ArtifactError(f"{source}: the settings are not valid. {error}") from error
+        raise ArtifactError(
+            f"{source}: the settings are not valid. {error} Install the version that wrote it, or compute the "
+            "initialisation again."
+        ) from error
     for what, facts, hints, optional in (
         ("data", manifest.data, _DATA_FACTS, {IDENTITY: dict[str, str | float]}),
         ("base_model", manifest.base_model, _BASE_FACTS, {}),

@@ -15,7 +15,7 @@ from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.report import LayerReport
+from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.kronecker import factorize_input
 from lora_da_hf.theory.solve import solution_error, solve_dtype
 
@@ -34,14 +34,12 @@ def check_statistics(stored: StoredInit) -> None:
     """
     if not statistics_files(stored.manifest):
         return
-    reports = {layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers}
+    report = read_report(stored.folder / REPORT_FILE)
     for group in iterate_statistics(stored.folder, stored.manifest):
-        check_solved_from(group, stored, reports)
+        check_solved_from(group, stored, report)
 
 
-def check_solved_from(
-    statistics: Mapping[str, LayerStatistics], stored: StoredInit, reports: Mapping[str, LayerReport]
-) -> None:
+def check_solved_from(statistics: Mapping[str, LayerStatistics], stored: StoredInit, report: LoRADAReport) -> None:
     """Verify that the stored basis is a solution of the stored statistics, with the stored settings.
 
     Nothing is solved again, so this costs a factorisation of the input second moment and a few products. It does not
@@ -51,18 +49,18 @@ def check_solved_from(
     Args:
         statistics: Of layers that share an input.
         stored: What they belong to.
-        reports: By layer.
+        report: The stored one.
 
     Raises:
         ArtifactError: naming the layer.
     """
     config = LoRADAConfig.from_dict(stored.manifest.config)
     dtype = solve_dtype(config, stored.manifest.layers[next(iter(statistics))].in_features)
-    errors = _errors(statistics, stored, reports, config, dtype)
+    errors = _errors(statistics, stored, report, config, dtype)
     missed = {name: error for name, error in errors.items() if not error <= _TOLERANCES[dtype]}
     if missed and dtype != torch.float64:  # as a solve goes to float64 where the narrower does not do
         again = {name: statistics[name] for name in missed}
-        errors = _errors(again, stored, reports, config, torch.float64)
+        errors = _errors(again, stored, report, config, torch.float64)
         missed = {name: error for name, error in errors.items() if not error <= _TOLERANCES[dtype]}
     for name, error in missed.items():
         raise ArtifactError(
@@ -74,12 +72,13 @@ def check_solved_from(
 def _errors(
     statistics: Mapping[str, LayerStatistics],
     stored: StoredInit,
-    reports: Mapping[str, LayerReport],
+    report: LoRADAReport,
     config: LoRADAConfig,
     dtype: torch.dtype,
 ) -> dict[str, float]:
     """Return the error of the solution of each layer; infinity where the statistics could not have been solved."""
     leader, first = next(iter(statistics.items()))
+    reports = {layer.name: layer for layer in report.layers}
     damping = stored.manifest.layers[leader].input_damping
     population = config.population_size or stored.manifest.data["population_size"]
     try:
@@ -94,6 +93,7 @@ def _errors(
                 stored_solution(stored.bases[name], reports[name]),
                 layer=name,
                 population_size=population,
+                unit=report.step_unit,
             )
             for name, layer in statistics.items()
         }

@@ -25,6 +25,8 @@ from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
+from lora_da_hf.records import LayerSolution
+from lora_da_hf.theory.layer_scales import step_unit
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -66,7 +68,7 @@ def refit_init(
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
         ConfigError: if a rank is above the stored one, a budget too small, both are given, or ``config`` asks for
-            another pass over data, or for a displacement in other units without a step; if ``output_dir`` holds
+            another pass over data, or for other ``layer_steps`` without a step; if ``output_dir`` holds
             something else than an initialisation; if a DoRA adapter comes without
             its base, or experts would get different ranks.
         BaseModelMismatchError: if it was computed for another base.
@@ -151,12 +153,14 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
         raise ConfigError(
             f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
         )
+    report = read_report(stored.folder / REPORT_FILE)
     refit = Refit(
         stored=stored,
         config=new,
         peft_config=peft_config,
         bases=dict(stored.bases),
-        reports={layer.name: layer for layer in read_report(stored.folder / REPORT_FILE).layers},
+        reports={layer.name: layer for layer in report.layers},
+        step_unit=report.step_unit,
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, holder_of(name)) for name in stored.manifest.layers},
         notes=notes,
@@ -177,12 +181,12 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
     """Note that the stored step was found with other settings.
 
     Raises:
-        ConfigError: if it was found in other units.
+        ConfigError: if it was found for other lengths of the layers.
     """
-    units = [name for name in ("normalize_displacement", "layer_steps") if name in solved_with]
-    if units and refit.config.step_size is not None:
+    if "layer_steps" in solved_with and refit.config.step_size is not None:
         raise ConfigError(
-            f"{units[0]} changes what a step is measured in, so the stored one means nothing. Give a step_size."
+            "layer_steps changes how far the layers go beside each other, so the stored step means nothing. "
+            "Give a step_size."
         )
     if refit.config.searches_step:
         refit.notes.append(
@@ -194,16 +198,17 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
 def _solve_again(refit: Refit, *, progress: bool) -> None:
     """Solve every layer from its statistics with the new settings."""
     population_size = population_of(refit.manifest, refit.config)
-    stored_reports = dict(refit.reports)
+    stored_report = read_report(refit.stored.folder / REPORT_FILE)
+    solutions: dict[str, LayerSolution] = {}
     groups = iterate_statistics(refit.stored.folder, refit.manifest)
     number = len(input_groups_of(refit.manifest))
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
-        check_solved_from(statistics, refit.stored, stored_reports)
+        check_solved_from(statistics, refit.stored, stored_report)
         first = next(iter(statistics))
         factorized = factorize(statistics[first], refit.config, layer=first)
         for name in statistics:
             layer = refit.manifest.layers[name]
-            solution = solve_layer(
+            solutions[name] = solve_layer(
                 statistics[name],
                 factorized,
                 refit.config,
@@ -211,19 +216,22 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
                 rank=min(max(refit.config.max_rank or layer.max_rank, layer.rank), layer.in_features),
                 population_size=population_size,
             )
-            refit.bases[name] = StoredBasis(
-                basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues
-            )
-            refit.reports[name] = dataclasses.replace(
-                refit.reports[name],
-                input_damping=solution.input_damping,
-                output_damping=solution.output_damping,
-                eigenvalues=solution.eigenvalues.tolist(),
-                displacement_norm=solution.displacement_norm,
-                solver=solution.solver,
-                residual=solution.residual,
-                notes=list(solution.notes),
-            )
+    refit.step_unit = step_unit(solutions.values(), layer_steps=refit.config.layer_steps)
+    for name, solved in solutions.items():
+        solution = solved.in_unit(refit.step_unit)
+        refit.bases[name] = StoredBasis(
+            basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues
+        )
+        refit.reports[name] = dataclasses.replace(
+            refit.reports[name],
+            input_damping=solution.input_damping,
+            output_damping=solution.output_damping,
+            eigenvalues=solution.eigenvalues.tolist(),
+            displacement_norm=solution.displacement_norm,
+            solver=solution.solver,
+            residual=solution.residual,
+            notes=list(solution.notes),
+        )
 
 
 def _possible_rank(refit: Refit, name: str, rank: int) -> int:

@@ -64,6 +64,7 @@ class Refit:
         peft_config: PEFT's, for the stored ranks.
         bases: By layer, stored or solved anew.
         reports: By layer.
+        step_unit: What the displacements are divided by.
         ranks: By layer.
         alphas: PEFT's, by layer.
         notes: What a user should know.
@@ -75,6 +76,7 @@ class Refit:
     peft_config: dict[str, Any]
     bases: dict[str, StoredBasis]
     reports: dict[str, LayerReport]
+    step_unit: float
     ranks: dict[str, int]
     alphas: dict[str, float]
     notes: list[str]
@@ -203,6 +205,7 @@ def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADARep
         population_size=population_of(refit.manifest, refit.config),
         batch_size=old.batch_size,
         loss_reduction=old.loss_reduction,
+        step_unit=refit.step_unit,
         step_size=step,
         step_size_by_rank=_ladder(refit),
         config=refit.config.to_dict(),

@@ -187,6 +187,7 @@ def _new_report(job: Job, stored: StoredInit, stored_report: LoRADAReport, citat
         loss_reduction=stored_report.loss_reduction,
         data_fingerprint=stored_report.data_fingerprint,
         step_size_by_rank=steps_by_rank(stored.manifest),
+        step_unit=stored_report.step_unit,
         config=job.config.to_dict(),
         notes=list(stored.notes),
         artifact=str(stored.folder),

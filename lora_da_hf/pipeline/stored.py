@@ -19,7 +19,6 @@ SOLVE_SETTINGS = (
     "output_damping",
     "bias_weight",
     "variance_weight",
-    "normalize_displacement",
     "normalize_guidance_terms",
     "layer_steps",
     "projected_rms",

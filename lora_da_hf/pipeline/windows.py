@@ -12,6 +12,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.resume import FinishedWindow, Progress
 from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.records import LayerSolution
+from lora_da_hf.theory.layer_scales import step_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,20 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, progress: Progress) -> Sol
     if not solutions:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(job.report.kept.items())[:3])
         raise SolveError(f"No layer could be solved. {reasons}")
+    solutions = _in_one_unit(job, solutions)
     leaders = {name: leader for window in windows for name, leader in window.shared.items()}
     return Solved(solutions=solutions, shared={name: leaders[name] for name in probe.shared})
+
+
+def _in_one_unit(job: Job, solutions: dict[str, LayerSolution]) -> dict[str, LayerSolution]:
+    """Divide all displacements by one number, the same on every process, and note it in the report."""
+    with job.stage("solve"), job.ranks.together("solve"):
+        unit = step_unit(solutions.values(), layer_steps=job.config.layer_steps)
+    job.report.step_unit = unit = job.ranks.gather(unit)[0]
+    scaled = {name: solution.in_unit(unit) for name, solution in solutions.items()}
+    for layer in job.report.layers:
+        layer.eigenvalues = scaled[layer.name].eigenvalues.tolist()
+    return scaled
 
 
 def _solve_window(job: Job, probe: Probe, plan: Plan, progress: Progress, number: int) -> FinishedWindow:

@@ -20,7 +20,7 @@ def split_factors(
 
     Args:
         basis_A: ``[r, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, r]``, the normalised displacement times the input basis.
+        basis_B: ``[d_out, r]``, the displacement, scaled, times the input basis.
         peft_scaling: The scaling that PEFT multiplies the product with.
         step_size: How far step 0 goes.
         factor_split: ``"default_norm"``: rows of A at PEFT's default norm, everything else in B;

@@ -69,7 +69,7 @@ def build_guidance(
     """Weigh bias against variance (arXiv 2510.24561, the guidance matrix).
 
     ``G = - bias_weight D^T D + variance_weight c Z^-1`` with ``c = sum(inverse_output) / population_size``. Dividing D
-    by a number, as ``normalize_displacement`` does, divides G by its square and leaves its eigenvectors alone.
+    by a number, as ``layer_steps`` does, divides G by its square and leaves its eigenvectors alone.
 
     Args:
         displacement: D.

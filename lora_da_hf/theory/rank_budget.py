@@ -36,12 +36,11 @@ def allocate_ranks(
     budget may be left over.
 
     Which eigenvalues compare across layers: G is in the units of what is written, since one step multiplies every
-    layer. With ``normalize_displacement`` those are units of each layer's own largest singular value, so the sum counts
-    what the update as written loses, and not the paper's expected distance of the weights: the sizes of the
-    displacements, which differ by orders of magnitude between layers, are left out of it. Without, it is that distance,
-    or, with ``metric="fisher"``, twice the expected loss above the target's. With ``layer_steps="quadratic"`` units are
-    the multiple of the displacement that each layer's step is. With ``normalize_guidance_terms`` the
-    variance is relative to each layer's bias.
+    layer. With ``layer_steps="displacement"`` the sum is the paper's expected distance of the weights, or, with
+    ``metric="fisher"``, twice the expected loss above the target's. With ``layer_steps="equal"`` units are those of
+    each layer's own largest singular value, so the sizes of the displacements, which differ by orders of magnitude
+    between layers, are left out. With ``layer_steps="quadratic"`` they are the multiple of the displacement that each
+    layer's step is. With ``normalize_guidance_terms`` the variance is relative to each layer's bias.
 
     Args:
         eigenvalues: Of each layer's guidance matrix, ascending, up to the rank that was solved.

@@ -107,6 +107,8 @@ def solve_layer(
             return dataclasses.replace(again, notes=(*notes, note, *again.notes))
     if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
+    if not torch.isfinite(basis_B).all():
+        raise NonFiniteError(f"The displacement of {layer} is not finite. Raise input_damping and output_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
     divisor, scale = _units(statistics, basis_A, basis_B, config, norm, layer=layer)
     return LayerSolution(
@@ -135,7 +137,7 @@ def _units(
         norm: Of the displacement.
         layer: Its name, for messages.
     """
-    divisor = norm if config.normalize_displacement else 1.0
+    divisor = norm if config.layer_steps == "equal" else 1.0
     if config.layer_steps == "quadratic":
         divisor = 1 / quadratic_length(statistics, basis_A, basis_B, layer=layer)
     if config.projected_rms is None:
@@ -190,6 +192,7 @@ def solution_error(
     *,
     layer: str,
     population_size: int,
+    unit: float = 1.0,
 ) -> float:
     """Measure how far a solution is from being one of these statistics, without solving anything again.
 
@@ -204,6 +207,7 @@ def solution_error(
         solution: Its tensors may be rounded to float32.
         layer: The layer's name, for messages.
         population_size: That it was solved with.
+        unit: What `step_unit` returned for it and the other layers.
 
     Returns:
         The largest of these errors. Each is relative to what goes into it, so that it is of the order of the
@@ -228,6 +232,7 @@ def solution_error(
         images, start = whitened.map_back(vectors)[1], rows.mT
     norm = displacement.norm(start=torch.linalg.qr(start).Q)
     divisor, expected_scale = _units(statistics, rows, images, config, solution.displacement_norm, layer=layer)
+    divisor *= unit
     eigenvalues = solution.eigenvalues.to(cholesky) * (divisor * divisor)
     missed_images = (images - columns * divisor).norm(dim=0).max().item()
     missed_eigen = (guidance.apply(vectors) - vectors * eigenvalues).norm(dim=0).max().item()

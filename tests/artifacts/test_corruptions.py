@@ -523,12 +523,12 @@ def incomplete_report(values, draw):
     at(values, path[:-1]).pop(path[-1])
 
 
-SAID_TWICE = ("layers", "config", "step_size", "data_fingerprint", "num_samples", "population_size")
+SAID_TWICE = ("layers", "config", "step_unit", "step_size", "data_fingerprint", "num_samples", "population_size")
 FREE = ("notes", "solver", "residual", "loss_reduction", "batch_size", "artifact")
 
 
 def contradicting_report(values, draw):
-    sections = ("layers", "config", "step_size", "step_size_by_rank", "data_fingerprint", "num_samples")
+    sections = ("layers", "config", "step_unit", "step_size", "step_size_by_rank", "data_fingerprint", "num_samples")
     paths = [p for p in leaves(values) if p[0] in (*sections, "population_size") and not set(p) & set(FREE)]
     paths = [path for path in paths if isinstance(at(values, path), (int, float, str))]
     path = draw(st.sampled_from(paths))

@@ -178,7 +178,7 @@ def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, sample
     for name, layer in statistics.items():
         solution = solve_layer(
             layer, factorize(layer, config, layer=name), config, layer=name, rank=6, population_size=24
-        )
+        ).in_unit(report.step_unit)
         basis = stored.bases[name]
         assert torch.equal(solution.basis_A.float(), basis.basis_A)
         assert torch.equal(solution.basis_B.float(), basis.basis_B)

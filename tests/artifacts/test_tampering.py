@@ -263,6 +263,25 @@ def test_another_adapter_than_the_manifest_announces_is_refused(folder, change, 
     refuses(folder, f"lora_A of {LAYER} {message}")
 
 
+def test_a_step_that_moves_a_layer_further_than_by_its_length_is_refused(folder):
+    def stretch(tensors):
+        tensors.update({key: 3 * tensor for key, tensor in tensors.items() if key.endswith(".basis_B")})
+
+    change_tensors(folder / BASIS_FILE, stretch)
+    forge_manifest(folder)
+    refuses(folder, "one step moves .* by a spectral norm above 1. Fetch it again.")
+
+
+@pytest.mark.parametrize(("layer_steps", "unit"), [("displacement", 1.0), ("equal", 2.0), ("quadratic", -1.0)])
+def test_a_unit_that_is_not_that_of_the_norms_is_refused(tmp_path, lora_model, layer_steps, unit):
+    folder = store_init(tmp_path / "init", lora_model(), layer_steps=layer_steps)
+    load_init(folder)
+    report = json.loads((folder / REPORT_FILE).read_text())
+    (folder / REPORT_FILE).write_text(json.dumps({**report, "step_unit": unit}))
+    forge_manifest(folder)
+    refuses(folder, f"the unit of steps, {unit:g}, is not that of the norms there. Fetch it again.")
+
+
 @pytest.mark.parametrize("changes", [{"max_rank": 3, "rank": 3}, {"out_features": 47}, {"in_features": 49}])
 def test_other_shapes_in_the_manifest_than_in_the_files_are_refused(folder, changes):
     layers = load_init(folder).manifest.layers

@@ -215,7 +215,7 @@ def test_starts_are_solved_from_kept_statistics(compare, tmp_path):
 def test_what_is_kept_is_used_for_its_own_samples_and_settings_alone(compare, tmp_path, num_train):
     settings = [
         {},
-        {"normalize_displacement": False, "variance_weight": 3.0},
+        {"layer_steps": "equal", "variance_weight": 3.0},
         {"step_size": 0.05, "search_samples": 4},
         {"projected_rms": 0.1},
         {"rank_budget": 2000},
@@ -544,8 +544,8 @@ def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tm
         record["seconds_per_step"] = seconds
     text = report.report(records, tmp_path / "results.md")
     two, one = text.partition("### What it took with 2 threads")[2].split("### What it took with 1 thread\n")
-    assert "| lora | 2.0 | 5 | 1.00 |" in two
-    assert "| lora | 2.0 | 5 | 3.00 |" in one
+    assert "| lora | 2.0 | 2.0 | 5 | 1.00 |" in two
+    assert "| lora | 2.0 | 0.7 | 5 | 3.00 |" in one
 
 
 def test_nothing_to_report_is_an_error(tmp_path, capsys):

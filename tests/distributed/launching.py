@@ -123,7 +123,7 @@ def stored_statistics(folder):
     return load_statistics(stored.folder, stored.manifest)
 
 
-def guidance_of(statistics, name, config, population_size):
+def guidance_of(statistics, name, config, report):
     """Return the objective of a basis under the guidance matrix of these statistics."""
     factorized = factorize(statistics, config, layer=name)
     inverse_output, _ = inverse_output_factor(
@@ -132,11 +132,11 @@ def guidance_of(statistics, name, config, population_size):
         layer=name,
     )
     displacement = Displacement.of(statistics.weight_grad.double(), inverse_output, factorized)
-    divisor = displacement.norm() if config.normalize_displacement else 1.0
+    divisor = displacement.norm() if config.layer_steps == "equal" else report.step_unit
     guidance = build_guidance(
         displacement,
         inverse_output,
-        population_size=population_size,
+        population_size=report.population_size,
         bias_weight=config.bias_weight,
         variance_weight=config.variance_weight,
         normalize_terms=config.normalize_guidance_terms,

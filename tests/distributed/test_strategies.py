@@ -98,7 +98,7 @@ def test_statistics_and_objective_are_those_of_one_process_on_the_union(launched
     assert_statistics_equal(statistics, expected, TOLERANCES[dtype])
     bases, best = load_init(folder / cell / "lora_da").bases, load_init(single).bases
     for name, layer in expected.items():
-        objective = guidance_of(layer, name, make_config(**found["config"]), report.population_size)
+        objective = guidance_of(layer, name, make_config(**found["config"]), report)
         assert objective(bases[name].basis_A) == pytest.approx(objective(best[name].basis_A), rel=TOLERANCES[dtype])
 
 

@@ -83,6 +83,7 @@ def test_statistics_of_uneven_shares_are_those_of_one_process(initialized, tmp_p
     for rank in range(2):
         shared = result(initialized, "shared", rank)
         assert shared["num_samples"] == report.num_samples == 7
+        assert shared["step_unit"] == pytest.approx(report.step_unit, rel=1e-5)
         assert shared["data_fingerprint"] == report.data_fingerprint
         assert [layer["num_tokens"] for layer in shared["layers"]] == [layer.num_tokens for layer in report.layers]
 
@@ -93,7 +94,7 @@ def test_the_guidance_objective_is_that_of_one_process(initialized, tmp_path, lo
     statistics = stored_statistics(tmp_path / "single")
     bases = {name: load_init(folder).bases for name, folder in _folders(initialized, tmp_path).items()}
     for layer in report.layers:
-        objective = guidance_of(statistics[layer.name], layer.name, config, report.population_size)
+        objective = guidance_of(statistics[layer.name], layer.name, config, report)
         best = objective(bases["single"][layer.name].basis_A)
         assert best == pytest.approx(sum(layer.eigenvalues), rel=1e-5)
         for which in ("shared", "stored"):

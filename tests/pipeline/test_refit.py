@@ -174,9 +174,9 @@ def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
         {"input_damping": 1e-2, "output_damping": "0.3*mean"},
         {"variance_weight": 0.5, "population_size": 7},
         {"variance_weight": 0.0, "solver": "eigh"},
-        {"normalize_displacement": False, "step_size": 1e-3},
+        {"layer_steps": "equal", "step_size": 0.05},
         {"metric": "fisher"},
-        {"metric": "fisher", "factor_split": "balanced", "normalize_displacement": False, "step_size": 1e-3},
+        {"metric": "fisher", "factor_split": "balanced", "layer_steps": "equal", "step_size": 0.05},
     ],
 )
 def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_init, tmp_path, tiny_llama, settings):
@@ -250,15 +250,14 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     assert "searched before input_damping changed" in str(apply_init(lora_model(r=4), tmp_path / "new"))
     again = refit_init(tmp_path / "new", tmp_path / "newer", rank=2)
     assert again.manifest.refitted_from["solved_again_with"] == {"input_damping": 1e-2}
-    with pytest.raises(ConfigError, match="normalize_displacement changes what a step is measured in"):
-        refit_init(stored_init, tmp_path / "other", config=changed(stored_init, normalize_displacement=False))
-    with pytest.raises(ConfigError, match="layer_steps changes what a step is measured in"):
-        refit_init(stored_init, tmp_path / "other", config=changed(stored_init, layer_steps="quadratic"))
+    for layer_steps in ("equal", "quadratic"):
+        with pytest.raises(ConfigError, match="layer_steps changes how far the layers go beside each other"):
+            refit_init(stored_init, tmp_path / "other", config=changed(stored_init, layer_steps=layer_steps))
     given = refit_init(
         stored_init, tmp_path / "given", config=changed(stored_init, step_size=0.1, save_statistics=True)
     )
-    with pytest.raises(ConfigError, match=r"so the stored one means nothing. Give a step_size"):
-        refit_init(given.folder, tmp_path / "other", config=changed(given.folder, normalize_displacement=False))
+    with pytest.raises(ConfigError, match=r"so the stored step means nothing. Give a step_size"):
+        refit_init(given.folder, tmp_path / "other", config=changed(given.folder, layer_steps="equal"))
 
 
 def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_path):
@@ -535,16 +534,40 @@ def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("settings", [{"layer_steps": "quadratic"}, {"projected_rms": 0.5}])
+@pytest.mark.parametrize("settings", [{"layer_steps": "quadratic"}, {"layer_steps": "equal"}, {"projected_rms": 0.5}])
 def test_steps_and_norms_per_layer_are_known_to_come_of_the_statistics(tmp_path, lora_model, settings):
     folder = store_init(tmp_path / "init", lora_model(r=8), **settings)
     check_statistics(load_init(folder))
     refitted = refit_init(folder, tmp_path / "new", config=changed(folder, input_damping=1e-2))
     assert refitted.manifest.config["input_damping"] == 1e-2
     lying = {**load_init(folder).manifest.config, **{name: LoRADAConfig().to_dict()[name] for name in settings}}
+    report = LoRADAReport.load(folder / REPORT_FILE)
+    report.config = lying
+    if "layer_steps" in settings:
+        report.step_unit = max(layer.displacement_norm for layer in report.layers)
+    report.save(folder / REPORT_FILE)
     forge_manifest(folder, config=lying)
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match=r"is not what comes of the stored statistics|are not orthonormal"):
         check_statistics(load_init(folder))
+
+
+@pytest.mark.parametrize(("before", "after"), [("displacement", "equal"), ("equal", "displacement")])
+def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model, tiny_llama, before, after):
+    folder = store_init(tmp_path / "init", lora_model(r=8), layer_steps=before)
+    config = changed(folder, layer_steps=after, step_size=0.1)
+    refit_init(folder, tmp_path / "new", config=config)
+    report = LoRADAReport.load(tmp_path / "new" / REPORT_FILE)
+    farthest = max(layer.displacement_norm for layer in report.layers)
+    assert report.step_unit == (1.0 if after == "equal" else farthest)
+    expected = dense_updates(folder, dict.fromkeys((layer.name for layer in report.layers), 8), 0.1, config)
+    assert_updates_equal(written_updates(loaded(tmp_path / "new", tiny_llama)), expected)
+
+
+def test_a_larger_stored_rank_leaves_the_step_as_it_was(tmp_path, lora_model):
+    folder = store_init(tmp_path / "init", lora_model(r=4), max_rank=4, variance_weight=100.0, metric="fisher")
+    refit_init(folder, tmp_path / "new", config=changed(folder, max_rank=16))
+    units = [LoRADAReport.load(path / REPORT_FILE).step_unit for path in (folder, tmp_path / "new")]
+    assert units[0] == pytest.approx(units[1], rel=1e-6)
 
 
 def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_model):

@@ -29,14 +29,14 @@ def factors(statistics, solution):
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (3, 10), (20, 6)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_the_product_is_the_truncated_svd_mapped_back_at_every_rank(problem, config, d_out, d_in, normalize):
+@pytest.mark.parametrize("layer_steps", ["equal", "displacement"])
+def test_the_product_is_the_truncated_svd_mapped_back_at_every_rank(problem, config, d_out, d_in, layer_steps):
     statistics = problem(d_out, d_in)
-    solution = solve(statistics, config(metric="fisher", normalize_displacement=normalize))
+    solution = solve(statistics, config(metric="fisher", layer_steps=layer_steps))
     y, z, step = factors(statistics, solution)
     whitened = y.sqrt()[:, None] * step @ power(z, 0.5)
     left, singular, right = torch.linalg.svd(whitened, full_matrices=False)
-    divisor = solution.displacement_norm if normalize else 1.0
+    divisor = solution.displacement_norm if layer_steps == "equal" else 1.0
     assert solution.displacement_norm == pytest.approx(torch.linalg.svdvals(step)[0].item())
     for rank in range(1, RANK + 1):
         kept = (left[:, :rank] * singular[:rank]) @ right[:rank]
@@ -57,8 +57,8 @@ def test_rows_have_norm_one_and_are_orthogonal_under_the_input_factor(problem, c
 
 def test_no_other_matrix_of_that_rank_is_closer_in_the_fisher_norm(problem, config):
     statistics = problem()
-    solution = solve(statistics, config(metric="fisher", normalize_displacement=False))
-    weights = solve(statistics, config(metric="weights", normalize_displacement=False, variance_weight=0.0))
+    solution = solve(statistics, config(metric="fisher"))
+    weights = solve(statistics, config(metric="weights", variance_weight=0.0))
     y, z, step = factors(statistics, solution)
 
     def missed(product):
@@ -76,7 +76,7 @@ def test_no_other_matrix_of_that_rank_is_closer_in_the_fisher_norm(problem, conf
 
 def test_eigenvalues_are_the_squared_singular_values_less_a_share_of_the_parameters(problem, config):
     statistics = problem()
-    settings = config(metric="fisher", bias_weight=2.0, variance_weight=0.5, normalize_displacement=False)
+    settings = config(metric="fisher", bias_weight=2.0, variance_weight=0.5)
     solution = solve(statistics, settings, population_size=40)
     y, z, step = factors(statistics, solution)
     singular = torch.linalg.svdvals(y.sqrt()[:, None] * step @ power(z, 0.5))[:RANK]
@@ -110,7 +110,7 @@ def test_the_scale_of_inputs_and_loss_does_not_matter(problem, config):
         output_grad_second_moment_diag=statistics.output_grad_second_moment_diag * 1e-6,
         weight_grad=statistics.weight_grad * 1e2 * 1e-3,
     )
-    before, after = (solve(s, config(metric="fisher")) for s in (statistics, scaled))
+    before, after = (solve(s, config(metric="fisher", layer_steps="equal")) for s in (statistics, scaled))
     torch.testing.assert_close(after.basis_B @ after.basis_A, before.basis_B @ before.basis_A, rtol=0, atol=1e-8)
 
 

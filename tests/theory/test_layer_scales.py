@@ -8,7 +8,7 @@ import torch
 
 from lora_da_hf.errors import SolveError
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.layer_scales import quadratic_length, row_scale
+from lora_da_hf.theory.layer_scales import quadratic_length, row_scale, step_unit
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 TOKENS, D_IN, D_OUT, RANK = 40, 10, 6, 3
@@ -65,9 +65,9 @@ def test_the_length_is_where_the_loss_of_a_regression_is_lowest(regression, inpu
 
 
 def test_the_direction_and_the_eigenvalues_are_those_of_the_displacement(problem, config):
-    plain = solve(problem(), config(normalize_displacement=False))
-    for normalize in (True, False):
-        scaled = solve(problem(), config(layer_steps="quadratic", normalize_displacement=normalize))
+    plain = solve(problem(), config())
+    for layer_steps in ("quadratic", "equal"):
+        scaled = solve(problem(), config(layer_steps=layer_steps))
         torch.testing.assert_close(scaled.basis_A, plain.basis_A)
         ratio = (scaled.basis_B.norm() / plain.basis_B.norm()).item()
         torch.testing.assert_close(scaled.basis_B, ratio * plain.basis_B)
@@ -77,20 +77,65 @@ def test_the_direction_and_the_eigenvalues_are_those_of_the_displacement(problem
 
 def test_the_length_makes_up_for_the_damping_of_outputs(regression, config):
     lengths = {}
-    for layer_steps in ("norm", "quadratic"):
-        settings = {"layer_steps": layer_steps, "normalize_displacement": False, "variance_weight": 0.0}
+    for layer_steps in ("displacement", "quadratic"):
+        settings = {"layer_steps": layer_steps, "variance_weight": 0.0}
         found = [update(solve(regression, config(output_damping=d, **settings))).norm() for d in (0.0, 9.0)]
         lengths[layer_steps] = (found[1] / found[0]).item()
-    assert lengths["norm"] == pytest.approx(0.1)
+    assert lengths["displacement"] == pytest.approx(0.1)
     assert lengths["quadratic"] == pytest.approx(1.0)
 
 
 def test_without_damping_all_layers_go_as_far_as_the_displacement_in_the_fisher_metric(problem, config):
-    settings = {"metric": "fisher", "normalize_displacement": False, "input_damping": 0.0, "output_damping": 0.0}
+    settings = {"metric": "fisher", "input_damping": 0.0, "output_damping": 0.0}
     for seed in range(2):
         statistics = problem(seed=seed)
-        plain, scaled = (solve(statistics, config(layer_steps=steps, **settings)) for steps in ("norm", "quadratic"))
+        plain, scaled = (
+            solve(statistics, config(layer_steps=steps, **settings)) for steps in ("displacement", "quadratic")
+        )
         torch.testing.assert_close(statistics.num_output_tokens * scaled.basis_B, plain.basis_B)
+
+
+def seeds(problem, settings, **options):
+    return [solve(problem(seed=seed), settings, **options) for seed in range(3)]
+
+
+def far(solution):
+    return torch.linalg.matrix_norm(update(solution), ord=2).item()
+
+
+@pytest.mark.parametrize("metric", ["weights", "fisher"])
+def test_a_step_is_the_spectral_norm_of_the_farthest_layers_displacement(problem, config, metric):
+    settings = config(metric=metric, variance_weight=0.0)
+    units = {}
+    for rank in (1, RANK, 10):
+        solved = seeds(problem, settings, rank=rank)
+        units[rank] = step_unit(solved, layer_steps="displacement")
+        assert units[rank] == max(solution.displacement_norm for solution in solved)
+    assert units[1] == pytest.approx(units[RANK]) == pytest.approx(units[10])
+    norms = [far(solution.in_unit(units[10])) for solution in solved]  # at rank 10 the subspace is everything
+    assert max(norms) == pytest.approx(1.0)
+    assert norms == pytest.approx([far(solution) / units[10] for solution in solved])
+    torch.testing.assert_close(solved[0].in_unit(units[10]).eigenvalues * units[10] ** 2, solved[0].eigenvalues)
+
+
+def test_with_quadratic_steps_the_unit_is_that_of_the_update(problem, config):
+    solved = seeds(problem, config(layer_steps="quadratic"))
+    unit = step_unit(solved, layer_steps="quadratic")
+    assert max(far(solution.in_unit(unit)) for solution in solved) == pytest.approx(1.0)
+
+
+def test_with_equal_steps_the_unit_is_each_layers_own(problem, config):
+    solved = seeds(problem, config(layer_steps="equal", variance_weight=0.0))
+    assert step_unit(solved, layer_steps="equal") == 1.0
+    assert [far(solution) for solution in solved] == pytest.approx([1.0] * 3)
+    assert solved[0].in_unit(1.0) is solved[0]
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-200, 1e200, math.inf])
+def test_a_unit_that_nothing_can_be_divided_by_is_an_error(problem, config, norm):
+    solution = dataclasses.replace(solve(problem(), config()), displacement_norm=norm)
+    with pytest.raises(SolveError, match=r"would go .* far in one step. Raise the dampings."):
+        step_unit([solution], layer_steps="displacement")
 
 
 def test_layers_that_see_half_of_the_tokens_go_twice_as_far(problem):
@@ -104,7 +149,7 @@ def test_layers_that_see_half_of_the_tokens_go_twice_as_far(problem):
 def test_an_update_along_which_the_loss_does_not_fall_has_no_length(problem):
     statistics = problem()
     basis_A = torch.eye(RANK, 10, dtype=torch.float64)
-    with pytest.raises(SolveError, match=r"q_proj: the loss has slope 0.* gives no length. Use layer_steps=.norm."):
+    with pytest.raises(SolveError, match=r"q_proj: the loss has slope 0.* gives no length. Use another layer_steps"):
         quadratic_length(statistics, basis_A, torch.zeros(12, RANK, dtype=torch.float64), layer="q_proj")
     with pytest.raises(SolveError, match=r"the loss has slope [0-9.]+ and"):
         quadratic_length(statistics, basis_A, statistics.weight_grad[:, :RANK], layer="q_proj")

@@ -31,10 +31,10 @@ def subspace(solution):
 
 
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(12, 10, 4), (3, 10, 5), (10, 4, 4), (1, 6, 2)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_the_solution_has_pefts_layout_and_b_is_the_displacement_of_a(problem, config, d_out, d_in, rank, normalize):
+@pytest.mark.parametrize("layer_steps", ["equal", "displacement"])
+def test_the_solution_has_pefts_layout_and_b_is_the_displacement_of_a(problem, config, d_out, d_in, rank, layer_steps):
     statistics = problem(d_out, d_in)
-    solution = solve(statistics, config(normalize_displacement=normalize), rank=rank)
+    solution = solve(statistics, config(layer_steps=layer_steps), rank=rank)
     assert solution.basis_A.shape == (rank, d_in)
     assert solution.basis_B.shape == (d_out, rank)
     assert solution.eigenvalues.shape == (rank,)
@@ -44,11 +44,11 @@ def test_the_solution_has_pefts_layout_and_b_is_the_displacement_of_a(problem, c
     y = statistics.output_grad_second_moment_diag + solution.output_damping
     step = -torch.linalg.solve(z, (statistics.weight_grad / y[:, None]).mT).mT
     assert solution.displacement_norm == pytest.approx(torch.linalg.svdvals(step)[0].item())
-    if normalize:
+    if layer_steps == "equal":
         step = step / solution.displacement_norm
     torch.testing.assert_close(solution.basis_B, step @ solution.basis_A.mT, rtol=1e-8, atol=1e-10)
     noise = 0.03 * y.reciprocal().sum() / 100 * torch.linalg.inv(z)
-    guidance = -step.mT @ step + noise / (solution.displacement_norm**2 if normalize else 1)
+    guidance = -step.mT @ step + noise / (solution.displacement_norm**2 if layer_steps == "equal" else 1)
     expected = torch.linalg.eigvalsh(guidance)[:rank]
     torch.testing.assert_close(solution.eigenvalues, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
 
@@ -63,7 +63,7 @@ def test_the_dampings_are_multiples_of_the_means_of_the_diagonals(problem, confi
 @pytest.mark.parametrize("scale", [1e-5, 3.0, 1e4])
 @pytest.mark.parametrize("what", ["loss", "inputs"])
 def test_with_relative_damping_the_scale_does_not_matter(problem, config, what, scale):
-    settings = config(variance_weight=1.0)
+    settings = config(variance_weight=1.0, layer_steps="equal")
     before, after = solve(problem(), settings), solve(scaled(problem(), **{what: scale}), settings)
     torch.testing.assert_close(subspace(after), subspace(before), rtol=0, atol=1e-8)
     torch.testing.assert_close(after.basis_B @ after.basis_A, before.basis_B @ before.basis_A, rtol=0, atol=1e-8)
@@ -193,7 +193,7 @@ def rounded(solution, **changes):
     return dataclasses.replace(solution, **stored)
 
 
-@pytest.mark.parametrize("settings", [{}, {"normalize_displacement": False}, {"normalize_guidance_terms": True}])
+@pytest.mark.parametrize("settings", [{}, {"layer_steps": "equal"}, {"normalize_guidance_terms": True}])
 @pytest.mark.parametrize("metric", ["weights", "fisher"])
 @pytest.mark.parametrize("damping", ["0.1*mean", 1e-9])
 @pytest.mark.parametrize("weight", [0.0, 0.03, 50.0])

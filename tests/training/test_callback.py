@@ -265,7 +265,6 @@ OTHER_VALUES = {
     "output_damping": "0.5*median",
     "bias_weight": 0.5,
     "variance_weight": 0.25,
-    "normalize_displacement": False,
     "normalize_guidance_terms": True,
     "layer_steps": "quadratic",
     "projected_rms": 0.3,
@@ -306,7 +305,7 @@ def test_a_flag_sets_its_setting_and_nothing_else(name):
         (("--da_step_size", "line_search"), {"step_size": "line_search"}),
         (("--da_step_size", "0.3"), {"step_size": 0.3}),
         (("--da_freeze_a",), {"freeze_a": True}),
-        (("--no_da_normalize_displacement",), {"normalize_displacement": False}),
+        (("--da_layer_steps", "equal"), {"layer_steps": "equal"}),
     ],
 )
 def test_flags_that_are_a_number_or_a_word(flags, expected):
