@@ -18,7 +18,7 @@ from lora_da_hf.theory.line_search import LineSearchResult, line_search
 
 _FIRST_STEP = 1.0
 _FIRST_EQUAL_STEP = 0.1
-"""Where all layers go equally far. On SmolLM2-135M searches ended between half and twice of these."""
+"""Where all layers go equally far. On SmolLM2-135M searches ended at 1 to 3.2, and at 0.1 to 0.2 here."""
 
 _SMALLEST_STEP = 1e-5
 _LADDER_RATIO = 4

@@ -35,6 +35,9 @@ from lora_da_hf.artifacts.store import load_init
 pytestmark = pytest.mark.multi_rank
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+TINY = 1e-8
+"""By how much, of their norm, a training step of 1e-12 moves the weights: the norm of a layer may be 1e-3."""
+
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
 EVERY_STRATEGY = [
@@ -108,7 +111,7 @@ def test_what_is_written_is_there_after_the_first_step(launched, strategy, cell)
         found = result(launched(strategy), cell, rank)
         assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
         assert found["report"]["step_size"] > 0
-        assert max(found["weights"], found["masters"]) <= 1e-9  # a step of 1e-12 moves entries by that much
+        assert max(found["weights"], found["masters"]) <= TINY
 
 
 @pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
@@ -135,7 +138,7 @@ def test_a_second_start_finds_what_the_first_one_made(launched, strategy):
         found = result(launched(strategy), "again", rank)
         assert found["stages"] == ["load", "probe"]
         assert found["note"].endswith("made before with the same model, adapter, samples and settings")
-        assert max(found["weights"], found["masters"]) <= 1e-9
+        assert max(found["weights"], found["masters"]) <= TINY
 
 
 def test_one_process_finds_what_two_made(launched, tmp_path):
@@ -234,7 +237,7 @@ def test_trls_sft_trainer_takes_the_callback(launched, strategy):
         assert found["wrapped"] == "DeepSpeedEngine"
         assert len(found["report"]["layers"]) == LINEAR_LAYERS
         assert found["report"]["num_samples"] == 7
-        assert max(found["weights"], found["masters"]) <= 1e-9
+        assert max(found["weights"], found["masters"]) <= TINY
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra")
@@ -245,7 +248,7 @@ def test_a_base_in_4_bit_gives_the_statistics_of_one_process(launched, tmp_path,
         found = result(launched(strategy), "qlora", rank)
         assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
         assert found["layers"] == LINEAR_LAYERS
-        assert max(found["weights"], found["masters"]) <= 1e-9
+        assert max(found["weights"], found["masters"]) <= TINY
     model = get_peft_model(quantised_base(launched(strategy)), lora_config())
     settings = {"config": da_config(), "data_collator": collate, "output_dir": tmp_path / "init", "progress": False}
     initialize_lora_da(model, samples(), **settings)
