@@ -172,7 +172,7 @@ def initialized(
     if setup.statistics is not None and output_dir is None and config.rank_budget is None:
         seed = setup.seed if config.seed is None else config.seed
         chosen = choose_samples(samples, config, seed=seed).statistics
-        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}, sorted(values)]
+        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
         if config.projected_rms is not None or config.layer_steps == "quadratic":
             of_these.append(rank)  # of the basis that is stored, which these depend on
         folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]

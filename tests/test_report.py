@@ -93,6 +93,15 @@ def test_what_was_not_measured_is_not_in_the_summary():
     assert "step size   by layer (stable_gamma)" in text
 
 
+def test_the_summary_says_how_far_the_layers_go_beside_each_other():
+    for layer_steps, said in (
+        ("displacement", "each layer as far as its displacement"),
+        ("equal", "all layers equally far"),
+        ("quadratic", "layer_steps='quadratic'"),
+    ):
+        assert f"step size   0.1; {said}\n" in str(report_of(layer(0), config={"layer_steps": layer_steps}))
+
+
 def test_a_loss_before_alone_is_shown_alone():
     text = str(report_of(layer(0), unseen_loss_after=None))
     assert "loss        2.0000 on 16 unseen samples" in text

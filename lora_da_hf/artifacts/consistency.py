@@ -74,9 +74,8 @@ def check_bases(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest
 
     The guidance matrix is a positive semidefinite term minus ``bias_weight D^T D``, so an eigenvalue is never below
     ``-bias_weight |D v|**2``, and ``D v`` is a column of ``basis_B``. One step moves no layer by a spectral norm above
-    1. Under ``metric="fisher"`` rows have norm 1 and
-    need not be orthogonal, and lengths are measured with the output factor, which is not stored: that the eigenvalues
-    ascend is all there is to check then.
+    1. Under ``metric="fisher"`` rows have norm 1 and need not be orthogonal, and lengths are measured with the output
+    factor, which is not stored: that the eigenvalues ascend is all there is to check then.
 
     Args:
         path: The basis file, for messages.

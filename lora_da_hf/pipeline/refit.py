@@ -24,6 +24,7 @@ from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
+from lora_da_hf.pipeline.solve import reported
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.theory.layer_scales import step_unit
@@ -156,6 +157,7 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
     report = read_report(stored.folder / REPORT_FILE)
     refit = Refit(
         stored=stored,
+        stored_report=report,
         config=new,
         peft_config=peft_config,
         bases=dict(stored.bases),
@@ -198,12 +200,11 @@ def _note_carried_step(refit: Refit, solved_with: list[str]) -> None:
 def _solve_again(refit: Refit, *, progress: bool) -> None:
     """Solve every layer from its statistics with the new settings."""
     population_size = population_of(refit.manifest, refit.config)
-    stored_report = read_report(refit.stored.folder / REPORT_FILE)
     solutions: dict[str, LayerSolution] = {}
     groups = iterate_statistics(refit.stored.folder, refit.manifest)
     number = len(input_groups_of(refit.manifest))
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
-        check_solved_from(statistics, refit.stored, stored_report)
+        check_solved_from(statistics, refit.stored, refit.stored_report)
         first = next(iter(statistics))
         factorized = factorize(statistics[first], refit.config, layer=first)
         for name in statistics:
@@ -222,16 +223,7 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
         refit.bases[name] = StoredBasis(
             basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues
         )
-        refit.reports[name] = dataclasses.replace(
-            refit.reports[name],
-            input_damping=solution.input_damping,
-            output_damping=solution.output_damping,
-            eigenvalues=solution.eigenvalues.tolist(),
-            displacement_norm=solution.displacement_norm,
-            solver=solution.solver,
-            residual=solution.residual,
-            notes=list(solution.notes),
-        )
+        refit.reports[name] = dataclasses.replace(refit.reports[name], **reported(solution))
 
 
 def _possible_rank(refit: Refit, name: str, rank: int) -> int:

@@ -31,14 +31,12 @@ from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     IDENTITY,
-    REPORT_FILE,
     FileEntry,
     LayerEntry,
     Manifest,
 )
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.save import package_versions
@@ -60,6 +58,7 @@ class Refit:
 
     Attributes:
         stored: What it comes from.
+        stored_report: Its report.
         config: The new settings.
         peft_config: PEFT's, for the stored ranks.
         bases: By layer, stored or solved anew.
@@ -72,6 +71,7 @@ class Refit:
     """
 
     stored: StoredInit
+    stored_report: LoRADAReport
     config: LoRADAConfig
     peft_config: dict[str, Any]
     bases: dict[str, StoredBasis]
@@ -195,7 +195,7 @@ def _base_layer(base: nn.Module, name: str) -> nn.Module:
 
 def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
-    old = read_report(refit.stored.folder / REPORT_FILE)
+    old = refit.stored_report
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
         kept=dict(refit.manifest.kept),

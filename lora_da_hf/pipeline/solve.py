@@ -130,14 +130,21 @@ def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSo
         peft_scaling=target.peft_scaling,
         num_tokens=statistics.num_input_tokens,
         num_grad_tokens=statistics.num_output_tokens,
-        input_damping=solution.input_damping,
-        output_damping=solution.output_damping,
-        eigenvalues=solution.eigenvalues.tolist(),
-        displacement_norm=solution.displacement_norm,
-        solver=solution.solver,
-        residual=solution.residual,
-        notes=list(solution.notes),
+        **reported(solution),
     )
+
+
+def reported(solution: LayerSolution) -> dict[str, Any]:
+    """Return what a layer's report says of its solution."""
+    return {
+        "input_damping": solution.input_damping,
+        "output_damping": solution.output_damping,
+        "eigenvalues": solution.eigenvalues.tolist(),
+        "displacement_norm": solution.displacement_norm,
+        "solver": solution.solver,
+        "residual": solution.residual,
+        "notes": list(solution.notes),
+    }
 
 
 def share_outcomes(job: Job, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:

@@ -107,8 +107,6 @@ def solve_layer(
             return dataclasses.replace(again, notes=(*notes, note, *again.notes))
     if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
-    if not torch.isfinite(basis_B).all():
-        raise NonFiniteError(f"The displacement of {layer} is not finite. Raise input_damping and output_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
     divisor, scale = _units(statistics, basis_A, basis_B, config, norm, layer=layer)
     return LayerSolution(

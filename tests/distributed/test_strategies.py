@@ -35,8 +35,8 @@ from lora_da_hf.artifacts.store import load_init
 pytestmark = pytest.mark.multi_rank
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
-TINY = 1e-8
-"""By how much, of their norm, a training step of 1e-12 moves the weights: the norm of a layer may be 1e-3."""
+TINY = 2e-9
+"""By how much, of a layer's norm, a training step of 1e-12 may move its weights: 1.07e-9 was seen."""
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
