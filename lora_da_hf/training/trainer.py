@@ -151,9 +151,13 @@ def _bound_model_init(trainer_args: tuple[Any, ...], trainer_kwargs: dict[str, A
 
 
 def _wrap_model_init(model_init: Callable[..., Any], peft_config: LoraConfig | None) -> Callable[..., Any]:
+    if isinstance(model_init, functools.partial):  # whose arguments Trainer counts in another way
+        inner = _wrap_model_init(model_init.func, peft_config)
+        return functools.partial(inner, *model_init.args, **model_init.keywords)
+
     @functools.wraps(model_init)  # keeps the signature, which Trainer looks at
-    def wrapped(*args: Any) -> nn.Module:
-        return _with_adapter(model_init(*args), peft_config)
+    def wrapped(*args: Any, **kwargs: Any) -> nn.Module:
+        return _with_adapter(model_init(*args, **kwargs), peft_config)
 
     wrapped.__signature__ = inspect.signature(model_init)  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped

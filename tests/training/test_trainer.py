@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import random
@@ -139,6 +140,17 @@ def test_model_init_may_wrap_the_model_by_itself(tmp_path, lora_model, samples):
     trainer = make_trainer(tmp_path, None, samples, model_init=lambda: lora_model())
     trainer.train()
     assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
+
+
+@pytest.mark.parametrize(("given", "named"), [((), {"hidden_act": "gelu"}), ((None, "gelu"), {})])
+def test_model_init_may_be_a_partial(tmp_path, tiny_llama, samples, given, named):
+    def make(trial, hidden_act):
+        return tiny_llama(hidden_act=hidden_act)
+
+    model_init = functools.partial(make, *given, **named)
+    trainer = make_trainer(tmp_path, None, samples, model_init=model_init, peft_config=make_lora_config())
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.config.hidden_act == "gelu"
 
 
 def test_everything_but_the_start_of_the_adapter_is_as_with_trainer(tmp_path, lora_model, samples):
@@ -345,6 +357,28 @@ def test_a_resumed_run_is_not_initialised_and_ends_where_an_uninterrupted_one_do
     assert len(count_initializations) == 1
     assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
     assert resumed.lora_da_report.step_size == whole.lora_da_report.step_size
+
+
+def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_path, lora_model, samples):
+    first = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 2})
+    first.train()
+    first.save_model()
+    first.save_state()
+    written = {path.name: path.read_bytes() for path in (tmp_path / "lora_da").iterdir()}
+    second = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 4})
+    second.train(resume_from_checkpoint=str(tmp_path))
+    assert second.state.global_step == 4
+    second.save_model()
+    assert list(second.model.peft_config) == ["default"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "lora_da").iterdir()} == written
+
+
+@pytest.mark.parametrize("name", ["lora_da", "lora_da_init_from"])
+def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(tmp_path, tiny_llama, samples, name):
+    model = PeftModel(tiny_llama(), make_lora_config(), adapter_name=name)
+    with pytest.raises(ConfigError, match="another name"):
+        make_trainer(tmp_path, model, samples).train()
+    assert not (tmp_path / name).exists()
 
 
 def test_training_on_after_a_resumed_run_does_not_initialise(tmp_path, tiny_llama, samples, count_initializations):
