@@ -32,7 +32,7 @@ from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.losses import ComputeLoss, choose_unlike, find_reduction
-from lora_da_hf.statistics.model_state import without_checkpointing
+from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.sample_weights import watched_logits
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
@@ -94,7 +94,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
                 losses.append(compute_loss(job.model, first, None).item())
 
         with checked_backward(job.scan.targets), watched_logits(job.model) as heads:
-            shared = find_shared_inputs(layers, run_forward)
+            shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
         reduction = find_reduction(
             compute_loss,
             job.model,

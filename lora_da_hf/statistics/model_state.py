@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,31 @@ def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
         if getattr(module, "gradient_checkpointing", False) is True
         and callable(getattr(module, "_gradient_checkpointing_func", None))
     ]
+
+
+def apart_by_checkpoint(
+    model: nn.Module, layers: Mapping[str, nn.Module], leaders: Mapping[str, str]
+) -> dict[str, str]:
+    """Let layers share an input only with those that reentrant gradient checkpointing runs again together with them.
+
+    Each checkpoint gives its layers another tensor of its own then, also of what all were fed, such as the encoder's
+    output in a decoder's layers.
+
+    Args:
+        model: The model.
+        layers: Modules by name.
+        leaders: What `find_shared_inputs` returned for them.
+
+    Returns:
+        The same, in the same order, with a leader of its own for each checkpoint.
+    """
+    checkpoint_of: dict[nn.Module, int] = {}
+    for number, module in enumerate(checkpointing_modules(model)):  # outer ones come first
+        settings: Mapping[str, Any] = getattr(module._gradient_checkpointing_func, "keywords", {})
+        if settings.get("use_reentrant", True):
+            checkpoint_of.update(dict.fromkeys(module.modules(), number))
+    found: dict[tuple[str, int | None], str] = {}
+    return {name: found.setdefault((leader, checkpoint_of.get(layers[name])), name) for name, leader in leaders.items()}
 
 
 @contextlib.contextmanager

@@ -166,6 +166,28 @@ def read_batch_tokens(
     )
 
 
+def tell_sequences_apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Pad the decoder's sequence by one position, if it is as long as the encoder's and other tokens of it count.
+
+    Layers' rows are told by their number. What is added has no label, and no other position attends to it.
+
+    Args:
+        batch: Of an encoder-decoder that reads its labels, ``[B, S]``.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return batch
+    masks = _attended_positions(batch, labels)
+    alike = len(masks) == 2 and masks[0].shape == masks[1].shape
+    if not alike or torch.equal(*masks) or "decoder_inputs_embeds" in batch:
+        return batch
+    longer = {"labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
+    for name in ("decoder_input_ids", "decoder_attention_mask"):
+        if isinstance(batch.get(name), Tensor):
+            longer[name] = torch.nn.functional.pad(batch[name], (0, 1))
+    return {**batch, **longer}
+
+
 def _masks_other_modality(batch: Mapping[str, Any]) -> bool:
     """Tell whether the attention mask ``[B, S]`` is one of audio or images, by there being no tokens and its length."""
     attention = batch.get("attention_mask")

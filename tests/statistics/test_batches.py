@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lora_da_hf.errors import StatisticsError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import digest_sample
@@ -358,30 +357,40 @@ def test_an_encoder_decoder_counts_the_tokens_of_each_side(collected, assert_equ
     assert_equal_statistics(together.statistics, single.statistics, tolerance=1e-4)
 
 
-def test_an_encoder_decoder_whose_two_sides_look_alike_is_run_one_sample_at_a_time(collected, assert_equal_statistics):
+def pad_to_eight(samples):
+    def padded(name, value):
+        return torch.tensor([s[name] + [value] * (8 - len(s[name])) for s in samples])
+
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": padded("labels", -100),
+    }
+
+
+def with_decoder_inputs(samples):
+    batch = pad_to_eight(samples)
+    shifted = torch.nn.functional.pad(batch["labels"][:, :-1].clamp_min(0), (1, 0))
+    return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (batch["labels"] != -100).long()}
+
+
+@pytest.mark.parametrize("collate", [None, pad_to_eight, with_decoder_inputs])
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_encoder_decoder_whose_two_sides_are_as_long_is_told_apart(
+    collected, assert_equal_statistics, collate, size
+):
     model, samples = tiny_t5(), sequence_pairs((5, 3), (7, 2), (4, 7))  # both sides are padded to 7
-    single, together = (collected(model, samples, batch_size=size, declared="token_mean") for size in (1, 3))
-    assert together.result.batch_size == 1
-    (note,) = together.result.notes
-    assert "could be those of either of the model's sequences" in note
-    assert_equal_statistics(together.statistics, single.statistics)
-
-
-def test_sides_padded_to_one_length_cannot_be_told_apart_even_one_sample_at_a_time(collected):
-    def pad_to_eight(samples):
-        def padded(name, value):
-            return torch.tensor([s[name] + [value] * (8 - len(s[name])) for s in samples])
-
-        return {
-            "input_ids": padded("input_ids", 0),
-            "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", -100),
-        }
-
-    samples = sequence_pairs((5, 3), (7, 2), (4, 7))
-    with pytest.raises(StatisticsError, match=r"even one sample at a time: .*either of the model's seq") as caught:
-        collected(tiny_t5(), samples, batch_size=3, declared="token_mean", collate=pad_to_eight)
-    assert "If the collator pads single samples, turn that off" in str(caught.value)
+    expected = [collected(model, [sample], batch_size=1, declared="token_mean") for sample in samples]
+    options = {} if collate is None else {"collate": collate}
+    found = collected(model, samples, batch_size=size, declared="token_mean", **options)
+    assert found.result.batch_size == size
+    assert not found.result.notes
+    for name, statistics in found.statistics.items():
+        alone = [single.statistics[name] for single in expected]
+        assert statistics.num_input_tokens == sum(part.num_input_tokens for part in alone), name
+        assert statistics.num_output_tokens == sum(part.num_output_tokens for part in alone), name
+    together = collected(model, samples, batch_size=1, declared="token_mean")
+    assert_equal_statistics(found.statistics, together.statistics, tolerance=1e-4)
 
 
 def test_what_is_nested_is_in_the_hash_of_a_sample():
