@@ -115,8 +115,14 @@ def max_sample_length(model: nn.Module) -> int | None:
     if not isinstance(limit, int) or limit < 1:
         return None
     tokens = input_embeddings(base)
-    sizes = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    return limit if any(limit <= size <= limit + _MORE_POSITIONS for size in sizes) else None
+    tables = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and module is not tokens and "rel" not in name.rpartition(".")[2]
+    ]
+    found = [table for table in tables if limit <= table.num_embeddings <= limit + _MORE_POSITIONS]
+    # positions are counted from the row behind that of padding, if there is one (RoBERTa)
+    return min((limit - (0 if t.padding_idx is None else t.padding_idx + 1) for t in found), default=None)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -2,7 +2,17 @@ import pytest
 import torch
 from families.zoo import FAMILIES
 from harness import collate, make_learnable_samples
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 
 from lora_da_hf.errors import DataError
@@ -31,6 +41,36 @@ def make_bert():
 
 def make_t5():
     return T5(T5Config(vocab_size=96, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2))
+
+
+def make_roberta():
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=96,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=32,
+            pad_token_id=1,
+        )
+    )
+
+
+def make_deberta():
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=96,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=32,
+            relative_attention=True,
+            position_buckets=16,
+            position_biased_input=False,
+        )
+    )
 
 
 def make_gpt2():
@@ -95,6 +135,8 @@ def test_the_longest_sample_is_what_the_position_embeddings_allow(tiny_llama):
     assert max_sample_length(make_bert()) == 32
     assert max_sample_length(make_gpt2()) == 32
     assert max_sample_length(make_t5()) is None  # relative positions
+    assert max_sample_length(make_deberta()) is None  # relative ones, in a table of as many rows
+    assert max_sample_length(make_roberta()) == 30  # from the row behind the padding's on
     assert max_sample_length(torch.nn.Linear(2, 2)) is None
 
 

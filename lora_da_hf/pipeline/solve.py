@@ -18,6 +18,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
+from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 Outcome = tuple[LayerSolution, LayerReport] | str
@@ -63,7 +64,8 @@ def solve(job: Job, gathered: Gathered, population_size: int, plan: Plan) -> Sol
                 found = _solve_group(job, leader, statistics, gathered.kept, population_size)
                 return found, statistics if job.config.save_statistics else {}
 
-            with _map_on_threads(plan) as each:
+            device = next(iter(job.targets.values())).device
+            with full_precision(device.type), _map_on_threads(plan) as each:
                 for found, statistics in each(solve_group, list(reduced)):
                     mine.update(found)
                     stored.update(statistics)

@@ -18,7 +18,13 @@ from lora_da_hf.statistics.pass_state import PassState, PassStore
 from lora_da_hf.statistics.sample_weights import weighted_head
 from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import Taps
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
+from lora_da_hf.statistics.token_masks import (
+    BatchTokens,
+    SingleSamplesNeeded,
+    num_rows,
+    read_batch_tokens,
+    tell_sequences_apart,
+)
 
 _HALF_PRECISION_SCALE = 2.0**12
 _RANDOM_STATE = "random_state"
@@ -198,6 +204,8 @@ class _Prepared:
 
 def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSettings, *, counts: bool) -> _Prepared:
     num_samples = len(samples)
+    if settings.encoder_decoder:
+        batch = tell_sequences_apart(batch)
     if num_rows(batch) % num_samples:
         raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
     tokens = read_batch_tokens(
@@ -257,6 +265,9 @@ def _add_batch(
             # gradients in float16, whose range is too small for them as they are
             taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
             weight = 1.0 if isinstance(weights, Tensor) else weights
+            if loss.dtype == torch.float16:  # which holds no gradient above 65504 either
+                taps.gradient_scale /= max(1.0, weight)
+                loss = loss.float()
             if loss.requires_grad:
                 (loss * (weight * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too

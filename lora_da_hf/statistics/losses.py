@@ -259,7 +259,13 @@ def _mean_of(pairs: Sequence[_Pair], tolerance: float) -> LossReduction:
             return LossReduction(kind="sample_mean", reason="measured: the mean of its samples' losses")
         if off_mean > 10 * off_labels:
             return LossReduction(kind="token_mean", reason="measured: the mean over the batch's labels")
-        return LossReduction(kind="even_mean", reason="measured: the mean of samples with equally many labels")
+        if all(pair.counts and pair.counts[0] == pair.counts[1] for pair in pairs):
+            return LossReduction(kind="even_mean", reason="measured: the mean of samples with equally many labels")
+        return LossReduction(
+            kind="unknown",
+            reason="a mean, and the losses are too alike in this precision to tell whether of labels or of samples: "
+            "loss_reduction can say it",
+        )
     return LossReduction(kind="unknown", reason="the loss of two samples is neither the sum nor a mean of theirs")
 
 

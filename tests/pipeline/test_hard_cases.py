@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config
+from families.zoo import FAMILIES
+from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config, turn_checkpointing_on
+from peft import get_peft_model
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
@@ -17,6 +19,7 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics import taps
 from lora_da_hf.theory.line_search import line_search
 
+SIXTEEN = LoRADAConfig(num_samples=16, step_size=0.1, search_samples=0, sample_selection="head")
 FIXED = LoRADAConfig(num_samples=12, step_size=0.1, search_samples=0, sample_selection="head")
 
 
@@ -200,6 +203,46 @@ def test_gradients_in_float16_are_scaled_and_give_the_statistics_of_float32(lora
         a, b = name.replace("lora_B", "lora_A"), name
         product, other = expected[b] @ expected[a], found[b] @ found[a]
         assert (product - other).norm() <= 0.1 * product.norm(), name
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_a_loss_in_float16_gives_the_statistics_of_float32(batch_size):
+    family = FAMILIES["BERT, sequence classification"]
+    samples, found = family.samples(24), []
+    for dtype in (torch.float32, torch.float16):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = get_peft_model(family.make_model().to(dtype), make_lora_config(**family.lora))
+        initialize_lora_da(model, samples, config=SIXTEEN, batch_size=batch_size, progress=False)
+        found.append(adapter_weights(model))
+    for name in (name for name in found[0] if "lora_B" in name):
+        product, other = (weights[name] @ weights[name.replace("lora_B", "lora_A")] for weights in found)
+        assert (product - other).norm() <= 0.1 * product.norm(), name
+
+
+SEQ2SEQ = ("T5", "BART")
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_decoder_layers_that_are_fed_the_encoders_output_can_be_checkpointed(name, use_reentrant):
+    samples, weights = FAMILIES[name].samples(16), []
+    for checkpoints in (False, True):
+        model = seq2seq(name)
+        if checkpoints:
+            turn_checkpointing_on(model, reentrant=use_reentrant)
+        initialize_lora_da(
+            model, samples, config=FIXED, data_collator=FAMILIES[name].collate, batch_size=4, progress=False
+        )
+        weights.append(adapter_weights(model))
+    for key in weights[0]:
+        assert torch.allclose(weights[1][key], weights[0][key], atol=1e-5), key
+
+
+def seq2seq(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(FAMILIES[name].make_model(), make_lora_config(**FAMILIES[name].lora))
 
 
 def test_an_adapter_initialised_by_the_function_is_left_alone_by_the_trainer(lora_model, token_samples, tmp_path):

@@ -245,6 +245,10 @@ def pair(*label_counts):
 
 
 NAN = float("nan")
+TOO_ALIKE = (
+    "a mean, and the losses are too alike in this precision to tell whether of labels or of samples: loss_reduction "
+    "can say it"
+)
 A_MEAN = "measured: the mean of its samples' losses"
 
 
@@ -256,7 +260,7 @@ A_MEAN = "measured: the mean of its samples' losses"
         (toy(1, 3, 2), pair(2, 5), "sample_mean", A_MEAN),
         (toy(1, 3, 2.2), pair(2, 3), "token_mean", "measured: the mean over the batch's labels"),
         (toy(1, 3, 2), pair(3, 3), "even_mean", "measured: the mean of samples with equally many labels"),
-        (toy(2, 2, 2), pair(2, 3), "even_mean", "measured: the mean of samples with equally many labels"),
+        (toy(2, 2, 2), pair(2, 3), "unknown", TOO_ALIKE),
         (toy(0, 0, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
         (toy(NAN, NAN, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
         (toy(1, 3, 5), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
