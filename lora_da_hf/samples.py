@@ -183,12 +183,18 @@ def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
         samples: Mappings of equal keys to numbers, lists of numbers or tensors.
 
     Raises:
-        DataError: if a sample is no mapping, or a value is no number.
+        DataError: if a sample is no mapping, a value is no number, or samples have a dimension for the batch.
     """
     rows = [_tensors(sample) for sample in samples]
     if any(set(row) != set(rows[0]) for row in rows):
         raise DataError(f"Samples have different keys: {sorted(rows[0])} and others. Give all of them the same.")
     ids = [row.get("input_ids") for row in rows]
+    joined = next((i for i in ids if i is not None and i.dim() > 1 and len(i) == 1), None)
+    if joined is not None:
+        raise DataError(
+            f"A sample's input_ids have shape {list(joined.shape)}, with a dimension for the batch. Tokenise samples "
+            "without return_tensors, or give a data_collator that joins them."
+        )
     if "attention_mask" not in rows[0] and all(i is not None and i.dim() == 1 for i in ids):
         for row in rows:
             row["attention_mask"] = torch.ones_like(row["input_ids"])
@@ -199,8 +205,18 @@ def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
             batch[name] = torch.stack(values)
         else:
             padding = IGNORED_LABEL if "labels" in name else 0
-            batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+            batch[name] = _padded(name, values, padding)
     return batch
+
+
+def _padded(name: str, values: list[Tensor], padding: int) -> Tensor:
+    if any(value.shape[1:] != values[0].shape[1:] for value in values):
+        shapes = ", ".join(str(list(value.shape)) for value in values[:3])
+        raise DataError(
+            f"The samples' {name!r} differ in more than their length ({shapes}), and cannot be padded to one batch. "
+            "Give a data_collator that can."
+        )
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
 
 
 def _tensors(sample: Any) -> dict[str, Tensor]:

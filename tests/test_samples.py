@@ -250,6 +250,14 @@ def test_a_value_of_none_is_left_out():
             [{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}],
             r"Samples have different keys: \['input_ids', 'labels'\] and others",
         ),
+        (
+            [{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}],
+            r"input_ids have shape \[1, 3\], with a dimension for the batch. Tokenise samples without return_tensors",
+        ),
+        (
+            [{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 4)}],
+            r"'x' differ in more than their length \(\[2, 3\], \[3, 4\]\), and cannot be padded .* Give a data",
+        ),
     ],
 )
 def test_samples_of_another_form_are_an_error(samples, message):

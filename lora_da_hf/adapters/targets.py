@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
         )
     targets: list[Target] = []
     kept: dict[str, str] = {}
+    peft_config = getattr(model, "peft_config", {}).get(adapter_name)
+    tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
     for full_name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -130,6 +132,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
         if adapter_name not in layer.r:
             continue
         reason = _why_kept(layer, adapter_name)
+        if reason is None and name in tied:
+            reason = "its adapter is the one of the embeddings (ensure_weight_tying)"
         if reason:
             kept[name] = reason
             continue
@@ -238,6 +242,11 @@ def _checked(target: Target) -> Target:
         raise TargetError(
             f"{target.name}: its adapter is scaled by {target.peft_scaling:g}, with which no step can be written. Give "
             "a lora_alpha above 0."
+        )
+    if target.layer.disable_adapters:
+        raise TargetError(
+            f"{target.name}: its adapter is disabled, so no step would change the loss. Call enable_adapter_layers() "
+            "first, and initialise outside of disable_adapter()."
         )
     if target.layer.merged:
         raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")

@@ -14,8 +14,11 @@ from lora_da_hf.artifacts.files import sync
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_PREFIX
 from lora_da_hf.errors import ConfigError
 
-UNLISTED_FILES = ("README.md", ".gitattributes")
+UNLISTED_FILES = ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db", "desktop.ini")
 """What a folder may hold besides, apart from PNG files. Nothing of it is read."""
+
+UNLISTED_FOLDERS = (".cache", ".ipynb_checkpoints")
+"""What the Hub's client and notebooks may leave in a folder. Nothing of it is read."""
 
 _PARTIAL = ".{}.partial-"
 _OLD = ".{}.old-"
@@ -74,12 +77,28 @@ def _umask() -> int:
 
 def foreign_files(folder: Path) -> list[str]:
     """Return the names in the folder of an initialisation that are neither one's nor a card's nor a picture's."""
-    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES}
+    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES, *UNLISTED_FOLDERS}
     return sorted(
         path.name
         for path in folder.iterdir()
         if path.name not in known and not path.name.startswith(STATISTICS_PREFIX) and path.suffix != ".png"
     )
+
+
+def check_writable(folder: Path) -> None:
+    """Verify that `atomic_folder` can write a folder, before hours are spent on what goes into it.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=_PARTIAL.format(folder.name), dir=folder.parent)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"The initialisation cannot be written to {folder} ({error.strerror or error}). Name a folder that can be "
+            "written."
+        ) from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -91,6 +110,8 @@ def check_replaceable(folder: Path) -> None:
     if folder.name in ("", ".."):
         raise ConfigError(f"{str(folder)!r} does not name a folder of its own for the initialisation. Name a new one.")
     if not folder.is_dir():
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a link to nothing. Remove it, or name a new folder for the initialisation.")
         if folder.exists():
             raise ConfigError(f"{folder} is a file. Name a new folder for the initialisation.")
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.fingerprint import differences
-from lora_da_hf.artifacts.folders import UNLISTED_FILES, atomic_folder
+from lora_da_hf.artifacts.folders import UNLISTED_FILES, UNLISTED_FOLDERS, atomic_folder
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -201,12 +201,13 @@ def _basis_specs(manifest: Manifest) -> TensorSpecs:
 
 
 def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
-    """Verify that the folder holds what the manifest lists, and at most a card and its pictures besides."""
+    """Verify that the folder holds what the manifest lists, and besides at most what is never read."""
     for path in sorted(folder.iterdir()):
         if path.name in (MANIFEST_FILE, *manifest.files):
             continue
-        is_card = path.name in UNLISTED_FILES or path.suffix == ".png"
-        if not is_card or path.is_symlink() or not path.is_file():
+        is_known = path.name in UNLISTED_FILES or path.suffix == ".png"
+        as_known = path.is_file() if is_known else path.name in UNLISTED_FOLDERS and path.is_dir()
+        if not as_known or path.is_symlink():
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 
 

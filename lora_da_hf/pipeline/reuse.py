@@ -25,7 +25,7 @@ from lora_da_hf.artifacts.solved_from import stored_solution
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, settle
+from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
@@ -120,6 +120,7 @@ def apply_init(
     """
     start = time.perf_counter()
     ranks = Ranks.current()
+    refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
         scan = find_targets(model, adapter_name)
     check_fresh(scan.targets)

@@ -13,7 +13,7 @@ from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, freeze_a, keep_weights_unpacked, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable
-from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
+from lora_da_hf.artifacts.folders import check_replaceable, check_writable, remove_leftovers
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
@@ -91,7 +91,8 @@ def initialize_lora_da(
     Raises:
         TargetError: if there is nothing that can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if settings contradict each other, or ``output_dir`` holds something else.
+        ConfigError: if settings contradict each other, gradients are off, or ``output_dir`` holds something else or
+            cannot be written.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
@@ -113,6 +114,11 @@ def initialize_lora_da(
     for name, number in (("population_size", population_size), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}={number!r} must be at least 1.")
+    if not torch.is_grad_enabled():
+        raise ConfigError(
+            "Gradients are off, and the statistics are made of them. Call this outside of torch.no_grad() and "
+            "torch.inference_mode()."
+        )
     ranks = Ranks.current()
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
@@ -141,6 +147,7 @@ def initialize_lora_da(
         if job.output_dir is not None and ranks.is_main:
             remove_leftovers(job.output_dir)
             check_replaceable(job.output_dir)
+            check_writable(job.output_dir)
     splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 

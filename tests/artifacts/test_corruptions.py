@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from lora_da_hf import initialize_lora_da
+from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
@@ -751,6 +752,23 @@ def test_a_card_and_its_pictures_may_lie_beside(original, place):
     for name in ("README.md", "spectra.png", ".gitattributes"):
         (folder / name).write_bytes(b"anything")
     load_init(folder)
+
+
+def test_what_other_programs_leave_in_a_folder_may_lie_beside(original, place):
+    folder = fresh_copy(original, place)
+    (folder / ".DS_Store").write_bytes(b"anything")
+    for name in (".cache", ".ipynb_checkpoints"):
+        (folder / name / "inside").mkdir(parents=True)
+    load_init(folder)
+    check_replaceable(folder)
+    (folder / ".DS_Store").unlink()
+    (folder / ".DS_Store").mkdir()
+    with pytest.raises(ArtifactError, match=r".DS_Store is not listed in the manifest"):
+        load_init(folder)
+
+
+def test_anything_else_may_not(original, place):
+    folder = fresh_copy(original, place)
     (folder / "notes.txt").write_text("x")
     with pytest.raises(ArtifactError, match=r"notes.txt is not listed in the manifest. Remove it, or fetch"):
         load_init(folder)

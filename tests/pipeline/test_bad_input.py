@@ -88,6 +88,20 @@ def test_a_merged_adapter(lora_model, samples):
     refuses(TargetError, r"its adapter is merged into the base weight. Call unmerge_adapter\(\) first", model, samples)
 
 
+def test_a_disabled_adapter(lora_model, samples):
+    model = lora_model()
+    with model.disable_adapter():
+        refuses(TargetError, r"its adapter is disabled.*Call enable_adapter_layers\(\) first", model, samples)
+    assert initialize(model, samples).step_size > 0
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_off(lora_model, samples, off):
+    model = lora_model()
+    with off():
+        refuses(ConfigError, r"Gradients are off.* Call this outside of torch.no_grad\(\)", model, samples)
+
+
 def test_an_adapter_that_could_not_be_loaded_again(lora_model, samples, tmp_path):
     model = lora_model(layer_replication=[(0, 2), (0, 2)], target_modules=["q_proj", "v_proj"])
     match = "layer_replication.* could not be loaded again"
@@ -152,6 +166,22 @@ def test_lora_on_embeddings_is_kept_and_reported(lora_model, samples):
     report = initialize(lora_model(target_modules=["q_proj", "embed_tokens"]), samples)
     assert report.kept == {"model.embed_tokens": "Embedding is not a linear layer"}
     assert len(report.layers) == 2
+
+
+def test_the_head_is_kept_and_reported_if_its_adapter_is_the_embeddings_own(tiny_llama, lora_model, samples):
+    model = lora_model(
+        model=tiny_llama(tie_word_embeddings=True),
+        target_modules=["q_proj", "embed_tokens", "lm_head"],
+        ensure_weight_tying=True,
+    )
+    before = {name: tensor for name, tensor in adapter_weights(model).items() if "q_proj" not in name}
+    report = initialize(model, samples)
+    assert report.kept == {
+        "model.embed_tokens": "Embedding is not a linear layer",
+        "lm_head": "its adapter is the one of the embeddings (ensure_weight_tying)",
+    }
+    assert report.search_loss_after < report.search_loss_before
+    assert_same_tensors({name: adapter_weights(model)[name] for name in before}, before)
 
 
 def test_a_rank_above_every_input_size(lora_model, samples):
@@ -424,6 +454,8 @@ def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp
     file.write_text("pass")
     refuses(ConfigError, "script.py is a file", lora_model(), samples, output_dir=file)
     refuses(ConfigError, "does not name a folder of its own", lora_model(), samples, output_dir=".")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refuses(ConfigError, "link is a link to nothing", lora_model(), samples, output_dir=tmp_path / "link")
     trained = tmp_path / "adapter"
     lora_model().save_pretrained(trained)
     refuses(ConfigError, "holds something else", lora_model(), samples, output_dir=trained)
@@ -434,3 +466,19 @@ def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp
     refuses(ConfigError, r"\(thesis.txt\), which would be lost", lora_model(), samples, output_dir=init, config=changed)
     (init / "thesis.txt").unlink()
     assert initialize(lora_model(), samples, output_dir=init, config=changed).num_search_samples == 2
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_pass(lora_model, samples, tmp_path):
+    def never(model, batch, num_items):
+        pytest.fail("the model ran")
+
+    (tmp_path / "file").write_text("kept")
+    refuses(
+        ConfigError,
+        r"cannot be written to .*init \(.*\). Name a folder that can be written",
+        lora_model(),
+        samples,
+        output_dir=tmp_path / "file" / "init",
+        compute_loss=never,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
