@@ -12,6 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 class Flags(argparse.ArgumentParser):
     """Flags of a verb, for `argparse`'s ``parents``. Each can be written with dashes too."""
@@ -32,6 +34,8 @@ class Flags(argparse.ArgumentParser):
         """Add the base model, which is loaded, and its revision."""
         self.flag("base_model", metavar="MODEL", help=f"load this model {purpose}")
         self.flag("model_revision", help="its branch, tag or commit (default: main)")
+        self.flag("dtype", choices=DTYPES, help="its precision, as for `lora-da init` (default: as stored)")
+        self.flag("trust_remote_code", action="store_true", default=None, help="run model code that comes with it")
 
     def facts_of_card(self) -> None:
         """Add what can be said on a card besides what was recorded."""
@@ -131,6 +135,20 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
     return path
 
 
+def check_loading(arguments: argparse.Namespace) -> None:
+    """Refuse flags about a base model that is not loaded.
+
+    Raises:
+        ConfigError: naming one.
+    """
+    names = ("model_revision", "dtype", "trust_remote_code")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given and arguments.base_model is None:
+        raise ConfigError(
+            f"--{given[0]} is of the base model, and --base_model names none. Give both, or leave it out."
+        )
+
+
 def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:
     """Load the model that `Flags.loaded_base_model` parsed.
 
@@ -142,12 +160,17 @@ def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: 
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
-    revision = arguments.model_revision or "main"
-    return _class_of_base(peft_config).from_pretrained(arguments.base_model, revision=revision, dtype="auto")
+    return _class_of_base(peft_config).from_pretrained(
+        arguments.base_model,
+        revision=arguments.model_revision or "main",
+        dtype=arguments.dtype or "auto",
+        trust_remote_code=bool(arguments.trust_remote_code),
+    )
 
 
 def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
     """Load the base model for the initialisation in a folder; None if none was given."""
+    check_loading(arguments)
     if arguments.base_model is None:
         return None
     from lora_da_hf.artifacts.peft_config import read_peft_config

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_da_hf.cli.flags import Flags, at_least, base_model_of_folder, dataclass_flags, joined, new_folder
 from lora_da_hf.cli.output import Output
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
 
 
@@ -50,10 +51,22 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _given_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the settings on the command line; None if there are none."""
+    """Return the settings on the command line; None if there are none.
+
+    Raises:
+        ConfigError: if one would change nothing, or is given by a flag of its own too.
+    """
+    from lora_da_hf.pipeline.stored import PASS_SETTINGS
+
     given = {
         flag.removeprefix(PREFIX): setting_of_flag(flag, value)
         for flag, value in vars(arguments).items()
         if flag.startswith(PREFIX)
     }
+    idle = [name for name in PASS_SETTINGS if name in given]
+    if idle:
+        raise ConfigError(f"--{PREFIX}{idle[0]} is for a pass over data, and refit makes none. Leave it out.")
+    twice = [name for name in ("step_size", "rank_budget") if name in given and getattr(arguments, name) is not None]
+    if twice:
+        raise ConfigError(f"--{twice[0]} and --{PREFIX}{twice[0]} say the same thing. Give one of them.")
     return given or None

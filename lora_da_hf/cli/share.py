@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, facts_of_card, load_base_model
+from lora_da_hf.cli.flags import Flags, at_least, check_loading, facts_of_card, load_base_model
 from lora_da_hf.cli.output import Output, aligned, table
 from lora_da_hf.errors import ConfigError
 
@@ -61,6 +61,7 @@ def pull_parser() -> argparse.ArgumentParser:
     flags.loaded_base_model("and refuse if it was computed for another one (DoRA at another --rank needs it)")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
     flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
+    flags.flag("overwrite", action="store_true", help="replace another initialisation that is in --local_dir")
     flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
     return flags
 
@@ -70,6 +71,9 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.hub import pull_init
 
     _progress(output)
+    check_loading(arguments)
+    if arguments.overwrite and arguments.local_dir is None:
+        raise ConfigError("--overwrite is for --local_dir, and none is given. Leave it out.")
     repo_id, revision = _named(arguments.repo_id, arguments.revision)
 
     def load_base(peft_config: dict[str, Any]) -> Any:
@@ -82,6 +86,7 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
         base_model=None if arguments.base_model is None else load_base,
         cache_dir=arguments.cache_dir,
         local_dir=arguments.local_dir,
+        overwrite=arguments.overwrite,
         local_files_only=arguments.local_files_only,
     )
     values = {"folder": str(pulled.folder), "repo_id": pulled.repo_id, "commit": pulled.commit}

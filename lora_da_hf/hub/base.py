@@ -27,14 +27,12 @@ class BaseFacts:
         license: Its licence, if it names a well-formed one.
         license_name: The name of a licence called other.
         license_link: Where the text of a licence called other is.
-        gated: Whether its conditions must be accepted first.
     """
 
     name: str | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
-    gated: bool = False
 
     def license_facts(self, given: Mapping[str, str | None]) -> dict[str, str | None]:
         """Return what a card says of the licence: what is given, and of the same licence what the base says besides.
@@ -83,7 +81,6 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
         license=_well_formed(name, "license", card.get("license"), is_license),
         license_name=_well_formed(name, "license_name", card.get("license_name"), bool),
         license_link=_well_formed(name, "license_link", card.get("license_link"), is_license_link),
-        gated=bool(info.gated),
     )
 
 

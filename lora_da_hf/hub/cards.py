@@ -39,7 +39,7 @@ TAGS = ("lora", "peft", "lora-da", "lora-init")
 
 _TEMPLATE = "init_card.md.jinja"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LICENSE_LINK = re.compile(r"https://[!-~]+|[A-Za-z0-9_.-]+")
 _TASKS = {
@@ -90,7 +90,14 @@ def render_card(
         CardError: if an argument is malformed.
         ArtifactError: if the report or PEFT's configuration in the folder is malformed.
     """
-    _check(license=license, license_link=license_link, repo_id=repo_id, commit=commit, language=language)
+    _check(
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        repo_id=repo_id,
+        commit=commit,
+        language=language,
+    )
     facts = card_facts(init, base_model=base_model)
     metadata = card_metadata(
         facts,
@@ -220,6 +227,7 @@ def _to_yaml(metadata: dict[str, Any]) -> str:
 def _check(
     *,
     license: str | None,
+    license_name: str | None,
     license_link: str | None,
     repo_id: str | None,
     commit: str | None,
@@ -229,13 +237,20 @@ def _check(
         raise CardError(f"repo_id={repo_id!r} is no name of a repository on the Hub. Give one such as user/name.")
     if commit is not None and not _COMMIT.fullmatch(commit):
         raise CardError(f"commit={commit!r} is no commit. Give all 40 digits, as `lora-da pull` prints them.")
+    if commit is not None and repo_id is None:
+        raise CardError(f"commit={commit!r} is one of a repository. Give its repo_id too, or leave the commit out.")
     if license is not None and not is_license(license):
         raise CardError(f"license={license!r} is no identifier of a licence. Give the Hub's, such as apache-2.0.")
+    if license != "other" and (license_name or license_link):
+        raise CardError(f"license_name and license_link are of a licence called other, and it is {license!r}.")
     if license_link is not None and not is_license_link(license_link):
         raise CardError(f"license_link={license_link!r} must be an https address or the name of a file beside it.")
     wrong = [tag for tag in language if not _LANGUAGE.fullmatch(tag)]
     if wrong:
-        raise CardError(f"language {wrong[0]!r} is no code of a language. Give one such as en.")
+        raise CardError(
+            f"language {wrong[0]!r} is no code of a language that the Hub takes. Give one of two or three letters, as "
+            "en, without a region or script."
+        )
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, m
 from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.refit import cut_init, is_cut
+from lora_da_hf.pipeline.refit_write import refitted_from
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
@@ -99,6 +100,7 @@ def pull_init(
     base_model: nn.Module | Mapping[str, Any] | LoadBase | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
+    overwrite: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
@@ -122,8 +124,10 @@ def pull_init(
             of another rank needs the model itself.
         cache_dir: The client's cache; None: its default. It may be read-only if it holds the checked folder, or if all
             files are there and ``local_dir`` is given; several processes then need a folder each.
-        local_dir: Where to put the checked folder: a new or empty folder, or one with an initialisation, which is
-            replaced. None: in the cache, with hard links, so that it takes no space; another rank is cut there once.
+        local_dir: Where to put the checked folder: a new or empty folder, or one with the same initialisation or what
+            was made from it, which is replaced. None: in the cache, with hard links, so that it takes no space; another
+            rank is cut there once.
+        overwrite: Whether another initialisation at ``local_dir`` is replaced.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
@@ -133,7 +137,8 @@ def pull_init(
             it cannot be written and has no checked folder.
         ArtifactError: if anything in it is not as the manifest says.
         BaseModelMismatchError: if it was computed for another base model.
-        ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else, a DoRA
+        ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else or
+            another initialisation, a DoRA
             adapter is to get another rank without the base model itself, or a rank is to be cut without statistics.
     """
     if revision == "":
@@ -182,6 +187,11 @@ def pull_init(
                     f"{doing} failed: {checked} cannot be written ({refusal.strerror}), and has no complete "
                     f"{folder.name}. Pull it once where that can be written, or to a folder of its own (local_dir)."
                 ) from refusal
+            elif local_dir is not None and not overwrite and _holds_another(folder, manifest):
+                raise ConfigError(
+                    f"{folder} holds another initialisation, which would be lost. Name a new folder, or pass "
+                    "overwrite=True (--overwrite)."
+                )
             elif rank is None:
                 _collect(source, manifest, path, folder, put, model, statistics=statistics)
             else:
@@ -301,6 +311,18 @@ def _is_made(folder: Path, manifest: Manifest, rank: int | None, *, statistics: 
         return load_init(folder, statistics=statistics).manifest == manifest
     except ArtifactError:
         return False
+
+
+def _holds_another(folder: Path, manifest: Manifest) -> bool:
+    """Tell whether a folder holds an initialisation that is neither the one of a manifest nor was made from it."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return False
+    try:
+        found = parse_manifest(path.read_bytes(), source=str(path))
+    except ArtifactError:
+        return False  # of no use to anybody
+    return found != manifest and found.refitted_from != refitted_from(manifest)
 
 
 def _place(source: _Source, commit: str, target: Path, entry: FileEntry, put: _Put) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
+from lora_da_hf.artifacts.folders import UNLISTED_FILES
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
@@ -101,8 +102,8 @@ def push_init(
         ArtifactError: if the folder is not a valid initialisation, or what arrived is not what was sent.
         CardError: if the card is malformed, shows a plot that is not there, or is given together with facts for one.
         HubError: if a public repo is asked for without a known licence, the repo is private or public against the wish,
-            a new one should get another branch than main, somebody else pushed meanwhile, or the Hub refuses or cannot
-            be reached. If a repo was made by then, the error says so.
+            a new one should get another branch than main, it holds something else than an initialisation, somebody else
+            pushed meanwhile, or the Hub refuses or cannot be reached. If a repo was made by then, the error says so.
     """
     stored = load_init(folder)
     check_statistics(stored)
@@ -132,6 +133,7 @@ def push_init(
     with _adding(left if is_new else ""), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_visibility(head, private=private)
+        _check_replaceable(head)
         if parent_commit is not None and not create_pr and not str(head.sha).startswith(parent_commit):
             raise HubError(
                 f"{repo_id} is at {head.sha}, not at {parent_commit}: somebody else pushed meanwhile. Look at what "
@@ -208,6 +210,17 @@ def _check_visibility(info: ModelInfo, *, private: bool) -> None:
         raise HubError(
             f"{info.id} is private, and private=False (--public) was asked for, which only a new repo is made by. Make "
             "it public in its settings first, or push it privately."
+        )
+
+
+def _check_replaceable(info: ModelInfo) -> None:
+    """Refuse to write over what is no initialisation, such as a trained adapter, whose files have the same names."""
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    foreign = sorted(names - {*UNLISTED_FILES, *PLOTS})
+    if foreign and MANIFEST_FILE not in names:
+        raise HubError(
+            f"{info.id} holds something else than an initialisation ({foreign[0]}), which a push would write over or "
+            "stand beside. Push to another repo."
         )
 
 

@@ -35,7 +35,7 @@ SOLVED_AGAIN_WITH = "solved_again_with"
 """Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
 
 _SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
-_PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
+PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
 """How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
 _FREE_IN_REFIT = (*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget")
 _FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
@@ -77,7 +77,7 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
             "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
             "writes."
         )
-    wanted = {name: getattr(given, name) for name in names if name not in _PASS_SETTINGS}
+    wanted = {name: getattr(given, name) for name in names if name not in PASS_SETTINGS}
     fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
     if fixed:
         raise ConfigError(
@@ -127,7 +127,7 @@ def _check_given(config: LoRADAConfig, stored: LoRADAConfig, given: Collection[s
     fixed = [
         name
         for name in changed_settings(config, stored)
-        if name in given and name not in (*_FREE_IN_REFIT, *_PASS_SETTINGS)
+        if name in given and name not in (*_FREE_IN_REFIT, *PASS_SETTINGS)
     ]
     if fixed:
         raise ConfigError(

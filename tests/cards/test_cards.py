@@ -140,7 +140,7 @@ def test_without_matplotlib_the_card_has_no_plots_and_that_is_logged(stored, mon
 ARGUMENTS = {
     "license": [{"license": None}, {"license": "apache-2.0"}],
     "repository": [{}, {"repo_id": "user/init"}, {"repo_id": "user/init", "commit": COMMIT}],
-    "data": [{}, {"datasets": ["gsm8k", "notes"], "language": ["en", "zh-Hant"]}],
+    "data": [{}, {"datasets": ["gsm8k", "notes"], "language": ["en", "zho"]}],
     "rest": [{}, {"hardware": "a GPU", "notes": ["A note."], "plots": [SPECTRA_PLOT, SEARCH_PLOT]}],
 }
 BASES = [
@@ -366,8 +366,12 @@ def test_a_local_copy_can_be_named(stored):
         ({"repo_id": "a/b/c"}, "repo_id='a/b/c' is no name"),
         ({"commit": "main"}, "commit='main' is no commit"),
         ({"license": "Apache 2"}, "license='Apache 2' is no identifier"),
-        ({"license_link": "javascript:alert(1)"}, "must be an https address"),
+        ({"license": "other", "license_link": "javascript:alert(1)"}, "must be an https address"),
+        ({"license": "mit", "license_name": "own"}, "are of a licence called other, and it is 'mit'"),
+        ({"license_link": "LICENSE"}, "are of a licence called other, and it is None"),
         ({"language": ["English!"]}, "'English!' is no code"),
+        ({"language": ["pt-BR"]}, "'pt-BR' is no code of a language that the Hub takes"),
+        ({"commit": COMMIT}, "is one of a repository. Give its repo_id too"),
     ],
 )
 def test_malformed_arguments_are_refused(stored, arguments, message):

@@ -229,6 +229,30 @@ def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_l
     assert "the model differs" in err
 
 
+def test_the_base_model_is_loaded_as_it_was_for_the_initialisation(lora_da, monkeypatch, stored, place):
+    from transformers import AutoModelForCausalLM
+
+    load, given = AutoModelForCausalLM.from_pretrained, []
+
+    def noted(*args, **kwargs):
+        given.append(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    code, _, _ = lora_da("verify", stored, "--base_model", place / "model", "--dtype", "float32", "--trust_remote_code")
+    assert code == 0
+    assert given == [{"revision": "main", "dtype": "float32", "trust_remote_code": True}]
+
+
+@pytest.mark.parametrize("flag", [["--model_revision", "v1"], ["--dtype", "float16"], ["--trust_remote_code"]])
+@pytest.mark.parametrize("verb", ["verify", "refit", "pull"])
+def test_flags_of_a_base_model_that_is_not_named_are_refused(lora_da, stored, tmp_path, verb, flag):
+    words = {"verify": [stored], "refit": [stored, tmp_path / "new"], "pull": ["user/name"]}[verb]
+    code, _, err = lora_da(verb, *words, *flag)
+    assert code == 1
+    assert f"{flag[0]} is of the base model, and --base_model names none" in err
+
+
 def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, tmp_path):
     import transformers
 
@@ -393,6 +417,22 @@ def test_refit_hands_on_what_is_given(lora_da, replace, stored, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--da_memory_budget", "1GiB"], "--da_memory_budget is for a pass over data, and refit makes none"),
+        (["--da_schedule", "samples"], "--da_schedule is for a pass over data"),
+        (["--da_step_size", "0.5", "--step_size", "0.7"], "--step_size and --da_step_size say the same thing"),
+        (["--da_rank_budget", "900", "--rank_budget", "800"], "--rank_budget and --da_rank_budget say the same thing"),
+    ],
+)
+def test_refit_refuses_flags_that_would_change_nothing(lora_da, stored, tmp_path, words, message):
+    code, _, err = lora_da("refit", stored, tmp_path / "new", *words)
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_refit_refuses_a_setting_of_the_pass_even_at_its_default(lora_da, stored, tmp_path):
     assert load_init(stored).manifest.config["num_samples"] != LoRADAConfig().num_samples
     words = [stored, tmp_path / "new", "--da_num_samples", LoRADAConfig().num_samples]
@@ -492,6 +532,7 @@ def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
             "base_model": None,
             "cache_dir": None,
             "local_dir": None,
+            "overwrite": False,
             "local_files_only": True,
         },
     )

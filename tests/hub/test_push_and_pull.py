@@ -109,6 +109,23 @@ def test_a_new_repo_has_no_other_branch_and_is_not_made_for_one(hub, push):
         push(revision="trial")
 
 
+@pytest.mark.parametrize("settings", [{}, {"create_pr": True}])
+def test_a_push_does_not_write_over_something_else(api, hub, init, push, settings):
+    api.create_repo(REPO, private=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        api.upload_file(path_or_fileobj=b"trained for weeks", path_in_repo=name, repo_id=REPO)
+    before = len(hub.repos[REPO].commits)
+    with pytest.raises(HubError, match=r"holds something else than an init.* \(adapter_config.json\).* another repo"):
+        push(**settings)
+    assert len(hub.repos[REPO].commits) == before
+
+
+def test_a_push_to_a_repo_with_a_readme_alone(api, push, pull):
+    api.create_repo(REPO, private=True)
+    api.upload_file(path_or_fileobj=b"soon", path_in_repo="README.md", repo_id=REPO)
+    assert push().commit == pull().commit
+
+
 def test_a_push_without_changes_makes_no_commit(hub, push):
     first = push()
     again = push()
@@ -946,6 +963,17 @@ def test_a_folder_of_ones_own_is_a_copy_and_the_cache_keeps_nothing_else(init, p
     assert contents(mine) == contents(init)
     assert {path.stat().st_nlink for path in mine.iterdir()} == {1}
     assert not list((tmp_path / "cache").glob(f"**/lora_da/**/{ADAPTER_FILE}"))
+
+
+def test_another_initialisation_is_replaced_on_request_alone(another, push, pull, tmp_path):
+    push()
+    mine = another()
+    kept = contents(mine)
+    for settings in ({}, {"rank": 2}):
+        with pytest.raises(ConfigError, match=r"holds another initialisation, which would be lost.*overwrite=True"):
+            pull(local_dir=mine, **settings)
+        assert contents(mine) == kept
+    assert contents(pull(local_dir=mine, overwrite=True).folder) == contents(pull().folder)
 
 
 def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
