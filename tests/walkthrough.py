@@ -44,7 +44,7 @@ for kind, text in json.loads(sys.stdin.read()):
 
 
 def make_model_folder(folder):
-    """Save a small random Llama with a tokenizer of single characters."""
+    """Save a small random Llama with a tokenizer of single characters, which has no token for padding, as many have."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{character: 3 + k for k, character in enumerate(CHARACTERS)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
@@ -68,7 +68,6 @@ def make_model_folder(folder):
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<s>",

@@ -122,18 +122,23 @@ class InputPreconditioner:
                 raise ConfigError(
                     f"weight_decay={decays[id(weight)]} of lora_A of {name} would decay it in other coordinates. Set 0."
                 )
-        roots = {id(root): root.to(weight.device, weight.dtype) for weight, root in self._roots}
-        self._roots = [(weight, roots[id(root)]) for weight, root in self._roots]
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
+        self._move_to_weights()
         self._before = []
         for weight, root in self._roots:
             if weight.grad is not None:
                 self._before.append((weight, weight.clone(), root))
                 weight.grad.copy_(weight.grad @ root)
+
+    def _move_to_weights(self) -> None:
+        """Bring the roots to where the weights are and to their dtype; those that layers share stay one."""
+        if any((root.device, root.dtype) != (weight.device, weight.dtype) for weight, root in self._roots):
+            moved = {id(root): root.to(weight.device, weight.dtype) for weight, root in self._roots}
+            self._roots = [(weight, moved[id(root)]) for weight, root in self._roots]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -130,6 +130,22 @@ def test_a_trainer_takes_the_optimizer(trained, stored_init, tmp_path):
     assert abs(losses[0] - losses[1]) < 0.5 * losses[0]
 
 
+def test_a_model_may_move_once_it_is_attached(trained, stored_init):
+    ends = []
+    for moves in (False, True):
+        model = trained()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        preconditioner = InputPreconditioner.load(model, stored_init)
+        preconditioner.attach(optimizer)
+        if moves:
+            model.double()  # as a trainer moves it to its device, in place
+        step(model, optimizer, make_learnable_samples(4))
+        ends.append(a_of(model))
+    for name, weight in ends[0].items():
+        assert ends[1][name].dtype == torch.float64
+        assert torch.allclose(ends[1][name].float(), weight, atol=1e-5), name
+
+
 def test_layers_without_a_gradient_stay(trained, stored_init):
     model = trained()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
