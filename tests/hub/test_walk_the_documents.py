@@ -22,7 +22,7 @@ LOCAL_MODEL = "models/tiny"
 NAMES = f"""\
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
-tokenizer = AutoTokenizer.from_pretrained("{MODEL}")
+tokenizer = AutoTokenizer.from_pretrained("{MODEL}", pad_token="</s>")
 data_collator = DataCollatorForSeq2Seq(tokenizer)
 ids = tokenizer("1 + 2 = 3")["input_ids"]
 train_dataset = [{{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}}] * 8
