@@ -281,3 +281,12 @@ def test_report(tmp_path, capsys):
 )
 def test_verdict_is_honest(loss, words):
     assert words in demo.verdict("At the end", loss, 1.0, "plain LoRA")
+
+
+@pytest.mark.parametrize(("seconds", "products"), [(3.0, 1), (0.5, 4), (1e-4, 300)])
+def test_a_slow_cpu_is_not_measured_for_minutes(monkeypatch, seconds, products):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(ticks) * seconds)
+    speed = demo.measure_speed("float32")
+    assert speed == pytest.approx(2 * 1024 * 576 * 1536 / seconds)
+    assert next(ticks) == 2 * products
