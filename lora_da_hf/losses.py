@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,14 @@ def make_labelled_head(model: nn.Module) -> LabelledHead | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether a decoder reads the labels as a sequence of its own."""
     return bool(getattr(getattr(base_model_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def longest_labels(model: nn.Module) -> int:
+    """Return how long the labels may be that a decoder reads as its own sequence; 0: no decoder does."""
+    base = base_model_of(model)
+    if not is_encoder_decoder(model) or not isinstance(base, PreTrainedModel) or not base.can_generate():
+        return 0
+    return max_sample_length(model) or sys.maxsize
 
 
 def max_sample_length(model: nn.Module) -> int | None:

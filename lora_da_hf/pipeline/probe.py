@@ -20,6 +20,7 @@ from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
     is_encoder_decoder,
+    longest_labels,
     make_labelled_head,
     max_sample_length,
     shifts_labels,
@@ -119,6 +120,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         labelled_head=labelled_head,
         head=heads[0] if heads else None,
         sampled_labels=sampled_labels,
+        longest_labels=longest_labels(job.model) if takes_loss_alone(job.compute_loss) else 0,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size

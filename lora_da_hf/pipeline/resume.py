@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class Progress:
         in_step: Whether the processes have to run the model in step, and so go on from the same batch.
     """
 
-    def __init__(self, job: Job, identity: Mapping[str, Any], *, in_step: bool) -> None:
+    def __init__(self, job: Job, identity: Mapping[str, Any], *, leaders: Collection[str], in_step: bool) -> None:
         self._job = job
+        self._leaders = sorted(leaders)
         self._identity = dict(identity)
         self._in_step = in_step
         self._every = job.config.statistics_save_steps
@@ -90,6 +91,7 @@ class Progress:
             values = {
                 "identity": self._identity,
                 "batch_size": job.batch_size,
+                "leaders": self._leaders,
                 "num_processes": job.ranks.size,
                 "plan": make_plan().to_dict(),
             }
@@ -101,6 +103,8 @@ class Progress:
         found = changes(earlier.get("identity"), self._identity)
         if earlier.get("batch_size") != self._job.batch_size:
             found.append("batch size")
+        if earlier.get("leaders") != self._leaders:
+            found.append("set of layers that share an input, as another gradient checkpointing makes it")
         if not found:  # else it may be of another version, whose plan cannot be read
             found = self._differences_of_plan(Plan.from_dict(earlier["plan"]))
         if found:

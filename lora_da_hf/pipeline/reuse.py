@@ -115,6 +115,7 @@ def apply_init(
         TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         ConfigError: if ``config`` asks for what only statistics can give.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
 
     Whatever is raised, the model and its adapter are as they were.
     """

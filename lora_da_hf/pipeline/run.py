@@ -147,7 +147,6 @@ def initialize_lora_da(
         if job.output_dir is not None and ranks.is_main:
             remove_leftovers(job.output_dir)
             check_replaceable(job.output_dir)
-            check_writable(job.output_dir)
     splits = choose_together(job, samples, population_size)
     return _run(job, splits)
 
@@ -181,7 +180,7 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
             with adapters_off(job.scan.targets):
                 found = probe(job, splits)
                 identity = identify(job, found)
-            progress = Progress(job, identity, in_step=job.runs_in_lockstep)
+            progress = Progress(job, identity, leaders=set(found.shared.values()), in_step=job.runs_in_lockstep)
             files.enter_context(progress.kept_on_failure())
             solved = None if take_over_finished(job, identity) else _compute(job, found, progress)
         if solved is not None and job.output_dir is not None:
@@ -195,6 +194,9 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
 
 def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
     """Collect, solve, search and write to the adapter."""
+    with job.ranks.together("look at the output folder"):
+        if job.output_dir is not None and job.ranks.is_main:
+            check_writable(job.output_dir)
     with adapters_off(job.scan.targets):
         plan = progress.begin(lambda: plan_windows(job, found))
         job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)

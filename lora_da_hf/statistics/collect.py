@@ -27,6 +27,7 @@ from lora_da_hf.statistics.token_masks import (
 )
 
 _HALF_PRECISION_SCALE = 2.0**12
+_MOST_IN_FLOAT16 = 2.0**15
 _RANDOM_STATE = "random_state"
 
 
@@ -43,6 +44,7 @@ class PassSettings:
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         head: The module that makes the logits; None: the output embeddings, or the last part of the model.
         sampled_labels: Draws the labels of the output-gradient second moment; None: they are the data's.
+        longest_labels: How long the labels of an encoder-decoder may be made to tell its sequences apart.
         why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
     """
 
@@ -54,6 +56,7 @@ class PassSettings:
     labelled_head: LabelledHead | None = None
     head: nn.Module | None = None
     sampled_labels: SampledLabels | None = None
+    longest_labels: int = 0
     why_single: str | None = None
 
 
@@ -204,8 +207,7 @@ class _Prepared:
 
 def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSettings, *, counts: bool) -> _Prepared:
     num_samples = len(samples)
-    if settings.encoder_decoder:
-        batch = tell_sequences_apart(batch)
+    batch = tell_sequences_apart(batch, settings.longest_labels)
     if num_rows(batch) % num_samples:
         raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
     tokens = read_batch_tokens(
@@ -266,7 +268,7 @@ def _add_batch(
             taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
             weight = 1.0 if isinstance(weights, Tensor) else weights
             if loss.dtype == torch.float16:  # which holds no gradient above 65504 either
-                taps.gradient_scale /= max(1.0, weight)
+                taps.gradient_scale = min(taps.gradient_scale, _MOST_IN_FLOAT16 / weight)
                 loss = loss.float()
             if loss.requires_grad:
                 (loss * (weight * taps.gradient_scale)).backward()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
+_OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
 """What transformers calls the inputs that are no tokens; names begin with these."""
 
@@ -166,26 +167,30 @@ def read_batch_tokens(
     )
 
 
-def tell_sequences_apart(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str, Any]:
     """Pad the decoder's sequence by one position, if it is as long as the encoder's and other tokens of it count.
 
-    Layers' rows are told by their number. What is added has no label, and no other position attends to it.
+    Layers' rows are told by their number. What is added has no label, and no other position attends to it. A batch with
+    anything else than tokens, masks and labels is left alone, since that may have to be as long as the labels.
 
     Args:
-        batch: Of an encoder-decoder that reads its labels, ``[B, S]``.
+        batch: For the model's own loss, if its decoder reads the labels.
+        longest: How long these may be made.
     """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+    labels, known = batch.get("labels"), ("input_ids", "attention_mask", "labels", *_OF_DECODER)
+    if labels is None or any(name not in known or not _is_sequences(value) for name, value in batch.items()):
+        return batch
+    if labels.shape[1] >= longest:
         return batch
     masks = _attended_positions(batch, labels)
-    alike = len(masks) == 2 and masks[0].shape == masks[1].shape
-    if not alike or torch.equal(*masks) or "decoder_inputs_embeds" in batch:
+    if len(masks) < 2 or masks[0].shape != masks[1].shape or torch.equal(*masks):
         return batch
-    longer = {"labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
-    for name in ("decoder_input_ids", "decoder_attention_mask"):
-        if isinstance(batch.get(name), Tensor):
-            longer[name] = torch.nn.functional.pad(batch[name], (0, 1))
-    return {**batch, **longer}
+    longer = {name: torch.nn.functional.pad(batch[name], (0, 1)) for name in _OF_DECODER if name in batch}
+    return {**batch, **longer, "labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
+
+
+def _is_sequences(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def _masks_other_modality(batch: Mapping[str, Any]) -> bool:

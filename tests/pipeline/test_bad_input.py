@@ -18,6 +18,7 @@ from lora_da_hf.errors import (
     TargetError,
     UnsupportedSetupError,
 )
+from lora_da_hf.pipeline import run
 
 VELORA = VeloraConfig(num_groups=4)
 
@@ -468,10 +469,8 @@ def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp
     assert initialize(lora_model(), samples, output_dir=init, config=changed).num_search_samples == 2
 
 
-def test_a_folder_that_cannot_be_written_is_found_out_before_the_pass(lora_model, samples, tmp_path):
-    def never(model, batch, num_items):
-        pytest.fail("the model ran")
-
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_pass(lora_model, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "solve_windows", lambda *_: pytest.fail("the pass ran"))
     (tmp_path / "file").write_text("kept")
     refuses(
         ConfigError,
@@ -479,6 +478,11 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_pass(lora_model
         lora_model(),
         samples,
         output_dir=tmp_path / "file" / "init",
-        compute_loss=never,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_finished_initialisation_is_used_where_nothing_can_be_written(lora_model, samples, tmp_path, monkeypatch):
+    initialize(lora_model(), samples, output_dir=tmp_path / "init")
+    monkeypatch.setattr(run, "check_writable", lambda _: pytest.fail("it is written"))
+    assert any("made before" in note for note in initialize(lora_model(), samples, output_dir=tmp_path / "init").notes)

@@ -1,5 +1,6 @@
 """Inputs that used to give a wrong result in silence: each must be handled or refused."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -10,6 +11,7 @@ import torch
 from families.zoo import FAMILIES
 from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config, turn_checkpointing_on
 from peft import get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
@@ -237,6 +239,77 @@ def test_decoder_layers_that_are_fed_the_encoders_output_can_be_checkpointed(nam
         weights.append(adapter_weights(model))
     for key in weights[0]:
         assert torch.allclose(weights[1][key], weights[0][key], atol=1e-5), key
+
+
+def with_weights(rows):
+    """Give each label a weight in the loss."""
+    batch = FAMILIES["T5"].collate([{k: v for k, v in row.items() if k != "weights"} for row in rows])
+    return {**batch, "weights": torch.where(batch["labels"] == -100, 0.0, 1.0 + batch["labels"] % 3)}
+
+
+def weighted_loss(model, batch, num_items):
+    outputs = model(**{name: value for name, value in batch.items() if name != "weights"})
+    losses = cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return (losses * batch["weights"].flatten()).sum() / batch["weights"].sum()
+
+
+def pairs_of(*lengths):
+    return [
+        {"input_ids": list(range(3, 3 + n)), "attention_mask": [1] * n, "labels": list(range(20, 20 + m))}
+        for n, m in lengths
+    ]
+
+
+SAME_ONCE_PADDED = pairs_of((7, 2), (4, 7), (7, 3), (5, 7), (6, 5), (7, 4), (6, 7), (5, 4))
+
+
+@pytest.mark.parametrize("case", ["weights", "positions"])
+def test_where_a_longer_sequence_could_do_harm_samples_are_run_one_at_a_time(case):
+    settings = {"weights": {"compute_loss": weighted_loss, "data_collator": with_weights}, "positions": {}}[case]
+    weights = []
+    for batch_size in (1, 4):
+        if case == "weights":
+            model = seq2seq("T5")
+        else:
+            family = FAMILIES["BART"]
+            config = family.config()
+            config.max_position_embeddings = 7
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = get_peft_model(family.model(config), make_lora_config(**family.lora))
+        report = initialize_lora_da(
+            model,
+            SAME_ONCE_PADDED,
+            config=dataclasses.replace(FIXED, num_samples=8),
+            batch_size=batch_size,
+            progress=False,
+            **{"data_collator": FAMILIES["BART"].collate, **settings},
+        )
+        assert report.batch_size == 1
+        weights.append(adapter_weights(model))
+    for key in weights[0]:
+        assert torch.equal(weights[1][key], weights[0][key]), key
+
+
+def test_a_killed_run_does_not_go_on_with_other_checkpointing(tmp_path):
+    samples, collator = FAMILIES["T5"].samples(16), FAMILIES["T5"].collate
+    config, batches = dataclasses.replace(FIXED, statistics_save_steps=1), []
+
+    def killed(model, batch, num_items):
+        if torch.is_grad_enabled():
+            batches.append(batch)
+            if len(batches) == 6:
+                raise KeyboardInterrupt
+        return model_loss(model, batch, num_items)
+
+    settings = {"config": config, "data_collator": collator, "compute_loss": killed, "batch_size": 1}
+    with pytest.raises(KeyboardInterrupt):
+        initialize_lora_da(seq2seq("T5"), samples, output_dir=tmp_path / "init", progress=False, **settings)
+    model = seq2seq("T5")
+    turn_checkpointing_on(model, reentrant=True)
+    report = initialize_lora_da(model, samples, output_dir=tmp_path / "init", progress=False, **settings)
+    (note,) = (note for note in report.notes if "a run that was stopped" in note)
+    assert note.endswith("it had another set of layers that share an input, as another gradient checkpointing makes it")
 
 
 def seq2seq(name):

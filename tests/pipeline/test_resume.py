@@ -260,7 +260,7 @@ def test_processes_in_step_go_on_from_a_batch_that_all_have(tmp_path, lora_model
     ranks = TwoRanks(theirs)
     config = make_config(statistics_save_steps=1)
     job = SimpleNamespace(config=config, ranks=ranks, output_dir=tmp_path / "init", batch_size=2, say=print)
-    progress = Progress(job, {"loss": 1.0}, in_step=in_step)
+    progress = Progress(job, {"loss": 1.0}, leaders=(), in_step=in_step)
     plan = make_plan(
         Workload(groups=(Group(members=("a",), d_in=2, d_outs=(2,)),), weights=4, num_samples=7, num_tokens=7),
         num_processes=2,
@@ -289,9 +289,9 @@ def test_processes_that_have_to_keep_in_step_drop_a_plan_that_shares_the_layers(
         make_plan(work, num_processes=2, budget={0: float("inf")}, schedule=schedule)
         for schedule in ("layers", "samples")
     )
-    assert Progress(job, {}, in_step=False).begin(lambda: layers) == layers
-    assert Progress(job, {}, in_step=False).begin(lambda: together) == layers
-    assert Progress(job, {}, in_step=True).begin(lambda: together) == together
+    assert Progress(job, {}, leaders=(), in_step=False).begin(lambda: layers) == layers
+    assert Progress(job, {}, leaders=(), in_step=False).begin(lambda: together) == layers
+    assert Progress(job, {}, leaders=(), in_step=True).begin(lambda: together) == together
     (note,) = report.notes
     assert "another way to share the parameters" in note
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.losses import is_encoder_decoder, make_labelled_head, model_loss, shifts_labels
+from lora_da_hf.losses import is_encoder_decoder, longest_labels, make_labelled_head, model_loss, shifts_labels
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
@@ -84,6 +84,7 @@ def run_pass(
             batch_size=batch_size,
             token_mask=token_mask,
             shifts_labels=shifts,
+            longest_labels=longest_labels(model),
             encoder_decoder=is_encoder_decoder(model),
             reduction=reduction,
             labelled_head=make_labelled_head(model) if labelled_head else None,
