@@ -28,8 +28,7 @@ from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.pipeline.refit import cut_init, is_cut
-from lora_da_hf.pipeline.refit_write import refitted_from
+from lora_da_hf.pipeline.refit import cut_init, is_cut, was_cut
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
@@ -124,9 +123,9 @@ def pull_init(
             of another rank needs the model itself.
         cache_dir: The client's cache; None: its default. It may be read-only if it holds the checked folder, or if all
             files are there and ``local_dir`` is given; several processes then need a folder each.
-        local_dir: Where to put the checked folder: a new or empty folder, or one with the same initialisation or what
-            was made from it, which is replaced. None: in the cache, with hard links, so that it takes no space; another
-            rank is cut there once.
+        local_dir: Where to put the checked folder: a new or empty folder, or one with the same initialisation at any
+            rank, which is replaced. None: in the cache, with hard links, so that it takes no space; another rank is cut
+            there once.
         overwrite: Whether another initialisation at ``local_dir`` is replaced.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token: None: the one of the environment or of `hf auth login`.
@@ -138,8 +137,8 @@ def pull_init(
         ArtifactError: if anything in it is not as the manifest says.
         BaseModelMismatchError: if it was computed for another base model.
         ConfigError: if the rank is above the stored one, the revision is empty, local_dir holds something else or
-            another initialisation, a DoRA
-            adapter is to get another rank without the base model itself, or a rank is to be cut without statistics.
+            another initialisation, a DoRA adapter is to get another rank without the base model itself, or a rank is to
+            be cut without statistics.
     """
     if revision == "":
         raise ConfigError(
@@ -314,15 +313,15 @@ def _is_made(folder: Path, manifest: Manifest, rank: int | None, *, statistics: 
 
 
 def _holds_another(folder: Path, manifest: Manifest) -> bool:
-    """Tell whether a folder holds an initialisation that is neither the one of a manifest nor was made from it."""
+    """Tell whether a folder holds an initialisation that is neither the one of a manifest nor a rank cut from it."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return False
     try:
         found = parse_manifest(path.read_bytes(), source=str(path))
     except ArtifactError:
-        return False  # of no use to anybody
-    return found != manifest and found.refitted_from != refitted_from(manifest)
+        return True
+    return found != manifest and not was_cut(found, manifest)
 
 
 def _place(source: _Source, commit: str, target: Path, entry: FileEntry, put: _Put) -> None:

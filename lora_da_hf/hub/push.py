@@ -10,8 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
-from lora_da_hf.artifacts.folders import UNLISTED_FILES
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, HubError, LoRADAError
@@ -23,6 +22,7 @@ from lora_da_hf.hub.plots import PLOTS
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
 _OWN_FILES = "lora_da_"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _MAIN = "main"
 
 
@@ -133,7 +133,7 @@ def push_init(
     with _adding(left if is_new else ""), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_visibility(head, private=private)
-        _check_replaceable(head)
+        _check_replaceable(head, stored.manifest)
         if parent_commit is not None and not create_pr and not str(head.sha).startswith(parent_commit):
             raise HubError(
                 f"{repo_id} is at {head.sha}, not at {parent_commit}: somebody else pushed meanwhile. Look at what "
@@ -213,13 +213,13 @@ def _check_visibility(info: ModelInfo, *, private: bool) -> None:
         )
 
 
-def _check_replaceable(info: ModelInfo) -> None:
-    """Refuse to write over what is no initialisation, such as a trained adapter, whose files have the same names."""
+def _check_replaceable(info: ModelInfo, manifest: Manifest) -> None:
+    """Refuse to write over or beside a model that is no initialisation, such as a trained adapter."""
     names = {sibling.rfilename for sibling in info.siblings or ()}
-    foreign = sorted(names - {*UNLISTED_FILES, *PLOTS})
-    if foreign and MANIFEST_FILE not in names:
+    others = sorted(name for name in names if name in manifest.files or name.endswith(_WEIGHTS))
+    if others and MANIFEST_FILE not in names:
         raise HubError(
-            f"{info.id} holds something else than an initialisation ({foreign[0]}), which a push would write over or "
+            f"{info.id} holds something else than an initialisation ({others[0]}), which a push would write over or "
             "stand beside. Push to another repo."
         )
 

@@ -131,11 +131,19 @@ def is_cut(folder: Path, manifest: Manifest, *, rank: int) -> bool:
         found = load_init(folder).manifest
     except ArtifactError:
         return False
-    return (
-        found.refitted_from == refitted_from(manifest)
-        and LoRADAConfig.from_dict(found.config) == _config_of_rank(config_for_refit(manifest, None), None)
-        and {name: layer.rank for name, layer in found.layers.items()}
-        == {name: min(rank, layer.max_rank) for name, layer in manifest.layers.items()}
+    ranks = {name: min(rank, layer.max_rank) for name, layer in manifest.layers.items()}
+    return was_cut(found, manifest) and {name: layer.rank for name, layer in found.layers.items()} == ranks
+
+
+def was_cut(found: Manifest, manifest: Manifest) -> bool:
+    """Tell whether `cut_init` made one initialisation of another, at whatever rank.
+
+    Args:
+        found: The manifest of the one.
+        manifest: That of the other.
+    """
+    return found.refitted_from == refitted_from(manifest) and LoRADAConfig.from_dict(found.config) == _config_of_rank(
+        config_for_refit(manifest, None), None
     )
 
 

@@ -122,13 +122,13 @@ class LoRADACallback(TrainerCallback):
             raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         folder = Path(args.output_dir or ".") / INIT_FOLDER
         refuse_unsupported_parallelism(args)
-        name = self._name(model)
+        name = self.adapter_name or active_adapter_name(model)
         starts_over, self._is_training = self._is_training, True  # as auto_find_batch_size does
         if self.config.freeze_a:
             self._freeze_a_late(model, name, kwargs.get("optimizer"))
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
-            _unload_init(model)
+            _unload_init(model, name)
             mark_initialized(model, name)
             self._recall_report(folder if self.init_from is None else _folder_of_report(folder))
             self._tag(model, self.report)
@@ -149,33 +149,21 @@ class LoRADACallback(TrainerCallback):
         """Tell whether a model's layers are still to get their ranks from a budget, before the optimizer is made."""
         if self.config.rank_budget is None or self.init_from is not None:
             return False
-        return not was_initialized(model, self._name(model))
+        return not was_initialized(model, self.adapter_name or active_adapter_name(model))
 
     def initialize_early(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
     ) -> None:
         """Initialise before the optimizer is made. The report is logged when training begins."""
         refuse_unsupported_parallelism(args)
-        self.report = self._initialize(args, state, model, self._name(model), train_dataloader)
-        self._is_unlogged = True
-
-    def _name(self, model: nn.Module) -> str:
-        """Return the adapter's name.
-
-        Raises:
-            ConfigError: if an adapter of that name would be saved where the initialisation is.
-        """
         name = self.adapter_name or active_adapter_name(model)
-        if name in (INIT_FOLDER, USE_FOLDER):
-            raise ConfigError(
-                f"The adapter is called {name!r}, so trainers save it in a folder of that name in output_dir, which is "
-                "where the initialisation is kept: one would replace the other. Give the adapter another name."
-            )
-        return name
+        self.report = self._initialize(args, state, model, name, train_dataloader)
+        self._is_unlogged = True
 
     def _initialize(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str, train_dataloader: Any
     ) -> LoRADAReport:
+        _refuse_names(model)
         folder = Path(args.output_dir or ".") / INIT_FOLDER
         settings: dict[str, Any] = {
             "config": self.config,
@@ -290,13 +278,27 @@ def _folder_of_report(folder: Path) -> Path:
     return folder.with_name(USE_FOLDER) if (folder / MANIFEST_FILE).exists() else folder
 
 
-def _unload_init(model: Any) -> None:
-    """Take the initialisation out of a resumed model, if it was loaded as a second adapter.
+def _refuse_names(model: nn.Module) -> None:
+    """Refuse a model with an adapter that would be saved where the initialisation is.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    names = {INIT_FOLDER, USE_FOLDER}.intersection(getattr(model, "peft_config", {}))
+    if names:
+        raise ConfigError(
+            f"An adapter is called {min(names)!r}, so trainers save it in a folder of that name in output_dir, and the "
+            "initialisation is kept there: one would replace the other. Give the adapter another name."
+        )
+
+
+def _unload_init(model: Any, name: str) -> None:
+    """Take the initialisation out of a resumed model, if it was loaded as an adapter beside the one that is trained.
 
     Trainer does that where it resumes from output_dir itself: it takes each folder with adapter weights there for an
     adapter of the model, and would save this one over the initialisation, without a manifest that fits.
     """
-    if INIT_FOLDER in getattr(model, "peft_config", {}):
+    if name != INIT_FOLDER and INIT_FOLDER in getattr(model, "peft_config", {}):
         model.delete_adapter(INIT_FOLDER)
 
 

@@ -137,8 +137,11 @@ class InputPreconditioner:
     def _move_to_weights(self) -> None:
         """Bring the roots to where the weights are and to their dtype; those that layers share stay one."""
         if any((root.device, root.dtype) != (weight.device, weight.dtype) for weight, root in self._roots):
-            moved = {id(root): root.to(weight.device, weight.dtype) for weight, root in self._roots}
-            self._roots = [(weight, moved[id(root)]) for weight, root in self._roots]
+            moved: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+            for weight, root in self._roots:
+                key = (id(root), weight.device, weight.dtype)
+                moved[key] = moved[key] if key in moved else root.to(weight.device, weight.dtype)
+            self._roots = [(w, moved[id(root), w.device, w.dtype]) for w, root in self._roots]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -120,9 +120,10 @@ def test_a_push_does_not_write_over_something_else(api, hub, init, push, setting
     assert len(hub.repos[REPO].commits) == before
 
 
-def test_a_push_to_a_repo_with_a_readme_alone(api, push, pull):
+def test_a_push_to_a_repo_without_a_model(api, push, pull):
     api.create_repo(REPO, private=True)
-    api.upload_file(path_or_fileobj=b"soon", path_in_repo="README.md", repo_id=REPO)
+    for name in ("README.md", "LICENSE", "banner.png", ".gitignore"):
+        api.upload_file(path_or_fileobj=b"soon", path_in_repo=name, repo_id=REPO)
     assert push().commit == pull().commit
 
 
@@ -938,7 +939,10 @@ def test_what_is_no_cut_of_that_rank_is_cut_again(push, pull, tmp_path, change):
     pull(rank=2, local_dir=mine)
     kept = contents(mine)[ADAPTER_FILE]
     refit_init(whole, mine, **change)
-    pull(rank=2, local_dir=mine)
+    if "step_size" in change:  # somebody's own
+        with pytest.raises(ConfigError, match="holds another initialisation"):
+            pull(rank=2, local_dir=mine)
+    pull(rank=2, local_dir=mine, overwrite="step_size" in change)
     assert contents(mine)[ADAPTER_FILE] == kept
 
 
@@ -976,6 +980,15 @@ def test_another_initialisation_is_replaced_on_request_alone(another, push, pull
     assert contents(pull(local_dir=mine, overwrite=True).folder) == contents(pull().folder)
 
 
+def test_an_initialisation_that_this_version_cannot_read_is_not_replaced(push, pull, tmp_path):
+    push()
+    mine = pull(local_dir=tmp_path / "mine").folder
+    path = mine / "lora_da_manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(ConfigError, match="holds another initialisation"):
+        pull(local_dir=mine)
+
+
 def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
     push()
     folder = tmp_path / "mine"
@@ -987,6 +1000,7 @@ def test_a_folder_with_something_else_is_not_replaced(push, pull, tmp_path):
     with pytest.raises(ConfigError, match=r"holds something else than an initialisation"):
         pull(local_dir=folder)
     (folder / "thesis.tex").unlink()
+    (folder / "lora_da_manifest.json").unlink()
     assert pull(local_dir=folder).folder == pull(local_dir=folder).folder == folder
 
 

@@ -365,8 +365,16 @@ def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_pat
     first.save_model()
     first.save_state()
     written = {path.name: path.read_bytes() for path in (tmp_path / "lora_da").iterdir()}
-    second = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 4})
+    trained, found = adapter_weights(first.model), []
+
+    class Watching(TrainerCallback):
+        def on_train_begin(self, *_, model, **__):
+            found.append(adapter_weights(model))
+
+    second = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 4}, callbacks=[Watching()])
     second.train(resume_from_checkpoint=str(tmp_path))
+    found[0] = {name: tensor for name, tensor in found[0].items() if name in trained}
+    assert_same_tensors(found[0], trained)
     assert second.state.global_step == 4
     second.save_model()
     assert list(second.model.peft_config) == ["default"]
@@ -374,8 +382,13 @@ def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["lora_da", "lora_da_init_from"])
-def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(tmp_path, tiny_llama, samples, name):
-    model = PeftModel(tiny_llama(), make_lora_config(), adapter_name=name)
+@pytest.mark.parametrize("is_active", [True, False])
+def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(
+    tmp_path, tiny_llama, samples, name, is_active
+):
+    model = PeftModel(tiny_llama(), make_lora_config(), adapter_name=name if is_active else "default")
+    if not is_active:
+        model.add_adapter(name, make_lora_config())
     with pytest.raises(ConfigError, match="another name"):
         make_trainer(tmp_path, model, samples).train()
     assert not (tmp_path / name).exists()
