@@ -762,7 +762,9 @@ def keep_lines(path: Path, lines: list[str]) -> Path:
 
 def take_those_of_the_demo(model: run_clm.NamedModelArguments, data: run_clm.DataArguments, held_out: str) -> None:
     """Fill in model and data of `make demo`, made if they are not there: by whole modules, or every 20th function."""
-    model.model_name_or_path, model.dtype = str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct")), "bfloat16"
+    model.model_name_or_path = str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct"))
+    if model.dtype == "auto":
+        model.dtype = "bfloat16"
     train, validation = demo.make_data(model.model_name_or_path)
     if held_out == "functions":
         lines = train.read_text(encoding="utf-8").splitlines(keepends=True)

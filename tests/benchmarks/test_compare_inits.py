@@ -272,6 +272,8 @@ def test_the_demo_s_model_and_data_can_be_taken(model_dir, tmp_path, monkeypatch
     (record,) = compare_inits.read_lines(output)
     assert (record["subject"]["train"], record["subject"]["validation"]) == sizes
     assert record["subject"]["dtype"] == "bfloat16"
+    compare_inits.main([*flags, held_out, "--dtype", "float32"])
+    assert [record["subject"]["dtype"] for record in compare_inits.read_lines(output)] == ["bfloat16", "float32"]
     with pytest.raises(SystemExit):
         compare_inits.main([*flags, "classes"])
 
