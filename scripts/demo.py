@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure_speed(dtype: str) -> float:
     """Return how many floating-point operations a second this CPU does in a layer of the model.
 
-    A CPU without instructions for bfloat16 takes seconds for a product in it, and is not asked twice.
+    A CPU without instructions for bfloat16 may take seconds for a product in it, and does one or two then.
     """
     import torch
 

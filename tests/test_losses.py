@@ -25,18 +25,18 @@ from lora_da_hf.losses import (
     shifts_labels,
 )
 
+ENCODER = {
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+
 
 def make_bert():
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=96,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=32,
-        )
-    )
+    return BertForSequenceClassification(BertConfig(**ENCODER))
 
 
 def make_t5():
@@ -44,28 +44,13 @@ def make_t5():
 
 
 def make_roberta():
-    return RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=96,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=32,
-            pad_token_id=1,
-        )
-    )
+    return RobertaForMaskedLM(RobertaConfig(**ENCODER, pad_token_id=1))
 
 
 def make_deberta():
     return DebertaV2ForSequenceClassification(
         DebertaV2Config(
-            vocab_size=96,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=32,
+            **ENCODER,
             relative_attention=True,
             position_buckets=16,
             position_biased_input=False,

@@ -11,8 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.training.arguments import ModelArguments
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = get_args(get_type_hints(ModelArguments)["dtype"])
 
 
 class Flags(argparse.ArgumentParser):
