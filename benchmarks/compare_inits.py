@@ -89,6 +89,7 @@ SHARED: dict[str, Any] = {
     "alpha": 16,
     "use_rslora": True,
     "num_samples": 256,
+    "reads": "drawn",
     "warmup": 0.03,
     "max_grad_norm": 1.0,
     "evaluations": 4,
@@ -98,9 +99,16 @@ SHARED: dict[str, Any] = {
     "answer_pattern": r"####\s*(\S+)",
     "settings": {},
 }
-"""Settings of all cells, with their defaults. ``evaluations`` are spread over the steps, beside the one at step 0;
+"""Settings of all cells, with their defaults. ``reads``, of methods whose start depends on data, says which
+``num_samples`` they read: ``drawn`` from the training samples, whatever the order of training, or the ``first``, which
+training begins with (what was run before the setting was there: its draw and the order came from one seed).
+``evaluations`` are spread over the steps, beside the one at step 0;
 ``num_train`` samples are drawn from the training set by the seed (None: all); ``accuracy_samples`` answers are
 generated at the end and compared in what the pattern finds last in them."""
+
+READS = {"drawn": 1000, "first": 0}
+"""What is added to a cell's seed for the draw of the samples that a method reads; training draws its order by the seed
+itself."""
 
 TRAINING = (
     "learning_rate",
@@ -170,6 +178,8 @@ def read_design(path: str | Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
         unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *HALF}
         rates = block["learning_rates"]
+        if isinstance(rates, dict):
+            unknown |= {rates.get("by", "final_loss")} - {"final_loss", "best_loss"}
         if isinstance(rates, dict) and rates["best_of"] not in earlier:
             raise ConfigError(
                 f"{path}: block {block['name']!r} takes the best rates of {rates['best_of']!r}, which is none of the "
@@ -177,6 +187,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
             )
         for settings in sets_of_settings(design, block):
             LoRADAConfig.from_dict(settings)
+        unknown |= {block.get("reads", design.get("reads", "drawn"))} - set(READS)
         if len(sets_of_settings(design, block)) == 1:
             earlier.append(block["name"])
     if unknown or not design.get("blocks"):
@@ -216,6 +227,8 @@ def cells_of(
         for steps, rate in itertools.product(block["steps"], rates[method]):
             cell = {"method": method, "rank": rank, "steps": steps, "seed": seed, "learning_rate": rate}
             cell |= {**shared, "settings": settings if made_by(method) in OWN else {}}
+            if made_by(method) not in READ_SAMPLES:
+                del cell["reads"]
             if cell not in cells:
                 cells.append(cell)
     return cells
@@ -229,13 +242,21 @@ def rates_of(method: str, design: dict[str, Any], block: dict[str, Any], records
         cells = cells_of(design, {**earlier, "methods": [method]}, records)
         if not cells and method in earlier["methods"]:
             return []  # it diverged before
-        best = best_rate(cells, records, method)
+        best = best_rate(cells, records, method, rates.get("by", "final_loss"))
         return [] if best is None else [float(f"{best * times:.3g}") for times in rates["times"]]
     return rates
 
 
-def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str) -> float | None:
-    """Return the learning rate with the lowest mean final loss of a method among some cells; None if all diverged.
+def best_rate(
+    cells: list[dict[str, Any]], records: list[dict[str, Any]], method: str, which: str = "final_loss"
+) -> float | None:
+    """Return the learning rate with the lowest mean loss of a method among some cells; None if all diverged.
+
+    Args:
+        cells: Those that are looked at.
+        records: Results so far.
+        method: The method.
+        which: ``final_loss``, or ``best_loss``: the lowest on the way, where few samples are seen several times.
 
     Raises:
         ConfigError: if one of them was not run yet.
@@ -243,7 +264,7 @@ def best_rate(cells: list[dict[str, Any]], records: list[dict[str, Any]], method
     found: dict[float, list[float]] = {}
     for cell in cells:
         if cell["method"] == method:
-            losses = [record["final_loss"] for record in records if is_of(record, cell)]
+            losses = [record[which] for record in records if is_of(record, cell)]
             if not losses:
                 raise ConfigError(f"The best learning rate of {method} is not known before its cells are run.")
             found.setdefault(cell["learning_rate"], []).extend(math.inf if x is None else x for x in losses)
@@ -424,6 +445,7 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
             "target_modules": target_modules(base),
         },
         seed=cell["seed"],
+        samples_seed=cell["seed"] + READS[cell.get("reads", "drawn")],
         num_samples=cell["num_samples"],
         batch_size=cell["batch_size"],
         settings=cell["settings"],
@@ -659,8 +681,8 @@ def show_plan(
         print(f"{block['name']}: {len(left)} cells left, {sum(cell['steps'] for cell in left)} steps, {hours}")
 
 
-def run(arguments: CompareArguments, subject: Subject) -> None:
-    """Run what is left, a cell at a time."""
+def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> None:
+    """Run what is left, a cell at a time; each line names the command that it was run with."""
     design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
     missing = say_what_is_missing(design, arguments.blocks)
     last, num_run = LastStart(), 0
@@ -678,7 +700,7 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         num_run += 1
         about = {"key": key_of(cell, subject.facts), "block": block, "cell": cell, "subject": subject.facts}
         about |= {"isolated": arguments.max_cells == 1, "code": code()}
-        about |= {"weights_sha256": subject.weights_sha256}
+        about |= {"weights_sha256": subject.weights_sha256, "command": without_folders(command)}
         add_line(
             output,
             {
@@ -690,6 +712,11 @@ def run(arguments: CompareArguments, subject: Subject) -> None:
         )
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
+
+
+def without_folders(command: list[str]) -> list[str]:
+    """Return a command line with the names alone of what is given by its whole path, which only one machine has."""
+    return [Path(one).name if Path(one).is_absolute() else one for one in command]
 
 
 def say_what_is_missing(design: dict[str, Any], blocks: list[str]) -> set[str]:
@@ -792,13 +819,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
     run_clm.check_columns_and_sizes(parser.error, data)
+    command = sys.argv[1:] if argv is None else argv
     if arguments.isolate:
-        command = sys.argv[1:] if argv is None else argv
         run_apart(command, Path(arguments.output), arguments.hours, arguments.max_cells)
         return
     set_verbosity_error()
     disable_progress_bar()
-    run(arguments, Subject.load(model, data, arguments.statistics))
+    run(arguments, Subject.load(model, data, arguments.statistics), command)
 
 
 if __name__ == "__main__":

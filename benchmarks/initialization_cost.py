@@ -255,6 +255,7 @@ def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> d
         collate=pad_samples,
         lora={**LORA, "target_modules": target_modules(model)},
         seed=0,
+        samples_seed=0,
         num_samples=len(samples),
         batch_size=options.batch_size,
         settings={},

@@ -37,7 +37,8 @@ class Setup:
         samples: The training samples.
         collate: Makes batches of them.
         lora: Arguments of LoraConfig, the same for all methods.
-        seed: Of the random adapter, of the choice of samples, and of labels that are drawn.
+        seed: Of the random adapter.
+        samples_seed: Of the choice of samples that a method reads, and of labels that are drawn.
         num_samples: How many samples a method that looks at data may read.
         batch_size: Samples that it runs together.
         settings: Of LoRADAConfig, over those of the method.
@@ -51,6 +52,7 @@ class Setup:
     collate: Callable[[list[Any]], dict[str, Tensor]]
     lora: dict[str, Any]
     seed: int
+    samples_seed: int
     num_samples: int
     batch_size: int
     settings: dict[str, Any]
@@ -63,7 +65,7 @@ class Setup:
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield batches of the samples that a method may read."""
-        chosen = random.Random(self.seed).sample(self.samples, min(self.num_samples, len(self.samples)))
+        chosen = random.Random(self.samples_seed).sample(self.samples, min(self.num_samples, len(self.samples)))
         for start in range(0, len(chosen), size):
             yield self.collate(chosen[start : start + size])
 
@@ -137,8 +139,10 @@ def lora_da(
     def make(setup: Setup) -> Made:
         model = get_peft_model(setup.model, setup.config())
         values: dict[str, Any] = {"num_samples": setup.num_samples, "batch_size": setup.batch_size, **settings}
-        report, solved_again = initialized(model, setup, config(**{**values, **setup.settings}), output_dir)
+        resolved = config(**{**values, **setup.settings})
+        report, solved_again = initialized(model, setup, resolved, output_dir)
         notes = {
+            "config": resolved.to_dict(),
             "step_size": report.step_size,
             "kept": len(report.kept),
             "stages": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
@@ -170,15 +174,15 @@ def initialized(
     folder: Path | None = None
     rank = setup.lora["r"]
     if setup.statistics is not None and output_dir is None and config.rank_budget is None:
-        seed = setup.seed if config.seed is None else config.seed
+        seed = setup.samples_seed if config.seed is None else config.seed
         chosen = choose_samples(samples, config, seed=seed).statistics
-        of_these = [seed, setup.seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
+        of_these = [seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
         if config.projected_rms is not None or config.layer_steps == "quadratic":
             of_these.append(rank)  # of the basis that is stored, which these depend on
         folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
         config = LoRADAConfig.from_dict({**values, "save_statistics": True})
     if folder is None or not folder.exists():
-        given = {"config": config, "seed": setup.seed, "output_dir": folder or output_dir}
+        given = {"config": config, "seed": setup.samples_seed, "output_dir": folder or output_dir}
         return initialize_lora_da(model, samples, **given, **arguments), False
     with tempfile.TemporaryDirectory() as other:
         solve = {**{name: values[name] for name in SOLVE_SETTINGS}, "max_rank": rank}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ BAND = 1.02
 
 GROUP = ("rank", "steps", "num_train")
 """Settings of a cell that make a table of their own; and so do model and data."""
+
+USUAL_RANK = 8
 
 ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
 
@@ -95,7 +98,8 @@ def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
         cell = record["cell"]
         settings = f" {json.dumps(cell['settings'])}" if cell["settings"] else ""
         others = "".join(f" {name}={cell[name]}" for name in EQUAL if cell[name] != usual[name])
-        groups.setdefault(cell["method"] + settings + others, []).append(record)
+        read = " reads=first" if cell.get("reads") == "first" else ""
+        groups.setdefault(cell["method"] + settings + others + read, []).append(record)
     return groups
 
 
@@ -141,11 +145,11 @@ def rate_text(records: Sequence[Record], which: str = "final_loss") -> str:
     return f"{best:g}" + (" (edge)" if best in (min(losses), max(losses)) else "")
 
 
-def band(records: Sequence[Record]) -> str:
+def band(records: Sequence[Record], base: float) -> str:
     """Return by what factor the learning rate can vary with a loss within 2 % of the best.
 
     The loss is taken to be linear in the logarithm of the rate between two that were tried. At least that much (>=) if
-    the smallest or the largest rate is within it, or if the next rate beyond ends no lower than it began.
+    the smallest or the largest rate is within it, or if the next rate beyond ends no lower than ``base``.
     """
     losses = rate_losses(records)
     rates = list(losses)
@@ -159,7 +163,7 @@ def band(records: Sequence[Record]) -> str:
         while 0 <= end + direction < len(rates) and losses[rates[end + direction]] <= BAND * best:
             end += direction
         inside, beyond = rates[end], rates[end + direction] if 0 <= end + direction < len(rates) else None
-        if beyond is None or losses[beyond] >= mean_start(by_rate(records)[beyond]):
+        if beyond is None or losses[beyond] >= base:
             is_open = True
             ends.append(math.log(inside))
         else:
@@ -206,9 +210,10 @@ def main_table(records: Sequence[Record]) -> list[str]:
         reached = [step for step in steps if step is not None]
         when = f"{statistics.median(reached):g} ({len(reached)} of {len(steps)})" if reached else "never"
         difference = paired_difference(runs, plain[1]) if plain and name != partner_of(name) else ""
+        wide = band(of_methods[name], mean_start(plain[1] if plain else runs))
         lines.append(
             f"| {name} | {rate_text(of_methods[name])} | {spread(starts)} | {spread(ends)} | {difference} | "
-            f"{spread(lowest)} | {when if steps else ''} | {band(of_methods[name])} | {accuracy(runs)} |"
+            f"{spread(lowest)} | {when if steps else ''} | {wide} | {accuracy(runs)} |"
         )
     return lines
 
@@ -236,14 +241,20 @@ def start_table(records: Sequence[Record]) -> list[str]:
         "|---" * 4 + "|",
     ]
     for name, runs in sorted(of_methods.items(), key=lambda item: mean_loss(item[1])):
-        method = name.partition(" ")[0]
-        default = [] if name == method else of_methods.get(method, [])
+        as_default = re.sub(r" \{.*\}", "", name)
+        default = [] if name == as_default else of_methods.get(as_default, [])
         seconds = [run["initialization"]["seconds"] for run in runs if not run["initialization"].get("reused")]
         took = f"{statistics.median(seconds):.0f}" if seconds else ""
         lines.append(
             f"| {name} | {spread([run['final_loss'] for run in runs])} | {paired_difference(runs, default)} | {took} |"
         )
     return lines
+
+
+def unless_usual(rank: int, num_train: int | None) -> str:
+    """Write what of a row's rank and training samples is not as in most tables."""
+    rank_text = "" if rank == USUAL_RANK else f", rank {rank}"
+    return rank_text + ("" if num_train is None else f", {num_train} samples")
 
 
 def half_table(records: Sequence[Record]) -> list[str]:
@@ -260,8 +271,9 @@ def half_table(records: Sequence[Record]) -> list[str]:
                 _, ours = at_best_rate(runs)
                 difference = paired_difference(ours, at_best_rate(plain)[1])
                 loss = spread([run["final_loss"] for run in ours])
-                what = "" if (rank, num_train) == (8, None) else f", rank {rank}, {num_train or 'all'} samples"
-                lines.append(f"| {name}{what} | {steps} | {rate_text(runs)} | {loss} | {difference} |")
+                lines.append(
+                    f"| {name}{unless_usual(rank, num_train)} | {steps} | {rate_text(runs)} | {loss} | {difference} |"
+                )
     return lines if len(lines) > 2 else []
 
 
@@ -398,7 +410,12 @@ def cost_table(records: Sequence[Record]) -> list[str]:
         " its peak, MiB | trained parameters | optimizer state, MiB |",
         "|---" * 8 + "|",
     ]
-    for name, runs in variants(records).items():
+    of_ranks = {
+        f"{name}{unless_usual(rank, num_train)}": runs
+        for name, of_method in variants(records).items()
+        for (rank, num_train), runs in grouped(of_method, "rank", "num_train").items()
+    }
+    for name, runs in of_ranks.items():
         made = [run for run in runs if not run["initialization"].get("reused")]
         alone = [run for run in runs if run.get("isolated")]
         own = [run["initialization"] for run in alone]

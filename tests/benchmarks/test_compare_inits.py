@@ -17,7 +17,9 @@ import inits
 import movement
 import report
 
+from lora_da_hf import LoRADAConfig
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.samples import choose_samples
 
 BLOCK = {
     "name": "all",
@@ -85,7 +87,11 @@ def test_every_method_runs_on_equal_terms(compare):
         assert len(record["train_losses"]) == 4
         assert record["initialization"]["seconds"] > 0
         assert record["training"]["peak_mib"] > 0
-        assert record["cell"] == {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
+        expected = {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
+        if not record["reads_samples"]:
+            del expected["reads"]  # which makes no difference to it
+        assert record["cell"] == expected
+        assert record["command"][:2] == ["--design", "design.json"]
         if method in NO_OPS:
             assert record["losses"][0][1] == pytest.approx(base, rel=2e-2), method
     for method in ("lora_da", "lora_one", "lora_da_fa", "lora_da_preconditioned"):
@@ -240,6 +246,47 @@ def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
 
     assert order(0) == order(0) != order(1)
     assert sorted(index for batch in order(0) for index in batch) == sorted(samples * 2)
+
+
+def chosen(num_samples, reads, seed):
+    """Return which of 2,000 samples a method reads, and which training sees first, as many."""
+    samples = list(range(2000))
+    setup = inits.Setup(
+        model=None,
+        samples=samples,
+        collate=list,
+        lora={"r": 2},
+        seed=seed,
+        samples_seed=seed + compare_inits.READS[reads],
+        num_samples=num_samples,
+        batch_size=8,
+        settings={},
+    )
+    (read,) = setup.batches(num_samples)
+    ours = choose_samples(samples, LoRADAConfig(num_samples=num_samples), seed=setup.samples_seed)
+    assert len({*ours.statistics, *read}) <= 1.1 * num_samples  # ours draws a few more, so in another order
+    return set(read), set(next(compare_inits.batches_of(samples, seed, num_samples)))
+
+
+def test_what_an_initialisation_reads_does_not_hang_together_with_what_training_sees_first():
+    for seed in range(3):
+        read, first = chosen(200, "drawn", seed)
+        assert len(read & first) < 50  # 20 by chance
+        read, first = chosen(200, "first", seed)
+        assert len(read & first) > 150
+
+
+def test_the_best_rate_can_be_that_of_the_lowest_loss_on_the_way():
+    coarse = {**BLOCK, "name": "coarse", "methods": ["lora"], "learning_rates": [1e-3, 1.0], "num_train": 8}
+    for by, rate in (("final_loss", 1e-3), ("best_loss", 1.0)):
+        cells = compare_inits.cells_of({**SMALL, "blocks": [coarse]}, coarse, [])
+        records = [
+            {"cell": cell, "final_loss": final, "best_loss": best}
+            for cell, final, best in zip(cells, (1.0, 2.0), (1.0, 0.9), strict=True)
+        ]
+        fine = {**coarse, "name": "fine", "learning_rates": {"best_of": "coarse", "times": [1], "by": by}}
+        design = {**SMALL, "blocks": [coarse, fine]}
+        assert compare_inits.rates_of("lora", design, fine, records) == [rate]
 
 
 def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
@@ -401,6 +448,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
         ({"methods": ["lora", "magic"]}, "magic is not known"),
         ({"epochs": 3}, "epochs is not known"),
         ({"seeds": None}, "block 'all' lacks seeds"),
+        ({"reads": "last"}, "last is not known"),
         ({"settings": [{}, {"metrics": "fisher"}]}, r"Unknown settings \['metrics'\]"),
         ({"settings": {"num_samples": 0}}, "num_samples=0 must be at least 1"),
         ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
@@ -597,14 +645,40 @@ def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
         ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 1.2}, "1.6"),  # a tenth of the way up in the logarithm on either side
         ({1e-3: 1.0, 1e-2: 1.2}, ">= 1.3"),
         ({1e-4: 1.2, 1e-3: 1.0, 1e-2: None}, ">= 1.3"),
-        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 2.5}, ">= 1.3"),  # above its start
+        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 2.5}, ">= 1.3"),  # above the base
         ({1e-3: 1.0}, ""),
         ({1e-3: None, 1e-2: None}, ""),
     ],
 )
 def test_the_band_is_interpolated_and_open_at_its_edges(finals, expected):
     records = [record_of("lora", rate, 0, [[0, 2.0], [4, final]]) for rate, final in finals.items()]
-    assert report.band(records) == expected
+    assert report.band(records, 2.0) == expected
+
+
+def test_a_rate_fails_where_it_ends_above_the_base_wherever_the_method_began():
+    plain = [record_of("lora", rate, 0, [[0, 2.0], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
+    ours = [record_of("lora_da", rate, 0, [[0, 1.5], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
+    rows = [line.split("|") for line in report.main_table([*plain, *ours])[2:]]
+    assert {row[1].strip(): row[8].strip() for row in rows} == {"lora": ">= 1.1", "lora_da": ">= 1.1"}
+
+
+def test_what_read_the_first_samples_has_a_row_of_its_own():
+    records = [record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 1.0]], reads=reads) for reads in ("drawn", "first")]
+    assert list(report.variants(records)) == ["lora_da", "lora_da reads=first"]
+    assert report.partner_of("lora_da reads=first") == "lora"
+
+
+def test_what_it_took_is_told_for_each_rank():
+    records = [
+        {**record_of("lora", 1e-3, 0, [[0, 2.0], [4, 1.0]], **changes), "trainable": trainable}
+        for trainable, changes in ((100, {}), (200, {"rank": 16}), (300, {"num_train": 64}))
+    ]
+    rows = [line.split(" | ") for line in report.cost_table(records)[2:]]
+    assert [(row[0], row[6]) for row in rows] == [
+        ("| lora", "100"),
+        ("| lora, rank 16", "200"),
+        ("| lora, 64 samples", "300"),
+    ]
 
 
 def test_a_frozen_a_is_compared_with_a_frozen_a():
