@@ -236,6 +236,11 @@ METHODS: dict[str, Callable[[Known], Tensor]] = {
         known.count,
         LoRADAConfig(variance_weight=1.0, input_damping="0.01*mean", output_damping="0.01*mean"),
     ),
+    "LoRA-DA, ten times the damping": lambda known: lora_da(
+        known.empirical,
+        known.count,
+        LoRADAConfig(variance_weight=1.0, input_damping="1*mean", output_damping="1*mean"),
+    ),
     "LoRA-DA, no variance": lambda known: lora_da(known.empirical, known.count, LoRADAConfig(variance_weight=0.0)),
     "LoRA-DA, paper": lambda known: lora_da(known.empirical, known.count, LoRADAConfig.paper()),
     "gradient's SVD": gradient_svd,
@@ -456,10 +461,10 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(MODELS), 2, figsize=(11, 8), constrained_layout=True)
+    figure, axes = plt.subplots(len(MODELS), 2, figsize=(11, 9), constrained_layout=True)
     sizes = sorted({record["samples"] for record in frozen})
     for row, model in zip(axes, MODELS, strict=True):
-        for axis, (quantity, guess) in zip(row, (("distance", "frozen"), ("excess", "excess")), strict=True):
+        for axis, (quantity, guess) in zip(row, (("distance", "exact"), ("excess", "excess")), strict=True):
             for color, method in enumerate(METHODS):
                 found = [select(frozen, model=model, samples=count, method=method) for count in sizes]
                 measured = [mean_and_error([r[quantity] for r in f]) for f in found]
@@ -469,7 +474,9 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(sizes, guesses, ":", color=f"C{color}")
             name = "squared distance / ||Delta||²" if quantity == "distance" else "excess loss, nats"
             axis.set(xscale="log", yscale="log", xlabel="samples", ylabel=name, title=f"{model} regression, A frozen")
-    axes[0, 0].legend(fontsize=8, title="dotted: predicted", title_fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    note = "dotted: predicted (distance in linear regression alone)"
+    figure.legend(handles, labels, fontsize=8, title=note, title_fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
