@@ -602,6 +602,7 @@ def evaluate(model: nn.Module, setup: Setup, samples: list[Any]) -> float:
 def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dict[str, Any]:
     """Generate answers greedily, and count those in which the pattern finds what it finds in the right one.
 
+    ``1,000.`` is as good as ``1000``.
     Samples whose right answer was cut before what the pattern finds are left out.
     """
     tokenizer, pattern = subject.tokenizer, re.compile(cell["answer_pattern"])
@@ -619,11 +620,16 @@ def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dic
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, split:], sample["input_ids"])]
-        given, wanted = ((pattern.findall(text) or [None])[-1] for text in texts)
+        given, wanted = (found[-1] if (found := pattern.findall(text)) else None for text in texts)
         total += wanted is not None
-        correct += wanted is not None and given == wanted
+        correct += None not in (given, wanted) and comparable(given) == comparable(wanted)
     low, high = wilson_interval(correct, total) if total else (0.0, 1.0)
     return {"correct": correct, "total": total, "low": low, "high": high}
+
+
+def comparable(answer: str) -> str:
+    """Return an answer without what makes no other number of it: commas between digits, and a full stop at the end."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", answer).removesuffix(".")
 
 
 # ---- all of them

@@ -426,6 +426,13 @@ def test_an_answer_is_the_last_match_of_the_pattern_behind_the_prompt(model_dir)
 
 
 @pytest.mark.parametrize(
+    ("answer", "same"), [("1,000", "1000"), ("1,234,567.", "1234567"), ("3.5", "3.5"), ("1,2", "1,2"), ("$5", "$5")]
+)
+def test_a_number_may_be_written_in_two_ways(answer, same):
+    assert compare_inits.comparable(answer) == same
+
+
+@pytest.mark.parametrize(
     ("correct", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (90, 100, 0.8256, 0.9448)]
 )
 def test_wilsons_interval(correct, total, low, high):
