@@ -479,7 +479,8 @@ def test_the_designs_are_valid(path):
         assert keys - seen  # no block repeats what others have
         seen |= keys
         assert re.search(rf"\b{len(cells)} cells? ", block["why"])
-        records += [{"cell": cell, "final_loss": cell["learning_rate"]} for cell in cells]
+        losses = ("final_loss", "best_loss")
+        records += [{"cell": cell, **dict.fromkeys(losses, cell["learning_rate"])} for cell in cells]
 
 
 def test_a_design_is_planned_before_and_after_some_of_it_is_run(compare, tmp_path, capsys):
