@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -534,3 +537,36 @@ def measured_tensors():
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     peak.append(max(itertools.accumulate((event.nbytes() for event in changes), initial=0)))
+
+
+class CountedOperations(TorchDispatchMode):
+    """Count the arithmetic operations of the products and factorizations inside: work that no busy machine changes.
+
+    Attributes:
+        total: So far; a multiplication and its addition are two, factorizations count by the leading term of their cost.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in FACTORIZATIONS:
+            *batch, rows, columns = args[0].shape
+            self.total += math.prod(batch) * FACTORIZATIONS[packet](rows, columns)
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        elif packet is torch.ops.aten.addmm_:
+            self.total += flop_registry[torch.ops.aten.addmm](*args, out_val=out)
+        return out
+
+
+FACTORIZATIONS = {
+    torch.ops.aten._linalg_eigh: lambda rows, columns: 9 * rows**3,
+    torch.ops.aten._linalg_svd: lambda rows, columns: 6 * rows * columns * min(rows, columns),
+    torch.ops.aten.linalg_qr: lambda rows, columns: 4 * rows * columns * min(rows, columns),
+    torch.ops.aten.linalg_cholesky_ex: lambda rows, columns: rows**3 // 3,
+    torch.ops.aten.linalg_solve_triangular: lambda rows, columns: rows**3,
+}

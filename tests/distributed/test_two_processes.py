@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import worker
@@ -267,36 +266,27 @@ def test_a_model_that_transformers_split_for_tensor_parallelism_is_refused(tmp_p
 
 @pytest.mark.slow
 def test_two_processes_take_little_more_than_half(tmp_path):
-    """The time that processes take on cores of their own, waiting included, and the peak of their tensors.
-
-    What is measured alone is measured twice at the same time, so that the cores have as much to do in both cases.
-    """
-    alone, together = [tmp_path / "alone_0", tmp_path / "alone_1"], tmp_path / "together"
-    for folder in (*alone, together):
+    """The operations that one process waits for, and the peak of its tensors."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
         folder.mkdir()
-    with ThreadPoolExecutor() as executor:
-        list(executor.map(lambda folder: start_apart("worker.py", ["measure"], folder, processes=1), alone))
+    start_apart("worker.py", ["measure"], alone, processes=1)
     start_apart("worker.py", ["measure"], together)
-    one = [result(folder, "measured", 0) for folder in alone]
+    one = result(alone, "measured", 0)
     two = [result(together, "measured", rank) for rank in range(2)]
-    assert all(len(runs[0]) > 2 for runs in (each["runs"] for each in two))
-    assert time_on_own_cores(two) <= 0.6 * max(time_on_own_cores([each]) for each in one)
-    assert max(each["peak"] for each in two) <= 0.6 * max(each["peak"] for each in one)
+    assert all(len(each["operations"]) > 2 for each in two)
+    assert operations_waited_for(two) <= 0.55 * operations_waited_for([one])
+    assert max(each["peak"] for each in two) <= 0.6 * one["peak"]
 
 
-def time_on_own_cores(measured):
-    """Return the seconds that processes would take if each had a core of its own, in the fastest of their runs.
+def operations_waited_for(measured):
+    """Return the operations of the busiest process from one collective to the next, added up.
 
-    Every process arrives at the same collectives. What the busiest one works from one to the next, in processor time,
-    the others work or wait: the sum of it over a run is the time that the run takes, but for what is on its way between
-    the processes. Whatever else keeps a machine busy delays a process and is no part of it; it may take a core's cache
-    from the process, which is why the fastest run counts. A clock on the wall would see the rest of the machine too.
+    Every process arrives at the same collectives, and the others wait there for the busiest one. Seconds would say how
+    busy the machine is as well; what they are on a quiet one is in benchmarks/results/scaling.md.
     """
-    seconds = []
-    for marks in zip(*(each["runs"] for each in measured), strict=True):
-        parts = [[end - start for start, end in itertools.pairwise(of_process)] for of_process in marks]
-        seconds.append(sum(max(of_all) for of_all in zip(*parts, strict=True)))
-    return min(seconds)
+    parts = [[end - start for start, end in itertools.pairwise(each["operations"])] for each in measured]
+    return sum(max(of_all) for of_all in zip(*parts, strict=True))
 
 
 # The trainer under DDP

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_lora_model, make_tiny_llama, make_token_samples
 from harness import (
+    CountedOperations,
     adapter_weights,
     collate,
     make_args,
@@ -50,7 +51,7 @@ def seven_config(**overrides):
 
 
 def long_samples():
-    return make_token_samples(480, min_length=40, max_length=60)
+    return make_token_samples(160, min_length=40, max_length=60)
 
 
 def model_of_blocks(count, width):
@@ -218,14 +219,14 @@ def take_up(folder):
 
 
 @contextlib.contextmanager
-def marked_collectives():
-    """Note the processor time of this process at its start, at the beginning of each collective, and at its end."""
-    marks = [time.process_time()]
+def marked_collectives(operations):
+    """Note the count of operations of this process at the beginning of each collective, and at the end."""
+    marks = [0]
     originals = {name: getattr(dist, name) for name in ("reduce", "broadcast", "all_gather_object")}
 
     def marking(original):
         def call(*args, **kwargs):
-            marks.append(time.process_time())
+            marks.append(operations.total)
             return original(*args, **kwargs)
 
         return call
@@ -237,25 +238,21 @@ def marked_collectives():
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    marks.append(time.process_time())
+    marks.append(operations.total)
 
 
 def measure(folder):
-    """Measure what sharing the samples takes in processor time, and sharing the layers in memory of tensors."""
+    """Measure what sharing the samples saves in operations, and sharing the layers in memory of tensors."""
     settings = {"step_size": 0.05, "search_samples": 0}
-    config = make_config(num_samples=480, batch_size=4, schedule="samples", **settings)
-    initialize_lora_da(model_of_blocks(1, width=256), long_samples()[:8], config=config, progress=False)  # warm up
-    runs = []
-    for _ in range(2):
-        model = model_of_blocks(12, width=256)
-        with marked_collectives() as marks:
-            initialize_lora_da(model, long_samples(), config=config, progress=False)
-        runs.append(marks)
+    config = make_config(num_samples=160, batch_size=4, schedule="samples", **settings)
+    model = model_of_blocks(6, width=256)
+    with CountedOperations() as operations, marked_collectives(operations) as marks:
+        initialize_lora_da(model, long_samples(), config=config, progress=False)
     model = model_of_blocks(24, width=256)
     config = make_config(num_samples=3, batch_size=1, schedule="layers", **settings)
     with measured_tensors() as peak:
         initialize_lora_da(model, seven_samples(), config=config, progress=False)
-    write(folder, "measured", {"runs": runs, "peak": peak[0]})
+    write(folder, "measured", {"operations": marks, "peak": peak[0]})
 
 
 def flatten_parameters(folder):
