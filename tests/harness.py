@@ -543,7 +543,7 @@ class CountedOperations(TorchDispatchMode):
     """Count the arithmetic operations of the products and factorizations inside: work that no busy machine changes.
 
     Attributes:
-        total: So far; a multiplication and its addition are two, factorizations count by the leading term of their cost.
+        total: So far; a multiplication and its addition are two, factorizations count by their leading term.
     """
 
     def __init__(self):
