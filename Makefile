@@ -33,9 +33,9 @@ benchmark: $(VENV)/.demo  ## what an initialisation costs, and how it scales, on
 	$(BIN)/python benchmarks/initialization_cost.py
 	$(BIN)/python benchmarks/scaling.py
 
-compare: $(VENV)/.demo  ## LoRA-DA and plain LoRA on Python's functions: hours, and it goes on where it was stopped
+compare: $(VENV)/.demo  ## LoRA-DA, plain LoRA and PEFT's starts on Python's functions: hours, and it goes on where it was stopped
 	$(BIN)/python benchmarks/compare_inits.py --held_out functions --statistics .cache/statistics \
-		--design benchmarks/designs/stdlib_same_modules.json --output outputs/compare.jsonl
+		--design benchmarks/designs/compare.json --output outputs/compare.jsonl
 	$(BIN)/python benchmarks/report.py outputs/compare.jsonl
 
 $(BIN)/python:
