@@ -50,5 +50,5 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-clean:
-	rm -rf $(VENV) .cache outputs build *.egg-info
+clean:  ## what can be made again in minutes: the hours of measurements in outputs and .cache stay
+	rm -rf $(VENV) build *.egg-info

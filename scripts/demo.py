@@ -26,6 +26,7 @@ from demo_model import fetch_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = Path(".cache")
+MARK = ".lora_da_demo"
 LABELS = {"lora": "plain LoRA", "lora_da": "LoRA-DA"}
 SAME = 5e-4
 
@@ -192,7 +193,7 @@ def command(init: str, model: str, data: tuple[Path, Path], output_dir: Path, dt
 
 
 def execute(arguments: list[str], output_dir: Path) -> Run:
-    """Run one training from scratch and read its losses."""
+    """Run one training from scratch, over what an earlier demo left, and read its losses."""
     shutil.rmtree(output_dir, ignore_errors=True)
     print(f"\n$ {shlex.join(['python', *arguments[1:]])}\n", flush=True)
     if subprocess.run(arguments, check=False).returncode != 0:
@@ -269,6 +270,9 @@ def main() -> None:
     """Run the demo."""
     arguments = parse_arguments()
     arguments.output_dir = arguments.output_dir.absolute()
+    take(arguments.output_dir)
+    if arguments.model and Path(arguments.model).is_dir():
+        arguments.model = str(Path(arguments.model).absolute())
     os.chdir(REPOSITORY)
     # Threads that wait without spinning cost little on a quiet machine, and save half the time on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -293,6 +297,15 @@ def main() -> None:
     draw(runs, output_dir / "comparison.png")
     save_summary(runs, seconds, output_dir / "summary.json")
     report(runs, seconds, budget.eval_samples, output_dir)
+
+
+def take(output_dir: Path) -> None:
+    """Mark a folder as the demo's, whose runs are deleted when it is run again; one with something else is refused."""
+    mark = output_dir / MARK
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not mark.exists():
+        sys.exit(f"{output_dir} holds something that no demo wrote and that could be lost. Give another --output_dir.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def shorten(path: Path) -> Path:

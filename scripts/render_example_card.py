@@ -6,9 +6,10 @@ python scripts/render_example_card.py
 import json
 from pathlib import Path
 
+from lora_da_hf.artifacts.card_files import CARD_FILE
 from lora_da_hf.artifacts.schema import CHECKSUM, MANIFEST_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.hub.cards import CARD_FILE, card_plots, render_card
+from lora_da_hf.hub.cards import card_plots, render_card
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 

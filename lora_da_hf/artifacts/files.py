@@ -13,6 +13,17 @@ def put_in_place(partial: Path, file: Path) -> None:
     sync(file.parent)
 
 
+def share_as_usual(path: Path) -> None:
+    """Give a file or folder the permissions of any other: safetensors makes files that only their owner can read."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
 _SAMPLED_ENTRIES = 1024
@@ -64,3 +65,12 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
         for key in expected
         if key in found and expected[key] is not None and found[key] is not None and found[key] != expected[key]
     ]
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether the Hub allows this name for a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

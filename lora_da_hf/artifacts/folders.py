@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
 import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from lora_da_hf.artifacts.files import sync
+from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, is_own_card
+from lora_da_hf.artifacts.files import share_as_usual, sync
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_PREFIX
 from lora_da_hf.errors import ConfigError
 
-UNLISTED_FILES = ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db", "desktop.ini")
+LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+UNLISTED_FILES = (CARD_FILE, *LICENSE_FILES, ".gitattributes", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
 """What a folder may hold besides, apart from PNG files. Nothing of it is read."""
 
-UNLISTED_FOLDERS = (".cache", ".ipynb_checkpoints")
-"""What the Hub's client and notebooks may leave in a folder. Nothing of it is read."""
+UNLISTED_FOLDERS = (".cache", ".ipynb_checkpoints", ".git")
+"""What the Hub's client, notebooks and git may leave in a folder. Nothing of it is read."""
+
+_KEPT_FOLDERS = (".git",)
+"""Of those, what is never replaced."""
 
 _PARTIAL = ".{}.partial-"
 _OLD = ".{}.old-"
@@ -28,31 +32,67 @@ _OLD = ".{}.old-"
 def atomic_folder(target: Path) -> Generator[Path]:
     """Give a temporary folder beside ``target`` that takes its place if the block ends well.
 
-    What was at ``target`` before is replaced. If the block fails, it is as it was and nothing is left behind.
+    What was at ``target`` before is replaced, but for a page and pictures that this library did not make. If the block
+    fails, it is as it was and nothing is left behind. Behind a link, what it leads to is replaced.
+
+    Raises:
+        ConfigError: if what is there cannot be replaced.
     """
+    target = _behind_links(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL.format(target.name), dir=target.parent))
     try:
         yield partial
         for path in partial.iterdir():
             if path.stat().st_nlink == 1:  # else it is a file of the Hub's cache too, and may be another user's
-                path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+                share_as_usual(path)
             sync(path)
-        partial.chmod(0o777 & ~_umask())
+        share_as_usual(partial)
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
-            target.rename(aside / target.name)
-            try:
+            _carry_over(target, partial)
+            with _moved_aside(target):
                 partial.rename(target)
-            except BaseException:
-                (aside / target.name).rename(target)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
         else:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _moved_aside(target: Path) -> Generator[None]:
+    """Give a folder another name for the block, put it back if that fails, and delete it if something took its place.
+
+    Raises:
+        ConfigError: if it cannot be renamed, as a mount point cannot.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=_OLD.format(target.name), dir=target.parent))
+    try:
+        target.rename(aside / target.name)
+    except OSError as error:
+        aside.rmdir()
+        raise ConfigError(
+            f"{target} cannot be replaced ({error.strerror or error}). Name a new folder, such as one inside it."
+        ) from error
+    try:
+        yield
+    finally:
+        if not target.exists():
+            (aside / target.name).rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Copy what lies in a folder besides an initialisation, and is not this library's own, to the one replacing it."""
+    for path in old.iterdir():
+        is_unlisted = path.name in UNLISTED_FILES or path.suffix == ".png"
+        if not is_unlisted or path.name in PLOTS or not path.is_file() or (new / path.name).exists():
+            continue
+        if path.name != CARD_FILE or not is_own_card(path.read_bytes()):
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _behind_links(folder: Path) -> Path:
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def remove_leftovers(target: Path) -> None:
@@ -60,6 +100,7 @@ def remove_leftovers(target: Path) -> None:
 
     No other process may be writing to ``target``.
     """
+    target = _behind_links(target)
     name = glob.escape(target.name)
     for partial in target.parent.glob(_PARTIAL.format(name) + "*"):
         shutil.rmtree(partial)
@@ -69,15 +110,9 @@ def remove_leftovers(target: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def foreign_files(folder: Path) -> list[str]:
-    """Return the names in the folder of an initialisation that are neither one's nor a card's nor a picture's."""
-    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES, *UNLISTED_FOLDERS}
+    """Return the names in the folder of an initialisation that are neither its own nor may be beside it or go."""
+    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES, *UNLISTED_FOLDERS} - {*_KEPT_FOLDERS}
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -92,6 +127,7 @@ def check_writable(folder: Path) -> None:
         ConfigError: if it cannot.
     """
     try:
+        folder = _behind_links(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=_PARTIAL.format(folder.name), dir=folder.parent)).rmdir()
     except OSError as error:
@@ -99,6 +135,9 @@ def check_writable(folder: Path) -> None:
             f"The initialisation cannot be written to {folder} ({error.strerror or error}). Name a folder that can be "
             "written."
         ) from error
+    if folder.exists():
+        with _moved_aside(folder):
+            pass
 
 
 def check_replaceable(folder: Path) -> None:

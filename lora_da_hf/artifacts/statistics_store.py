@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.files import put_in_place
+from lora_da_hf.artifacts.files import put_in_place, share_as_usual
 from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
 from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
@@ -76,6 +76,7 @@ def adopt_statistics(folder: Path, source: Path) -> None:
     shards = sorted(source.glob("*.safetensors"))
     for number, shard in enumerate(shards, start=1):
         target = folder / f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors"
+        share_as_usual(shard)  # `atomic_folder` leaves linked files as they are
         try:
             os.link(shard, target)
         except OSError:  # a file system without hard links

@@ -118,9 +118,10 @@ def card_parser() -> argparse.ArgumentParser:
 
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
+    from lora_da_hf.artifacts.card_files import CARD_FILE, is_own_card
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import CARD_FILE, render_card
-    from lora_da_hf.hub.page import is_own_card, render_page
+    from lora_da_hf.hub.cards import render_card
+    from lora_da_hf.hub.page import render_page
 
     facts = {**facts_of_card(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
     init = load_init(arguments.folder)

@@ -161,12 +161,17 @@ def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: 
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
-    return _class_of_base(peft_config).from_pretrained(
+    from lora_da_hf.pipeline.base_model import remember_commit
+
+    revision = arguments.model_revision or "main"
+    model = _class_of_base(peft_config).from_pretrained(
         arguments.base_model,
-        revision=arguments.model_revision or "main",
+        revision=revision,
         dtype=arguments.dtype or "auto",
         trust_remote_code=bool(arguments.trust_remote_code),
     )
+    remember_commit(model, revision=revision)
+    return model
 
 
 def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -106,8 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command line without the program's name; None: the process's own.
 
     Returns:
-        The exit code: 0, or 1 if it failed. A mistake in the command line leaves with 2, as argparse does.
+        The exit code: 0, or 1 if it failed. A command line that cannot be parsed leaves with 2, as argparse does.
     """
+    _write_utf8()
     words = sys.argv[1:] if argv is None else argv
     verb = next((verb for verb in VERBS if verb.name == _first_word(words)), None)
     arguments = make_parser(verb).parse_args(words)
@@ -135,6 +137,16 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"Error: {message}" + (f"\nHint: {hint}" if hint else "")), file=sys.stderr)
         return 1
     return 0
+
+
+def _write_utf8() -> None:
+    """Let redirected output be UTF-8 on every system, and a terminal show what it can of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if stream.isatty():
+                stream.reconfigure(errors="backslashreplace")
+            else:
+                stream.reconfigure(encoding="utf-8")
 
 
 def make_parser(verb: Verb | None) -> argparse.ArgumentParser:

@@ -32,8 +32,6 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
     from lora_da_hf.hub import push_init
 
-    if arguments.card is not None and not arguments.card.is_file():
-        raise ConfigError(f"{arguments.card}, given as --card, is not a file.")
     _progress(output)
     pushed = push_init(
         arguments.folder,
@@ -43,13 +41,22 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         parent_commit=arguments.parent_commit,
         revision=arguments.revision,
         commit_message=arguments.commit_message,
-        card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
+        card=_read_card(arguments.card) if arguments.card is not None else None,
         **facts_of_card(arguments),
     )
     names = ("url", "repo_id", "commit", "pull_request_url", "tag", "private")
     values = {name: getattr(pushed, name) for name in names}
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
     output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))
+
+
+def _read_card(file: Path) -> str:
+    if not file.is_file():
+        raise ConfigError(f"{file}, given as --card, is not a file.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}, given as --card, is not UTF-8 ({error}). Save it as UTF-8.") from error
 
 
 def pull_parser() -> argparse.ArgumentParser:

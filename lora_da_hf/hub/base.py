@@ -76,12 +76,18 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
     if info.gated:
         _warn(f"The base model {name!r} is gated: see whether its conditions let you share what was computed from it.")
     card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
+    link = _well_formed(name, "license_link", card.get("license_link"), is_license_link)
     return BaseFacts(
         name=name,
         license=_well_formed(name, "license", card.get("license"), is_license),
         license_name=_well_formed(name, "license_name", card.get("license_name"), bool),
-        license_link=_well_formed(name, "license_link", card.get("license_link"), is_license_link),
+        license_link=link if link is None else _from_elsewhere(name, link),
     )
+
+
+def _from_elsewhere(base: str, link: str) -> str:
+    """Return the address of what a base's card links to, which may be a file beside that card."""
+    return link if link.startswith("https://") else f"https://huggingface.co/{base}/blob/main/{link}"
 
 
 def _well_formed(base: str, what: str, value: Any, is_well_formed: Any) -> str | None:

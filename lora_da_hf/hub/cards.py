@@ -17,25 +17,25 @@ import jinja2
 import transformers
 import yaml
 
+from lora_da_hf.artifacts.card_files import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, TAGS
+from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError, MissingDependencyError
-from lora_da_hf.hub.facts import CardFacts, card_facts, is_repo_id
+from lora_da_hf.hub.facts import CardFacts, card_facts
 from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_literal
-from lora_da_hf.hub.plots import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, directions_that_matter, draw_plots
+from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 _FLAG_PREFIX = "da_"
 _WITHOUT_FLAGS = {"use_dora", "rank_pattern", "alpha_pattern", "target_parameters"}
 """Arguments of LoraConfig that `lora-da init` has no flags for."""
-TAGS = ("lora", "peft", "lora-da", "lora-init")
 
 _TEMPLATE = "init_card.md.jinja"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -318,11 +318,15 @@ def _lora_arguments(facts: CardFacts) -> dict[str, Any]:
 def _command(facts: CardFacts) -> Markdown | None:
     """Return the command line with these settings, or None if they are not known or it has no flags for the adapter."""
     is_for_text = facts.task_type not in _TASKS or facts.task_type == "CAUSAL_LM"
-    if facts.config is None or not is_for_text or set(facts.lora_arguments) & _WITHOUT_FLAGS:
+    has_flags = not set(facts.lora_arguments) & _WITHOUT_FLAGS and float(facts.alpha or 0).is_integer()
+    if facts.config is None or not is_for_text or not has_flags:
         return None
     words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
+    if facts.base_id and facts.base_revision:
+        words += ["--model_revision", facts.base_revision]
     if facts.alpha is not None:
-        words += ["--lora_alpha", f"{facts.alpha:g}"]
+        words += ["--lora_alpha", f"{facts.alpha:.0f}"]
+    words += ["--lora_dropout", f"{facts.dropout:g}"] if facts.dropout else []
     words += ["--use_rslora"] if facts.uses_rslora else []
     words += ["--target_modules", *sorted(map(clean, facts.target_modules)), f"--{_FLAG_PREFIX}seed", str(facts.seed)]
     for setting in dataclasses.fields(LoRADAConfig):

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
+from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, FileEntry
 from lora_da_hf.artifacts.statistics_store import STATISTICS_PREFIX
 from lora_da_hf.artifacts.store import StoredInit
@@ -46,6 +45,7 @@ class CardFacts:
         default_rank: `r` of the adapter: of the layers that no pattern names.
         max_rank: Rank that is stored for every layer.
         alpha: `lora_alpha` of the adapter.
+        dropout: `lora_dropout` of the adapter.
         lora_arguments: What else a `LoraConfig` of the same layers and scalings is made with.
         task_type: PEFT's task type.
         base_class: The base model's class, which PEFT notes for an adapter without a task type.
@@ -79,6 +79,7 @@ class CardFacts:
     default_rank: int
     max_rank: int
     alpha: float | None
+    dropout: float | None
     lora_arguments: dict[str, Any]
     task_type: str | None
     base_class: str | None
@@ -141,6 +142,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         default_rank=_count(adapter.get("r")) or max(layer.rank for layer in layers),
         max_rank=max(layer.max_rank for layer in layers),
         alpha=_number(adapter.get("lora_alpha")),
+        dropout=_number(adapter.get("lora_dropout")),
         lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
         base_class=_text((adapter.get("auto_mapping") or {}).get("base_model_class")),
@@ -175,17 +177,11 @@ def layer_type(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def is_repo_id(name: str) -> bool:
-    """Tell whether the Hub allows this name for a repository."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def is_from_hub(name: str, revision: str | None) -> bool:
-    """Tell a name on the Hub from a folder's: transformers records a commit for the former, or it has one slash."""
+    """Tell a name on the Hub from a folder's: the former has a commit or one slash, and is no folder here.
+
+    A folder that is named like a repository is recorded with ``./`` before its name (`base_model_facts`).
+    """
     return is_repo_id(name) and (revision is not None or ("/" in name and not Path(name).is_dir()))
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 
+from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError
-from lora_da_hf.hub.cards import CARD_FILE, TAGS, card_plots, render_card
-from lora_da_hf.hub.plots import PLOTS
-
-_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+from lora_da_hf.hub.cards import card_plots, render_card
 
 
 def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
@@ -39,7 +36,7 @@ def own_page(init: StoredInit, card: str) -> dict[str, bytes]:
     Raises:
         CardError: if it shows a plot that cannot be drawn.
     """
-    shown = sorted({name for name in _PICTURE.findall(card) if name in PLOTS})
+    shown = sorted(name for name in PLOTS if name in card)
     plots = card_plots(init) if shown else {}
     missing = [name for name in shown if name not in plots]
     if missing:
@@ -48,15 +45,6 @@ def own_page(init: StoredInit, card: str) -> dict[str, bytes]:
             "card, or install matplotlib: pip install matplotlib."
         )
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in shown}}
-
-
-def is_own_card(text: bytes) -> bool:
-    """Tell whether a file is a card of an initialisation, by the tag in its metadata."""
-    try:
-        tags = ModelCard(text.decode("utf-8"), ignore_metadata_errors=True).data.to_dict().get("tags")
-    except (yaml.YAMLError, ValueError, TypeError):
-        return False
-    return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def license_of(card: str) -> str | None:

@@ -8,13 +8,10 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LayerReport, LoRADAReport
-
-SPECTRA_PLOT = "guidance_spectra.png"
-SEARCH_PLOT = "step_search.png"
-PLOTS = (SPECTRA_PLOT, SEARCH_PLOT)
 
 _MOST_TYPES = 10
 _MOST_TICKS = 8

@@ -10,14 +10,15 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
+from lora_da_hf.artifacts.card_files import PLOTS
+from lora_da_hf.artifacts.folders import LICENSE_FILES
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import CardError, HubError, LoRADAError
+from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
 from lora_da_hf.hub.base import base_facts
 from lora_da_hf.hub.client import check_tree, hub_errors, make_api
 from lora_da_hf.hub.page import license_of, own_page, render_page
-from lora_da_hf.hub.plots import PLOTS
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
@@ -73,8 +74,9 @@ def push_init(
     """Publish an initialisation on the Hub.
 
     The folder passes every check of `load_init`, and the card is rendered, before anything leaves the machine. The repo
-    is made if there is none. Everything goes into one commit, the card and the plots that it shows included; if nothing
-    changed, there is none. A large file that an interrupted push already sent is not sent again.
+    is made if there is none. Everything goes into one commit, the card and the plots that it shows included, and a
+    LICENSE or NOTICE that lies in the folder; if nothing changed, there is none. A large file that an interrupted push
+    already sent is not sent again.
 
     Args:
         folder: What an initialisation wrote.
@@ -89,7 +91,7 @@ def push_init(
             facts that follow.
         license: As for `render_card`; None: that of the base model on the Hub.
         license_name: As for `render_card`; None: the base model's.
-        license_link: As for `render_card`; None: the base model's.
+        license_link: As for `render_card`, and of a file it must be in the folder; None: the base model's.
         base_model: As for `render_card`.
         datasets: As for `render_card`.
         language: As for `render_card`.
@@ -100,11 +102,16 @@ def push_init(
 
     Raises:
         ArtifactError: if the folder is not a valid initialisation, or what arrived is not what was sent.
-        CardError: if the card is malformed, shows a plot that is not there, or is given together with facts for one.
+        CardError: if the card is malformed, shows a plot or names a licence file that is not there, or is given
+            together with facts for one.
+        ConfigError: if the parent commit or the revision is empty.
         HubError: if a public repo is asked for without a known licence, the repo is private or public against the wish,
             a new one should get another branch than main, it holds something else than an initialisation, somebody else
             pushed meanwhile, or the Hub refuses or cannot be reached. If a repo was made by then, the error says so.
     """
+    for name, value in (("parent_commit", parent_commit), ("revision", revision)):
+        if value == "":
+            raise ConfigError(f"{name} is empty. Give one, or leave it out.")
     stored = load_init(folder)
     check_statistics(stored)
     api = make_api(token=token, endpoint=endpoint)
@@ -115,6 +122,7 @@ def push_init(
         base = base_facts(api, stored, base_model)
         if card is None:
             licence = base.license_facts(licence)
+            _check_license_link(stored.folder, licence["license_link"])
             page = render_page(stored, repo_id=repo_id, base_model=base_model, **licence, **facts)
         else:
             _refuse_facts({**licence, **facts})
@@ -139,7 +147,8 @@ def push_init(
                 f"{repo_id} is at {head.sha}, not at {parent_commit}: somebody else pushed meanwhile. Look at what "
                 "changed, and push again on top of it."
             )
-        files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE)}
+        licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
+        files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)}
         commit = api.create_commit(
             repo_id,
             [*_additions({**files, **page}), *_deletions(head, {**files, **page})],
@@ -197,6 +206,16 @@ def _check_license(base: str | None, license: str | None, *, private: bool) -> N
         raise HubError(
             f"A public initialisation needs a licence, and the Hub names none for its base {base!r}. Pass license=... "
             "(--license), say it in the metadata of your card, or push it privately."
+        )
+
+
+def _check_license_link(folder: Path, link: str | None) -> None:
+    if link is None or link.startswith("https://"):
+        return
+    if link not in LICENSE_FILES or not (folder / link).is_file():
+        raise CardError(
+            f"license_link={link!r} is no file that goes with {folder}. Put the text there as {LICENSE_FILES[0]}, or "
+            "give an https address."
         )
 
 

@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.adapters.targets import base_name
-from lora_da_hf.artifacts.fingerprint import config_facts, weights_fingerprint
+from lora_da_hf.artifacts.fingerprint import config_facts, is_repo_id, weights_fingerprint
 from lora_da_hf.distributed.parameters import gathered
 from lora_da_hf.losses import base_model_of
 
+_COMMIT = "_commit_hash"
 _OF_ADAPTER = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 """Names that PEFT puts between a module and its weight, for adapters, modules to save and trainable tokens."""
 
 
 def base_model_facts(model: nn.Module) -> dict[str, Any]:
-    """Return name, revision, config facts and weights fingerprint of the base model."""
+    """Return name, revision, config facts and weights fingerprint of the base model.
+
+    The name of a folder that could be one on the Hub, such as ``checkpoints/base``, gets a ``./`` before it.
+    """
     config: Any = getattr(base_model_of(model), "config", None)
+    name: str | None = getattr(config, "_name_or_path", None) or None
+    is_folder = name is not None and Path(name).is_dir()
     return {
-        "name_or_path": getattr(config, "_name_or_path", None) or None,
-        "revision": getattr(config, "_commit_hash", None),
+        "name_or_path": f"./{name}" if name and is_folder and is_repo_id(name) else name,
+        "revision": None if name is None or is_folder else getattr(config, _COMMIT, None) or _only_commit(name),
         "config": config_facts(config),
         "weights_sha256": weights_fingerprint(base_weights(model)),
     }
+
+
+def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = None) -> None:
+    """Note on the config of a model from the Hub the commit that it came from, as older versions of transformers did.
+
+    Args:
+        model: Just loaded.
+        revision: The branch, tag or commit that was asked for.
+        cache_dir: Where it is kept; None: in the Hub's cache.
+    """
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if name and not Path(name).is_dir() and is_repo_id(name):
+        found = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+        if isinstance(found, str):
+            setattr(config, _COMMIT, Path(found).parent.name)
+
+
+def _only_commit(name: str) -> str | None:
+    """Return the commit of a model in the Hub's cache; None if there are several, since any may have been loaded."""
+    if not is_repo_id(name):
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    commits = [path.parent.name for path in folder.glob(f"snapshots/*/{CONFIG_NAME}")]
+    return commits[0] if len(commits) == 1 else None
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_da_hf.errors import ConfigError
+from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.reuse import PulledInit
 
@@ -36,14 +36,18 @@ def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Pa
 
     Raises:
         ConfigError: if there is no such folder and it is no name of a repository.
+        HubError: if there is no such folder and the repository cannot be fetched.
     """
     if Path(init_from).is_dir():
         return Path(init_from)
-    if not isinstance(init_from, str) or not _REPO.fullmatch(init_from):
+    if not isinstance(init_from, str) or not _REPO.fullmatch(init_from) or init_from.startswith((".", "-")):
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     repo_id, _, revision = init_from.partition("@")
     hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
-    return hub.pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
+    try:
+        return hub.pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
+    except HubError as error:
+        raise HubError(f"{error} There is no folder {init_from} in {Path.cwd()} either.") from error
 
 
 def tag_with_init(model: nn.Module, init_from: str) -> None:

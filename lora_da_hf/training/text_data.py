@@ -14,6 +14,7 @@ from pyarrow import ArrowInvalid
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.pipeline.base_model import remember_commit
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, ModelArguments, TextArguments
 
@@ -198,6 +199,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
+    remember_commit(model, revision=revision, cache_dir=arguments.cache_dir)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ConfigError(

@@ -30,7 +30,7 @@ from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
-from lora_da_hf.errors import ArtifactError, LoRADAError
+from lora_da_hf.errors import ArtifactError, ConfigError, LoRADAError
 from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.base_model import base_model_facts
 
@@ -749,7 +749,7 @@ def test_an_adapter_in_another_precision_is_accepted(original, place):
 
 def test_a_card_and_its_pictures_may_lie_beside(original, place):
     folder = fresh_copy(original, place)
-    for name in ("README.md", "spectra.png", ".gitattributes"):
+    for name in ("README.md", "spectra.png", ".gitattributes", ".gitignore", "LICENSE", "NOTICE"):
         (folder / name).write_bytes(b"anything")
     load_init(folder)
 
@@ -761,6 +761,11 @@ def test_what_other_programs_leave_in_a_folder_may_lie_beside(original, place):
         (folder / name / "inside").mkdir(parents=True)
     load_init(folder)
     check_replaceable(folder)
+    (folder / ".git").mkdir()  # of a clone
+    load_init(folder)
+    with pytest.raises(ConfigError, match=r"holds something else than an initialisation \(.git\)"):
+        check_replaceable(folder)
+    (folder / ".git").rmdir()
     (folder / ".DS_Store").unlink()
     (folder / ".DS_Store").mkdir()
     with pytest.raises(ArtifactError, match=r".DS_Store is not listed in the manifest"):

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -24,11 +25,12 @@ import lora_da_hf.pipeline.base_model
 import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
-from lora_da_hf.artifacts.folders import atomic_folder
+from lora_da_hf.artifacts.folders import atomic_folder, check_writable
 from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics, load_statistics, save_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ArtifactError, TargetError
+from lora_da_hf.errors import ArtifactError, ConfigError, TargetError
+from lora_da_hf.hub.cards import render_card
 from lora_da_hf.theory.adapter_factors import split_factors
 from lora_da_hf.theory.solve import factorize, solve_layer
 
@@ -424,6 +426,60 @@ def test_a_failure_while_the_folders_are_swapped_puts_the_old_one_back(tmp_path,
         (partial / "file").write_text("new")
     assert (target / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_refused_before_and_after_the_pass(tmp_path, monkeypatch):
+    target = tmp_path / "init"
+    target.mkdir()
+    (target / "file").write_text("old")
+    rename = Path.rename
+
+    def fails(self, other):
+        if self == target:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, other)
+
+    check_writable(target)
+    monkeypatch.setattr(Path, "rename", fails)  # as for a mount point
+    message = r"init cannot be replaced \(Device or resource busy\). Name a new folder, such as one inside it"
+    with pytest.raises(ConfigError, match=message):
+        check_writable(target)
+    with pytest.raises(ConfigError, match=message), atomic_folder(target) as partial:
+        (partial / "file").write_text("new")
+    assert (target / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+def test_behind_a_link_what_it_leads_to_is_replaced(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "disk" / "init")
+    (tmp_path / "init").symlink_to(tmp_path / "disk" / "init")
+    initialize(lora_model(r=2), samples, tmp_path / "init")
+    assert (tmp_path / "init").is_symlink()
+    assert {entry.rank for entry in load_init(tmp_path / "disk" / "init").manifest.layers.values()} == {2}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["init"]
+
+
+def test_a_page_and_pictures_of_ones_own_outlive_a_new_initialisation(tmp_path, lora_model, samples):
+    folder = tmp_path / "init"
+    initialize(lora_model(), samples, folder)
+    own = {"README.md": b"# Mine", "loss.png": b"a picture", "LICENSE": b"MIT"}
+    for name, content in {**own, "guidance_spectra.png": b"of the card"}.items():
+        (folder / name).write_bytes(content)
+    initialize(lora_model(r=2), samples, folder)
+    assert {name: (folder / name).read_bytes() for name in own} == own
+    assert not (folder / "guidance_spectra.png").exists()
+    (folder / "README.md").write_text(render_card(load_init(folder), license=None), encoding="utf-8")
+    initialize(lora_model(r=3), samples, folder)
+    assert not (folder / "README.md").exists()  # it is not of this one
+    assert (folder / "loss.png").exists()
+
+
+def test_everybody_may_read_what_everybody_may_read(tmp_path, lora_model, samples):
+    (tmp_path / "file").touch()
+    initialize(lora_model(), samples, tmp_path / "init", save_statistics=True)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "init").iterdir()}
+    assert any(name.startswith("lora_da_statistics-") for name in modes)
+    assert set(modes.values()) == {(tmp_path / "file").stat().st_mode & 0o777}
 
 
 def test_nothing_is_at_the_target_before_all_of_it_is(tmp_path):

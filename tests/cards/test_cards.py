@@ -17,11 +17,11 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
+from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
 from lora_da_hf.hub.cards import card_metadata, card_plots, render_card
 from lora_da_hf.hub.facts import CardFacts
-from lora_da_hf.hub.plots import SEARCH_PLOT, SPECTRA_PLOT
 
 PARSER = MarkdownIt("commonmark").enable("table")
 SECTIONS = [
@@ -340,6 +340,7 @@ def test_hostile_names_stay_text(stored):
     ("name", "revision", "expected"),
     [
         ("org/model", None, "org/model"),
+        ("./checkpoints/model", None, None),
         ("gpt2", "c" * 40, "gpt2"),
         ("gpt2", None, None),
         ("./outputs/model", None, None),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import file_entry
 from lora_da_hf.artifacts.stored_report import read_report
-from lora_da_hf.hub.cards import CARD_FILE, render_card
-from lora_da_hf.hub.plots import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, draw_plots
+from lora_da_hf.hub.cards import render_card
+from lora_da_hf.hub.plots import draw_plots
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from render_example_card import EXAMPLE, read_example

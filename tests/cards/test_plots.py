@@ -8,11 +8,10 @@ import pytest
 from card_facts import LAYERS, make_report
 from matplotlib.image import imread
 
+from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub import plots
 from lora_da_hf.hub.plots import (
-    SEARCH_PLOT,
-    SPECTRA_PLOT,
     directions_that_matter,
     draw_plots,
     draw_search,

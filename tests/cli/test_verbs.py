@@ -1,6 +1,7 @@
 """What each verb does: on a small model where it computes, with the functions replaced where it only calls one."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -306,6 +307,17 @@ def test_card_goes_to_stdout(lora_da, stored):
     assert out == render_card(load_init(stored), license="mit", base_model="org/model", **arguments)
 
 
+def test_what_is_redirected_is_utf8_on_every_system(stored, monkeypatch):
+    from lora_da_hf.cli.main import main
+
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["card", str(stored), "--datasets", "データ集"]) == 0
+    stream.flush()
+    assert "データ集" in file.getvalue().decode("utf-8")
+
+
 def test_card_holds_no_text_of_the_data(lora_da, place, cache, tmp_path):
     rows = [{"prompt": f"xyzzy{k} plugh", "completion": f" frotz{k}"} for k in range(40)]
     data = tmp_path / "secret-name.jsonl"
@@ -345,6 +357,10 @@ def test_a_file_in_the_place_of_a_folder_or_the_reverse_is_said(lora_da, stored,
         assert code == 1
         assert f"{file} is a file, or lies in one. Name a folder" in err
         assert "hf auth login" not in err
+    file.write_bytes("Größe".encode("latin-1"))
+    code, _, err = lora_da("push", stored, "user/name", "--card", file)
+    assert code == 1
+    assert "file, given as --card, is not UTF-8" in err
     code, _, err = lora_da("push", stored, "user/name", "--card", tmp_path / "nofile")
     assert code == 1
     assert "nofile, given as --card, is not a file" in err
@@ -364,9 +380,21 @@ def test_the_command_on_a_card_gives_the_same_settings(stored):
     assert read(LoraArguments, arguments).lora_rank == 2
 
 
+def test_the_command_on_a_card_names_the_commit_and_the_dropout(stored, tmp_path):
+    folder = shutil.copytree(stored, tmp_path / "init")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.1}))
+    init = load_init(stored)
+    base = {**init.manifest.base_model, "name_or_path": "org/base", "revision": "c" * 40}
+    init = dataclasses.replace(init, folder=folder, manifest=dataclasses.replace(init.manifest, base_model=base))
+    card = render_card(init, license=None)
+    assert f"lora-da init org/base DATA OUTPUT --lora_rank 2 --model_revision {'c' * 40} --lora_alpha" in card
+    assert "--lora_dropout 0.1" in card
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"rank_pattern": {"q_proj": 1}}, {"use_dora": True}, {"task_type": "SEQ_CLS"}],
+    [{"rank_pattern": {"q_proj": 1}}, {"use_dora": True}, {"task_type": "SEQ_CLS"}, {"lora_alpha": 2.5}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_card_has_no_command_for_an_adapter_without_flags(stored, tmp_path, change):

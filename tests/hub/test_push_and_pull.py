@@ -206,6 +206,13 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
     assert len(hub.repos[REPO].commits) == 3
 
 
+@pytest.mark.parametrize("name", ["parent_commit", "revision"])
+def test_an_empty_revision_is_refused(hub, push, name):
+    with pytest.raises(ConfigError, match=f"{name} is empty. Give one, or leave it out"):
+        push(**{name: ""})
+    assert not hub.log
+
+
 def test_a_stale_parent_is_refused_even_if_nothing_changed(hub, push):
     commit = push().commit
     with pytest.raises(HubError, match=rf"alice/init is at {commit}, not at 0000000: somebody else pushed meanwhile"):
@@ -326,6 +333,28 @@ def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, know
     assert metadata_of(hub)["license"] == "apache-2.0"
 
 
+def files_of(hub):
+    repo = hub.repos[REPO]
+    return {name: file.content for name, file in repo.commits[repo.branches["main"]].items()}
+
+
+def test_a_licence_in_the_folder_goes_with_it(hub, init, push, pull):
+    (init / "LICENSE").write_bytes(b"Do good.")
+    push(card=None, license="other", license_name="own", license_link="LICENSE")
+    assert files_of(hub)["LICENSE"] == b"Do good."
+    assert metadata_of(hub)["license_link"] == "LICENSE"
+    assert load_init(pull().folder).manifest == load_init(init).manifest
+    (init / "LICENSE").unlink()
+    with pytest.raises(CardError, match="license_link='LICENSE' is no file that goes with"):
+        push(card=None, license="other", license_name="own", license_link="LICENSE")
+
+
+def test_a_licence_beside_the_card_of_the_base_is_linked_there(hub, push):
+    make_base(hub, "license: other\nlicense_name: own\nlicense_link: LICENSE")
+    push(card=None)
+    assert metadata_of(hub)["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE"
+
+
 def test_a_card_of_ones_own_says_the_licence(hub, push):
     make_base(hub, "license: mit")
     with pytest.raises(HubError, match="A public initialisation needs a licence"):
@@ -429,11 +458,13 @@ def test_the_plots_come_and_go_with_the_card_that_shows_them(hub, init, another,
     assert pictures(hub)["guidance_spectra.png"] != first["guidance_spectra.png"]
     push(searched, card=CARD + "![the search](step_search.png)")
     assert set(pictures(hub)) == {"step_search.png"}
+    push(searched, card=CARD + '<img src="./step_search.png" alt="the search">')
+    assert set(pictures(hub)) == {"step_search.png"}
     push(init, card=card_of_folder(init))
     assert pictures(hub) == first
     push(init)
     assert pictures(hub) == {}
-    assert len(hub.repos[REPO].commits) == 6
+    assert len(hub.repos[REPO].commits) == 7
 
 
 def card_of_folder(folder):

@@ -21,6 +21,7 @@ from harness import (
     store_init,
     written_updates,
 )
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -43,7 +44,7 @@ from lora_da_hf.errors import (
     ConfigError,
     TargetError,
 )
-from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts, remember_commit
 from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
@@ -93,6 +94,33 @@ def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
     with torch.no_grad():
         second.model.norm.weight += 1
     assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
+
+
+def cached(cache, commit, branch=None):
+    repo = cache / "models--org--base"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "snapshots" / commit / "config.json").write_text("{}")
+    if branch is not None:
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / branch).write_text(commit)
+
+
+def test_the_commit_of_a_base_is_found_in_the_cache(tmp_path, tiny_llama, monkeypatch):
+    first, second = "a" * 40, "b" * 40
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = tiny_llama(name_or_path="org/base")
+    assert base_model_facts(model)["revision"] is None
+    cached(tmp_path / "cache", first, branch="main")
+    assert base_model_facts(model)["revision"] == first
+    cached(tmp_path / "cache", second, branch="v2")
+    assert base_model_facts(model)["revision"] is None  # it may be either
+    remember_commit(model, revision="v2", cache_dir=str(tmp_path / "cache"))
+    assert base_model_facts(model)["revision"] == second
+    assert "_commit_hash" not in model.config.to_dict()
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    facts = base_model_facts(model)
+    assert (facts["name_or_path"], facts["revision"]) == ("./org/base", None)  # what is loaded by that name here
 
 
 def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_full(tiny_llama, lora_model):

@@ -290,3 +290,13 @@ def test_a_slow_cpu_is_not_measured_for_minutes(monkeypatch, seconds, products):
     speed = demo.measure_speed("float32")
     assert speed == pytest.approx(2 * 1024 * 576 * 1536 / seconds)
     assert next(ticks) == 2 * products
+
+
+def test_a_folder_with_something_else_is_not_taken(tmp_path):
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(SystemExit, match="holds something that no demo wrote and that could be lost"):
+        demo.take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+    demo.take(tmp_path / "new")
+    (tmp_path / "new" / "lora").mkdir()
+    demo.take(tmp_path / "new")

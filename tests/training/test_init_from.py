@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback
 import lora_da_hf.training.callback
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, apply_init
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import BaseModelMismatchError, ConfigError
+from lora_da_hf.errors import BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
+from lora_da_hf.training.init_source import find_init
 
 
 class KeepStart(TrainerCallback):
@@ -233,6 +234,19 @@ def test_a_name_that_is_no_folder_is_pulled(tmp_path, lora_model, pulls, name, c
     trainer.train()
     assert pulls == [(*call, base_model_facts(trainer.model))]
     assert trainer.lora_da_report.init_from == f"{call[0]}@c0ffee"
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"init_from='./my-init' is neither a folder that exists nor user/repo"):
+        find_init("./my-init", None)
+
+    def fails(*args, **kwargs):
+        raise HubError("Pulling outputs/my-init failed: there is no such repo.")
+
+    monkeypatch.setattr("lora_da_hf.hub.pull_init", fails)
+    with pytest.raises(HubError, match=f"no such repo. There is no folder outputs/my-init in {tmp_path} either"):
+        find_init("outputs/my-init", None)
 
 
 def test_a_folder_of_that_name_comes_first(tmp_path, stored_init, lora_model, pulls, monkeypatch):
