@@ -26,6 +26,11 @@ TAKES_LOSS_ALONE = "takes_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def base_model_of(model: nn.Module) -> Any:
     """Return the model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -160,14 +160,20 @@ def is_loader(samples: Any) -> bool:
     return isinstance(samples, DataLoader) or (hasattr(samples, "dataset") and hasattr(samples, "collate_fn"))
 
 
+def reads_once(samples: Any) -> bool:
+    """Tell a stream that can be read only once, which training would have no more, from one that starts anew."""
+    source = samples.batches if isinstance(samples, _Rows) else samples
+    return not has_positions(source) and iter(source) is iter(source)
+
+
 class _Rows:
     """The rows of batches, as samples: read from the first one each time."""
 
     def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        self._batches = batches
+        self.batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._batches:
+        for batch in self.batches:
             size = next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
             for row in range(size):
                 yield {name: value[row] for name, value in batch.items() if isinstance(value, Tensor)}
@@ -239,11 +245,23 @@ def _tensors(sample: Any) -> dict[str, Tensor]:
     return row
 
 
+def _copied(sample: Any) -> Any:
+    """Copy what a collator may pad or pop in place: mappings and lists, but neither tensors nor images."""
+    if not isinstance(sample, list | MutableMapping):
+        return sample
+    copied: Any = copy.copy(sample)
+    for place, value in sample.items() if isinstance(sample, MutableMapping) else enumerate(sample):
+        if isinstance(value, list | MutableMapping):
+            copied[place] = _copied(value)
+    return copied
+
+
 class DeviceCollator:
     """A collator whose tensors are on a device, and that leaves the samples as they are.
 
     Args:
-        collate: Makes a batch of a list of samples, which it may change: they are copied, one level deep.
+        collate: Makes a batch of a list of samples, which it may change in place: they are copied, with the lists and
+            mappings in them.
         device: Where the tensors go.
     """
 
@@ -257,7 +275,7 @@ class DeviceCollator:
         Raises:
             DataError: if it is no mapping.
         """
-        batch: Any = self._collate([copy.copy(s) if isinstance(s, MutableMapping | list) else s for s in samples])
+        batch: Any = self._collate([_copied(sample) for sample in samples])
         if not isinstance(batch, Mapping):
             raise DataError(f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors.")
         return {name: send_to_device(value, self._device) for name, value in batch.items()}

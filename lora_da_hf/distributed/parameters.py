@@ -193,7 +193,8 @@ def refuse_split_models(model: nn.Module) -> None:
     """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name.
 
     Raises:
-        UnsupportedSetupError: for FSDP1 and FSDP's own checkpointing, tensor and pipeline parallelism.
+        UnsupportedSetupError: for FSDP1 and FSDP's own checkpointing, tensor and pipeline parallelism, and for modules
+            inside the model that ``torch.compile`` wrapped.
     """
     modules = list(model.modules())
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
@@ -205,6 +206,11 @@ def refuse_split_models(model: nn.Module) -> None:
         raise UnsupportedSetupError(
             "FSDP's own activation checkpointing renames the layers, and PEFT stores no weight of an adapter then, "
             "not even those of the finished training. Turn it off in fsdp_config and use gradient_checkpointing=True."
+        )
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+        raise UnsupportedSetupError(
+            "torch.compile wrapped modules inside the model, which renames the layers. Compile them in place, with "
+            "module.compile(), or after the initialisation."
         )
     if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
         raise UnsupportedSetupError(_NOT_SPLIT.format("pipeline parallelism"))

@@ -12,7 +12,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.batches import digest_sample
 
-_LOSS_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {
     *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
     *("num_samples", "sample_selection"),  # the samples themselves count
@@ -29,7 +29,8 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     """Return a hash of each thing that an initialisation depends on, and the loss that the base model begins with.
 
     The loss stands for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
-    sample. It is compared with a tolerance.
+    sample. It is compared with a tolerance. Some losses are the same for any base (DPO's is log 2): what a finished
+    initialisation made of it is compared too, by `take_over_finished`.
     """
     with job.stage("probe"), job.ranks.together("fingerprint"):
         splits = probe.splits
@@ -80,5 +81,5 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
 
 def _same(before: Any, now: Any) -> bool:
     if isinstance(now, float):
-        return isinstance(before, float) and math.isclose(before, now, rel_tol=_LOSS_TOLERANCE)
+        return isinstance(before, float) and math.isclose(before, now, rel_tol=LOSS_TOLERANCE)
     return before == now

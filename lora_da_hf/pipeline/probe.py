@@ -146,12 +146,12 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     """Run a few samples as a batch and each alone, and have the pass run them one at a time if that makes a difference.
 
     Not where it is known to make none: for a language model of text whose head runs on the rows of labels, which was
-    compared already.
+    compared already, and whose batches say by a mask what is padding.
     """
     settings = found.settings
-    is_known = settings.labelled_head is not None and not found.other_modality
-    is_single = settings.reduction.kind == "unknown" or settings.batch_size == 1 or len(found.unlike) < 2
-    if is_known or is_single or settings.reduction.kind == "batch":
+    if settings.reduction.kind in ("unknown", "batch") or settings.batch_size == 1 or len(found.unlike) < 2:
+        return found
+    if settings.labelled_head is not None and not found.other_modality and _says_padding(job, found.unlike):
         return found
     layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
     devices = {name: job.targets[name].device for name in layers}
@@ -169,6 +169,12 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     if not reasons:
         return found
     return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
+
+
+def _says_padding(job: Job, samples: list[Any]) -> bool:
+    with job.ranks.together("statistics pass"):
+        mask = job.collate(samples).get("attention_mask")
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _loss_stays(

@@ -28,7 +28,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
-from lora_da_hf.losses import checked_loss, input_device, model_loss
+from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import probe
@@ -120,6 +120,7 @@ def apply_init(
     Whatever is raised, the model and its adapter are as they were.
     """
     start = time.perf_counter()
+    model = unwrapped(model)
     ranks = Ranks.current()
     refuse_split_models(model)
     with ranks.together("search for LoRA layers"):
@@ -161,7 +162,7 @@ def apply_init(
         else:
             _write_with_data(job, stored.manifest, solutions, samples)
     settle(model)
-    mark_initialized(model, scan.adapter_name)
+    mark_initialized(model, scan.adapter_name, may_be_zero=job.report.step_size == 0)
     if config.freeze_a:
         freeze_a(model, scan.adapter_name)
     return job.report

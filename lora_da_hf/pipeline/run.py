@@ -18,7 +18,7 @@ from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ConfigError, DataError
-from lora_da_hf.losses import checked_loss, input_device, model_loss
+from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
@@ -70,6 +70,7 @@ def initialize_lora_da(
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
+            Of what ``torch.compile`` returned, the model inside is run, as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
         population_size: N, how many samples training draws from; None: the config's, or the number of samples.
@@ -107,6 +108,7 @@ def initialize_lora_da(
     Whatever else is raised, the model and its adapter are as they were. If a process is gone they are too, unless ZeRO
     or FSDP2 keeps the adapter in parts or in copies.
     """
+    model = unwrapped(model)
     config = checked_config(config)
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
@@ -182,11 +184,11 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                 identity = identify(job, found)
             progress = Progress(job, identity, leaders=set(found.shared.values()), in_step=job.runs_in_lockstep)
             files.enter_context(progress.kept_on_failure())
-            solved = None if take_over_finished(job, identity) else _compute(job, found, progress)
+            solved = None if take_over_finished(job, identity, found) else _compute(job, found, progress)
         if solved is not None and job.output_dir is not None:
             _save(job, job.output_dir, solved, progress.statistics, identity)
     settle(job.model)
-    mark_initialized(job.model, job.scan.adapter_name)
+    mark_initialized(job.model, job.scan.adapter_name, may_be_zero=job.report.step_size == 0)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)
     return job.report

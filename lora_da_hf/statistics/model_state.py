@@ -22,7 +22,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
     the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero.
     Caches for generation are off, and so are the auxiliary losses of routers, which are of a batch as a whole and no
-    part of the likelihood. Random number generators are seeded, and restored too.
+    part of the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks did
+    when it was traced. Random number generators are seeded, and restored too.
 
     Args:
         model: The model, with its adapter.
@@ -30,11 +31,21 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(seed))
+        stack.enter_context(_uncompiled(model))
         stack.enter_context(_frozen_parameters(model))
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_switched_off(model, "use_cache"))
         stack.enter_context(_switched_off(model, ROUTER_LOSS))
         stack.enter_context(_checkpoints_start_a_graph(model))
+        yield
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Generator[None]:
+    if all(getattr(module, "_compiled_call_impl", None) is None for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -23,7 +23,7 @@ from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import RawCollate, has_positions, samples_of_loader
+from lora_da_hf.samples import RawCollate, has_positions, reads_once, samples_of_loader
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 from lora_da_hf.training.trainer_loss import TrainerLoss, adapt_loss, metrics_kept, no_averaging_over_devices
@@ -34,6 +34,7 @@ INIT_FOLDER = "lora_da"
 USE_FOLDER = "lora_da_init_from"
 """For the report of a run with `init_from`, where `INIT_FOLDER` holds an initialisation."""
 
+_MODEL_LOSS = "nll"
 _USE_OURS = " In one process or under DDP, LoRADATrainer does it before it makes its optimizer."
 
 
@@ -61,7 +62,8 @@ class LoRADACallback(TrainerCallback):
     Args:
         config: The settings; None: ``LoRADAConfig()``.
         compute_loss: See above.
-        train_dataset: Where samples come from; None: the data set of the trainer's data loader.
+        train_dataset: Where samples come from; None: the data set of the trainer's data loader. N is the length of the
+            latter, unless the config says it.
         data_collator: Makes batches; None: the data loader's.
         adapter_name: The adapter; None: the active one.
         init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub.
@@ -129,7 +131,7 @@ class LoRADACallback(TrainerCallback):
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
             _unload_init(model, name)
-            mark_initialized(model, name)
+            mark_initialized(model, name, may_be_zero=True)
             self._recall_report(folder if self.init_from is None else _folder_of_report(folder))
             self._tag(model, self.report)
             return
@@ -172,16 +174,18 @@ class LoRADACallback(TrainerCallback):
             "progress": not args.disable_tqdm,
         }
         if self.init_from is None or self.search_step:
-            samples, settings["data_collator"] = self._data(train_dataloader)
+            samples, settings["data_collator"], population_size = self._data(train_dataloader)
             self._note_unseen_loss(args)
             settings["compute_loss"] = None if self.compute_loss is None else adapt_loss(self.compute_loss)
             batch_size = state.train_batch_size or args.train_batch_size
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
         else:
-            samples = None
+            samples, population_size = None, None
         with no_averaging_over_devices(args), metrics_kept(self.compute_loss):
             if self.init_from is None:
-                report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
+                report = initialize_lora_da(
+                    model, samples, output_dir=folder, seed=args.seed, population_size=population_size, **settings
+                )
             else:
                 report = self._apply(self.init_from, model, samples, folder, settings)
         self._tag(model, report)
@@ -194,20 +198,22 @@ class LoRADACallback(TrainerCallback):
         """Note that training came to its end."""
         self._is_training = False
 
-    def _data(self, train_dataloader: Any) -> tuple[Any, RawCollate | None]:
-        """Return the samples and their collator, those that were given or the data loader's."""
+    def _data(self, train_dataloader: Any) -> tuple[Any, RawCollate | None, int | None]:
+        """Return samples and collator, those that were given or the data loader's, and N where samples were given."""
         samples, collator = samples_of_loader(train_dataloader) if train_dataloader is not None else (None, None)
+        population_size: int | None = None
         if self.train_dataset is not None:
+            population_size = len(samples) if samples is not None and has_positions(samples) else None
             samples = self.train_dataset
         elif samples is None:
             raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
-        elif not has_positions(samples) and iter(samples) is iter(samples):
+        elif reads_once(samples):
             raise DataError(
                 "The training data is a stream that can be read once only: what the initialisation reads, training "
                 "would miss. Let its __iter__ return a new iterator each time, or give LoRADACallback a train_dataset "
                 "of its own."
             )
-        return samples, self.data_collator or collator
+        return samples, self.data_collator or collator, population_size
 
     def _apply(
         self, init_from: str | Path, model: nn.Module, samples: Any, folder: Path, settings: dict[str, Any]
@@ -266,10 +272,16 @@ class LoRADACallback(TrainerCallback):
             logger.warning("LoRA-DA: the report in %s cannot be read (%s); training goes on without it", folder, error)
 
     def _note_unseen_loss(self, args: TrainingArguments) -> None:
-        if self.compute_loss is None and args.label_smoothing_factor:
+        if self.compute_loss is not None:
+            return
+        loss_type = getattr(args, "loss_type", _MODEL_LOSS)  # of TRL
+        unseen = "label smoothing" if args.label_smoothing_factor else None
+        unseen = f"loss_type={loss_type!r}" if loss_type != _MODEL_LOSS else unseen
+        if unseen:
             logger.warning(
-                "LoRADACallback uses the loss that the model returns, without label smoothing. Set its compute_loss to "
-                "trainer.compute_loss to use the trainer's."
+                "LoRADACallback uses the loss that the model returns, without %s. Set its compute_loss to "
+                "trainer.compute_loss to use the trainer's.",
+                unseen,
             )
 
 

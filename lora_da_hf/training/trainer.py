@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -30,13 +31,15 @@ class LoRADATrainer(Trainer):
     """A drop-in for `transformers.Trainer` that initialises the LoRA adapter from the training data.
 
     It takes everything that `Trainer` takes. The initialisation uses the trainer's own data, collator, loss, precision
-    and device, runs once before the first step, is logged, and is written to ``output_dir/lora_da``.
+    and device, runs once before the first step, is logged, and is written to ``output_dir/lora_da``. It runs after
+    ``on_train_begin`` of the callbacks that are given: what these copy there is the adapter before.
 
     Args:
         model: A plain model, with ``peft_config``, or a PEFT model with a fresh LoRA adapter.
         args: As for `Trainer`.
         trainer_args: Further positional arguments of `Trainer`.
-        peft_config: How to wrap a plain model, or what ``model_init`` returns.
+        peft_config: How to wrap a plain model, or what ``model_init`` returns. It is copied, since a ``rank_budget``
+            changes ranks in the model's.
         da_config: The settings of the initialisation; None: ``LoRADAConfig()``.
         init_from: A stored initialisation to start from instead: a folder, or ``user/repo@revision`` on the Hub. The
             card that the trainer writes cites it.
@@ -61,7 +64,7 @@ class LoRADATrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         given: Any = peft_config
-        if given is not None and not isinstance(given, LoraConfig):
+        if given is not None and (not isinstance(given, LoraConfig) or given.peft_type != PeftType.LORA):
             raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
         self._forward_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
@@ -122,7 +125,7 @@ class LoRADATrainer(Trainer):
             name = active_adapter_name(model)
             folder = Path(resume_from_checkpoint)
             adopt_ranks(model, name, (folder if name == "default" else folder / name) / ADAPTER_CONFIG_FILE)
-            mark_initialized(model, name)
+            mark_initialized(model, name, may_be_zero=True)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -174,4 +177,4 @@ def _with_adapter(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module
             "The model has no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig(...), or a model that was "
             "wrapped with get_peft_model."
         )
-    return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+    return get_peft_model(model, copy.deepcopy(peft_config))  # pyright: ignore[reportArgumentType]

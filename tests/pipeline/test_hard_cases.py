@@ -80,6 +80,47 @@ def test_a_collator_and_a_loss_that_change_what_they_are_given(lora_model, token
     assert report.unseen_loss_after == pytest.approx(expected.unseen_loss_after, rel=1e-5)
 
 
+def test_a_collator_that_pads_in_place(lora_model, token_samples):
+    samples = plain(token_samples(24))
+    before = [{name: list(value) for name, value in sample.items()} for sample in samples]
+
+    def padding_in_place(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        for row in rows:
+            row["attention_mask"] = [1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"]))
+            row["labels"] += [-100] * (longest - len(row["labels"]))
+            row["input_ids"] += [0] * (longest - len(row["input_ids"]))
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    settings = {"config": LoRADAConfig(num_samples=12, search_samples=4), "progress": False}
+    expected = initialize_lora_da(lora_model(), samples, data_collator=pad_samples, **settings)
+    report = initialize_lora_da(lora_model(), samples, data_collator=padding_in_place, **settings)
+    assert samples == before
+    assert [layer.num_tokens for layer in report.layers] == [layer.num_tokens for layer in expected.layers]
+    assert report.unseen_loss_after == pytest.approx(expected.unseen_loss_after, rel=1e-5)
+
+
+@pytest.mark.parametrize("dimensions", [0, 4])
+def test_padding_that_no_mask_of_tokens_shows_is_not_counted(lora_model, token_samples, dimensions):
+    samples = plain(token_samples(24))
+
+    def unmasked(rows):
+        batch = pad_samples(rows)
+        mask = batch.pop("attention_mask").bool()
+        if dimensions == 4:
+            causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+            allowed = mask[:, None, None, :] & causal
+            batch["attention_mask"] = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+        return batch
+
+    settings = {"config": LoRADAConfig(num_samples=12, search_samples=4), "progress": False, "batch_size": 6}
+    expected = initialize_lora_da(lora_model(), samples, data_collator=pad_samples, **settings)
+    report = initialize_lora_da(lora_model(), samples, data_collator=unmasked, **settings)
+    assert any("one sample at a time" in note for note in report.notes)
+    assert [layer.num_tokens for layer in report.layers] == [layer.num_tokens for layer in expected.layers]
+    assert report.unseen_loss_after == pytest.approx(expected.unseen_loss_after, rel=1e-5)
+
+
 class MaskingCollator:
     """Masks labels at random, by a generator of its own that it makes at its first call if there is none."""
 

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn import functional
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.errors import NonFiniteError, TapNotCalledError
+from lora_da_hf.errors import NonFiniteError, TapNotCalledError, UnsupportedSetupError
 from lora_da_hf.losses import model_loss
 
 
 def run(model, samples, *, compute_loss=None, **settings):
-    config = LoRADAConfig(step_size=0.1, batch_size=3, **settings)
+    config = LoRADAConfig(**{"step_size": 0.1, "batch_size": 3, **settings})
     return initialize_lora_da(model, samples, config=config, compute_loss=compute_loss, progress=False)
 
 
@@ -58,29 +58,39 @@ def test_where_no_layer_at_all_is_called_it_is_an_error_even_then(lora_model, to
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-def test_a_model_compiled_before_gives_the_same_or_an_error_and_nothing_else(lora_model, token_samples):
-    """Whether hooks installed after compilation are called differs between versions of torch."""
-    samples = token_samples(6, min_length=8, max_length=8)
-    batch = {name: torch.tensor([sample[name] for sample in samples[:3]]) for name in samples[0]}
+@pytest.mark.parametrize("place", ["mlp", "model", "wrapper"])
+def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_samples, place):
+    """A graph that was traced while a step was zero would keep it so, and the search would find no step."""
+    samples = token_samples(24, min_length=8, max_length=8)
     plain, compiled = (lora_model(target_modules=["gate_proj", "down_proj"]) for _ in range(2))
-    for layer in compiled.base_model.model.model.layers:
-        layer.mlp.compile(backend="eager")
-    with torch.no_grad():
-        compiled(**batch)
-    run(plain, samples)
-    message = ""
+    given = compiled
+    if place == "mlp":
+        for layer in compiled.base_model.model.model.layers:
+            layer.mlp.compile(backend="eager")
+    elif place == "model":
+        compiled.compile(backend="eager")
+    else:
+        given = torch.compile(compiled, backend="eager")
+    batch = {name: torch.tensor([sample[name] for sample in samples[:3]]) for name in samples[0]}
     try:
-        run(compiled, samples)
-    except TapNotCalledError as error:
-        message = str(error)
+        with torch.no_grad():
+            given(**batch)
+        reports = [run(model, samples, step_size="line_search") for model in (plain, given)]
     finally:
         torch.compiler.reset()
-    if message:
-        assert "initialise before torch.compile" in message
-        return
+    assert reports[0].step_size > 0
+    assert [layer.name for layer in reports[1].layers] == [layer.name for layer in reports[0].layers]
     expected = dict(plain.named_parameters())
     for name, parameter in compiled.named_parameters():
         torch.testing.assert_close(parameter, expected[name])
+
+
+def test_compiled_modules_with_other_names_are_refused(lora_model, token_samples):
+    model = lora_model()
+    layers = model.base_model.model.model.layers
+    layers[0] = torch.compile(layers[0], backend="eager")
+    with pytest.raises(UnsupportedSetupError, match=r"torch.compile wrapped modules inside the model.*module.compile"):
+        run(model, token_samples(6))
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,14 @@ def test_label_smoothing_that_the_callback_cannot_see_is_a_warning(tmp_path, lor
     assert "Set its compute_loss to trainer.compute_loss" in caplog.text
 
 
+def test_a_loss_of_trl_that_the_callback_cannot_see_is_a_warning(tmp_path, lora_model, samples, caplog):
+    callback = LoRADACallback(make_config())
+    trainer = make_trainer(tmp_path, lora_model(), samples, callback)
+    trainer.args.loss_type = "dft"
+    trainer.train()
+    assert "the loss that the model returns, without loss_type='dft'. Set its compute_loss" in caplog.text
+
+
 def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model, samples):
     other = make_learnable_samples(30, seed=1)
     batches = []
@@ -119,9 +127,10 @@ def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model,
 
     callback = LoRADACallback(make_config(), train_dataset=other, data_collator=recording_collate)
     make_trainer(tmp_path / "given", lora_model(), samples, callback).train()
-    direct = LoRADACallback(make_config())
+    direct = LoRADACallback(make_config(population_size=len(samples)))
     make_trainer(tmp_path / "direct", lora_model(), other, direct).train()
-    assert callback.report.population_size == 30
+    assert callback.report.population_size == len(samples)  # what training draws from
+    assert len(samples) != len(other)
     assert max(batches) == 4
     assert callback.report.data_fingerprint == direct.report.data_fingerprint
     written = [written_adapter(tmp_path / which / "lora_da") for which in ("given", "direct")]

@@ -24,15 +24,19 @@ from harness import (
     make_lora_config,
     stored_statistics,
     train_from,
+    turn_checkpointing_on,
     written_adapter,
 )
-from peft import IA3Config, PeftModel
+from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback
 
-from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf import LoRADACallback, LoRADATrainer, initialize_lora_da
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
+from lora_da_hf.pipeline import step as step_module
+from lora_da_hf.theory.line_search import LineSearchResult
 from lora_da_hf.training import callback as callback_module
 
 
@@ -414,6 +418,28 @@ def test_a_second_train_goes_on_from_the_first(tmp_path, lora_model, samples, co
     assert_same_tensors(adapter_weights(trainer.model), weights)
 
 
+def test_an_adapter_that_was_reset_is_initialised_again(tmp_path, lora_model, samples, count_initializations):
+    model = lora_model()
+    make_trainer(tmp_path / "first", model, samples).train()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters("default", True)
+    trainer = make_trainer(tmp_path / "second", model, samples)
+    trainer.train()
+    assert len(count_initializations) == 2
+    assert trainer.lora_da_report is not None
+
+
+def test_an_adapter_that_no_step_helped_is_not_initialised_again(tmp_path, lora_model, samples, count_initializations):
+    model = lora_model()
+    rising = functools.partial(LineSearchResult, step_size=0.0, loss=1.0, baseline=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "line_search", lambda *args, **kwargs: rising())
+        initialize_lora_da(model, samples, config=make_config(), data_collator=collate, progress=False)
+    make_trainer(tmp_path, model, samples).train()
+    assert len(count_initializations) == 0
+
+
 def test_two_trainers_on_one_model_initialise_it_once(tmp_path, lora_model, samples, count_initializations):
     model = lora_model()
     make_trainer(tmp_path / "one", model, samples).train()
@@ -565,6 +591,45 @@ def test_training_with_a_frozen_a_keeps_no_input_of_a(tmp_path, lora_model, samp
     batch = collate(samples[:4])
     assert kept_inputs_of_a(trainable.model, batch) == (8, 8)
     assert kept_inputs_of_a(frozen.model, batch) == (0, 8)
+
+
+class WithReference(LoRADATrainer):
+    """A loss that looks at the base model between, as DPO's and those with a KL term do."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        with torch.no_grad(), self.model.disable_adapter():
+            reference = self.model(**inputs).logits
+        outputs = model(**inputs)
+        return outputs.loss + 0.1 * (outputs.logits - reference).square().mean()
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_frozen_a_stays_frozen_where_adapters_are_switched_off_and_on(
+    tmp_path, lora_model, samples, gradient_checkpointing
+):
+    seen = []
+
+    class LooksAtGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, model=None, **__):
+            seen.append({name for name, p in model.named_parameters() if p.grad is not None})
+
+    model = lora_model()
+    if gradient_checkpointing:
+        turn_checkpointing_on(model, reentrant=False)
+    settings = {"arguments": {"max_steps": 2}, "callbacks": [LooksAtGradients()]}
+    trainer = make_trainer(tmp_path, model, samples, WithReference, make_config(freeze_a=True), **settings)
+    trainer.train()
+    assert seen == 2 * [{name for name, _ in trainer.model.named_parameters() if "lora_B" in name}]
+
+
+def test_a_new_adapter_of_the_same_name_is_not_frozen(lora_model, samples):
+    model = lora_model()
+    initialize_lora_da(model, samples, config=make_config(freeze_a=True), data_collator=collate, progress=False)
+    model.delete_adapter("default")
+    model.add_adapter("default", make_lora_config())
+    model.set_adapter("default")
+    model(**collate(samples[:2]))
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
 
 
 # Precision and memory
@@ -753,6 +818,25 @@ def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, sample
     assert next(iter(stream)) == samples[0]
 
 
+def test_a_loader_that_can_be_read_once_is_an_error(tmp_path, lora_model, samples):
+    class Once:
+        def __init__(self):
+            self.rest = (collate(samples[start : start + 4]) for start in range(0, 24, 4))
+
+        def __iter__(self):
+            return self.rest
+
+        def __len__(self):
+            return 6
+
+    class OfBatches(LoRADATrainer):
+        def get_train_dataloader(self):
+            return Once()
+
+    with pytest.raises(DataError, match="a stream that can be read once only"):
+        make_trainer(tmp_path, lora_model(), samples, OfBatches, make_config(population_size=24)).train()
+
+
 def test_a_list_of_batches_as_data_loader(tmp_path, lora_model, samples):
     class OfBatches(LoRADATrainer):
         def get_train_dataloader(self):
@@ -844,6 +928,35 @@ def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_
 def test_a_peft_config_of_another_method_is_an_error(tmp_path, tiny_llama, samples):
     with pytest.raises(ConfigError, match="peft_config is a IA3Config; LoRA-DA initialises LoRA: LoraConfig"):
         make_trainer(tmp_path, tiny_llama(), samples, peft_config=IA3Config(target_modules=["k_proj"]))
+
+
+def test_adalora_is_an_error_that_says_so(tmp_path, tiny_llama, samples):
+    adalora = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    with pytest.raises(ConfigError, match="peft_config is a AdaLoraConfig; LoRA-DA initialises LoRA"):
+        make_trainer(tmp_path, tiny_llama(), samples, peft_config=adalora)
+    model = get_peft_model(tiny_llama(), adalora)
+    with pytest.raises(TargetError, match=r"The adapter is no LoRA: its layers are SVDLinear. Make it with LoraConfig"):
+        initialize_lora_da(model, samples, config=make_config(freeze_a=True), progress=False)
+
+
+def test_the_trainer_changes_no_peft_config(tmp_path, tiny_llama, samples):
+    peft_config = make_lora_config(r=4)
+    before = peft_config.to_dict()
+    trainer = make_trainer(
+        tmp_path,
+        None,
+        samples,
+        da_config=make_config(rank_budget=5600),
+        model_init=lambda: tiny_llama(),
+        peft_config=peft_config,
+    )
+    ranks = []
+    for _ in range(2):
+        trainer.train()
+        ranks.append([layer.rank for layer in trainer.lora_da_report.layers])
+    assert peft_config.to_dict() == before
+    assert ranks[0] == ranks[1]
+    assert len(set(ranks[0])) > 1
 
 
 def test_a_second_callback_and_settings_that_are_none_are_errors(tmp_path, lora_model, samples):
