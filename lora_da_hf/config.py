@@ -179,7 +179,9 @@ class LoRADAConfig:
         "What to do with layers that no sample goes through: fail, since compiled or fused code looks like that, or "
         "keep PEFT's initialisation for them and report it.",
     )
-    freeze_a: bool = _setting(False, "Freeze A after the initialisation (LoRA-FA): only B is trained.")
+    freeze_a: bool = _setting(
+        False, "Freeze A after the initialisation, for as long as the adapter lives (LoRA-FA): only B is trained."
+    )
 
     solver: Literal["auto", "eigh", "krylov"] = _setting(
         "auto", "Eigensolver: exact, block Krylov with a residual check, or whichever is faster at that size."
