@@ -28,7 +28,7 @@ TAKES_LOSS_ALONE = "takes_loss_alone"
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile` wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+    return model._modules.get("_orig_mod") or model  # PEFT's models look for other attributes in the base
 
 
 def base_model_of(model: nn.Module) -> Any:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
+from lora_da_hf.statistics.model_state import random_state
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 RawCollate = Callable[[list[Any]], Mapping[str, Any]]
@@ -161,9 +162,15 @@ def is_loader(samples: Any) -> bool:
 
 
 def reads_once(samples: Any) -> bool:
-    """Tell a stream that can be read only once, which training would have no more, from one that starts anew."""
-    source = samples.batches if isinstance(samples, _Rows) else samples
-    return not has_positions(source) and iter(source) is iter(source)
+    """Tell a stream that can be read only once, which training would have no more, from one that starts anew.
+
+    A loader that is its own iterator may well start anew: of loaders, those that have one generator are found.
+    """
+    if not isinstance(samples, _Rows):
+        return not has_positions(samples) and iter(samples) is iter(samples)
+    with random_state(0):  # which an iterator of a data loader draws from
+        first = iter(samples.batches)
+        return isinstance(first, Generator) and first is iter(samples.batches)
 
 
 class _Rows:

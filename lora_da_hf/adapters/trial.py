@@ -7,11 +7,14 @@ from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
+
+_MOVE = 0.1
 
 
 @contextlib.contextmanager
@@ -84,6 +87,34 @@ class TrialAdapters:
             return (output + offset * self.step_size).to(output.dtype)
 
         return on_forward
+
+
+@contextlib.contextmanager
+def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
+    """Move each output of the layers by a tenth, up or down at random, where an adapter would change it.
+
+    What a loss makes of that tells it from others that are the same at the base. It depends neither on the scale of a
+    layer nor, beyond rounding, on device and precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    handles: list[Any] = []
+
+    def hook(target: Target) -> Any:
+        signs = torch.randint(0, 2, (target.out_features,), generator=generator) * 2 - 1
+        factors = (1 + _MOVE * signs).to(target.device)
+
+        def on_forward(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output if _asks_another_model(target) else (output * factors).to(output.dtype)
+
+        return on_forward
+
+    try:
+        for target in targets:
+            handles.append(target.base_layer.register_forward_hook(hook(target)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _asks_another_model(target: Target) -> bool:

@@ -104,7 +104,7 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
 
 def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
     named, expected = config.get("base_model_name_or_path"), manifest.base_model["name_or_path"]
-    if named and expected and named != expected:
+    if named and expected and named.removeprefix("./") != expected.removeprefix("./"):  # as of a folder in the manifest
         raise ArtifactError(f"{path} names the base {named!r} and the manifest {expected!r}. Do not use it.")
 
 

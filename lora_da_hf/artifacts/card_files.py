@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 CARD_FILE = "README.md"
 TAGS = ("lora", "peft", "lora-da", "lora-init")
@@ -14,8 +16,10 @@ PLOTS = (SPECTRA_PLOT, SEARCH_PLOT)
 
 def is_own_card(text: bytes) -> bool:
     """Tell whether a file is a card of an initialisation, by the tags in its metadata."""
+    block = REGEX_YAML_BLOCK.search(text.decode("utf-8", errors="replace"))
     try:
-        tags = ModelCard(text.decode("utf-8"), ignore_metadata_errors=True).data.to_dict().get("tags")
-    except (yaml.YAMLError, ValueError, TypeError):
+        metadata: Any = yaml.safe_load(block.group(2)) if block is not None else None
+    except yaml.YAMLError:
         return False
+    tags: Any = metadata.get("tags") if isinstance(metadata, dict) else None  # pyright: ignore[reportUnknownMemberType]
     return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]

@@ -49,7 +49,6 @@ def atomic_folder(target: Path) -> Generator[Path]:
             sync(path)
         share_as_usual(partial)
         if target.exists():
-            _carry_over(target, partial)
             with _moved_aside(target):
                 partial.rename(target)
         else:
@@ -60,7 +59,9 @@ def atomic_folder(target: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def _moved_aside(target: Path) -> Generator[None]:
-    """Give a folder another name for the block, put it back if that fails, and delete it if something took its place.
+    """Give a folder another name for the block, and put it back if that fails.
+
+    If something took its place, that gets what `_carry_over` says, and the folder is deleted.
 
     Raises:
         ConfigError: if it cannot be renamed, as a mount point cannot.
@@ -78,17 +79,26 @@ def _moved_aside(target: Path) -> Generator[None]:
     finally:
         if not target.exists():
             (aside / target.name).rename(target)
+        else:
+            _carry_over(aside / target.name, target)
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Copy what lies in a folder besides an initialisation, and is not this library's own, to the one replacing it."""
+    """Move what lies in a folder besides an initialisation, and is not this library's own, to the one replacing it."""
     for path in old.iterdir():
         is_unlisted = path.name in UNLISTED_FILES or path.suffix == ".png"
-        if not is_unlisted or path.name in PLOTS or not path.is_file() or (new / path.name).exists():
-            continue
-        if path.name != CARD_FILE or not is_own_card(path.read_bytes()):
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
+        if is_unlisted and not _is_own(path) and not (new / path.name).exists():
+            path.rename(new / path.name)
+
+
+def _is_own(path: Path) -> bool:
+    if path.name in PLOTS:
+        return True
+    try:
+        return path.name == CARD_FILE and is_own_card(path.read_bytes())
+    except OSError:  # one that may not be read is not ours
+        return False
 
 
 def _behind_links(folder: Path) -> Path:
@@ -107,6 +117,8 @@ def remove_leftovers(target: Path) -> None:
     for aside in target.parent.glob(_OLD.format(name) + "*"):
         if (aside / target.name).exists() and not target.exists():
             (aside / target.name).rename(target)
+        elif (aside / target.name).exists():
+            _carry_over(aside / target.name, target)
         shutil.rmtree(aside)
 
 

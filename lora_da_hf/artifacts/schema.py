@@ -39,7 +39,9 @@ _DATA_FACTS: dict[str, Any] = {
     "num_search_samples": int,
     "population_size": int,
 }
-_IDENTITY_FACTS = {"settings", "base model", "adapter", "samples", "version of lora_da_hf", "loss"}
+LOSS, MOVED_LOSS = "loss", "loss of moved outputs"
+_IDENTITY_FACTS = {"settings", "base model", "adapter", "samples", "version of lora_da_hf", LOSS}
+"""What every identity has; older ones lack `MOVED_LOSS`."""
 _BASE_FACTS: dict[str, Any] = {
     "name_or_path": str | None,
     "revision": str | None,
@@ -238,9 +240,9 @@ def _check_facts(manifest: Manifest, source: str) -> None:
         raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
     weights = manifest.base_model["weights_sha256"]
     identified = manifest.data.get(IDENTITY, {})
-    if set(identified) != (set() if manifest.refitted_from else _IDENTITY_FACTS):
+    if set(identified) - {MOVED_LOSS} != (set() if manifest.refitted_from else _IDENTITY_FACTS):
         raise ArtifactError(f"{source}: data says of its identity {sorted(identified)}, and not all. Fetch it again.")
-    identity = [value for key, value in identified.items() if key != "loss"]
+    identity = [value for key, value in identified.items() if key not in (LOSS, MOVED_LOSS)]
     hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights]), *map(str, identity)]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:

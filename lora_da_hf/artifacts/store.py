@@ -253,8 +253,11 @@ def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any])
     if not expected.get("name_or_path") or not found.get("name_or_path"):
         which = "the model" if expected.get("name_or_path") else "the base that it was computed for"
         return [f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none"]
-    by_name = {key: expected.get(key) for key in ("name_or_path", "revision")}
-    return differences(by_name, found)
+    by_name, of_model = (
+        {"name_or_path": facts["name_or_path"].removeprefix("./"), "revision": facts.get("revision")}
+        for facts in (expected, found)
+    )
+    return differences(by_name, of_model)
 
 
 def check_file(path: Path, entry: FileEntry) -> None:

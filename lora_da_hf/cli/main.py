@@ -143,10 +143,8 @@ def _write_utf8() -> None:
     """Let redirected output be UTF-8 on every system, and a terminal show what it can of it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            if stream.isatty():
-                stream.reconfigure(errors="backslashreplace")
-            else:
-                stream.reconfigure(encoding="utf-8")
+            encoding = stream.encoding if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def make_parser(verb: Verb | None) -> argparse.ArgumentParser:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
@@ -33,7 +32,7 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
     is_folder = name is not None and Path(name).is_dir()
     return {
         "name_or_path": f"./{name}" if name and is_folder and is_repo_id(name) else name,
-        "revision": None if name is None or is_folder else getattr(config, _COMMIT, None) or _only_commit(name),
+        "revision": None if name is None or is_folder else getattr(config, _COMMIT, None),
         "config": config_facts(config),
         "weights_sha256": weights_fingerprint(base_weights(model)),
     }
@@ -41,6 +40,8 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
 
 def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = None) -> None:
     """Note on the config of a model from the Hub the commit that it came from, as older versions of transformers did.
+
+    Nothing else knows it later: the cache may hold several, and be elsewhere.
 
     Args:
         model: Just loaded.
@@ -53,15 +54,6 @@ def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = 
         found = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
         if isinstance(found, str):
             setattr(config, _COMMIT, Path(found).parent.name)
-
-
-def _only_commit(name: str) -> str | None:
-    """Return the commit of a model in the Hub's cache; None if there are several, since any may have been loaded."""
-    if not is_repo_id(name):
-        return None
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    commits = [path.parent.name for path in folder.glob(f"snapshots/*/{CONFIG_NAME}")]
-    return commits[0] if len(commits) == 1 else None
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,28 +11,24 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.adapters.targets import Target
-from lora_da_hf.adapters.write import read_factors, write_factors
+from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.consistency import stored_factor
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init, read_tensors
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError, WriteError
-from lora_da_hf.pipeline.identity import LOSS_TOLERANCE, changes
+from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
-from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.ranks_per_layer import give_ranks
 from lora_da_hf.report import LoRADAReport
 
 logger = logging.getLogger(__name__)
 
-_NO_LOSS = 1e-6
 
-
-def take_over_finished(job: Job, identity: Mapping[str, Any], probe: Probe) -> bool:
+def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
     """Write to the adapter what ``output_dir`` holds, if it is what would be computed.
 
-    The first process reads it and gives it to the others. The report becomes the stored one, with a note. If the loss
-    with what was written is not the stored one, the loss function is another, and the adapter is put back.
+    The first process reads it and gives it to the others. The report becomes the stored one, with a note.
 
     Returns:
         Whether that was so.
@@ -44,18 +39,11 @@ def take_over_finished(job: Job, identity: Mapping[str, Any], probe: Probe) -> b
     if report is None:
         return False
     with job.stage("load"):
-        with job.ranks.stage("copy of the adapter", has_collectives=job.writes_in_step):
-            before = {name: read_factors(target) for name, target in job.targets.items()}
         give_ranks(job, {layer.name: layer.rank for layer in report.layers})
         factors = _share(job, [layer.name for layer in report.layers], None if found is None else found[1])
         with job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
             for name, (lora_A, lora_B) in factors.items():
                 write_factors(job.targets[name], lora_A, lora_B)
-    if not _has_its_loss(job, report, probe):
-        with job.stage("load"), job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
-            job.put_back(before)
-        job.report.notes.append("an initialisation that was there before is of another loss function and was replaced")
-        return False
     note = f"found in {job.output_dir}: made before with the same model, adapter, samples and settings"
     job.say(f"LoRA-DA {note}")
     job.report = dataclasses.replace(
@@ -65,24 +53,6 @@ def take_over_finished(job: Job, identity: Mapping[str, Any], probe: Probe) -> b
         artifact=str(job.output_dir),
         notes=[*report.notes, note],
     )
-    return True
-
-
-def _has_its_loss(job: Job, report: LoRADAReport, probe: Probe) -> bool:
-    """Tell whether the adapter as it is now has the loss that a report says, on the same samples.
-
-    They are run one at a time: whether a batch gives the same is found out before a pass, and there was none.
-    """
-    settings = probe.settings
-    if settings.reduction.kind != "batch":
-        settings = dataclasses.replace(settings, why_single="an initialisation that is there is looked at")
-    for samples, expected in (
-        (probe.splits.search, report.search_loss_after),
-        (probe.splits.unseen, report.unseen_loss_after),
-    ):
-        if samples and expected is not None:
-            found = job.loss(samples, settings)
-            return math.isclose(found, expected, rel_tol=LOSS_TOLERANCE, abs_tol=_NO_LOSS)
     return True
 
 

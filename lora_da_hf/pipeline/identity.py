@@ -8,11 +8,12 @@ import json
 import math
 from typing import Any
 
+from lora_da_hf.artifacts.schema import LOSS, MOVED_LOSS
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.batches import digest_sample
 
-LOSS_TOLERANCE = 1e-3
+_LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {
     *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
     *("num_samples", "sample_selection"),  # the samples themselves count
@@ -26,11 +27,11 @@ _NAMES_OF_ADAPTER = ("modules_to_save", "exclude_modules")
 
 
 def identify(job: Job, probe: Probe) -> dict[str, Any]:
-    """Return a hash of each thing that an initialisation depends on, and the loss that the base model begins with.
+    """Return a hash of each thing that an initialisation depends on, and losses of one sample.
 
     The loss stands for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
-    sample. It is compared with a tolerance. Some losses are the same for any base (DPO's is log 2): what a finished
-    initialisation made of it is compared too, by `take_over_finished`.
+    sample. One is the base's, where some losses are the same whatever they ask for (DPO's is log 2), the other that of
+    outputs that were moved. They are compared with a tolerance.
     """
     with job.stage("probe"), job.ranks.together("fingerprint"):
         splits = probe.splits
@@ -50,13 +51,15 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     }
     facts = {
         "settings": {**settings, "seed": job.seed, "population_size": splits.population_size, "together": together},
-        "base model": [job.base_model, dtypes],
+        "base model": [{name: value for name, value in job.base_model.items() if name != "revision"}, dtypes],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
         "samples": [statistics, search, unseen],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
-    return job.ranks.gather({**hashes, "loss": probe.loss if math.isfinite(probe.loss) else str(probe.loss)})[0]
+    both = {LOSS: probe.loss, MOVED_LOSS: probe.moved_loss}
+    losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in both.items()}
+    return job.ranks.gather({**hashes, **losses})[0]
 
 
 def _peft_settings(job: Job) -> dict[str, Any]:
@@ -76,10 +79,11 @@ def changes(before: Any, now: dict[str, Any]) -> list[str]:
     """Name what differs between two identities; everything, if the first is none."""
     if not isinstance(before, dict) or set(before) != set(now):
         return sorted(now)
-    return [name for name, value in now.items() if not _same(before[name], value)]
+    found = [name for name, value in now.items() if not _same(before[name], value)]
+    return list(dict.fromkeys(LOSS if name == MOVED_LOSS else name for name in found))
 
 
 def _same(before: Any, now: Any) -> bool:
     if isinstance(now, float):
-        return isinstance(before, float) and math.isclose(before, now, rel_tol=LOSS_TOLERANCE)
+        return isinstance(before, float) and math.isclose(before, now, rel_tol=_LOSS_TOLERANCE)
     return before == now

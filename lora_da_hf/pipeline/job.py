@@ -7,12 +7,12 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.ranks_per_layer import trained_factors
@@ -96,7 +96,8 @@ class Job:
         try:
             yield
         except BaseException as error:
-            self._undo()
+            for undo in reversed(self.undo):
+                undo()
             together = self.ranks.all_fail_with(error)
             for name, factors in before.items():
                 if together or _is_whole(self.targets[name]):
@@ -104,21 +105,6 @@ class Job:
             if together:
                 settle(self.model)
             raise
-
-    def put_back(self, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put the adapter back as it was, with its ranks, on all processes together.
-
-        Args:
-            before: What `read_factors` returned for each layer.
-        """
-        self._undo()
-        for name, factors in before.items():
-            write_factors(self.targets[name], *factors)
-        settle(self.model)
-
-    def _undo(self) -> None:
-        while self.undo:
-            self.undo.pop()()
 
     def bar(self, total: int, text: str) -> Any:
         """Make a progress bar, which only the main process shows."""

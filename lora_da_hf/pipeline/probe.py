@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.backward import checked_backward
+from lora_da_hf.adapters.trial import outputs_moved
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
     is_encoder_decoder,
@@ -53,6 +54,7 @@ class Probe:
         settings: The settings of the pass.
         shared: The leader of each layer, in the order in which they are called.
         loss: Loss of the base model on the first labelled sample.
+        moved_loss: The same while an adapter's outputs are moved, which some losses need to differ (`outputs_moved`).
         num_tokens: Tokens of that sample.
         tokens_per_second: Speed of a forward pass, the best seen.
         unlike: Two samples that are unlike each other, or one if there are no two.
@@ -63,6 +65,7 @@ class Probe:
     settings: PassSettings
     shared: dict[str, str]
     loss: float
+    moved_loss: float
     num_tokens: int
     tokens_per_second: float
     unlike: list[Any]
@@ -96,6 +99,8 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
 
         with checked_backward(job.scan.targets), watched_logits(job.model) as heads:
             shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
+        with torch.no_grad(), outputs_moved(job.scan.targets):
+            moved_loss = compute_loss(job.model, first, None).item()
         reduction = find_reduction(
             compute_loss,
             job.model,
@@ -135,6 +140,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         settings=settings,
         shared=shared,
         loss=losses[0],
+        moved_loss=moved_loss,
         num_tokens=_num_tokens(first),
         tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
         unlike=unlike,

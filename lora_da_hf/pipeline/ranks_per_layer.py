@@ -95,14 +95,14 @@ def give_ranks(job: Job, ranks: Mapping[str, int]) -> None:
 
 
 def _undo(job: Job, config: Any, values: Mapping[str, Any]) -> Callable[[], None]:
-    before, scan = job.targets, job.scan
+    before = job.targets
     alphas = {name: target.layer.lora_alpha[target.adapter_name] for name, target in before.items()}
 
     def undo() -> None:
         for name, target in before.items():
             put_in(target, alpha=alphas[name])
         _set_patterns(config, values)
-        job.targets, job.scan = before, scan
+        job.targets = before
 
     return undo
 

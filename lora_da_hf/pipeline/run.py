@@ -184,7 +184,7 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
                 identity = identify(job, found)
             progress = Progress(job, identity, leaders=set(found.shared.values()), in_step=job.runs_in_lockstep)
             files.enter_context(progress.kept_on_failure())
-            solved = None if take_over_finished(job, identity, found) else _compute(job, found, progress)
+            solved = None if take_over_finished(job, identity) else _compute(job, found, progress)
         if solved is not None and job.output_dir is not None:
             _save(job, job.output_dir, solved, progress.statistics, identity)
     settle(job.model)

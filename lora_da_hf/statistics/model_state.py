@@ -42,11 +42,16 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
 
 @contextlib.contextmanager
 def _uncompiled(model: nn.Module) -> Generator[None]:
-    if all(getattr(module, "_compiled_call_impl", None) is None for module in model.modules()):
+    if not any(map(_is_compiled, model.modules())):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 @contextlib.contextmanager

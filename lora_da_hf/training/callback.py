@@ -183,9 +183,8 @@ class LoRADACallback(TrainerCallback):
             samples, population_size = None, None
         with no_averaging_over_devices(args), metrics_kept(self.compute_loss):
             if self.init_from is None:
-                report = initialize_lora_da(
-                    model, samples, output_dir=folder, seed=args.seed, population_size=population_size, **settings
-                )
+                settings["population_size"] = self.config.population_size or population_size
+                report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
             else:
                 report = self._apply(self.init_from, model, samples, folder, settings)
         self._tag(model, report)

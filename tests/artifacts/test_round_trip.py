@@ -462,7 +462,7 @@ def test_behind_a_link_what_it_leads_to_is_replaced(tmp_path, lora_model, sample
 def test_a_page_and_pictures_of_ones_own_outlive_a_new_initialisation(tmp_path, lora_model, samples):
     folder = tmp_path / "init"
     initialize(lora_model(), samples, folder)
-    own = {"README.md": b"# Mine", "loss.png": b"a picture", "LICENSE": b"MIT"}
+    own = {"README.md": b"---\neval_results: [1]\n---\n# Mine", "loss.png": b"a picture", "LICENSE": b"MIT"}
     for name, content in {**own, "guidance_spectra.png": b"of the card"}.items():
         (folder / name).write_bytes(content)
     initialize(lora_model(r=2), samples, folder)

@@ -328,28 +328,51 @@ def test_a_second_start_with_the_same_settings_skips_the_pass(tmp_path, lora_mod
         initialize(model, samples, tmp_path / "init")
 
 
-@pytest.mark.parametrize("budget", [None, 3000])
-def test_a_loss_that_every_base_begins_with_alike_is_told_from_another(tmp_path, lora_model, samples, budget):
-    """As DPO's is: its loss is log 2 at the base, whatever it asks for."""
+def preference(sign):
+    """Make a loss as DPO's: log 2 at the base, whatever it asks for."""
 
-    def preference(sign):
-        def loss(model, batch, num_items):
-            with torch.no_grad(), model.disable_adapter():
-                reference = model_loss(model, batch, None)
-            return -torch.nn.functional.logsigmoid(sign * (reference - model_loss(model, batch, None)))
+    def loss(model, batch, num_items):
+        with torch.no_grad(), model.disable_adapter():
+            reference = model_loss(model, batch, None)
+        return -torch.nn.functional.logsigmoid(sign * (reference - model_loss(model, batch, None)))
 
-        return loss
+    return loss
 
-    settings = {"rank_budget": budget, "statistics_save_steps": None, "loss_reduction": "sample_mean"}
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rank_budget": 3000}, {"num_samples": 24, "step_size": 0.05, "search_samples": 0}],
+    ids=["search", "budget", "no sample left"],
+)
+def test_a_loss_that_every_base_begins_with_alike_is_told_from_another(tmp_path, lora_model, samples, settings):
+    settings = {"loss_reduction": "sample_mean", **settings}
     initialize(lora_model(), samples, tmp_path / "init", preference(1.0), **settings)
     report, found = initialize(lora_model(), samples, tmp_path / "init", preference(-1.0), **settings)
     alone, expected = initialize(lora_model(), samples, tmp_path / "alone", preference(-1.0), **settings)
-    note = "an initialisation that was there before is of another loss function and was replaced"
-    assert report.notes == [note, *alone.notes]
+    assert report.notes == alone.notes
     assert_same_tensors(found, expected)
     again, found = initialize(lora_model(), samples, tmp_path / "init", preference(-1.0), **settings)
     assert "found in" in again.notes[-1]
     assert_same_tensors(found, expected)
+
+
+def test_sums_of_a_loss_that_every_base_begins_with_alike_are_told_from_another(tmp_path, lora_model, samples):
+    calls = 0
+
+    def stopping(*inputs):
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls == 8:
+            raise KeyboardInterrupt
+        return preference(1.0)(*inputs)
+
+    settings = {"loss_reduction": "sample_mean", "statistics_save_steps": 1, "batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        initialize(lora_model(), samples, tmp_path / "init", stopping, **settings)
+    assert (tmp_path / ".init.checkpoint").is_dir()
+    report, found = initialize(lora_model(), samples, tmp_path / "init", preference(-1.0), **settings)
+    assert any("it had another loss" in note for note in report.notes)
+    assert_same_tensors(found, initialize(lora_model(), samples, tmp_path / "alone", preference(-1.0), **settings)[1])
 
 
 def test_a_second_start_of_a_float64_adapter_has_the_same_bits(tmp_path, tiny_llama, lora_model, samples):

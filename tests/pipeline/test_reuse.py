@@ -21,7 +21,7 @@ from harness import (
     store_init,
     written_updates,
 )
-from huggingface_hub import constants
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -44,6 +44,7 @@ from lora_da_hf.errors import (
     ConfigError,
     TargetError,
 )
+from lora_da_hf.hub.facts import card_facts
 from lora_da_hf.pipeline.base_model import base_model_facts, remember_commit
 from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
 
@@ -108,19 +109,29 @@ def cached(cache, commit, branch=None):
 def test_the_commit_of_a_base_is_found_in_the_cache(tmp_path, tiny_llama, monkeypatch):
     first, second = "a" * 40, "b" * 40
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     model = tiny_llama(name_or_path="org/base")
-    assert base_model_facts(model)["revision"] is None
-    cached(tmp_path / "cache", first, branch="main")
-    assert base_model_facts(model)["revision"] == first
-    cached(tmp_path / "cache", second, branch="v2")
+    for commit, branch in ((first, "main"), (second, "v2")):
+        cached(tmp_path / "cache", commit, branch=branch)
     assert base_model_facts(model)["revision"] is None  # it may be either
     remember_commit(model, revision="v2", cache_dir=str(tmp_path / "cache"))
     assert base_model_facts(model)["revision"] == second
     assert "_commit_hash" not in model.config.to_dict()
-    (tmp_path / "org" / "base").mkdir(parents=True)
-    facts = base_model_facts(model)
-    assert (facts["name_or_path"], facts["revision"]) == ("./org/base", None)  # what is loaded by that name here
+
+
+def test_a_base_in_a_folder_that_could_be_a_repository(tmp_path, tiny_llama, samples, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("checkpoints/base")
+    base = AutoModelForCausalLM.from_pretrained("checkpoints/base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    initialize_lora_da(get_peft_model(base, config), samples, config=make_config(), output_dir="init", progress=False)
+    stored = load_init("init")
+    assert stored.manifest.base_model["name_or_path"] == "./checkpoints/base"
+    assert PeftConfig.from_pretrained("init").base_model_name_or_path == "checkpoints/base"
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert card_facts(load_init(tmp_path / "init")).base_id is None
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    again = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config)
+    assert apply_init(again, tmp_path / "init").layers
 
 
 def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_full(tiny_llama, lora_model):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from harness import make_lora_config
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional
 
@@ -58,7 +60,7 @@ def test_where_no_layer_at_all_is_called_it_is_an_error_even_then(lora_model, to
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("place", ["mlp", "model", "wrapper"])
+@pytest.mark.parametrize("place", ["mlp", "model", "forward", "wrapper"])
 def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_samples, place):
     """A graph that was traced while a step was zero would keep it so, and the search would find no step."""
     samples = token_samples(24, min_length=8, max_length=8)
@@ -69,6 +71,9 @@ def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_sampl
             layer.mlp.compile(backend="eager")
     elif place == "model":
         compiled.compile(backend="eager")
+    elif place == "forward":
+        inner = compiled.get_base_model()
+        inner.forward = torch.compile(inner.forward, backend="eager")
     else:
         given = torch.compile(compiled, backend="eager")
     batch = {name: torch.tensor([sample[name] for sample in samples[:3]]) for name in samples[0]}
@@ -85,10 +90,15 @@ def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_sampl
         torch.testing.assert_close(parameter, expected[name])
 
 
-def test_compiled_modules_with_other_names_are_refused(lora_model, token_samples):
-    model = lora_model()
-    layers = model.base_model.model.model.layers
-    layers[0] = torch.compile(layers[0], backend="eager")
+@pytest.mark.parametrize("place", ["layer", "base"])
+def test_compiled_modules_with_other_names_are_refused(tiny_llama, token_samples, place):
+    base = tiny_llama()
+    if place == "base":
+        base = torch.compile(base, backend="eager")
+    model = get_peft_model(base, make_lora_config())
+    if place == "layer":
+        layers = model.base_model.model.model.layers
+        layers[0] = torch.compile(layers[0], backend="eager")
     with pytest.raises(UnsupportedSetupError, match=r"torch.compile wrapped modules inside the model.*module.compile"):
         run(model, token_samples(6))
 

@@ -131,6 +131,10 @@ def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model,
     make_trainer(tmp_path / "direct", lora_model(), other, direct).train()
     assert callback.report.population_size == len(samples)  # what training draws from
     assert len(samples) != len(other)
+    config = make_config(population_size=5000)
+    said = LoRADACallback(config, train_dataset=other)
+    make_trainer(tmp_path / "said", lora_model(), samples, said).train()
+    assert said.report.population_size == 5000
     assert max(batches) == 4
     assert callback.report.data_fingerprint == direct.report.data_fingerprint
     written = [written_adapter(tmp_path / which / "lora_da") for which in ("given", "direct")]
