@@ -120,7 +120,7 @@ def test_padding_free_batches_give_the_statistics_of_padded_ones(tmp_path, tiny_
         found.append((callback.report, stored_statistics(folder / "lora_da")))
     assert [report.num_samples for report, _ in found] == [8, 8]
     assert found[1][0].batch_size == 1
-    assert any("rows of 4 samples" in note for note in found[1][0].notes)
+    assert any("rows of 2 samples" in note for note in found[1][0].notes)
     assert_statistics_equal(found[1][1], found[0][1], 1e-4)
 
 
