@@ -41,7 +41,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
-from lora_da_hf.adapters.targets import freeze_a
+from lora_da_hf.adapters.afterwards import freeze_a
 from lora_da_hf.errors import DataError
 from lora_da_hf.training.arguments import (
     LOADER_OF_SUFFIX,

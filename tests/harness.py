@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -554,8 +555,7 @@ class CountedOperations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet in FACTORIZATIONS:
-            *batch, rows, columns = args[0].shape
-            self.total += math.prod(batch) * FACTORIZATIONS[packet](rows, columns)
+            self.total += FACTORIZATIONS[packet](*(argument.shape for argument in args if isinstance(argument, Tensor)))
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.aten.addmm_:
@@ -564,9 +564,9 @@ class CountedOperations(TorchDispatchMode):
 
 
 FACTORIZATIONS = {
-    torch.ops.aten._linalg_eigh: lambda rows, columns: 9 * rows**3,
-    torch.ops.aten._linalg_svd: lambda rows, columns: 6 * rows * columns * min(rows, columns),
-    torch.ops.aten.linalg_qr: lambda rows, columns: 4 * rows * columns * min(rows, columns),
-    torch.ops.aten.linalg_cholesky_ex: lambda rows, columns: rows**3 // 3,
-    torch.ops.aten.linalg_solve_triangular: lambda rows, columns: rows**3,
+    torch.ops.aten._linalg_eigh: lambda matrix: 9 * math.prod(matrix) * matrix[-1],
+    torch.ops.aten._linalg_svd: lambda matrix: 6 * math.prod(matrix) * min(matrix[-2:]),
+    torch.ops.aten.linalg_qr: lambda matrix: 4 * math.prod(matrix) * min(matrix[-2:]),
+    torch.ops.aten.linalg_cholesky_ex: lambda matrix: math.prod(matrix) * matrix[-1] // 3,
+    torch.ops.aten.linalg_solve_triangular: lambda triangle, right: math.prod(right) * triangle[-1],
 }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +89,7 @@ def active_adapter_name(model: nn.Module) -> str:
             "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)) first, or give "
             "LoRADATrainer a peft_config. If there is a peft_config, check its target_modules."
         )
-    other = next((layer for layer in layers if any(isinstance(a, nn.Parameter) for a in _parts_of_a(layer))), None)
+    other = next((layer for layer in layers if any(isinstance(a, nn.Parameter) for a in layer.lora_A.values())), None)
     if other is not None:
         raise TargetError(f"The adapter is no LoRA: its layers are {type(other).__name__}. Make it with LoraConfig.")
     names = {name for layer in layers for name in layer.active_adapters}
@@ -288,68 +286,3 @@ def check_fresh(targets: Sequence[Target]) -> None:
             "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave "
             "LoRA-DA out or resume from a checkpoint."
         )
-
-
-_initialized: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-"""Modules of A, each with whether its B is zero by intention."""
-
-
-def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:
-    """Remember that an adapter was initialised, for as long as its modules live.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-        may_be_zero: Whether B may be zero all the same, since no step helped or training goes on from a checkpoint.
-    """
-    _initialized.update({layer.lora_A[adapter_name]: may_be_zero for layer in _layers_of(model, adapter_name)})
-
-
-def was_initialized(model: nn.Module, adapter_name: str) -> bool:
-    """Tell whether an adapter was initialised before. One that was deleted and added again, or reset, was not.
-
-    Under ZeRO-3 and FSDP2 all processes look at each layer together.
-    """
-    layers = [layer for layer in _layers_of(model, adapter_name) if layer.lora_A[adapter_name] in _initialized]
-    if not layers or any(_initialized[layer.lora_A[adapter_name]] for layer in layers):
-        return bool(layers)
-    factors: list[Any] = [layer.lora_B[adapter_name].weight for layer in layers]
-    with Ranks.current().stage("look at the adapter", has_collectives=not all(map(is_whole, factors))):
-        return any(bool(read_full(lora_B).any()) for lora_B in factors)
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
-
-
-def _parts_of_a(layer: LoraLayer) -> list[Any]:
-    return list(layer.lora_A.values())
-
-
-_kept_frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made, for as long as the adapter lives.
-
-    PEFT thaws all of an adapter that is switched on again, as losses do that look at the base model between
-    (``disable_adapter``): each layer freezes its A again before it runs.
-
-    Returns:
-        The parameters that were not frozen before.
-    """
-    adapter_name = adapter_name or active_adapter_name(model)
-    frozen: list[nn.Parameter] = []
-    for layer in _layers_of(model, adapter_name):
-        lora_A: Any = layer.lora_A[adapter_name]
-        if lora_A.weight.requires_grad:
-            frozen.append(lora_A.weight.requires_grad_(False))
-        if lora_A not in _kept_frozen:
-            _kept_frozen.add(lora_A)
-            layer.register_forward_pre_hook(functools.partial(_freeze_again, lora_A=lora_A))
-    return frozen
-
-
-def _freeze_again(_: nn.Module, args: Any, *, lora_A: nn.Linear) -> None:
-    if lora_A.weight.requires_grad:
-        lora_A.weight.requires_grad_(False)

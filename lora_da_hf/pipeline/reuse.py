@@ -11,14 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.targets import (
-    Target,
-    check_fresh,
-    find_targets,
-    freeze_a,
-    keep_weights_unpacked,
-    mark_initialized,
-)
+from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
+from lora_da_hf.adapters.targets import Target, check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import stored_solution

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
-from lora_da_hf.adapters.targets import active_adapter_name, freeze_a, mark_initialized, was_initialized
+from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.config import LoRADAConfig, checked_config

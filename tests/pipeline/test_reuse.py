@@ -33,7 +33,7 @@ from transformers import (
 
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
-from lora_da_hf.adapters.targets import was_initialized
+from lora_da_hf.adapters.afterwards import was_initialized
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.schema import BASIS_FILE
 from lora_da_hf.artifacts.store import check_base_model, load_init
