@@ -1,0 +1,282 @@
+"""Tables and plots of what the comparison of initialisations wrote, and the overview of all of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import compare_inits
+import overview
+import report
+
+
+def record_of(method, rate, seed, losses, **changes):
+    cell = {**compare_inits.SHARED, "method": method, "learning_rate": rate, "seed": seed, "rank": 8, "steps": 4}
+    values = [loss for _, loss in losses if loss is not None]
+    return {
+        "cell": {**cell, **changes},
+        "subject": {"model": "tiny", "train": 40},
+        "isolated": True,
+        "machine": {"date": "2026-01-01", "cpu": "x"},
+        "losses": losses,
+        "final_loss": losses[-1][1],
+        "best_loss": min(values),
+        "accuracy": None,
+        "initialization": {"seconds": 2.0, "start_mib": 10.0, "peak_mib": 15.0},
+        "training": {"seconds": 8.0, "start_mib": 10.0, "peak_mib": 30.0},
+        "seconds_per_step": 1.5,
+        "trainable": 100,
+        "optimizer_mib": 1.0,
+    }
+
+
+@pytest.fixture
+def records():
+    found = []
+    for seed in range(2):
+        for rate, final in ((1e-4, 1.2), (1e-3, 1.0), (1e-2, 1.015)):
+            found.append(record_of("lora", rate, seed, [[0, 2.0], [2, 1.5], [4, final + seed / 100]]))
+        found.append(record_of("lora_da", 1e-3, seed, [[0, 1.6], [2, 1.0], [4, 0.9 + seed / 100]]))
+    return found
+
+
+def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
+    lines = tmp_path / "results.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main([str(lines)])
+    text = lines.with_suffix(".md").read_text()
+    assert text in capsys.readouterr().out
+    first, second = (line for line in text.splitlines() if line.startswith("| lora") and "| 0.001" in line)
+    ours = "| lora_da | 0.001 (alone) | 1.6000 ± 0.0000 (2) | 0.9050 ± 0.0071 (2) | -0.1000 ± 0.0000 (2) |"
+    assert first == f"{ours} 0.9050 ± 0.0071 (2) | 2 (2 of 2) |  |  |"
+    assert second.startswith("| lora | 0.001 | 2.0000 ± 0.0000 (2) | 1.0050 ± 0.0071 (2) |  |")
+    assert second.endswith("| 4 (2 of 2) | >= 13 |  |")
+    assert "(edge)" not in second
+    assert "0.001 (alone)" in first
+    assert "| lora | 1.2050 ± 0.0071 (2) | 1.0050 ± 0.0071 (2) | 1.0200 ± 0.0071 (2) |" in text
+    assert "| lora_da | 2.0 | 1.3 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
+    assert (tmp_path / "results_1.png").stat().st_size > 10_000
+
+
+def test_with_few_samples_the_lowest_losses_are_compared_too(tmp_path, capsys):
+    records = []
+    for seed in range(2):
+        for rate, low, final in ((1e-3, 1.2, 1.3), (1e-2, 1.0, 1.9)):
+            losses = [[0, 2.0], [2, low + seed / 100], [4, final]]
+            records.append(record_of("lora", rate, seed, losses, num_train=64))
+        losses = [[0, 1.6], [2, 0.9 + seed / 50], [4, 1.5]]
+        records.append(record_of("lora_da", 1e-3, seed, losses, num_train=64))
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.main([str(tmp_path / "few.jsonl")])
+    text = capsys.readouterr().out
+    assert "| lora_da | 0.001 (alone) | 0.9100 ± 0.0141 (2) | -0.0950 ± 0.0050 (2) |" in text
+    assert "| lora | 0.01 (edge) | 1.0050 ± 0.0071 (2) |  |" in text
+    assert "| lora | 0.001 (edge) | 2.0000 ± 0.0000 (2) | 1.3000 ± 0.0000 (2) |" in text
+
+
+def test_settings_that_differ_are_rows_of_their_own(records):
+    other = record_of("lora_da", 1e-3, 0, [[0, 1.5], [4, 0.8]], settings={"metric": "fisher"})
+    assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
+
+
+def test_losses_of_the_training_batches_are_compared_in_the_second_half(records):
+    for record in records:
+        late = 0.7 if record["cell"]["method"] == "lora_da" else 0.8
+        record["train_losses"] = [2.0, 2.0, late, late + 0.2 * record["cell"]["seed"]]
+    lines = report.late_training_table(records)
+    assert "| lora_da | 0.7500 ± 0.0707 (2) | -0.1000 ± 0.0000 (2) |" in lines
+    assert "| lora | 0.8500 ± 0.0707 (2) |  |" in lines
+    assert report.with_late_loss({**records[0], "final_loss": None})["late_loss"] is None
+
+
+def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tmp_path):
+    for record, (threads, seconds) in zip(records, ((1, 3.0), (2, 1.0)) * 4, strict=True):
+        record["machine"] = {**record["machine"], "threads": threads}
+        record["seconds_per_step"] = seconds
+    text = report.report(records, tmp_path / "results.md")
+    two, one = text.partition("### What it took with 2 threads")[2].split("### What it took with 1 thread\n")
+    assert "| lora | 2.0 | 2.0 | 5 | 1.00 |" in two
+    assert "| lora | 2.0 | 0.7 | 5 | 3.00 |" in one
+
+
+def test_nothing_to_report_is_an_error(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "empty.jsonl")])
+    assert "holds no result yet" in capsys.readouterr().err
+
+
+def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
+    lucky = [record_of("lora", 1e-3, 0, [[0, 2.0], [4, 0.9]]), record_of("lora", 1e-3, 1, [[0, 2.0], [4, 1.3]])]
+    other = record_of("lora", 1e-2, 0, [[0, 2.0], [4, 1.0]])
+    rate, runs = report.at_best_rate([*lucky, other])
+    assert (rate, runs) == (1e-3, lucky)  # all of its seeds are reported, though their mean is above the other's
+    assert report.rate_losses([*lucky, other]) == {1e-3: 0.9, 1e-2: 1.0}
+    alone = record_of("lora", 1e-4, 7, [[0, 2.0], [4, 0.1]])
+    assert list(report.rate_losses([*lucky, other, alone])) == [1e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("finals", "expected"),
+    [
+        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 1.2}, "1.6"),  # a tenth of the way up in the logarithm on either side
+        ({1e-3: 1.0, 1e-2: 1.2}, ">= 1.3"),
+        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: None}, ">= 1.3"),
+        ({1e-4: 1.2, 1e-3: 1.0, 1e-2: 2.5}, ">= 1.3"),  # above the base
+        ({1e-3: 1.0}, ""),
+        ({1e-3: None, 1e-2: None}, ""),
+    ],
+)
+def test_the_band_is_interpolated_and_open_at_its_edges(finals, expected):
+    records = [record_of("lora", rate, 0, [[0, 2.0], [4, final]]) for rate, final in finals.items()]
+    assert report.band(records, 2.0) == expected
+
+
+def test_a_rate_fails_where_it_ends_above_the_base_wherever_the_method_began():
+    plain = [record_of("lora", rate, 0, [[0, 2.0], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
+    ours = [record_of("lora_da", rate, 0, [[0, 1.5], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
+    rows = [line.split("|") for line in report.main_table([*plain, *ours])[2:]]
+    assert {row[1].strip(): row[8].strip() for row in rows} == {"lora": ">= 1.1", "lora_da": ">= 1.1"}
+
+
+def test_what_read_the_first_samples_has_a_row_of_its_own():
+    records = [record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 1.0]], reads=reads) for reads in ("drawn", "first")]
+    assert list(report.variants(records)) == ["lora_da", "lora_da reads=first"]
+    assert report.partner_of("lora_da reads=first") == "lora"
+
+
+def test_what_it_took_is_told_for_each_rank():
+    records = [
+        {**record_of("lora", 1e-3, 0, [[0, 2.0], [4, 1.0]], **changes), "trainable": trainable}
+        for trainable, changes in ((100, {}), (200, {"rank": 16}), (300, {"num_train": 64}))
+    ]
+    rows = [line.split(" | ") for line in report.cost_table(records)[2:]]
+    assert [(row[0], row[6]) for row in rows] == [
+        ("| lora", "100"),
+        ("| lora, rank 16", "200"),
+        ("| lora, 64 samples", "300"),
+    ]
+
+
+def test_a_frozen_a_is_compared_with_a_frozen_a():
+    records = [
+        record_of(method, 1e-3, 0, [[0, 2.0], [4, final]])
+        for method, final in {"lora": 1.0, "lora_fa": 1.2, "lora_da_fa": 1.15}.items()
+    ]
+    (row,) = (line for line in report.main_table(records) if line.startswith("| lora_da_fa"))
+    assert "| -0.0500 (1) |" in row
+    (row,) = (line for line in report.main_table(records) if line.startswith("| lora_fa"))
+    assert "(1) |  | 1.2000 (1) |" in row
+
+
+def test_half_of_the_steps_are_compared_with_all_of_plain_lora_s():
+    records = [record_of("lora", 1e-3, seed, [[0, 2.0], [8, 1.0 + seed / 10]], steps=8) for seed in range(2)]
+    records += [
+        record_of("lora_da", rate, seed, [[0, 1.5], [4, rate * 100 + 1]]) for seed in range(2) for rate in (1e-3, 1e-2)
+    ]
+    (row,) = report.half_table(records)[2:]
+    assert row == "| lora_da | 4 | 0.001 (edge) | 1.1000 ± 0.0000 (2) | +0.0500 ± 0.0500 (2) |"
+    assert report.half_table(records[:2]) == []
+
+
+def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
+    records = [
+        record_of(method, 1e-3, seed, [[0, 2.0], [4, end + seed / 10]], rank=rank)
+        for rank, ends in {4: (1.2, 1.1), 64: (1.0, 1.05)}.items()
+        for method, end in zip(("lora", "lora_da"), ends, strict=True)
+        for seed in range(2)
+    ]
+    assert report.ranks_table(records)[2:] == [
+        "| 4 | lora_da | 4 | 0.001 (alone), 0.001 (alone) | -0.1000 ± 0.0000 (2) |",
+        "| 4 | lora_da | 64 | 0.001 (alone), 0.001 (alone) | +0.0500 ± 0.0000 (2) |",
+    ]
+    assert report.ranks_table(records[:4]) == []
+
+
+def test_runs_that_differ_in_where_they_were_looked_at_count_once(records, tmp_path):
+    again = [{**one, "cell": {**one["cell"], "evaluations": 1}, "losses": one["losses"][::2]} for one in records]
+    assert report.each_once([*records, *again]) == again
+    answers = {"correct": 1, "total": 2}
+    assert report.each_once([{**records[0], "accuracy": answers}, again[0]])[0]["accuracy"] == answers
+    assert "(4)" not in report.report([*records, *again], tmp_path / "results.md")
+
+
+def test_exact_answers_are_shown_run_by_run():
+    runs = [record_of("lora", 1e-3, seed, [[0, 2.0], [4, 1.0]]) for seed in range(3)]
+    runs[0]["accuracy"], runs[1]["accuracy"] = {"correct": 5, "total": 10}, {"correct": 0, "total": 10}
+    assert report.accuracy(runs) == "5/10 (23.7% to 76.3%); 0/10 (0.0% to 27.8%)"
+
+
+def test_starts_are_compared_with_that_of_the_default_settings():
+    def start(seed, loss, **settings):
+        return record_of("lora_da", 1e-3, seed, [[0, loss]], steps=0, settings=settings)
+
+    records = [start(0, 1.2), start(1, 1.3), start(0, 1.1, metric="fisher"), start(1, 1.15, metric="fisher")]
+    table = report.start_table(records)
+    assert table[2] == '| lora_da {"metric": "fisher"} | 1.1250 ± 0.0354 (2) | -0.1250 ± 0.0250 (2) | 2 |'
+    assert table[3] == "| lora_da | 1.2500 ± 0.0707 (2) |  | 2 |"
+
+
+def test_shared_settings_that_differ_are_in_the_name():
+    records = [
+        record_of(method, 1e-3, 0, [[0, 2.0], [4, 1.0]], num_samples=number)
+        for method in ("lora", "lora_da")
+        for number in (256, 256, 64)
+    ]
+    assert list(report.variants(records)) == ["lora", "lora num_samples=64", "lora_da", "lora_da num_samples=64"]
+    assert report.partner_of("lora_da num_samples=64") == "lora num_samples=64"
+    assert report.partner_of('lora_da_fa {"metric": "fisher"}') == "lora_fa"
+    assert list(report.variants(records[2::3])) == ["lora", "lora_da"]
+
+
+def pair(seed, plain, ours, method="lora", **changes):
+    """Return runs of plain LoRA at two rates and of LoRA-DA at one, whose final losses are given."""
+    ends = ((method, 1e-3, plain), (method, 1e-2, plain + 0.1), (method.replace("lora", "lora_da"), 1e-3, ours))
+    return [record_of(name, rate, seed, [[0, 2.0], [2, end - 0.05], [4, end]], **changes) for name, rate, end in ends]
+
+
+def test_the_overview_compares_at_the_best_rates_on_the_same_seeds():
+    records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.15), *pair(0, 1.3, 1.0, "lora_fa")]
+    records += pair(0, 0.8, 0.7, steps=8)
+    records += [record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 0.1]], reads="first")]  # no start of a new user's
+    records += [record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 0.1]], settings={"metric": "fisher"})]
+    found = list(overview.comparisons(records, "data"))
+    assert [one.name for one in found] == [
+        "data, rank 8, 4 steps",
+        "data, rank 8, 8 steps",
+        "data, rank 8, 4 steps, A frozen",
+    ]
+    assert [[round(value, 9) for value in one.differences()] for one in found] == [[-0.1, 0.05], [-0.1], [-0.3]]
+    assert overview.summary(found) == "lower in 3 of 3 comparisons, on 3 of 4 seeds in all"
+    assert overview.table(found)[2] == (
+        "| data, rank 8, 4 steps | 2.0000, 2.0000 | 1.0500 ± 0.0707 (2) at 0.001 (edge) | "
+        "1.0250 ± 0.1768 (2) at 0.001 (alone) | -0.0250 ± 0.0750 (2) | 1 of 2 |"
+    )
+
+
+def test_the_overview_takes_the_lowest_losses_of_few_samples_whatever_was_read_first():
+    records = pair(0, 1.0, 0.9, num_train=64, reads="first")
+    (found,) = overview.comparisons(records, "data")
+    assert found.name == "data, rank 8, 4 steps, 64 samples"
+    assert (
+        "| 0.9500 (1) at 0.001 (edge) | 0.8500 (1) at 0.001 (alone) | -0.1000 (1) | 1 of 1 |"
+        in overview.table([found])[2]
+    )
+
+
+def test_a_seed_that_diverged_is_no_difference(tmp_path):
+    records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.0)]
+    records[2] = {**records[2], "final_loss": None}
+    (found,) = overview.comparisons(records, "data")
+    assert found.differences() == pytest.approx([-0.1])
+    overview.plot([found], tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 5_000
+
+
+def test_the_documented_table_is_what_the_lines_say():
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    table = "\n".join(overview.table(overview.read_comparisons()))
+    assert table in text, "run benchmarks/overview.py and copy its table"
+    assert table in (overview.RESULTS / "overview.md").read_text(encoding="utf-8")
