@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import logging
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
 from lora_da_hf.statistics.model_state import random_state
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
+
+_SAMPLERS_OF_ALL = {
+    *("NoneType", "RandomSampler", "SequentialSampler", "DistributedSampler", "_InfiniteConstantSampler"),
+    *("SeedableRandomSampler", "LengthGroupedSampler", "DistributedLengthGroupedSampler", "RepeatSampler"),
+}
+"""Those of torch, accelerate, transformers and TRL that go through the whole data set, each sample as often."""
 
 RawCollate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -153,7 +162,15 @@ def _indices_of(loader: Any) -> list[int] | None:
     sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
     if isinstance(sampler, SubsetRandomSampler):
         return list(sampler.indices)
-    return list(sampler) if isinstance(sampler, list | tuple | range) else None
+    if isinstance(sampler, list | tuple | range):
+        return list(sampler)
+    if type(sampler).__name__ not in _SAMPLERS_OF_ALL:
+        logger.warning(
+            "LoRA-DA draws from the whole data set, and not as the loader's %s does. Give the samples themselves to "
+            "have it draw from others.",
+            type(sampler).__name__,
+        )
+    return None
 
 
 def is_loader(samples: Any) -> bool:
@@ -243,7 +260,7 @@ def _tensors(sample: Any) -> dict[str, Tensor]:
         if value is None:
             continue
         try:
-            row[str(name)] = torch.as_tensor(value)
+            row[str(name)] = torch.tensor([], dtype=torch.long) if value == [] else torch.as_tensor(value)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"The sample's {name!r} is a {type(value).__name__}, which cannot be made a tensor. Tokenise the "
@@ -284,7 +301,10 @@ class DeviceCollator:
         """
         batch: Any = self._collate([_copied(sample) for sample in samples])
         if not isinstance(batch, Mapping):
-            raise DataError(f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors.")
+            raise DataError(
+                f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors of a list of samples. "
+                "A DataLoader without a batch_size has none: give samples and a data_collator."
+            )
         return {name: send_to_device(value, self._device) for name, value in batch.items()}
 
     @contextlib.contextmanager

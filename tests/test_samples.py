@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
@@ -308,3 +308,19 @@ def test_a_loader_over_a_part_of_a_data_set_gives_no_sample_of_the_rest(settings
     splits = choose(samples)
     assert {*splits.statistics, *splits.search, *splits.unseen} == {1, 3, 5, 7}
     assert splits.population_size == 4
+
+
+def test_an_empty_row_is_padded_as_the_others_are():
+    batch = pad_samples([{"input_ids": [], "labels": []}, {"input_ids": [3, 4], "labels": [-100, 4]}])
+    assert batch["input_ids"].tolist() == [[0, 0], [3, 4]]
+    assert batch["labels"].tolist() == [[-100, -100], [-100, 4]]
+    assert batch["attention_mask"].tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_sampler_that_is_not_followed_is_a_warning(caplog):
+    weighted = DataLoader([0, 1, 2], sampler=WeightedRandomSampler([1.0, 0.0, 0.0], 3), collate_fn=list)
+    assert samples_of_loader(weighted)[0] == [0, 1, 2]
+    assert "not as the loader's WeightedRandomSampler does" in caplog.text
+    caplog.clear()
+    samples_of_loader(DataLoader([0, 1, 2], shuffle=True, collate_fn=list))
+    assert not caplog.text

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
-from lora_da_hf.artifacts.peft_config import alpha_of, check_names, holder_of, is_target, rank_of, targets_among
+from lora_da_hf.artifacts.peft_config import (
+    alpha_divisor,
+    alpha_of,
+    check_names,
+    holder_of,
+    is_target,
+    names_of_transformers,
+    rank_of,
+    targets_among,
+)
 from lora_da_hf.artifacts.schema import Manifest
-from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json
+from lora_da_hf.artifacts.strict_json import check_types, fits, malformed, parse_json, too_large
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 
 PEFT_PREFIX = "base_model.model."
@@ -35,7 +43,6 @@ _EMPTY = (
     "velora_config",
 )
 """What makes PEFT load other files or code, change the base, or compute something else than ``s B A x``."""
-_DOTTED_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
         ArtifactError: if PEFT would make another adapter of it than the manifest describes.
     """
     if path.stat().st_size > _MAX_BYTES:
-        raise ArtifactError(f"{path} is larger than any adapter config. Do not use it.")
+        raise too_large(str(path), path.stat().st_size, _MAX_BYTES)
     values = parse_json(path.read_bytes(), str(path))
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise ArtifactError(f"{path} is not the config of a LoRA adapter. Fetch it again.")
@@ -94,10 +101,11 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
         raise ArtifactError(
             f"{path}: {used or 'init_lora_weights'} is not that of a plain LoRA adapter. Do not use it."
         )
-    mapping = config.get("auto_mapping") or {}
-    known = {"base_model_class", "parent_library"}
-    if set(mapping) - known or not all(_DOTTED_NAME.fullmatch(str(name)) for name in mapping.values() if name):
-        raise ArtifactError(f"{path}: auto_mapping is not the name of a class: {mapping}. Do not use it.")
+    if not names_of_transformers(config.get("auto_mapping")):
+        raise ArtifactError(
+            f"{path}: auto_mapping is {str(config['auto_mapping'])[:160]}, from which PEFT would import other code "
+            "than transformers. Do not use it; if it is your own, compute it again."
+        )
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise ArtifactError(f"{path}: lora_dropout={config['lora_dropout']} is no probability. Fetch it again.")
 
@@ -125,13 +133,13 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
                 f"{path}: neither its target_modules nor its target_parameters hold {name}. Fetch it again."
             )
         if layer.rank not in ranks or not all(fits(alpha, float) for alpha in alphas):
-            raise ArtifactError(
-                f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}."
+            raise malformed(
+                f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}"
             )
-        divisor = math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank
+        divisor = alpha_divisor(config, layer.rank)
         scalings = [alpha / divisor for rank, alpha in zip(ranks, alphas, strict=True) if rank == layer.rank]
         if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6) for scaling in scalings):
-            raise ArtifactError(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}.")
+            raise malformed(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}")
 
 
 def _pattern_keys(config: dict[str, Any], name: str) -> list[str]:

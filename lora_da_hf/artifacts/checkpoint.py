@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_da_hf.artifacts.files import put_in_place
+from lora_da_hf.artifacts.files import put_in_place, write_tensors
 from lora_da_hf.artifacts.store import read_tensors
 from lora_da_hf.errors import ArtifactError
 
@@ -38,7 +37,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder.parent / f".{folder.name}.checkpoint"
+        self.path = folder.parent / f"_{folder.name}.checkpoint"  # which no trainer uploads
         self._rank = rank
         self._run = ""
 
@@ -51,22 +50,29 @@ class CheckpointFolder:
         """Return what `begin` wrote, or None if there is nothing.
 
         Raises:
-            ArtifactError: if it is no JSON.
+            ArtifactError: if it is not what was written.
         """
         file = self.path / _RUN_FILE
-        if not file.is_file():
+        if not self.has_run():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ArtifactError(f"{file} is no JSON: it was changed. Delete {self.path} to start over.") from error
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{file} was changed. Delete {self.path} to start over.")
+        return values
+
+    def has_run(self) -> bool:
+        """Tell whether `begin` wrote something."""
+        return (self.path / _RUN_FILE).is_file()
 
     def begin(self, values: Mapping[str, Any]) -> None:
         """Go on with the run that these values describe, or start it; files of others are deleted or not looked at."""
         text = json.dumps(values, indent=1, sort_keys=True) + "\n"
         self._run = hashlib.sha256(text.encode()).hexdigest()[:12]
         others = [file for file in self.path.glob(f"sums-{self._rank:05d}-*") if not file.name.endswith(self._ending)]
-        if self._rank == 0 and self.read_run() != json.loads(text):
+        if self._rank == 0 and not self._is_run_of(text):
             shutil.rmtree(self.statistics, ignore_errors=True)
             others += list(self.path.glob("window-*"))
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,9 +96,9 @@ class CheckpointFolder:
             (self.path / self._sums_file(window, batches)).unlink()
 
     def sums(self, window: int) -> list[int]:
-        """Return after how many batches there are sums of a window, the newest first."""
+        """Return after how many batches there are sums of a window that can be read, the newest first."""
         files = self.path.glob(f"sums-{self._rank:05d}-{window:05d}-*{self._ending}")
-        return sorted((int(file.name.split("-")[3]) for file in files), reverse=True)
+        return sorted((int(file.name.split("-")[3]) for file in files if _is_whole(file)), reverse=True)
 
     def read_sums(self, window: int, batches: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what `write_sums` was given.
@@ -127,6 +133,9 @@ class CheckpointFolder:
         with contextlib.suppress(OSError):  # it is gone, or others' files are in it
             self.path.rmdir()
 
+    def _is_run_of(self, text: str) -> bool:
+        return self.has_run() and (self.path / _RUN_FILE).read_text(encoding="utf-8", errors="replace") == text
+
     @property
     def _ending(self) -> str:
         return f"-{self._run}.safetensors"
@@ -144,7 +153,7 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         partial = self._partial(name)
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(on_cpu, partial, metadata={_VALUES: json.dumps(values)})
+        write_tensors(partial, on_cpu, {_VALUES: json.dumps(values)})
         put_in_place(partial, self.path / name)
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,3 +164,12 @@ class CheckpointFolder:
         if values is None:
             raise ArtifactError(f"{file} is not what was written there. Delete {self.path} to start over.")
         return tensors, json.loads(values)
+
+
+def _is_whole(file: Path) -> bool:
+    """Tell whether a file is as long as its header says, which is all that a damaged disk usually changes."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

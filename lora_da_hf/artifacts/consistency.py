@@ -17,6 +17,7 @@ from lora_da_hf.artifacts.other_tensors import check_other_tensors
 from lora_da_hf.artifacts.peft_config import expert_of, holder_of
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.strict_json import malformed
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.report import LayerReport
@@ -157,8 +158,8 @@ def check_adapter(
 
 def _check_magnitude(path: Path, tensors: Mapping[str, Tensor], name: str, layer: LayerEntry) -> None:
     tensor = tensors.get(f"{PEFT_PREFIX}{name}.lora_magnitude_vector")
-    if tensor is None or tensor.numel() != layer.out_features or not (tensor > 0).all():
-        raise ArtifactError(f"{path}: DoRA's magnitude of {name} is missing, of another size or not positive.")
+    if tensor is None or tensor.numel() != layer.out_features:
+        raise malformed(f"{path}: DoRA's magnitude of {name} is missing or of another size")
 
 
 def stored_factor(tensors: Mapping[str, Tensor], name: str, factor: str, rank: int) -> Tensor | None:
@@ -221,7 +222,7 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
     Raises:
         ArtifactError: naming the first thing that they disagree on.
     """
-    report = read_report(path)
+    report = read_report(path, manifest)
     layers = report.layers
     steps = {str(rank): step for rank, step in report.step_size_by_rank.items()}
     facts = {
@@ -240,7 +241,7 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
             _check_update_norm(path, layer, bases[layer.name], _step(manifest, manifest.layers[layer.name]))
     for what, (found, expected) in facts.items():
         if found != expected:
-            raise ArtifactError(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there.")
+            raise malformed(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there")
     sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
     layer_steps = LoRADAConfig.from_dict(manifest.config).layer_steps
     units = {"equal": 1.0, "displacement": max(layer.displacement_norm for layer in layers)}

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, is_own_card
 from lora_da_hf.artifacts.files import share_as_usual, sync
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_PREFIX
 from lora_da_hf.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 UNLISTED_FILES = (CARD_FILE, *LICENSE_FILES, ".gitattributes", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini")
@@ -24,8 +30,42 @@ UNLISTED_FOLDERS = (".cache", ".ipynb_checkpoints", ".git")
 _KEPT_FOLDERS = (".git",)
 """Of those, what is never replaced."""
 
-_PARTIAL = ".{}.partial-"
-_OLD = ".{}.old-"
+_PARTIAL = "_{}.partial-"
+_OLD = "_{}.old-"
+_LOCK = "_{}.lock"
+"""Names beside an initialisation begin with an underscore: of a trainer's output folder these are not uploaded."""
+
+_NOT_REPLACEABLE = "{} cannot be replaced ({}). Name a new folder, such as one inside it."
+
+
+@contextlib.contextmanager
+def held_alone(target: Path) -> Generator[None]:
+    """Keep other processes from making an initialisation in the same folder for the block.
+
+    The lock of a process that was killed holds nobody up. There is none where nothing can be written or locked.
+
+    Raises:
+        ConfigError: if another process is at it.
+    """
+    target = _behind_links(target)
+    file = target.parent / _LOCK.format(target.name)
+    lock = FileLock(file, timeout=0)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process is making an initialisation in {target}. Wait until it is there and start again, which "
+            "uses it, or name another folder."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        logger.info("LoRA-DA: %s is not locked (%s)", target, error)
+    try:
+        yield
+    finally:
+        if lock.is_locked and os.name != "nt":  # where it would have to be closed first
+            file.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -48,11 +88,13 @@ def atomic_folder(target: Path) -> Generator[Path]:
                 share_as_usual(path)
             sync(path)
         share_as_usual(partial)
+        sync(partial)
         if target.exists():
             with _moved_aside(target):
                 partial.rename(target)
         else:
             partial.rename(target)
+        sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -71,9 +113,7 @@ def _moved_aside(target: Path) -> Generator[None]:
         target.rename(aside / target.name)
     except OSError as error:
         aside.rmdir()
-        raise ConfigError(
-            f"{target} cannot be replaced ({error.strerror or error}). Name a new folder, such as one inside it."
-        ) from error
+        raise ConfigError(_NOT_REPLACEABLE.format(target, error.strerror or error)) from error
     try:
         yield
     finally:
@@ -147,9 +187,8 @@ def check_writable(folder: Path) -> None:
             f"The initialisation cannot be written to {folder} ({error.strerror or error}). Name a folder that can be "
             "written."
         ) from error
-    if folder.exists():
-        with _moved_aside(folder):
-            pass
+    if folder.exists() and (os.path.ismount(folder) or not os.access(folder, os.W_OK)):
+        raise ConfigError(_NOT_REPLACEABLE.format(folder, "a mount point, or without the right to write"))
 
 
 def check_replaceable(folder: Path) -> None:

@@ -20,6 +20,8 @@ _EXPERT = re.compile(r"\[\d+\]$")
 _NAME = re.compile(r"\w[\w-]*|\^(\w|\\[.-])+")
 """A key of a pattern: the last part of names, or `_exactly` one name."""
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_CLASS = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_TRANSFORMERS = re.compile(r"transformers(\.[A-Za-z_]\w*)*", re.ASCII)
 _MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
 
@@ -38,11 +40,12 @@ def read_peft_config(path: Path, *, in_names_alone: bool = True) -> dict[str, An
 
     Args:
         path: Of the file.
-        in_names_alone: Whether it must pass `check_names`, as what comes from outside does.
+        in_names_alone: Whether it must pass `check_names`, as that of an initialisation does; False: of a checkpoint.
 
     Raises:
         ArtifactError: if it is no configuration of a LoRA adapter.
     """
+    remedy = "Fetch it again" if in_names_alone else "Go on from another checkpoint"
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         patterns = (values["rank_pattern"], values["alpha_pattern"])
@@ -52,9 +55,9 @@ def read_peft_config(path: Path, *, in_names_alone: bool = True) -> dict[str, An
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). Fetch it again.") from error
+        raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). {remedy}.") from error
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
-        raise ArtifactError(f"{path}: a rank or an alpha is not positive. Fetch it again.")
+        raise ArtifactError(f"{path}: a rank or an alpha is not positive. {remedy}.")
     return values
 
 
@@ -92,6 +95,13 @@ def _refuse(path: Path, odd: list[tuple[str, Any]]) -> None:
         )
 
 
+def names_of_transformers(auto_mapping: Mapping[str, Any] | None) -> bool:
+    """Tell whether ``auto_mapping``, whose module PEFT may import, is empty or names a class of transformers."""
+    patterns = {"base_model_class": _CLASS, "parent_library": _TRANSFORMERS}
+    found = {key: str(name) for key, name in (auto_mapping or {}).items() if name}
+    return all(key in patterns and patterns[key].fullmatch(name) for key, name in found.items())
+
+
 def is_target(peft_config: Mapping[str, Any], targets: Collection[str], name: str) -> bool:
     """Tell whether PEFT adapts a module: if its name, or the end of it behind a dot, is a target's.
 
@@ -120,7 +130,7 @@ def in_names(
 ) -> dict[str, Any]:
     """Return the configuration with names in the place of what only PEFT's own matching reads, if there is any.
 
-    Targets that no module has are left out.
+    Targets that no module has are left out, and so is a class of the base that is not one of transformers.
 
     Args:
         peft_config: What PEFT saved.
@@ -128,6 +138,8 @@ def in_names(
         ranks: By the name of each module, and of each parameter that it adapted.
         alphas: By the same names.
     """
+    if not names_of_transformers(peft_config.get("auto_mapping")):
+        peft_config = {**peft_config, "auto_mapping": None}
     patterns = (*(peft_config.get("rank_pattern") or ()), *(peft_config.get("alpha_pattern") or ()))
     is_plain = not isinstance(peft_config.get("target_modules"), str) and all(map(_NAME.fullmatch, patterns))
     if is_plain and not any(peft_config.get(key) not in (None, [], "") for key in _MORE_THAN_NAMES):

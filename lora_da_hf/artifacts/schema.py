@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_da_hf.artifacts.strict_json import check_types, fits, parse_json, read_dataclass
+from lora_da_hf.artifacts.strict_json import check_types, fits, malformed, parse_json, read_dataclass, too_large
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 
@@ -27,9 +27,10 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, REPORT_FILE)
 STATISTICS_PREFIX = "lora_da_statistics-"
-MAX_MANIFEST_BYTES = 64 << 20
+STATISTICS_SHARD = re.compile(re.escape(STATISTICS_PREFIX) + r"([0-9]{5})-of-([0-9]{5})\.safetensors")
+MAX_MANIFEST_BYTES = 24 << 20
+"""Of 60,000 layers, of some 400 bytes each. Parsed, JSON from outside can take thirty times its length."""
 
-_SHARD = re.compile(re.escape(STATISTICS_PREFIX) + r"([0-9]{5})-of-([0-9]{5})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIZE = 2**31
 _DATA_FACTS: dict[str, Any] = {
@@ -41,7 +42,7 @@ _DATA_FACTS: dict[str, Any] = {
 }
 LOSS, MOVED_LOSS = "loss", "loss of moved outputs"
 _IDENTITY_FACTS = {"settings", "base model", "adapter", "samples", "version of lora_da_hf", LOSS}
-"""What every identity has; older ones lack `MOVED_LOSS`."""
+"""What every identity has beside further losses, whose names begin with that of the first."""
 _BASE_FACTS: dict[str, Any] = {
     "name_or_path": str | None,
     "revision": str | None,
@@ -126,6 +127,12 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     kind: str = field(default=KIND)
 
+    @property
+    def largest_rank(self) -> int:
+        """Up to which any rank can be taken for all layers; one that is stored with all its directions is no limit."""
+        limits = [layer.max_rank for layer in self.layers.values() if layer.max_rank < layer.in_features]
+        return min(limits) if limits else max(layer.max_rank for layer in self.layers.values())
+
     def to_json(self) -> str:
         """Return the manifest as JSON text, with a checksum of everything else in it."""
         values = dataclasses.asdict(self)
@@ -151,10 +158,10 @@ def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
     """
     data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
     if len(data) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{source} has {len(data)} bytes, more than any manifest. Do not use it.")
+        raise too_large(source, len(data), MAX_MANIFEST_BYTES)
     fields = parse_json(data, source)
     if not isinstance(fields, dict) or fields.get("kind") != KIND:
-        raise ArtifactError(f"{source} is not the manifest of a LoRA-DA initialisation.")
+        raise malformed(f"{source} is not the manifest of a LoRA-DA initialisation")
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
             f"{source} has schema version {fields.get('schema_version')!r} and this version of lora_da_hf reads "
@@ -180,40 +187,40 @@ def _entries(kind: Any, values: Any, source: str, what: str) -> dict[str, Any]:
 
 
 def _check_files(files: Mapping[str, FileEntry], source: str) -> None:
-    shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    shards = [match for match in map(STATISTICS_SHARD.fullmatch, files) if match]
     allowed = {*REQUIRED_FILES, *(shard.group() for shard in shards)}
     for name, entry in files.items():
         if name not in allowed or not _SHA256.fullmatch(entry.sha256) or entry.size < 0:
-            raise ArtifactError(f"{source}: the entry of file {name!r} is malformed.")
+            raise malformed(f"{source}: the entry of file {name!r} is malformed")
     missing = [name for name in REQUIRED_FILES if name not in files]
     if missing:
-        raise ArtifactError(f"{source}: the files {missing} are not listed.")
+        raise malformed(f"{source}: the files {missing} are not listed")
     if sorted(int(shard[1]) for shard in shards) != list(range(1, len(shards) + 1)) or any(
         int(shard[2]) != len(shards) for shard in shards
     ):
-        raise ArtifactError(f"{source}: the statistics are listed in part: {sorted(s.group() for s in shards)[:3]}.")
+        raise malformed(f"{source}: the statistics are listed in part: {sorted(s.group() for s in shards)[:3]}")
 
 
 def _check_layers(manifest: Manifest, source: str) -> None:
     if not manifest.layers:
-        raise ArtifactError(f"{source}: it lists no layer.")
+        raise malformed(f"{source}: it lists no layer")
     for name, layer in manifest.layers.items():
         sizes = (layer.in_features, layer.out_features, layer.rank, layer.max_rank)
         if not all(0 < size < _MAX_SIZE for size in sizes) or not layer.rank <= layer.max_rank <= layer.in_features:
-            raise ArtifactError(f"{source}: the sizes of layer {name} contradict each other.")
+            raise malformed(f"{source}: the sizes of layer {name} contradict each other")
         leader = manifest.layers.get(layer.shares_input_with)
         positive = layer.peft_scaling > 0 and layer.num_tokens > 0 and layer.num_grad_tokens > 0
         if not positive or min(layer.input_damping, layer.output_damping) < 0 or leader is None:
-            raise ArtifactError(f"{source}: the entry of layer {name} is malformed.")
+            raise malformed(f"{source}: the entry of layer {name} is malformed")
         if leader.shares_input_with != layer.shares_input_with or any(
             getattr(leader, what) != getattr(layer, what) for what in ("in_features", "num_tokens", "input_damping")
         ):
-            raise ArtifactError(
-                f"{source}: layer {name} shares the input of {layer.shares_input_with}, and they contradict each other."
+            raise malformed(
+                f"{source}: layer {name} shares the input of {layer.shares_input_with}, and they contradict each other"
             )
     both = sorted(set(manifest.kept) & set(manifest.layers))
     if both:
-        raise ArtifactError(f"{source}: layer {both[0]} is both initialised and kept as PEFT made it.")
+        raise malformed(f"{source}: layer {both[0]} is both initialised and kept as PEFT made it")
 
 
 def _check_facts(manifest: Manifest, source: str) -> None:
@@ -235,28 +242,29 @@ def _check_facts(manifest: Manifest, source: str) -> None:
         known = {**hints, **optional}
         check_types(facts, known, f"{source}: {what}")
         if not all(fits(value, int | float | str | bool | None) for key, value in facts.items() if key not in known):
-            raise ArtifactError(f"{source}: {what} holds more than plain facts.")
+            raise malformed(f"{source}: {what} holds more than plain facts")
     if manifest.base_model["name_or_path"] == "":
         raise ArtifactError(f"{source}: the base model has an empty name. Fetch it again.")
     weights = manifest.base_model["weights_sha256"]
     identified = manifest.data.get(IDENTITY, {})
-    if set(identified) - {MOVED_LOSS} != (set() if manifest.refitted_from else _IDENTITY_FACTS):
+    named = {key for key in identified if not key.startswith(f"{LOSS} of ")}
+    if named != (set() if manifest.refitted_from else _IDENTITY_FACTS):
         raise ArtifactError(f"{source}: data says of its identity {sorted(identified)}, and not all. Fetch it again.")
-    identity = [value for key, value in identified.items() if key not in (LOSS, MOVED_LOSS)]
+    identity = [value for key, value in identified.items() if key in named - {LOSS}]
     hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights]), *map(str, identity)]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
     if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:
-        raise ArtifactError(f"{source}: a fingerprint or a count is malformed.")
+        raise malformed(f"{source}: a fingerprint or a count is malformed")
     largest = max(layer.max_rank for layer in manifest.layers.values())
     steps = [manifest.step_size or 0.0, *manifest.step_size_by_rank.values()]
     ranks = manifest.step_size_by_rank
     if min(steps) < 0 or not fits(ranks, dict[int, float]) or any(not 0 < int(rank) <= largest for rank in ranks):
-        raise ArtifactError(f"{source}: the steps are malformed: {dict(list(ranks.items())[:3])}.")
+        raise malformed(f"{source}: the steps are malformed: {dict(list(ranks.items())[:3])}")
     if manifest.seed < 0 or config.seed not in (None, manifest.seed):
-        raise ArtifactError(f"{source}: seed {manifest.seed} contradicts the settings, which say {config.seed}.")
+        raise malformed(f"{source}: seed {manifest.seed} contradicts the settings, which say {config.seed}")
     if not manifest.adapter_name or "lora_da_hf" not in manifest.versions:
-        raise ArtifactError(f"{source}: the adapter's name or the version that wrote it is missing.")
+        raise malformed(f"{source}: the adapter's name or the version that wrote it is missing")
     try:
         datetime.datetime.fromisoformat(manifest.created)
     except ValueError as error:
-        raise ArtifactError(f"{source}: created={manifest.created!r} is no date.") from error
+        raise malformed(f"{source}: created={manifest.created!r} is no date") from error

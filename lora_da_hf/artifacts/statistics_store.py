@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.files import put_in_place, share_as_usual
+from lora_da_hf.artifacts.files import put_in_place, share_as_usual, write_tensors
 from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
 from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
@@ -60,7 +59,7 @@ def save_statistics(
     for number, shard in enumerate(shards):
         file = folder / f"{part:05d}-{number:05d}.safetensors"
         partial = folder / f".{file.name}.partial"
-        save_file(shard, partial, metadata={"format": "pt"})
+        write_tensors(partial, shard, {"format": "pt"})
         put_in_place(partial, file)
 
 
@@ -72,8 +71,13 @@ def adopt_statistics(folder: Path, source: Path) -> None:
     Args:
         folder: Where to.
         source: Where they are, on the same file system.
+
+    Raises:
+        ArtifactError: if there are none.
     """
     shards = sorted(source.glob("*.safetensors"))
+    if not shards:
+        raise ArtifactError(f"The statistics in {source} were deleted while the initialisation was made. Start again.")
     for number, shard in enumerate(shards, start=1):
         target = folder / f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors"
         share_as_usual(shard)  # `atomic_folder` leaves linked files as they are

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, check_adapter_config
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import UNLISTED_FILES, UNLISTED_FOLDERS, atomic_folder
@@ -31,12 +31,12 @@ from lora_da_hf.artifacts.schema import (
     parse_manifest,
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
+from lora_da_hf.artifacts.strict_json import malformed, too_large
 from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.report import LoRADAReport
 
 __all__ = [
-    "PEFT_PREFIX",
     "StoredBasis",
     "StoredInit",
     "basis_tensors",
@@ -182,9 +182,12 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink() or not path.is_file():
-        raise ArtifactError(f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete.")
+        raise ArtifactError(
+            f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete. Name another folder, "
+            "or fetch it again."
+        )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{path} is larger than any manifest. Do not use it.")
+        raise too_large(str(path), path.stat().st_size, MAX_MANIFEST_BYTES)
     return parse_manifest(path.read_bytes(), source=str(path))
 
 
@@ -273,6 +276,6 @@ def check_file(path: Path, entry: FileEntry) -> None:
         raise ArtifactError(f"{path} is listed in the manifest and is not there as a file. {again}")
     size = path.stat().st_size
     if size != entry.size:
-        raise ArtifactError(f"{path} has {size} bytes and the manifest says {entry.size}: truncated or changed.")
+        raise malformed(f"{path} has {size} bytes and the manifest says {entry.size}: truncated or changed")
     if file_entry(path).sha256 != entry.sha256:
         raise ArtifactError(f"{path} has another SHA-256 than the manifest says: it was changed. Fetch it again.")

@@ -5,23 +5,31 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lora_da_hf.artifacts.strict_json import parse_json, read_dataclass
+from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.artifacts.strict_json import parse_json, read_dataclass, too_large
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.report import LayerReport, LoRADAReport
 
-_MAX_BYTES = 512 << 20
+_BYTES = 1 << 20
+_BYTES_PER_LAYER = 2 << 10
+_BYTES_PER_DIRECTION = 128
+"""An eigenvalue and two sums."""
 
 
-def read_report(path: Path) -> LoRADAReport:
+def read_report(path: Path, manifest: Manifest | None = None) -> LoRADAReport:
     """Read a report that comes from outside: every field there, of its type, and every number finite.
+
+    Args:
+        path: Of the file.
+        manifest: Of its folder, whose layers limit the file's length; None: of a folder that was checked before.
 
     Raises:
         ArtifactError: if it is anything else.
     """
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} does not exist. Fetch the initialisation again.")
-    if path.stat().st_size > _MAX_BYTES:
-        raise ArtifactError(f"{path} is larger than any report. Do not use it.")
+    if manifest is not None and path.stat().st_size > _most_bytes(manifest):
+        raise too_large(str(path), path.stat().st_size, _most_bytes(manifest))
     values = parse_json(path.read_bytes(), str(path))
     entries = values.get("layers") if isinstance(values, dict) else None
     if not isinstance(entries, list):
@@ -35,3 +43,10 @@ def read_report(path: Path) -> LoRADAReport:
         step_size_by_rank={int(rank): step for rank, step in report.step_size_by_rank.items()},
         search=[(step, loss) for step, loss in report.search],
     )
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    """Return how long a report can be, which has names, settings and reasons in common with the manifest."""
+    directions = sum(layer.max_rank for layer in manifest.layers.values())
+    per_layer = _BYTES_PER_LAYER * len(manifest.layers) + _BYTES_PER_DIRECTION * directions
+    return _BYTES + len(manifest.to_json()) + per_layer

@@ -15,6 +15,28 @@ _MAX_TEXT = 4096
 _MAX_INT = 2**63
 
 
+def malformed(what: str) -> ArtifactError:
+    """Return the error of something from outside that was not written so, with what to do about it.
+
+    Args:
+        what: Which file, and what is wrong with it.
+    """
+    return ArtifactError(f"{what}. Fetch it again, or ask who made it.")
+
+
+def too_large(source: str, size: int, limit: int) -> ArtifactError:
+    """Return the error of JSON that is not even parsed.
+
+    Args:
+        source: Where it comes from.
+        size: Its bytes.
+        limit: What it may have at most.
+    """
+    return ArtifactError(
+        f"{source} has {size:,} bytes, and at most {limit:,} can be needed. Do not use it; ask who made it."
+    )
+
+
 def parse_json(data: bytes, source: str) -> Any:
     """Read JSON without duplicate keys, without NaN and infinity, and of a bounded depth.
 

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_da_hf.artifacts.strict_json import malformed
 from lora_da_hf.errors import ArtifactError
 
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
@@ -104,7 +105,7 @@ def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
 def _compare(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
     if set(found) != set(expected):
         wrong = sorted(set(found) ^ set(expected))[:3]
-        raise ArtifactError(f"{path} and the manifest disagree on the tensors in it: {wrong} and maybe more.")
+        raise malformed(f"{path} and the manifest disagree on the tensors in it: {wrong} and maybe more")
     for name, (shape, dtype) in expected.items():
         if found[name] != (shape, dtype):
             raise ArtifactError(

@@ -195,7 +195,7 @@ def _reporting_lost_peers() -> Generator[None]:
     """Say what it means when a collective operation breaks: torch speaks of sockets and timeouts."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise  # this process's own
     except RuntimeError as error:
         raise PeerGone(

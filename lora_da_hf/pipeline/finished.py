@@ -14,6 +14,7 @@ from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.consistency import stored_factor
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import load_init, read_tensors
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError, WriteError
@@ -68,8 +69,12 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
         job.report.notes.append("an initialisation that was there before could not be used and was replaced")
         logger.warning("LoRA-DA: the initialisation in %s cannot be used and is replaced (%s)", folder, error)
         return None
+    has_statistics = bool(statistics_files(stored.manifest))
+    if job.config.save_statistics and not has_statistics:
+        differing.append("save_statistics")
     if differing:
-        logger.info("LoRA-DA: the initialisation in %s is of another %s: replaced", folder, ", ".join(differing))
+        note = f"the initialisation in {folder} is of another {', '.join(differing)}: replaced"
+        logger.log(logging.WARNING if has_statistics else logging.INFO, "LoRA-DA: %s", note)
         return None
     return report, read_tensors(folder / ADAPTER_FILE, None)
 

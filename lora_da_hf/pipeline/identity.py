@@ -18,20 +18,23 @@ _NO_MATTER = {
     *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
     *("num_samples", "sample_selection"),  # the samples themselves count
     *("seed", "population_size"),  # those that were used count, whoever gave them
+    "save_statistics",  # those that are stored beside what was computed are kept
     "freeze_a",  # for training
 }
-
-
-_OF_ADAPTER = ("peft_type", "task_type", "use_dora", "use_rslora", "lora_dropout", "bias", "init_lora_weights")
-_NAMES_OF_ADAPTER = ("modules_to_save", "exclude_modules")
+_COMPARED_BY_LAYER = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+}
+_NO_MATTER_OF_ADAPTER = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"}
 
 
 def identify(job: Job, probe: Probe) -> dict[str, Any]:
-    """Return a hash of each thing that an initialisation depends on, and losses of one sample.
+    """Return a hash of each thing that an initialisation depends on, and losses of a few samples.
 
-    The loss stands for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
-    sample. One is the base's, where some losses are the same whatever they ask for (DPO's is log 2), the other that of
-    outputs that were moved. They are compared with a tolerance.
+    The losses stand for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
+    sample. They are the base's, where some losses are the same whatever they ask for (DPO's is log 2), one of outputs
+    that were moved, and those of samples unlike each other, alone and in pairs, which a loss may weigh unlike. They are
+    compared with a tolerance.
     """
     with job.stage("probe"), job.ranks.together("fingerprint"):
         splits = probe.splits
@@ -45,28 +48,34 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
     together = [job.batch_size, job.ranks.size] if probe.settings.reduction.kind == "batch" else []
+    unasked = {"revision", "name_or_path"} if job.base_model["weights_sha256"] else {"revision"}
     adapter = {
         name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
     facts = {
         "settings": {**settings, "seed": job.seed, "population_size": splits.population_size, "together": together},
-        "base model": [{name: value for name, value in job.base_model.items() if name != "revision"}, dtypes],
+        "base model": [{name: value for name, value in job.base_model.items() if name not in unasked}, dtypes],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
         "samples": [statistics, search, unseen],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
-    both = {LOSS: probe.loss, MOVED_LOSS: probe.moved_loss}
-    losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in both.items()}
+    measured = {LOSS: probe.loss, MOVED_LOSS: probe.moved_loss}
+    measured |= {f"{LOSS} of unlike samples {i}": loss for i, loss in enumerate(probe.unlike_losses)}
+    losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in measured.items()}
     return job.ranks.gather({**hashes, **losses})[0]
 
 
 def _peft_settings(job: Job) -> dict[str, Any]:
     """Return what the adapter's config says beside the layers and their ranks, which are compared as they are."""
     config: Any = getattr(job.model, "peft_config", {}).get(job.scan.adapter_name)
-    return {name: repr(getattr(config, name, None)) for name in _OF_ADAPTER} | {
-        name: sorted(getattr(config, name, None) or []) for name in _NAMES_OF_ADAPTER
+    settings: dict[str, Any] = {} if config is None else config.to_dict()
+    unasked = _COMPARED_BY_LAYER | _NO_MATTER_OF_ADAPTER
+    return {
+        name: sorted(map(str, value)) if isinstance(value, set | list | tuple) else repr(value)
+        for name, value in sorted(settings.items())
+        if name not in unasked
     }
 
 
@@ -78,9 +87,9 @@ def _in_order(shares: list[list[str]]) -> list[str]:
 def changes(before: Any, now: dict[str, Any]) -> list[str]:
     """Name what differs between two identities; everything, if the first is none."""
     if not isinstance(before, dict) or set(before) != set(now):
-        return sorted(now)
+        return sorted({LOSS if name.startswith(LOSS) else name for name in now})
     found = [name for name, value in now.items() if not _same(before[name], value)]
-    return list(dict.fromkeys(LOSS if name == MOVED_LOSS else name for name in found))
+    return list(dict.fromkeys(LOSS if name.startswith(LOSS) else name for name in found))
 
 
 def _same(before: Any, now: Any) -> bool:

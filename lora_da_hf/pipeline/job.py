@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.ranks_per_layer import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle
+from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle, write_full
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
@@ -72,6 +72,7 @@ class Job:
     trained: dict[str, tuple[bool, bool]] = field(init=False)
     report: LoRADAReport = field(init=False)
     undo: list[Callable[[], None]] = field(init=False, default_factory=list[Callable[[], None]])
+    replaced: list[tuple[nn.Parameter, Tensor]] = field(init=False, default_factory=list[tuple[nn.Parameter, Tensor]])
 
     def __post_init__(self) -> None:
         self.targets = {target.name: target for target in self.scan.targets}
@@ -102,6 +103,9 @@ class Job:
             for name, factors in before.items():
                 if together or _is_whole(self.targets[name]):
                     write_factors(self.targets[name], *factors)
+            for parameter, value in self.replaced:
+                if together or is_whole(parameter):
+                    write_full(parameter, value)
             if together:
                 settle(self.model)
             raise

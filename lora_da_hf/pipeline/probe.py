@@ -33,7 +33,7 @@ from lora_da_hf.statistics.batches import Lockstep, check_lengths
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import ComputeLoss, choose_unlike, find_reduction
+from lora_da_hf.statistics.losses import DRAWS_AT_RANDOM, ComputeLoss, choose_unlike, draws_at_random, find_reduction
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.sample_weights import watched_logits
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
@@ -55,6 +55,7 @@ class Probe:
         shared: The leader of each layer, in the order in which they are called.
         loss: Loss of the base model on the first labelled sample.
         moved_loss: The same while an adapter's outputs are moved, which some losses need to differ (`outputs_moved`).
+        unlike_losses: Losses of a few samples that are unlike each other: of each, and of the first with each other.
         num_tokens: Tokens of that sample.
         tokens_per_second: Speed of a forward pass, the best seen.
         unlike: Two samples that are unlike each other, or one if there are no two.
@@ -66,6 +67,7 @@ class Probe:
     shared: dict[str, str]
     loss: float
     moved_loss: float
+    unlike_losses: list[float]
     num_tokens: int
     tokens_per_second: float
     unlike: list[Any]
@@ -114,7 +116,11 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             labelled_head = None
         sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
         with lockstep.alike():
-            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts, count=2)
+            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
+            singles = [job.collate([sample]) for sample in unlike]
+            pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
+        with torch.no_grad():
+            unlike_losses = [compute_loss(job.model, batch, None).item() for batch in (*singles, *pairs)]
         any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
@@ -141,9 +147,10 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         shared=shared,
         loss=losses[0],
         moved_loss=moved_loss,
+        unlike_losses=unlike_losses,
         num_tokens=_num_tokens(first),
         tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
-        unlike=unlike,
+        unlike=unlike[:2],
         other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
     )
 
@@ -174,6 +181,8 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     reasons = [text for text in job.ranks.gather(reason) if text is not None]
     if not reasons:
         return found
+    if draws_at_random(job.collate, found.unlike):
+        reasons = [DRAWS_AT_RANDOM]
     return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
 
 

@@ -12,12 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.experts import at_rank, slice_factors
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
     alpha_of,
@@ -114,7 +114,7 @@ def write_refit(refit: Refit, output_dir: Path, solved_with: list[str]) -> Store
     tensors = _new_tensors(refit, peft_config, step)
 
     def save_adapter(path: Path) -> None:
-        save_file(tensors, path / ADAPTER_FILE, metadata={"format": "pt"})
+        write_tensors(path / ADAPTER_FILE, tensors, {"format": "pt"})
         text = json.dumps(peft_config, indent=2, sort_keys=True)
         (path / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_da_hf.artifacts.checkpoint import CheckpointFolder
 from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.config import parse_bytes
-from lora_da_hf.errors import CheckpointError
+from lora_da_hf.errors import ArtifactError, CheckpointError
 from lora_da_hf.pipeline.gather import PassCounts
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
@@ -76,7 +76,7 @@ class Progress:
             return make_plan()
         job = self._job
         with job.ranks.together("checkpoint"):
-            mine = self._folder.read_run() if job.ranks.is_main else None
+            mine = self._read_run(self._folder) if job.ranks.is_main else None
         earlier = job.ranks.gather(mine)[0]
         values: dict[str, Any]
         if earlier is not None and not self._differences(earlier):
@@ -93,11 +93,25 @@ class Progress:
                 "batch_size": job.batch_size,
                 "leaders": self._leaders,
                 "num_processes": job.ranks.size,
+                "save_statistics": job.config.save_statistics,
                 "plan": make_plan().to_dict(),
             }
         with job.ranks.together("checkpoint"):
             self._folder.begin(values)
         return Plan.from_dict(values["plan"])
+
+    def _read_run(self, folder: CheckpointFolder) -> dict[str, Any] | None:
+        """Return what a run that was stopped left; None if it cannot be read, as sums carry the hash of their run."""
+        try:
+            return folder.read_run()
+        except ArtifactError as error:
+            logger.warning("LoRA-DA: %s", error)
+            return None
+
+    def _note_dropped(self, why: str) -> None:
+        note = f"the files of a run that was stopped were dropped: {why}"
+        self._job.report.notes.append(note)
+        logger.warning("LoRA-DA: %s", note)
 
     def _differences(self, earlier: Mapping[str, Any]) -> list[str]:
         found = changes(earlier.get("identity"), self._identity)
@@ -105,12 +119,12 @@ class Progress:
             found.append("batch size")
         if earlier.get("leaders") != self._leaders:
             found.append("set of layers that share an input, as another gradient checkpointing makes it")
+        if earlier.get("save_statistics") != self._job.config.save_statistics:
+            found.append("save_statistics")
         if not found:  # else it may be of another version, whose plan cannot be read
             found = self._differences_of_plan(Plan.from_dict(earlier["plan"]))
         if found:
-            note = f"the files of a run that was stopped were dropped: it had another {', '.join(found)}"
-            self._job.report.notes.append(note)
-            logger.warning("LoRA-DA: %s", note)
+            self._note_dropped(f"it had another {', '.join(found)}")
         return found
 
     def _differences_of_plan(self, plan: Plan) -> list[str]:
@@ -125,11 +139,10 @@ class Progress:
 
     def _drop_unasked(self) -> None:
         """Delete what a killed run left, which is not gone on with unless new sums are kept."""
-        if self._folder is not None and self._job.ranks.is_main and self._folder.read_run() is not None:
-            note = "the files of a run that was stopped were dropped: statistics_save_steps is not set"
-            self._job.report.notes.append(note)
-            logger.warning("LoRA-DA: %s", note)
-        self._clear()
+        with self._job.ranks.together("checkpoint"):
+            if self._folder is not None and self._job.ranks.is_main and self._folder.has_run():
+                self._note_dropped("statistics_save_steps is not set")
+            self._clear()
 
     def store(self, window: int) -> PassFiles | None:
         """Return where this process keeps its sums of a window; None if nowhere."""
@@ -152,7 +165,8 @@ class Progress:
         values = ranks.gather(values)[0]
         if values is None:
             return None
-        mine = _outcomes(values["outcomes"], tensors) if ranks.is_main else {}
+        with ranks.together("checkpoint"):
+            mine = _outcomes(values["outcomes"], tensors) if ranks.is_main else {}
         outcomes = share_outcomes(self._job, mine)
         return FinishedWindow(outcomes=outcomes, shared=values["shared"], counts=PassCounts(**values["counts"]))
 

@@ -24,6 +24,7 @@ from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
 from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.pipeline.beside import take_over_saved_modules
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import probe
 from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
@@ -79,7 +80,8 @@ def apply_init(
     """Initialise a LoRA adapter from a stored initialisation, in place and without statistics.
 
     Each layer gets the first columns of its stored basis at the rank and the scaling that PEFT gives it, so that
-    ``scaling * B A = step_size * D^ Q Q^T``. In a run of several processes each must call this, with the same folder.
+    ``scaling * B A = step_size * D^ Q Q^T``. Modules that are trained beside the adapter, such as a classification
+    head, get their stored weights. In a run of several processes each must call this, with the same folder.
 
     Which step: the one given; or, where samples are given, the one that a new line search finds on them; or the
     stored one, for these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored
@@ -151,6 +153,7 @@ def apply_init(
         solutions = _match(job, stored, stored_report)
     job.report.seconds["read"] = time.perf_counter() - start
     with job.restored_on_failure(), job.collate.generators_kept():
+        take_over_saved_modules(job, stored)
         if samples is None:
             _write_without_data(job, stored.manifest, solutions, given_step=given_step)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_da_hf.adapters.ranks_per_layer import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable
-from lora_da_hf.artifacts.folders import check_replaceable, check_writable, remove_leftovers
+from lora_da_hf.artifacts.folders import check_replaceable, check_writable, held_alone, remove_leftovers
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
@@ -27,7 +28,7 @@ from lora_da_hf.pipeline.memory import linear_weights, plan_windows
 from lora_da_hf.pipeline.probe import Probe, compare_batch_with_samples, probe
 from lora_da_hf.pipeline.ranks_per_layer import spend_budget
 from lora_da_hf.pipeline.resume import Progress
-from lora_da_hf.pipeline.save import save_init, whole_adapter
+from lora_da_hf.pipeline.save import refuse_unsaveable, save_init, whole_adapter
 from lora_da_hf.pipeline.step import find_step, write_adapter
 from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LoRADAReport
@@ -43,6 +44,8 @@ from lora_da_hf.samples import (
 )
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import ROUTER_LOSS, prepared_for_pass, random_state
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SEED = 42
@@ -93,8 +96,8 @@ def initialize_lora_da(
     Raises:
         TargetError: if there is nothing that can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if settings contradict each other, gradients are off, or ``output_dir`` holds something else or
-            cannot be written.
+        ConfigError: if settings contradict each other, gradients are off, or ``output_dir`` holds something else,
+            cannot be written, or is another process's at the moment.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
@@ -129,6 +132,7 @@ def initialize_lora_da(
         if config.rank_budget is not None:
             check_resizable(scan.targets)
         if output_dir is not None:
+            refuse_unsaveable(model)
             refuse_unstorable(getattr(model, "peft_config", {}).get(scan.adapter_name))
     check_fresh(scan.targets)
     job = Job(
@@ -146,12 +150,14 @@ def initialize_lora_da(
     if job.output_dir is None and (config.statistics_save_steps is not None or config.save_statistics):
         name = "save_statistics" if config.save_statistics else "statistics_save_steps"
         raise ConfigError(f"{name} needs an output_dir, in or beside which the statistics are kept. Give one.")
-    with ranks.together("look at the output folder"):
-        if job.output_dir is not None and ranks.is_main:
-            remove_leftovers(job.output_dir)
-            check_replaceable(job.output_dir)
-    splits = choose_together(job, samples, population_size)
-    return _run(job, splits)
+    with contextlib.ExitStack() as held:
+        with ranks.together("look at the output folder"):
+            if job.output_dir is not None and ranks.is_main:
+                held.enter_context(held_alone(job.output_dir))
+                remove_leftovers(job.output_dir)
+                check_replaceable(job.output_dir)
+        splits = choose_together(job, samples, population_size)
+        return _run(job, splits)
 
 
 def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
@@ -189,6 +195,9 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
         if solved is not None and job.output_dir is not None:
             _save(job, job.output_dir, solved, progress.statistics, identity)
     settle(job.model)
+    if job.report.kept and job.ranks.is_main:
+        kept = [f"{name} ({why})" for name, why in job.report.kept.items()]
+        logger.warning("LoRA-DA: %d layers keep PEFT's own initialisation: %s first", len(kept), kept[0])
     mark_initialized(job.model, job.scan.adapter_name, may_be_zero=job.report.step_size == 0)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)

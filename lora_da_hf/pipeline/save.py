@@ -156,6 +156,7 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     Raises:
         TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
     """
+    refuse_unsaveable(model)
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
     layers = layers_in_patterns(model, adapter_name)
@@ -164,6 +165,19 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
     path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def refuse_unsaveable(model: nn.Module) -> None:
+    """Refuse a model that `save_adapter` cannot save, before there is anything to save.
+
+    Raises:
+        TargetError: if it is neither a PEFT model nor one of transformers' with an adapter.
+    """
+    if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise TargetError(
+            f"The adapter of a {type(model).__name__} cannot be stored: that is neither what get_peft_model returns nor "
+            "a transformers model with an adapter. Give such a model, or call initialize_lora_da without an output_dir."
+        )
 
 
 def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
@@ -176,11 +190,9 @@ def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state:
             for path in inner.iterdir():
                 path.replace(folder / path.name)
             inner.rmdir()
-    elif getattr(model, "_hf_peft_config_loaded", False):
+    else:
         saveable: Any = model
         saveable.save_pretrained(str(folder), state_dict=state)
-    else:
-        raise TargetError(f"A {type(model).__name__} cannot be saved as a PEFT adapter. Wrap it with get_peft_model.")
     for pattern in _BESIDE_AN_ADAPTER:
         for path in folder.glob(pattern):
             path.unlink()

@@ -151,6 +151,12 @@ def write_adapter(
             after = job.loss(splits.unseen, settings)
         if math.isfinite(after):
             job.report.unseen_loss_after = after
+            before = job.report.unseen_loss_before
+            if before is not None and after > before:
+                job.report.notes.append(
+                    f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the "
+                    "start was computed from may be too few, or unlike them"
+                )
         else:
             job.report.notes.append(f"with the adapter, the loss on the unseen samples is {after}")
 

@@ -23,6 +23,8 @@ Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
 
 Declared = Literal["auto", "token_mean", "sample_mean", "batch"]
 
+DRAWS_AT_RANDOM = "the collator draws at random, so samples together and apart cannot be compared"
+
 _MEASURED = 4
 _NO_TARGETS = ("input", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "audio")
 """Beginnings of the names of what a model reads and no loss compares with."""
@@ -137,7 +139,16 @@ def find_reduction(
             if all(pair.counts and _close(sum(pair.losses), pair.whole, _tolerance(seen)) for pair in found):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
         found = pairs(None, value(alone, None))
-    return _mean_of(found, _tolerance(seen))
+    reduction = _mean_of(found, _tolerance(seen))
+    if reduction.kind == "unknown" and draws_at_random(collate, [first.sample]):
+        return LossReduction(kind="unknown", reason=DRAWS_AT_RANDOM)
+    return reduction
+
+
+def draws_at_random(collate: Collate, samples: Sequence[Any]) -> bool:
+    """Tell whether a collator makes another batch each time, as one that masks tokens does."""
+    first, second = (list(named_tensors(collate(samples))) for _ in range(2))
+    return not all(a.shape == b.shape and torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +217,9 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(item, name)
 
 
-def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool, count: int) -> list[Any]:
-    """Return some short samples that differ in length, number of labels and labels as far as any do."""
-    return [single.sample for single in _unlike([_Single.of(s, collate, shifts_labels) for s in samples])[:count]]
+def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool) -> list[Any]:
+    """Return up to four short samples that differ in length, number of labels and labels as far as any do."""
+    return [single.sample for single in _unlike([_Single.of(s, collate, shifts_labels) for s in samples])]
 
 
 def _unlike(singles: list[_Single]) -> list[_Single]:

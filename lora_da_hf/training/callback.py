@@ -15,7 +15,7 @@ from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initi
 from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
@@ -36,6 +36,7 @@ USE_FOLDER = "lora_da_init_from"
 """For the report of a run with `init_from`, where `INIT_FOLDER` holds an initialisation."""
 
 _MODEL_LOSS = "nll"
+_OF_ONLINE_RL = "num_generations"
 _USE_OURS = " In one process or under DDP, LoRADATrainer does it before it makes its optimizer."
 
 
@@ -131,7 +132,7 @@ class LoRADACallback(TrainerCallback):
             self._freeze_a_late(model, name, kwargs.get("optimizer"))
         if state.global_step > 0:
             logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
-            _unload_init(model, name)
+            _unload_init(model, name, folder.parent)
             mark_initialized(model, name, may_be_zero=True)
             self._recall_report(folder if self.init_from is None else _folder_of_report(folder))
             self._tag(model, self.report)
@@ -167,6 +168,11 @@ class LoRADACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str, train_dataloader: Any
     ) -> LoRADAReport:
         _refuse_names(model)
+        if self.init_from is None and self.train_dataset is None and hasattr(args, _OF_ONLINE_RL):
+            raise UnsupportedSetupError(
+                "This trainer makes its completions itself (GRPO, RLOO), so there is no loss on its data set. Give "
+                "LoRADACallback a train_dataset of samples with labels and a data_collator, or init_from."
+            )
         folder = Path(args.output_dir or ".") / INIT_FOLDER
         settings: dict[str, Any] = {
             "config": self.config,
@@ -272,7 +278,7 @@ class LoRADACallback(TrainerCallback):
             logger.warning("LoRA-DA: the report in %s cannot be read (%s); training goes on without it", folder, error)
 
     def _note_unseen_loss(self, args: TrainingArguments) -> None:
-        if self.compute_loss is not None:
+        if self.compute_loss is not None or hasattr(args, _OF_ONLINE_RL):
             return
         loss_type = getattr(args, "loss_type", _MODEL_LOSS)  # of TRL
         unseen = "label smoothing" if args.label_smoothing_factor else None
@@ -304,14 +310,17 @@ def _refuse_names(model: nn.Module) -> None:
         )
 
 
-def _unload_init(model: Any, name: str) -> None:
+def _unload_init(model: Any, name: str, output_dir: Path) -> None:
     """Take the initialisation out of a resumed model, if it was loaded as an adapter beside the one that is trained.
 
     Trainer does that where it resumes from output_dir itself: it takes each folder with adapter weights there for an
-    adapter of the model, and would save this one over the initialisation, without a manifest that fits.
+    adapter of the model, and would save this one over the initialisation, without a manifest that fits. Before
+    transformers 5.23 it then leaves out the trained adapter, which lies in output_dir itself.
     """
     if name != INIT_FOLDER and INIT_FOLDER in getattr(model, "peft_config", {}):
         model.delete_adapter(INIT_FOLDER)
+        if (output_dir / ADAPTER_FILE).is_file():
+            model.load_adapter(str(output_dir), name, is_trainable=True)
 
 
 def _is_dispatched(model: nn.Module) -> bool:

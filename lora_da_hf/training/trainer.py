@@ -178,4 +178,6 @@ def _with_adapter(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module
             "The model has no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig(...), or a model that was "
             "wrapped with get_peft_model."
         )
-    return get_peft_model(model, copy.deepcopy(peft_config))  # pyright: ignore[reportArgumentType]
+    config = copy.deepcopy(peft_config)
+    config.inference_mode = False  # which PEFT sets in a config that it stores
+    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

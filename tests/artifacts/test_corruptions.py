@@ -586,6 +586,7 @@ CONFIG_CHANGES = {
     "auto_mapping": [
         {"base_model_class": "os; x", "parent_library": "os"},
         {"x": "os"},
+        {"base_model_class": "LlamaForCausalLM", "parent_library": "os"},
         {"parent_library": "a/b"},
         "os",
     ],

@@ -1,23 +1,33 @@
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import struct
+import tracemalloc
 
 import pytest
 import torch
+from card_facts import make_manifest, make_report
 from harness import adapter_weights, assert_same_tensors, change_tensors, forge_manifest, make_init, store_init
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.peft_config import read_peft_config
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init, read_tensors
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.pipeline.base_model import base_model_facts
 
 LAYER = "model.layers.0.self_attn.q_proj"
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
+REMEDY = re.compile(
+    r"\. (Do not use it|Fetch (it|all of it)|Install the version|Name another folder|Remove it|Use that base)\b"
+)
 FILES = [ADAPTER_FILE, "adapter_config.json", BASIS_FILE, REPORT_FILE, STATISTICS_FILE]
 
 
@@ -43,6 +53,7 @@ def refuses(folder, match, kind=ArtifactError, **settings):
     with pytest.raises(kind, match=match) as caught:
         load_init(folder, **settings)
     assert str(folder) in str(caught.value) or kind is BaseModelMismatchError
+    assert REMEDY.search(str(caught.value)), f"it does not say what to do: {caught.value}"
 
 
 def test_what_was_not_touched_is_accepted(folder):
@@ -194,6 +205,19 @@ def test_what_is_no_number_in_the_manifest_is_refused(folder, number):
         (lambda m: m["files"].update({"../x": m["files"][BASIS_FILE]}), r"the entry of file '\.\./x' is malformed"),
         (lambda m: m["files"].update({"/etc/x": m["files"][BASIS_FILE]}), "the entry of file '/etc/x' is malformed"),
         (lambda m: m["files"].update({"..": m["files"][BASIS_FILE]}), r"the entry of file '\.\.' is malformed"),
+        (lambda m: m["files"].pop(STATISTICS_FILE), "its checksum is another"),
+        (
+            lambda m: m["files"].update({STATISTICS_FILE.replace("00001-", "00002-"): m["files"].pop(STATISTICS_FILE)}),
+            "the statistics are listed in part",
+        ),
+        (lambda m: m["layers"][LAYER].update(num_tokens=1), "shares the input of .*, and they contradict each other"),
+        (lambda m: m["kept"].update({LAYER: "x"}), f"layer {LAYER} is both initialised and kept"),
+        (lambda m: m["data"].update(more={}), "data holds more than plain facts"),
+        (lambda m: m["data"].update(num_samples=-1), "a fingerprint or a count is malformed"),
+        (lambda m: m.update(step_size_by_rank={"99": 0.1}), "the steps are malformed"),
+        (lambda m: m.update(seed=-1), "seed -1 contradicts the settings"),
+        (lambda m: m.update(versions={}), "the adapter's name or the version that wrote it is missing"),
+        (lambda m: m.update(created="today"), "created='today' is no date"),
         (lambda m: m.update(step_size=0.2), "its checksum is another"),
         (lambda m: m.update(checksum="0" * 64), "its checksum is another"),
         (lambda m: m.pop("checksum"), "its checksum is another"),
@@ -204,6 +228,44 @@ def test_what_is_no_number_in_the_manifest_is_refused(folder, number):
 def test_a_changed_manifest_is_refused(folder, change, message):
     change_manifest(folder, change)
     refuses(folder, message)
+
+
+@pytest.mark.parametrize("file", [MANIFEST_FILE, "adapter_config.json", REPORT_FILE])
+def test_json_that_is_longer_than_any_is_refused_before_it_is_parsed(folder, file):
+    """Parsed, this one takes thirty times its length, which is within what any file of a repository may have."""
+    content = b'{"layers":[' + b"{}," * (9 << 20) + b"{}]}"
+    (folder / file).write_bytes(content)
+    if file != MANIFEST_FILE:
+        forge_manifest(folder)
+    with measured_objects() as peak:
+        refuses(folder, rf"{file} has {len(content):,} bytes, and at most [\d,]+ can be needed. Do not use it; ask who")
+    assert peak[0] < 2 * len(content)
+
+
+@contextlib.contextmanager
+def measured_objects():
+    """Count the memory of Python's objects that are made inside. Yields a list, which gets the peak in bytes."""
+    peak = []
+    tracemalloc.start()
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def test_manifest_and_report_of_many_layers_with_many_directions_may_be_as_long_as_they_are(tmp_path):
+    layers = tuple(f"model.layers.{n}.mlp.experts.gate_up_proj.base_layer[{k}]" for n in range(60) for k in range(100))
+    manifest = make_manifest(layers)
+    wide = {name: dataclasses.replace(layer, max_rank=48) for name, layer in manifest.layers.items()}
+    manifest = dataclasses.replace(manifest, layers=wide, kept={f"{name} besides": "it has no tokens" for name in wide})
+    assert len(manifest.to_json()) < MAX_MANIFEST_BYTES / 5
+    report = make_report(layers, kept=manifest.kept)
+    numbers = [-1.2345678901234567e-08] * 48
+    for layer in report.layers:
+        layer.eigenvalues, layer.basis_A_sums, layer.basis_B_sums = numbers, numbers, numbers
+    report.save(tmp_path / REPORT_FILE)
+    assert len(read_report(tmp_path / REPORT_FILE, manifest).layers) == 6000
 
 
 # Tensors, with a manifest that agrees on sizes and hashes
@@ -270,6 +332,47 @@ def test_a_step_that_moves_a_layer_further_than_by_its_length_is_refused(folder)
     change_tensors(folder / BASIS_FILE, stretch)
     forge_manifest(folder)
     refuses(folder, "one step moves .* by a spectral norm above 1. Fetch it again.")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("adapter_config.json", {"r": 3}, "has rank 3 and alpha 16, the manifest says 4"),
+        ("adapter_config.json", {"lora_alpha": 8}, "has scaling 2.0, the manifest says 4"),
+        (REPORT_FILE, {"num_samples": 3}, "contradicts the manifest or the basis: num_samples is '3' there"),
+    ],
+)
+def test_an_adapter_s_config_or_a_report_that_contradicts_the_manifest_is_refused(folder, file, change, message):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    forge_manifest(folder)
+    refuses(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, key: t.pop(key), "DoRA's magnitude of .* is missing or of another size"),
+        (lambda t, key: t.update({key: t[key][:3].clone()}), "DoRA's magnitude of .* is missing or of another size"),
+        (lambda t, key: t[key][5].mul_(-1), "is not positive"),
+    ],
+)
+def test_a_magnitude_that_cannot_be_is_refused(tmp_path, lora_model, change, message):
+    folder = store_init(
+        tmp_path / "init", lora_model(target_modules=["q_proj"], use_dora=True), save_statistics=False, step_size=0.1
+    )
+    key = f"base_model.model.{LAYER}.lora_magnitude_vector"
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: change(tensors, key))
+    forge_manifest(folder)
+    refuses(folder, message)
+
+
+@pytest.mark.parametrize(("of_init", "remedy"), [(True, "Fetch it again."), (False, "Go on from another checkpoint.")])
+@pytest.mark.parametrize("text", ["{", '{"r": -1, "lora_alpha": 1, "rank_pattern": {}, "alpha_pattern": {}}'])
+def test_a_config_that_cannot_be_is_fetched_again_or_that_of_another_checkpoint_used(tmp_path, of_init, remedy, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=re.escape(remedy)):
+        read_peft_config(tmp_path / "adapter_config.json", in_names_alone=of_init)
 
 
 @pytest.mark.parametrize(("layer_steps", "unit"), [("displacement", 1.0), ("equal", 2.0), ("quadratic", -1.0)])
@@ -374,6 +477,39 @@ def test_an_adapter_that_peft_matched_by_patterns_is_stored_by_names(tmp_path, t
     }
     assert found == expected
     assert_same_tensors(adapter_weights(loaded), adapter_weights(model))
+
+
+@pytest.mark.parametrize(
+    ("library", "accepted"),
+    [
+        ("transformers", True),
+        ("transformers.models.llama.modeling_llama", True),
+        ("a_module_beside", False),
+        ("os", False),
+        ("transformers_modules.org.model", False),
+        ("transformers.", False),
+    ],
+)
+def test_no_module_but_transformers_is_named_for_peft_to_import(folder, library, accepted):
+    path = folder / "adapter_config.json"
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": library}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": None, "auto_mapping": mapping}))
+    forge_manifest(folder)
+    if accepted:
+        load_init(folder)
+    else:
+        refuses(folder, f"'{library}'.*, from which PEFT would import other code than transformers. Do not use it")
+
+
+def test_an_adapter_of_a_class_of_ones_own_is_stored_without_naming_it(tmp_path, tiny_llama, lora_model):
+    class OwnLlama(LlamaForCausalLM):
+        pass
+
+    adapted = lora_model(model=OwnLlama(tiny_llama().config))
+    stored = load_init(store_init(tmp_path / "init", adapted, save_statistics=False))
+    assert json.loads((stored.folder / "adapter_config.json").read_text())["auto_mapping"] is None
+    loaded = PeftModel.from_pretrained(OwnLlama(tiny_llama().config), stored.folder)
+    assert_same_tensors(adapter_weights(loaded), adapter_weights(adapted))
 
 
 def test_a_pickle_is_refused_and_not_run(folder, tmp_path):

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError
+from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics import taps
@@ -466,3 +466,64 @@ def test_float32_solves_that_lose_the_displacement_are_done_again_in_float64(lor
         product = expected[name] @ expected[name.replace("lora_B", "lora_A")]
         other = found[name] @ found[name.replace("lora_B", "lora_A")]
         assert (product - other).norm() <= 5e-3 * product.norm(), layer.name
+
+
+class Wrapped(torch.nn.Module):
+    """A PEFT model inside of another module, as a model with a value head is."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.config = inner.config
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def test_a_model_that_cannot_be_stored_is_initialised_without_a_folder_and_else_refused_before(
+    tmp_path, lora_model, token_samples
+):
+    calls = []
+
+    def loss(model, batch, items):
+        calls.append(batch)
+        return model_loss(model, batch, items)
+
+    wrapped = Wrapped(lora_model())
+    with pytest.raises(TargetError, match=r"The adapter of a Wrapped cannot be stored.*without an output_dir"):
+        initialize_lora_da(
+            wrapped, token_samples(12), config=FIXED, compute_loss=loss, output_dir=tmp_path / "init", progress=False
+        )
+    assert not calls
+    report = initialize_lora_da(wrapped, token_samples(12), config=FIXED, progress=False)
+    assert len(report.layers) == len(initialize_lora_da(lora_model(), token_samples(12), config=FIXED).layers)
+
+
+def test_a_collator_that_masks_at_random_is_named_as_the_reason_for_single_samples(lora_model, token_samples):
+    def masking(samples):
+        batch = pad_samples([{"input_ids": sample["input_ids"]} for sample in samples])
+        chosen = torch.rand(batch["input_ids"].shape) < 0.5
+        chosen[:, 1] = True
+        batch["labels"] = torch.where(chosen, batch["input_ids"], -100)
+        return batch
+
+    report = initialize_lora_da(
+        lora_model(), token_samples(12), config=FIXED, data_collator=masking, batch_size=4, progress=False
+    )
+    assert report.batch_size == 1
+    assert any("the collator draws at random" in note for note in report.notes)
+
+
+def test_a_loss_that_rises_on_unseen_samples_is_noted(lora_model, token_samples):
+    config = dataclasses.replace(FIXED, step_size=30.0, search_samples=4)
+    report = initialize_lora_da(lora_model(), token_samples(24), config=config, progress=False)
+    assert report.unseen_loss_after > report.unseen_loss_before
+    assert any(note.startswith("on samples that nothing had seen the loss rose from") for note in report.notes)
+
+
+def test_layers_that_keep_pefts_initialisation_are_a_warning(lora_model, token_samples, caplog):
+    initialize_lora_da(lora_model(), token_samples(12), config=FIXED, progress=False)
+    assert "keep PEFT's own" not in caplog.text
+    model = lora_model(target_modules=["q_proj", "embed_tokens"])
+    initialize_lora_da(model, token_samples(12), config=FIXED, progress=False)
+    assert "1 layers keep PEFT's own initialisation: " in caplog.text

@@ -92,7 +92,7 @@ def check_the_same(folder, expected):
 def test_ten_kills_change_no_bit(tmp_path):
     killed_worker.initialize(tmp_path / "whole")
     generator = random.Random(0)
-    folder, checkpoint = tmp_path / "killed" / "init", tmp_path / "killed" / ".init.checkpoint"
+    folder, checkpoint = tmp_path / "killed" / "init", tmp_path / "killed" / "_init.checkpoint"
     folder.parent.mkdir()
     for write in KILLS:
         process = start(folder) if write is AT_RANDOM else start(folder, write)
@@ -103,7 +103,7 @@ def test_ten_kills_change_no_bit(tmp_path):
         assert process.returncode == -signal.SIGKILL
         check_whole(folder.parent)
     assert checkpoint.is_dir()
-    assert any(folder.parent.glob(".init.partial-*"))
+    assert any(folder.parent.glob("_init.partial-*"))
     process = start(folder)
     assert process.communicate(timeout=LONGEST_WAIT)[0] == "ends\n"
     check_the_same(folder, tmp_path / "whole")
@@ -114,7 +114,7 @@ def test_ten_kills_of_either_or_both_of_two_processes_change_no_bit(tmp_path):
     for process in start_two(tmp_path / "whole" / "init"):
         assert end_of(process)[0] == "ends\n"
     generator = random.Random(0)
-    folder, checkpoint = tmp_path / "killed" / "init", tmp_path / "killed" / ".init.checkpoint"
+    folder, checkpoint = tmp_path / "killed" / "init", tmp_path / "killed" / "_init.checkpoint"
     folder.parent.mkdir()
     for write, dying in KILLS_OF_TWO:
         started = start_two(folder, write, dying)

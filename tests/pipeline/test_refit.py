@@ -583,7 +583,7 @@ def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_
 @pytest.mark.parametrize("settings", [{"rank": 2}, {"step_size": 0.5}])
 def test_a_refit_in_place_keeps_the_statistics(stored_init, tmp_path, settings):
     folder = shutil.copytree(stored_init, tmp_path / "init")
-    (tmp_path / ".init.partial-killed").mkdir()
+    (tmp_path / "_init.partial-killed").mkdir()
     (tmp_path / "x").mkdir()
     expected = {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")}
     refit_init(folder, tmp_path / "x" / ".." / "init", **settings)

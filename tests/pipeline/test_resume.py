@@ -22,7 +22,7 @@ from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ArtifactError, CheckpointError, ConfigError
+from lora_da_hf.errors import CheckpointError, ConfigError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.pipeline.plan import Group, Workload, make_plan
 from lora_da_hf.pipeline.resume import Progress
@@ -128,7 +128,7 @@ def test_a_run_that_is_stopped_twice_is_taken_up_twice(tmp_path, lora_model, sam
 
 def test_the_last_two_files_are_kept_while_a_run_goes_on(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=6, statistics_save_steps=1)
-    sums = [path for path in (tmp_path / ".init.checkpoint").iterdir() if path.name.startswith("sums-")]
+    sums = [path for path in (tmp_path / "_init.checkpoint").iterdir() if path.name.startswith("sums-")]
     assert sorted(path.name.split("-")[3] for path in sums) == ["0000004", "0000005"]
     before, after = (load_file(path) for path in sorted(sums))
     assert any(not torch.equal(after[name], before[name]) for name in after)
@@ -150,7 +150,7 @@ def test_sums_that_are_not_gone_on_with_are_not_dropped_in_silence(tmp_path, lor
 
 def test_statistics_of_a_killed_run_are_not_taken_for_those_of_the_next(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=20, memory_budget=SMALL, save_statistics=True)
-    assert len(list((tmp_path / ".init.checkpoint" / "statistics").iterdir())) == 3
+    assert len(list((tmp_path / "_init.checkpoint" / "statistics").iterdir())) == 3
     initialize(lora_model(), samples, tmp_path / "init", statistics_save_steps=None, save_statistics=True)
     stored = load_init(tmp_path / "init")
     assert sum(name.startswith("lora_da_statistics-") for name in stored.manifest.files) == 1
@@ -186,7 +186,7 @@ def test_files_of_another_run_are_dropped_and_that_is_said(tmp_path, lora_model,
 
 def test_the_plan_of_another_run_is_not_even_read(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=5)
-    path = tmp_path / ".init.checkpoint" / "run.json"
+    path = tmp_path / "_init.checkpoint" / "run.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "identity": {}, "plan": {"of": "another version"}}))
     report, _ = initialize(lora_model(), samples, tmp_path / "init")
@@ -210,19 +210,52 @@ def test_the_plan_of_the_stopped_run_stays_whatever_is_free_now(tmp_path, lora_m
 
 def test_another_number_of_processes_is_refused(tmp_path, lora_model, samples):
     stop(lora_model(), samples, tmp_path / "init", at=5)
-    file = tmp_path / ".init.checkpoint" / "run.json"
+    file = tmp_path / "_init.checkpoint" / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_processes": 2}))
     with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
         initialize(lora_model(), samples, tmp_path / "init")
     assert file.is_file()
 
 
-def test_a_file_that_was_changed_is_an_error_that_says_where_it_is(tmp_path, lora_model, samples):
-    stop(lora_model(), samples, tmp_path / "init", at=3)
-    (sums,) = (tmp_path / ".init.checkpoint").glob("sums-*")
-    sums.write_bytes(sums.read_bytes()[:-8])
-    with pytest.raises(ArtifactError, match=r"sums-00000-.* is not a valid safetensors file"):
-        initialize(lora_model(), samples, tmp_path / "init")
+@pytest.mark.parametrize(("at", "left"), [(3, 6), (5, 4)])
+def test_sums_that_were_damaged_are_not_gone_on_from(tmp_path, lora_model, samples, at, left):
+    _, expected = initialize(lora_model(), samples, tmp_path / "whole", Stopping())
+    stop(lora_model(), samples, tmp_path / "init", at=at)
+    newest = max((tmp_path / "_init.checkpoint").glob("sums-*"))
+    newest.write_bytes(newest.read_bytes()[:-8])
+    loss = Stopping()
+    _, found = initialize(lora_model(), samples, tmp_path / "init", loss)
+    assert loss.count == left
+    assert_same_tensors(found, expected)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"identity"'])
+def test_a_run_file_that_was_damaged_is_written_anew_and_the_sums_are_used(
+    tmp_path, lora_model, samples, content, caplog
+):
+    stop(lora_model(), samples, tmp_path / "init", at=5)
+    (tmp_path / "_init.checkpoint" / "run.json").write_text(content)
+    loss = Stopping()
+    initialize(lora_model(), samples, tmp_path / "init", loss)
+    assert loss.count == 2
+    assert "run.json" in caplog.text
+
+
+def test_a_run_file_that_was_damaged_does_not_stop_a_run_that_keeps_no_sums(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=5)
+    (tmp_path / "_init.checkpoint" / "run.json").write_text("{")
+    report, _ = initialize(lora_model(), samples, tmp_path / "init", statistics_save_steps=None)
+    assert any("statistics_save_steps is not set" in note for note in report.notes)
+    assert names(tmp_path) == ["init"]
+
+
+def test_statistics_that_are_asked_for_later_are_not_those_of_the_stopped_run(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=10, memory_budget=SMALL)
+    report, _ = initialize(lora_model(), samples, tmp_path / "init", memory_budget=SMALL, save_statistics=True)
+    assert any("it had another save_statistics" in note for note in report.notes)
+    assert set(load_statistics(tmp_path / "init", load_init(tmp_path / "init").manifest)) == {
+        layer.name for layer in report.layers
+    }
 
 
 def test_sums_can_only_be_kept_beside_an_output_folder(lora_model, samples):
@@ -233,10 +266,10 @@ def test_sums_can_only_be_kept_beside_an_output_folder(lora_model, samples):
 def test_what_a_killed_process_left_beside_the_folder_is_cleared(tmp_path, lora_model, samples):
     initialize(lora_model(), samples, tmp_path / "init")
     expected = written_adapter(tmp_path / "init")
-    (tmp_path / ".init.partial-abc").mkdir()
-    (tmp_path / ".init.partial-abc" / "adapter_model.safetensors").write_bytes(b"half")
-    (tmp_path / ".init.old-abc").mkdir()
-    (tmp_path / "init").rename(tmp_path / ".init.old-abc" / "init")
+    (tmp_path / "_init.partial-abc").mkdir()
+    (tmp_path / "_init.partial-abc" / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / "_init.old-abc").mkdir()
+    (tmp_path / "init").rename(tmp_path / "_init.old-abc" / "init")
     loss = Stopping()
     initialize(lora_model(), samples, tmp_path / "init", loss)
     assert loss.count == -loss.compared
@@ -301,8 +334,8 @@ def test_processes_that_have_to_keep_in_step_drop_a_plan_that_shares_the_layers(
 
 def test_the_files_of_a_run_that_was_killed_once_it_had_written_everything_are_deleted(tmp_path, lora_model, samples):
     initialize(lora_model(), samples, tmp_path / "init")
-    (tmp_path / ".init.checkpoint").mkdir()
-    (tmp_path / ".init.checkpoint" / "run.json").write_text("{}")
+    (tmp_path / "_init.checkpoint").mkdir()
+    (tmp_path / "_init.checkpoint" / "run.json").write_text("{}")
     initialize(lora_model(), samples, tmp_path / "init")
     assert names(tmp_path) == ["init"]
 
@@ -369,7 +402,7 @@ def test_sums_of_a_loss_that_every_base_begins_with_alike_are_told_from_another(
     settings = {"loss_reduction": "sample_mean", "statistics_save_steps": 1, "batch_size": 2}
     with pytest.raises(KeyboardInterrupt):
         initialize(lora_model(), samples, tmp_path / "init", stopping, **settings)
-    assert (tmp_path / ".init.checkpoint").is_dir()
+    assert (tmp_path / "_init.checkpoint").is_dir()
     report, found = initialize(lora_model(), samples, tmp_path / "init", preference(-1.0), **settings)
     assert any("it had another loss" in note for note in report.notes)
     assert_same_tensors(found, initialize(lora_model(), samples, tmp_path / "alone", preference(-1.0), **settings)[1])
@@ -399,7 +432,7 @@ def halved(model):
     [
         ({"settings": {"input_damping": 0.01}}, "settings"),
         ({"settings": {"seed": 1}}, "samples, settings"),
-        ({"settings": {"save_statistics": True}}, "settings"),
+        ({"settings": {"save_statistics": True}}, "save_statistics"),
         ({"settings": {"max_rank": 6}}, "adapter, settings"),
         ({"settings": {"search_samples": 2}}, "samples, settings"),
         ({"population_size": 1000}, "settings"),
@@ -408,6 +441,7 @@ def halved(model):
         ({"lora": {"target_modules": ["q_proj"]}}, "adapter"),
         ({"lora": {"use_dora": True}}, "adapter"),
         ({"lora": {"lora_dropout": 0.5}}, "adapter"),
+        ({"lora": {"lora_bias": True}}, "adapter"),
         ({"llama": {"seed": 1}}, "base model, loss"),
         ({"llama": {"dtype": torch.bfloat16}}, "base model"),
         ({"samples": make_learnable_samples(25)}, "settings"),
@@ -434,6 +468,60 @@ def test_anything_that_matters_makes_it_anew(tmp_path, tiny_llama, lora_model, s
     assert len(found) == 1
     assert all(each in found[0] for each in what.split(", "))
     assert load_init(tmp_path / "init").manifest != before
+
+
+def test_stored_statistics_are_kept_by_a_start_that_asks_for_none(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "init", save_statistics=True)
+    before = load_init(tmp_path / "init").manifest
+    report, _ = initialize(lora_model(), samples, tmp_path / "init")
+    assert load_init(tmp_path / "init").manifest == before
+    assert any(note.startswith("found in") for note in report.notes)
+
+
+def test_the_same_base_under_another_path_finds_it(tmp_path, lora_model, samples):
+    def initialized_at(path):
+        model = lora_model()
+        model.config._name_or_path = str(path)
+        return initialize(model, samples, tmp_path / "init")[0]
+
+    initialized_at(tmp_path / "here")
+    assert any(note.startswith("found in") for note in initialized_at(tmp_path / "there").notes)
+
+
+def test_a_loss_that_weighs_some_samples_anew_is_another_loss(tmp_path, lora_model, samples, caplog):
+    """As one with weights of classes does, whose mean over a single sample is the same whatever they are."""
+    caplog.set_level(logging.INFO)
+
+    def weighted(weight):
+        def loss(model, batch, items):
+            losses = torch.nn.functional.cross_entropy(
+                model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+            )
+            weights = torch.ones_like(losses)
+            weights[batch["labels"][:, 1:].flatten() % 2 == 1] = weight
+            weights[batch["labels"][:, 1:].flatten() == -100] = 0
+            return (losses * weights).sum() / weights.sum()
+
+        return loss
+
+    for weight in (1.0, 10.0):
+        initialize(lora_model(), samples, tmp_path / "init", weighted(weight), loss_reduction="token_mean")
+    assert "is of another loss: replaced" in caplog.text
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path, lora_model, samples):
+    refused = []
+
+    def loss(model, batch, items):
+        if not refused:
+            refused.append(True)
+            with torch.enable_grad(), pytest.raises(ConfigError, match="Another process is making an initialisation"):
+                initialize(lora_model(), samples, tmp_path / "init")
+        return model_loss(model, batch, items)
+
+    initialize(lora_model(), samples, tmp_path / "init", loss)
+    assert refused
+    assert names(tmp_path) == ["init"]
 
 
 def test_a_broken_one_is_replaced_and_that_is_said(tmp_path, lora_model, samples, caplog):

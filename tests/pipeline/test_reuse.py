@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_tiny_llama
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
@@ -29,6 +30,7 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
 )
 
 import lora_da_hf.pipeline.step
@@ -91,10 +93,44 @@ def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
     check_base_model(load_init(tmp_path / "init").manifest, facts)
     adapted = lora_model(model=second, r=4, task_type="SEQ_CLS", target_modules=["q_proj"])
     assert base_model_facts(adapted) == facts
-    assert len(apply_init(adapted, tmp_path / "init").layers) == 2
+    report = apply_init(adapted, tmp_path / "init")
+    assert len(report.layers) == 2
+    assert "score got the stored weights, which the statistics were taken with" in report.notes
+    head = adapted.base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(head, first.score.modules_to_save["default"].weight)
     with torch.no_grad():
         second.model.norm.weight += 1
     assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
+
+
+def test_a_head_is_put_back_if_the_start_fails(tmp_path, lora_model, monkeypatch):
+    def model(seed, num_labels=2):
+        torch.manual_seed(seed)
+        config = make_tiny_llama().config
+        config.num_labels, config.pad_token_id = num_labels, 0
+        return lora_model(
+            model=LlamaForSequenceClassification(config), r=4, task_type="SEQ_CLS", target_modules=["q_proj"]
+        )
+
+    def head_of(adapted):
+        return adapted.base_model.model.score.modules_to_save["default"].weight.detach().clone()
+
+    first, second, other = model(0), model(1), model(1, num_labels=3)
+    for adapted in (second, other):  # the same body
+        body = {name: value for name, value in first.state_dict().items() if "score" not in name}
+        adapted.load_state_dict(body, strict=False)
+    samples = [{**sample, "labels": number % 2} for number, sample in enumerate(make_learnable_samples(24))]
+    store_init(tmp_path / "init", first, samples, collate=collate_classes, step_size=0.1, max_rank=None)
+    before = head_of(second)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_da_hf.pipeline.reuse.write_solutions", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            apply_init(second, tmp_path / "init")
+    assert torch.equal(head_of(second), before)
+    before = head_of(other)
+    report = apply_init(other, tmp_path / "init")
+    assert torch.equal(head_of(other), before)
+    assert "the stored weight of score has another shape and was left out" in report.notes
 
 
 def cached(cache, commit, branch=None):

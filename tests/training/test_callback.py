@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.training.arguments import LoRADAArguments
 from lora_da_hf.training.trainer_loss import adapt_loss
 
@@ -175,6 +175,18 @@ def test_a_resumed_run_finds_the_report_of_the_first(tmp_path, lora_model, sampl
     recalled["seconds"]["save"] = made["seconds"]["save"]  # the file cannot tell how long it took to write it
     assert recalled == made
     assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
+
+
+def test_trainers_that_make_their_completions_have_no_loss_to_start_from(tmp_path, lora_model, samples):
+    args = make_args(tmp_path, max_steps=1)
+    args.num_generations = 8  # as GRPOConfig and RLOOConfig have
+    callback = LoRADACallback(make_config())
+    trainer = Trainer(lora_model(), args, train_dataset=samples, data_collator=collate, callbacks=[callback])
+    with pytest.raises(UnsupportedSetupError, match="makes its completions itself"):
+        trainer.train()
+    callback.train_dataset = samples
+    trainer.train()
+    assert callback.report is not None
 
 
 def test_a_callback_without_model_or_data_says_what_to_do(tmp_path, lora_model):

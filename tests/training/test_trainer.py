@@ -27,7 +27,7 @@ from harness import (
     turn_checkpointing_on,
     written_adapter,
 )
-from peft import AdaLoraConfig, IA3Config, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -361,6 +361,30 @@ def test_a_resumed_run_is_not_initialised_and_ends_where_an_uninterrupted_one_do
     assert len(count_initializations) == 1
     assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
     assert resumed.lora_da_report.step_size == whole.lora_da_report.step_size
+
+
+def test_an_adapter_that_older_trainers_leave_out_is_loaded_when_resuming_from_the_output_folder(
+    tmp_path, lora_model, samples
+):
+    """Before transformers 5.23 Trainer loads the folders there alone."""
+    trainer = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 2})
+    trainer.train()
+    trainer.save_model()
+    resumed = lora_model()
+    resumed.load_adapter(str(tmp_path / "lora_da"), "lora_da")
+    callback_module._unload_init(resumed, "default", tmp_path)
+    assert list(resumed.peft_config) == ["default"]
+    assert_same_tensors(adapter_weights(resumed), adapter_weights(trainer.model))
+    assert any(p.requires_grad for name, p in resumed.named_parameters() if "lora_B" in name)
+
+
+def test_a_config_that_was_stored_makes_an_adapter_that_trains(tmp_path, tiny_llama, samples):
+    make_lora_config(inference_mode=True).save_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    trainer = make_trainer(tmp_path / "out", tiny_llama(), samples, peft_config=config, arguments={"max_steps": 1})
+    trainer.train()
+    assert config.inference_mode
+    assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" in name)
 
 
 def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_path, lora_model, samples):

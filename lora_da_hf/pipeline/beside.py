@@ -1,0 +1,49 @@
+"""What is trained beside an adapter (`modules_to_save`), taken over from a stored initialisation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.schema import ADAPTER_FILE
+from lora_da_hf.artifacts.store import StoredInit, read_tensors
+from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
+from lora_da_hf.errors import WriteError
+from lora_da_hf.pipeline.job import Job
+
+
+def take_over_saved_modules(job: Job, stored: StoredInit) -> None:
+    """Give modules that are trained beside the adapter their stored weights, as PEFT does when it loads an adapter.
+
+    The statistics are those of the model with these. A head that is drawn at random is another one each time the base
+    is loaded. Where a stored one has another shape, the model's own stays, and the report says so.
+
+    Raises:
+        WriteError: if what is read back is not what was written.
+    """
+    infix = f".modules_to_save.{job.scan.adapter_name}."
+    named = [(name, parameter) for name, parameter in job.model.named_parameters() if infix in name]
+    if not named:
+        return
+    with job.ranks.together("reading of the initialisation"):
+        tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
+    replaced: list[str] = []
+    with job.stage("write"), job.ranks.stage("write", has_collectives=job.runs_in_lockstep, known=WriteError):
+        for name, parameter in named:
+            module, _, weight = name.removeprefix(PEFT_PREFIX).partition(infix)
+            value = tensors.get(f"{PEFT_PREFIX}{module}.{weight}")
+            if value is None:
+                continue
+            if value.shape != full_shape(parameter):
+                job.report.notes.append(f"the stored {weight} of {module} has another shape and was left out")
+                continue
+            before: Tensor = read_full(parameter)
+            value = value.to(before)
+            if not value.equal(before):
+                job.replaced.append((parameter, before))
+                replaced.append(module)
+                if not write_full(parameter, value):
+                    raise WriteError(f"{name} reads back differently from what was written.")
+    if replaced:
+        modules = ", ".join(dict.fromkeys(replaced))
+        job.report.notes.append(f"{modules} got the stored weights, which the statistics were taken with")
