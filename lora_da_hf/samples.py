@@ -302,8 +302,8 @@ class DeviceCollator:
         batch: Any = self._collate([_copied(sample) for sample in samples])
         if not isinstance(batch, Mapping):
             raise DataError(
-                f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors of a list of samples. "
-                "A DataLoader without a batch_size has none: give samples and a data_collator."
+                f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors. A "
+                "DataLoader without a batch_size has none: give samples and a data_collator."
             )
         return {name: send_to_device(value, self._device) for name, value in batch.items()}
 

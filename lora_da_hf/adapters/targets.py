@@ -127,6 +127,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     kept: dict[str, str] = {}
     peft_config = getattr(model, "peft_config", {}).get(adapter_name)
     tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
+    elsewhere = _base_layers_elsewhere(model)
     for full_name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -136,6 +137,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
         reason = _why_kept(layer, adapter_name)
         if reason is None and name in tied:
             reason = "its adapter is the one of the embeddings (ensure_weight_tying)"
+        if reason is None and layer.get_base_layer() in elsewhere:
+            reason = f"its base layer also runs as {elsewhere[layer.get_base_layer()]}, without the adapter"
         if reason:
             kept[name] = reason
             continue
@@ -155,6 +158,16 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
             "output_dir, is_trainable=True)."
         )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
+
+
+def _base_layers_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
+    """Find base layers of adapters that have another name too, under which PEFT put no adapter: it wraps the first."""
+    bases = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)}
+    return {
+        module: base_name(name)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in bases and not name.endswith("base_layer")
+    }
 
 
 def base_name(full_name: str) -> str:

@@ -135,6 +135,7 @@ def _count(job: Job, plan: Plan, result: PassResult | None) -> PassCounts:
 UNCALLED = "no sample goes through it"
 UNROUTED = "no token is routed to it"
 NO_GRADIENT = "the loss does not depend on it"
+UNCOUNTED = "no token that counts goes through it"
 
 
 def _without_gradient(job: Job, ranks: Ranks, taps: Taps) -> dict[str, str]:

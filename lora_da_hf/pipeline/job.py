@@ -19,7 +19,7 @@ from lora_da_hf.adapters.ranks_per_layer import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, is_whole, settle, write_full
+from lora_da_hf.distributed.parameters import is_partitioned, is_whole, read_full, settle, write_full
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
@@ -94,6 +94,8 @@ class Job:
         """Put the adapter back as it was if the block fails, as far as that takes no process that is gone."""
         with self.ranks.stage("copy of the adapter", has_collectives=self.writes_in_step):
             before = {name: read_factors(target) for name, target in self.targets.items()}
+            magnitudes = [t.magnitude.weight for t in self.targets.values() if t.magnitude is not None]
+            kept = [(parameter, read_full(parameter)) for parameter in magnitudes]
         try:
             yield
         except BaseException as error:
@@ -103,7 +105,7 @@ class Job:
             for name, factors in before.items():
                 if together or _is_whole(self.targets[name]):
                     write_factors(self.targets[name], *factors)
-            for parameter, value in self.replaced:
+            for parameter, value in (*self.replaced, *kept):
                 if together or is_whole(parameter):
                     write_full(parameter, value)
             if together:

@@ -43,7 +43,7 @@ from lora_da_hf.samples import (
     samples_of_loader,
 )
 from lora_da_hf.statistics.losses import ComputeLoss
-from lora_da_hf.statistics.model_state import ROUTER_LOSS, prepared_for_pass, random_state
+from lora_da_hf.statistics.model_state import ROUTER_LOSS, configs_with, prepared_for_pass, random_state
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ def initialize_lora_da(
             be; or if layers are to be shared, or to get other ranks, while parameters are partitioned.
         OutOfStepError: if this process fails in the middle of what all do in step: a pass over partitioned parameters
             (ZeRO-3, FSDP2), the reduction of the sums, or writing what ZeRO and FSDP2 keep in parts or in copies.
+        WriteError: if the adapter reads back differently from what was written.
         CheckpointError: if the run that was stopped had another number of processes.
         PeerFailed: if another process failed or is gone.
 
@@ -180,7 +181,7 @@ def first_given(*values: int | None) -> int:
 def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
     with job.restored_on_failure(), job.collate.generators_kept(), contextlib.ExitStack() as files:
-        if getattr(getattr(job.model, "config", None), ROUTER_LOSS, False):
+        if configs_with(job.model, ROUTER_LOSS):
             job.report.notes.append(
                 "the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"
             )
@@ -196,8 +197,9 @@ def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
             _save(job, job.output_dir, solved, progress.statistics, identity)
     settle(job.model)
     if job.report.kept and job.ranks.is_main:
-        kept = [f"{name} ({why})" for name, why in job.report.kept.items()]
-        logger.warning("LoRA-DA: %d layers keep PEFT's own initialisation: %s first", len(kept), kept[0])
+        (name, why), *others = job.report.kept.items()
+        more = f", and so do {len(others)} more" if others else ""
+        logger.warning("LoRA-DA: %s keeps PEFT's own initialisation (%s)%s", name, why, more)
     mark_initialized(job.model, job.scan.adapter_name, may_be_zero=job.report.step_size == 0)
     if job.config.freeze_a:
         freeze_a(job.model, job.scan.adapter_name)

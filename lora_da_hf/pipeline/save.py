@@ -175,8 +175,8 @@ def refuse_unsaveable(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
         raise TargetError(
-            f"The adapter of a {type(model).__name__} cannot be stored: that is neither what get_peft_model returns nor "
-            "a transformers model with an adapter. Give such a model, or call initialize_lora_da without an output_dir."
+            f"The adapter of a {type(model).__name__} cannot be stored: it is neither what get_peft_model returns nor "
+            "a transformers model with an adapter. Give such a model, or call initialize_lora_da without output_dir."
         )
 
 

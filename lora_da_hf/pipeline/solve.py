@@ -13,7 +13,7 @@ import torch
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
-from lora_da_hf.pipeline.gather import Gathered
+from lora_da_hf.pipeline.gather import UNCOUNTED, Gathered
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.records import LayerSolution, LayerStatistics
@@ -104,15 +104,19 @@ def _solve_group(
     job: Job, leader: str, statistics: dict[str, LayerStatistics], kept: Mapping[str, str], population_size: int
 ) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {name: kept[name] for name in statistics if name in kept}
-    names = [name for name in statistics if name not in kept]
+    for name, layer in statistics.items():
+        if name in found:
+            continue
+        if not layer.num_input_tokens or not layer.num_output_tokens:
+            found[name] = UNCOUNTED
+        elif not layer.weight_grad.any():
+            found[name] = "its gradient is zero"
+    names = [name for name in statistics if name not in found]
     if not names:
         return found
     factorized = factorize(statistics[names[0]], job.config, layer=leader)
     for name in names:
         target = job.targets[name]
-        if not statistics[name].weight_grad.any():
-            found[name] = "its gradient is zero"
-            continue
         solution = solve_layer(
             statistics[name],
             factorized,

@@ -269,7 +269,7 @@ def _add_batch(
             weight = 1.0 if isinstance(weights, Tensor) else weights
             if loss.dtype == torch.float16:  # which holds no gradient above 65504 either
                 taps.gradient_scale = min(taps.gradient_scale, _MOST_IN_FLOAT16 / weight)
-                loss = loss.float()
+            loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
             if loss.requires_grad:
                 (loss * (weight * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too
@@ -296,9 +296,12 @@ def check_loss(loss: Tensor) -> float:
     return value
 
 
-def _are_joined(samples: Sequence[Any], collate: Collate) -> bool:
-    """Tell whether a collator joins two samples into one row, in which their labels cannot be told apart."""
-    return len(samples) > 1 and num_rows(collate(samples[:2])) % 2 > 0
+def _tells_samples_apart(samples: Sequence[Any], collate: Collate, settings: PassSettings) -> bool:
+    """Tell whether two samples have rows of their own in a batch, and labels where the loss is divided by those."""
+    batch = collate(samples[:2])
+    counts = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=2).label_counts
+    by_label = settings.reduction.kind in ("sum", "token_mean")
+    return num_rows(batch) % 2 == 0 and not (by_label and counts is None)
 
 
 def evaluate_loss(
@@ -321,9 +324,9 @@ def evaluate_loss(
     total, count = 0.0, 0.0
     kind = settings.reduction.kind
     single = kind == "unknown" or settings.why_single is not None
-    if batch_size > 1 and not single and kind != "batch":
+    if batch_size > 1 and len(samples) > 1 and not single and kind != "batch":
         with lockstep.alike():
-            single = _are_joined(samples, collate)
+            single = not _tells_samples_apart(samples, collate, settings)
     make_batches = whole_batches if kind == "batch" else batches_by_length
     with torch.no_grad(), without_checkpointing(model):
         for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):

@@ -189,17 +189,27 @@ def without_checkpointing(model: nn.Module) -> Generator[None]:
 
 @contextlib.contextmanager
 def _switched_off(model: nn.Module, option: str) -> Generator[None]:
-    """Set an option of the model's config to False, if it is on."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, option, None)
-    if not before:
-        yield
-        return
-    setattr(config, option, False)
+    """Set an option of the model's config, and of the configs inside it, to False where it is on."""
+    before = [(config, getattr(config, option)) for config in configs_with(model, option)]
+    for config, _ in before:
+        setattr(config, option, False)
     try:
         yield
     finally:
-        setattr(config, option, before)
+        for config, value in before:
+            setattr(config, option, value)
+
+
+def configs_with(model: nn.Module, option: str) -> list[Any]:
+    """Return those of a model's config and the configs inside it, as of its language model, that have an option on."""
+    found: list[Any] = []
+    left = [getattr(model, "config", None)]
+    while left:
+        config = left.pop()
+        if hasattr(config, "model_type") and not any(config is other for other in found):
+            found.append(config)
+            left += vars(config).values()
+    return [config for config in found if getattr(config, option, None)]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -63,7 +63,7 @@ class SampledLabels:
             generator = numbers[row * len(samples) // rows]
             uniform = [generator.random() for _ in range(int(counts.sum().item()))]
             if uniform:
-                found = _inverse_cdf(scores[row][counts], uniform).to(targets)
+                found = _inverse_cdf(scores[row][counts.to(scores.device)], uniform).to(targets)
                 targets[row] = targets[row].masked_scatter(counts, found)
         return {**batch, "labels": drawn}
 
@@ -104,7 +104,7 @@ def check_labels_can_be_sampled(
         )
     with in_step():
         logits = _logits(model, batch)
-    targets, scores = _aligned(labels, logits, shifts_labels)
+    targets, scores = _aligned(labels.to(logits.device), logits, shifts_labels)
     expected = nn.functional.cross_entropy(
         scores.float().reshape(-1, scores.shape[-1]), targets.reshape(-1), ignore_index=IGNORED_LABEL
     ).item()

@@ -220,7 +220,7 @@ def test_a_process_that_is_killed_makes_the_other_fail_and_not_hang(lost):
 
 
 def test_all_of_them_take_up_where_each_was(lost, lora_model):
-    checkpoint = lost / ".killed.checkpoint"
+    checkpoint = lost / "_killed.checkpoint"
     with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
         initialize_lora_da(
             lora_model(),

@@ -10,15 +10,18 @@ import pytest
 import torch
 from families.zoo import FAMILIES
 from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config, turn_checkpointing_on
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
 from lora_da_hf.losses import model_loss
+from lora_da_hf.pipeline import step as step_module
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics import taps
+from lora_da_hf.statistics.model_state import prepared_for_pass
 from lora_da_hf.theory.line_search import line_search
 
 SIXTEEN = LoRADAConfig(num_samples=16, step_size=0.1, search_samples=0, sample_selection="head")
@@ -490,7 +493,7 @@ def test_a_model_that_cannot_be_stored_is_initialised_without_a_folder_and_else_
         return model_loss(model, batch, items)
 
     wrapped = Wrapped(lora_model())
-    with pytest.raises(TargetError, match=r"The adapter of a Wrapped cannot be stored.*without an output_dir"):
+    with pytest.raises(TargetError, match=r"The adapter of a Wrapped cannot be stored.*without output_dir"):
         initialize_lora_da(
             wrapped, token_samples(12), config=FIXED, compute_loss=loss, output_dir=tmp_path / "init", progress=False
         )
@@ -523,7 +526,100 @@ def test_a_loss_that_rises_on_unseen_samples_is_noted(lora_model, token_samples)
 
 def test_layers_that_keep_pefts_initialisation_are_a_warning(lora_model, token_samples, caplog):
     initialize_lora_da(lora_model(), token_samples(12), config=FIXED, progress=False)
-    assert "keep PEFT's own" not in caplog.text
+    assert "PEFT's own" not in caplog.text
     model = lora_model(target_modules=["q_proj", "embed_tokens"])
     initialize_lora_da(model, token_samples(12), config=FIXED, progress=False)
-    assert "1 layers keep PEFT's own initialisation: " in caplog.text
+    assert "embed_tokens keeps PEFT's own initialisation (Embedding is not a linear layer)" in caplog.text
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("token_mask", ["attention", "labels"])
+def test_experts_that_no_token_that_counts_goes_through_are_kept_whatever_the_batch(
+    token_samples, token_mask, batch_size
+):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24},
+        **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        **{"num_experts": 32, "num_experts_per_tok": 2, "initializer_range": 0.2, "pad_token_id": 0},
+    )
+    model = get_peft_model(
+        Qwen3MoeForCausalLM(config),
+        LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
+    )
+    settings = dataclasses.replace(FIXED, token_mask=token_mask, batch_size=batch_size)
+    report = initialize_lora_da(model, token_samples(12), config=settings, progress=False)
+    assert len(report.layers) + len(report.kept) == 33
+    reasons = {"no token is routed to it", "no token that counts goes through it", "its gradient is zero"}
+    assert report.kept
+    assert set(report.kept.values()) <= reasons
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_loss_of_samples_that_become_two_rows_does_not_depend_on_the_batch(lora_model, token_samples, batch_size):
+    def twice(samples):
+        return pad_samples([row for sample in samples for row in (sample, sample)])
+
+    config = LoRADAConfig(num_samples=8, step_size=0.1, search_samples=4)
+    reports = [
+        initialize_lora_da(
+            lora_model(), token_samples(24), config=config, data_collator=collator, batch_size=size, progress=False
+        )
+        for collator, size in ((pad_samples, 1), (twice, batch_size))
+    ]
+    assert reports[1].unseen_loss_before == pytest.approx(reports[0].unseen_loss_before, rel=0.2)
+    assert reports[1].unseen_loss_before < 10  # and no sum
+
+
+class TwoNames(torch.nn.Module):
+    """A linear layer that runs under two names, of which PEFT adapts the first."""
+
+    def __init__(self):
+        super().__init__()
+        shared = torch.nn.Linear(32, 32)
+        self.embeddings = torch.nn.Embedding(96, 32)
+        self.first, self.second = torch.nn.ModuleDict({"linear": shared}), torch.nn.ModuleDict({"linear": shared})
+        self.last, self.head = torch.nn.Linear(32, 32), torch.nn.Linear(32, 96)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.embeddings(input_ids)
+        for layer in (self.first["linear"], self.second["linear"], self.last):
+            hidden = hidden + torch.tanh(layer(hidden))
+        logits = self.head(hidden)
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_a_layer_that_also_runs_without_its_adapter_is_kept(token_samples):
+    model = get_peft_model(TwoNames(), LoraConfig(r=4, target_modules=["linear", "last"]))
+    report = initialize_lora_da(
+        model, token_samples(12), config=FIXED, compute_loss=lambda m, batch, _: m(**batch)["loss"], progress=False
+    )
+    assert [layer.name for layer in report.layers] == ["last"]
+    assert report.kept == {"first.linear": "its base layer also runs as second.linear, without the adapter"}
+
+
+def test_doras_magnitude_is_put_back_to_the_bit_after_a_failure(lora_model, tiny_llama, token_samples, monkeypatch):
+    model = lora_model(model=tiny_llama(dtype=torch.bfloat16), use_dora=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr("lora_da_hf.pipeline.run.write_adapter", failing_after(step_module.write_adapter))
+    with pytest.raises(ZeroDivisionError):
+        initialize_lora_da(model, token_samples(12), config=FIXED, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def failing_after(function):
+    def fails(*args):
+        function(*args)
+        raise ZeroDivisionError
+
+    return fails
+
+
+def test_the_routers_loss_of_a_config_inside_another_is_switched_off(lora_model):
+    model = lora_model()
+    model.config.inner = LlamaConfig(output_router_logits=True, use_cache=True)
+    with prepared_for_pass(model, seed=0):
+        assert not model.config.inner.output_router_logits
+        assert not model.config.inner.use_cache
+    assert model.config.inner.output_router_logits
+    assert model.config.inner.use_cache

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.batches import digest_sample
+from lora_da_hf.statistics.batches import digest_sample, whole_batches
 from lora_da_hf.statistics.taps import Taps
 
 
@@ -399,3 +399,11 @@ def test_what_is_nested_is_in_the_hash_of_a_sample():
 
     assert digest_sample(sample([0.1, 0.2])) == digest_sample(sample([0.1, 0.2]))
     assert digest_sample(sample([0.1, 0.2])) != digest_sample(sample([0.1, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(5, 2, [2, 3]), (6, 2, [2, 2, 2]), (4, 3, [2, 2]), (9, 8, [4, 5]), (1, 8, [1]), (0, 8, []), (3, 1, [1, 1, 1])],
+)
+def test_no_sample_of_a_loss_of_the_batch_is_left_alone(count, batch_size, sizes):
+    assert [len(batch) for batch in whole_batches(list(range(count)), batch_size)] == sizes
