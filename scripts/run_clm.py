@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,8 @@ from typing import Any, Literal
 import datasets
 import transformers
 import yaml
-from datasets import IterableDataset, load_dataset
-from peft import get_peft_model
+from datasets import IterableDataset
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -42,16 +43,25 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.adapters.afterwards import freeze_a
-from lora_da_hf.errors import DataError
+from lora_da_hf.cli.errors import explain
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
-    LOADER_OF_SUFFIX,
     LoraArguments,
     LoRADAArguments,
     ModelArguments,
     TextArguments,
+    check_data_file,
     setting,
 )
-from lora_da_hf.training.text_data import Rows, choose_block_size, load_file, load_model, tokenize
+from lora_da_hf.training.text_data import (
+    Rows,
+    choose_block_size,
+    load_data_set,
+    load_file,
+    load_model,
+    tokenize,
+    with_adapter,
+)
 
 logger = logging.getLogger("run_clm")
 
@@ -139,6 +149,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         )
         arguments = Arguments(*parsed)
         arguments.da.to_config()
+        arguments.adapter.to_peft()
     except ValueError as error:
         parser.error(str(error))
     if unknown:
@@ -221,27 +232,25 @@ def check_arguments(fail: Any, arguments: Arguments) -> None:
         fail("nothing to do: give --do_train, --do_eval or both")
     if data.dataset_name and (data.train_file or data.validation_file):
         fail("give either --dataset_name or --train_file and --validation_file, not both")
+    if data.dataset_name and Path(data.dataset_name).is_file():
+        fail(f"--dataset_name {data.dataset_name} is a file: give it as --train_file")
     if training.do_train and not (data.dataset_name or data.train_file):
         fail("--do_train needs data: give --dataset_name or --train_file")
     if training.do_eval and not (data.dataset_name or data.train_file or data.validation_file):
         fail("--do_eval needs data: give --dataset_name, --validation_file or --train_file")
     for flag in ("train_file", "validation_file"):
-        check_file(fail, flag, getattr(data, flag))
+        path = getattr(data, flag)
+        if path is not None:
+            check_data_file(path, lambda message, flag=flag: fail(f"--{flag} {message}"))
     check_columns_and_sizes(fail, data)
     if data.streaming and training.do_train and training.max_steps <= 0:
         fail("--streaming has no length: give --max_steps")
     if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
         fail(f"--output_dir {training.output_dir} is a file: name a folder")
-
-
-def check_file(fail: Any, flag: str, path: str | None) -> None:
-    """Check that a data file exists and is of a kind that can be read."""
-    if path is None:
-        return
-    if Path(path).suffix not in LOADER_OF_SUFFIX:
-        fail(f"--{flag} {path}: the name must end in one of {', '.join(LOADER_OF_SUFFIX)}")
-    if not Path(path).is_file():
-        fail(f"--{flag} {path} does not exist")
+    for flag in ("seed", "data_seed"):
+        value = getattr(training, flag)
+        if value is not None and not 0 <= value < 2**32:
+            fail(f"--{flag} must be at least 0 and below 2**32, got {value}")
 
 
 def check_columns_and_sizes(fail: Any, data: DataArguments) -> None:
@@ -280,11 +289,8 @@ def load_rows(data: DataArguments, model: NamedModelArguments, training: Trainin
         Untokenised rows under `train` and `validation`, as far as the run needs them.
     """
     if data.dataset_name:
-        splits = load_dataset(
-            data.dataset_name,
-            data.dataset_config_name,
-            cache_dir=model.cache_dir,
-            streaming=data.streaming,
+        splits = load_data_set(
+            data.dataset_name, data.dataset_config_name, cache_dir=model.cache_dir, streaming=data.streaming
         )
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
@@ -312,7 +318,7 @@ def hold_out(found: dict[str, Rows], data: DataArguments) -> dict[str, Rows]:
         raise DataError("A single row cannot be split into training and validation: give --validation_file.")
     count = max(1, len(found["train"]) * data.validation_split_percentage // 100)
     parts = found["train"].train_test_split(test_size=count, seed=SPLIT_SEED)
-    logger.info("No validation data: %d of %d training rows are held out.", count, len(found["train"]))
+    logger.info("No validation data: held out are %d of %d training rows.", count, len(found["train"]))
     return {"train": parts["train"], "validation": parts["test"]}
 
 
@@ -352,16 +358,14 @@ def make_trainer(
         "data_collator": collator,
         "processing_class": tokenizer,
     }
-    peft_config = arguments.adapter.to_peft()
     set_seed(arguments.training.seed)  # so that both start from the same random adapter
+    model = with_adapter(model, arguments.adapter.to_peft())
     if arguments.adapter.init == "lora":
-        model = get_peft_model(model, peft_config)
         if arguments.da.da_freeze_a:
             freeze_a(model)
         return Trainer(model=model, **shared)
     return LoRADATrainer(
         model=model,
-        peft_config=peft_config,
         da_config=arguments.da.to_config(),
         init_from=arguments.adapter.init_from,
         search_step=arguments.adapter.search_step,
@@ -426,6 +430,21 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def make_folder(path: str) -> None:
+    """Make the output folder, before hours are spent on what goes into it.
+
+    Raises:
+        ConfigError: if it cannot be made or written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {path} cannot be written ({error.strerror or error}). Name a folder that can be written."
+        ) from error
+
+
 def set_up_logging(training: TrainingArguments) -> None:
     """Log at the level that the flags ask for, less on all ranks but the first."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -453,6 +472,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     training = arguments.training
     set_up_logging(training)
+    if training.should_save:
+        make_folder(training.output_dir)
     if training.data_seed is None:
         training.data_seed = training.seed  # so that no draw before training can change the order of the data
     if training.device.type == "cpu":
@@ -479,5 +500,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except LoRADAError as error:
-        sys.exit(f"run_clm.py: error: {error}")
+    except (LoRADAError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        sys.exit("run_clm.py: error: " + " ".join(filter(None, explain(error))))

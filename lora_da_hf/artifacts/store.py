@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
+from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import UNLISTED_FILES, UNLISTED_FOLDERS, atomic_folder
 from lora_da_hf.artifacts.schema import (
@@ -94,7 +94,7 @@ def write_init(
         save_adapter(partial)
         _note_sums(report, bases)
         dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
-        save_file(basis_tensors(bases), partial / BASIS_FILE, metadata={"format": "pt"})
+        write_tensors(partial / BASIS_FILE, basis_tensors(bases), {"format": "pt"})
         if save_statistics is not None:
             save_statistics(partial)
         entries = {path.name: file_entry(path) for path in sorted(partial.iterdir())}

@@ -10,11 +10,12 @@ from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, new_f
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
-    LOADER_OF_SUFFIX,
     LoraArguments,
     LoRADAArguments,
     ModelArguments,
     TextArguments,
+    check_data_file,
+    loader_of,
 )
 
 _DEFAULT_SEED = 42
@@ -25,7 +26,9 @@ def init_parser() -> argparse.ArgumentParser:
     own = Flags()
     own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
     own.add_argument(
-        "data", metavar="DATA", help="a csv, json, jsonl, parquet or txt file, or the name of a data set on the Hub"
+        "data",
+        metavar="DATA",
+        help="a csv, json, jsonl, parquet or txt file, or a data set: a name on the Hub or a folder",
     )
     own.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the initialisation")
     own.flag("overwrite", action="store_true", help="replace an initialisation that is there")
@@ -39,16 +42,23 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     text, settings = read(TextArguments, arguments), read(LoRADAArguments, arguments).to_config()
     text.check(_refuse)
     folder = new_folder(arguments.output, overwrite=arguments.overwrite)
-    rows = _load_rows(arguments, output)
     lora = read(LoraArguments, arguments).to_peft()
+    rows = _load_rows(arguments, output)
 
     from accelerate import PartialState
     from transformers import set_seed
 
-    from lora_da_hf.cli.planning import with_adapter
     from lora_da_hf.pipeline import initialize_lora_da
-    from lora_da_hf.training.text_data import choose_block_size, load_model, tokenize
+    from lora_da_hf.training.text_data import (
+        choose_block_size,
+        column_names,
+        load_model,
+        tokenize,
+        used_columns,
+        with_adapter,
+    )
 
+    output.message(used_columns("training", column_names("training", rows), text))
     output.message(f"Loading {arguments.model}")
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
@@ -81,26 +91,32 @@ def _refuse(message: str) -> None:
 
 
 def _load_rows(arguments: argparse.Namespace, output: Output) -> Any:
-    """Load the data: a file if it is named like one, or else a data set."""
-    data = Path(arguments.data)
-    is_file = data.suffix in LOADER_OF_SUFFIX
-    if is_file and not data.is_file():
-        raise DataError(f"{data} does not exist.")
+    """Load the data: a file if it is one or is named like one, or else a data set."""
+    model, data = Path(arguments.model), Path(arguments.data)
+    if model.is_file() and (data.is_dir() or not data.exists()):
+        raise ConfigError(
+            f"MODEL {model} is a file, no model: MODEL comes before DATA. Give the two the other way round."
+        )
+    is_file = data.is_file() or (loader_of(arguments.data) is not None and not data.is_dir())
+    if is_file:
+        check_data_file(arguments.data, _refuse_data)
     for flag in ("split", "dataset_config_name"):
         if is_file and getattr(arguments, flag) is not None:
             raise ConfigError(f"--{flag} is for a data set on the Hub, and {data} is a file. Leave it out.")
-    import datasets
-
-    from lora_da_hf.training.text_data import load_file
+    from lora_da_hf.training.text_data import load_data_set, load_file
 
     if not output.shows_progress:
         hide_progress_bars()
     output.message(f"Reading {data}")
     if is_file:
-        return load_file(str(data), cache_dir=arguments.cache_dir)
-    return datasets.load_dataset(
+        return load_file(arguments.data, cache_dir=arguments.cache_dir)
+    return load_data_set(
         arguments.data, arguments.dataset_config_name, split=arguments.split or "train", cache_dir=arguments.cache_dir
     )
+
+
+def _refuse_data(message: str) -> None:
+    raise DataError(f"{message}.")
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -118,12 +134,21 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     if not output.shows_progress:
         hide_progress_bars()
 
-    from lora_da_hf.cli.planning import empty_model, measure_speed, usable_bytes, weight_bytes, workload
+    from lora_da_hf.cli.planning import (
+        counted,
+        empty_model,
+        layers_of,
+        measure_speed,
+        usable_bytes,
+        weight_bytes,
+        workload,
+    )
     from lora_da_hf.pipeline.plan import gibibytes, make_plan
 
     model = empty_model(arguments.model, arguments)
+    layers, kept = layers_of(model)
     plan = make_plan(
-        workload(model, settings, tokens=arguments.tokens),
+        workload(model, layers, settings, tokens=arguments.tokens),
         num_processes=arguments.world_size,
         budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
         schedule=settings.schedule,
@@ -133,6 +158,8 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     collect, solve = plan.seconds(speed)
     weights = weight_bytes(model)
     values = {
+        "layers": len(layers),
+        "kept": len(kept),
         "schedule": plan.schedule,
         "processes": plan.num_processes,
         "passes": len(plan.windows),
@@ -147,4 +174,6 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(weights)} of weights, "
         "and the activations of a pass"
     )
+    if kept:
+        text += f"\n{len(kept)} of {len(layers) + len(kept)} layers keep PEFT's own initialisation: {counted(kept)}"
     output.result(values, bare=str(plan.peak_bytes), text=text)

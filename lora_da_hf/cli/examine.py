@@ -99,7 +99,8 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         "layers": len(manifest.layers),
         "base_model_checked": model is not None,
     }
-    text = f"OK: {len(manifest.files)} files, {human_size(size)}, {len(manifest.layers)} layers"
+    layers = "1 layer" if len(manifest.layers) == 1 else f"{len(manifest.layers)} layers"
+    text = f"OK: {len(manifest.files)} files, {human_size(size)}, {layers}"
     text += f"; it belongs to {arguments.base_model}" if model is not None else "; the base model was not compared"
     output.result(values, bare="ok", text=text)
 

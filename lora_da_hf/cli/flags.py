@@ -51,7 +51,13 @@ class Flags(argparse.ArgumentParser):
 
 
 def facts_of_card(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what `Flags.facts_of_card` parsed, as keyword arguments."""
+    """Return what `Flags.facts_of_card` parsed, as keyword arguments.
+
+    Raises:
+        ConfigError: if the licence is called other and has no name.
+    """
+    if arguments.license == "other" and not arguments.license_name:
+        raise ConfigError("--license other needs --license_name, the name of the licence. Give it, or leave both out.")
     names = ("license", "license_name", "license_link", "base_model", "datasets", "language", "hardware", "notes")
     return {name: getattr(arguments, name) for name in names}
 
@@ -162,26 +168,35 @@ def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: 
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     from lora_da_hf.pipeline.base_model import remember_commit
+    from lora_da_hf.training.text_data import naming_model
 
     revision = arguments.model_revision or "main"
-    model = _class_of_base(peft_config).from_pretrained(
-        arguments.base_model,
-        revision=revision,
-        dtype=arguments.dtype or "auto",
-        trust_remote_code=bool(arguments.trust_remote_code),
-    )
+    kind = _class_of_base(peft_config)
+    with naming_model(arguments.base_model):
+        model = kind.from_pretrained(
+            arguments.base_model,
+            revision=revision,
+            dtype=arguments.dtype or "auto",
+            trust_remote_code=bool(arguments.trust_remote_code),
+        )
     remember_commit(model, revision=revision)
     return model
 
 
 def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
-    """Load the base model for the initialisation in a folder; None if none was given."""
+    """Load the base model for the initialisation in a folder; None if none was given.
+
+    Raises:
+        ArtifactError: if there is no initialisation in the folder.
+    """
     check_loading(arguments)
     if arguments.base_model is None:
         return None
     from lora_da_hf.artifacts.peft_config import read_peft_config
     from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+    from lora_da_hf.artifacts.store import load_manifest
 
+    load_manifest(arguments.folder)
     return load_base_model(arguments, output, read_peft_config(arguments.folder / ADAPTER_CONFIG_FILE))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,40 +23,34 @@ from lora_da_hf.pipeline.memory import linear_weights, solver_threads, usable_me
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
+from lora_da_hf.training.text_data import naming_model, with_adapter
 
 _SPEED_OF_A_PASS = 0.68
 """Speed of a forward and backward pass as a part of that of large matrix products."""
 
 
 def empty_model(name: str, arguments: argparse.Namespace) -> Any:
-    """Make a model with its adapter on the meta device, where tensors have no content."""
-    loading = read(ModelArguments, arguments)
-    config = AutoConfig.from_pretrained(
-        name,
-        revision=loading.model_revision,
-        cache_dir=loading.cache_dir,
-        trust_remote_code=loading.trust_remote_code,
-    )
-    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
-        )
-        return with_adapter(model, read(LoraArguments, arguments).to_peft())
-
-
-def with_adapter(model: Any, lora: LoraConfig) -> Any:
-    """Wrap a model with an adapter.
+    """Make a model with its adapter on the meta device, where tensors have no content.
 
     Raises:
+        ConfigError: if there is no such model.
         TargetError: if no layer has the name of a target.
     """
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise
-        raise TargetError(f"--target_modules: {str(error).rstrip('.')}. Name layers of the model.") from error
+    loading, lora = read(ModelArguments, arguments), read(LoraArguments, arguments).to_peft()
+    with naming_model(name):
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=loading.model_revision,
+            cache_dir=loading.cache_dir,
+            trust_remote_code=loading.trust_remote_code,
+        )
+    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+    with torch.device("meta"):
+        with naming_model(name):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
+            )
+        return with_adapter(model, lora)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -63,24 +58,50 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def workload(model: Any, config: LoRADAConfig, *, tokens: int) -> Workload:
+def layers_of(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the base layers that will be initialised, and why the others keep PEFT's own initialisation.
+
+    Args:
+        model: What `empty_model` made.
+
+    Raises:
+        TargetError: if none will be.
+    """
+    layers: dict[str, Any] = {}
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base, rank = module.get_base_layer(), module.r[model.active_adapter]
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            kept[base_name(name)] = f"{type(base).__name__} is not a linear layer"
+        elif rank > _width(base)[0]:
+            kept[base_name(name)] = f"rank {rank} is above its input size {_width(base)[0]}"
+        else:
+            layers[base_name(name)] = base
+    if not layers:
+        raise TargetError(
+            f"None of the {len(kept)} LoRA layers can be initialised: {counted(kept)}. Lower --lora_rank, or name "
+            "linear layers as --target_modules."
+        )
+    return layers, kept
+
+
+def counted(kept: Mapping[str, str]) -> str:
+    """Return each reason why layers are kept, with their number."""
+    reasons = Counter(kept.values())
+    return "; ".join(f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in reasons.items())
+
+
+def workload(model: Any, layers: dict[str, Any], config: LoRADAConfig, *, tokens: int) -> Workload:
     """Return what has to be done: a forward pass without content shows which layers are fed the same tensor.
 
     Args:
         model: What `empty_model` made.
+        layers: Its base layers that will be initialised, by name.
         config: The settings.
         tokens: Of a sample, at most.
-
-    Raises:
-        TargetError: if the adapter has no linear layer.
     """
-    layers = {
-        base_name(name): module.get_base_layer()
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), (nn.Linear, Conv1D))
-    }
-    if not layers:
-        raise TargetError("None of the target_modules is a linear layer, so there is nothing to initialise.")
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     with torch.no_grad():
         leaders = find_shared_inputs(layers, lambda: model(input_ids=ids))

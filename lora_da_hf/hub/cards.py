@@ -143,7 +143,7 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
     Raises:
         ArtifactError: if the report in the folder is malformed.
     """
-    report = read_report(init.folder / REPORT_FILE)
+    report = read_report(init.folder / REPORT_FILE, init.manifest)
     try:
         return draw_plots(report)
     except MissingDependencyError as error:
@@ -201,7 +201,7 @@ def card_metadata(
                 "schema_version": facts.schema_version,
                 "kind": facts.kind,
                 "rank": facts.ranks[-1],
-                "max_rank": facts.max_rank,
+                "max_rank": facts.largest_rank,
                 "alpha": facts.alpha,
                 "target_modules": sorted(map(clean, facts.target_modules)),
                 "base_revision": facts.base_revision,
@@ -272,7 +272,7 @@ def _environment() -> jinja2.Environment:
         "count": lambda value: Markdown(f"{value:,}"),
         "bytes": lambda value: Markdown(human_size(value)),
         "seconds": lambda value: Markdown(f"{value:.1f} s"),
-        "change": lambda after, before: Markdown(f"{100 * (after / before - 1):+.1f} %" if before else "no change"),
+        "change": _change,
         "span": _span,
         "commas": lambda values: Markdown(_joined(escape, values)),
         "model_link": lambda name: Markdown(f"[`{name}`](https://huggingface.co/{name})"),
@@ -292,6 +292,10 @@ def _template_folder() -> Traversable:
 
 def _joined(form: Callable[[Any], str], values: Sequence[Any]) -> str:
     return ", ".join(form(value) for value in values)
+
+
+def _change(after: float, before: float) -> Markdown:
+    return Markdown(f"{100 * (after - before) / abs(before):+.1f} %" if before else "no change")
 
 
 def _span(values: Sequence[float], form: str = "d") -> Markdown:
@@ -316,10 +320,10 @@ def _lora_arguments(facts: CardFacts) -> dict[str, Any]:
 
 
 def _command(facts: CardFacts) -> Markdown | None:
-    """Return the command line with these settings, or None if they are not known or it has no flags for the adapter."""
+    """Return the command line with these settings, or None if it has no flags for the adapter."""
     is_for_text = facts.task_type not in _TASKS or facts.task_type == "CAUSAL_LM"
     has_flags = not set(facts.lora_arguments) & _WITHOUT_FLAGS and float(facts.alpha or 0).is_integer()
-    if facts.config is None or not is_for_text or not has_flags:
+    if not is_for_text or not has_flags:
         return None
     words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
     if facts.base_id and facts.base_revision:

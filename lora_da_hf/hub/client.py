@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
+from lora_da_hf.artifacts.strict_json import too_large
 from lora_da_hf.errors import ArtifactError, HubError, LoRADAError
 
 LIBRARY = "lora_da_hf"
@@ -128,5 +129,6 @@ def check_manifest_size(info: ModelInfo) -> None:
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     if MANIFEST_FILE not in sizes:
         raise HubError(f"{info.id} at {info.sha} has no {MANIFEST_FILE}: it holds no LoRA-DA initialisation.")
-    if (sizes[MANIFEST_FILE] or 0) > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{info.id} at {info.sha}: {MANIFEST_FILE} is larger than any manifest. Do not use it.")
+    size = sizes[MANIFEST_FILE] or 0
+    if size > MAX_MANIFEST_BYTES:
+        raise too_large(f"{info.id} at {info.sha}: {MANIFEST_FILE}", size, MAX_MANIFEST_BYTES)

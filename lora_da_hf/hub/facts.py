@@ -43,7 +43,8 @@ class CardFacts:
         created: When it was computed.
         ranks: Ranks of the adapter, ascending.
         default_rank: `r` of the adapter: of the layers that no pattern names.
-        max_rank: Rank that is stored for every layer.
+        max_rank: Largest rank that is stored of a layer.
+        largest_rank: Up to which any rank can be taken for all layers.
         alpha: `lora_alpha` of the adapter.
         dropout: `lora_dropout` of the adapter.
         lora_arguments: What else a `LoraConfig` of the same layers and scalings is made with.
@@ -62,7 +63,7 @@ class CardFacts:
         step_size: How far step 0 goes; None if it differs between layers.
         is_refitted: Whether it was made of another one, so that its step follows from stored ones.
         has_statistics: Whether the full statistics are stored.
-        config: The settings; None if this version does not know them.
+        config: The settings.
         versions: Of the libraries.
         files: By name.
         report: What was done.
@@ -78,6 +79,7 @@ class CardFacts:
     ranks: list[int]
     default_rank: int
     max_rank: int
+    largest_rank: int
     alpha: float | None
     dropout: float | None
     lora_arguments: dict[str, Any]
@@ -88,15 +90,15 @@ class CardFacts:
     num_layers: int
     num_parameters: int
     kept: dict[str, str]
-    num_samples: int | None
+    num_samples: int
     num_tokens: int
-    population_size: int | None
-    data_fingerprint: str | None
+    population_size: int
+    data_fingerprint: str
     seed: int
     step_size: float | None
     is_refitted: bool
     has_statistics: bool
-    config: LoRADAConfig | None
+    config: LoRADAConfig
     versions: dict[str, str]
     files: dict[str, FileEntry]
     report: LoRADAReport
@@ -139,8 +141,9 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         kind=manifest.kind,
         created=manifest.created,
         ranks=sorted({layer.rank for layer in layers}),
-        default_rank=_count(adapter.get("r")) or max(layer.rank for layer in layers),
+        default_rank=adapter.get("r") or max(layer.rank for layer in layers),
         max_rank=max(layer.max_rank for layer in layers),
+        largest_rank=manifest.largest_rank,
         alpha=_number(adapter.get("lora_alpha")),
         dropout=_number(adapter.get("lora_dropout")),
         lora_arguments=_lora_arguments(adapter),
@@ -151,18 +154,18 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         num_layers=len(layers),
         num_parameters=sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
         kept=manifest.kept,
-        num_samples=_count(manifest.data.get("num_samples")),
+        num_samples=manifest.data["num_samples"],
         num_tokens=max(layer.num_tokens for layer in layers),
-        population_size=_count(manifest.data.get("population_size")),
-        data_fingerprint=_text(manifest.data.get("fingerprint")),
+        population_size=manifest.data["population_size"],
+        data_fingerprint=manifest.data["fingerprint"],
         seed=manifest.seed,
         step_size=manifest.step_size,
         is_refitted=bool(manifest.refitted_from),
         has_statistics=any(name.startswith(STATISTICS_PREFIX) for name in manifest.files),
-        config=_known_config(manifest.config),
+        config=LoRADAConfig.from_dict(manifest.config),
         versions=manifest.versions,
         files=manifest.files,
-        report=read_report(init.folder / REPORT_FILE),
+        report=read_report(init.folder / REPORT_FILE, manifest),
     )
 
 
@@ -192,14 +195,3 @@ def _text(value: Any) -> str | None:
 def _number(value: Any) -> float | None:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if fits else None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _known_config(values: dict[str, Any]) -> LoRADAConfig | None:
-    try:
-        return LoRADAConfig.from_dict(values)
-    except ConfigError:  # of another version; the card then says so
-        return None

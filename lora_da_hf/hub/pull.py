@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, ModelInfo, hf_hub_url
 from huggingface_hub.constants import is_offline_mode
@@ -38,6 +38,8 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 LoadBase = Callable[[dict[str, Any]], nn.Module]
 """Loads a base model, given PEFT's configuration of the adapter that it is for."""
+
+_T = TypeVar("_T")
 
 _Put = Callable[[Path, Path], Any]
 """Copies or links a file of the cache to a second place."""
@@ -77,8 +79,22 @@ class _Source:
         self.api.get_hf_file_metadata(url=url)
         return info
 
-    def fetch(self, name: str, revision: str | None, *, again: bool = False) -> Path:
-        """Return the path of a file in the client's cache, which the client compares by size alone."""
+    def fetch(self, name: str, revision: str | None, check: Callable[[Path], _T]) -> _T:
+        """Fetch a file and check it; a copy in the client's cache that was damaged is fetched once more.
+
+        Args:
+            name: Of the file.
+            revision: Of the repo.
+            check: Reads the file in the cache, of which the client compares the size alone, and raises `ArtifactError`.
+        """
+        try:
+            return check(self._download(name, revision))
+        except ArtifactError:
+            if self.offline:
+                raise
+        return check(self._download(name, revision, again=True))
+
+    def _download(self, name: str, revision: str | None, *, again: bool = False) -> Path:
         path = self.api.hf_hub_download(
             self.repo_id,
             name,
@@ -248,16 +264,9 @@ def _whole(checked: Path, commit: str, target: Path, *, in_cache: bool) -> Gener
 
 
 def _fetch_manifest(source: _Source, revision: str | None) -> tuple[Path, Manifest]:
-    """Fetch the manifest; a copy in the cache that was damaged is fetched once more."""
-    path = source.fetch(MANIFEST_FILE, revision)
+    """Fetch and check the manifest."""
     where = f"{MANIFEST_FILE} of {source.repo_id}"
-    try:
-        return path, parse_manifest(path.read_bytes(), source=where)
-    except ArtifactError:
-        if source.offline:
-            raise
-    path = source.fetch(MANIFEST_FILE, revision, again=True)
-    return path, parse_manifest(path.read_bytes(), source=where)
+    return source.fetch(MANIFEST_FILE, revision, lambda path: (path, parse_manifest(path.read_bytes(), source=where)))
 
 
 def _fetch_peft_config(source: _Source, manifest: Manifest, commit: str) -> dict[str, Any]:
@@ -273,9 +282,10 @@ def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | N
     if base_model is not None:
         is_model = isinstance(base_model, nn.Module)
         check_base_model(manifest, base_model_facts(base_model) if is_model else base_model)
-    largest = max(layer.max_rank for layer in manifest.layers.values())
-    if rank is not None and not 1 <= rank <= largest:
-        raise ConfigError(f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {largest}.")
+    if rank is not None and not 1 <= rank <= manifest.largest_rank:
+        raise ConfigError(
+            f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {manifest.largest_rank}."
+        )
 
 
 def _collect(
@@ -325,16 +335,14 @@ def _holds_another(folder: Path, manifest: Manifest) -> bool:
 
 
 def _place(source: _Source, commit: str, target: Path, entry: FileEntry, put: _Put) -> None:
-    """Put one file in its place; a copy in the cache that was damaged is fetched once more."""
-    put(source.fetch(target.name, commit), target)
-    try:
+    """Put one file in its place and check it there."""
+
+    def place(cached: Path) -> None:
+        target.unlink(missing_ok=True)
+        put(cached, target)
         check_file(target, entry)
-    except ArtifactError:
-        if source.offline:
-            raise
-        target.unlink()
-        put(source.fetch(target.name, commit, again=True), target)
-        check_file(target, entry)
+
+    source.fetch(target.name, commit, place)
 
 
 def _link(cached: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 
 from lora_da_hf.artifacts.card_files import PLOTS
 from lora_da_hf.artifacts.folders import LICENSE_FILES
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD, Manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
@@ -22,7 +22,6 @@ from lora_da_hf.hub.page import license_of, own_page, render_page
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
-_OWN_FILES = "lora_da_"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _MAIN = "main"
 
@@ -248,9 +247,9 @@ def _additions(files: Mapping[str, Path | bytes]) -> list[CommitOperationAdd]:
 
 
 def _deletions(head: ModelInfo, files: Collection[str]) -> list[CommitOperationDelete]:
-    """Delete what an earlier push left in the repo and this one has not, such as shards of statistics and plots."""
+    """Delete what an earlier push left in the repo and this one has not: shards of statistics and plots."""
     names = [sibling.rfilename for sibling in head.siblings or ()]
-    stale = [name for name in names if (name.startswith(_OWN_FILES) or name in PLOTS) and name not in files]
+    stale = [name for name in names if (STATISTICS_SHARD.fullmatch(name) or name in PLOTS) and name not in files]
     return [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
 
 

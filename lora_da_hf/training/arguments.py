@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from lora_da_hf.config import LoRADAConfig
@@ -13,7 +14,28 @@ if TYPE_CHECKING:
 
 PREFIX = "da_"
 ALL_LINEAR = "all-linear"
-LOADER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_PLAIN = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+LOADER_OF_SUFFIX = {**_PLAIN, ".parquet": "parquet", **{f"{suffix}.gz": loader for suffix, loader in _PLAIN.items()}}
+
+
+def loader_of(path: str) -> str | None:
+    """Return the loader of `datasets` for a file by the end of its name; None: there is none."""
+    return next((loader for suffix, loader in LOADER_OF_SUFFIX.items() if path.lower().endswith(suffix)), None)
+
+
+def check_data_file(path: str, fail: Callable[[str], Any]) -> None:
+    """Check that a data file exists and is of a kind that can be read.
+
+    Args:
+        path: The file.
+        fail: Called with a message that says what is wrong; does not return.
+    """
+    if Path(path).is_dir():
+        fail(f"{path} is a folder: name a file in it")
+    if loader_of(path) is None:
+        fail(f"{path}: the name must end in one of {', '.join(LOADER_OF_SUFFIX)}")
+    if not Path(path).is_file():
+        fail(f"{path} does not exist")
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -93,13 +115,22 @@ class LoraArguments:
         """Make the configuration that PEFT reads.
 
         Raises:
-            ConfigError: if a value is out of range.
+            ConfigError: if a value is out of range, or all-linear is not the only target.
         """
+        for flag in ("lora_rank", "lora_alpha"):
+            if getattr(self, flag) < 1:
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+        names = self.target_modules
+        if ALL_LINEAR in names and names != [ALL_LINEAR]:
+            raise ConfigError(
+                f"--target_modules {' '.join(names)}: {ALL_LINEAR} stands for all linear layers but the output head "
+                "and is given alone. Leave it or the other names out."
+            )
+
         from peft import LoraConfig
 
-        if self.lora_rank < 1:
-            raise ConfigError(f"--lora_rank must be at least 1, got {self.lora_rank}.")
-        names = self.target_modules
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_rank,

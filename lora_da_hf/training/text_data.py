@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Generator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets.arrow_writer import SchemaInferenceError
+from datasets.exceptions import DatasetsError
+from datasets.table import CastError
+from pandas.errors import EmptyDataError
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.artifacts.fingerprint import is_repo_id
+from lora_da_hf.errors import ConfigError, DataError, TargetError
 from lora_da_hf.pipeline.base_model import remember_commit
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, ModelArguments, TextArguments
+from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, ModelArguments, TextArguments, loader_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,34 +31,88 @@ Rows = Dataset | IterableDataset
 
 
 def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
-    """Load one csv, json, jsonl, parquet or txt file.
+    """Load one csv, json, jsonl, parquet or txt file, which may be compressed.
 
     Raises:
-        DataError: if it cannot be read as what its suffix says.
+        DataError: if it cannot be read as what its suffix says, or holds no rows.
     """
-    loader = LOADER_OF_SUFFIX[Path(path).suffix]
+    loader = loader_of(path) or ""
     options: dict[str, Any] = {"keep_linebreaks": True} if loader == "text" else {}
+    no_rows = f"{path} holds no rows. Give a file with samples."
     try:
         rows: Any = load_dataset(
             loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
         )
+        if streaming:
+            next(iter(rows))
     except StopIteration as error:
-        raise DataError(f"{path} is empty.") from error
-    except (DatasetGenerationError, ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read as {loader} data: {error.__cause__ or error}") from error
+        raise DataError(no_rows) from error
+    except (DatasetsError, ValueError) as error:
+        if _has_no_rows(error):
+            raise DataError(no_rows) from error
+        raise DataError(f"{path} cannot be read as {loader} data: {_reason(error)}") from error
     return rows
+
+
+def load_data_set(
+    name: str, configuration: str | None, *, cache_dir: str | None, split: str | None = None, streaming: bool = False
+) -> Any:
+    """Load a data set from the Hub or a folder, or one split of it.
+
+    Raises:
+        DataError: if it cannot be loaded, or holds no rows.
+    """
+    folder = Path(name)
+    configs = [file for file in (CONFIG_NAME, "adapter_config.json") if (folder / file).is_file()]
+    if configs and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):  # whose JSON would pass for data
+        raise DataError(
+            f"{name} holds a model and no data, as its {configs[0]} tells. Give the file or data set to train on."
+        )
+    try:
+        return load_dataset(
+            str(folder.resolve()) if folder.is_dir() else name,
+            configuration,
+            split=split,
+            cache_dir=cache_dir,
+            streaming=streaming,
+        )
+    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if _has_no_rows(error):
+            raise DataError(f"{name} holds no rows. Give a data set with samples.") from error
+        if folder.is_dir():
+            advice = f"Give a folder with data files of one kind, or one file ({', '.join(LOADER_OF_SUFFIX)})."
+        else:
+            advice = "Check the name and the connection; a private or gated data set needs `hf auth login`."
+        raise DataError(f"{name} cannot be loaded as a data set: {_reason(error)} {advice}") from error
+
+
+def _has_no_rows(error: Exception) -> bool:
+    """Tell whether `datasets` failed for want of rows, which it says in several ways."""
+    is_empty = any(isinstance(each, (SchemaInferenceError, EmptyDataError)) for each in (error, error.__cause__))
+    return is_empty or "corresponds to no data" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """Return, as one sentence, what a library says of an error, whose cause is behind one of `datasets`."""
+    if isinstance(error.__cause__, CastError):
+        return "its files have different columns."
+    told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    text = " ".join(lines[: 1 if isinstance(told, OSError) else 2]) or type(told).__name__
+    return f"{text:.300}".rstrip(".,: ") + "."
 
 
 def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
     """Turn the rows of one split into samples with input ids, attention mask and labels."""
     columns = column_names(name, split)
+    logger.info("%s", used_columns(name, columns, data))
     if data.has_pairs:
-        require_columns(name, columns, data.prompt_column, data.completion_column)
         encode_pair = pair_encoder(tokenizer, data)
         encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
     else:
-        column = data.text_column or ("text" if "text" in columns else columns[0])
-        require_columns(name, columns, column)
+        column = text_column(columns, data)
         encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
     if isinstance(split, IterableDataset):
         return split.map(encode, batched=True, remove_columns=columns)
@@ -68,7 +129,7 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
     if data.has_pairs and len(samples) < len(split):
         logger.warning(
-            "%d of %d %s rows are left out: after cutting to %d tokens (--block_size) no completion is left.",
+            "Left out: %d of %d %s rows, which after cutting to %d tokens (--block_size) have no completion.",
             *(len(split) - len(samples), len(split), name, block_size),
         )
     return samples
@@ -76,12 +137,39 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
 
 def column_names(name: str, split: Rows) -> list[str]:
     """List the columns of a split, which a stream may only show in its first row."""
-    if split.column_names is not None:
+    if split.column_names:
         return split.column_names
     first = next(iter(split), None)
     if first is None:
-        raise DataError(f"The {name} data is empty.")
+        raise DataError(f"The {name} data holds no rows. Give data with samples.")
     return list(first)
+
+
+def text_column(columns: list[str], data: TextArguments) -> str:
+    """Return the column that is read as plain text."""
+    return data.text_column or ("text" if "text" in columns else columns[0])
+
+
+def used_columns(name: str, columns: list[str], data: TextArguments) -> str:
+    """Say in one line which column of the rows is used as what.
+
+    Raises:
+        DataError: if one is not there.
+    """
+    if data.has_pairs:
+        require_columns(name, columns, data.prompt_column, data.completion_column)
+        return (
+            f"The {name} data: column {data.prompt_column!r} is the prompt, {data.completion_column!r} the completion."
+        )
+    used = text_column(columns, data)
+    require_columns(name, columns, used)
+    line = f"The {name} data: column {used!r} is read as plain text"
+    unused = [repr(column) for column in columns if column != used]
+    if not unused:
+        return f"{line}."
+    line += f" (left out: {', '.join(unused[:5])}{' and others' if len(unused) > 5 else ''})."
+    choose = " Choose another with --text_column, or pairs with --prompt_column and --completion_column."
+    return line if data.text_column else line + choose
 
 
 def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:
@@ -177,7 +265,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     """Load the model and its tokenizer, and make sure that the tokenizer can pad.
 
     Raises:
-        ConfigError: if there is no tokenizer, or not one for this model.
+        ConfigError: if there is no such model, or no tokenizer, or not one for this model.
     """
     shared = {
         "cache_dir": arguments.cache_dir,
@@ -186,11 +274,15 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     revision = arguments.model_revision
     source = arguments.tokenizer_name or name
     of_model = {} if arguments.tokenizer_name else {"revision": revision}
+    with naming_model(name):
+        AutoConfig.from_pretrained(name, revision=revision, **shared)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ConfigError(
-            f"No tokenizer can be loaded from {source} ({str(error).strip().splitlines()[0]}). Name one with "
+            f"No tokenizer can be loaded from {source}: {_reason(error)} Name one with "
             "--tokenizer_name, or do what it says there."
         ) from error
     if tokenizer.eos_token is None:
@@ -198,7 +290,8 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
+    with naming_model(name):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
     remember_commit(model, revision=revision, cache_dir=arguments.cache_dir)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
@@ -207,6 +300,43 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
             "use the tokenizer that belongs to the model."
         )
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def naming_model(name: str) -> Generator[None]:
+    """Say, when a model or its config cannot be loaded in the block, that it is the model's name to look at.
+
+    Raises:
+        ConfigError: if it cannot, or the name is that of a file or of a folder without a model.
+    """
+    if Path(name).is_file():
+        raise ConfigError(f"{name} is a file, no model. Name a model on the Hub or the folder of one.")
+    if Path(name).is_dir() and not (Path(name) / CONFIG_NAME).is_file():
+        raise ConfigError(f"{name} is a folder without a {CONFIG_NAME}, so no model. Name the folder of one.")
+    if not Path(name).exists() and not is_repo_id(name):
+        raise ConfigError(f"{name} is no folder that exists, and no name that the Hub allows. Check the model's name.")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
+            raise
+        advice = " Check the name and the connection; a private or gated model needs `hf auth login`."
+        is_missing = isinstance(error, OSError)
+        raise ConfigError(f"The model {name} cannot be loaded: {_reason(error)}{advice * is_missing}") from error
+
+
+def with_adapter(model: Any, lora: LoraConfig) -> Any:
+    """Wrap a model with an adapter.
+
+    Raises:
+        TargetError: if no layer has the name of a target.
+    """
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        raise TargetError(f"--target_modules: {_reason(error)} Name layers of the model.") from error
 
 
 def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -39,7 +39,9 @@ def test_a_full_disk_is_an_error_that_says_how_much_room_is_missing(tmp_path, mo
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(files, "save_file", save_file)
-    message = r"basis could not be written \(I/O error: No space .*\). It takes 4 MiB, and .* MiB are free there: make room"
+    message = (
+        r"basis could not be written \(I/O error: No space .*\). It takes 4 MiB, and .* MiB are free there: make room"
+    )
     with pytest.raises(ArtifactError, match=message):
         files.write_tensors(tmp_path / "basis", {"a": torch.zeros(2**20)}, {"format": "pt"})
 

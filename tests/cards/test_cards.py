@@ -151,7 +151,7 @@ BASES = [
 ]
 MANIFESTS = [
     {},
-    {"config": {"from": "a later version"}, "data": {}, "versions": {}, "kept": {}, "step_size": None},
+    {"versions": {}, "kept": {}, "step_size": None},
 ]
 REPORTS = [
     {},
@@ -185,11 +185,8 @@ OPTIONAL = {
     "facts.base_fingerprint": ["f" * 64, None],
     "facts.alpha": [16, None],
     "facts.task_type": ["CAUSAL_LM", None],
-    "facts.num_samples": [12, None],
-    "facts.population_size": [100, None],
-    "facts.data_fingerprint": ["d" * 64, None],
     "facts.step_size": [0.3, None],
-    "facts.config": [LoRADAConfig(), LoRADAConfig(step_size=None), None],
+    "facts.config": [LoRADAConfig(), LoRADAConfig(step_size=None)],
     "facts.versions": [{"torch": "2"}, {}],
     "facts.kept": [{"lm_head": "not a linear layer"}, {}],
     "facts.uses_rslora": [True, False],
@@ -277,7 +274,7 @@ def test_whatever_may_be_none_is_tried_without(context):
 
 def test_metadata_has_no_undefined_value_for_any_combination_of_missing_facts(context):
     facts = context[1]["facts"]
-    of_facts = ["base_id", "base_revision", "base_fingerprint", "alpha", "task_type", "num_samples"]
+    of_facts = ["base_id", "base_revision", "base_fingerprint", "alpha", "task_type"]
     others = ["license", "license_name", "license_link", "datasets", "language"]
     choices = [*(OPTIONAL[f"facts.{name}"] for name in of_facts), *(OPTIONAL[name] for name in others)]
     for values in itertools.product(*choices):
@@ -310,7 +307,6 @@ def test_hostile_names_stay_text(stored):
     manifest = make_manifest(
         layers,
         base_model={"name_or_path": HOSTILE, "revision": HOSTILE, "config": {}, "weights_sha256": HOSTILE},
-        data={"fingerprint": HOSTILE, "num_samples": HOSTILE, "population_size": [HOSTILE]},
         versions={HOSTILE: HOSTILE},
         kept={HOSTILE: HOSTILE},
         created=HOSTILE,

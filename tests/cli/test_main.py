@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from lora_da_hf.cli.errors import explain
@@ -156,7 +157,17 @@ def hub_error(kind, status=404):
     [
         (ConfigError("Raise it."), "Raise it.", None),
         (OSError("no-model is not a local folder"), "no-model is not", "Check the name"),
-        (OSError(28, "No space left on device"), "No space left", "Make room"),
+        (OSError(28, "No space left on device", "init/x"), "No space left on device: 'init/x'", "Make room"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk is full: Error while serializing",
+            "Make room or choose another folder",
+        ),
+        (SafetensorError("Error while deserializing header"), "unexpected SafetensorError", "--debug"),
+        (FileNotFoundError(2, "No such file or directory", "data"), "directory: 'data'", "Check the path."),
+        (PermissionError(13, "Permission denied", "data"), "denied: 'data'", "Check who may read and write it."),
+        (OSError(30, "Read-only file system", "init"), "Read-only", "Choose a folder that can be written."),
+        (OSError(5, "Input/output error", "data"), "Input/output error: 'data'", "--debug"),
         (ZeroDivisionError("division"), "unexpected ZeroDivisionError: division", "--debug"),
         (hub_error(hub_errors.GatedRepoError, 403), "gated", "Ask for access"),
         (hub_error(hub_errors.RepositoryNotFoundError), "does not exist, or you may not see it", "hf auth login"),
@@ -171,6 +182,13 @@ def test_errors_are_explained(error, message, hint):
     found, advice = explain(error)
     assert message in found
     assert (advice is None) if hint is None else (hint in advice)
+
+
+def test_a_file_that_is_not_there_or_no_file_is_not_explained_by_a_full_disk(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(OSError, match=path.name) as caught:
+            path.read_bytes()
+        assert explain(caught.value) == (str(caught.value), "Check the path.")
 
 
 def test_errors_of_the_library_speak_for_themselves():

@@ -95,8 +95,17 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["train.jsonl", "--split", "train[:3]"], "--split is for a data set on the Hub, and train.jsonl is a file"),
         (["train.jsonl", "--dataset_config_name", "main"], "--dataset_config_name is for a data set on the Hub"),
         (["train.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not found"),
+        (["train.jsonl", "--target_modules", "all-linear", "q_proj"], "all-linear stands for all linear layers but"),
         (["train.jsonl", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
-        (["empty.jsonl"], "empty.jsonl is empty"),
+        (["train.jsonl", "--lora_alpha", "0"], "--lora_alpha must be at least 1, got 0"),
+        (["train.jsonl", "--lora_dropout", "2"], "--lora_dropout must be at least 0 and below 1, got 2"),
+        (["empty.jsonl"], "empty.jsonl holds no rows"),
+        (["blank.jsonl"], "blank.jsonl holds no rows"),
+        (["notes.md"], "notes.md: the name must end in one of .csv, .json, .jsonl, .txt, .parquet, .csv.gz"),
+        (["missing.JSONL.gz"], "missing.JSONL.gz does not exist"),
+        (["bare"], "bare holds a model and no data, as its config.json tells"),
+        (["folder"], "folder cannot be loaded as a data set"),
+        (["mixed"], "mixed cannot be loaded as a data set: its files have different columns. Give a folder with"),
         (["broken.parquet"], "broken.parquet cannot be read as parquet data"),
         (["train.jsonl", "--tokenizer_name", "bare"], "Name one with --tokenizer_name, or do what it says"),
     ],
@@ -105,19 +114,58 @@ def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path,
     monkeypatch.chdir(tmp_path)
     write_sums(tmp_path / "train.jsonl")
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for column in ("a", "b"):
+        (tmp_path / "mixed" / f"{column}.jsonl").write_text(json.dumps({column: "text"}))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     shutil.copytree(place / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     data, *flags = words
     code, out, err = lora_da("init", place / "model", data, "out", *flags)
     assert (code, out) == (1, "")
     assert message in err
+    assert "Hint: " not in err
     assert not (tmp_path / "out").exists()
 
 
-def test_init_of_a_model_that_is_not_there(lora_da, place, cache, tmp_path):
-    code, _, err = lora_da("init", tmp_path / "no-model", place / "train.jsonl", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("no/such/model", "train.jsonl", "no/such/model is no folder that exists, and no name that the Hub allows"),
+        ("folder", "train.jsonl", "folder is a folder without a config.json, so no model"),
+        ("train.jsonl", "train.jsonl", "train.jsonl is a file, no model"),
+        ("train.jsonl", "folder", "MODEL comes before DATA. Give the two the other way round"),
+        ("org/model", "train.jsonl", "The model org/model cannot be loaded: "),
+        ("folder", "org/data", "org/data cannot be loaded as a data set: "),
+    ],
+)
+def test_init_of_a_model_or_data_that_are_not_there(lora_da, place, cache, tmp_path, monkeypatch, model, data, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    shutil.copy(place / "train.jsonl", tmp_path)
+    (tmp_path / "folder").mkdir()
+    code, _, err = lora_da("init", model, data, "out")
     assert code == 1
-    assert "Hint: Check the name or path" in err
+    assert message in err
+    assert "Hint: " not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "column 'prompt' is read as plain text (left out: 'completion'). Choose another with --text_column, or"),
+        (["--text_column", "completion"], "column 'completion' is read as plain text (left out: 'prompt').\n"),
+        (PAIRS, "column 'prompt' is the prompt, 'completion' the completion.\n"),
+    ],
+)
+def test_init_says_which_columns_are_used(lora_da, place, cache, tmp_path, flags, message):
+    words = [place / "model", place / "train.jsonl", tmp_path / "out", *flags, "--block_size", 32]
+    code, _, err = lora_da("init", *words, "--target_modules", "nope")
+    assert code == 1
+    assert f"The training data: {message}" in err
 
 
 # ------------------------------------------------------------------------------------------------------------ plan
@@ -167,13 +215,30 @@ def test_plan_reads_a_config_alone_and_keeps_to_a_budget(lora_da, place, tmp_pat
     [
         (["--da_memory_budget", "1KiB"], "The statistics do not fit: "),
         (["--da_memory_budget", "lots"], "memory_budget='lots' is no amount of memory"),
-        (["--target_modules", "embed_tokens"], "None of the target_modules is a linear layer"),
+        (
+            ["--target_modules", "embed_tokens"],
+            "None of the 1 LoRA layers can be initialised: Embedding is not a linear",
+        ),
+        (["--lora_rank", "999"], "LoRA layers can be initialised: rank 999 is above its input size 32 (12 layers); "),
+        (["--target_modules", "all-linear", "q_proj"], "all-linear stands for all linear layers but the output head"),
+        (["--lora_dropout", "-1"], "--lora_dropout must be at least 0 and below 1, got -1"),
     ],
 )
 def test_plan_says_what_cannot_be(lora_da, place, words, message):
     code, out, err = lora_da("plan", place / "model", *words)
     assert (code, out) == (1, "")
     assert message in err
+
+
+def test_plan_counts_the_layers_that_keep_their_initialisation(lora_da, place):
+    code, out, err = lora_da("plan", place / "model", "--lora_rank", 40)
+    assert code == 0, err
+    kept = "12 of 14 layers keep PEFT's own initialisation: rank 40 is above its input size 32 (12 layers)"
+    assert out.splitlines()[1] == kept
+    facts = json.loads(lora_da("plan", place / "model", "--lora_rank", 40, "--json")[1])
+    assert (facts["layers"], facts["kept"]) == (2, 12)
+    words = ["--target_modules", "q_proj", "embed_tokens"]
+    assert "1 of 3 layers keep" in lora_da("plan", place / "model", *words)[1]
 
 
 # --------------------------------------------------------------------------------------------- show, verify, card
@@ -254,15 +319,29 @@ def test_flags_of_a_base_model_that_is_not_named_are_refused(lora_da, stored, tm
     assert f"{flag[0]} is of the base model, and --base_model names none" in err
 
 
-def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, tmp_path):
+@pytest.mark.parametrize("verb", ["verify", "refit"])
+def test_what_is_no_initialisation_is_said_before_a_base_model_is_loaded(lora_da, place, tmp_path, verb):
+    for folder in (tmp_path / "nowhere", place / "model"):
+        words = [folder, *([tmp_path / "new"] if verb == "refit" else []), "--base_model", place / "model"]
+        code, _, err = lora_da(verb, *words)
+        assert code == 1
+        assert "lora_da_manifest.json does not exist: this is not a LoRA-DA initialisation" in err
+        assert "Loading" not in err
+
+
+def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, stored, tmp_path):
     import transformers
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    shutil.copy(stored / "lora_da_manifest.json", tmp_path)
 
     loaded = []
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         load = SimpleNamespace(from_pretrained=lambda *_, name=name, **__: loaded.append(name))
         monkeypatch.setattr(transformers, name, load)
     verb = next(verb for verb in VERBS if verb.name == "verify")
-    arguments = make_parser(verb).parse_args(["verify", str(tmp_path), "--base_model", "org/base"])
+    arguments = make_parser(verb).parse_args(["verify", str(tmp_path), "--base_model", str(tmp_path / "base")])
     for task_type, noted in (
         ("SEQ_CLS", None),
         ("CAUSAL_LM", "ViTModel"),
@@ -334,6 +413,22 @@ def test_card_goes_to_a_folder_with_its_plots(lora_da, stored, tmp_path):
     assert out.split() == [
         str(tmp_path / "card" / name) for name in ("README.md", "guidance_spectra.png", "step_search.png")
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--license", "other"], "--license other needs --license_name"),
+        (["--license", "Apache 2.0"], "license='Apache 2.0' is no identifier of a licence"),
+    ],
+)
+def test_a_licence_without_a_name_or_malformed_is_refused(lora_da, stored, tmp_path, flags, message):
+    code, out, err = lora_da("card", stored, *flags)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert lora_da("card", stored, "--license", "other", "--license_name", "own")[0] == 0
+    if flags[-1] == "other":
+        assert message in lora_da("push", stored, "user/name", *flags)[2]
 
 
 def test_card_replaces_only_a_card(lora_da, stored, tmp_path):

@@ -1,7 +1,9 @@
 """scripts/run_clm.py, run in this process on a tiny random model."""
 
 import csv
+import gzip
 import json
+import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -272,7 +274,9 @@ def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path
     ids = make_tokenizer().convert_tokens_to_ids(["w1", "w2", "w3", "w4"])
     assert samples["train"]["input_ids"][:] == [[1, *ids]]
     assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]]]
-    assert "1 of 2 train rows are left out" in caplog.text
+    assert (
+        "Left out: 1 of 2 train rows, which after cutting to 5 tokens (--block_size) have no completion" in caplog.text
+    )
 
 
 def test_chat_template(model_dir, tmp_path, samples, pairs_file):
@@ -458,7 +462,17 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train"], "--do_train needs data: give --dataset_name or --train_file"),
         (["--do_eval"], "--do_eval needs data"),
         (["--do_train", "--train_file", "a.xlsx"], "a.xlsx: the name must end in one of .csv, .json"),
+        (["--do_train", "--train_file", "a.parquet.gz"], "a.parquet.gz: the name must end in one of .csv, .json"),
         (["--do_train", "--train_file", "missing.csv"], "--train_file missing.csv does not exist"),
+        (["--do_eval", "--validation_file", "missing.TXT.gz"], "--validation_file missing.TXT.gz does not exist"),
+        (["--do_train", "--train_file", "."], "--train_file . is a folder: name a file in it"),
+        (["--do_train", "--dataset_name", "a.md"], "--dataset_name a.md is a file: give it as --train_file"),
+        (["--do_train", "--dataset_name", "d", "--lora_dropout", "2"], "--lora_dropout must be at least 0 and below 1"),
+        (["--do_train", "--dataset_name", "d", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
+        (["--do_train", "--dataset_name", "d", "--lora_alpha", "0"], "--lora_alpha must be at least 1, got 0"),
+        (["--do_train", "--dataset_name", "d", "--target_modules", "q_proj", "all-linear"], "Leave it or the other"),
+        (["--do_train", "--dataset_name", "d", "--seed", "-1"], "--seed must be at least 0 and below 2**32, got -1"),
+        (["--do_train", "--dataset_name", "d", "--data_seed", "-1"], "--data_seed must be at least 0 and below"),
         (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
         (["--do_train", "--dataset_name", "d", "--prompt_column", "p"], "--completion_column is missing"),
         (["--do_train", "--dataset_name", "d", "--completion_column", "c"], "--prompt_column is missing"),
@@ -487,6 +501,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
 )
 def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.md").touch()
     assert message in fails(capsys, [*MODEL, *more])
 
 
@@ -532,12 +547,105 @@ def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more, "--do_train"))
 
 
-@pytest.mark.parametrize(("name", "text"), [("broken.jsonl", '{"text": "a"}\n{"text'), ("empty.csv", "")])
-def test_a_file_that_is_not_what_its_suffix_says(model_dir, tmp_path, name, text):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"), [("broken.jsonl", b'{"text": "a"}\n{"text'), ("broken.txt", b"\xff\xfe\x80")]
+)
+def test_a_file_that_is_not_what_its_suffix_says(tmp_path, name, text, streaming):
     path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(DataError, match=f"{name} cannot be read as (json|csv) data"):
-        text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"))
+    path.write_bytes(text)
+    with pytest.raises(DataError, match=f"{name} cannot be read as (json|text) data"):
+        text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("empty.csv", ""),
+        ("header.csv", "prompt,completion\n"),
+        ("empty.json", "[]"),
+        ("empty.jsonl", ""),
+        ("blank.jsonl", "\n\n"),
+        ("empty.txt", ""),
+        ("empty.parquet", None),
+    ],
+)
+def test_a_file_without_rows(tmp_path, name, text, streaming):
+    path = tmp_path / name
+    if text is None:
+        Dataset.from_dict({"text": []}).to_parquet(path)
+    else:
+        path.write_text(text)
+    with pytest.raises(DataError, match=f"{name} holds no rows. Give a file with samples"):
+        text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".JSONL", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz", ".Txt.GZ"])
+def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, streaming):
+    plain = write_texts(tmp_path / f"plain{suffix.lower().removesuffix('.gz')}").read_bytes()
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(gzip.compress(plain) if suffix.lower().endswith(".gz") else plain)
+    rows = text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    assert [row["text"].strip() for row in rows] == TEXTS
+
+
+def test_a_stream_without_columns_holds_no_rows():
+    with pytest.raises(DataError, match="The train data holds no rows"):
+        text_data.column_names("train", IterableDataset.from_generator(lambda: iter(())))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train_file", "pairs.jsonl", "--model_name_or_path", "pairs.jsonl"], "pairs.jsonl is a file, no model"),
+        (["--train_file", "pairs.jsonl", "--model_name_or_path", "no/such/model"], "and no name that the Hub allows"),
+        (["--train_file", "pairs.jsonl", "--model_name_or_path", "org/model"], "The model org/model cannot be loaded"),
+        (["--dataset_name", "org/data"], "org/data cannot be loaded as a data set"),
+        (["--dataset_name", "folder"], "folder cannot be loaded as a data set"),
+        (["--train_file", "pairs.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not"),
+        (["--train_file", "pairs.jsonl", "--output_dir", "pairs.jsonl/out"], "--output_dir pairs.jsonl/out cannot be"),
+    ],
+)
+@pytest.mark.parametrize("init", ["lora", "lora_da"])
+def test_what_does_not_exist_is_said_without_a_traceback(
+    model_dir, tmp_path, pairs_file, monkeypatch, init, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(
+        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, "--do_train", init=init)]
+    )
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(run_clm.__file__, run_name="__main__")
+    assert left.value.code.startswith("run_clm.py: error: ")
+    assert message in left.value.code
+    assert "\n" not in left.value.code
+
+
+def test_an_error_that_is_no_mistake_of_the_users_keeps_its_traceback(model_dir, tmp_path, pairs_file, monkeypatch):
+    argv = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train")
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *argv])
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: [][0])
+    with pytest.raises(IndexError):
+        runpy.run_path(run_clm.__file__, run_name="__main__")
+
+
+def test_the_log_says_which_columns_are_used(model_dir, tmp_path, pairs_file, caplog):
+    arguments = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, "--do_train", "--block_size", 8)
+    run_clm.main([*arguments, "--max_steps", "1"])
+    assert "The train data: column 'question' is read as plain text (left out: 'answer'). Choose another" in caplog.text
+    run_clm.main([*arguments, *PAIR_FLAGS, "--max_steps", "1"])
+    assert "The train data: column 'question' is the prompt, 'answer' the completion." in caplog.text
+
+
+def test_unused_columns_are_named_up_to_a_few():
+    columns = [f"c{i}" for i in range(9)]
+    line = text_data.used_columns("train", columns, run_clm.DataArguments(text_column="c8"))
+    assert line.endswith("column 'c8' is read as plain text (left out: 'c0', 'c1', 'c2', 'c3', 'c4' and others).")
 
 
 def test_columns_that_are_not_text(model_dir, tmp_path):
