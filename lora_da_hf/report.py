@@ -209,7 +209,9 @@ class LoRADAReport:
 def _loss_line(which: str, count: int, before: float | None, after: float | None) -> str:
     if before is None:
         return ""
-    change = "" if after is None else f" -> {after:.4f} ({100 * (after - before) / abs(before):+.1f} %)" if before else ""
+    change = ""
+    if after is not None and before:
+        change = f" -> {after:.4f} ({100 * (after - before) / abs(before):+.1f} %)"
     return f"loss        {before:.4f}{change} on {count} {which} samples"
 
 

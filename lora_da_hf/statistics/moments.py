@@ -95,25 +95,16 @@ def full_precision(device_type: str) -> Generator[None]:
 
 @contextlib.contextmanager
 def _full_products() -> Generator[None]:
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer flags, which transformers' tf32=True does and the older ones cannot read
-        with _newer_flags_in_full():
-            yield
-        return
-    if precision == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
-def _newer_flags_in_full() -> Generator[None]:
     flags: Any = torch.backends
+    if not hasattr(flags, "fp32_precision"):  # torch before 2.9: one setting for all
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    # each by itself: torch.set_float32_matmul_precision sets both, so it cannot restore one that is set apart
     backends = (flags.cuda.matmul, flags.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ConfigError
 
 DEFAULT_ROW_NORM = 1 / math.sqrt(3)
 """Expected norm of a row of A under PEFT's default: kaiming uniform, a = sqrt(5), has entry variance 1 / (3 d_in)."""
@@ -29,11 +30,16 @@ def split_factors(
 
     Returns:
         ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``.
+
+    Raises:
+        ConfigError: if there is no such split.
     """
     product_scale = step_size / peft_scaling
     if factor_split == "default_norm":
         return basis_A * DEFAULT_ROW_NORM, basis_B * (product_scale / DEFAULT_ROW_NORM)
     root = math.sqrt(product_scale)
+    if factor_split == "orthonormal":
+        return basis_A * root, basis_B * root
     if factor_split == "balanced":
         left, singular, right = torch.linalg.svd(basis_B, full_matrices=False)
         rank = basis_A.shape[0]
@@ -44,7 +50,7 @@ def split_factors(
             scaled_A = torch.cat([scaled_A, scaled_A.new_zeros(missing, scaled_A.shape[1])])
             scaled_B = torch.cat([scaled_B, scaled_B.new_zeros(scaled_B.shape[0], missing)], dim=1)
         return scaled_A, scaled_B
-    return basis_A * root, basis_B * root
+    raise ConfigError(f'factor_split={factor_split!r} is none of "default_norm", "orthonormal" and "balanced".')
 
 
 def factors_at_step(

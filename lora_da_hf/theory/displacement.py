@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_da_hf.theory.kronecker import FactorizedInput
-from lora_da_hf.theory.subspace import leading_eigenpairs
+from lora_da_hf.theory.subspace import fix_signs, leading_eigenpairs
 
 _NORM_TOLERANCE = 1e-6
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of float32, which statistics are summed in: a gradient of rank 3 has further singular values of that size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,30 +24,53 @@ class Displacement:
     Attributes:
         scaled_gradient: ``[d_out, d_in]``, ``diag(inverse_output) weight_grad``: the mean over samples of the gradient
             of each sample's mean label loss, its rows divided by the damped output factor.
-        factorized_input: The Cholesky factor of Z.
+        factorized_input: The Cholesky factor of Z; None: Z is the identity.
     """
 
     scaled_gradient: Tensor
-    factorized_input: FactorizedInput
+    factorized_input: FactorizedInput | None
 
     @classmethod
     def of(cls, weight_grad: Tensor, inverse_output: Tensor, factorized_input: FactorizedInput) -> Displacement:
         """Make it from ``weight_grad [d_out, d_in]`` and the inverse ``[d_out]`` of the damped output factor."""
         return cls(scaled_gradient=inverse_output[:, None] * weight_grad, factorized_input=factorized_input)
 
+    def solve_input(self, vectors: Tensor) -> Tensor:
+        """Return ``Z^-1 V`` for ``V [d_in, k]``, which is V itself where Z is the identity."""
+        return vectors if self.factorized_input is None else self.factorized_input.solve(vectors)
+
     def dense(self) -> Tensor:
         """Return D, ``[d_out, d_in]``."""
-        return self.factorized_input.solve(self.scaled_gradient.mT).mT.neg()
+        return self.solve_input(self.scaled_gradient.mT).mT.neg()
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``D V`` for ``V [d_in, k]``."""
-        return -(self.scaled_gradient @ self.factorized_input.solve(vectors))
+        return -(self.scaled_gradient @ self.solve_input(vectors))
 
     def transposed_times_apply(self, solved: Tensor) -> Tensor:
         """Return ``D^T D V``, ``[d_in, k]``, given ``Z^-1 V``."""
         # few rows on the left of a matrix are up to ten times as fast as few columns on the right of a transposed one
         rows = (solved.mT.contiguous() @ self.scaled_gradient.mT) @ self.scaled_gradient
-        return self.factorized_input.solve(rows.mT)
+        return self.solve_input(rows.mT)
+
+    def singular_pairs(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the singular vectors of D within a subspace, without those that only rounding makes out.
+
+        A singular value of D is known to rounding of D's norm; the eigenvalue of ``D^T D``, which is its square, to the
+        square root of that, so it says nothing about the rank in float32.
+
+        Args:
+            basis: ``[d_in, k]``, orthonormal.
+
+        Returns:
+            Singular values ``[m]`` in descending order, and right singular vectors ``[d_in, m]``, m at most k. Those
+            left out are no larger than the rounding of D, or of the product that they come of.
+        """
+        _, values, turn = torch.linalg.svd(self.apply(basis), full_matrices=False)
+        vectors = basis @ turn.mT
+        factors = self.scaled_gradient.norm(dtype=torch.float64) * self.solve_input(vectors).norm(dim=0)
+        found = values > _ROUNDING * torch.maximum(factors, values[0])
+        return values[found], fix_signs(vectors[:, found])
 
     def norm(self, start: Tensor | None = None) -> float:
         """Return the largest singular value of D.
@@ -58,7 +84,7 @@ class Displacement:
         scaled = Displacement(scaled_gradient=self.scaled_gradient / scale, factorized_input=self.factorized_input)
         # an eigenvalue is accurate to the square of the residual
         pairs = leading_eigenpairs(
-            lambda v: scaled.transposed_times_apply(self.factorized_input.solve(v)),
+            lambda v: scaled.transposed_times_apply(scaled.solve_input(v)),
             self.scaled_gradient.shape[1],
             1,
             like=self.scaled_gradient,

@@ -35,11 +35,8 @@ class WhitenedLayer:
         cholesky = factorized_input.cholesky
         scaled = inverse_output.sqrt()[:, None] * weight_grad
         whitened = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False).mT.contiguous()
-        identity = torch.eye(cholesky.shape[0], dtype=cholesky.dtype, device=cholesky.device)
         return cls(
-            displacement=Displacement(
-                scaled_gradient=whitened, factorized_input=FactorizedInput(cholesky=identity, damping=0.0)
-            ),
+            displacement=Displacement(scaled_gradient=whitened, factorized_input=None),
             inverse_output=inverse_output,
             factorized_input=factorized_input,
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.kronecker import FactorizedInput
-from lora_da_hf.theory.subspace import Eigenpairs, complete_basis, leading_eigenpairs
+from lora_da_hf.theory.subspace import Eigenpairs, complete_basis, leading_eigenpairs, relative_residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Guidance:
     """``G = - bias_coefficient * D^T D + variance_coefficient * Z^-1``, kept as its parts.
 
     Attributes:
-        displacement: D, with the Cholesky factor of Z.
+        displacement: D, which has the factor of Z.
         bias_coefficient: Weight of the bias term.
         variance_coefficient: Weight of the variance term, with everything multiplied in.
     """
@@ -26,35 +26,13 @@ class Guidance:
     bias_coefficient: float
     variance_coefficient: float
 
-    @property
-    def factorized_input(self) -> FactorizedInput:
-        """The Cholesky factor of Z."""
-        return self.displacement.factorized_input
-
-    @property
-    def width(self) -> int:
-        """The number of inputs, d_in."""
-        return self.displacement.scaled_gradient.shape[1]
-
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V [d_in, k]`` without forming G."""
-        solved = self.factorized_input.solve(vectors)
+        solved = self.displacement.solve_input(vectors)
         product = self.displacement.transposed_times_apply(solved) * -self.bias_coefficient
         if self.variance_coefficient:
             product += solved * self.variance_coefficient
         return product
-
-    def dense(self) -> Tensor:
-        """Return G, ``[d_in, d_in]``."""
-        displacement = self.displacement.dense()
-        matrix = displacement.mT @ displacement * -self.bias_coefficient
-        if self.variance_coefficient:
-            matrix += self.factorized_input.inverse() * self.variance_coefficient
-        return matrix
-
-    def objective(self, basis: Tensor) -> float:
-        """Return ``trace(Q^T G Q)`` for an orthonormal ``Q [d_in, r]``: lower is better."""
-        return (basis * self.apply(basis)).sum().item()
 
 
 def build_guidance(
@@ -85,9 +63,11 @@ def build_guidance(
     variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
         dense = displacement.dense()
-        narrow = dense if dense.shape[0] >= dense.shape[1] else dense.mT
-        ratio = (narrow.mT @ narrow).norm() / displacement.factorized_input.inverse().norm()
-        variance = variance_weight * ratio.item()
+        scale = dense.abs().max().item() or 1.0  # in float32 the norm of the product would overflow
+        narrow = (dense if dense.shape[0] >= dense.shape[1] else dense.mT) / scale
+        factorized = displacement.factorized_input
+        inverse_norm = math.sqrt(dense.shape[1]) if factorized is None else factorized.inverse().norm().item()
+        variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm * scale * scale
     return Guidance(displacement=displacement, bias_coefficient=bias_weight, variance_coefficient=variance)
 
 
@@ -95,7 +75,7 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
     """Find the eigenvectors of the ``rank`` smallest eigenvalues of the guidance matrix, in ascending order.
 
     The basis for a smaller rank is the first columns of the basis for a larger one. Without a variance term the
-    directions beyond the rank of the displacement are completed as `complete_basis` defines.
+    directions beyond the rank of the displacement, whose eigenvalue is 0, are completed as `complete_basis` defines.
 
     Args:
         guidance: G.
@@ -105,27 +85,22 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
     Returns:
         Eigenvalues ``[r]`` ascending and vectors ``[d_in, r]``.
     """
-    dimension = guidance.width
-    if solver == "eigh" or (solver == "auto" and rank == dimension):
-        dense = guidance.dense()
-        pairs = leading_eigenpairs(lambda v: -(dense @ v), dimension, rank, like=dense, solver="eigh")
-    else:
-        pairs = leading_eigenpairs(
-            lambda v: -guidance.apply(v),
-            dimension,
-            rank,
-            like=guidance.displacement.scaled_gradient,
-            solver=solver,
-        )
-    if not guidance.variance_coefficient:
-        pairs = complete_basis(pairs)
-    return Eigenpairs(
-        eigenvalues=-pairs.eigenvalues,
-        vectors=pairs.vectors,
-        residual=pairs.residual,
-        solver=pairs.solver,
-        converged=pairs.converged,
+    pairs = leading_eigenpairs(
+        lambda v: -guidance.apply(v),
+        guidance.displacement.scaled_gradient.shape[1],
+        rank,
+        like=guidance.displacement.scaled_gradient,
+        solver=solver,
     )
+    pairs = replace(pairs, eigenvalues=-pairs.eigenvalues)
+    if guidance.variance_coefficient:
+        return pairs
+    singular, found = guidance.displacement.singular_pairs(pairs.vectors)
+    vectors = complete_basis(found, rank)
+    eigenvalues = torch.zeros_like(pairs.eigenvalues)
+    eigenvalues[: singular.shape[0]] = -guidance.bias_coefficient * singular.square()
+    residual = relative_residual(guidance.apply(vectors), vectors, eigenvalues)
+    return replace(pairs, eigenvalues=eigenvalues, vectors=vectors, residual=residual)
 
 
 def check_residual_in_float64(guidance: Guidance, pairs: Eigenpairs) -> float:
@@ -138,14 +113,10 @@ def check_residual_in_float64(guidance: Guidance, pairs: Eigenpairs) -> float:
     Returns:
         The largest residual relative to the largest eigenvalue, with Rayleigh quotients as eigenvalues.
     """
-    narrow = guidance.displacement
-    wide = replace(
-        guidance,
-        displacement=Displacement(
-            scaled_gradient=narrow.scaled_gradient.double(),
-            factorized_input=replace(narrow.factorized_input, cholesky=narrow.factorized_input.cholesky.double()),
-        ),
-    )
+    gradient, factorized = guidance.displacement.scaled_gradient.double(), guidance.displacement.factorized_input
+    if factorized is not None:
+        factorized = replace(factorized, cholesky=factorized.cholesky.double())
+    wide = replace(guidance, displacement=Displacement(scaled_gradient=gradient, factorized_input=factorized))
     vectors = torch.linalg.qr(pairs.vectors.double()).Q
     image = wide.apply(vectors)
     projected = vectors.mT @ image

@@ -69,8 +69,8 @@ def solve_layer(
 
     Raises:
         NonFiniteError: if a statistic is not finite.
-        SolveError: if the gradient is zero, so that there is no direction to go; or a length or a norm that the
-            settings ask for does not exist.
+        SolveError: if the gradient is zero, so that there is no direction to go; the eigenproblem cannot be solved; or
+            a length or a norm that the settings ask for does not exist.
     """
     if not torch.isfinite(statistics.weight_grad).all():
         raise NonFiniteError(f"The weight gradient of {layer} is not finite. Check the loss on the samples used.")
@@ -79,32 +79,34 @@ def solve_layer(
     dtype = factorized_input.cholesky.dtype
     problem = _pose(statistics, factorized_input, config, layer=layer, population_size=population_size)
     displacement, whitened, guidance = problem.displacement, problem.whitened, problem.guidance
-    pairs = lowest_subspace(guidance, rank, solver=config.solver)
+    notes = list(factorized_input.notes)
+
+    def solve_in_float64(found: str) -> LayerSolution:
+        wide = dataclasses.replace(config, solve_dtype="float64")
+        factorized = factorize(statistics, wide, layer=layer)
+        again = solve_layer(statistics, factorized, wide, layer=layer, rank=rank, population_size=population_size)
+        return dataclasses.replace(again, notes=(*notes, f"float32 {found}; solved again in float64", *again.notes))
+
+    try:
+        pairs = lowest_subspace(guidance, rank, solver=config.solver)
+        residual = pairs.residual if dtype == torch.float64 else check_residual_in_float64(guidance, pairs)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        if dtype != torch.float64:
+            return solve_in_float64("overflowed")
+        raise SolveError(
+            f"The eigenproblem of {layer} cannot be solved in float64: {error} The displacement is likely too long to "
+            "be squared. Raise input_damping and output_damping."
+        ) from error
     if whitened is None:
         basis_A, basis_B = pairs.vectors.mT.contiguous(), displacement.apply(pairs.vectors)
     else:
         basis_A, basis_B = whitened.map_back(pairs.vectors)
-    notes = list(factorized_input.notes)
     if config.solver == "krylov" and pairs.solver != "krylov":
         notes.append("Krylov did not converge; solved exactly")
-    residual = pairs.residual
     if dtype != torch.float64:
-        residual = max(
-            check_residual_in_float64(guidance, pairs),
-            _solve_residual(statistics, displacement, basis_A.mT),
-        )
+        residual = _larger(residual, _solve_residual(statistics, displacement, basis_A.mT, factorized_input.damping))
         if not residual <= _FLOAT32_RESIDUAL:
-            wide = dataclasses.replace(config, solve_dtype="float64")
-            again = solve_layer(
-                statistics,
-                factorize(statistics, wide, layer=layer),
-                wide,
-                layer=layer,
-                rank=rank,
-                population_size=population_size,
-            )
-            note = f"float32 left a residual of {residual:.1e}; solved again in float64"
-            return dataclasses.replace(again, notes=(*notes, note, *again.notes))
+            return solve_in_float64(f"left a residual of {residual:.1e}")
     if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
@@ -235,7 +237,7 @@ def solution_error(
     missed_images = (images - columns * divisor).norm(dim=0).max().item()
     missed_eigen = (guidance.apply(vectors) - vectors * eigenvalues).norm(dim=0).max().item()
     largest = norm if whitened is None else guidance.displacement.apply(vectors).norm(dim=0).max().item()
-    pivot = guidance.factorized_input.cholesky.diagonal().min().item()
+    pivot = cholesky.diagonal().min().item() if whitened is None else 1.0
     size = guidance.bias_coefficient * largest * largest + abs(guidance.variance_coefficient) / pivot / pivot
     errors = (
         _relative(abs(norm - solution.displacement_norm), norm),
@@ -251,25 +253,31 @@ def _relative(error: float, size: float) -> float:
     return error / size if size and math.isfinite(error) and math.isfinite(size) else math.inf
 
 
-def _solve_residual(statistics: LayerStatistics, displacement: Displacement, vectors: Tensor) -> float:
+def _solve_residual(statistics: LayerStatistics, displacement: Displacement, vectors: Tensor, damping: float) -> float:
     """Measure in float64 how far the solves with a narrower Cholesky factor miss their right-hand sides.
 
     Args:
         statistics: Of the layer.
         displacement: D, in the narrower dtype.
         vectors: ``[d_in, r]``, of which ``Z^-1`` and D^T D are taken.
+        damping: In Z.
 
     Returns:
         The larger relative residual.
     """
     moment = statistics.input_second_moment.double()
     damped = (moment + moment.mT) * 0.5
-    damped.diagonal().add_(displacement.factorized_input.damping)
+    damped.diagonal().add_(damping)
     gradient = displacement.scaled_gradient.double()
-    solved = displacement.factorized_input.solve(vectors)
+    solved = displacement.solve_input(vectors)
     gram = displacement.transposed_times_apply(solved)
     missed = 0.0
     for found, expected in ((solved, vectors.double()), (gram, gradient.mT @ (gradient @ solved.double()))):
         error = damped @ found.double() - expected
-        missed = max(missed, (error.norm() / expected.norm()).item())
+        missed = _larger(missed, (error.norm() / expected.norm()).item())
     return missed
+
+
+def _larger(first: float, second: float) -> float:
+    """Return the larger of two, and NaN if one of them is, which `max` returns by their order."""
+    return first if first > second or math.isnan(first) else second

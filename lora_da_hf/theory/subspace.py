@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -183,32 +183,25 @@ def fix_signs(vectors: Tensor) -> Tensor:
     return vectors * vectors.gather(0, pivot).sign()
 
 
-def complete_basis(pairs: Eigenpairs) -> Eigenpairs:
-    """Replace the null directions of a positive semidefinite operator by a defined orthonormal completion.
+def complete_basis(basis: Tensor, count: int) -> Tensor:
+    """Add directions to an orthonormal basis until there are ``count``: those that any solver would have to make up.
 
-    Eigenvectors of eigenvalue zero are arbitrary. Each is replaced by the coordinate axis that lies farthest from the
-    span so far (the first of equals), made orthogonal to it.
+    Each is the coordinate axis that lies farthest from the span so far (the first of equals), made orthogonal to it.
 
     Args:
-        pairs: Leading eigenpairs, in descending order.
+        basis: ``[d, k]``, orthonormal columns; k may be 0, and is at most ``count``.
+        count: At most d.
 
     Returns:
-        The same pairs where the eigenvalues are above rounding error, and completed ones, with eigenvalue 0, elsewhere.
+        ``[d, count]``, orthonormal; the first k columns are those given.
     """
-    vectors, eigenvalues = pairs.vectors, pairs.eigenvalues
-    dimension, count = vectors.shape
-    threshold = 8 * dimension * torch.finfo(eigenvalues.dtype).eps * eigenvalues[0].abs()
-    rank = int((eigenvalues > threshold).sum().item())
-    if rank == count:
-        return pairs
-    basis = vectors[:, :rank]
-    for _ in range(count - rank):
+    dimension = basis.shape[0]
+    while basis.shape[1] < count:
         axis = int(basis.square().sum(dim=1).round(decimals=12).argmin().item()) if basis.shape[1] else 0
-        column = torch.zeros(dimension, 1, dtype=vectors.dtype, device=vectors.device)
+        column = torch.zeros(dimension, 1, dtype=basis.dtype, device=basis.device)
         column[axis] = 1.0
         for _ in range(2):
             column = column - basis @ (basis.mT @ column)
             column = column / column.norm()
         basis = torch.cat([basis, fix_signs(column)], dim=1)
-    eigenvalues = torch.where(torch.arange(count, device=eigenvalues.device) < rank, eigenvalues, 0.0)
-    return replace(pairs, eigenvalues=eigenvalues, vectors=basis)
+    return basis

@@ -46,7 +46,8 @@ class InputPreconditioner:
         self.layers = list(roots)
         self.left_out = left_out
         self._roots = list(roots.values())
-        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = []
+        self._is_attached = False
 
     @classmethod
     def load(
@@ -68,8 +69,11 @@ class InputPreconditioner:
         Raises:
             ArtifactError: if the folder is damaged, or has no statistics.
             TargetError: if no A of the adapter is trained and has statistics that fit it.
+            UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
             UnsupportedSetupError: if A is kept in parts or in copies (ZeRO, FSDP2).
             ConfigError: if the damping is none.
+            NonFiniteError: if a stored second moment is not finite.
+            SolveError: if a second moment is singular with this damping.
         """
         rule = Damping.parse(damping, "damping")
         manifest = load_init(folder).manifest
@@ -104,14 +108,22 @@ class InputPreconditioner:
         return cls(roots, left_out)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Have an optimizer take its steps so, by its hooks. It may be attached to one optimizer.
+        """Have an optimizer take its steps so, by its hooks. It may be attached to one optimizer, once.
+
+        ``step`` then refuses a closure, whose gradients would come after the hook. Gradients are after a step what they
+        were before it.
 
         Args:
             optimizer: Torch's own, before a trainer wraps it.
 
         Raises:
-            ConfigError: if it lacks some of the layers' A, or lets them decay.
+            ConfigError: if it is attached already, or the optimizer lacks some of the layers' A or lets them decay.
         """
+        if self._is_attached:
+            raise ConfigError(
+                "This InputPreconditioner is attached to an optimizer already, whose steps it would transform twice. "
+                "Load another for another optimizer."
+            )
         decays = {id(p): group.get("weight_decay", 0) for group in optimizer.param_groups for p in group["params"]}
         for name, (weight, _) in zip(self.layers, self._roots, strict=True):
             if id(weight) not in decays:
@@ -124,15 +136,21 @@ class InputPreconditioner:
                 )
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+        self._is_attached = True
 
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(callable(given) for given in (*args[1:], *kwargs.values())):  # the first is the optimizer
+            raise UnsupportedSetupError(
+                "step(closure) takes its gradients in the step, where InputPreconditioner cannot transform them. Call "
+                "the closure first, and step() without it."
+            )
         self._move_to_weights()
         self._before = []
         for weight, root in self._roots:
             if weight.grad is not None:
-                self._before.append((weight, weight.clone(), root))
-                weight.grad.copy_(weight.grad @ root)
+                self._before.append((weight, weight.clone(), weight.grad, root))
+                weight.grad = weight.grad @ root
 
     def _move_to_weights(self) -> None:
         """Bring the roots to where the weights are and to their dtype; those that layers share stay one."""
@@ -145,6 +163,7 @@ class InputPreconditioner:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        for weight, old, root in self._before:
+        for weight, old, gradient, root in self._before:
             weight.copy_(old + (weight - old) @ root)
+            weight.grad = gradient
         self._before = []

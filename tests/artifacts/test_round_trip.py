@@ -385,7 +385,7 @@ def contents(folder):
         ("lora_da_hf.pipeline.save", "save_adapter"),
         ("lora_da_hf.pipeline.save", "adopt_statistics"),
         ("lora_da_hf.pipeline.resume", "save_statistics"),
-        ("lora_da_hf.artifacts.store", "save_file"),
+        ("lora_da_hf.artifacts.store", "write_tensors"),
         ("lora_da_hf.artifacts.store", "file_entry"),
         ("lora_da_hf.artifacts.folders", "sync"),
     ],

@@ -26,27 +26,27 @@ LEAST_WRITE_SECONDS = 0.02  # a kill at random finds about as much left to do on
 
 
 def take_time(module):
-    """Make each call of the module's `save_file` take no less than a known time."""
-    save_file = module.save_file
+    """Make each call of the module's `write_tensors` take no less than a known time."""
+    write_tensors = module.write_tensors
 
-    def slow_save_file(*arguments, **kwargs):
+    def slow_write_tensors(*arguments):
         time.sleep(LEAST_WRITE_SECONDS)
-        save_file(*arguments, **kwargs)
+        write_tensors(*arguments)
 
-    module.save_file = slow_save_file
+    module.write_tensors = slow_write_tensors
 
 
 def die_in_the_middle(module, number):
-    """Make the NUMBER-th call of the module's `save_file` write half of the file and kill the process."""
-    save_file, calls = module.save_file, itertools.count(1)
+    """Make the NUMBER-th call of the module's `write_tensors` write half of the file and kill the process."""
+    write_tensors, calls = module.write_tensors, itertools.count(1)
 
-    def dying_save_file(tensors, path, **kwargs):
-        save_file(tensors, path, **kwargs)
+    def dying_write_tensors(path, *arguments):
+        write_tensors(path, *arguments)
         if next(calls) == number:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module.save_file = dying_save_file
+    module.write_tensors = dying_write_tensors
 
 
 def initialize(folder):

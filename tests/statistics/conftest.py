@@ -194,3 +194,15 @@ def stacked():
 def assert_equal_statistics():
     """Return a function that compares two dictionaries of statistics in relative Frobenius norm."""
     return check_equal
+
+
+def cpu_products():
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.mkldnn.matmul.fp32_precision
+    return {"highest": "ieee"}.get(torch.get_float32_matmul_precision(), "reduced")  # torch before 2.9
+
+
+@pytest.fixture
+def float32_products():
+    """Return a function that tells how the CPU multiplies float32 now: ``"ieee"`` if in full precision."""
+    return cpu_products

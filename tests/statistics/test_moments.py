@@ -89,18 +89,20 @@ assert ([flag.fp32_precision for flag in flags[1:]] == ["ieee", "ieee"]) == {fol
         ('torch.backends.fp32_precision = "tf32"', True),  # transformers' tf32=True
         ('torch.backends.cuda.matmul.fp32_precision = "tf32"', False),
         ('torch.backends.mkldnn.matmul.fp32_precision = "bf16"', False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", False),  # of one backend, by the older kind
+        ('torch.set_float32_matmul_precision("medium")', False),
     ],
 )
-def test_flags_of_the_newer_kind_are_off_inside_and_restored(setting, follows):
+def test_flags_of_either_kind_are_off_inside_and_restored_for_each_backend(setting, follows):
     code = NEWER_FLAGS.format(setting=setting, follows=follows)  # a process of its own: the two kinds do not mix
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_full_precision_is_on_inside_and_restored_even_after_an_error(before):
+def test_full_precision_is_on_inside_and_restored_even_after_an_error(before, float32_products):
     def check_and_fail():
         with full_precision("cpu"):
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert float32_products() == "ieee"
             assert not torch.is_autocast_enabled("cpu")
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
             raise RuntimeError("inside")

@@ -309,12 +309,14 @@ def test_autocast_around_the_pass_does_not_reach_the_sums(tiny_llama, token_samp
         assert 1e-5 < error.item() < 0.1  # autocast did change the model, and no more than bfloat16 does
 
 
-def test_sums_are_taken_in_full_precision_whatever_the_ambient_flags(tiny_llama, token_samples, collected, monkeypatch):
+def test_sums_are_taken_in_full_precision_whatever_the_ambient_flags(
+    tiny_llama, token_samples, collected, float32_products, monkeypatch
+):
     seen = set()
     add = InputMomentSum.add
 
     def watching(self, rows):
-        seen.add((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        seen.add((float32_products(), torch.is_autocast_enabled("cpu")))
         add(self, rows)
 
     monkeypatch.setattr(InputMomentSum, "add", watching)
@@ -326,7 +328,7 @@ def test_sums_are_taken_in_full_precision_whatever_the_ambient_flags(tiny_llama,
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == {("highest", False)}
+    assert seen == {("ieee", False)}
 
 
 def test_float64_sums_are_those_of_float64(tiny_llama, token_samples, collected, stacked, assert_equal_statistics):

@@ -14,13 +14,8 @@ def displacement_of(statistics, *, input_damping, output_damping):
     return Displacement.of(statistics.weight_grad, y_inv, factorized)
 
 
-def identity_input(width, dtype=torch.float64):
-    return FactorizedInput(cholesky=torch.eye(width, dtype=dtype), damping=0.0)
-
-
 def spectral_norm(matrix, start=None):
-    displacement = Displacement(scaled_gradient=matrix, factorized_input=identity_input(matrix.shape[1], matrix.dtype))
-    return displacement.norm(start)
+    return Displacement(scaled_gradient=matrix, factorized_input=None).norm(start)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(6, 5), (5, 6), (1, 4), (4, 1)])
@@ -43,16 +38,19 @@ def test_products_with_vectors_are_those_of_the_dense_matrix(problem, d_out, d_i
     dense = found.dense()
     vectors = torch.randn(d_in, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     torch.testing.assert_close(found.apply(vectors), dense @ vectors)
-    gram = found.transposed_times_apply(found.factorized_input.solve(vectors))
+    gram = found.transposed_times_apply(found.solve_input(vectors))
     torch.testing.assert_close(gram, dense.mT @ dense @ vectors)
     assert found.norm() == pytest.approx(torch.linalg.svdvals(dense)[0].item(), rel=1e-9)
 
 
 def test_with_identity_factors_it_is_the_negative_gradient(problem):
     gradient = problem().weight_grad
-    ones = torch.ones(gradient.shape[0], dtype=torch.float64)
-    found = Displacement.of(gradient, ones, identity_input(gradient.shape[1]))
-    torch.testing.assert_close(found.dense(), -gradient)
+    ones, eye = torch.ones(12, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
+    solved = Displacement.of(gradient, ones, FactorizedInput(cholesky=eye, damping=0.0))
+    for found in (solved, Displacement(scaled_gradient=gradient, factorized_input=None)):
+        torch.testing.assert_close(found.dense(), -gradient)
+        torch.testing.assert_close(found.apply(eye), -gradient)
+        torch.testing.assert_close(found.transposed_times_apply(found.solve_input(eye)), gradient.mT @ gradient)
 
 
 def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem):
@@ -60,6 +58,17 @@ def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem)
     big = Damping(amount=1e6)
     found = displacement_of(statistics, input_damping=big, output_damping=big)
     torch.testing.assert_close(found.dense() * 1e12, -statistics.weight_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e25])
+@pytest.mark.parametrize(("d_out", "rank"), [(3, 3), (8, 5)])
+def test_singular_pairs_are_those_of_the_dense_matrix_up_to_its_rank(problem, d_out, rank, factor):
+    gradient = problem(d_out, 10, samples=5).weight_grad * factor
+    found = Displacement(scaled_gradient=gradient, factorized_input=None)
+    values, vectors = found.singular_pairs(torch.eye(10, dtype=torch.float64))
+    _, expected, right = torch.linalg.svd(gradient, full_matrices=False)
+    torch.testing.assert_close(values, expected[:rank], rtol=1e-9, atol=0)
+    torch.testing.assert_close(vectors.mT.abs(), right[:rank].abs(), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1, 1), (1, 7), (60, 40), (500, 450), (30, 600)])

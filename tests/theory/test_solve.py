@@ -133,6 +133,32 @@ def test_a_float32_solve_that_misses_is_repeated_in_float64_and_noted(problem, c
     assert solution.residual < 1e-10
 
 
+def stretched(statistics, factor):
+    return dataclasses.replace(statistics, weight_grad=statistics.weight_grad * factor)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e9, 1e15])
+def test_normalised_terms_do_not_depend_on_the_length_of_the_gradient_in_float32(problem, config, factor):
+    settings = config(solve_dtype="float32", normalize_guidance_terms=True, layer_steps="equal")
+    before, after = solve(problem(), settings), solve(stretched(problem(), factor), settings)
+    assert after.basis_A.dtype == torch.float32
+    torch.testing.assert_close(subspace(after), subspace(before), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.eigenvalues, before.eigenvalues, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalize_guidance_terms": True}, {"variance_weight": 0.0}])
+@pytest.mark.parametrize(("solver", "shape"), [("eigh", (12, 10)), ("krylov", (60, 420))])
+def test_what_overflows_float32_is_solved_in_float64_and_what_overflows_that_is_an_error(
+    problem, config, settings, solver, shape
+):
+    chosen = config(solve_dtype="float32", solver=solver, **settings)
+    solution = solve(stretched(problem(*shape), 1e25), chosen)
+    assert solution.basis_A.dtype == torch.float64
+    assert solution.notes[0] == "float32 overflowed; solved again in float64"
+    with pytest.raises((SolveError, NonFiniteError), match=r"layers\.3\.q_proj .* Raise input_damping"):
+        solve(stretched(problem(*shape), 1e200), chosen)
+
+
 def test_where_float32_cannot_be_factorised_the_layer_is_solved_in_float64(problem, config):
     statistics = problem(12, 10, tokens=4)  # fewer tokens than inputs
     solution = solve(statistics, config(solve_dtype="float32", input_damping=1e-12))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lora_da_hf.theory.subspace import (
-    Eigenpairs,
     block_krylov,
     complete_basis,
     fix_signs,
@@ -113,44 +112,24 @@ def test_the_residual_is_relative_to_the_largest_eigenvalue():
     assert relative_residual(image, vectors, eigenvalues) == pytest.approx(0.5)
 
 
-def pairs_of(vectors, eigenvalues):
-    return Eigenpairs(
-        eigenvalues=torch.tensor(eigenvalues, dtype=torch.float64), vectors=vectors, residual=0.0, solver="eigh"
-    )
-
-
-def test_null_directions_become_the_first_axes_that_are_farthest_from_the_span():
+def test_a_basis_is_completed_with_the_first_axes_that_are_farthest_from_the_span():
     axes = torch.eye(5, dtype=torch.float64)
-    leading = axes[:, [1]]
-    arbitrary = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    completed = complete_basis(pairs_of(torch.cat([leading, arbitrary[:, :3]], dim=1), [1.0, 1e-17, 0.0, -1e-18]))
-    torch.testing.assert_close(completed.vectors, axes[:, [1, 0, 2, 3]], rtol=0, atol=1e-15)
-    assert completed.eigenvalues.tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_the_completion_does_not_depend_on_the_null_vectors_that_the_solver_gave():
-    basis = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    leading, null = basis[:, :2], basis[:, 2:]
-    turned = null @ torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()).Q
-    first, second = (
-        complete_basis(pairs_of(torch.cat([leading, part[:, :3]], dim=1), [1.0, 0.5, 0.0, 0.0, 0.0]))
-        for part in (null, turned)
-    )
-    assert torch.equal(first.vectors, second.vectors)
-    assert torch.equal(first.vectors[:, :2], leading)
-    gram = first.vectors.mT @ first.vectors
+    assert torch.equal(complete_basis(axes[:, [1]], 4), axes[:, [1, 0, 2, 3]])
+    basis = torch.linalg.qr(torch.randn(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    completed = complete_basis(basis, 5)
+    assert torch.equal(completed[:, :2], basis)
+    gram = completed.mT @ completed
     torch.testing.assert_close(gram, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
-    farthest = leading.square().sum(dim=1).argmin()
-    axis = torch.eye(7, dtype=torch.float64)[:, farthest]
-    expected = axis - leading @ (leading.mT @ axis)
-    torch.testing.assert_close(first.vectors[:, 2], fix_signs((expected / expected.norm())[:, None])[:, 0])
+    axis = torch.eye(7, dtype=torch.float64)[:, basis.square().sum(dim=1).argmin()]
+    expected = axis - basis @ (basis.mT @ axis)
+    torch.testing.assert_close(completed[:, 2], fix_signs((expected / expected.norm())[:, None])[:, 0])
 
 
-def test_an_operator_that_is_zero_is_completed_with_the_first_axes():
-    completed = complete_basis(pairs_of(torch.eye(4, dtype=torch.float64)[:, [3, 2]], [0.0, 0.0]))
-    assert torch.equal(completed.vectors, torch.eye(4, dtype=torch.float64)[:, :2])
+def test_a_basis_of_nothing_is_completed_with_the_first_axes():
+    axes = torch.eye(4, dtype=torch.float64)
+    assert torch.equal(complete_basis(axes[:, :0], 2), axes[:, :2])
 
 
-def test_a_basis_without_null_directions_stays():
-    pairs = pairs_of(torch.eye(4, dtype=torch.float64)[:, [3, 2]], [1.0, 1e-6])
-    assert complete_basis(pairs) is pairs
+def test_a_basis_that_is_large_enough_stays():
+    basis = torch.eye(4, dtype=torch.float64)[:, [3, 2]]
+    assert complete_basis(basis, 2) is basis

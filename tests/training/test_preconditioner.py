@@ -11,7 +11,7 @@ from lora_da_hf import LoRADAConfig, apply_init
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.config import Damping
-from lora_da_hf.errors import ArtifactError, ConfigError, SolveError, TargetError
+from lora_da_hf.errors import ArtifactError, ConfigError, SolveError, TargetError, UnsupportedSetupError
 from lora_da_hf.theory.kronecker import inverse_root
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
@@ -153,6 +153,53 @@ def test_layers_without_a_gradient_stay(trained, stored_init):
     before = {name: weight.detach().clone() for name, weight in a_of(model).items()}
     optimizer.step()
     assert all(torch.equal(weight, before[name]) for name, weight in a_of(model).items())
+
+
+def one_layer():
+    """Return an A of its own with the preconditioner that covers it, and ``P``."""
+    root = torch.diag(torch.tensor([2.0, 1.0, 0.5]))
+    weight = nn.Parameter(torch.eye(3)[:2].clone())
+    return weight, InputPreconditioner({"layer": (weight, root)}, []), root
+
+
+def test_a_gradient_is_the_same_after_a_step_so_that_a_second_step_transforms_it_once():
+    weight, preconditioner, root = one_layer()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    preconditioner.attach(optimizer)
+    start, gradient = weight.detach().clone(), torch.arange(6.0).reshape(2, 3)
+    weight.grad = gradient.clone()
+    kept = weight.grad
+    for steps in (1, 2):
+        optimizer.step()
+        assert weight.grad is kept
+        assert torch.equal(weight.grad, gradient)
+        torch.testing.assert_close(weight.detach(), start - steps * 0.1 * gradient @ root @ root)
+
+
+def test_a_closure_is_refused_before_anything_moves():
+    weight, preconditioner, _ = one_layer()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    preconditioner.attach(optimizer)
+    weight.grad = torch.ones(2, 3)
+    start = weight.detach().clone()
+    for step in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+        with pytest.raises(UnsupportedSetupError, match=r"step\(closure\) .* Call the closure first"):
+            step()
+    assert torch.equal(weight, start)
+    assert torch.equal(weight.grad, torch.ones(2, 3))
+    optimizer.step(None)  # as accelerate calls it
+    assert not torch.equal(weight, start)
+
+
+def test_it_attaches_once():
+    weight, preconditioner, _ = one_layer()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(ConfigError, match="weight_decay"):
+        preconditioner.attach(torch.optim.SGD([weight], lr=0.1, weight_decay=0.1))
+    preconditioner.attach(optimizer)
+    for other in (optimizer, torch.optim.SGD([weight], lr=0.1)):
+        with pytest.raises(ConfigError, match="is attached to an optimizer already"):
+            preconditioner.attach(other)
 
 
 def test_what_cannot_be_preconditioned_is_an_error(trained, stored_init, lora_model):
