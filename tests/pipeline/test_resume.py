@@ -441,7 +441,7 @@ def halved(model):
         ({"lora": {"target_modules": ["q_proj"]}}, "adapter"),
         ({"lora": {"use_dora": True}}, "adapter"),
         ({"lora": {"lora_dropout": 0.5}}, "adapter"),
-        ({"lora": {"lora_bias": True}}, "adapter"),
+        ({"lora": {"init_lora_weights": "gaussian"}}, "adapter"),
         ({"llama": {"seed": 1}}, "base model, loss"),
         ({"llama": {"dtype": torch.bfloat16}}, "base model"),
         ({"samples": make_learnable_samples(25)}, "settings"),
