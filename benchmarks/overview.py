@@ -141,7 +141,7 @@ def summary(found: list[Comparison]) -> str:
     means = [statistics.fmean(values) for values in differences if values]
     seeds = [value for values in differences for value in values]
     lower = [sum(value < 0 for value in values) for values in (means, seeds)]
-    return f"lower in {lower[0]} of {len(means)} comparisons, on {lower[1]} of {len(seeds)} seeds in all"
+    return f"in {lower[0]} of {len(means)} comparisons, on {lower[1]} of {len(seeds)} seeds in all"
 
 
 def main() -> None:
@@ -149,7 +149,7 @@ def main() -> None:
     found = read_comparisons()
     plot(found, RESULTS / "overview.png")
     rates = "Rates: `alone` is the only one that was run, `edge` the lowest or highest of those that were."
-    about = f"LoRA-DA is {summary(found)}. {EXPLAINED} {rates}"
+    about = f"LoRA-DA ends lower {summary(found)}. {EXPLAINED} {rates}"
     text = "\n".join(["# LoRA-DA and plain LoRA", "", about, "", *table(found), "", "![The same](overview.png)"])
     (RESULTS / "overview.md").write_text(text + "\n", encoding="utf-8")
     print(text)

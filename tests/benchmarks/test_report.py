@@ -249,7 +249,7 @@ def test_the_overview_compares_at_the_best_rates_on_the_same_seeds():
         "data, rank 8, 4 steps, A frozen",
     ]
     assert [[round(value, 9) for value in one.differences()] for one in found] == [[-0.1, 0.05], [-0.1], [-0.3]]
-    assert overview.summary(found) == "lower in 3 of 3 comparisons, on 3 of 4 seeds in all"
+    assert overview.summary(found) == "in 3 of 3 comparisons, on 3 of 4 seeds in all"
     assert overview.table(found)[2] == (
         "| data, rank 8, 4 steps | 2.0000, 2.0000 | 1.0500 ± 0.0707 (2) at 0.001 (edge) | "
         "1.0250 ± 0.1768 (2) at 0.001 (alone) | -0.0250 ± 0.0750 (2) | 1 of 2 |"
