@@ -68,7 +68,7 @@ def check_whole(folder):
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
         partial = any(".partial" in part or part.startswith(".tmp") for part in parts)  # .tmp: of safetensors itself
-        if path.is_file() and not partial:
+        if path.is_file() and not partial and path.suffix != ".lock":
             load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
 
