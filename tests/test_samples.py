@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 
+from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
-from lora_da_hf.samples import DeviceCollator, choose_samples, is_loader, pad_samples, samples_of_loader
+from lora_da_hf.samples import choose_samples, is_loader, pad_samples, samples_of_loader
 
 
 def choose(samples, *, seed=0, population_size=None, **settings):

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from lora_da_hf.adapters.ranks_per_layer import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
+from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, is_whole, read_full, settle, write_full
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import DeviceCollator
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.losses import ComputeLoss

@@ -18,6 +18,7 @@ from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import stored_solution
 from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
 from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
@@ -39,7 +40,7 @@ from lora_da_hf.pipeline.stored import (
 )
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.samples import DeviceCollator, RawCollate, is_loader, pad_samples, samples_of_loader
+from lora_da_hf.samples import is_loader, pad_samples, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass
 

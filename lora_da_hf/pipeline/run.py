@@ -16,6 +16,7 @@ from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable, held_alone, remove_leftovers
+from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
@@ -33,8 +34,6 @@ from lora_da_hf.pipeline.step import find_step, write_adapter
 from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import (
-    DeviceCollator,
-    RawCollate,
     SampleSplits,
     choose_samples,
     has_positions,

@@ -16,6 +16,7 @@ from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
@@ -24,7 +25,7 @@ from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import RawCollate, has_positions, reads_once, samples_of_loader
+from lora_da_hf.samples import has_positions, reads_once, samples_of_loader
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 from lora_da_hf.training.trainer_loss import TrainerLoss, adapt_loss, metrics_kept, no_averaging_over_devices
