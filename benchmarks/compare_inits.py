@@ -53,6 +53,7 @@ from initialization_cost import machine, package_digest, peak_mib, reset_peak
 from inits import (
     FROZEN,
     HALF,
+    MERGED,
     METHODS,
     OWN,
     READ_SAMPLES,
@@ -122,7 +123,7 @@ TRAINING = (
 )
 """Settings of a cell that its initialisation does not depend on."""
 
-STARTS_ELSEWHERE = {*RESET, *HALF}
+STARTS_ELSEWHERE = {*RESET, *HALF, *MERGED}
 """Methods whose loss at step 0 is not that of the start that they are made from."""
 
 PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "ranks", "seed": "seeds", "steps": "steps"}
@@ -176,7 +177,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
-        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *HALF}
+        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *HALF, *MERGED}
         rates = block["learning_rates"]
         if isinstance(rates, dict):
             unknown |= {rates.get("by", "final_loss")} - {"final_loss", "best_loss"}

@@ -235,6 +235,10 @@ HALF = {"lora_da_half": "lora_da", "lora_da_half_fa": "lora_da"}
 """Methods that keep the first half of the directions of a start, and give the others up for rows of A as plain LoRA
 draws them, with zero in B."""
 
+MERGED = {"lora_on_da": "lora_da"}
+"""Methods that put a start's update into the base's weights and train a plain adapter on top: the step without the
+subspace."""
+
 OWN = {"lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
 """Methods of ``METHODS`` that this package's settings go to."""
 
@@ -244,14 +248,17 @@ READ_SAMPLES = {"eva", "corda", "lora_ga", *OWN}
 
 def made_by(method: str) -> str:
     """Return the method of ``METHODS`` that makes the adapter which a method changes before it is trained."""
-    return {**FROZEN, **RESET, **HALF}.get(method, method)
+    return {**FROZEN, **RESET, **HALF, **MERGED}.get(method, method)
 
 
 def change(model: nn.Module, method: str, seed: int) -> None:
     """Make of the adapter of ``made_by`` that of the method."""
     torch.manual_seed(seed)
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and method in (*RESET, *HALF):
+        if isinstance(layer, LoraLayer) and method in (*RESET, *HALF, *MERGED):
+            if method in MERGED:
+                weight = layer.get_base_layer().weight
+                weight.data = (weight.data.float() + layer.get_delta_weight("default")).to(weight.dtype)
             made = [factors["default"].weight.detach().clone() for factors in (layer.lora_A, layer.lora_B)]
             layer.reset_lora_parameters("default", init_lora_weights=True)
             if method in HALF:

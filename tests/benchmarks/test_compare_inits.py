@@ -23,7 +23,7 @@ from lora_da_hf.samples import choose_samples
 
 BLOCK = {
     "name": "all",
-    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET, *inits.HALF}),
+    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET, *inits.HALF, *inits.MERGED}),
     "learning_rates": [1e-3],
     "ranks": [2],
     "seeds": [0],
@@ -208,6 +208,17 @@ def test_half_of_a_start_is_given_up_for_fresh_rows():
     assert (a.requires_grad, b.requires_grad) == (True, True)
     inits.change(model, "lora_da_half_fa", seed=0)
     assert (a.requires_grad, b.requires_grad) == (False, True)
+
+
+def test_a_start_is_put_into_the_base_under_a_plain_adapter():
+    model = inits.get_peft_model(make_tiny_llama(), inits.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    b, before = layer.lora_B["default"].weight, layer.weight.detach().clone()
+    torch.nn.init.normal_(b)
+    start = 2.0 * b.detach() @ layer.lora_A["default"].weight.detach()
+    inits.change(model, "lora_on_da", seed=0)
+    torch.testing.assert_close(layer.weight, before + start)
+    assert not b.any() and not layer.weight.requires_grad
 
 
 def test_starts_are_solved_from_kept_statistics(compare, tmp_path):
