@@ -31,6 +31,12 @@ GROUP = ("rank", "steps", "num_train")
 
 USUAL_RANK = 8
 
+MARKERS = "osD^v"
+"""One for each ten methods of a picture, which repeat the colours."""
+
+PICTURED = 1.15
+"""Final losses up to this many times the lowest are in the picture of learning rates."""
+
 ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
 
 MOVEMENT = (
@@ -441,36 +447,71 @@ def middle(values: Sequence[float], form: str) -> str:
     return format(statistics.median(values), form) if values else ""
 
 
-def plot(records: Sequence[Record], title: str, path: Path) -> None:
-    """Draw the final loss over the learning rate, and the loss over the steps at each method's best one.
+def pictured(records: Sequence[Record]) -> list[Record]:
+    """Leave out starts from the samples that training begins with, unless there are no others."""
+    return [record for record in records if record["cell"].get("reads") != "first"] or list(records)
 
-    Means, with the standard deviation where there are several runs.
+
+def plot(records: Sequence[Record], title: str, path: Path) -> None:
+    """Draw final losses over the learning rate, losses over the steps at each method's best one, and training's own.
+
+    Means, with the standard deviation where there are several runs. Final losses far above the lowest lie outside. The
+    last picture is that of `along_table`: the loss of each training batch less plain LoRA's of the same one.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    rates_axes, steps_axes = figure.subplots(1, 2)
-    for name, of_method in variants(records).items():
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    rates_axes, steps_axes, batches_axes = figure.subplots(1, 3)
+    shown = variants(pictured(records))
+    lowest = min(mean_loss(at_best_rate(runs)[1]) for runs in shown.values())
+    highest = lowest
+    batches = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in shown.items()}
+    for number, (name, of_method) in enumerate(shown.items()):
+        style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
         finals = {rate: [run["final_loss"] for run in runs] for rate, runs in by_rate(of_method).items()}
-        draw(rates_axes, finals, name)
         rate, runs = at_best_rate(of_method)
+        draw(rates_axes, finals, label=f"{name} (best: {rate:g})", **style)
+        means = [mean_loss(found) for found in by_rate(of_method).values()]
+        highest = max([highest, *(mean for mean in means if mean <= PICTURED * lowest)])
         curves = [dict(run["losses"]) for run in runs]
-        draw(steps_axes, {step: [curve.get(step) for curve in curves] for step in curves[0]}, f"{name}, {rate:g}")
+        draw(steps_axes, {step: [curve.get(step) for curve in curves] for step in curves[0]}, **style)
+        plain = batches.get(partner_of(name), [])
+        leads = lead_over_steps(batches[name], plain) if name != partner_of(name) else []
+        batches_axes.plot(range(1, len(leads) + 1), leads, color=style["color"])
+    if math.isfinite(highest):
+        room = 0.05 * (highest - lowest) or 0.01 * lowest
+        rates_axes.set_ylim(lowest - 2 * room, highest + 2 * room)
     rates_axes.set(xscale="log", xlabel="learning rate", ylabel="final loss on unseen data", title=title)
     steps_axes.set(xlabel="step", ylabel="loss on unseen data", title="each at its best learning rate")
-    for axes in (rates_axes, steps_axes):
+    batches_axes.set(xlabel="step", ylabel="less plain LoRA's, mean of 5 steps", title="loss of the training batches")
+    batches_axes.axhline(0.0, color="black", linewidth=0.8)
+    for axes in (rates_axes, steps_axes, batches_axes):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
-def draw(axes: Any, points: dict[Any, list[float | None]], label: str) -> None:
+def lead_over_steps(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
+    """Return the mean difference of each batch's losses over the seeds that both have, smoothed over five steps.
+
+    Empty where they have no seed in common, or a run diverged.
+    """
+    by_seed = {record["cell"]["seed"]: record for record in theirs}
+    pairs = [(record, by_seed[seed]) for record in ours if (seed := record["cell"]["seed"]) in by_seed]
+    steps = range(1, ours[0]["cell"]["steps"] + 1)
+    if not pairs or any(one[str(step)] is None for pair in pairs for one in pair for step in steps):
+        return []
+    each = [statistics.fmean(a[str(step)] - b[str(step)] for a, b in pairs) for step in steps]
+    return [statistics.fmean(each[max(0, place - 2) : place + 3]) for place in range(len(each))]
+
+
+def draw(axes: Any, points: dict[Any, list[float | None]], **style: Any) -> None:
     """Draw means with their standard deviations; points of which a run diverged are left out."""
     found = {x: [y for y in ys if y is not None] for x, ys in points.items() if None not in ys}
     if found:
         deviations = [statistics.stdev(ys) if len(ys) > 1 else 0.0 for ys in found.values()]
         means = [statistics.fmean(ys) for ys in found.values()]
-        axes.errorbar(list(found), means, yerr=deviations, marker="o", capsize=3, label=label)
+        axes.errorbar(list(found), means, yerr=deviations, capsize=3, **style)
 
 
 def describe(facts: dict[str, Any], machines: Sequence[dict[str, Any]]) -> str:

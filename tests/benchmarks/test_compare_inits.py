@@ -218,7 +218,8 @@ def test_a_start_is_put_into_the_base_under_a_plain_adapter():
     start = 2.0 * b.detach() @ layer.lora_A["default"].weight.detach()
     inits.change(model, "lora_on_da", seed=0)
     torch.testing.assert_close(layer.weight, before + start)
-    assert not b.any() and not layer.weight.requires_grad
+    assert not b.any()
+    assert not layer.weight.requires_grad
 
 
 def test_starts_are_solved_from_kept_statistics(compare, tmp_path):

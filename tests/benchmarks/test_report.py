@@ -101,6 +101,24 @@ def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tm
     assert "| lora | 2.0 | 0.7 | 5 | 3.00 |" in one
 
 
+def test_the_lead_over_the_steps_is_a_mean_of_neighbouring_batches_on_the_same_seeds():
+    def runs(method, *seeds):
+        of_seeds = [(record_of(method, 1e-3, seed, [[0, 2.0], [4, 1.0]]), losses) for seed, losses in seeds]
+        return [report.with_losses_of_steps({**record, "train_losses": losses}) for record, losses in of_seeds]
+
+    plain = runs("lora", (0, [2.0, 2.0, 2.0, 2.0]), (1, [3.0, 3.0, 3.0, 3.0]))
+    ours = runs("lora_da", (1, [1.0, 2.0, 3.0, 3.0]), (2, [0.0, 0.0, 0.0, 0.0]))
+    assert report.lead_over_steps(ours, plain) == pytest.approx([-1.0, -0.75, -0.75, -1 / 3])
+    assert report.lead_over_steps(runs("lora_da", (0, [2.0, None, 1.0, 1.0])), plain) == []
+    assert report.lead_over_steps(runs("lora_da", (5, [1.0] * 4)), plain) == []
+
+
+def test_pictures_leave_out_starts_from_what_training_begins_with_unless_there_are_no_others():
+    first, drawn = ([record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 1.0]], reads=reads)] for reads in ("first", "drawn"))
+    assert report.pictured(first + drawn) == drawn
+    assert report.pictured(first) == first
+
+
 def test_nothing_to_report_is_an_error(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(SystemExit):

@@ -71,6 +71,18 @@ def test_the_variance_term_helps_with_few_samples(linear):
     assert paired(linear, "LoRA-DA", "LoRA-DA, no variance", 64, "distance") < -2
 
 
+def test_with_few_samples_lora_da_by_default_has_a_higher_loss_than_the_gradients_svd(linear):
+    assert paired(linear, "LoRA-DA", "gradient's SVD", 16, "excess") > 2
+    assert paired(linear, "LoRA-DA", "gradient's SVD", 64, "excess") > 2
+    assert paired(linear, "LoRA-DA, ten times the damping", "LoRA-DA", 64, "excess") < -2
+
+
+def test_the_best_damping_falls_with_the_number_of_samples(linear):
+    weaker, stronger = "LoRA-DA, a tenth of the damping", "LoRA-DA, ten times the damping"
+    assert paired(linear, weaker, stronger, 64, "excess") > 2
+    assert paired(linear, weaker, stronger, 1024, "excess") < -2
+
+
 def test_the_prediction_fails_where_the_basis_comes_from_the_same_few_samples(linear):
     """Noise of the displacement is in the choice too, which no bias nor variance of the fit knows of."""
     records = theory.select(linear, method="LoRA-DA, no variance", samples=64)
