@@ -47,16 +47,22 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | N
     loss: Any = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
         raise DataError(
-            f"The model returned no loss from {sorted(batch)}. Add labels to the samples, or give compute_loss."
+            f"The model returned no loss from {', '.join(sorted(batch))}. Add labels to the samples, or give "
+            "compute_loss (LoRADACallback: set its compute_loss to trainer.compute_loss)."
         )
     return loss
 
 
 def checked_loss(compute_loss: ComputeLoss) -> ComputeLoss:
-    """Make a loss of a user's say what it must return, if it returns something else."""
+    """Make a loss of a user's say what it must take and return, if it is another function."""
+    signature = inspect.signature(compute_loss)
 
     @functools.wraps(compute_loss)
     def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        try:
+            signature.bind(model, batch, num_items)
+        except TypeError as error:
+            raise DataError(f"compute_loss is called as compute_loss(model, batch, num_items): {error}.") from None
         value: Any = compute_loss(model, dict(batch), num_items)  # which it may change
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -244,12 +244,17 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
         )
     if found:
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {stored.get('name_or_path')!r}, and the model differs: "
+            f"This initialisation was computed for {_name_of(stored)}, and the model differs: "
             f"{'; '.join(found)}. Use that base, or compute an initialisation for this one."
         )
     for note in notes:
         logger.warning("LoRA-DA: %s", note)
     return notes
+
+
+def _name_of(base_model: Mapping[str, Any]) -> str:
+    name = base_model.get("name_or_path")
+    return repr(name) if name else "a base without a name"
 
 
 def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

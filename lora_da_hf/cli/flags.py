@@ -87,7 +87,10 @@ def _add_field(flags: Flags, field: dataclasses.Field[Any], hint: Any) -> None:
         options = {"type": _truth, "nargs": "?", "const": True}
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if has_factory else field.default  # pyright: ignore[reportCallIssue]
-    flags.flag(field.name, default=default, help=field.metadata["help"], **options)
+    explained = field.metadata["help"]
+    if default not in (None, False, "", []) and "default" not in explained.lower():
+        explained += f" (default: {default})".replace("%", "%%")
+    flags.flag(field.name, default=default, help=explained, **options)
     if hint is bool and default:
         flags.flag(
             f"no_{field.name}", action="store_false", dest=field.name, default=False, help=field.metadata["help"]

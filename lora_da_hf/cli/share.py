@@ -45,7 +45,9 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         **facts_of_card(arguments),
     )
     names = ("url", "repo_id", "commit", "pull_request_url", "tag", "private")
-    values = {name: getattr(pushed, name) for name in names}
+    values = {name: getattr(pushed, name) for name in (*names, "changed")}
+    if not pushed.changed:
+        output.message("The repository holds these files already, so nothing was committed.")
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
     output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))
 

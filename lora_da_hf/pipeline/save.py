@@ -176,7 +176,9 @@ def refuse_unsaveable(model: nn.Module) -> None:
     if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
         raise TargetError(
             f"The adapter of a {type(model).__name__} cannot be stored: it is neither what get_peft_model returns nor "
-            "a transformers model with an adapter. Give such a model, or call initialize_lora_da without output_dir."
+            "a transformers model with an adapter. get_peft_model changes the base in place, and so does "
+            "LoRADATrainer's peft_config: give what it returned (trainer.model), or load the base anew. Without "
+            "output_dir, initialize_lora_da takes any model."
         )
 
 

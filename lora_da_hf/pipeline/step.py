@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
+
+logger = logging.getLogger(__name__)
 
 _FIRST_STEP = 1.0
 _FIRST_EQUAL_STEP = 0.1
@@ -153,10 +156,13 @@ def write_adapter(
             job.report.unseen_loss_after = after
             before = job.report.unseen_loss_before
             if before is not None and after > before:
-                job.report.notes.append(
+                note = (
                     f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the "
                     "start was computed from may be too few, or unlike them"
                 )
+                job.report.notes.append(note)
+                if job.ranks.rank == 0:
+                    logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", note)
         else:
             job.report.notes.append(f"with the adapter, the loss on the unseen samples is {after}")
 

@@ -139,7 +139,10 @@ class LoRADACallback(TrainerCallback):
             self._tag(model, self.report)
             return
         if was_initialized(model, name):
-            logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
+            if self.report is None:
+                self._note_what_is_ignored()
+            else:
+                logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
             if self.report is not None and (starts_over or self._is_unlogged):
                 self._log(self.report, state)
             return
@@ -278,12 +281,30 @@ class LoRADACallback(TrainerCallback):
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("LoRA-DA: the report in %s cannot be read (%s); training goes on without it", folder, error)
 
+    def _note_what_is_ignored(self) -> None:
+        """Say that an adapter which was not initialised by this callback stays as it is.
+
+        Raises:
+            ConfigError: if an initialisation was to be read.
+        """
+        if self.init_from is not None:
+            raise ConfigError(
+                f"The model's adapter was initialised before in this process, so init_from={str(self.init_from)!r} "
+                "would not be used. Load the base anew, or leave init_from out to train the adapter as it is."
+            )
+        logger.warning(
+            "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
+            "given now have no effect. Load the base anew to start again."
+        )
+
     def _note_unseen_loss(self, args: TrainingArguments) -> None:
         if self.compute_loss is not None or hasattr(args, _OF_ONLINE_RL):
             return
         loss_type = getattr(args, "loss_type", _MODEL_LOSS)  # of TRL
         unseen = "label smoothing" if args.label_smoothing_factor else None
-        unseen = f"loss_type={loss_type!r}" if loss_type != _MODEL_LOSS else unseen
+        if loss_type != _MODEL_LOSS:
+            names = loss_type if isinstance(loss_type, list) else [loss_type]
+            unseen = f"loss_type {', '.join(map(str, names))}"
         if unseen:
             logger.warning(
                 "LoRADACallback uses the loss that the model returns, without %s. Set its compute_loss to "

@@ -125,11 +125,13 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
         desc=f"Tokenising {name}",
     )
     if len(samples) == 0:
-        advice = "prompts leave no room, so raise it" if data.has_pairs else "there is less text, so lower it"
+        advice = "there is less text, so lower it"
+        if data.has_pairs:
+            advice = "prompts leave no room, so raise it, or no row has a completion"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
     if data.has_pairs and len(samples) < len(split):
         logger.warning(
-            "Left out: %d of %d %s rows, which after cutting to %d tokens (--block_size) have no completion.",
+            "Left out: %d of %d %s rows, which have no completion, or none after cutting to %d tokens (--block_size).",
             *(len(split) - len(samples), len(split), name, block_size),
         )
     return samples
@@ -184,7 +186,8 @@ def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
     texts = ["" if value is None else value for value in batch[column]]
     for text in texts:
         if not isinstance(text, str):
-            raise DataError(f"Column {column!r} must hold text, not {type(text).__name__}: {text!r:.80}")
+            what = f"{type(text).__name__}: {text!r:.80}"
+            raise DataError(f"Column {column!r} must hold text, not {what}. Write it as text there.")
     return texts
 
 
@@ -206,7 +209,7 @@ def encode_text(
 def encode_pairs(
     batch: dict[str, list[Any]], encode_pair: Any, block_size: int, data: TextArguments
 ) -> dict[str, list[list[int]]]:
-    """Encode prompts and completions, cut to the block size, and leave out rows without any label.
+    """Encode prompts and completions, cut to the block size, and leave out rows without completion or without a label.
 
     Args:
         batch: Columns of rows.
@@ -215,9 +218,12 @@ def encode_pairs(
         data: Names the columns.
     """
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, completion in zip(
-        strings(batch, data.prompt_column or ""), strings(batch, data.completion_column or ""), strict=True
+    given = [completion is not None for completion in batch[data.completion_column or ""]]
+    for prompt, completion, is_given in zip(
+        strings(batch, data.prompt_column or ""), strings(batch, data.completion_column or ""), given, strict=True
     ):
+        if not is_given:
+            continue
         prompt_ids, completion_ids = encode_pair(prompt, completion)
         if len(prompt_ids) >= block_size:
             continue

@@ -23,6 +23,7 @@ from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError, UnsupportedSetupError
 from lora_da_hf.pipeline.ranks_per_layer import adopt_ranks
+from lora_da_hf.pipeline.save import refuse_unsaveable
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.callback import LoRADACallback
 from lora_da_hf.training.init_source import cite_init
@@ -169,6 +170,8 @@ def _wrap_model_init(model_init: Callable[..., Any], peft_config: LoraConfig | N
 
 def _with_adapter(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
     has_adapter = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
+    if has_adapter:
+        refuse_unsaveable(model)
     if has_adapter and peft_config is not None:
         raise ConfigError("The model has an adapter already. Leave peft_config out, or give the plain model.")
     if has_adapter:

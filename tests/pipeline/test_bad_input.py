@@ -375,6 +375,11 @@ def test_a_collator_that_makes_something_else(lora_model, samples):
     )
 
 
+def test_a_loss_that_takes_other_arguments(lora_model, samples):
+    with pytest.raises(DataError, match=r"as compute_loss\(model, batch, num_items\): too many positional arguments"):
+        initialize_lora_da(lora_model(), samples, compute_loss=lambda model, batch: model(**batch).loss, progress=False)
+
+
 @pytest.mark.parametrize(
     ("value", "what"), [(1.0, "a float"), ((torch.zeros(()), None), "a tuple"), (torch.zeros(3), r"a tensor \[3\]")]
 )

@@ -517,11 +517,12 @@ def test_a_collator_that_masks_at_random_is_named_as_the_reason_for_single_sampl
     assert any("the collator draws at random" in note for note in report.notes)
 
 
-def test_a_loss_that_rises_on_unseen_samples_is_noted(lora_model, token_samples):
+def test_a_loss_that_rises_on_unseen_samples_is_a_warning(lora_model, token_samples, caplog):
     config = dataclasses.replace(FIXED, step_size=30.0, search_samples=4)
     report = initialize_lora_da(lora_model(), token_samples(24), config=config, progress=False)
     assert report.unseen_loss_after > report.unseen_loss_before
     assert any(note.startswith("on samples that nothing had seen the loss rose from") for note in report.notes)
+    assert "LoRA-DA: on samples that nothing had seen the loss rose from" in caplog.text
 
 
 def test_layers_that_keep_pefts_initialisation_are_a_warning(lora_model, token_samples, caplog):

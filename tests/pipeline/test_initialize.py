@@ -30,7 +30,7 @@ from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters import write as write_module
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import UnsupportedLayerError
+from lora_da_hf.errors import ConfigError, UnsupportedLayerError
 from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM
 
 
@@ -377,9 +377,10 @@ def test_a_larger_max_rank_is_stored_and_changes_nothing_that_is_written(tmp_pat
     assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "plain").bases.values()} == {4}
 
 
-def test_a_smaller_max_rank_does_not_cut_the_adapter(tmp_path, lora_model, samples):
-    initialize(lora_model(), samples, tmp_path / "init", step_size=0.1, max_rank=2)
-    assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "init").bases.values()} == {4}
+def test_a_max_rank_below_the_adapters_rank_is_an_error(tmp_path, lora_model, samples):
+    with pytest.raises(ConfigError, match=r"max_rank=2 is below the adapter's rank, 4, .* Leave it out, or give more"):
+        initialize(lora_model(), samples, tmp_path / "init", step_size=0.1, max_rank=2)
+    assert not (tmp_path / "init").exists()
 
 
 def test_a_max_rank_above_the_input_size_is_cut_to_it(tmp_path, lora_model, samples):

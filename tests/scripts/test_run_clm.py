@@ -274,9 +274,16 @@ def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path
     ids = make_tokenizer().convert_tokens_to_ids(["w1", "w2", "w3", "w4"])
     assert samples["train"]["input_ids"][:] == [[1, *ids]]
     assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]]]
-    assert (
-        "Left out: 1 of 2 train rows, which after cutting to 5 tokens (--block_size) have no completion" in caplog.text
-    )
+    assert "Left out: 1 of 2 train rows, which have no completion, or none after cutting to 5 tokens" in caplog.text
+
+
+def test_rows_whose_completion_is_null_are_left_out(model_dir, tmp_path, samples, caplog):
+    rows = [{"question": None, "answer": "w3"}, {"question": "w1", "answer": None}, {"question": "w1", "answer": ""}]
+    train_file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, *PAIR_FLAGS, "--do_train"))
+    ids = make_tokenizer().convert_tokens_to_ids(["w1", "w3"])
+    assert samples["train"]["input_ids"][:] == [[1, ids[1], 2], [1, ids[0], 2]]
+    assert "Left out: 1 of 3 train rows, which have no completion" in caplog.text
 
 
 def test_chat_template(model_dir, tmp_path, samples, pairs_file):

@@ -949,6 +949,33 @@ def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_
         make_trainer(tmp_path, lora_model(), samples, peft_config=make_lora_config())
 
 
+@pytest.mark.parametrize("again", [{}, {"peft_config": make_lora_config()}])
+def test_a_base_that_another_trainer_put_its_adapter_into_is_an_error(tmp_path, tiny_llama, samples, again):
+    model = tiny_llama()
+    first = make_trainer(tmp_path / "first", model, samples, peft_config=make_lora_config())
+    with pytest.raises(TargetError, match=r"changes the base in place.*\(trainer.model\), or load the base anew"):
+        make_trainer(tmp_path / "second", model, samples, **again)
+    make_trainer(tmp_path / "second", first.model, samples)
+
+
+def test_a_second_trainer_says_that_its_settings_have_no_effect(tmp_path, lora_model, samples, caplog):
+    model = lora_model()
+    first = make_trainer(tmp_path / "first", model, samples)
+    first.train()
+    caplog.clear()
+    first.train()
+    assert "settings given now" not in caplog.text
+    before = adapter_weights(model)
+    second = make_trainer(tmp_path / "second", model, samples, arguments={"learning_rate": 0.0})
+    second.train()
+    assert "was initialised before in this process and stays as it is; the settings given now have no" in caplog.text
+    assert second.lora_da_report is None
+    for name, weight in adapter_weights(model).items():
+        assert torch.equal(weight, before[name])
+    with pytest.raises(ConfigError, match=r"so init_from='no/such' would not be used. Load the base anew"):
+        make_trainer(tmp_path / "third", model, samples, init_from="no/such").train()
+
+
 def test_a_peft_config_of_another_method_is_an_error(tmp_path, tiny_llama, samples):
     with pytest.raises(ConfigError, match="peft_config is a IA3Config; LoRA-DA initialises LoRA: LoraConfig"):
         make_trainer(tmp_path, tiny_llama(), samples, peft_config=IA3Config(target_modules=["k_proj"]))
