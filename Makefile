@@ -40,14 +40,16 @@ compare: $(VENV)/.demo  ## LoRA-DA, plain LoRA and PEFT's starts on Python's fun
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	@echo "Installing into $(VENV): torch and what else it takes, some minutes."
+	@$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@echo "Installing into $(VENV): torch and what else it takes, some minutes."
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:  ## what can be made again in minutes: the hours of measurements in outputs and .cache stay

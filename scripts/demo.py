@@ -53,11 +53,12 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left behind: losses by step."""
+    """What one run left behind: losses by step, and the seconds of its initialisation."""
 
     folder: Path
     train: dict[int, float]
     validation: dict[int, float]
+    initialization: float = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -65,7 +66,8 @@ class Run:
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
         validation = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-        return cls(folder, train, validation)
+        initialization = sum(entry.get("lora_da_seconds", 0.0) for entry in history)
+        return cls(folder, train, validation, initialization)
 
     @property
     def at_start(self) -> float:
@@ -123,15 +125,26 @@ def fit(speed: float) -> Budget:
     return full if full.steps >= ENOUGH_STEPS else with_fitting_steps(SMALL, speed)
 
 
-def with_fitting_steps(budget: Budget, speed: float) -> Budget:
-    """Lower the number of steps to what fits: an even number.
+def costs(budget: Budget, speed: float) -> tuple[float, float]:
+    """Return the seconds that do not depend on the number of steps, and those of a step.
 
-    The costs were measured with SmolLM2-135M: a step takes over twice as long as its matrix products, a forward
-    pass less than half a step, and expanding the model, starting twice and solving the eigenproblems 80 s.
+    They were measured with SmolLM2-135M: a step takes over twice as long as its matrix products, a forward pass less
+    than half a step, and expanding the model, starting twice and solving the eigenproblems 80 s.
     """
     step = 2.3 * 4 * 135e6 * BATCH_SIZE * 140 / speed
     passes = 6 * budget.eval_samples + 12 * budget.search_samples
-    fixed = 80 + (1.15 * budget.da_samples + 0.43 * passes) / BATCH_SIZE * step
+    return 80 + (1.15 * budget.da_samples + 0.43 * passes) / BATCH_SIZE * step, step
+
+
+def seconds_of(budget: Budget, speed: float) -> float:
+    """Return about how long both runs take."""
+    fixed, step = costs(budget, speed)
+    return fixed + 2 * budget.steps * step
+
+
+def with_fitting_steps(budget: Budget, speed: float) -> Budget:
+    """Lower the number of steps to what fits: an even number."""
+    fixed, step = costs(budget, speed)
     steps = int((SECONDS - fixed) / (2 * step)) // 2 * 2
     return replace(budget, steps=max(FEWEST_STEPS, min(budget.steps, steps)))
 
@@ -144,8 +157,10 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Budget]:
     budget = QUICK if arguments.quick else fit(speeds[dtype])
     if arguments.steps is not None:
         budget = replace(budget, steps=arguments.steps)
+    minutes = seconds_of(budget, speeds[dtype]) / 60
     measured = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
     print(f"This CPU does {measured}. The weights are {dtype}; each run has {budget.steps} steps.")
+    print(f"Both runs, plain LoRA first, are to take about {minutes:.0f} minutes if nothing else runs.")
     return dtype, budget
 
 
@@ -179,7 +194,7 @@ def command(init: str, model: str, data: tuple[Path, Path], output_dir: Path, dt
         "per_device_eval_batch_size": BATCH_SIZE,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(0.03 * budget.steps),
+        "warmup_steps": round(0.03 * budget.steps),
         "seed": 42,
         "logging_steps": max(1, budget.steps // 20),
         "eval_strategy": "steps",
@@ -245,16 +260,20 @@ def save_summary(runs: dict[str, Run], seconds: dict[str, float], path: Path) ->
     path.write_text(json.dumps({"losses": losses, "seconds": seconds}, indent=2) + "\n", encoding="utf-8")
 
 
-def report(runs: dict[str, Run], seconds: dict[str, float], eval_samples: int, output_dir: Path) -> None:
-    """Print the results, and where the files are."""
+def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, output_dir: Path) -> None:
+    """Print the results, what they do not say, and where the files are."""
     lora, lora_da = runs["lora"], runs["lora_da"]
     print(f"\n{table(runs)}\n")
     print(verdict("Before the first step", lora_da.at_start, lora.at_start, "the base model"))
     print(verdict("After the last step", lora_da.at_end, lora.at_end, LABELS["lora"]))
-    print(
-        f"This is one seed on {eval_samples} held-out functions: a small difference may be chance.\n"
-        f"Seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}.\n"
-    )
+    print(f"This is one seed on {budget.eval_samples} held-out functions: a small difference may be chance.")
+    if budget.steps < FULL.steps:
+        print(
+            f"{budget.steps} steps are few, and so short a training flatters a start from data: after {FULL.steps}, "
+            "most of its lead is gone (README.md)."
+        )
+    took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    print(f"Seconds: {took}. The initialisation took {lora_da.initialization:.0f} of LoRA-DA's.\n")
     places = {
         "comparison": output_dir / "comparison.png",
         "loss curves": f"{lora.folder / 'loss_curve.png'}, {lora_da.folder / 'loss_curve.png'}",
@@ -296,7 +315,7 @@ def main() -> None:
         finished(LABELS[init])
     draw(runs, output_dir / "comparison.png")
     save_summary(runs, seconds, output_dir / "summary.json")
-    report(runs, seconds, budget.eval_samples, output_dir)
+    report(runs, seconds, budget, output_dir)
 
 
 def take(output_dir: Path) -> None:

@@ -254,6 +254,7 @@ def run_with(folder, start, end, middle=1.5):
     history = [{"step": step, "loss": 2.0 - step / 100} for step in (1, 5, 10)]
     history += [{"step": step, "eval_loss": loss} for step, loss in ((0, start), (5, middle), (10, end))]
     history.append({"step": 10, "train_loss": 1.0})
+    history.append({"step": 0, "lora_da_seconds": 12.3})
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
     return demo.Run.read(folder)
 
@@ -262,8 +263,11 @@ def test_report(tmp_path, capsys):
     runs = {"lora": run_with(tmp_path / "lora", 2.0, 1.25), "lora_da": run_with(tmp_path / "lora_da", 1.5, 1.0)}
     demo.draw(runs, tmp_path / "comparison.png")
     demo.save_summary(runs, {"model": 3.0}, tmp_path / "summary.json")
-    demo.report(runs, {"model": 3.0}, 48, tmp_path)
+    demo.report(runs, {"model": 3.0}, demo.FULL, tmp_path)
     printed = capsys.readouterr().out
+    assert "one seed on 48 held-out functions" in printed
+    assert "steps are few" not in printed
+    assert "Seconds: model 3. The initialisation took 12 of LoRA-DA's." in printed
     lines = [line.split() for line in printed.splitlines()]
     assert ["base", "model", "2.0000"] in lines
     assert ["plain", "LoRA", "2.0000", "1.5000", "1.2500"] in lines
@@ -273,6 +277,21 @@ def test_report(tmp_path, capsys):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     losses = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["losses"]
     assert losses["lora_da"]["validation"] == {"0": 1.5, "5": 1.5, "10": 1.0}
+
+
+def test_a_short_run_says_that_it_flatters_the_start(tmp_path, capsys):
+    runs = {init: run_with(tmp_path / init, 2.0, 1.0) for init in demo.LABELS}
+    demo.report(runs, {"model": 3.0}, replace(demo.SMALL, steps=10), tmp_path)
+    printed = capsys.readouterr().out
+    assert "10 steps are few, and so short a training flatters a start from data: after 50, most" in printed
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_time_that_is_told_is_what_the_steps_are_fitted_to(steps):
+    budget, speed = replace(demo.FULL, steps=steps), 3e11
+    fixed, step = demo.costs(budget, speed)
+    assert demo.seconds_of(budget, speed) == pytest.approx(fixed + 2 * steps * step)
+    assert demo.seconds_of(demo.with_fitting_steps(demo.FULL, speed), speed) <= demo.SECONDS
 
 
 @pytest.mark.parametrize(
