@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import io
 import os
@@ -112,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     _write_utf8()
     words = sys.argv[1:] if argv is None else argv
     verb = next((verb for verb in VERBS if verb.name == _first_word(words)), None)
-    arguments = make_parser(verb).parse_args(words)
+    parser = make_parser(verb)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.exit(2, f"lora-da{f' {verb.name}' if verb else ''}: error: {_not_known(unknown, verb)}\n")
     if verb is None:
         make_parser(None).print_help()
         return 0
@@ -139,6 +143,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _not_known(words: list[str], verb: Verb | None) -> str:
+    """Say which words mean nothing, and what was probably meant by the first."""
+    flags = [] if verb is None else _flags_of(verb)
+    known = [option for part in flags for action in part._actions for option in action.option_strings]
+    close = difflib.get_close_matches(words[0].partition("=")[0], known, n=1)
+    advice = f"Did you mean {close[0]}?" if close else f"`lora-da {f'{verb.name} ' if verb else ''}--help` lists all."
+    return f"unrecognized arguments: {' '.join(words)}. {advice}"
+
+
+def _flags_of(verb: Verb) -> list[argparse.ArgumentParser]:
+    return [getattr(importlib.import_module(verb.home), f"{verb.name}_parser")(), _common_flags()]
+
+
 def _write_utf8() -> None:
     """Let redirected output be UTF-8 on every system, and a terminal show what it can of it."""
     for stream in (sys.stdout, sys.stderr):
@@ -160,10 +177,7 @@ def make_parser(verb: Verb | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and leave")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for each in VERBS:
-        chosen = each is verb
-        flags: list[argparse.ArgumentParser] = []
-        if chosen:
-            flags = [getattr(importlib.import_module(each.home), f"{each.name}_parser")(), _common_flags()]
+        flags = _flags_of(each) if each is verb else []
         verbs.add_parser(
             each.name,
             help=each.summary,

@@ -27,7 +27,6 @@ def test_defaults_stand_beside_the_papers():
     assert any(line.startswith("| `num_samples` | `256` | Samples that") for line in lines)
 
 
-@pytest.mark.parametrize("column", _COLUMNS[2:])
-def test_every_column_of_the_report_is_explained(column):
-    explained = settings_table.REPORT.replace("damping in, out", "damping in, damping out").replace("\\|", "|")
-    assert column in explained
+def test_every_column_of_the_report_is_explained():
+    assert set(_COLUMNS[2:]) <= set(settings_table.EXPLAINED)
+    assert "| \\|sBA\\| | Frobenius norm" in settings_table.page()
