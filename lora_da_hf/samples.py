@@ -153,7 +153,9 @@ def _indices_of(loader: Any) -> list[int] | None:
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards
         batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", getattr(loader, "sampler", None))
+    if isinstance(batches, list | tuple):
+        return [index for batch in batches for index in batch]
+    sampler = getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", batches)
     if isinstance(sampler, SubsetRandomSampler):
         return list(sampler.indices)
     if isinstance(sampler, list | tuple | range):
@@ -192,9 +194,9 @@ class _Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches:
-            size = next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
-            for row in range(size):
-                yield {name: value[row] for name, value in batch.items() if isinstance(value, Tensor)}
+            rows = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+            for row in range(min(map(len, rows.values()), default=0)):
+                yield {name: value[row] for name, value in rows.items()}
 
 
 def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
@@ -254,7 +256,8 @@ def _tensors(sample: Any) -> dict[str, Tensor]:
         if value is None:
             continue
         try:
-            row[str(name)] = torch.tensor([], dtype=torch.long) if value == [] else torch.as_tensor(value)
+            is_empty = isinstance(value, list) and not value
+            row[str(name)] = torch.tensor([], dtype=torch.long) if is_empty else torch.as_tensor(value)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"The sample's {name!r} is a {type(value).__name__}, which cannot be made a tensor. Tokenise the "

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
@@ -302,6 +303,7 @@ def test_a_collator_that_makes_no_mapping_is_an_error():
         {"sampler": SubsetRandomSampler([1, 3, 5, 7])},
         {"sampler": [1, 3, 5, 7]},
         {"batch_sampler": BatchSampler(SubsetRandomSampler([1, 3, 5, 7]), 2, drop_last=False)},
+        {"batch_sampler": [[1, 3], (7, 5)]},
     ],
 )
 def test_a_loader_over_a_part_of_a_data_set_gives_no_sample_of_the_rest(settings):
@@ -318,10 +320,27 @@ def test_an_empty_row_is_padded_as_the_others_are():
     assert batch["attention_mask"].tolist() == [[0, 0], [1, 1]]
 
 
+def test_rows_of_arrays_are_padded_as_lists_are():
+    rows = [{"input_ids": np.array(ids), "labels": np.array(ids)} for ids in ([3, 4], [5])]
+    assert pad_samples(rows)["input_ids"].tolist() == [[3, 4], [5, 0]]
+
+
+def test_a_number_for_the_whole_batch_belongs_to_no_sample():
+    samples, _ = samples_of_loader([{"num_items": torch.tensor(7), "input_ids": torch.tensor([[3, 4], [5, 6]])}])
+    assert [list(sample) for sample in samples] == [["input_ids"], ["input_ids"]]
+
+
 def test_a_sampler_that_is_not_followed_is_a_warning(caplog):
     weighted = DataLoader([0, 1, 2], sampler=WeightedRandomSampler([1.0, 0.0, 0.0], 3), collate_fn=list)
     assert samples_of_loader(weighted)[0] == [0, 1, 2]
     assert "not as the loader's WeightedRandomSampler does" in caplog.text
+
+    class Ours:
+        def __iter__(self):
+            yield [0, 1]
+
+    assert samples_of_loader(DataLoader([0, 1, 2], batch_sampler=Ours(), collate_fn=list))[0] == [0, 1, 2]
+    assert "not as the loader's Ours does" in caplog.text
     caplog.clear()
     samples_of_loader(DataLoader([0, 1, 2], shuffle=True, collate_fn=list))
     assert not caplog.text

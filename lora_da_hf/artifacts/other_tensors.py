@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
-from lora_da_hf.artifacts.peft_config import expert_of, holder_of, is_parameter, rank_of
+from lora_da_hf.artifacts.peft_config import expert_of, holder_of, is_parameter, is_saved, rank_of
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.errors import ArtifactError
 
@@ -72,8 +72,7 @@ def _is_named(name: str, holders: Collection[str], kept: Collection[str], config
     module, _, parameter = name.rpartition(".")
     if parameter == "bias" and (config.get("bias") or "none") != "none":
         return True
-    saved: list[str] = config.get("modules_to_save") or []
-    return any(f".{part}." in f".{module}." for part in saved)
+    return is_saved(config, module)
 
 
 def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:

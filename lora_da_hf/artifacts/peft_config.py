@@ -110,9 +110,15 @@ def is_target(peft_config: Mapping[str, Any], targets: Collection[str], name: st
         targets: Its ``target_modules``, as a set.
         name: Of the module.
     """
-    if any(f".{saved}." in f".{name}." for saved in peft_config.get("modules_to_save") or ()):
+    if is_saved(peft_config, name):
         return False
     return any(end in targets for end in _ends_of(name))
+
+
+def is_saved(peft_config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether PEFT trains a module in full: if its name ends with one to save, at a dot or not, or lies in one."""
+    saved: list[str] = peft_config.get("modules_to_save") or []
+    return any(name.endswith(part) or f".{part}." in f".{name}." for part in saved)
 
 
 def targets_among(targets: Collection[str], names: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import unicodedata
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -83,7 +84,8 @@ def _children(outer: dict[str, Any] | list[Any]) -> list[Any]:
 
 def is_plain_text(text: str) -> bool:
     """Tell whether a text is printable, line breaks apart, and not too long: fit for a message, a table or a card."""
-    return len(text) <= _MAX_TEXT and text.replace("\n", "").isprintable()
+    shown = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
+    return len(text) <= _MAX_TEXT and shown.replace("\n", "").isprintable()
 
 
 def read_dataclass(kind: Any, values: Any, source: str) -> Any:

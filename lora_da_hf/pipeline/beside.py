@@ -9,20 +9,24 @@ from lora_da_hf.artifacts.schema import ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit, read_tensors
 from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
 from lora_da_hf.errors import WriteError
+from lora_da_hf.pipeline.base_model import head_parameters
 from lora_da_hf.pipeline.job import Job
 
 
 def take_over_saved_modules(job: Job, stored: StoredInit) -> None:
-    """Give modules that are trained beside the adapter their stored weights, as PEFT does when it loads an adapter.
+    """Give heads that are trained beside the adapter their stored weights, as PEFT does when it loads an adapter.
 
-    The statistics are those of the model with these. A head that is drawn at random is another one each time the base
-    is loaded. Where a stored one has another shape, the model's own stays, and the report says so.
+    The statistics are those of the model with these: a head that is drawn at random is another one each time the base
+    is loaded. What the base has weights of its own for keeps those. Where a stored head has another shape, the model's
+    own stays, and the report says so.
 
     Raises:
         WriteError: if what is read back is not what was written.
     """
     infix = f".modules_to_save.{job.scan.adapter_name}."
+    heads = head_parameters(job.model)
     named = [(name, parameter) for name, parameter in job.model.named_parameters() if infix in name]
+    named = [(name, parameter) for name, parameter in named if id(parameter) in heads]
     if not named:
         return
     with job.ranks.together("reading of the initialisation"):

@@ -16,11 +16,12 @@ from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable, held_alone, remove_leftovers
+from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ArtifactError, ConfigError, DataError
 from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import identify
@@ -120,6 +121,8 @@ def initialize_lora_da(
     for name, number in (("population_size", population_size), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ConfigError(f"{name}={number!r} must be at least 1.")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must be between 0 and 2**32.")
     if not torch.is_grad_enabled():
         raise ConfigError(
             "Gradients are off, and the statistics are made of them. Call this outside of torch.no_grad() and "
@@ -225,6 +228,7 @@ def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
 def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: dict[str, Any]) -> None:
     """Write the initialisation to its folder."""
     job.report.artifact = str(folder)
+    settle(job.model)  # FSDP2 leaves the root's parameters together after a pass, frozen as they were in it
     with job.stage("save"), job.ranks.stage("save", has_collectives=job.runs_in_lockstep):
         adapter_state = whole_adapter(job.model)
     with job.stage("save"), job.ranks.together("save"):
@@ -242,3 +246,14 @@ def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, ident
                 seed=job.seed,
                 identity=identity,
             )
+            _read_again(job, folder)
+
+
+def _read_again(job: Job, folder: Path) -> None:
+    """Say at once if what was stored does not pass the checks of those who read it."""
+    try:
+        load_init(folder, base_model=job.base_model, statistics=False)
+    except ArtifactError as error:
+        note = f"what was stored cannot be read again, so it is of no use beyond this training ({error})"
+        job.report.notes.append(note)
+        logger.warning("LoRA-DA: %s. Please report this.", note)

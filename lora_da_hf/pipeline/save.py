@@ -99,7 +99,9 @@ def save_init(
     return write_init(
         folder,
         bases=bases,
-        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state),
+        save_adapter=lambda path: save_adapter(
+            model, path, scan.adapter_name, adapter_state, base_name=base_model["name_or_path"]
+        ),
         report=report,
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
         make_manifest=make_manifest,
@@ -142,7 +144,14 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: read_full(p).cpu() for name, p in model.named_parameters() if "lora_" in name or p.requires_grad}
 
 
-def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    adapter_name: str,
+    state: dict[str, Tensor] | None = None,
+    *,
+    base_name: str | None = None,
+) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
     Its configuration names the layers where PEFT would keep regular expressions.
@@ -152,6 +161,7 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
         folder: Where.
         adapter_name: The adapter.
         state: Its parameters, if the model's own are partitioned.
+        base_name: What its configuration is to call the base; None: what PEFT calls it.
 
     Raises:
         TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
@@ -164,6 +174,7 @@ def save_adapter(model: nn.Module, folder: Path, adapter_name: str, state: dict[
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
+    named["base_model_name_or_path"] = base_name or named.get("base_model_name_or_path")
     path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -324,9 +324,9 @@ def evaluate_loss(
     total, count = 0.0, 0.0
     kind = settings.reduction.kind
     single = kind == "unknown" or settings.why_single is not None
-    if batch_size > 1 and len(samples) > 1 and not single and kind != "batch":
-        with lockstep.alike():
-            single = not _tells_samples_apart(samples, collate, settings)
+    if batch_size > 1 and not single and kind != "batch":
+        with lockstep.alike():  # of all processes, whatever share of the samples they have
+            single = len(samples) > 1 and not _tells_samples_apart(samples, collate, settings)
     make_batches = whole_batches if kind == "batch" else batches_by_length
     with torch.no_grad(), without_checkpointing(model):
         for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):

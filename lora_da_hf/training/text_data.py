@@ -125,7 +125,7 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
         desc=f"Tokenising {name}",
     )
     if len(samples) == 0:
-        advice = "there is less text, so lower it"
+        advice = "there is less text in it, or in 1,000 of its rows, which are joined at a time, so lower it"
         if data.has_pairs:
             advice = "prompts leave no room, so raise it, or no row has a completion"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")

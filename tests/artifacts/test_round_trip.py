@@ -22,6 +22,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 import lora_da_hf.pipeline.base_model
+import lora_da_hf.pipeline.run
 import lora_da_hf.pipeline.save
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
@@ -105,6 +106,35 @@ def test_the_manifest_says_what_was_done(tmp_path, lora_model, samples):
     shared = {name.rsplit(".", 1)[-1]: entry.shares_input_with for name, entry in manifest.layers.items()}
     assert shared["k_proj"] == shared["v_proj"] == "model.layers.1.self_attn.q_proj"
     assert shared["up_proj"] == "model.layers.1.mlp.gate_proj"
+
+
+def test_modules_that_peft_saves_by_the_end_of_their_names_can_be_read_again(tmp_path, lora_model, samples):
+    model = lora_model(target_modules=["q_proj"], modules_to_save=["norm"])
+    assert any("input_layernorm.modules_to_save" in name for name, _ in model.named_parameters())
+    report = initialize(model, samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    load_init(tmp_path / "init")
+
+
+def test_an_adapter_that_calls_its_base_otherwise_is_stored_under_the_bases_name(
+    tmp_path, tiny_llama, lora_model, samples
+):
+    model = lora_model(model=tiny_llama(name_or_path="user/base"))
+    model.peft_config["default"].base_model_name_or_path = "other"
+    report = initialize(model, samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    assert PeftConfig.from_pretrained(tmp_path / "init").base_model_name_or_path == "user/base"
+    load_init(tmp_path / "init")
+
+
+def test_what_cannot_be_read_again_is_told_at_once(tmp_path, lora_model, samples, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise ArtifactError("no good")
+
+    monkeypatch.setattr(lora_da_hf.pipeline.run, "load_init", fail)
+    report = initialize(lora_model(), samples, tmp_path / "init")
+    assert "what was stored cannot be read again, so it is of no use beyond this training (no good)" in report.notes
+    assert "LoRA-DA: what was stored cannot be read again" in caplog.text
 
 
 def test_the_manifest_and_the_report_do_not_hold_any_sample(tmp_path, lora_model, samples):

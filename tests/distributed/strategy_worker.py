@@ -51,10 +51,13 @@ def cells(strategy):
         found["zero_init_fp32"] = {"load": True}
     if strategy in ("ddp", "fsdp2"):
         found["dora_fp32"] = {"lora": {"use_dora": True}}
-    if strategy in PARTITIONED:
+    if strategy in PARTITIONED:  # where two processes search on 2 samples and on 1
+        settings = {"step_size": "line_search", "num_samples": 13, "batch_size": 2}
+        found["searched_in_batches_fp32"] = {"config": settings}
         for name, checkpointing in CHECKPOINTING.items():
             found[f"windows_{name}_fp32"] = {"config": {"memory_budget": SMALL}, "checkpointing": checkpointing}
     if strategy == "fsdp2":
+        found["saved_fp32"] = {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found
 

@@ -491,3 +491,8 @@ def test_a_finished_initialisation_is_used_where_nothing_can_be_written(lora_mod
     initialize(lora_model(), samples, output_dir=tmp_path / "init")
     monkeypatch.setattr(run, "check_writable", lambda _: pytest.fail("it is written"))
     assert any("made before" in note for note in initialize(lora_model(), samples, output_dir=tmp_path / "init").notes)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_is_none(lora_model, samples, seed):
+    refuses(ConfigError, rf"seed={seed} must be between 0 and 2\*\*32", lora_model(), samples, seed=seed)

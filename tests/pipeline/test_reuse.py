@@ -33,6 +33,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import lora_da_hf.pipeline.beside
 import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.afterwards import was_initialized
@@ -178,6 +179,22 @@ def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_fu
     with torch.no_grad():
         other.lm_head.weight += 1
     assert base_model_facts(other)["weights_sha256"] != facts["weights_sha256"]
+
+
+def test_weights_that_the_base_has_of_its_own_are_not_taken_over(tmp_path, lora_model, samples, monkeypatch):
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    store_init(tmp_path / "init", lora_model(**settings), samples)
+    read = lora_da_hf.pipeline.beside.read_tensors
+    monkeypatch.setattr(
+        lora_da_hf.pipeline.beside, "read_tensors", lambda *given: {name: t * 0 for name, t in read(*given).items()}
+    )
+    model = lora_model(**settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "modules_to_save" in name}
+    report = apply_init(model, tmp_path / "init")
+    assert len(before) == 2
+    for name, parameter in model.named_parameters():
+        assert name not in before or torch.equal(parameter, before[name])
+    assert not any("got the stored weights" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -114,7 +114,7 @@ def test_a_loss_of_trl_that_the_callback_cannot_see_is_a_warning(tmp_path, lora_
     trainer = make_trainer(tmp_path, lora_model(), samples, callback)
     trainer.args.loss_type = "dft"
     trainer.train()
-    assert "the loss that the model returns, without loss_type='dft'. Set its compute_loss" in caplog.text
+    assert "the loss that the model returns, without loss_type dft. Set its compute_loss" in caplog.text
 
 
 def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model, samples):
