@@ -117,7 +117,7 @@ def training_args(folder, strategy, *, dtype="fp32", engine=None, checkpointing=
 
 
 def trained(model):
-    stored = {"_vector.default.weight": "_vector", ".default.": "."}
+    stored = {"_vector.default.weight": "_vector", ".modules_to_save.default.": ".", ".default.": "."}
     names = {name: name for name, p in model.named_parameters() if p.requires_grad}
     for part, replaced in stored.items():
         names = {name: short.replace(part, replaced) for name, short in names.items()}
