@@ -64,6 +64,7 @@ class Progress:
         self._in_step = in_step
         self._every = job.config.statistics_save_steps
         self._folder = None if job.output_dir is None else CheckpointFolder(job.output_dir, job.ranks.rank)
+        self._has_begun = False
 
     def begin(self, make_plan: Callable[[], Plan]) -> Plan:
         """Return the plan of the run that was killed, if it was the same one, or make one.
@@ -73,6 +74,7 @@ class Progress:
         """
         if self._folder is None or self._every is None:
             self._drop_unasked()
+            self._has_begun = True
             return make_plan()
         job = self._job
         with job.ranks.together("checkpoint"):
@@ -98,6 +100,7 @@ class Progress:
             }
         with job.ranks.together("checkpoint"):
             self._folder.begin(values)
+        self._has_begun = True
         return Plan.from_dict(values["plan"])
 
     def _read_run(self, folder: CheckpointFolder) -> dict[str, Any] | None:
@@ -191,14 +194,23 @@ class Progress:
 
     @contextlib.contextmanager
     def kept_on_failure(self) -> Generator[None]:
-        """Delete the files at the end of the block, unless it fails and another run can go on from them."""
+        """Delete the files at the end of the block, unless it fails and another run can go on from them.
+
+        Those of a run with other settings that was stopped stay where this one made none: it was finished already.
+        """
         try:
             yield
         except BaseException:
-            if self._every is None:
+            if self._every is None and self._has_begun:
                 self._clear()
             raise
-        self._clear()
+        if self._has_begun or self._is_mine():
+            self._clear()
+
+    def _is_mine(self) -> bool:
+        """Tell whether the files that are there are of this run, which was killed when it was done."""
+        earlier = None if self._folder is None else self._read_run(self._folder)
+        return earlier is not None and not changes(earlier.get("identity"), self._identity)
 
     def _clear(self) -> None:
         if self._folder is not None:

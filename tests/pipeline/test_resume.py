@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,19 @@ def test_the_last_two_files_are_kept_while_a_run_goes_on(tmp_path, lora_model, s
     assert sorted(path.name.split("-")[3] for path in sums) == ["0000004", "0000005"]
     before, after = (load_file(path) for path in sorted(sums))
     assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("again", [{}, {"statistics_save_steps": None}])
+def test_a_finished_run_leaves_the_sums_of_another_that_was_stopped(tmp_path, lora_model, samples, again):
+    other = {"variance_weight": 1.0}
+    initialize(lora_model(), samples, tmp_path / "init")
+    stop(lora_model(), samples, tmp_path / "init", at=6, **other)
+    report, _ = initialize(lora_model(), samples, tmp_path / "init", **again)
+    assert any("used again" in note or "finished" in note for note in report.notes), report.notes
+    loss = Stopping()
+    initialize(lora_model(), samples, tmp_path / "init", loss, **other)
+    assert loss.count == 2
+    assert names(tmp_path) == ["init"]
 
 
 def test_nothing_is_left_by_a_run_that_saves_nothing(tmp_path, lora_model, samples):
@@ -333,9 +347,10 @@ def test_processes_that_have_to_keep_in_step_drop_a_plan_that_shares_the_layers(
 
 
 def test_the_files_of_a_run_that_was_killed_once_it_had_written_everything_are_deleted(tmp_path, lora_model, samples):
+    stop(lora_model(), samples, tmp_path / "init", at=6)
+    shutil.copytree(tmp_path / "_init.checkpoint", tmp_path / "kept")
     initialize(lora_model(), samples, tmp_path / "init")
-    (tmp_path / "_init.checkpoint").mkdir()
-    (tmp_path / "_init.checkpoint" / "run.json").write_text("{}")
+    shutil.move(tmp_path / "kept", tmp_path / "_init.checkpoint")
     initialize(lora_model(), samples, tmp_path / "init")
     assert names(tmp_path) == ["init"]
 
