@@ -22,7 +22,6 @@ from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, is_whole, read_full, settle, write_full
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ConfigError
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.batches import Lockstep
@@ -79,11 +78,6 @@ class Job:
         self.targets = {target.name: target for target in self.scan.targets}
         self.trained = {target.name: trained_factors(target) for target in self.scan.targets}
         largest = max(target.rank for target in self.scan.targets)
-        if self.config.max_rank is not None and self.config.max_rank < largest:
-            raise ConfigError(
-                f"max_rank={self.config.max_rank} is below the adapter's rank, {largest}, which is solved in any case. "
-                "Leave it out, or give more, to store directions for other ranks."
-            )
         largest = self.config.max_rank or (largest if self.config.rank_budget is None else _MORE_FOR_SOME * largest)
         self.max_ranks = {t.name: min(max(largest, t.rank), t.in_features) for t in self.scan.targets}
         self.report = LoRADAReport(config=self.config.to_dict(), kept=dict(self.scan.kept))

@@ -138,6 +138,12 @@ def initialize_lora_da(
             refuse_unsaveable(model)
             refuse_unstorable(getattr(model, "peft_config", {}).get(scan.adapter_name))
     check_fresh(scan.targets)
+    least = min(target.rank for target in scan.targets)
+    if config.max_rank is not None and config.max_rank < least:
+        raise ConfigError(
+            f"max_rank={config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave it "
+            "out, or give more, to store directions for other ranks."
+        )
     job = Job(
         model=model,
         config=config,

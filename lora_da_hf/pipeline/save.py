@@ -174,7 +174,8 @@ def save_adapter(
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
-    named["base_model_name_or_path"] = base_name or named.get("base_model_name_or_path")
+    if base_name:  # which the manifest marks where it is a folder's
+        named["base_model_name_or_path"] = base_name.removeprefix("./")
     path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -574,6 +574,7 @@ PUSHED = SimpleNamespace(
     pull_request_url=None,
     tag="v1",
     private=True,
+    changed=True,
 )
 
 
@@ -601,6 +602,14 @@ def test_push_is_private_unless_asked_otherwise(lora_da, replace, tmp_path):
             **NO_FACTS,
         },
     )
+
+
+def test_a_push_of_what_is_there_already_says_so(lora_da, replace, tmp_path):
+    replace("lora_da_hf.hub", "push_init", SimpleNamespace(**{**vars(PUSHED), "changed": False}))
+    code, out, err = lora_da("push", tmp_path, "user/name")
+    assert code == 0
+    assert "user/name" in out
+    assert "holds these files already, so nothing was committed" in err
 
 
 def test_push_hands_on_every_flag(lora_da, replace, tmp_path):

@@ -493,7 +493,7 @@ def test_a_model_that_cannot_be_stored_is_initialised_without_a_folder_and_else_
         return model_loss(model, batch, items)
 
     wrapped = Wrapped(lora_model())
-    with pytest.raises(TargetError, match=r"The adapter of a Wrapped cannot be stored.*without output_dir"):
+    with pytest.raises(TargetError, match=r"The adapter of a Wrapped cannot be stored.*Without output_dir"):
         initialize_lora_da(
             wrapped, token_samples(12), config=FIXED, compute_loss=loss, output_dir=tmp_path / "init", progress=False
         )
