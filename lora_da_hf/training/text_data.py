@@ -218,14 +218,11 @@ def encode_pairs(
         data: Names the columns.
     """
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    given = [completion is not None for completion in batch[data.completion_column or ""]]
-    for prompt, completion, is_given in zip(
-        strings(batch, data.prompt_column or ""), strings(batch, data.completion_column or ""), given, strict=True
-    ):
-        if not is_given:
-            continue
+    completions = batch[data.completion_column or ""]
+    texts = (strings(batch, column or "") for column in (data.prompt_column, data.completion_column))
+    for prompt, completion, given in zip(*texts, completions, strict=True):
         prompt_ids, completion_ids = encode_pair(prompt, completion)
-        if len(prompt_ids) >= block_size:
+        if given is None or len(prompt_ids) >= block_size:
             continue
         input_ids = (prompt_ids + completion_ids)[:block_size]
         samples["input_ids"].append(input_ids)
