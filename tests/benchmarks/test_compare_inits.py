@@ -12,7 +12,9 @@ from conftest import make_tiny_llama
 from harness import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import cells
 import compare_inits
+import designs
 import inits
 import movement
 import report
@@ -71,7 +73,7 @@ def compare(model_dir, tmp_path):
                 *("--prompt_column", "question", "--completion_column", "answer", *flags),
             ]
         )
-        return compare_inits.read_lines(output)
+        return designs.read_lines(output)
 
     return run
 
@@ -87,7 +89,7 @@ def test_every_method_runs_on_equal_terms(compare):
         assert len(record["train_losses"]) == 4
         assert record["initialization"]["seconds"] > 0
         assert record["training"]["peak_mib"] > 0
-        expected = {**compare_inits.SHARED, **SMALL, **cell_of(BLOCK, method)}
+        expected = {**designs.SHARED, **SMALL, **cell_of(BLOCK, method)}
         if not record["reads_samples"]:
             del expected["reads"]  # which makes no difference to it
         assert record["cell"] == expected
@@ -253,7 +255,7 @@ def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
     samples = list(range(10))
 
     def order(seed):
-        batches = compare_inits.batches_of(samples, seed, 4)
+        batches = cells.batches_of(samples, seed, 4)
         return [next(batches) for _ in range(5)]
 
     assert order(0) == order(0) != order(1)
@@ -269,7 +271,7 @@ def chosen(num_samples, reads, seed):
         collate=list,
         lora={"r": 2},
         seed=seed,
-        samples_seed=seed + compare_inits.READS[reads],
+        samples_seed=seed + designs.READS[reads],
         num_samples=num_samples,
         batch_size=8,
         settings={},
@@ -277,7 +279,7 @@ def chosen(num_samples, reads, seed):
     (read,) = setup.batches(num_samples)
     ours = choose_samples(samples, LoRADAConfig(num_samples=num_samples), seed=setup.samples_seed)
     assert len({*ours.statistics, *read}) <= 1.1 * num_samples  # ours draws a few more, so in another order
-    return set(read), set(next(compare_inits.batches_of(samples, seed, num_samples)))
+    return set(read), set(next(cells.batches_of(samples, seed, num_samples)))
 
 
 def test_what_an_initialisation_reads_does_not_hang_together_with_what_training_sees_first():
@@ -291,14 +293,14 @@ def test_what_an_initialisation_reads_does_not_hang_together_with_what_training_
 def test_the_best_rate_can_be_that_of_the_lowest_loss_on_the_way():
     coarse = {**BLOCK, "name": "coarse", "methods": ["lora"], "learning_rates": [1e-3, 1.0], "num_train": 8}
     for by, rate in (("final_loss", 1e-3), ("best_loss", 1.0)):
-        cells = compare_inits.cells_of({**SMALL, "blocks": [coarse]}, coarse, [])
+        cells = designs.cells_of({**SMALL, "blocks": [coarse]}, coarse, [])
         records = [
             {"cell": cell, "final_loss": final, "best_loss": best}
             for cell, final, best in zip(cells, (1.0, 2.0), (1.0, 0.9), strict=True)
         ]
         fine = {**coarse, "name": "fine", "learning_rates": {"best_of": "coarse", "times": [1], "by": by}}
         design = {**SMALL, "blocks": [coarse, fine]}
-        assert compare_inits.rates_of("lora", design, fine, records) == [rate]
+        assert designs.rates_of("lora", design, fine, records) == [rate]
 
 
 def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
@@ -328,11 +330,11 @@ def test_the_demo_s_model_and_data_can_be_taken(model_dir, tmp_path, monkeypatch
     design.write_text(json.dumps({**SMALL, "blocks": [{**BLOCK, "methods": ["lora"], "steps": [0]}]}))
     flags = ["--design", str(design), "--output", str(output), "--held_out"]
     compare_inits.main([*flags, held_out])
-    (record,) = compare_inits.read_lines(output)
+    (record,) = designs.read_lines(output)
     assert (record["subject"]["train"], record["subject"]["validation"]) == sizes
     assert record["subject"]["dtype"] == "bfloat16"
     compare_inits.main([*flags, held_out, "--dtype", "float32"])
-    assert [record["subject"]["dtype"] for record in compare_inits.read_lines(output)] == ["bfloat16", "float32"]
+    assert [record["subject"]["dtype"] for record in designs.read_lines(output)] == ["bfloat16", "float32"]
     with pytest.raises(SystemExit):
         compare_inits.main([*flags, "classes"])
 
@@ -409,7 +411,7 @@ def test_a_run_that_diverges_is_recorded_and_others_go_on(compare):
     assert diverged["final_loss"] is None
     assert diverged["best_loss"] == diverged["losses"][0][1]
     assert math.isfinite(finished["final_loss"])
-    assert compare_inits.best_rate([r["cell"] for r in records], records, "lora") == 1e-3
+    assert designs.best_rate([r["cell"] for r in records], records, "lora") == 1e-3
     assert "diverged" in report.spread([None])
     assert report.at_best_rate(records)[0] == 1e-3
 
@@ -430,35 +432,35 @@ def test_an_answer_is_the_last_match_of_the_pattern_behind_the_prompt(model_dir)
             return torch.cat([input_ids, torch.tensor([[3, 4, 5, 7]])], dim=1)
 
     samples = [{"input_ids": [9, 9, *answer], "labels": [-100, -100, *answer]} for answer in ([8, 7], [7, 8], [5, 7])]
-    subject = compare_inits.Subject(
+    subject = cells.Subject(
         arguments=None, tokenizer=tokenizer, train=[], validation=samples, facts={}, weights_sha256=""
     )
     cell = {"accuracy_samples": 3, "max_new_tokens": 4, "answer_pattern": r"w(\d+)"}
-    assert compare_inits.exact_match(Echo(), subject, cell)["correct"] == 2
+    assert cells.exact_match(Echo(), subject, cell)["correct"] == 2
 
 
 @pytest.mark.parametrize(
     ("answer", "same"), [("1,000", "1000"), ("1,234,567.", "1234567"), ("3.5", "3.5"), ("1,2", "1,2"), ("$5", "$5")]
 )
 def test_a_number_may_be_written_in_two_ways(answer, same):
-    assert compare_inits.comparable(answer) == same
+    assert cells.comparable(answer) == same
 
 
 @pytest.mark.parametrize(
     ("correct", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (90, 100, 0.8256, 0.9448)]
 )
 def test_wilsons_interval(correct, total, low, high):
-    assert compare_inits.wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
+    assert report.wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
     cell = {"warmup": 0.1, "steps": 100}
-    shares = [compare_inits.rate_at(step, cell) for step in range(100)]
+    shares = [cells.rate_at(step, cell) for step in range(100)]
     assert shares[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert shares[10] == 1
     assert shares == shares[:10] + sorted(shares[10:], reverse=True)
     assert shares[-1] < 1e-3
-    assert compare_inits.rate_at(100, cell) == pytest.approx(0)
+    assert cells.rate_at(100, cell) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
@@ -481,12 +483,12 @@ def test_mistakes_in_a_design_are_errors(compare, change, message):
 
 @pytest.mark.parametrize("path", sorted((Path(inits.__file__).parent / "designs").glob("*.json")), ids=lambda p: p.stem)
 def test_the_designs_are_valid(path):
-    design = compare_inits.read_design(path)
+    design = designs.read_design(path)
     assert all("hour" in block["why"] for block in design["blocks"])
     records, seen = [], set()
     for block in design["blocks"]:
-        cells = compare_inits.cells_of(design, block, records)
-        keys = {compare_inits.key_of(cell, {}) for cell in cells}
+        cells = designs.cells_of(design, block, records)
+        keys = {designs.key_of(cell, {}) for cell in cells}
         assert len(keys) == len(cells) > 0
         assert keys - seen  # no block repeats what others have
         seen |= keys

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import compare_inits
+import designs
 import overview
 import report
 
 
 def record_of(method, rate, seed, losses, **changes):
-    cell = {**compare_inits.SHARED, "method": method, "learning_rate": rate, "seed": seed, "rank": 8, "steps": 4}
+    cell = {**designs.SHARED, "method": method, "learning_rate": rate, "seed": seed, "rank": 8, "steps": 4}
     values = [loss for _, loss in losses if loss is not None]
     return {
         "cell": {**cell, **changes},

@@ -1,0 +1,376 @@
+"""One cell of a comparison: load model and data, initialise, train, evaluate."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from designs import READS
+from initialization_cost import package_digest, peak_mib, reset_peak
+from inits import HALF, MERGED, RESET, Setup, change, made_by, make_adapter, target_modules
+from movement import Factors, movement, read_factors
+from report import wilson_interval
+from torch import Tensor, nn
+
+from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.batches import sample_length
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
+from lora_da_hf.training.text_data import choose_block_size, load_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import run_clm
+
+TRAINING = (
+    "learning_rate",
+    "steps",
+    "warmup",
+    "max_grad_norm",
+    "evaluations",
+    "accuracy_samples",
+    "max_new_tokens",
+    "answer_pattern",
+)
+"""Settings of a cell that its initialisation does not depend on."""
+
+STARTS_ELSEWHERE = {*RESET, *HALF, *MERGED}
+"""Methods whose loss at step 0 is not that of the start that they are made from."""
+
+
+# ---- model and data
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """Model and data, which all cells share.
+
+    Attributes:
+        arguments: How the model is loaded.
+        tokenizer: Its tokenizer.
+        train: Training samples.
+        validation: Samples that no method reads.
+        facts: What identifies them.
+        weights_sha256: Of the base model, whose name alone is in the facts.
+        statistics: Where this package's statistics of the samples are kept; None: nowhere.
+    """
+
+    arguments: run_clm.NamedModelArguments
+    tokenizer: Any
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    facts: dict[str, Any]
+    weights_sha256: str
+    statistics: Path | None = None
+
+    @classmethod
+    def load(
+        cls, arguments: run_clm.NamedModelArguments, data: run_clm.DataArguments, statistics: str | None = None
+    ) -> Subject:
+        """Load the data as `run_clm.py` does."""
+        training = SimpleNamespace(do_train=True, do_eval=True, data_seed=0)
+        model, tokenizer = load_model(arguments.model_name_or_path, arguments)
+        block_size = choose_block_size(data.block_size, model, tokenizer)
+        rows = run_clm.load_rows(data, arguments, training)
+        samples = run_clm.prepare_samples(rows, tokenizer, block_size, SimpleNamespace(data=data, training=training))
+        parts = {name: [dict(sample) for sample in split] for name, split in samples.items()}
+        facts = {
+            "model": Path(arguments.model_name_or_path).name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "block_size": block_size,
+            **{name: len(part) for name, part in parts.items()},
+            "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
+        }
+        weights = base_model_facts(model)["weights_sha256"]
+        kept = None
+        if statistics is not None:
+            of_these = json.dumps([facts, weights, package_digest()], sort_keys=True)
+            kept = Path(statistics) / hashlib.sha256(of_these.encode()).hexdigest()[:16]
+        return cls(
+            arguments=arguments, tokenizer=tokenizer, facts=facts, weights_sha256=weights, statistics=kept, **parts
+        )
+
+    def load_model(self) -> nn.Module:
+        """Load a fresh model: some methods change its weights."""
+        return load_model(self.arguments.model_name_or_path, self.arguments)[0]
+
+
+# ---- its start
+
+
+def training_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(kw_only=True)
+class Start:
+    """An initialised model.
+
+    Attributes:
+        model: It, with trainable parameters in float32.
+        setup: What it was made of.
+        notes: What the method noted.
+        cost: Seconds and memory of its initialisation.
+        loss: That on the validation samples, once it was measured.
+    """
+
+    model: nn.Module
+    setup: Setup
+    notes: dict[str, Any]
+    cost: dict[str, Any]
+    loss: float | None = None
+
+
+class LastStart:
+    """The initialised model of the cell before, kept on the CPU for cells that start from the same."""
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self.kept: Start | None = None
+
+    def get(self, cell: dict[str, Any], subject: Subject) -> tuple[Start, bool]:
+        """Return a copy of the start of a cell, and whether it had been made before."""
+        method = made_by(cell["method"])
+        made = {**{name: value for name, value in cell.items() if name not in TRAINING}, "method": method}
+        key = json.dumps(made, sort_keys=True)
+        reused = key == self.key and self.kept is not None
+        if not reused:
+            self.kept = None
+            self.kept, self.key = make_start({**cell, "method": method}, subject), key
+        assert self.kept is not None
+        model, on_optimizer = copy.deepcopy(
+            (self.kept.model, self.kept.setup.on_optimizer)
+        )  # which know its parameters
+        change(model, cell["method"], cell["seed"])
+        setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
+        loss = None if cell["method"] in STARTS_ELSEWHERE else self.kept.loss
+        return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup, loss=loss), reused
+
+    def put_aside(self, cell: dict[str, Any]) -> dict[str, Factors] | None:
+        """Return the adapter that was made from data, if a cell's method put a plain one in its place."""
+        assert self.kept is not None
+        return read_factors(self.kept.model) if cell["method"] in RESET else None
+
+    def note_loss(self, cell: dict[str, Any], loss: float | None) -> None:
+        """Keep the loss that the start of a cell was found to have, for those who get it next."""
+        assert self.kept is not None
+        if cell["method"] not in STARTS_ELSEWHERE:
+            self.kept.loss = loss
+
+
+def make_start(cell: dict[str, Any], subject: Subject) -> Start:
+    """Initialise, and move the model to the CPU."""
+    device = training_device()
+    base = subject.load_model().to(device)
+    samples = subject.train
+    if cell["num_train"] is not None:
+        samples = random.Random(cell["seed"]).sample(samples, cell["num_train"])
+    setup = Setup(
+        model=base,
+        samples=samples,
+        collate=lambda batch: {name: value.to(device) for name, value in pad_samples(batch).items()},
+        lora={
+            "r": cell["rank"],
+            "lora_alpha": cell["alpha"],
+            "use_rslora": cell["use_rslora"],
+            "target_modules": target_modules(base),
+        },
+        seed=cell["seed"],
+        samples_seed=cell["seed"] + READS[cell.get("reads", "drawn")],
+        num_samples=cell["num_samples"],
+        batch_size=cell["batch_size"],
+        settings=cell["settings"],
+        statistics=subject.statistics,
+    )
+    with Measured() as initialization:
+        model, notes = make_adapter(cell["method"], setup)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return Start(model=model.cpu(), setup=setup, notes=notes, cost=initialization.found)
+
+
+def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[str, Any]:
+    """Initialise, train and evaluate.
+
+    Returns:
+        What was measured. Losses that are not finite are None.
+    """
+    start, reused = last.get(cell, subject)
+    reused = reused or start.notes.get("solved_again", False)
+    torch.manual_seed(cell["seed"])  # for dropout
+    before = read_factors(start.model)
+    with Measured() as training:
+        found = train(start, cell, subject.validation)
+    training.found["peak_mib"] = found.pop("peak_mib")
+    last.note_loss(cell, found["losses"][0][1])
+    is_trained = cell["steps"] > 0 and found["final_loss"] is not None
+    accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
+    return {
+        **found,
+        "movement": movement(before, read_factors(start.model), last.put_aside(cell)) if is_trained else None,
+        "accuracy": accuracy,
+        "initialization": {**start.cost, "reused": reused},
+        "training": training.found,
+        "notes": start.notes,
+    }
+
+
+class Measured:
+    """Time and peak memory of a block; on a GPU the memory is the GPU's."""
+
+    def __enter__(self) -> Measured:
+        gc.collect()
+        self.reset()
+        self.start, self.start_mib = time.perf_counter(), self.peak()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        seconds = time.perf_counter() - self.start
+        self.found = {"seconds": seconds, "start_mib": self.start_mib, "peak_mib": self.peak()}
+
+    @staticmethod
+    def reset() -> None:
+        """Begin a new peak."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            reset_peak()
+
+    @staticmethod
+    def peak() -> float:
+        """Return the peak since it was reset, in MiB."""
+        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_mib()
+
+
+def batches_of(samples: list[Any], seed: int, size: int) -> Iterator[list[Any]]:
+    """Yield batches for ever, in an order that the seed alone decides; each epoch has another one."""
+    generator = random.Random(seed)
+    order: list[int] = []
+    while True:
+        while len(order) < size:
+            order += generator.sample(range(len(samples)), len(samples))
+        yield [samples[index] for index in order[:size]]
+        order = order[size:]
+
+
+def rate_at(step: int, cell: dict[str, Any]) -> float:
+    """Return the share of the learning rate: linear warm-up, then a cosine down to zero."""
+    warmup = max(1, round(cell["warmup"] * cell["steps"]))
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, cell["steps"] - warmup))) / 2
+
+
+def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
+    """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more.
+
+    The peak memory is that of the steps, without the evaluations between them, whose batches are larger.
+    """
+    model, setup = start.model, start.setup
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
+    for prepare in setup.on_optimizer:
+        prepare(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
+    marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
+    losses = [[0, evaluate(model, setup, validation) if start.loss is None else start.loss]]
+    train_losses: list[float] = []
+    seconds = peak = 0.0
+    Measured.reset()
+    batches = batches_of(setup.samples, cell["seed"], cell["batch_size"])
+    for step in range(1, cell["steps"] + 1):
+        begin = time.perf_counter()
+        model.train()
+        loss = model(**setup.collate(next(batches)), use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, cell["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        train_losses.append(loss.item())
+        seconds += time.perf_counter() - begin
+        if not math.isfinite(train_losses[-1]):
+            break
+        if step in marks:
+            peak = max(peak, Measured.peak())
+            losses.append([step, evaluate(model, setup, validation)])
+            Measured.reset()
+    finished = math.isfinite(train_losses[-1]) if train_losses else True
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return {
+        "losses": [[step, number(loss)] for step, loss in losses],
+        "final_loss": number(losses[-1][1]) if finished else None,
+        "best_loss": number(min((loss for _, loss in losses if math.isfinite(loss)), default=math.inf)),
+        "train_losses": [number(round(loss, 5)) for loss in train_losses],
+        "seconds_per_step": seconds / max(1, len(train_losses)),
+        "trainable": sum(parameter.numel() for parameter in parameters),
+        "peak_mib": max(peak, Measured.peak()),
+        "optimizer_mib": sum(value.numel() * value.element_size() for value in state) / 2**20,
+    }
+
+
+def number(value: float) -> float | None:
+    """Return a number that JSON knows: None for one that is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def evaluate(model: nn.Module, setup: Setup, samples: list[Any]) -> float:
+    """Return the mean loss over all labels of the samples."""
+    model.eval()
+    total, count = 0.0, 0
+    ordered = sorted(samples, key=sample_length, reverse=True)
+    size = 2 * setup.batch_size
+    with torch.no_grad():
+        for start in range(0, len(ordered), size):
+            batch = setup.collate(ordered[start : start + size])
+            labels = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum().item())
+            total += model(**batch, use_cache=False).loss.item() * labels
+            count += labels
+    return total / count
+
+
+def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dict[str, Any]:
+    """Generate answers greedily, and count those in which the pattern finds what it finds in the right one.
+
+    ``1,000.`` is as good as ``1000``.
+    Samples whose right answer was cut before what the pattern finds are left out.
+    """
+    tokenizer, pattern = subject.tokenizer, re.compile(cell["answer_pattern"])
+    model.eval()
+    correct = total = 0
+    for sample in subject.validation[: cell["accuracy_samples"]]:
+        split = next(place for place, label in enumerate(sample["labels"]) if label != IGNORED_LABEL)
+        prompt = torch.tensor([sample["input_ids"][:split]], device=model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=cell["max_new_tokens"],
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, split:], sample["input_ids"])]
+        given, wanted = (found[-1] if (found := pattern.findall(text)) else None for text in texts)
+        total += wanted is not None
+        correct += None not in (given, wanted) and comparable(given) == comparable(wanted)
+    low, high = wilson_interval(correct, total) if total else (0.0, 1.0)
+    return {"correct": correct, "total": total, "low": low, "high": high}
+
+
+def comparable(answer: str) -> str:
+    """Return an answer without what makes no other number of it: commas between digits, and a full stop at the end."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", answer).removesuffix(".")
