@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from designs import READS
-from initialization_cost import package_digest, peak_mib, reset_peak
 from inits import HALF, MERGED, RESET, Setup, change, made_by, make_adapter, target_modules
+from measuring import package_digest, peak_mib, reset_peak
 from movement import Factors, movement, read_factors
 from report import wilson_interval
 from torch import Tensor, nn

@@ -42,14 +42,14 @@ from typing import Any
 
 from cells import LastStart, Subject, run_cell
 from designs import PRODUCT, add_line, key_of, of_subject, pending, rates_of, read_design, read_lines
-from initialization_cost import machine, package_digest
 from inits import READ_SAMPLES, made_by, why_missing
+from measuring import machine, package_digest
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAError
+from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
-from lora_da_hf.training.arguments import setting
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))

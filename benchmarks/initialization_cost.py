@@ -18,11 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import hashlib
 import json
 import math
-import platform
 import re
 import signal
 import statistics
@@ -35,6 +32,7 @@ from typing import Any
 
 import torch
 from inits import Setup, make_adapter, target_modules, why_missing
+from measuring import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,15 +117,6 @@ def batches(samples: list[dict[str, list[int]]], size: int) -> Iterator[dict[str
 
 
 # ---- the measurements, each in a process of its own
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def bare_pass(model: nn.Module, samples: list[Any], size: int) -> None:
@@ -332,22 +321,6 @@ def statistics_mib(model: nn.Module) -> float:
 # ---- the table
 
 
-def machine() -> dict[str, Any]:
-    import peft
-    import transformers
-
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-
-
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Run every method once, then all of them again, so that a slow spell of the machine hits all alike."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -371,31 +344,10 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def read_runs(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read the runs of the output file, if they are of the same code, settings and machine."""
-    content = json.loads(output.read_text())
-    if content["settings"] != settings or content["machine"] != machine():
-        raise SystemExit(f"{output} holds runs of another day, code, setting or machine: run without --resume.")
-    return content["runs"]
-
-
-def write_runs(output: Path, settings: dict[str, Any], runs: dict[str, Any]) -> None:
-    content = {"machine": machine(), "settings": settings, "runs": runs}
-    output.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what the figures depend on, the code of the package among it."""
     names = ("num_samples", "search_samples", "batch_size", "max_length")
     return {name: getattr(options, name) for name in names} | {"package_sha256": package_digest()}
-
-
-def package_digest() -> str:
-    """Return a hash of the package's code."""
-    digest = hashlib.sha256()
-    for path in sorted((REPOSITORY / "lora_da_hf").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:

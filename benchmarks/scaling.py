@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from initialization_cost import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
+from measuring import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM

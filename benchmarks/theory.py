@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from initialization_cost import machine
+from measuring import machine
 from torch import Tensor
 
 from lora_da_hf import LoRADAConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -78,7 +77,8 @@ def parse_bytes(value: float | str, name: str) -> int:
     return int(size)
 
 
-def _setting(default: Any, help_text: str) -> Any:
+def setting(default: Any, help_text: str) -> Any:
+    """Make a dataclass field whose help text the command line shows."""
     return field(default=default, metadata={"help": help_text})
 
 
@@ -94,129 +94,128 @@ class LoRADAConfig:
         ConfigError: if a value is out of range, has the wrong type, or contradicts another one.
     """
 
-    num_samples: int = _setting(256, "Samples that the statistics are taken from (fewer are used if there are fewer).")
-    batch_size: int | None = _setting(
+    num_samples: int = setting(256, "Samples that the statistics are taken from (fewer are used if there are fewer).")
+    batch_size: int | None = setting(
         None,
         "Samples in one forward and backward pass. The statistics do not depend on it. "
         "None: the trainer's per-device training batch size, or 8 without a trainer.",
     )
-    sample_selection: Literal["head", "random"] = _setting(
+    sample_selection: Literal["head", "random"] = setting(
         "random",
         "Which samples: the first ones, or a random choice that `seed` fixes. Streams are read from the head.",
     )
-    search_samples: int = _setting(
+    search_samples: int = setting(
         16,
         "Samples that the line search measures the loss on, and as many again that nothing else sees, to report the "
         "loss before and after. At most an eighth of the data each, and one sample for the search in any case.",
     )
-    population_size: int | None = _setting(
+    population_size: int | None = setting(
         None,
         "Number of samples that training will draw from, which scales the variance term. "
         "None: the length of the training set; a stream that has none needs it.",
     )
-    seed: int | None = _setting(None, "Seed of every random choice. None: the trainer's seed, or 42 without a trainer.")
+    seed: int | None = setting(None, "Seed of every random choice. None: the trainer's seed, or 42 without a trainer.")
 
-    token_mask: Literal["attention", "labels"] = _setting(
+    token_mask: Literal["attention", "labels"] = setting(
         "attention",
         "Tokens that the two second moments count: all that are attended to, or only those that predict a label.",
     )
-    fisher: Literal["empirical", "sampled"] = _setting(
+    fisher: Literal["empirical", "sampled"] = setting(
         "empirical",
         "Labels that the output-gradient second moment is taken with. empirical: the data's (the paper); sampled: "
         "drawn from the model's own distribution, the true Fisher information, in some 2.5 times the time.",
     )
-    loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = _setting(
+    loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = setting(
         "auto",
         "How the loss of a batch comes from its samples. auto: measured; a loss that is no sum or mean is run one "
         "sample at a time. token_mean, sample_mean: your word that it is a mean over labels, or samples. batch: a loss "
         "that needs the samples together (contrastive), so the statistics depend on the batch size.",
     )
-    accumulate_dtype: Literal["float32", "float64"] = _setting("float32", "Precision that statistics are summed in.")
+    accumulate_dtype: Literal["float32", "float64"] = setting("float32", "Precision that statistics are summed in.")
 
-    metric: Literal["weights", "fisher"] = _setting(
+    metric: Literal["weights", "fisher"] = setting(
         "weights",
         "What the subspace keeps small. weights: the expected squared distance of the weights (the paper); fisher: the "
         "same in the Fisher norm, which is the expected loss above the target's.",
     )
-    input_damping: float | str = _setting(
+    input_damping: float | str = setting(
         "0.1*mean",
         'Added to the diagonal of the input second moment: a number is absolute, "0.1*mean" or "0.1*median" a '
         "multiple of the diagonal's.",
     )
-    output_damping: float | str = _setting("0.1*mean", "The same for the output-gradient second moment.")
-    bias_weight: float = _setting(1.0, "Weight of the bias term: the displacement that the subspace leaves out.")
-    variance_weight: float = _setting(0.03, "Weight of the variance term: noise of the estimate in the subspace.")
-    normalize_guidance_terms: bool = _setting(
+    output_damping: float | str = setting("0.1*mean", "The same for the output-gradient second moment.")
+    bias_weight: float = setting(1.0, "Weight of the bias term: the displacement that the subspace leaves out.")
+    variance_weight: float = setting(0.03, "Weight of the variance term: noise of the estimate in the subspace.")
+    normalize_guidance_terms: bool = setting(
         False, "Bring both terms of the guidance matrix to one Frobenius norm before they are weighed."
     )
 
-    layer_steps: Literal["displacement", "equal", "quadratic"] = _setting(
+    layer_steps: Literal["displacement", "equal"] = setting(
         "displacement",
-        "How far the layers go beside each other. displacement: each as far as its displacement; equal: all by the "
-        "same spectral norm (the paper); quadratic: by the multiple of the displacement that the quadratic model of "
-        "the loss says is best along this layer's update, from gradient and undamped Fisher.",
+        "How far the layers go beside each other. displacement: each as far as its displacement over its tokens, the "
+        "natural gradient step; equal: all by the same spectral norm (the paper).",
     )
-    step_size: float | str | None = _setting(
+    step_size: float | str | None = setting(
         "line_search",
         "How far step 0 goes: the spectral norm of the displacement of the layer that goes farthest, which the adapter "
         "keeps as much of as its rank can. A number, line_search, or None to follow `stable_gamma`.",
     )
-    stable_gamma: float = _setting(
+    stable_gamma: float = setting(
         1024.0, "The paper's way to say the step: scaling / stable_gamma. Used only if step_size is None."
     )
-    factor_split: Literal["default_norm", "orthonormal", "balanced"] = _setting(
+    factor_split: Literal["default_norm", "orthonormal", "balanced"] = setting(
         "default_norm",
         "How B @ A is split. default_norm: rows of A at the norm of PEFT's default, the step in B; orthonormal: "
         "the step shared evenly (the paper); balanced: by the square roots of B's singular values.",
     )
-    projected_rms: float | None = _setting(
+    projected_rms: float | None = setting(
         None,
         "Root mean square of A x in every layer, over rows and tokens: A's rows get a norm for each layer, and B the "
         "inverse. None: the norm that `factor_split` says, the same in all layers.",
     )
-    uncalled_layers: Literal["error", "keep"] = _setting(
+    uncalled_layers: Literal["error", "keep"] = setting(
         "error",
         "What to do with layers that no sample goes through: fail, since compiled or fused code looks like that, or "
         "keep PEFT's initialisation for them and report it.",
     )
-    freeze_a: bool = _setting(
+    freeze_a: bool = setting(
         False, "Freeze A after the initialisation, for as long as the adapter lives (LoRA-FA): only B is trained."
     )
 
-    solver: Literal["auto", "eigh", "krylov"] = _setting(
+    solver: Literal["auto", "eigh", "krylov"] = setting(
         "auto", "Eigensolver: exact, block Krylov with a residual check, or whichever is faster at that size."
     )
-    solve_dtype: Literal["auto", "float64", "float32"] = _setting(
+    solve_dtype: Literal["auto", "float64", "float32"] = setting(
         "auto",
         "Precision of the solve. auto: float64, and float32 checked in float64 for inputs wider than 8192.",
     )
-    max_rank: int | None = _setting(
+    max_rank: int | None = setting(
         None,
         "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter, or twice "
         "that with a rank_budget.",
     )
-    rank_budget: int | None = _setting(
+    rank_budget: int | None = setting(
         None,
         "Parameters of all A and B together: each layer gets the rank that the eigenvalues of its guidance matrix are "
         "worth, up to max_rank, and keeps its scaling. None: the adapter's own ranks.",
     )
-    save_statistics: bool = _setting(
+    save_statistics: bool = setting(
         False,
         "Store the full statistics too (large), for a later change of settings. One process then solves alone.",
     )
 
-    memory_budget: float | str | None = _setting(
+    memory_budget: float | str | None = setting(
         None,
         "What the sums of a process may take on each device, with the work on them: bytes, or text such as 8GiB. None: "
         "two thirds of what is free there. Layers that do not fit at once are collected in further passes.",
     )
-    schedule: Literal["auto", "samples", "layers"] = _setting(
+    schedule: Literal["auto", "samples", "layers"] = setting(
         "auto",
         "What several processes share. samples: each runs its part of them for all layers, and sums are reduced; "
         "layers: each runs all samples for its own layers, and nothing is reduced. auto: samples, unless memory is so "
         "short that layers takes no more passes.",
     )
-    statistics_save_steps: int | None = _setting(
+    statistics_save_steps: int | None = setting(
         None,
         "Write the sums to disk every this many batches, so that a killed run goes on from there. None: never.",
     )
@@ -302,9 +301,6 @@ class LoRADAConfig:
         if unknown:
             raise ConfigError(f"Unknown settings {unknown}. This version of lora_da_hf does not know them.")
         return cls(**values)
-
-    def __str__(self) -> str:
-        return json.dumps(self.to_dict())
 
 
 def checked_config(config: object) -> LoRADAConfig:

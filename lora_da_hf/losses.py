@@ -44,7 +44,10 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | N
     """
     extra = {} if num_items is None or not accepts_loss_kwargs(model) else {"num_items_in_batch": num_items}
     outputs: Any = model(**batch, **extra)
-    loss: Any = outputs[0] if isinstance(outputs, tuple) else getattr(outputs, "loss", None)
+    if isinstance(outputs, Mapping):
+        loss: Any = outputs.get("loss")  # pyright: ignore[reportUnknownMemberType]
+    else:
+        loss = outputs[0] if isinstance(outputs, tuple | list) else getattr(outputs, "loss", None)  # pyright: ignore
     if not isinstance(loss, Tensor):
         raise DataError(
             f"The model returned no loss from {', '.join(sorted(batch))}. Add labels to the samples, or give "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -58,11 +57,6 @@ class LayerSolution:
     solver: str
     residual: float
     notes: tuple[str, ...] = ()
-
-    def spectral_norm(self) -> float:
-        """Return the spectral norm of ``basis_B @ basis_A``."""
-        triangle = torch.linalg.qr(self.basis_A.mT).R
-        return torch.linalg.matrix_norm(self.basis_B @ triangle.mT, ord=2).item()
 
     def in_unit(self, unit: float) -> LayerSolution:
         """Return the solution for a displacement that is divided by a number."""

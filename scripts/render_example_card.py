@@ -6,10 +6,10 @@ python scripts/render_example_card.py
 import json
 from pathlib import Path
 
-from lora_da_hf.artifacts.card_files import CARD_FILE
-from lora_da_hf.artifacts.schema import CHECKSUM, MANIFEST_FILE, FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.schema import CHECKSUM, MANIFEST_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.hub.cards import card_plots, render_card
+from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.hub.page import render_page
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 
@@ -21,15 +21,15 @@ def read_example(folder: Path = EXAMPLE) -> tuple[StoredInit, dict]:
     values["layers"] = {name: LayerEntry(**entry) for name, entry in values["layers"].items()}
     values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return StoredInit(folder=folder, manifest=Manifest(**values), bases={}), facts
+    manifest = Manifest(**values)
+    report = read_report(folder / REPORT_FILE, manifest)
+    return StoredInit(folder=folder, manifest=manifest, bases={}, report=report), facts
 
 
 def main() -> None:
     """Write the card and its plots."""
     init, facts = read_example()
-    plots = card_plots(init)
-    card = render_card(init, plots=plots, **facts)
-    for name, content in {CARD_FILE: card.encode("utf-8"), **plots}.items():
+    for name, content in render_page(init, **facts).items():
         (EXAMPLE / name).write_bytes(content)
         print(EXAMPLE / name)
 

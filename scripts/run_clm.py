@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.adapters.afterwards import freeze_a
 from lora_da_hf.cli.errors import explain
+from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
     LoraArguments,
@@ -51,7 +52,6 @@ from lora_da_hf.training.arguments import (
     ModelArguments,
     TextArguments,
     check_data_file,
-    setting,
 )
 from lora_da_hf.training.text_data import (
     Rows,

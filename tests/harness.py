@@ -375,11 +375,12 @@ def dense_updates(folder, ranks, step, config=None):
     config = config or LoRADAConfig.from_dict(stored.manifest.config)
     statistics = load_statistics(stored.folder, stored.manifest)
     population = config.population_size or stored.manifest.data["population_size"]
-    displacements = {name: _dense_displacement(statistics[name], config)[0] for name in stored.manifest.layers}
-    unit = max(np.linalg.norm(displacement, 2) for displacement in displacements.values())
+    tokens = {name: statistics[name].num_output_tokens for name in stored.manifest.layers}
+    displacements = {name: _dense_displacement(statistics[name], config)[0] for name in tokens}
+    unit = max(np.linalg.norm(displacements[name], 2) / tokens[name] for name in tokens)
     return {
         name: (step[name] if isinstance(step, dict) else step)
-        / (1.0 if config.layer_steps == "equal" else unit)
+        / (1.0 if config.layer_steps == "equal" else unit * tokens[name])
         * _dense_update(statistics[name], config, population, rank)
         for name, rank in ranks.items()
     }

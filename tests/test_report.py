@@ -97,7 +97,6 @@ def test_the_summary_says_how_far_the_layers_go_beside_each_other():
     for layer_steps, said in (
         ("displacement", "each layer as far as its displacement"),
         ("equal", "all layers equally far"),
-        ("quadratic", "layer_steps='quadratic'"),
     ):
         assert f"step size   0.1; {said}\n" in str(report_of(layer(0), config={"layer_steps": layer_steps}))
 
@@ -165,7 +164,4 @@ def test_metrics_are_numbers_and_leave_out_what_is_not_known():
 @pytest.mark.parametrize("kind", [LayerReport, LoRADAReport])
 def test_every_field_is_documented(kind):
     for field in dataclasses.fields(kind):
-        assert (
-            f"        {field.name}: " in kind.__doc__.replace("\n    ", "\n        ")
-            or f"{field.name}: " in kind.__doc__
-        )
+        assert f"{field.name}: " in kind.__doc__

@@ -129,8 +129,8 @@ def test_a_stream_that_ends_early_gives_what_it_has():
     assert sizes(choose(iter(range(9)), population_size=9)) == (7, 1, 1)
 
 
-@pytest.mark.parametrize(("argument", "setting", "expected"), [(7, 8, 7), (None, 8, 8), (None, None, 20)])
-def test_the_population_is_the_arguments_or_the_configs_or_the_length(argument, setting, expected):
+@pytest.mark.parametrize(("argument", "setting", "expected"), [(7, 8, 8), (7, None, 7), (None, None, 20)])
+def test_the_population_is_the_configs_or_the_arguments_or_the_length(argument, setting, expected):
     config = LoRADAConfig(population_size=setting)
     splits = choose_samples(list(range(20)), config, seed=0, population_size=argument)
     assert splits.population_size == expected

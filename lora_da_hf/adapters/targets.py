@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -85,6 +86,13 @@ def active_adapter_name(model: nn.Module) -> str:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
+        configs = getattr(model, "peft_config", {}).values()
+        others = sorted({type(config).__name__ for config in configs if not isinstance(config, LoraConfig)})
+        if others:
+            raise TargetError(
+                f"The model's adapter was made with {', '.join(others)}, and LoRA-DA initialises LoRA. Load the base "
+                "anew, and wrap it with get_peft_model and a LoraConfig."
+            )
         raise TargetError(
             "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)) first, or give "
             "LoRADATrainer a peft_config. If there is a peft_config, check its target_modules."
@@ -95,8 +103,8 @@ def active_adapter_name(model: nn.Module) -> str:
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
         raise TargetError(
-            f"Active adapters are {sorted(names)}, and exactly one can be initialised. Activate it with set_adapter, "
-            "or pass adapter_name."
+            f"Active adapters are {sorted(names)}, and exactly one can be initialised. Activate that one alone with "
+            "set_adapter."
         )
     return names.pop()
 
@@ -117,7 +125,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
     active = active_adapter_name(model)
     adapter_name = adapter_name or active
     if not any(isinstance(m, LoraLayer) and adapter_name in m.r for m in model.modules()):
-        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}.")
+        known = sorted({name for m in model.modules() if isinstance(m, LoraLayer) for name in m.r})
+        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}. It has {known}.")
     if adapter_name != active:
         raise TargetError(
             f"Adapter {adapter_name!r} is not the active one, {active!r} is: statistics and losses would be "
@@ -150,7 +159,10 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
                 targets.append(_checked(target))
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
-        raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}")
+        raise TargetError(
+            f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Name linear layers as target_modules, "
+            "at ranks that they have room for."
+        )
     if any(target.device.type == "mps" for target in targets):
         raise UnsupportedSetupError(
             "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU, with "

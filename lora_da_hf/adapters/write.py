@@ -60,7 +60,10 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
     with torch.no_grad(), _whole_weight(target) as weight:
         norm = _row_norms(_as_linear(target.base_layer, weight), lora_A, lora_B, target.peft_scaling)
     if not write_full(parameter, norm.to(parameter.device, parameter.dtype)):
-        raise WriteError(f"{target.name}: DoRA's magnitude reads back differently from what was written.")
+        raise WriteError(
+            f"{target.name}: DoRA's magnitude reads back differently from what was written. Something else owns this "
+            "parameter, or its optimizer's copy of it."
+        )
 
 
 @contextlib.contextmanager

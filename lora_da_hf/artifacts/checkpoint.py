@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_da_hf.artifacts.files import put_in_place, write_tensors
-from lora_da_hf.artifacts.store import read_tensors
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
 
 _RUN_FILE = "run.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,17 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.other_tensors import check_other_tensors
 from lora_da_hf.artifacts.peft_config import expert_of, holder_of
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.artifacts.strict_json import malformed
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ArtifactError
-from lora_da_hf.report import LayerReport
+from lora_da_hf.errors import ArtifactError, SolveError
+from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import paper_step_size
+from lora_da_hf.theory.layer_scales import layer_lengths, step_unit
 
 _BASIS_TOLERANCE = 1e-4
 _EIGENVALUE_TOLERANCE = 1e-3
@@ -31,21 +32,6 @@ _SUM_TOLERANCE = 1e-7
 _NORM_TOLERANCE = 1e-2
 _REPORTED = ("rank", "peft_scaling", "num_tokens", "num_grad_tokens", "input_damping", "output_damping")
 _COUNTS = ("num_samples", "num_unlabelled", "num_search_samples", "population_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredBasis:
-    """The stored subspace of one layer.
-
-    Attributes:
-        basis_A: ``[max_rank, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, what ``basis_A`` keeps of the displacement (`lora_da_hf.records.LayerSolution`).
-        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
-    """
-
-    basis_A: Tensor
-    basis_B: Tensor
-    eigenvalues: Tensor
 
 
 def basis_sums(name: str, basis: StoredBasis) -> tuple[Tensor, Tensor]:
@@ -211,8 +197,8 @@ def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, layer: LayerEntr
     return max(outside.item(), along.item())
 
 
-def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest) -> None:
-    """Verify that the report says of settings, data, layers and steps what manifest and basis say.
+def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifest) -> LoRADAReport:
+    """Read the report, and verify that it says of settings, data, layers and steps what manifest and basis say.
 
     Args:
         path: The report's file, whose hash was compared already.
@@ -243,14 +229,18 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
         if found != expected:
             raise malformed(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there")
     sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
-    layer_steps = LoRADAConfig.from_dict(manifest.config).layer_steps
-    units = {"equal": 1.0, "displacement": max(layer.displacement_norm for layer in layers)}
-    if not report.step_unit > 0 or report.step_unit != units.get(layer_steps, report.step_unit):
+    lengths = layer_lengths(layers, layer_steps=LoRADAConfig.from_dict(manifest.config).layer_steps)
+    try:
+        unit = step_unit(lengths.values())
+    except SolveError:
+        unit = None
+    if report.step_unit != unit:
         raise ArtifactError(
             f"{path}: the unit of steps, {report.step_unit:.6g}, is not that of the norms there. Fetch it again."
         )
     if min(*sizes, *report.seconds.values(), report.num_unseen_samples, report.batch_size - 1) < 0:
         raise ArtifactError(f"{path}: a count, a time, a norm or a residual is negative. Fetch it again.")
+    return report
 
 
 def _check_sums(path: Path, report: LayerReport, basis: StoredBasis) -> None:

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 
 import torch
 
-from lora_da_hf.artifacts.schema import REPORT_FILE
+from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.statistics_store import iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit
-from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.kronecker import factorize_input
+from lora_da_hf.theory.layer_scales import divisors
 from lora_da_hf.theory.solve import solution_error, solve_dtype
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -34,12 +34,11 @@ def check_statistics(stored: StoredInit) -> None:
     """
     if not statistics_files(stored.manifest):
         return
-    report = read_report(stored.folder / REPORT_FILE)
     for group in iterate_statistics(stored.folder, stored.manifest):
-        check_solved_from(group, stored, report)
+        check_solved_from(group, stored)
 
 
-def check_solved_from(statistics: Mapping[str, LayerStatistics], stored: StoredInit, report: LoRADAReport) -> None:
+def check_solved_from(statistics: Mapping[str, LayerStatistics], stored: StoredInit) -> None:
     """Verify that the stored basis is a solution of the stored statistics, with the stored settings.
 
     Nothing is solved again, so this costs a factorisation of the input second moment and a few products. It does not
@@ -49,18 +48,17 @@ def check_solved_from(statistics: Mapping[str, LayerStatistics], stored: StoredI
     Args:
         statistics: Of layers that share an input.
         stored: What they belong to.
-        report: The stored one.
 
     Raises:
         ArtifactError: naming the layer.
     """
     config = LoRADAConfig.from_dict(stored.manifest.config)
     dtype = solve_dtype(config, stored.manifest.layers[next(iter(statistics))].in_features)
-    errors = _errors(statistics, stored, report, config, dtype)
+    errors = _errors(statistics, stored, config, dtype)
     missed = {name: error for name, error in errors.items() if not error <= _TOLERANCES[dtype]}
     if missed and dtype != torch.float64:  # as a solve goes to float64 where the narrower does not do
         again = {name: statistics[name] for name in missed}
-        errors = _errors(again, stored, report, config, torch.float64)
+        errors = _errors(again, stored, config, torch.float64)
         missed = {name: error for name, error in errors.items() if not error <= _TOLERANCES[dtype]}
     for name, error in missed.items():
         raise ArtifactError(
@@ -72,13 +70,13 @@ def check_solved_from(statistics: Mapping[str, LayerStatistics], stored: StoredI
 def _errors(
     statistics: Mapping[str, LayerStatistics],
     stored: StoredInit,
-    report: LoRADAReport,
     config: LoRADAConfig,
     dtype: torch.dtype,
 ) -> dict[str, float]:
     """Return the error of the solution of each layer; infinity where the statistics could not have been solved."""
     leader, first = next(iter(statistics.items()))
-    reports = {layer.name: layer for layer in report.layers}
+    reports = {layer.name: layer for layer in stored.report.layers}
+    by_layer = divisors(reports.values(), stored.report.step_unit, layer_steps=config.layer_steps)
     damping = stored.manifest.layers[leader].input_damping
     population = config.population_size or stored.manifest.data["population_size"]
     try:
@@ -93,7 +91,7 @@ def _errors(
                 stored_solution(stored.bases[name], reports[name]),
                 layer=name,
                 population_size=population,
-                unit=report.step_unit,
+                divisor=by_layer[name],
             )
             for name, layer in statistics.items()
         }

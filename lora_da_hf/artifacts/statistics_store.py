@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_da_hf.artifacts.files import put_in_place, share_as_usual, write_tensors
 from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
 from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
+from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
@@ -144,10 +145,7 @@ def _layer(name: str, moment: Tensor, entry: LayerEntry, read: Callable[[str], t
 
 def input_groups_of(manifest: Manifest) -> dict[str, list[str]]:
     """Return the layers that share an input, by their leader."""
-    groups: dict[str, list[str]] = {}
-    for name, layer in manifest.layers.items():
-        groups.setdefault(layer.shares_input_with, []).append(name)
-    return groups
+    return input_groups({name: layer.shares_input_with for name, layer in manifest.layers.items()})
 
 
 def statistics_files(manifest: Manifest) -> list[str]:

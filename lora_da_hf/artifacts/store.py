@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
-from lora_da_hf.artifacts.consistency import StoredBasis, basis_sums, check_adapter, check_bases, check_report
+from lora_da_hf.artifacts.basis import StoredBasis, basis_specs, basis_tensors
+from lora_da_hf.artifacts.consistency import basis_sums, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import UNLISTED_FILES, UNLISTED_FOLDERS, atomic_folder
@@ -32,22 +30,9 @@ from lora_da_hf.artifacts.schema import (
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
 from lora_da_hf.artifacts.strict_json import malformed, too_large
-from lora_da_hf.artifacts.tensors import TensorSpecs, read_tensors
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.report import LoRADAReport
-
-__all__ = [
-    "StoredBasis",
-    "StoredInit",
-    "basis_tensors",
-    "check_base_model",
-    "check_file",
-    "file_entry",
-    "load_init",
-    "load_manifest",
-    "read_tensors",
-    "write_init",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +47,14 @@ class StoredInit:
         folder: Where it is.
         manifest: Everything about it that is not a tensor.
         bases: By layer.
+        report: That of the run that made it.
         notes: What the checks could not make sure of.
     """
 
     folder: Path
     manifest: Manifest
     bases: dict[str, StoredBasis]
+    report: LoRADAReport
     notes: tuple[str, ...] = ()
 
 
@@ -109,16 +96,6 @@ def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:
         layer.basis_A_sums, layer.basis_B_sums = rows.tolist(), columns.tolist()
 
 
-def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
-    """Return the tensors of the basis file: ``<layer>.basis_A`` and ``.basis_B`` in float32, ``.eigenvalues`` in 64."""
-    tensors: dict[str, Tensor] = {}
-    for name, basis in bases.items():
-        tensors[f"{name}.basis_A"] = basis.basis_A.to("cpu", torch.float32).contiguous()
-        tensors[f"{name}.basis_B"] = basis.basis_B.to("cpu", torch.float32).contiguous()
-        tensors[f"{name}.eigenvalues"] = basis.eigenvalues.to("cpu", torch.float64).contiguous()
-    return tensors
-
-
 def file_entry(path: Path) -> FileEntry:
     """Return the size and hash of a file."""
     digest = hashlib.sha256()
@@ -155,7 +132,7 @@ def load_init(
     for name, entry in manifest.files.items():
         if statistics or not name.startswith(STATISTICS_PREFIX):
             check_file(folder / name, entry)
-    tensors = read_tensors(folder / BASIS_FILE, _basis_specs(manifest))
+    tensors = read_tensors(folder / BASIS_FILE, basis_specs(manifest))
     bases = {
         name: StoredBasis(
             basis_A=tensors[f"{name}.basis_A"],
@@ -167,11 +144,11 @@ def load_init(
     if statistics:
         check_statistics_headers(folder, manifest)
     check_bases(folder / BASIS_FILE, bases, manifest)
-    check_report(folder / REPORT_FILE, bases, manifest)
+    report = check_report(folder / REPORT_FILE, bases, manifest)
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     adapter = read_tensors(folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
     check_adapter(folder / ADAPTER_FILE, adapter, bases, config, manifest)
-    return StoredInit(folder=folder, manifest=manifest, bases=bases, notes=notes)
+    return StoredInit(folder=folder, manifest=manifest, bases=bases, report=report, notes=notes)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -189,18 +166,6 @@ def load_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise too_large(str(path), path.stat().st_size, MAX_MANIFEST_BYTES)
     return parse_manifest(path.read_bytes(), source=str(path))
-
-
-def _basis_specs(manifest: Manifest) -> TensorSpecs:
-    return {
-        key: (shape, dtype)
-        for name, layer in manifest.layers.items()
-        for key, shape, dtype in (
-            (f"{name}.basis_A", (layer.max_rank, layer.in_features), "F32"),
-            (f"{name}.basis_B", (layer.out_features, layer.max_rank), "F32"),
-            (f"{name}.eigenvalues", (layer.max_rank,), "F64"),
-        )
-    }
 
 
 def _check_nothing_else(folder: Path, manifest: Manifest) -> None:

@@ -18,8 +18,6 @@ from lora_da_hf.training.arguments import (
     loader_of,
 )
 
-_DEFAULT_SEED = 42
-
 
 def init_parser() -> argparse.ArgumentParser:
     """Return the flags of `lora-da init`."""
@@ -49,6 +47,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     from transformers import set_seed
 
     from lora_da_hf.pipeline import initialize_lora_da
+    from lora_da_hf.pipeline.run import DEFAULT_SEED
     from lora_da_hf.training.text_data import (
         choose_block_size,
         column_names,
@@ -62,7 +61,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     output.message(f"Loading {arguments.model}")
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
-    set_seed(_DEFAULT_SEED if settings.seed is None else settings.seed)
+    set_seed(DEFAULT_SEED if settings.seed is None else settings.seed)
     peft_model: Any = with_adapter(model, lora)
     report = initialize_lora_da(
         peft_model.to(PartialState().device),

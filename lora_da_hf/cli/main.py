@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.exit(2, f"lora-da{f' {verb.name}' if verb else ''}: error: {_not_known(unknown, verb)}\n")
     if verb is None:
-        make_parser(None).print_help()
+        parser.print_help()
         return 0
     output = Output(as_json=arguments.json, quiet=arguments.quiet)
     debug = arguments.debug or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")

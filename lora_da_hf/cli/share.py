@@ -54,7 +54,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
 
 def _read_card(file: Path) -> str:
     if not file.is_file():
-        raise ConfigError(f"{file}, given as --card, is not a file.")
+        raise ConfigError(f"{file}, given as --card, is not a file. Name a Markdown file.")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

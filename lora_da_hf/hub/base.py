@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.hub.cards import is_license, is_license_link
-from lora_da_hf.hub.facts import card_facts
+from lora_da_hf.hub.facts import base_id_of
 
 _STACK_LEVEL = 4
 """Of warnings: whoever called `push_init`."""
@@ -57,9 +57,9 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
         init: The initialisation.
         base_model: Name of the base on the Hub, if it was computed from a local copy.
     """
-    name = card_facts(init, base_model=base_model).base_id
+    name = base_id_of(init.manifest, base_model)
     stored = init.manifest.base_model["name_or_path"]
-    if stored and card_facts(init).base_id is None:
+    if stored and base_id_of(init.manifest) is None:
         advice = (
             "Give its name there as base_model (--base_model)." if name is None else "The card alone says its name."
         )

@@ -19,9 +19,7 @@ import yaml
 
 from lora_da_hf.artifacts.card_files import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, TAGS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import CardError, MissingDependencyError
 from lora_da_hf.hub.facts import CardFacts, card_facts
@@ -139,13 +137,9 @@ def card_plots(init: StoredInit) -> dict[str, bytes]:
     Returns:
         By file name: a PNG for each thing that the report has something of. Without matplotlib there are none, which is
         logged.
-
-    Raises:
-        ArtifactError: if the report in the folder is malformed.
     """
-    report = read_report(init.folder / REPORT_FILE, init.manifest)
     try:
-        return draw_plots(report)
+        return draw_plots(init.report)
     except MissingDependencyError as error:
         logger.warning("The card has no plots. %s", error)
         return {}

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, FileEntry
-from lora_da_hf.artifacts.statistics_store import STATISTICS_PREFIX
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, FileEntry, Manifest
+from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.artifacts.strict_json import fits, parse_json
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
@@ -114,22 +113,36 @@ class CardFacts:
         return sum(entry.size for entry in self.files.values())
 
 
+def base_id_of(manifest: Manifest, base_model: str | None = None) -> str | None:
+    """Return the name on the Hub of the base of an initialisation; None if it has none that is known.
+
+    Args:
+        manifest: Of the initialisation.
+        base_model: The name, if it was computed from a local copy.
+
+    Raises:
+        ConfigError: if ``base_model`` is no name that the Hub allows.
+    """
+    if base_model is not None and not is_repo_id(base_model):
+        raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
+    name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
+    return base_model or (name if name and is_from_hub(name, revision) else None)
+
+
 def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
     """Read the facts of a stored initialisation.
 
     Args:
-        init: What `load_init` returned. Of its folder, the report and PEFT's configuration are read.
+        init: What `load_init` returned. Of its folder, PEFT's configuration is read.
         base_model: Name of the base on the Hub, if it was computed from a local copy.
 
     Raises:
-        ArtifactError: if the report or the configuration is not what this library and PEFT write.
+        ArtifactError: if the configuration is not what PEFT writes.
         ConfigError: if ``base_model`` is no name that the Hub allows.
     """
     manifest = init.manifest
-    if base_model is not None and not is_repo_id(base_model):
-        raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
     name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
-    base_id = base_model or (name if name and is_from_hub(name, revision) else None)
+    base_id = base_id_of(manifest, base_model)
     adapter = parse_json((init.folder / ADAPTER_CONFIG_FILE).read_bytes(), str(init.folder / ADAPTER_CONFIG_FILE))
     layers = manifest.layers.values()
     return CardFacts(
@@ -161,11 +174,11 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         seed=manifest.seed,
         step_size=manifest.step_size,
         is_refitted=bool(manifest.refitted_from),
-        has_statistics=any(name.startswith(STATISTICS_PREFIX) for name in manifest.files),
+        has_statistics=bool(statistics_files(manifest)),
         config=LoRADAConfig.from_dict(manifest.config),
         versions=manifest.versions,
         files=manifest.files,
-        report=read_report(init.folder / REPORT_FILE, manifest),
+        report=init.report,
     )
 
 

@@ -13,7 +13,8 @@ from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.other_tensors import DELTA, MAGNITUDE, trained_tokens
 from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from lora_da_hf.artifacts.store import StoredInit, read_tensors
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.pipeline.base_model import base_modules, head_parameters
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.schema import ADAPTER_FILE
-from lora_da_hf.artifacts.store import StoredInit, read_tensors
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
 from lora_da_hf.errors import WriteError
 from lora_da_hf.pipeline.base_model import head_parameters
@@ -47,7 +48,10 @@ def take_over_saved_modules(job: Job, stored: StoredInit) -> None:
                 job.replaced.append((parameter, before))
                 replaced.append(module)
                 if not write_full(parameter, value):
-                    raise WriteError(f"{name} reads back differently from what was written.")
+                    raise WriteError(
+                        f"{name} reads back differently from what was written. Something else owns this parameter, or "
+                        "its optimizer's copy of it."
+                    )
     if replaced:
         modules = ", ".join(dict.fromkeys(replaced))
         job.report.notes.append(f"{modules} got the stored weights, which the statistics were taken with")

@@ -13,10 +13,10 @@ from torch import Tensor
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.consistency import stored_factor
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE
 from lora_da_hf.artifacts.statistics_store import statistics_files
-from lora_da_hf.artifacts.store import load_init, read_tensors
-from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError, WriteError
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
@@ -35,7 +35,7 @@ def take_over_finished(job: Job, identity: Mapping[str, Any]) -> bool:
         Whether that was so.
     """
     with job.stage("load"), job.ranks.together("look for a finished initialisation"):
-        found = _read(job, identity) if job.ranks.is_main and job.output_dir is not None else None
+        found = _read(job, identity) if job.ranks.is_main else None
     report = job.ranks.gather(None if found is None else found[0])[0]
     if report is None:
         return False
@@ -63,7 +63,6 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
         return None
     try:
         stored = load_init(folder)
-        report = read_report(folder / REPORT_FILE)
         differing = changes(stored.manifest.data.get(IDENTITY), dict(identity))
     except ArtifactError as error:
         job.report.notes.append("an initialisation that was there before could not be used and was replaced")
@@ -76,7 +75,7 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
         note = f"the initialisation in {folder} is of another {', '.join(differing)}: replaced"
         logger.log(logging.WARNING if has_statistics else logging.INFO, "LoRA-DA: %s", note)
         return None
-    return report, read_tensors(folder / ADAPTER_FILE, None)
+    return stored.report, read_tensors(folder / ADAPTER_FILE, None)
 
 
 def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) -> dict[str, tuple[Tensor, Tensor]]:

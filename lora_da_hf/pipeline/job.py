@@ -55,6 +55,7 @@ class Job:
         trained: Whether A and B of each are, once the pass is over.
         report: What was done so far.
         undo: What puts the adapter's ranks back if the initialisation fails.
+        replaced: Parameters of modules trained beside the adapter that got stored weights, with what they held before.
     """
 
     model: nn.Module

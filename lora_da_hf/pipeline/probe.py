@@ -56,7 +56,7 @@ class Probe:
         loss: Loss of the base model on the first labelled sample.
         moved_loss: The same while an adapter's outputs are moved, which some losses need to differ (`outputs_moved`).
         unlike_losses: Losses of a few samples that are unlike each other: of each, and of the first with each other.
-        num_tokens: Tokens of that sample.
+        num_tokens: Tokens of the first labelled sample.
         tokens_per_second: Speed of a forward pass, the best seen.
         unlike: Two samples that are unlike each other, or one if there are no two.
         other_modality: Whether samples have inputs that are no tokens.
@@ -103,11 +103,13 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
         with torch.no_grad(), outputs_moved(job.scan.targets):
             moved_loss = compute_loss(job.model, first, None).item()
+        with lockstep.alike():
+            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
         reduction = find_reduction(
             compute_loss,
             job.model,
             job.collate,
-            labelled,
+            unlike,
             shifts_labels=shifts,
             declared=job.config.loss_reduction,
             alike=lockstep.alike,
@@ -116,7 +118,6 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             labelled_head = None
         sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
         with lockstep.alike():
-            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
             singles = [job.collate([sample]) for sample in unlike]
             pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
         with torch.no_grad():

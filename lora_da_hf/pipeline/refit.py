@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
 from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE, Manifest
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, Manifest
 from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init
-from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.against_base import check_against_base
@@ -27,7 +27,7 @@ from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.solve import reported
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.layer_scales import step_unit
+from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_note, step_unit
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -162,15 +162,13 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
         raise ConfigError(
             f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
         )
-    report = read_report(stored.folder / REPORT_FILE)
     refit = Refit(
         stored=stored,
-        stored_report=report,
         config=new,
         peft_config=peft_config,
         bases=dict(stored.bases),
-        reports={layer.name: layer for layer in report.layers},
-        step_unit=report.step_unit,
+        reports={layer.name: layer for layer in stored.report.layers},
+        step_unit=stored.report.step_unit,
         ranks={name: layer.rank for name, layer in stored.manifest.layers.items()},
         alphas={name: alpha_of(peft_config, holder_of(name)) for name in stored.manifest.layers},
         notes=notes,
@@ -212,7 +210,7 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
     groups = iterate_statistics(refit.stored.folder, refit.manifest)
     number = len(input_groups_of(refit.manifest))
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
-        check_solved_from(statistics, refit.stored, refit.stored_report)
+        check_solved_from(statistics, refit.stored)
         first = next(iter(statistics))
         factorized = factorize(statistics[first], refit.config, layer=first)
         for name in statistics:
@@ -225,12 +223,15 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
                 rank=min(max(refit.config.max_rank or layer.max_rank, layer.rank), layer.in_features),
                 population_size=population_size,
             )
-    refit.step_unit = step_unit(solutions.values(), layer_steps=refit.config.layer_steps)
+        refit.reports |= {n: dataclasses.replace(refit.reports[n], **reported(solutions[n])) for n in statistics}
+    layers, layer_steps = refit.reports.values(), refit.config.layer_steps
+    refit.step_unit = step_unit(layer_lengths(layers, layer_steps=layer_steps).values())
+    note = rounding_note(layers, layer_steps=layer_steps)
+    refit.notes += [] if note is None else [note]
+    by_layer = divisors(layers, refit.step_unit, layer_steps=layer_steps)
     for name, solved in solutions.items():
-        solution = solved.in_unit(refit.step_unit)
-        refit.bases[name] = StoredBasis(
-            basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues
-        )
+        solution = solved.in_unit(by_layer[name])
+        refit.bases[name] = StoredBasis.of(solution)
         refit.reports[name] = dataclasses.replace(refit.reports[name], **reported(solution))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_da_hf.adapters.experts import at_rank, slice_factors
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
@@ -36,7 +37,8 @@ from lora_da_hf.artifacts.schema import (
     Manifest,
 )
 from lora_da_hf.artifacts.statistics_store import statistics_files
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, load_init, read_tensors, write_init
+from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.save import package_versions
@@ -58,7 +60,6 @@ class Refit:
 
     Attributes:
         stored: What it comes from.
-        stored_report: Its report.
         config: The new settings.
         peft_config: PEFT's, for the stored ranks.
         bases: By layer, stored or solved anew.
@@ -71,7 +72,6 @@ class Refit:
     """
 
     stored: StoredInit
-    stored_report: LoRADAReport
     config: LoRADAConfig
     peft_config: dict[str, Any]
     bases: dict[str, StoredBasis]
@@ -195,7 +195,7 @@ def _base_layer(base: nn.Module, name: str) -> nn.Module:
 
 def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
-    old = refit.stored_report
+    old = refit.stored.report
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
         kept=dict(refit.manifest.kept),

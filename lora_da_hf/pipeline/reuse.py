@@ -14,10 +14,10 @@ from torch import nn
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
 from lora_da_hf.adapters.targets import Target, check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.schema import REPORT_FILE, Manifest
+from lora_da_hf.artifacts.basis import StoredBasis
+from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.solved_from import stored_solution
-from lora_da_hf.artifacts.store import StoredBasis, StoredInit, check_base_model, load_init
-from lora_da_hf.artifacts.stored_report import read_report
+from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
@@ -127,7 +127,6 @@ def apply_init(
         facts = base_model_facts(model)
     with ranks.together("reading of the initialisation"):
         stored, citation = _open(init, facts)
-        stored_report = read_report(stored.folder / REPORT_FILE)
         given_step = step_size is not None or gives_step(config)
         config = config_for_use(stored.manifest, config)
         if step_size is not None or (samples is not None and not given_step):
@@ -149,9 +148,9 @@ def apply_init(
         progress=progress,
         output_dir=None,
     )
-    job.report = _new_report(job, stored, stored_report, citation)
+    job.report = _new_report(job, stored, citation)
     with ranks.together("matching of the layers"):
-        solutions = _match(job, stored, stored_report)
+        solutions = _match(job, stored)
     job.report.seconds["read"] = time.perf_counter() - start
     with job.restored_on_failure(), job.collate.generators_kept():
         take_over_saved_modules(job, stored)
@@ -177,18 +176,18 @@ def _open(init: str | Path | StoredInit | PulledInit, facts: dict[str, Any]) -> 
     return load_init(init.folder, base_model=facts, statistics=False), f"{init.repo_id}@{init.commit}"
 
 
-def _new_report(job: Job, stored: StoredInit, stored_report: LoRADAReport, citation: str) -> LoRADAReport:
+def _new_report(job: Job, stored: StoredInit, citation: str) -> LoRADAReport:
     """Start a report that says what the stored statistics were taken from."""
     return LoRADAReport(
         kept=dict(job.scan.kept),
-        num_samples=stored_report.num_samples,
-        num_unlabelled=stored_report.num_unlabelled,
-        population_size=stored_report.population_size,
-        batch_size=stored_report.batch_size,
-        loss_reduction=stored_report.loss_reduction,
-        data_fingerprint=stored_report.data_fingerprint,
+        num_samples=stored.report.num_samples,
+        num_unlabelled=stored.report.num_unlabelled,
+        population_size=stored.report.population_size,
+        batch_size=stored.report.batch_size,
+        loss_reduction=stored.report.loss_reduction,
+        data_fingerprint=stored.report.data_fingerprint,
         step_size_by_rank=steps_by_rank(stored.manifest),
-        step_unit=stored_report.step_unit,
+        step_unit=stored.report.step_unit,
         config=job.config.to_dict(),
         notes=list(stored.notes),
         artifact=str(stored.folder),
@@ -196,13 +195,13 @@ def _new_report(job: Job, stored: StoredInit, stored_report: LoRADAReport, citat
     )
 
 
-def _match(job: Job, stored: StoredInit, stored_report: LoRADAReport) -> dict[str, LayerSolution]:
+def _match(job: Job, stored: StoredInit) -> dict[str, LayerSolution]:
     """Find the stored solution of each layer, and list what has none.
 
     Raises:
         TargetError: if a layer has none that fits, or none has one.
     """
-    reports = {layer.name: layer for layer in stored_report.layers}
+    reports = {layer.name: layer for layer in stored.report.layers}
     solutions: dict[str, LayerSolution] = {}
     missing: list[str] = []
     for name, target in job.targets.items():

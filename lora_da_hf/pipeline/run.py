@@ -21,7 +21,7 @@ from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ArtifactError, ConfigError, DataError
+from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import identify
@@ -77,7 +77,8 @@ def initialize_lora_da(
             Of what ``torch.compile`` returned, the model inside is run, as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
-        population_size: N, how many samples training draws from; None: the config's, or the number of samples.
+        population_size: N, how many samples training draws from. Used if the config gives none; None: the number of
+            samples.
         compute_loss: Maps model, batch and number of items to a scalar loss, dividing the sum over labels by the
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
@@ -176,8 +177,7 @@ def choose_together(job: Job, samples: Any, population_size: int | None) -> Samp
     with job.ranks.together("choice of samples"), random_state(job.seed):
         mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
     splits = mine if alike else job.ranks.gather(mine)[0]
-    if splits is None:
-        raise DataError("The first process chose no samples.")
+    assert splits is not None  # the first process reads in any case
     return splits
 
 

@@ -9,16 +9,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.ranks_per_layer import layers_in_patterns
 from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.peft_config import in_names
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, IDENTITY, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
-from lora_da_hf.artifacts.store import StoredBasis, write_init
+from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
 from lora_da_hf.errors import TargetError
 from lora_da_hf.records import LayerSolution
@@ -61,10 +62,7 @@ def save_init(
         seed: Of every random choice.
         identity: What a later run must have in common with this one to use it.
     """
-    bases = {
-        name: StoredBasis(basis_A=solution.basis_A, basis_B=solution.basis_B, eigenvalues=solution.eigenvalues)
-        for name, solution in solutions.items()
-    }
+    bases = {name: StoredBasis.of(solution) for name, solution in solutions.items()}
     reports = {layer.name: layer for layer in report.layers}
     leaders = leaders_of(shared_inputs, solutions)
     layers = {
@@ -185,6 +183,10 @@ def refuse_unsaveable(model: nn.Module) -> None:
     Raises:
         TargetError: if it is neither a PEFT model nor one of transformers' with an adapter.
     """
+    if isinstance(model, PeftMixedModel):
+        raise TargetError(
+            "An adapter made with mixed=True cannot be stored. Make it without: get_peft_model(base, ...)."
+        )
     if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
         raise TargetError(
             f"The adapter of a {type(model).__name__} cannot be stored: it is neither what get_peft_model returns nor "

@@ -15,6 +15,7 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.theory.adapter_factors import factors_at_step
+from lora_da_hf.theory.layer_scales import layer_lengths
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ _FIRST_STEP = 1.0
 _FIRST_EQUAL_STEP = 0.1
 """Where all layers go equally far. On SmolLM2-135M searches ended at 1 to 3.2, and at 0.1 to 0.2 here."""
 
-_SMALLEST_STEP = 1e-5
 _LADDER_RATIO = 4
 _LADDER_SAMPLES = 4
 
@@ -70,9 +70,10 @@ def _finite(loss: float, samples: list[Any], kind: str) -> float:
 
 def _first_step(job: Job) -> float:
     """Return where a search begins: of a stored initialisation, the layer that goes farthest may be left out here."""
-    if job.config.layer_steps == "displacement":
-        return _FIRST_STEP * job.report.step_unit / max(layer.displacement_norm for layer in job.report.layers)
-    return _FIRST_EQUAL_STEP if job.config.layer_steps == "equal" else _FIRST_STEP
+    if job.config.layer_steps == "equal":
+        return _FIRST_EQUAL_STEP
+    farthest = max(layer_lengths(job.report.layers, layer_steps=job.config.layer_steps).values())
+    return _FIRST_STEP / min(farthest / job.report.step_unit, 1.0)
 
 
 def _search(
@@ -95,7 +96,6 @@ def _search(
         baseline=baseline,
         start=start or _first_step(job),
         factor=factor,
-        smallest=_SMALLEST_STEP,
         refine=rank is None,
     )
 

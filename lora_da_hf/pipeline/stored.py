@@ -148,7 +148,9 @@ def population_of(manifest: Manifest, config: LoRADAConfig) -> int:
     """
     known = config.population_size or manifest.data.get("population_size")
     if type(known) is not int or known < 1:
-        raise ArtifactError(f"The manifest's population_size is {known!r} and should be a number of samples.")
+        raise ArtifactError(
+            f"The manifest's population_size is {known!r} and should be a number of samples. Fetch it again."
+        )
     return known
 
 

@@ -12,7 +12,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.resume import FinishedWindow, Progress
 from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.layer_scales import step_unit
+from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_note, step_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,22 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, progress: Progress) -> Sol
             job.report.layers.append(outcome[1])
     if not solutions:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(job.report.kept.items())[:3])
-        raise SolveError(f"No layer could be solved. {reasons}")
+        raise SolveError(f"No layer could be solved. {reasons}. Check the samples and the loss.")
     solutions = _in_one_unit(job, solutions)
     leaders = {name: leader for window in windows for name, leader in window.shared.items()}
     return Solved(solutions=solutions, shared={name: leaders[name] for name in probe.shared})
 
 
 def _in_one_unit(job: Job, solutions: dict[str, LayerSolution]) -> dict[str, LayerSolution]:
-    """Divide all displacements by one number, the same on every process, and note it in the report."""
+    """Divide all displacements by one number over their tokens, the same on every process, and note it."""
+    layers, layer_steps = job.report.layers, job.config.layer_steps
     with job.stage("solve"), job.ranks.together("solve"):
-        unit = step_unit(solutions.values(), layer_steps=job.config.layer_steps)
+        unit = step_unit(layer_lengths(layers, layer_steps=layer_steps).values())
     job.report.step_unit = unit = job.ranks.gather(unit)[0]
-    scaled = {name: solution.in_unit(unit) for name, solution in solutions.items()}
+    note = rounding_note(layers, layer_steps=layer_steps)
+    job.report.notes += [] if note is None else [note]
+    by_layer = divisors(layers, unit, layer_steps=layer_steps)
+    scaled = {name: solution.in_unit(by_layer[name]) for name, solution in solutions.items()}
     for layer in job.report.layers:
         layer.eigenvalues = scaled[layer.name].eigenvalues.tolist()
     return scaled

@@ -17,7 +17,7 @@ class InputMomentSum:
     """A running sum of ``x x^T``, of which only the upper block triangle is computed.
 
     Attributes:
-        total: ``[d_in, d_in]``; the part below the diagonal blocks stays zero until `mean`.
+        total: ``[d_in, d_in]``; the part below the diagonal blocks stays zero until `mirror_upper_`.
         num_tokens: Rows added so far.
     """
 

@@ -56,11 +56,12 @@ class SampleWeights:
 
     Args:
         head: The module that makes the logits, with the samples in the first dimension of its output.
+        weights: ``[B]``, of the samples of one batch.
     """
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, weights: Tensor) -> None:
         self._head = head
-        self._weights: Tensor | None = None
+        self._weights = weights
         self._mixed = False
         self._calls = 0
         self._backward_calls = 0
@@ -76,8 +77,6 @@ class SampleWeights:
         self._handle.remove()
 
     def _on_forward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._weights is None:
-            return output
         if not isinstance(output, Tensor) or output.shape[0] != self._weights.shape[0]:
             self._mixed = True
             return output
@@ -87,10 +86,6 @@ class SampleWeights:
     def _seen(self) -> None:
         self._backward_calls += 1
 
-    def start(self, weights: Tensor | None) -> None:
-        """Set the weights ``[B]`` of the next batch, or None to leave its gradients alone."""
-        self._weights, self._mixed, self._calls, self._backward_calls = weights, False, 0, 0
-
     def check(self) -> None:
         """Verify that the weights went into the gradient of the batch exactly once.
 
@@ -99,7 +94,7 @@ class SampleWeights:
         """
         if self._mixed:
             raise SingleSamplesNeeded("the model's head does not keep the samples apart in its first dimension")
-        if self._weights is not None and (self._calls != 1 or self._backward_calls != 1):
+        if self._calls != 1 or self._backward_calls != 1:
             raise SingleSamplesNeeded("the loss does not go through the model's output layer exactly once")
 
 
@@ -132,8 +127,7 @@ def weighted_head(
     head = head or _output_layer(model)
     if head is None:
         raise SingleSamplesNeeded("the model has no output layer to weight its samples at")
-    with SampleWeights(head) as sample_weights:
-        sample_weights.start(weights)
+    with SampleWeights(head, weights) as sample_weights:
         yield sample_weights
 
 

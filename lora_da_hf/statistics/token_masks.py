@@ -143,7 +143,8 @@ def read_batch_tokens(
         batch: What the collator made: tensors with the samples in their first dimension.
         shifts_labels: Whether position t predicts label t + 1, as causal language models do.
         encoder_decoder: Whether a decoder reads the labels as a second sequence.
-        token_mask: ``"attention"``: tokens that are attended to. ``"labels"``: positions whose prediction is a label.
+        token_mask: ``"attention"``: tokens that are attended to. ``"labels"``: positions whose prediction is a label;
+            of an encoder's sequence those that are attended to.
         num_samples: Samples in the batch, each of which may be several rows; None: one for each row.
     """
     labels = batch.get("labels")
@@ -153,7 +154,7 @@ def read_batch_tokens(
     counts = None if predicted is None else predicted.reshape(predicted.shape[0], -1).sum(dim=1)
     attended = _attended_positions(batch, labels if encoder_decoder else None)
     if token_mask == "labels" and predicted is not None and predicted.dim() == 2:
-        masks = tuple(predicted for mask in attended if mask.shape == predicted.shape) or (predicted,)
+        masks = (*attended[:-1], predicted) if encoder_decoder else (predicted,)  # the encoder predicts nothing
     else:
         masks = attended
     if counts is not None:

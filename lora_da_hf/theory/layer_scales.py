@@ -3,81 +3,104 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection
 
 from torch import Tensor
 
 from lora_da_hf.errors import SolveError
-from lora_da_hf.records import LayerSolution, LayerStatistics
+from lora_da_hf.records import LayerStatistics
+from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM
+
+_FARTHEST = 100.0
+"""How many times as far as the median layer one may go. On SmolLM2-135M the farthest goes 5 times as far."""
 
 _SMALLEST_UNIT = 1e-150
 """Its square is a number, too."""
 
 
-def step_unit(solutions: Collection[LayerSolution], *, layer_steps: str) -> float:
-    """Return what all displacements are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
+def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[str, float]:
+    """Return how far layers go beside each other, by name, before one number is chosen for all.
 
-    The norm is the whole displacement's, of which the subspace keeps a part; so the unit depends on no rank, and on no
-    weight of bias and variance. With ``"quadratic"`` it is that of the update at the rank that was solved, on which
-    the layer's own length depends too. It is 1 with ``"equal"``, where each displacement is divided by its own norm.
-    In the units of the statistics a good step would be any number: on SmolLM2-135M about 4e-8.
+    The Fisher information of a layer is ``T Y (x) S``, with T tokens and the mean factors Y and S. The displacement is
+    taken with the means, so a layer goes as far as its displacement over T: it matters where layers see different
+    numbers of tokens, as experts do, an encoder beside its decoder, or a pooler.
+
+    A displacement goes as one over the gradient. So a layer of which the gradient is nothing but rounding, such as the
+    router of a mixture that picks one expert, has the longest of all, and no other would move beside it. What is more
+    than a hundred times the median m is taken for that: such a length l becomes m (m / l), which hardly moves.
 
     Args:
-        solutions: Of all layers, as they are solved: one at a time, without a look at the others.
+        layers: All of them, with the norm of the displacement, and T.
         layer_steps: As in the config.
-
-    Raises:
-        SolveError: if the norms are too small or too large to be divided by.
     """
     if layer_steps == "equal":
-        return 1.0
-    if layer_steps == "quadratic":
-        unit = max(solution.spectral_norm() for solution in solutions)
-    else:
-        unit = max(solution.displacement_norm for solution in solutions)
+        return {layer.name: 1.0 for layer in layers}
+    lengths = _over_tokens(layers)
+    median = statistics.median_low(lengths.values())
+    return {n: length if length <= _FARTHEST * median else median * (median / length) for n, length in lengths.items()}
+
+
+def _over_tokens(layers: Collection[LayerReport]) -> dict[str, float]:
+    return {layer.name: layer.displacement_norm / layer.num_grad_tokens for layer in layers}
+
+
+def rounding_note(layers: Collection[LayerReport], *, layer_steps: str) -> str | None:
+    """Return what a report says of layers whose gradient seems to be nothing but rounding; None if there is none."""
+    lengths = {} if layer_steps == "equal" else _over_tokens(layers)
+    found = [name for name, length in lengths.items() if length > _FARTHEST * statistics.median_low(lengths.values())]
+    if not found:
+        return None
+    return (
+        f"{len(found)} layers hardly move ({found[0]} first): their displacements are more than {_FARTHEST:.0f} times "
+        "as long as the median layer's, as where a gradient is nothing but rounding"
+    )
+
+
+def step_unit(lengths: Collection[float]) -> float:
+    """Return what all lengths are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
+
+    The norm is the whole displacement's, of which the subspace keeps a part; so the unit depends on no rank, and on no
+    weight of bias and variance. In the units of the statistics a good step would be any number: on SmolLM2-135M about
+    1e-3.
+
+    Args:
+        lengths: `layer_lengths` of all layers.
+
+    Raises:
+        SolveError: if they are too small or too large to be divided by.
+    """
+    unit = max(lengths)
     if not _SMALLEST_UNIT < unit < 1 / _SMALLEST_UNIT:
         raise SolveError(f"The layer that goes farthest would go {unit:.3g} far in one step. Raise the dampings.")
     return unit
 
 
-def quadratic_length(statistics: LayerStatistics, basis_A: Tensor, basis_B: Tensor, *, layer: str) -> float:
-    """Return the multiple of the update ``U = basis_B @ basis_A`` that minimises the quadratic model of the loss.
+def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) -> dict[str, float]:
+    """Return what each layer's displacement is divided by once all are solved (`LayerSolution.in_unit`), by name.
 
-    The model is ``<G, U> + T/2 tr(U^T Y U S)``, with the gradient G, the mean factors Y (a diagonal) and S without
-    damping, and T tokens: their product is the Fisher information but for a number that all layers share. So lengths
-    of layers compare, and the one step for all of them, found by a search, is left to say how large they are. Layers
-    are taken for independent.
+    With ``layer_steps="equal"`` it was divided by its norm before.
 
     Args:
-        statistics: Of the layer.
-        basis_A: ``[r, d_in]``.
-        basis_B: ``[d_out, r]``.
-        layer: Its name, for the message.
-
-    Raises:
-        SolveError: if the loss does not fall along the update, or the model has no curvature there.
+        layers: All of them, with the norm of the displacement, and T.
+        unit: What `step_unit` returned for them.
+        layer_steps: As in the config.
     """
-    gradient, moment = (part.to(basis_A) for part in (statistics.weight_grad, statistics.input_second_moment))
-    outputs = basis_B.mT @ (statistics.output_grad_second_moment_diag.to(basis_B)[:, None] * basis_B)
-    slope = (basis_B * (gradient @ basis_A.mT)).sum().item()
-    curvature = statistics.num_output_tokens * (outputs * (basis_A @ moment @ basis_A.mT)).sum().item()
-    if not (slope < 0 < curvature and math.isfinite(curvature)):
-        raise SolveError(
-            f"{layer}: the loss has slope {slope:.3g} and curvature {curvature:.3g} along its update, which gives no "
-            "length. Use another layer_steps, or more samples."
-        )
-    return -slope / curvature
+    if layer_steps == "equal":
+        return {layer.name: 1.0 for layer in layers}
+    lengths = layer_lengths(layers, layer_steps=layer_steps)
+    return {layer.name: unit * (layer.displacement_norm / lengths[layer.name]) for layer in layers}
 
 
-def row_scale(statistics: LayerStatistics, basis_A: Tensor, projected_rms: float, *, layer: str) -> float:
+def row_scale(layer_statistics: LayerStatistics, basis_A: Tensor, projected_rms: float, *, layer: str) -> float:
     """Return what ``basis_A`` is multiplied with so that ``A x`` has a given root mean square over rows and tokens.
 
     Under ``factor_split="default_norm"``, which multiplies the rows of ``basis_A`` with PEFT's default norm. One number
     for all rows: a scale for each would whiten, which blows up directions in which the input hardly varies.
 
     Args:
-        statistics: Of the layer.
+        layer_statistics: Of the layer.
         basis_A: ``[r, d_in]``; all its rows count.
         projected_rms: What is wanted.
         layer: Its name, for the message.
@@ -85,7 +108,7 @@ def row_scale(statistics: LayerStatistics, basis_A: Tensor, projected_rms: float
     Raises:
         SolveError: if the input does not vary along any row.
     """
-    moment = statistics.input_second_moment.to(basis_A)
+    moment = layer_statistics.input_second_moment.to(basis_A)
     mean_square = ((basis_A @ moment) * basis_A).sum().item() / basis_A.shape[0]
     if not 0 < mean_square < math.inf:
         raise SolveError(

@@ -22,9 +22,6 @@ def allocate_ranks(
     eigenvalues: Mapping[str, Sequence[float]],
     widths: Mapping[str, tuple[int, int]],
     budget: int,
-    *,
-    min_rank: int = 1,
-    max_rank: int | None = None,
 ) -> dict[str, int]:
     """Spend a budget of parameters where each lowers the objective most.
 
@@ -37,34 +34,30 @@ def allocate_ranks(
 
     Which eigenvalues compare across layers: G is in the units of what is written, since one step multiplies every
     layer. With ``layer_steps="displacement"`` the sum is the paper's expected distance of the weights, or, with
-    ``metric="fisher"``, twice the expected loss above the target's. With ``layer_steps="equal"`` units are those of
-    each layer's own largest singular value, so the sizes of the displacements, which differ by orders of magnitude
-    between layers, are left out. With ``layer_steps="quadratic"`` they are the multiple of the displacement that each
-    layer's step is. With ``normalize_guidance_terms`` the variance is relative to each layer's bias.
+    ``metric="fisher"`` and layers that all see as many tokens, twice the expected loss above the target's. With
+    ``layer_steps="equal"`` units are those of each layer's own largest singular value, so the sizes of the
+    displacements, which differ by orders of magnitude between layers, are left out. With ``normalize_guidance_terms``
+    the variance is relative to each layer's bias.
 
     Args:
         eigenvalues: Of each layer's guidance matrix, ascending, up to the rank that was solved.
         widths: d_in and d_out of each layer.
         budget: Parameters of all A and B together, ``sum r (d_in + d_out)``.
-        min_rank: What each layer gets at least, or all the directions that it has if they are fewer.
-        max_rank: What each gets at most; None: the rank that was solved.
 
     Returns:
-        The rank of each layer, in the order of ``eigenvalues``. Equal decreases go to the earlier layer.
+        The rank of each layer, from 1 up, in the order of ``eigenvalues``. Equal decreases go to the earlier layer.
 
     Raises:
-        ConfigError: if the bounds contradict each other, or the budget does not buy the least ranks.
+        ConfigError: if the budget does not buy rank 1 in each layer.
     """
-    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
-        raise ConfigError(f"min_rank={min_rank} and max_rank={max_rank} are no range of ranks from 1 up.")
-    most = {name: min(len(values), max_rank or len(values)) for name, values in eigenvalues.items()}
-    ranks = {name: min(min_rank, rank) for name, rank in most.items()}
+    most = {name: len(values) for name, values in eigenvalues.items()}
+    ranks = dict.fromkeys(most, 1)
     left = budget - num_adapter_parameters(ranks, widths)
     if left < 0:
         least, all_of_it = num_adapter_parameters(ranks, widths), num_adapter_parameters(most, widths)
         raise ConfigError(
-            f"A rank budget of {budget} parameters is too small: rank {min_rank} in each of the {len(ranks)} layers "
-            f"takes {least}, and all that is stored {all_of_it}."
+            f"A rank budget of {budget} parameters is too small: rank 1 in each of the {len(ranks)} layers takes "
+            f"{least}, and all that is stored {all_of_it}. Give a number between."
         )
 
     def offer(name: str) -> tuple[float, int, str]:

@@ -15,7 +15,7 @@ from lora_da_hf.theory.displacement import Displacement
 from lora_da_hf.theory.fisher_metric import WhitenedLayer
 from lora_da_hf.theory.guidance import Guidance, build_guidance, check_residual_in_float64, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
-from lora_da_hf.theory.layer_scales import quadratic_length, row_scale
+from lora_da_hf.theory.layer_scales import row_scale
 
 _FLOAT64_UP_TO = 8192
 _FLOAT32_RESIDUAL = 1e-4
@@ -75,7 +75,9 @@ def solve_layer(
     if not torch.isfinite(statistics.weight_grad).all():
         raise NonFiniteError(f"The weight gradient of {layer} is not finite. Check the loss on the samples used.")
     if not statistics.weight_grad.any():
-        raise SolveError(f"The weight gradient of {layer} is zero: no sample's loss depends on it.")
+        raise SolveError(
+            f"The weight gradient of {layer} is zero: no sample's loss depends on it. Leave it out of target_modules."
+        )
     dtype = factorized_input.cholesky.dtype
     problem = _pose(statistics, factorized_input, config, layer=layer, population_size=population_size)
     displacement, whitened, guidance = problem.displacement, problem.whitened, problem.guidance
@@ -110,7 +112,8 @@ def solve_layer(
     if not torch.isfinite(basis_A).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     norm = displacement.norm(start=pairs.vectors if whitened is None else torch.linalg.qr(basis_A.mT).Q)
-    divisor, scale = _units(statistics, basis_A, basis_B, config, norm, layer=layer)
+    divisor = norm if config.layer_steps == "equal" else 1.0
+    scale = _scale(statistics, basis_A, config, layer=layer)
     return LayerSolution(
         basis_A=basis_A * scale,
         basis_B=basis_B / (divisor * scale),
@@ -124,25 +127,11 @@ def solve_layer(
     )
 
 
-def _units(
-    statistics: LayerStatistics, basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, norm: float, *, layer: str
-) -> tuple[float, float]:
-    """Return what the displacement is divided by, and what the rows of A, of norm 1, are multiplied with.
-
-    Args:
-        statistics: Of the layer.
-        basis_A: With rows of norm 1.
-        basis_B: The displacement's part.
-        config: The settings.
-        norm: Of the displacement.
-        layer: Its name, for messages.
-    """
-    divisor = norm if config.layer_steps == "equal" else 1.0
-    if config.layer_steps == "quadratic":
-        divisor = 1 / quadratic_length(statistics, basis_A, basis_B, layer=layer)
+def _scale(statistics: LayerStatistics, basis_A: Tensor, config: LoRADAConfig, *, layer: str) -> float:
+    """Return what the rows of A, of norm 1, are multiplied with."""
     if config.projected_rms is None:
-        return divisor, 1.0
-    return divisor, row_scale(statistics, basis_A, config.projected_rms, layer=layer)
+        return 1.0
+    return row_scale(statistics, basis_A, config.projected_rms, layer=layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +181,7 @@ def solution_error(
     *,
     layer: str,
     population_size: int,
-    unit: float = 1.0,
+    divisor: float = 1.0,
 ) -> float:
     """Measure how far a solution is from being one of these statistics, without solving anything again.
 
@@ -207,7 +196,7 @@ def solution_error(
         solution: Its tensors may be rounded to float32.
         layer: The layer's name, for messages.
         population_size: That it was solved with.
-        unit: What `step_unit` returned for it and the other layers.
+        divisor: What its displacement was divided by since, as `lora_da_hf.theory.layer_scales.divisors` has it.
 
     Returns:
         The largest of these errors. Each is relative to what goes into it, so that it is of the order of the
@@ -231,8 +220,8 @@ def solution_error(
         vectors = vectors / vectors.norm(dim=0)
         images, start = whitened.map_back(vectors)[1], rows.mT
     norm = displacement.norm(start=torch.linalg.qr(start).Q)
-    divisor, expected_scale = _units(statistics, rows, images, config, solution.displacement_norm, layer=layer)
-    divisor *= unit
+    expected_scale = _scale(statistics, rows, config, layer=layer)
+    divisor *= solution.displacement_norm if config.layer_steps == "equal" else 1.0
     eigenvalues = solution.eigenvalues.to(cholesky) * (divisor * divisor)
     missed_images = (images - columns * divisor).norm(dim=0).max().item()
     missed_eigen = (guidance.apply(vectors) - vectors * eigenvalues).norm(dim=0).max().item()

@@ -11,6 +11,8 @@ from torch import Tensor
 Apply = Callable[[Tensor], Tensor]
 
 _KRYLOV_TOLERANCE = 1e-7
+_RESOLVED = 30.0
+"""Times the residual: eigenvalues below that part of the largest are left to the exact solver."""
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
 _CHECKED_FROM = 7
@@ -54,8 +56,9 @@ def leading_eigenpairs(
         dimension: d.
         count: How many pairs, at most d.
         like: A tensor whose dtype and device the work is done in.
-        solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to
-            ``"eigh"`` if its residual stays above the tolerance), or ``"auto"``: Krylov where it is faster.
+        solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to ``"eigh"`` if
+            its residual stays above the tolerance, or an eigenvalue is too small to be told by it), or ``"auto"``:
+            Krylov where it is faster.
         tolerance: Largest relative residual of Krylov.
         start: ``[d, k]``, orthonormal vectors that Krylov may start from.
 
@@ -65,7 +68,7 @@ def leading_eigenpairs(
     """
     if solver == "krylov" or (solver == "auto" and dimension > _DENSE_BELOW and 8 * count < dimension):
         found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
-        if found.converged:
+        if found.converged and not _has_unresolved(found):
             return found
     matrix = apply(torch.eye(dimension, dtype=like.dtype, device=like.device))
     eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) * 0.5)
@@ -76,6 +79,12 @@ def leading_eigenpairs(
         residual=relative_residual(matrix @ vectors, vectors, eigenvalues),
         solver="eigh",
     )
+
+
+def _has_unresolved(found: Eigenpairs) -> bool:
+    """Tell whether some eigenvalues are too small for the residual, which is relative to the largest, to tell them."""
+    sizes = found.eigenvalues.abs()
+    return bool(sizes.min() < _RESOLVED * found.residual * sizes.max())
 
 
 def block_krylov(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.config import LoRADAConfig, setting
 from lora_da_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,11 +36,6 @@ def check_data_file(path: str, fail: Callable[[str], Any]) -> None:
         fail(f"{path}: the name must end in one of {', '.join(LOADER_OF_SUFFIX)}")
     if not Path(path).is_file():
         fail(f"{path} does not exist")
-
-
-def setting(default: Any, help_text: str) -> Any:
-    """Make a dataclass field whose help text the command line shows."""
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass

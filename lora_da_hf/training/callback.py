@@ -37,6 +37,8 @@ USE_FOLDER = "lora_da_init_from"
 """For the report of a run with `init_from`, where `INIT_FOLDER` holds an initialisation."""
 
 _MODEL_LOSS = "nll"
+_SURROGATE = "dft"
+"""Of which the value may rise as training goes on, so that the model's own loss serves a search better."""
 _OF_ONLINE_RL = "num_generations"
 _USE_OURS = " In one process or under DDP, LoRADATrainer does it before it makes its optimizer."
 
@@ -194,8 +196,8 @@ class LoRADACallback(TrainerCallback):
             samples, population_size = None, None
         with no_averaging_over_devices(args), metrics_kept(self.compute_loss):
             if self.init_from is None:
-                settings["population_size"] = self.config.population_size or population_size
-                report = initialize_lora_da(model, samples, output_dir=folder, seed=args.seed, **settings)
+                settings |= {"population_size": population_size, "seed": args.seed}
+                report = initialize_lora_da(model, samples, output_dir=folder, **settings)
             else:
                 report = self._apply(self.init_from, model, samples, folder, settings)
         self._tag(model, report)
@@ -302,7 +304,7 @@ class LoRADACallback(TrainerCallback):
             return
         loss_type = getattr(args, "loss_type", _MODEL_LOSS)  # of TRL
         unseen = "label smoothing" if args.label_smoothing_factor else None
-        if loss_type != _MODEL_LOSS:
+        if loss_type not in (_MODEL_LOSS, _SURROGATE):
             names = loss_type if isinstance(loss_type, list) else [loss_type]
             unseen = f"loss_type {', '.join(map(str, names))}"
         if unseen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Mapping
@@ -43,9 +42,10 @@ def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Pa
     if not isinstance(init_from, str) or not _REPO.fullmatch(init_from) or init_from.startswith((".", "-")):
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     repo_id, _, revision = init_from.partition("@")
-    hub: Any = importlib.import_module("lora_da_hf.hub")  # needed for this alone
+    from lora_da_hf.hub import pull_init  # needed for this alone
+
     try:
-        return hub.pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
+        return pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
     except HubError as error:
         raise HubError(f"{error} There is no folder {init_from} in {Path.cwd()} either.") from error
 

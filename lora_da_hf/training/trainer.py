@@ -49,7 +49,8 @@ class LoRADATrainer(Trainer):
         trainer_kwargs: Keyword arguments of `Trainer`.
 
     Raises:
-        ConfigError: if ``peft_config`` is given for a model that has an adapter, or is no `LoraConfig`, or
+        ConfigError: if ``peft_config`` is given for a model that has an adapter, is no `LoraConfig`, or has a start of
+            PEFT's that changes the base, or
             ``search_step`` is given without ``init_from``, or there is a `LoRADACallback` among the callbacks.
         TargetError: if the model has no LoRA layer and there is no ``peft_config``.
     """
@@ -68,6 +69,11 @@ class LoRADATrainer(Trainer):
         given: Any = peft_config
         if given is not None and (not isinstance(given, LoraConfig) or given.peft_type != PeftType.LORA):
             raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
+        if given is not None and given.init_lora_weights not in (True, *_FRESH):
+            raise ConfigError(
+                f"peft_config has init_lora_weights={given.init_lora_weights!r}, which changes the base's weights or "
+                "makes B other than zero. LoRA-DA starts from a fresh adapter on the base as it is: leave it out."
+            )
         self._forward_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
         if model is not None:
@@ -144,6 +150,9 @@ class LoRADATrainer(Trainer):
     def _log_report(self, report: LoRADAReport) -> None:
         self.log(report.metrics())
 
+
+_FRESH = ("gaussian", "eva")
+"""Values of ``init_lora_weights`` with which B is zero and the base untouched, as with True."""
 
 # Trainer's positional parameters after model and args
 _MODEL_INIT_POSITION = list(inspect.signature(Trainer.__init__).parameters).index("model_init") - 3

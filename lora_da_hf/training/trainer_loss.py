@@ -21,6 +21,9 @@ from lora_da_hf.statistics.token_masks import read_batch_tokens
 TrainerLoss = Callable[..., Any]
 """A loss as `Trainer.compute_loss` takes and returns it."""
 
+_METRICS = ("_metrics", "_stored_metrics")
+"""Where TRL's trainers collect what their losses write down."""
+
 
 def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
     """Make a loss of `Trainer.compute_loss`'s kind one that the statistics pass can call.
@@ -72,10 +75,13 @@ def metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
     Raises:
         UnsupportedSetupError: in several processes, from all of which those losses gather their metrics at each call.
     """
-    metrics: Any = getattr(getattr(compute_loss, "__self__", None), "_metrics", None)
-    if isinstance(metrics, dict) and Ranks.current().size > 1:
+    trainer = getattr(compute_loss, "__self__", None)
+    metrics: list[dict[Any, Any]] = [
+        found for name in _METRICS if isinstance(found := getattr(trainer, name, None), dict)
+    ]
+    if metrics and Ranks.current().size > 1:
         raise UnsupportedSetupError(
-            f"The loss of a {type(getattr(compute_loss, '__self__', None)).__name__} gathers metrics from all "
+            f"The loss of a {type(trainer).__name__} gathers metrics from all "
             "processes at each call, and they call it different numbers of times here, so they would wait for each "
             "other for ever. Leave the callback's compute_loss unset if the model's own loss will do (SFT), or "
             "initialise in one process."
@@ -84,9 +90,9 @@ def metrics_kept(compute_loss: TrainerLoss | None) -> Generator[None]:
     try:
         yield
     finally:
-        if isinstance(metrics, dict):
-            metrics.clear()  # pyright: ignore[reportUnknownMemberType]
-            metrics.update(before)  # pyright: ignore[reportUnknownMemberType]
+        for found, kept in zip(metrics, before, strict=True):
+            found.clear()
+            found.update(kept)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from harness import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import initialization_cost
+import measuring
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_peer_that_was_stopped_is_run_again_with_more_time_alone(argv, tmp_pat
     )
     done = {name: [run_of(1.0, 200.0)] * 2 for name in options.methods}
     done["eva"] = [run_of(30.0, 400.0, unfinished_after=30.0)]
-    initialization_cost.write_runs(tmp_path / "cost.json", initialization_cost.settings(options), done)
+    measuring.write_runs(tmp_path / "cost.json", initialization_cost.settings(options), done)
     ran = []
 
     def run(command, **_):

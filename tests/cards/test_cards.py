@@ -18,6 +18,7 @@ from peft import LoraConfig
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
 from lora_da_hf.hub.cards import card_metadata, card_plots, render_card
@@ -406,7 +407,7 @@ def test_a_malformed_report_is_refused(stored, change):
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"lora_da_report\.json"):
-        render_card(init, license=None)
+        read_report(path, init.manifest)
 
 
 @pytest.mark.parametrize(

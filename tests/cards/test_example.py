@@ -12,9 +12,8 @@ import pytest
 from matplotlib.image import imread
 
 from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, SEARCH_PLOT, SPECTRA_PLOT
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.schema import MANIFEST_FILE
 from lora_da_hf.artifacts.store import file_entry
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.hub.plots import draw_plots
 
@@ -37,7 +36,7 @@ def test_the_card_shows_the_plots_that_lie_beside_it():
 def test_the_plots_are_drawn_from_the_report_beside_them(name):
     """Versions of matplotlib may differ by a little at the edges of letters, and another curve by much more."""
     init, _ = read_example()
-    report = read_report(init.folder / REPORT_FILE)
+    report = init.report
     assert difference(draw_plots(report)[name], (EXAMPLE / name).read_bytes()) < 0.01
     other = dataclasses.replace(
         report,

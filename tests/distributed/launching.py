@@ -133,7 +133,7 @@ def guidance_of(statistics, name, config, report):
         layer=name,
     )
     displacement = Displacement.of(statistics.weight_grad.double(), inverse_output, factorized)
-    divisor = displacement.norm() if config.layer_steps == "equal" else report.step_unit
+    divisor = displacement.norm() if config.layer_steps == "equal" else report.step_unit * statistics.num_output_tokens
     guidance = build_guidance(
         displacement,
         inverse_output,

@@ -1,6 +1,6 @@
 """What a card says of ranks, of the base's weights, of step 0 and of losses is so for the initialisation it is of."""
 
-import json
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from conftest import make_lora_model
 from harness import collate, forge_manifest, make_config, make_learnable_samples, store_init
 
 from lora_da_hf import initialize_lora_da
-from lora_da_hf.artifacts.schema import REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub import list_inits
@@ -82,7 +81,6 @@ def test_an_adapter_with_a_step_of_0_is_said_to_be_a_no_op(init, tmp_path):
 )
 def test_a_loss_that_falls_is_said_to_fall_whatever_its_sign(init, before, after, change):
     stored = load_init(init)
-    report = json.loads((init / REPORT_FILE).read_text())
-    report.update(num_unseen_samples=3, unseen_loss_before=before, unseen_loss_after=after)
-    (init / REPORT_FILE).write_text(json.dumps(report))
-    assert f"({change})" in render_card(stored, license=None)
+    losses = {"num_unseen_samples": 3, "unseen_loss_before": before, "unseen_loss_after": after}
+    changed = dataclasses.replace(stored, report=dataclasses.replace(stored.report, **losses))
+    assert f"({change})" in render_card(changed, license=None)

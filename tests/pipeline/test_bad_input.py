@@ -1,6 +1,7 @@
 import pytest
 import torch
 from harness import adapter_weights, assert_same_tensors, collate, make_config, make_learnable_samples, make_lora_config
+from peft import IA3Config, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -116,6 +117,33 @@ def test_two_active_adapters(lora_model, samples):
     model.add_adapter("second", make_lora_config())
     model.base_model.set_adapter(["default", "second"])
     refuses(TargetError, r"Active adapters are \['default', 'second'\], and exactly one can be", model, samples)
+
+
+def test_an_adapter_of_another_kind(tiny_llama, samples):
+    model = get_peft_model(tiny_llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    refuses(TargetError, "The model's adapter was made with IA3Config, and LoRA-DA initialises LoRA", model, samples)
+
+
+def test_a_mixed_adapter_cannot_be_stored(tiny_llama, samples, tmp_path):
+    model = get_peft_model(tiny_llama(), make_lora_config(), mixed=True)
+    refuses(TargetError, "made with mixed=True cannot be stored", model, samples, output_dir=tmp_path / "init")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_a_loss_in_a_dict_a_list_or_a_tuple_is_found_as_trainer_finds_it(lora_model, samples, kind):
+    model, plain = lora_model(), lora_model()
+    forward = model.forward
+
+    def returns(**inputs):
+        outputs = forward(**inputs)
+        return {"loss": outputs.loss} if kind is dict else kind([outputs.loss])
+
+    model.forward = returns
+    found, expected = (
+        initialize(one, samples, config=make_config(loss_reduction="token_mean")) for one in (model, plain)
+    )
+    assert found.step_size == pytest.approx(expected.step_size, rel=1e-3)
 
 
 def test_a_model_on_the_meta_device(tiny_llama, lora_model, samples):

@@ -141,7 +141,7 @@ def test_a_finished_run_leaves_the_sums_of_another_that_was_stopped(tmp_path, lo
     initialize(lora_model(), samples, tmp_path / "init")
     stop(lora_model(), samples, tmp_path / "init", at=6, **other)
     report, _ = initialize(lora_model(), samples, tmp_path / "init", **again)
-    assert any("used again" in note or "finished" in note for note in report.notes), report.notes
+    assert any("made before with the same model" in note for note in report.notes), report.notes
     loss = Stopping()
     initialize(lora_model(), samples, tmp_path / "init", loss, **other)
     assert loss.count == 2

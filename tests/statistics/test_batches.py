@@ -374,6 +374,23 @@ def with_decoder_inputs(samples):
     return {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": (batch["labels"] != -100).long()}
 
 
+def test_padding_of_an_encoder_counts_nowhere_where_labels_count(collected, assert_equal_statistics):
+    model, samples = tiny_t5(), sequence_pairs((5, 3), (7, 2), (4, 6))
+
+    def padded(rows):
+        batch = pad_to_eight(rows)
+        longer = {name: torch.nn.functional.pad(batch[name], (0, 24)) for name in ("input_ids", "attention_mask")}
+        return {**batch, **longer}
+
+    settings = {"declared": "token_mean", "token_mask": "labels"}
+    bare = collected(model, samples, batch_size=1, **settings)
+    for size in (1, 3):
+        found = collected(model, samples, batch_size=size, collate=padded, **settings)
+        encoder = [name for name in found.statistics if name.startswith("encoder")]
+        assert {found.statistics[name].num_input_tokens for name in encoder} == {16}
+        assert_equal_statistics(found.statistics, bare.statistics, tolerance=1e-4)
+
+
 @pytest.mark.parametrize("collate", [None, pad_to_eight, with_decoder_inputs])
 @pytest.mark.parametrize("size", [1, 3])
 def test_an_encoder_decoder_whose_two_sides_are_as_long_is_told_apart(

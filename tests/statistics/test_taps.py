@@ -350,8 +350,7 @@ def test_sample_weights_scale_the_gradient_of_each_sample_and_nothing_else():
     head = nn.Linear(3, 5, bias=False)
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     plain = torch.autograd.grad(head(x).square().sum(), x)[0]
-    with SampleWeights(head) as weights:
-        weights.start(torch.tensor([2.0, 0.5]))
+    with SampleWeights(head, torch.tensor([2.0, 0.5])) as weights:
         output = head(x)
         torch.testing.assert_close(output, functional.linear(x, head.weight))
         found = torch.autograd.grad(output.square().sum(), x)[0]
@@ -363,8 +362,7 @@ def test_sample_weights_scale_the_gradient_of_each_sample_and_nothing_else():
 def test_sample_weights_notice_a_loss_that_goes_around_the_head():
     head, x = nn.Linear(3, 5), torch.ones(2, 3, requires_grad=True)
     for uses in (0, 2):
-        with SampleWeights(head) as weights:
-            weights.start(torch.ones(2))
+        with SampleWeights(head, torch.ones(2)) as weights:
             (sum((head(x).sum() for _ in range(uses)), start=x.sum())).backward()
             with pytest.raises(SingleSamplesNeeded, match="does not go through the model's output layer exactly once"):
                 weights.check()
@@ -372,8 +370,7 @@ def test_sample_weights_notice_a_loss_that_goes_around_the_head():
 
 def test_sample_weights_need_the_samples_in_the_first_dimension():
     head = nn.Linear(3, 5)
-    with SampleWeights(head) as weights:
-        weights.start(torch.ones(2))
+    with SampleWeights(head, torch.ones(2)) as weights:
         head(torch.ones(8, 3))
         with pytest.raises(SingleSamplesNeeded, match="does not keep the samples apart"):
             weights.check()

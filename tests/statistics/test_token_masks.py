@@ -73,6 +73,17 @@ def test_an_encoder_decoder_has_a_mask_for_each_side():
     assert tokens.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 1, 2]
 
 
+def test_an_encoder_that_predicts_nothing_has_its_own_mask_where_labels_count():
+    labels = [[7, -100, 8, -100], [9, -100, -100, -100]]  # as long as the encoder's sequence
+    tokens = read_batch_tokens(
+        batch(input_ids=IDS, attention_mask=ATTENTION, labels=labels),
+        shifts_labels=False,
+        encoder_decoder=True,
+        token_mask="labels",
+    )
+    assert masks(tokens) == [ATTENTION, [[1, 0, 1, 0], [1, 0, 0, 0]]]
+
+
 def test_one_class_a_sample_is_one_label():
     tokens = read_batch_tokens(batch(input_ids=IDS, labels=[1, -100]), shifts_labels=False)
     assert tokens.label_counts.tolist() == [1, 0]

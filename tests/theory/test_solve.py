@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from lora_da_hf import LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
+from lora_da_hf.records import LayerStatistics
 from lora_da_hf.theory import solve as solve_module
 from lora_da_hf.theory.solve import factorize, solution_error, solve_dtype, solve_layer
 
@@ -273,3 +275,23 @@ def test_a_gradient_of_a_feature_that_no_direction_has_is_seen_too(problem, conf
     gradient = gradient.clone()
     gradient[:, 4] = 0.01 * gradient[:, 3]
     assert error_of(dataclasses.replace(statistics, weight_grad=gradient), chosen, solution) > 1e-4
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(512, 1, 8), (768, 4, 32)])
+def test_directions_beyond_the_rank_of_the_displacement_are_the_exact_ones(d_in, d_out, rank):
+    """Only the small variance term tells them apart, which a residual relative to the largest eigenvalue does not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, d_in, generator=generator, dtype=torch.float64) * torch.arange(1, d_in + 1) ** -0.5
+    g = torch.randn(4000, d_out, generator=generator, dtype=torch.float64) * 1e-4
+    statistics = LayerStatistics(
+        input_second_moment=x.mT @ x / 4000,
+        output_grad_second_moment_diag=g.square().mean(dim=0),
+        weight_grad=g.mT @ x / 64,
+        num_input_tokens=4000,
+        num_output_tokens=4000,
+    )
+    found, exact = (
+        solve_layer(statistics, factorize(statistics, c, layer="a"), c, layer="a", rank=rank, population_size=256)
+        for c in (LoRADAConfig(), LoRADAConfig(solver="eigh"))
+    )
+    assert torch.linalg.svdvals(found.basis_A @ exact.basis_A.mT).min() > 0.999

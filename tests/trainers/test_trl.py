@@ -1,6 +1,7 @@
 """TRL's trainers take the callback, with their own loss handed to it."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from lora_da_hf import LoRADACallback
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import UnsupportedSetupError
+from lora_da_hf.training.trainer_loss import metrics_kept
 
 trl = pytest.importorskip("trl")
 
@@ -246,3 +248,24 @@ def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llam
         trainer.train()
         logged.append(trainer.evaluate(token_rows(8)))
     assert logged[1]["eval_entropy"] == pytest.approx(logged[0]["eval_entropy"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["_metrics", "_stored_metrics"])
+def test_metrics_are_put_back_wherever_a_trainer_keeps_them(monkeypatch, name):
+    """ORPO's and CPO's trainers have another place for them than DPO's."""
+
+    class Trainer:
+        def compute_loss(self):
+            getattr(self, name)["train"].append(1.0)
+
+    trainer = Trainer()
+    setattr(trainer, name, {"train": [0.5]})
+    with metrics_kept(trainer.compute_loss):
+        trainer.compute_loss()
+    assert getattr(trainer, name) == {"train": [0.5]}
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: SimpleNamespace(size=2)))
+    with (
+        pytest.raises(UnsupportedSetupError, match="The loss of a Trainer gathers metrics"),
+        metrics_kept(trainer.compute_loss),
+    ):
+        pass

@@ -112,9 +112,19 @@ def test_label_smoothing_that_the_callback_cannot_see_is_a_warning(tmp_path, lor
 def test_a_loss_of_trl_that_the_callback_cannot_see_is_a_warning(tmp_path, lora_model, samples, caplog):
     callback = LoRADACallback(make_config())
     trainer = make_trainer(tmp_path, lora_model(), samples, callback)
+    trainer.args.loss_type = "sigmoid"
+    trainer.train()
+    assert "the loss that the model returns, without loss_type sigmoid. Set its compute_loss" in caplog.text
+
+
+def test_the_models_loss_is_the_one_to_search_on_where_trl_trains_a_surrogate(tmp_path, lora_model, samples, caplog):
+    """The value of DFT's loss, ``-p log p``, rises where p does, as long as p is small."""
+    callback = LoRADACallback(make_config())
+    trainer = make_trainer(tmp_path, lora_model(), samples, callback)
     trainer.args.loss_type = "dft"
     trainer.train()
-    assert "the loss that the model returns, without loss_type dft. Set its compute_loss" in caplog.text
+    assert "Set its compute_loss" not in caplog.text
+    assert callback.report.search_loss_after < callback.report.search_loss_before
 
 
 def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model, samples):
@@ -291,7 +301,7 @@ OTHER_VALUES = {
     "bias_weight": 0.5,
     "variance_weight": 0.25,
     "normalize_guidance_terms": True,
-    "layer_steps": "quadratic",
+    "layer_steps": "equal",
     "projected_rms": 0.3,
     "step_size": 0.02,
     "stable_gamma": 64.0,

@@ -944,6 +944,15 @@ def test_a_model_without_adapter_and_without_peft_config_is_an_error(tmp_path, t
         make_trainer(tmp_path, tiny_llama(), samples)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", False])
+def test_a_start_of_peft_that_changes_the_base_is_refused_before_it_does(tmp_path, tiny_llama, samples, start):
+    model = tiny_llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError, match=rf"init_lora_weights={start!r}, which changes the base's weights or"):
+        make_trainer(tmp_path, model, samples, peft_config=make_lora_config(init_lora_weights=start))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_model, samples):
     with pytest.raises(ConfigError, match=r"has an adapter already. Leave peft_config out, or give the plain model"):
         make_trainer(tmp_path, lora_model(), samples, peft_config=make_lora_config())

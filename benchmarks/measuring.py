@@ -1,0 +1,65 @@
+"""What all benchmarks measure with: peak memory, the machine, the code, and runs that are kept as they finish."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def reset_peak() -> None:
+    """Begin a new peak of this process's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """Return the peak of this process's memory since it was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def machine() -> dict[str, Any]:
+    """Return what identifies the machine and the versions."""
+    import peft
+    import transformers
+
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def read_runs(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read the runs of the output file, if they are of the same code, settings and machine."""
+    content = json.loads(output.read_text())
+    if content["settings"] != settings or content["machine"] != machine():
+        raise SystemExit(f"{output} holds runs of another day, code, setting or machine: run without --resume.")
+    return content["runs"]
+
+
+def write_runs(output: Path, settings: dict[str, Any], runs: dict[str, Any]) -> None:
+    """Write the runs that are done, so that `read_runs` goes on from them."""
+    content = {"machine": machine(), "settings": settings, "runs": runs}
+    output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def package_digest() -> str:
+    """Return a hash of the package's code."""
+    digest = hashlib.sha256()
+    for path in sorted((REPOSITORY / "lora_da_hf").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
