@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.basis import StoredBasis
-from lora_da_hf.artifacts.other_tensors import check_other_tensors
+from lora_da_hf.artifacts.other_tensors import MAGNITUDE, check_other_tensors
 from lora_da_hf.artifacts.peft_config import expert_of, holder_of
 from lora_da_hf.artifacts.schema import LayerEntry, Manifest
 from lora_da_hf.artifacts.stored_report import read_report
@@ -143,7 +143,7 @@ def check_adapter(
 
 
 def _check_magnitude(path: Path, tensors: Mapping[str, Tensor], name: str, layer: LayerEntry) -> None:
-    tensor = tensors.get(f"{PEFT_PREFIX}{name}.lora_magnitude_vector")
+    tensor = tensors.get(f"{PEFT_PREFIX}{name}{MAGNITUDE}")
     if tensor is None or tensor.numel() != layer.out_features:
         raise malformed(f"{path}: DoRA's magnitude of {name} is missing or of another size")
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lora_da_hf.adapters.ranks_per_layer import trained_factors
+from lora_da_hf.adapters.resizing import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.collator import DeviceCollator

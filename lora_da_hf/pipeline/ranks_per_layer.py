@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_da_hf.adapters.ranks_per_layer import at_rank, layers_in_patterns, put_in, trained_factors
+from lora_da_hf.adapters.resizing import at_rank, layers_in_patterns, put_in, trained_factors
 from lora_da_hf.adapters.targets import Target, find_targets
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,

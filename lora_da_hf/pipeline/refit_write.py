@@ -19,6 +19,7 @@ from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.files import write_tensors
+from lora_da_hf.artifacts.other_tensors import MAGNITUDE
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
     alpha_of,
@@ -180,7 +181,7 @@ def _replace_factors(refit: Refit, tensors: dict[str, Tensor], name: str, step: 
         tensors[key_B] = lora_B.to(tensors[key_B].dtype).contiguous()
     if refit.base is not None and refit.uses_dora:
         magnitude = dora_magnitude(_base_layer(refit.base, name), tensors[key_A], tensors[key_B], scaling)
-        key = f"{PEFT_PREFIX}{name}.lora_magnitude_vector"
+        key = f"{PEFT_PREFIX}{name}{MAGNITUDE}"
         tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)
     update_norm = scaling * (lora_B @ lora_A).norm().item()
     refit.reports[name] = dataclasses.replace(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
-from lora_da_hf.adapters.ranks_per_layer import check_resizable
+from lora_da_hf.adapters.resizing import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import refuse_unstorable

@@ -13,7 +13,7 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.ranks_per_layer import layers_in_patterns
+from lora_da_hf.adapters.resizing import layers_in_patterns
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.peft_config import in_names

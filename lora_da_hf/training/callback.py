@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initialized
-from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
+from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
 from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
-from lora_da_hf.adapters.ranks_per_layer import CANNOT_RESIZE
+from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
 from lora_da_hf.config import LoRADAConfig

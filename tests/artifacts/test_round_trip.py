@@ -33,6 +33,7 @@ from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.theory.adapter_factors import split_factors
+from lora_da_hf.theory.layer_scales import divisors
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -205,12 +206,13 @@ def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, sample
     statistics = load_statistics(stored.folder, stored.manifest)
     config = LoRADAConfig.from_dict(stored.manifest.config)
     assert set(statistics) == {layer.name for layer in report.layers}
+    by_layer = divisors(report.layers, report.step_unit, layer_steps=config.layer_steps)
     attention = [statistics[f"model.layers.0.self_attn.{which}_proj"].input_second_moment for which in "qkv"]
     assert attention[0] is attention[1] is attention[2]
     for name, layer in statistics.items():
         solution = solve_layer(
             layer, factorize(layer, config, layer=name), config, layer=name, rank=6, population_size=24
-        ).in_unit(report.step_unit)
+        ).in_unit(by_layer[name])
         basis = stored.bases[name]
         assert torch.equal(solution.basis_A.float(), basis.basis_A)
         assert torch.equal(solution.basis_B.float(), basis.basis_B)
