@@ -127,6 +127,23 @@ def test_the_models_loss_is_the_one_to_search_on_where_trl_trains_a_surrogate(tm
     assert callback.report.search_loss_after < callback.report.search_loss_before
 
 
+def test_columns_that_the_trainer_drops_are_dropped_of_a_data_set_that_is_given(tmp_path, lora_model, samples):
+    """The trainer's collator makes the batches, and cannot make a tensor of a text."""
+    rows, seen = Dataset.from_list([{**sample, "text": "words"} for sample in samples]), set()
+
+    def collate_tokens(features):
+        seen.update(name for feature in features for name in feature)
+        return collate(features)
+
+    for settings in ({}, {"data_collator": collate_tokens}):
+        callback = LoRADACallback(make_config(), train_dataset=rows, **settings)
+        args = make_args(tmp_path / str(len(settings)), max_steps=1)
+        trainer = Trainer(lora_model(), args, collate_tokens, rows, callbacks=[callback])
+        trainer.train()
+        assert callback.report.layers
+        assert ("text" in seen) == bool(settings)  # a collator of the callback's own gets all that there is
+
+
 def test_a_data_set_and_a_collator_that_are_given_are_used(tmp_path, lora_model, samples):
     other = make_learnable_samples(30, seed=1)
     batches = []
