@@ -38,7 +38,8 @@ class LayerSolution:
             another norm, and `basis_B` is divided by it.
         basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the displacement, scaled as
             ``layer_steps`` says, that the subspace keeps, so with ``metric="weights"`` it is the displacement times the
-            input basis. Once all layers are solved, all are divided by one number (`in_unit`).
+            input basis. Once all layers are solved, each is divided by a number
+            (`in_unit`; `lora_da_hf.theory.layer_scales.divisors`).
         eigenvalues: ``[max_rank]``, of the guidance matrix in that metric, ascending.
         displacement_norm: Largest singular value of the displacement.
         input_damping: Damping that was added to the input second moment.

@@ -187,7 +187,7 @@ class LoRADAReport:
     def _of_layers(self) -> str:
         """Say how far the layers go beside each other."""
         steps = self.config.get("layer_steps")
-        how = {"displacement": "each layer as far as its displacement", "equal": "all layers equally far"}
+        how = {"displacement": "each layer as far as its natural gradient step", "equal": "all layers equally far"}
         return f"; {how.get(steps, f'layer_steps={steps!r}')}" if steps else ""
 
     def _summary(self) -> list[str]:

@@ -38,7 +38,7 @@ EXPLAINED = {
     "tokens": "rows that the layer's input second moment was taken from",
     "damping in": "what was added to the diagonal of the input second moment",
     "damping out": "the same for the output-gradient second moment",
-    "displacement": "largest singular value of the damped natural gradient step",
+    "displacement": "largest singular value of the damped natural gradient step, times its tokens",
     "lowest eigenvalue": "of the guidance matrix: the more negative, the more the first direction is worth",
     "solver": "how the eigenproblem was solved",
     "residual": "how exactly, relative to the largest eigenvalue",

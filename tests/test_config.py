@@ -166,7 +166,6 @@ def test_what_is_no_damping_is_an_error(text, name):
 def test_settings_survive_json(**settings):
     config = LoRADAConfig(**settings)
     assert LoRADAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert LoRADAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_settings_of_another_version_are_an_error():

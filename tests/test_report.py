@@ -95,7 +95,7 @@ def test_what_was_not_measured_is_not_in_the_summary():
 
 def test_the_summary_says_how_far_the_layers_go_beside_each_other():
     for layer_steps, said in (
-        ("displacement", "each layer as far as its displacement"),
+        ("displacement", "each layer as far as its natural gradient step"),
         ("equal", "all layers equally far"),
     ):
         assert f"step size   0.1; {said}\n" in str(report_of(layer(0), config={"layer_steps": layer_steps}))

@@ -25,9 +25,10 @@ from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 
 PEFT_PREFIX = "base_model.model."
 
-_MAX_BYTES = 4 << 20
-_INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
+INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
 """How PEFT may have made a fresh adapter whose B is zero and whose base is untouched."""
+
+_MAX_BYTES = 4 << 20
 _EMPTY = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -97,7 +98,7 @@ def _hints() -> dict[str, Any]:
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
     used = [key for key in _EMPTY if config.get(key)]
-    if used or config.get("init_lora_weights", True) not in _INIT_LORA_WEIGHTS:
+    if used or config.get("init_lora_weights", True) not in INIT_LORA_WEIGHTS:
         raise ArtifactError(
             f"{path}: {used or 'init_lora_weights'} is not that of a plain LoRA adapter. Do not use it."
         )

@@ -228,7 +228,9 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
     for what, (found, expected) in facts.items():
         if found != expected:
             raise malformed(f"{path} contradicts the manifest or the basis: {what} is {str(found)[:80]!r} there")
-    sizes = [size for layer in layers for size in (layer.displacement_norm, layer.residual, layer.update_norm)]
+    sizes = [size for layer in layers for size in (layer.residual, layer.update_norm)]
+    if not min(layer.displacement_norm for layer in layers) > 0:
+        raise ArtifactError(f"{path}: the norm of a displacement is not above 0. Fetch it again.")
     lengths = layer_lengths(layers, layer_steps=LoRADAConfig.from_dict(manifest.config).layer_steps)
     try:
         unit = step_unit(lengths.values())
@@ -236,7 +238,8 @@ def check_report(path: Path, bases: Mapping[str, StoredBasis], manifest: Manifes
         unit = None
     if report.step_unit != unit:
         raise ArtifactError(
-            f"{path}: the unit of steps, {report.step_unit:.6g}, is not that of the norms there. Fetch it again."
+            f"{path}: the unit of steps, {report.step_unit:.6g}, is not that of the norms there. Fetch it again, or "
+            "compute it anew: an earlier version had another unit."
         )
     if min(*sizes, *report.seconds.values(), report.num_unseen_samples, report.batch_size - 1) < 0:
         raise ArtifactError(f"{path}: a count, a time, a norm or a residual is negative. Fetch it again.")

@@ -86,7 +86,7 @@ def render_card(
 
     Raises:
         CardError: if an argument is malformed.
-        ArtifactError: if the report or PEFT's configuration in the folder is malformed.
+        ArtifactError: if PEFT's configuration in the folder is malformed.
     """
     _check(
         license=license,

@@ -27,7 +27,7 @@ from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.solve import reported
 from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_note, step_unit
+from lora_da_hf.theory.layer_scales import divisors, layer_lengths, step_unit
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 
@@ -226,8 +226,6 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
         refit.reports |= {n: dataclasses.replace(refit.reports[n], **reported(solutions[n])) for n in statistics}
     layers, layer_steps = refit.reports.values(), refit.config.layer_steps
     refit.step_unit = step_unit(layer_lengths(layers, layer_steps=layer_steps).values())
-    note = rounding_note(layers, layer_steps=layer_steps)
-    refit.notes += [] if note is None else [note]
     by_layer = divisors(layers, refit.step_unit, layer_steps=layer_steps)
     for name, solved in solutions.items():
         solution = solved.in_unit(by_layer[name])

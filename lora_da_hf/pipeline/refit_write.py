@@ -53,6 +53,7 @@ from lora_da_hf.pipeline.stored import (
 )
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import factors_at_step
+from lora_da_hf.theory.layer_scales import rounding_note
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,7 +66,7 @@ class Refit:
         peft_config: PEFT's, for the stored ranks.
         bases: By layer, stored or solved anew.
         reports: By layer.
-        step_unit: What the displacements are divided by.
+        step_unit: What the displacements over tokens are divided by.
         ranks: By layer.
         alphas: PEFT's, by layer.
         notes: What a user should know.
@@ -197,6 +198,8 @@ def _base_layer(base: nn.Module, name: str) -> nn.Module:
 def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     old = refit.stored.report
+    note = rounding_note(refit.reports.values(), layer_steps=refit.config.layer_steps)
+    notes = [*refit.notes, *([] if note is None else [note])]
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
         kept=dict(refit.manifest.kept),
@@ -211,7 +214,7 @@ def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADARep
         step_size_by_rank=_ladder(refit),
         config=refit.config.to_dict(),
         data_fingerprint=old.data_fingerprint,
-        notes=[*refit.notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
+        notes=[*notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
         artifact=str(output_dir),
     )
 

@@ -104,7 +104,7 @@ def solve_layer(
     else:
         basis_A, basis_B = whitened.map_back(pairs.vectors)
     if config.solver == "krylov" and pairs.solver != "krylov":
-        notes.append("Krylov did not converge; solved exactly")
+        notes.append("Krylov did not converge, or not for the smallest eigenvalues; solved exactly")
     if dtype != torch.float64:
         residual = _larger(residual, _solve_residual(statistics, displacement, basis_A.mT, factorized_input.damping))
         if not residual <= _FLOAT32_RESIDUAL:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
 from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
+from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError, UnsupportedSetupError
@@ -69,9 +70,10 @@ class LoRADATrainer(Trainer):
         given: Any = peft_config
         if given is not None and (not isinstance(given, LoraConfig) or given.peft_type != PeftType.LORA):
             raise ConfigError(f"peft_config is a {type(given).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
-        if given is not None and given.init_lora_weights not in (True, *_FRESH):
+        start = given.init_lora_weights if given is not None else True
+        if (start.lower() if isinstance(start, str) else start) not in INIT_LORA_WEIGHTS:
             raise ConfigError(
-                f"peft_config has init_lora_weights={given.init_lora_weights!r}, which changes the base's weights or "
+                f"peft_config has init_lora_weights={start!r}, which changes the base's weights or "
                 "makes B other than zero. LoRA-DA starts from a fresh adapter on the base as it is: leave it out."
             )
         self._forward_context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -150,9 +152,6 @@ class LoRADATrainer(Trainer):
     def _log_report(self, report: LoRADAReport) -> None:
         self.log(report.metrics())
 
-
-_FRESH = ("gaussian", "eva")
-"""Values of ``init_lora_weights`` with which B is zero and the base untouched, as with True."""
 
 # Trainer's positional parameters after model and args
 _MODEL_INIT_POSITION = list(inspect.signature(Trainer.__init__).parameters).index("model_init") - 3

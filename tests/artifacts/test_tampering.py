@@ -386,6 +386,16 @@ def test_a_unit_that_is_not_that_of_the_norms_is_refused(tmp_path, lora_model, l
     refuses(folder, f"the unit of steps, {unit:g}, is not that of the norms there. Fetch it again.")
 
 
+@pytest.mark.parametrize("norms", [[0.0], [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 0.0]])
+def test_a_displacement_without_a_length_is_refused(folder, norms):
+    report = json.loads((folder / REPORT_FILE).read_text())
+    for layer, norm in zip(report["layers"], norms, strict=False):
+        layer["displacement_norm"] = norm
+    (folder / REPORT_FILE).write_text(json.dumps(report))
+    forge_manifest(folder)
+    refuses(folder, "the norm of a displacement is not above 0|is not that of the norms there")
+
+
 @pytest.mark.parametrize("changes", [{"max_rank": 3, "rank": 3}, {"out_features": 47}, {"in_features": 49}])
 def test_other_shapes_in_the_manifest_than_in_the_files_are_refused(folder, changes):
     layers = load_init(folder).manifest.layers

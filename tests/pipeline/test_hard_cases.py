@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 import torch
 from families.zoo import FAMILIES
-from harness import adapter_weights, make_args, make_learnable_samples, make_lora_config, turn_checkpointing_on
+from harness import (
+    adapter_weights,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    turn_checkpointing_on,
+)
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.data.data_collator import DataCollatorWithFlattening
 
-from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
+from lora_da_hf import LoRADAConfig, LoRADATrainer, apply_init, initialize_lora_da, refit_init
+from lora_da_hf.artifacts.solved_from import check_statistics
+from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.pipeline import step as step_module
@@ -624,3 +633,43 @@ def test_the_routers_loss_of_a_config_inside_another_is_switched_off(lora_model)
         assert not model.config.inner.use_cache
     assert model.config.inner.output_router_logits
     assert model.config.inner.use_cache
+
+
+def router_of_one_expert():
+    """A model whose routers, which are linear layers, normalise the weight of the one expert that they pick to 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return HunYuanMoEV1ForCausalLM(
+            HunYuanMoEV1Config(
+                vocab_size=96,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                num_experts=4,
+                moe_topk=1,
+                initializer_range=0.2,
+                pad_token_id=0,
+                max_position_embeddings=64,
+            )
+        )
+
+
+def test_a_router_of_which_the_gradient_is_rounding_hardly_moves_and_holds_no_other_back(tmp_path, lora_model):
+    samples, config = make_learnable_samples(64), make_config(save_statistics=True)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model, again = (lora_model(model=router_of_one_expert(), target_modules=[*attention, "wg"]) for _ in range(2))
+    report = initialize_lora_da(model, samples, config=config, output_dir=tmp_path / "init", progress=False)
+    without = lora_model(model=router_of_one_expert(), target_modules=attention)
+    expected = initialize_lora_da(without, samples, config=make_config(), progress=False)
+    assert sum("mlp.gate.wg and 1 other layers hardly move" in note for note in report.notes) == 1
+    assert not any("hardly move" in note for note in expected.notes)
+    assert report.search_loss_after < 0.9 * report.search_loss_before
+    assert report.search_loss_after == pytest.approx(expected.search_loss_after, rel=0.05)
+    check_statistics(load_init(tmp_path / "init"))
+    used = apply_init(again, tmp_path / "init")
+    refitted = refit_init(tmp_path / "init", tmp_path / "new", rank=2)
+    for notes in (used.notes, refitted.report.notes):
+        assert sum("hardly move" in note for note in notes) == 1
