@@ -96,6 +96,19 @@ def choose_samples(
     return _split(drawn, indices, config, population_size, data_size)
 
 
+def with_columns_of(samples: Any, others: Any) -> Any:
+    """Drop the columns that another data set lacks, if it has a part of the same ones: a trainer drops some of its own.
+
+    Args:
+        samples: A data set; anything without columns stays as it is.
+        others: What a trainer trains on, without the columns that its model does not take.
+    """
+    columns, kept = (getattr(one, "column_names", None) for one in (samples, others))
+    if not isinstance(columns, list) or not isinstance(kept, list) or not set(kept) < set(columns):
+        return samples
+    return samples.select_columns(kept)
+
+
 def has_positions(samples: Any) -> bool:
     """Tell whether samples can be picked by position; a stream cannot, even if it knows its length."""
     is_stream = isinstance(samples, IterableDataset)  # which has a __getitem__ that raises

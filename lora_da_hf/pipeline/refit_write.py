@@ -53,7 +53,7 @@ from lora_da_hf.pipeline.stored import (
 )
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import factors_at_step
-from lora_da_hf.theory.layer_scales import rounding_note
+from lora_da_hf.theory.layer_scales import rounding_notes
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -198,8 +198,7 @@ def _base_layer(base: nn.Module, name: str) -> nn.Module:
 def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     old = refit.stored.report
-    note = rounding_note(refit.reports.values(), layer_steps=refit.config.layer_steps)
-    notes = [*refit.notes, *([] if note is None else [note])]
+    notes = [*refit.notes, *rounding_notes(refit.reports.values(), layer_steps=refit.config.layer_steps)]
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
         kept=dict(refit.manifest.kept),

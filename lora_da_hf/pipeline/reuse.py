@@ -43,7 +43,7 @@ from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import is_loader, pad_samples, samples_of_loader
 from lora_da_hf.statistics.losses import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass
-from lora_da_hf.theory.layer_scales import rounding_note
+from lora_da_hf.theory.layer_scales import rounding_notes
 
 
 class PulledInit(Protocol):
@@ -180,7 +180,6 @@ def _open(init: str | Path | StoredInit | PulledInit, facts: dict[str, Any]) -> 
 def _new_report(job: Job, stored: StoredInit, citation: str) -> LoRADAReport:
     """Start a report that says what the stored statistics were taken from."""
     layer_steps = LoRADAConfig.from_dict(stored.manifest.config).layer_steps
-    note = rounding_note(stored.report.layers, layer_steps=layer_steps)
     return LoRADAReport(
         kept=dict(job.scan.kept),
         num_samples=stored.report.num_samples,
@@ -192,7 +191,7 @@ def _new_report(job: Job, stored: StoredInit, citation: str) -> LoRADAReport:
         step_size_by_rank=steps_by_rank(stored.manifest),
         step_unit=stored.report.step_unit,
         config=job.config.to_dict(),
-        notes=[*stored.notes, *([] if note is None else [note])],
+        notes=[*stored.notes, *rounding_notes(stored.report.layers, layer_steps=layer_steps)],
         artifact=str(stored.folder),
         init_from=citation,
     )

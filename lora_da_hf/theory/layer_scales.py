@@ -48,18 +48,19 @@ def _over_tokens(layers: Collection[LayerReport]) -> dict[str, float]:
     return {layer.name: layer.displacement_norm / layer.num_grad_tokens for layer in layers}
 
 
-def rounding_note(layers: Collection[LayerReport], *, layer_steps: str) -> str | None:
-    """Return what a report says of layers whose gradient seems to be nothing but rounding; None if there is none."""
+def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list[str]:
+    """Return what a report says of layers whose gradient seems to be nothing but rounding: at most one note."""
     if layer_steps == "equal":
-        return None
-    longest = _FARTHEST * statistics.median_high(_over_tokens(layers).values())
-    found = [name for name, length in _over_tokens(layers).items() if length > longest]
+        return []
+    lengths = _over_tokens(layers)
+    longest = _FARTHEST * statistics.median_high(lengths.values())
+    found = [name for name, length in lengths.items() if length > longest]
     if not found:
-        return None
-    return (
+        return []
+    return [
         f"{found[0]} and {len(found) - 1} other layers hardly move: their displacements are more than {_FARTHEST:.0f} "
         "times as long as the median layer's, as where a gradient is nothing but rounding"
-    )
+    ]
 
 
 def step_unit(lengths: Collection[float]) -> float:

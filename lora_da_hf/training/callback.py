@@ -25,7 +25,7 @@ from lora_da_hf.losses import input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import has_positions, reads_once, samples_of_loader
+from lora_da_hf.samples import has_positions, reads_once, samples_of_loader, with_columns_of
 from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 from lora_da_hf.training.trainer_loss import TrainerLoss, adapt_loss, metrics_kept, no_averaging_over_devices
@@ -216,7 +216,7 @@ class LoRADACallback(TrainerCallback):
         population_size: int | None = None
         if self.train_dataset is not None:
             population_size = len(samples) if samples is not None and has_positions(samples) else None
-            samples = self.train_dataset if self.data_collator else _with_columns_of(self.train_dataset, samples)
+            samples = self.train_dataset if self.data_collator else with_columns_of(self.train_dataset, samples)
         elif samples is None:
             raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
         elif reads_once(samples):
@@ -313,14 +313,6 @@ class LoRADACallback(TrainerCallback):
                 "trainer.compute_loss to use the trainer's.",
                 unseen,
             )
-
-
-def _with_columns_of(samples: Any, trained_on: Any) -> Any:
-    """Drop the columns that the trainer dropped from its own data set, since its collator makes the batches."""
-    columns, kept = (getattr(one, "column_names", None) for one in (samples, trained_on))
-    if not isinstance(columns, list) or not isinstance(kept, list) or not set(kept) < set(columns):
-        return samples
-    return samples.select_columns(kept)
 
 
 def _folder_of_report(folder: Path) -> Path:

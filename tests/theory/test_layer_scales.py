@@ -9,7 +9,7 @@ import torch
 
 from lora_da_hf.errors import SolveError
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_note, row_scale, step_unit
+from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_notes, row_scale, step_unit
 from lora_da_hf.theory.solve import factorize, solve_layer
 
 TOKENS, D_IN, D_OUT, RANK = 40, 10, 6, 3
@@ -106,22 +106,24 @@ def test_a_layer_of_which_the_gradient_is_rounding_hardly_moves(problem, config,
     by_layer = divisors(layers, unit, layer_steps="displacement")
     norms = {name: far(one.in_unit(by_layer[name])) for name, one in zip("abc", solved, strict=True)}
     others = max(one.displacement_norm for one in (solved[0], solved[2]))
-    note = rounding_note(layers, layer_steps="displacement")
+    notes = rounding_notes(layers, layer_steps="displacement")
     if moves == 1.0:
-        assert note is None
+        assert notes == []
         assert norms["b"] == pytest.approx(1.0)
         assert max(norms["a"], norms["c"]) == pytest.approx(others / lengths["b"])
     else:
-        assert note.startswith("b and 0 other layers hardly move: their displacements are more than 100 times as long")
+        assert notes[0].startswith(
+            "b and 0 other layers hardly move: their displacements are more than 100 times as long"
+        )
         assert norms["b"] <= moves
         assert max(norms["a"], norms["c"]) == pytest.approx(1.0)
-    assert rounding_note(layers, layer_steps="equal") is None
+    assert rounding_notes(layers, layer_steps="equal") == []
 
 
 def test_of_two_layers_neither_is_judged_by_the_other(problem, config):
     layers = reports(seeds(problem, config()), (1, 1, 1))[:2]
     layers[0].displacement_norm *= 1e6
-    assert rounding_note(layers, layer_steps="displacement") is None
+    assert rounding_notes(layers, layer_steps="displacement") == []
     assert layer_lengths(layers, layer_steps="displacement")["a"] == layers[0].displacement_norm
 
 
