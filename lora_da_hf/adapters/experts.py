@@ -85,7 +85,7 @@ def slice_factors(lora_A: Tensor, lora_B: Tensor, *, rank: int, index: int) -> t
     return lora_A[index * rank : (index + 1) * rank], lora_B[:, index::count]
 
 
-def at_rank(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: int) -> tuple[Tensor, Tensor]:
+def resize_factors(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the factors of all experts at another rank: cut, or longer by what PEFT would start with.
 
     Args:

@@ -34,7 +34,7 @@ def trained_factors(target: Target) -> tuple[bool, bool]:
     return target.lora_A.requires_grad, target.lora_B.requires_grad
 
 
-def at_rank(target: Target, rank: int, *, peft_scaling: float, trained: tuple[bool, bool]) -> Target:
+def with_rank(target: Target, rank: int, *, peft_scaling: float, trained: tuple[bool, bool]) -> Target:
     """Return a target with new factors of zeros at another rank, which its layer does not have yet.
 
     Args:
@@ -55,7 +55,7 @@ def put_in(target: Target, *, alpha: float) -> None:
     """Make the factors, the rank and the scaling of a target those of its layer.
 
     Args:
-        target: What `at_rank` returned, or the target that it was called with, to undo it.
+        target: What `with_rank` returned, or the target that it was called with, to undo it.
         alpha: PEFT's alpha for that rank and scaling.
     """
     layer: Any = target.layer

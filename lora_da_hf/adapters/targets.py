@@ -114,7 +114,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
 
     Args:
         model: A PEFT model, or any model with LoRA layers.
-        adapter_name: The adapter; None: the active one.
+        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_da_hf.adapters.resizing import at_rank, layers_in_patterns, put_in, trained_factors
+from lora_da_hf.adapters.resizing import layers_in_patterns, put_in, trained_factors, with_rank
 from lora_da_hf.adapters.targets import Target, find_targets
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
@@ -118,7 +118,7 @@ def _resized(
     for name, rank in ranks.items():
         if targets[name].rank != rank:
             scaling = alphas[name] / alpha_divisor(peft_config, rank)
-            found[name] = at_rank(targets[name], rank, peft_scaling=scaling, trained=trained[name])
+            found[name] = with_rank(targets[name], rank, peft_scaling=scaling, trained=trained[name])
             put_in(found[name], alpha=alphas[name])
     return found
 

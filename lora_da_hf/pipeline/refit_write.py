@@ -14,7 +14,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.experts import at_rank, slice_factors
+from lora_da_hf.adapters.experts import resize_factors, slice_factors
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.basis import StoredBasis
@@ -152,7 +152,7 @@ def _new_tensors(refit: Refit, peft_config: dict[str, Any], step: float | None) 
     names = (*refit.ranks, *refit.manifest.kept)
     for holder in {holder_of(name) for name in names if is_parameter(refit.peft_config, name)} if old != new else ():
         keys = [_key(holder, which) for which in ("lora_A", "lora_B")]
-        resized = at_rank(*(tensors[key] for key in keys), old=old, new=new, seed=refit.manifest.seed)
+        resized = resize_factors(*(tensors[key] for key in keys), old=old, new=new, seed=refit.manifest.seed)
         tensors.update(zip(keys, resized, strict=True))
     for name in refit.ranks:
         _replace_factors(refit, tensors, name, step)

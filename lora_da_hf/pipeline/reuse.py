@@ -92,7 +92,7 @@ def apply_init(
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
         init: A folder, what `load_init` read, or what was pulled from the Hub.
-        adapter_name: The adapter; None: the active one.
+        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
         step_size: How far step 0 goes, whatever the config says.

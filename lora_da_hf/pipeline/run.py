@@ -82,7 +82,7 @@ def initialize_lora_da(
         compute_loss: Maps model, batch and number of items to a scalar loss, dividing the sum over labels by the
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
-        adapter_name: The adapter; None: the active one.
+        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
             made with the same model, adapter, samples and settings, it is used and nothing is computed; another one is
             replaced, and anything else is an error.

@@ -70,7 +70,7 @@ class LoRADACallback(TrainerCallback):
         train_dataset: Where samples come from; None: the data set of the trainer's data loader. N is the length of the
             latter, unless the config says it.
         data_collator: Makes batches; None: the data loader's.
-        adapter_name: The adapter; None: the active one.
+        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub.
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 

@@ -63,7 +63,7 @@ class InputPreconditioner:
         Args:
             model: The PEFT model that will be trained.
             folder: An initialisation that was stored with ``save_statistics=True``.
-            adapter_name: The adapter; None: the active one.
+            adapter_name: The adapter, which must be the active one (another is an error); None: that one.
             damping: Added to the diagonal of each second moment, as ``input_damping`` is.
 
         Raises:
