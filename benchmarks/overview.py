@@ -42,6 +42,9 @@ DATA = {
 }
 """What the lines of each file were run on."""
 
+CROSSES = " \N{DOUBLE DAGGER}"
+"""Stands beside a difference of runs on unlike processors."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -64,6 +67,12 @@ class Comparison:
         by_seed = {run["cell"]["seed"]: run[self.which] for run in self.plain[1]}
         pairs = [(run[self.which], by_seed.get(run["cell"]["seed"])) for run in self.ours[1]]
         return [ours - plain for ours, plain in pairs if ours is not None and plain is not None]
+
+    def crosses_processors(self) -> bool:
+        """Tell whether some seed's two runs were on processors of unlike makers, which round bfloat16 otherwise."""
+        processors = {run["cell"]["seed"]: run["machine"]["cpu"] for run in self.plain[1]}
+        ours = {run["cell"]["seed"]: run["machine"]["cpu"] for run in self.ours[1]}
+        return any(processors[seed] != ours[seed] for seed in processors.keys() & ours.keys())
 
 
 def comparisons(records: list[Record], data: str) -> Iterator[Comparison]:
@@ -95,9 +104,10 @@ def table(found: list[Comparison]) -> list[str]:
         (plain_rate, plain), (our_rate, ours) = one.plain, one.ours
         base, start = mean_start(plain), mean_start(ours)
         differences = one.differences()
+        mark = CROSSES if one.crosses_processors() else ""
         lines.append(
             f"| {one.name} | {base:.4f}, {start:.4f} | {spread([*map(loss, plain)])} at {plain_rate} | "
-            f"{spread([*map(loss, ours)])} at {our_rate} | {paired_difference(ours, plain, one.which)} | "
+            f"{spread([*map(loss, ours)])} at {our_rate} | {paired_difference(ours, plain, one.which)}{mark} | "
             f"{sum(value < 0 for value in differences)} of {len(differences)} |"
         )
     return lines
@@ -149,7 +159,8 @@ def main() -> None:
     found = read_comparisons()
     plot(found, RESULTS / "overview.png")
     rates = "Rates: `alone` is the only one that was run, `edge` the lowest or highest of those that were."
-    about = f"LoRA-DA ends lower {summary(found)}. {EXPLAINED} {rates}"
+    unlike = f"{CROSSES.strip()}: the two methods ran on processors of unlike makers."
+    about = f"LoRA-DA ends lower {summary(found)}. {EXPLAINED} {rates} {unlike}"
     text = "\n".join(["# LoRA-DA and plain LoRA", "", about, "", *table(found), "", "![The same](overview.png)"])
     (RESULTS / "overview.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -316,8 +316,9 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     """Predict distance and excess loss of a fit with A frozen, as the module's text says.
 
     Returns:
-        ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and
-        ``excess``, of the loss: bias in the Fisher norm plus ``r d_out / 2 n``; in linear regression the exact one.
+        ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and the bias
+        in each, ``paper_bias`` and so on, of which the rest is variance; and ``excess``, of the loss: bias in the
+        Fisher norm, ``excess_bias``, plus ``r d_out / 2 n``; in linear regression the exact one.
     """
     delta, covariance = problem.delta, problem.covariance
     inner = torch.linalg.inv(basis.mT @ covariance @ basis)
@@ -330,18 +331,23 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     bound = (basis * torch.linalg.solve(covariance, basis)).sum().item()
     bias = outside.square().sum().item()
     freedom = count - basis.shape[1] - 1
-    exact = math.nan
+    exact = exact_bias = math.nan
     lost = (unexplained / inverse_fisher).sum().item() / 2
     excess = lost + basis.shape[1] * D_OUT / (2 * count)
     if problem.model == "linear" and freedom > 0:
         variance = (inverse_fisher + unexplained).sum().item() * inner.trace().item() / freedom
-        exact = (left_over.square().sum().item() + variance) / size
+        exact_bias = left_over.square().sum().item() / size
+        exact = exact_bias + variance / size
         excess = lost + basis.shape[1] * (D_OUT / 2 + lost) / freedom
     return {
         "paper": (bias + noise * bound / count) / size,
         "frozen": (bias + noise * inner.trace().item() / count) / size,
         "exact": exact,
         "excess": excess,
+        "paper_bias": bias / size,
+        "frozen_bias": bias / size,
+        "exact_bias": exact_bias,
+        "excess_bias": lost,
     }
 
 
@@ -424,11 +430,17 @@ def frozen_table(records: list[dict[str, Any]], model: str) -> list[str]:
         for method in METHODS:
             found = select(records, model=model, samples=count, method=method)
             guesses = {name: stats.fmean(r["predicted"][name] for r in found) for name in found[0]["predicted"]}
-            shown = {name: "" if math.isnan(value) else f"{value:.3g}" for name, value in guesses.items()}
+            shown = {name: sum_text(guesses, name) for name in ("paper", "frozen", "exact", "excess")}
             distance, excess = (cell([r[name] for r in found]) for name in ("distance", "excess"))
             guessed = f"{shown['paper']} | {shown['frozen']} | {shown['exact']}"
             lines.append(f"| {count} | {method} | {distance} | {guessed} | {excess} | {shown['excess']} |")
     return lines
+
+
+def sum_text(predicted: dict[str, float], name: str) -> str:
+    """Return a prediction and what it is the sum of: bias and variance."""
+    value, bias = predicted[name], predicted[f"{name}_bias"]
+    return "" if math.isnan(value) else f"{value:.3g} = {bias:.3g} + {value - bias:.3g}"
 
 
 def trained_table(records: list[dict[str, Any]], model: str) -> list[str]:
@@ -445,9 +457,10 @@ def tables(frozen: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for model in MODELS:
         trials = len({record["seed"] for record in frozen})
-        lines += [f"A frozen, {model} regression: mean and standard error of {trials} trials", ""]
+        about = "predictions: sum = bias + variance"
+        lines += [f"A frozen, {model} regression: mean and standard error of {trials} trials; {about}", ""]
         lines += [*frozen_table(frozen, model), ""]
-    for model in MODELS:
+    for model in MODELS if trained else ():
         trials = len({record["seed"] for record in trained})
         lines += [f"A trained, {model} regression: excess loss, mean and standard error of {trials} trials", ""]
         lines += [*trained_table(trained, model), ""]
@@ -495,6 +508,7 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="problems with A frozen; a third of them with A trained")
+    parser.add_argument("--frozen_only", action="store_true", help="with A frozen alone, which takes seconds")
     parser.add_argument("--output", type=Path, default=RESULTS / "theory.json")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -503,7 +517,7 @@ def main() -> None:
     trained = [
         record
         for model in MODELS
-        for count in TRAINED_SIZES
+        for count in (() if options.frozen_only else TRAINED_SIZES)
         for record in run_trained(model, count, fewer, TRAINED_STEPS)
     ]
     facts = {**machine(), "seconds": round(time.perf_counter() - start, 1), "seeds": list(seeds)}

@@ -123,7 +123,7 @@ class LoRADAConfig:
     fisher: Literal["empirical", "sampled"] = setting(
         "empirical",
         "Labels that the output-gradient second moment is taken with. empirical: the data's (the paper); sampled: "
-        "drawn from the model's own distribution, the true Fisher information, in some 2.5 times the time.",
+        "drawn from the model's own distribution, the true Fisher information, in about twice the time.",
     )
     loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = setting(
         "auto",

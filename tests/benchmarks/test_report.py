@@ -284,6 +284,16 @@ def test_the_overview_takes_the_lowest_losses_of_few_samples_whatever_was_read_f
     )
 
 
+def test_the_overview_marks_what_ran_on_unlike_processors():
+    records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.0)]
+    (found,) = overview.comparisons(records, "data")
+    assert not found.crosses_processors()
+    records[-1] = {**records[-1], "machine": {**records[-1]["machine"], "cpu": "y"}}
+    (found,) = overview.comparisons(records, "data")
+    assert found.crosses_processors()
+    assert "| -0.1000 ± 0.0000 (2) \N{DOUBLE DAGGER} | 2 of 2 |" in overview.table([found])[2]
+
+
 def test_a_seed_that_diverged_is_no_difference(tmp_path):
     records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.0)]
     records[2] = {**records[2], "final_loss": None}
