@@ -40,9 +40,15 @@ def check_other_tensors(
     """
     kept = {holder_of(name) for name in manifest.kept}
     holders = {*map(holder_of, manifest.layers), *kept}
-    for key in sorted(set(tensors) - set(known)):
+    others = sorted(set(tensors) - set(known))
+    named = {
+        key
+        for key in others
+        if key.startswith(PEFT_PREFIX) and _is_named(key.removeprefix(PEFT_PREFIX), holders, kept, config)
+    }
+    for key in others:
         name = key.removeprefix(PEFT_PREFIX)
-        if not key.startswith(PEFT_PREFIX) or not _is_named(name, holders, kept, config):
+        if key not in named and not _is_tied(key, tensors, named, config):
             raise ArtifactError(f"{path}: {key!r} is no tensor of this adapter. Do not use it.")
         if name.endswith(_BIAS_OF_B) and tensors[key].any():
             raise ArtifactError(f"{path}: {key!r} is not zero, as it is before training. Do not use it.")
@@ -73,6 +79,13 @@ def _is_named(name: str, holders: Collection[str], kept: Collection[str], config
     if parameter == "bias" and (config.get("bias") or "none") != "none":
         return True
     return is_saved(config, module)
+
+
+def _is_tied(key: str, tensors: Mapping[str, Tensor], named: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor is a saved one under another name: of tied weights PEFT names one and stores both."""
+    if not config.get("ensure_weight_tying") or not key.startswith(PEFT_PREFIX) or ".lora_" in key:
+        return False
+    return any(tensors[key].equal(tensors[other]) for other in named if ".lora_" not in other)
 
 
 def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:

@@ -20,6 +20,7 @@ from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASIS_FILE,
+    INIT_FOLDER,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     REPORT_FILE,
@@ -159,9 +160,13 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink() or not path.is_file():
+        remedy = "Name another folder, or fetch it again."
+        if (folder / INIT_FOLDER / MANIFEST_FILE).is_file():
+            remedy = f"Name another folder: the initialisation of this training is {folder / INIT_FOLDER}."
+        elif not folder.exists():
+            remedy = "Name another folder; one on the Hub is fetched by lora_da_hf.hub.pull_init or `lora-da pull`."
         raise ArtifactError(
-            f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete. Name another folder, "
-            "or fetch it again."
+            f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete. {remedy}"
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise too_large(str(path), path.stat().st_size, MAX_MANIFEST_BYTES)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import transformers
 import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_da_hf.artifacts.card_files import PLOTS, SEARCH_PLOT, SPECTRA_PLOT, TAGS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FLAG_PREFIX = "da_"
-_WITHOUT_FLAGS = {"use_dora", "rank_pattern", "alpha_pattern", "target_parameters"}
-"""Arguments of LoraConfig that `lora-da init` has no flags for."""
+_WITH_FLAGS = {"use_rslora", "target_modules"}
+"""Arguments of LoraConfig that `lora-da init` has flags for, beside rank, alpha and dropout."""
 
 _TEMPLATE = "init_card.md.jinja"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LICENSE_LINK = re.compile(r"https://[!-~]+|[A-Za-z0-9_.-]+")
+_CAUSAL_LMS = {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 _TASKS = {
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
@@ -315,9 +317,9 @@ def _lora_arguments(facts: CardFacts) -> dict[str, Any]:
 
 def _command(facts: CardFacts) -> Markdown | None:
     """Return the command line with these settings, or None if it has no flags for the adapter."""
-    is_for_text = facts.task_type not in _TASKS or facts.task_type == "CAUSAL_LM"
-    has_flags = not set(facts.lora_arguments) & _WITHOUT_FLAGS and float(facts.alpha or 0).is_integer()
-    if not is_for_text or not has_flags:
+    base_class = base_class_name(facts.task_type, facts.base_class)
+    has_flags = set(facts.lora_arguments) <= _WITH_FLAGS and float(facts.alpha or 0).is_integer()
+    if base_class not in _CAUSAL_LMS or not has_flags:
         return None
     words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
     if facts.base_id and facts.base_revision:

@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from safetensors import safe_open
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, FileEntry, Manifest
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, FileEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.strict_json import fits, parse_json
@@ -25,7 +27,21 @@ _LORA_ARGUMENTS: dict[str, Any] = {
     "alpha_pattern": dict[str, float],
     "target_modules": list[str],
     "target_parameters": list[str],
+    "modules_to_save": list[str],
+    "trainable_token_indices": list[int] | dict[str, list[int]],
+    "ensure_weight_tying": bool,
+    "lora_bias": bool,
+    "bias": Literal["all", "lora_only"],
 }
+_SAVED_ANYWAY = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that PEFT trains in full for a task, without being told."""
+_WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
+_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+"""Ends of names of the layers that have a row for each label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +65,7 @@ class CardFacts:
         lora_arguments: What else a `LoraConfig` of the same layers and scalings is made with.
         task_type: PEFT's task type.
         base_class: The base model's class, which PEFT notes for an adapter without a task type.
+        num_labels: Labels of a classification head that is trained beside the adapter.
         uses_rslora: Whether the scaling is ``alpha / sqrt(r)``.
         module_types: Last part of the layers' names, with their number.
         num_layers: Layers that were initialised.
@@ -84,6 +101,7 @@ class CardFacts:
     lora_arguments: dict[str, Any]
     task_type: str | None
     base_class: str | None
+    num_labels: int | None
     uses_rslora: bool
     module_types: dict[str, int]
     num_layers: int
@@ -162,6 +180,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
         base_class=_text((adapter.get("auto_mapping") or {}).get("base_model_class")),
+        num_labels=_num_labels(init.folder / ADAPTER_FILE) if adapter.get("task_type") in _WITH_LABELS else None,
         uses_rslora=adapter.get("use_rslora") is True,
         module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
         num_layers=len(layers),
@@ -185,7 +204,19 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
 def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
     """Return what an adapter's configuration says of layers, ranks and kind, where it is of PEFT's types."""
     found = {name: adapter[name] for name, hint in _LORA_ARGUMENTS.items() if fits(adapter.get(name), hint)}
+    saved_anyway = _SAVED_ANYWAY.get(_text(adapter.get("task_type")) or "", ())
+    found["modules_to_save"] = [name for name in found.get("modules_to_save", ()) if name not in saved_anyway]
     return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items() if value}
+
+
+def _num_labels(adapter_file: Path) -> int | None:
+    """Return how many rows the head has that lies beside an adapter; None if there is none."""
+    if not adapter_file.is_file():
+        return None
+    with safe_open(adapter_file, framework="pt") as tensors:
+        heads = [key for key in tensors.keys() if key.endswith(_HEADS)]
+        shape: list[int] = tensors.get_slice(heads[0]).get_shape() if heads else []
+    return shape[0] if shape else None
 
 
 def layer_type(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from lora_da_hf.artifacts.card_files import PLOTS
+from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import LICENSE_FILES
 from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD, Manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
@@ -103,7 +104,7 @@ def push_init(
         ArtifactError: if the folder is not a valid initialisation, or what arrived is not what was sent.
         CardError: if the card is malformed, shows a plot or names a licence file that is not there, or is given
             together with facts for one.
-        ConfigError: if the parent commit or the revision is empty.
+        ConfigError: if the parent commit or the revision is empty, or the name is none that the Hub allows.
         HubError: if a public repo is asked for without a known licence, the repo is private or public against the wish,
             a new one should get another branch than main, it holds something else than an initialisation, somebody else
             pushed meanwhile, or the Hub refuses or cannot be reached. If a repo was made by then, the error says so.
@@ -111,6 +112,8 @@ def push_init(
     for name, value in (("parent_commit", parent_commit), ("revision", revision)):
         if value == "":
             raise ConfigError(f"{name} is empty. Give one, or leave it out.")
+    if not is_repo_id(repo_id):
+        raise ConfigError(f"repo_id={repo_id!r} is no name of a repository on the Hub. Give one such as user/name.")
     stored = load_init(folder)
     check_statistics(stored)
     api = make_api(token=token, endpoint=endpoint)

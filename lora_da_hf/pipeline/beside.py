@@ -18,20 +18,27 @@ def take_over_saved_modules(job: Job, stored: StoredInit) -> None:
     """Give heads that are trained beside the adapter their stored weights, as PEFT does when it loads an adapter.
 
     The statistics are those of the model with these: a head that is drawn at random is another one each time the base
-    is loaded. What the base has weights of its own for keeps those. Where a stored head has another shape, the model's
-    own stays, and the report says so.
+    is loaded. What the base has weights of its own for keeps those. Where a stored head has another shape, or is not
+    trained beside this adapter, the model's own stays, and the report says so.
 
     Raises:
         WriteError: if what is read back is not what was written.
     """
     infix = f".modules_to_save.{job.scan.adapter_name}."
     heads = head_parameters(job.model)
-    named = [(name, parameter) for name, parameter in job.model.named_parameters() if infix in name]
-    named = [(name, parameter) for name, parameter in named if id(parameter) in heads]
-    if not named:
+    of_heads = [(name, parameter) for name, parameter in job.model.named_parameters() if id(parameter) in heads]
+    if not of_heads:
         return
+    named = [(name, parameter) for name, parameter in of_heads if infix in name]
     with job.ranks.together("reading of the initialisation"):
         tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
+    left_out = sorted({name for name, _ in of_heads if infix not in name} & set(tensors))
+    if left_out:
+        modules = ", ".join(dict.fromkeys(name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in left_out))
+        job.report.notes.append(
+            f"{modules}: trained beside the stored adapter and not beside this one, so the stored weights, which the "
+            "statistics were taken with, were left out (LoraConfig's modules_to_save)"
+        )
     replaced: list[str] = []
     with job.stage("write"), job.ranks.stage("write", has_collectives=job.runs_in_lockstep, known=WriteError):
         for name, parameter in named:

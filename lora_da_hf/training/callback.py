@@ -15,7 +15,7 @@ from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initi
 from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, INIT_FOLDER, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
@@ -32,7 +32,6 @@ from lora_da_hf.training.trainer_loss import TrainerLoss, adapt_loss, metrics_ke
 
 logger = logging.getLogger(__name__)
 
-INIT_FOLDER = "lora_da"
 USE_FOLDER = "lora_da_init_from"
 """For the report of a run with `init_from`, where `INIT_FOLDER` holds an initialisation."""
 

@@ -187,7 +187,9 @@ def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             what = f"{type(text).__name__}: {text!r:.80}"
-            raise DataError(f"Column {column!r} must hold text, not {what}. Write it as text there.")
+            chats = "chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(text, list) else ""
+            remedy = f"Write it as text there; {chats}." if chats else "Write it as text there."
+            raise DataError(f"Column {column!r} must hold text, not {what}. {remedy}")
     return texts
 
 

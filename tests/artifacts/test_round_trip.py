@@ -12,6 +12,7 @@ from harness import (
     assert_same_tensors,
     base_linear_layers,
     collate,
+    forge_manifest,
     make_config,
     make_learnable_samples,
     make_lora_config,
@@ -19,12 +20,12 @@ from harness import (
     written_adapter,
 )
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_da_hf.pipeline.base_model
 import lora_da_hf.pipeline.run
 import lora_da_hf.pipeline.save
-from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.folders import atomic_folder, check_writable
 from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
@@ -115,6 +116,35 @@ def test_modules_that_peft_saves_by_the_end_of_their_names_can_be_read_again(tmp
     report = initialize(model, samples, tmp_path / "init")
     assert not any("cannot be read again" in note for note in report.notes)
     load_init(tmp_path / "init")
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_weights_that_are_trained_together_can_be_read_again(tmp_path, tiny_llama, lora_model, samples, saved):
+    def adapted():
+        model = tiny_llama(tie_word_embeddings=True)
+        return lora_model(model=model, modules_to_save=list(saved), ensure_weight_tying=True, task_type="CAUSAL_LM")
+
+    report = initialize(adapted(), samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "init" / "adapter_model.safetensors")
+    assert len(apply_init(adapted(), tmp_path / "init").layers) == LINEAR_LAYERS
+
+
+def test_what_is_no_copy_of_a_tied_weight_is_refused(tmp_path, tiny_llama, lora_model, samples):
+    model = lora_model(
+        model=tiny_llama(tie_word_embeddings=True),
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    initialize(model, samples, tmp_path / "init")
+    path = tmp_path / "init" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    forge_manifest(tmp_path / "init")
+    with pytest.raises(ArtifactError, match=r"lm_head\.weight' is no tensor of this adapter"):
+        load_init(tmp_path / "init")
 
 
 def test_an_adapter_that_calls_its_base_otherwise_is_stored_under_the_bases_name(

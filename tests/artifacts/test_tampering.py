@@ -124,6 +124,14 @@ def test_the_rest_is_checked_without_statistics_too(folder):
 # The manifest
 
 
+def test_a_trainings_folder_says_where_its_initialisation_is(folder):
+    run = folder.parent / "run"
+    run.mkdir()
+    folder.rename(run / "lora_da")
+    refuses(run, f"Name another folder: the initialisation of this training is {run / 'lora_da'}.")
+    refuses(folder, "one on the Hub is fetched by lora_da_hf.hub.pull_init")
+
+
 def test_a_folder_without_a_manifest_is_refused(folder, tmp_path):
     (folder / MANIFEST_FILE).unlink()
     refuses(folder, "does not exist: this is not a LoRA-DA initialisation, or it is incomplete")

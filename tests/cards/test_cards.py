@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import jinja2
 import pytest
+import torch
 import yaml
 from card_facts import COMMIT, LAYERS, make_manifest, make_report
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
@@ -185,6 +187,7 @@ OPTIONAL = {
     "facts.base_revision": ["b" * 40, None],
     "facts.base_fingerprint": ["f" * 64, None],
     "facts.alpha": [16, None],
+    "facts.num_labels": [3, None],
     "facts.task_type": ["CAUSAL_LM", None],
     "facts.step_size": [0.3, None],
     "facts.config": [LoRADAConfig(), LoRADAConfig(step_size=None)],
@@ -303,7 +306,12 @@ def test_the_template_is_rendered_strictly(stored, monkeypatch):
 # --------------------------------------------------------------------------------------------------- hostile facts
 
 
-def test_hostile_names_stay_text(stored):
+@pytest.mark.parametrize(
+    ("task_type", "fences"),
+    [(HOSTILE, ["python", ""]), ("CAUSAL_LM", ["python", "", ""])],
+    ids=["no command", "with its command"],
+)
+def test_hostile_names_stay_text(stored, task_type, fences):
     layers = tuple(f"{name}{HOSTILE}" for name in LAYERS)
     manifest = make_manifest(
         layers,
@@ -313,13 +321,16 @@ def test_hostile_names_stay_text(stored):
         created=HOSTILE,
     )
     text = "".join(c for c in HOSTILE if c.isprintable() or c == "\n")  # others are refused when a report is read
+    one_line = text.replace("\n", " ")
     names = [f"{name}{text}" for name in LAYERS]
-    report = make_report(names, notes=[text], loss_reduction=text, seconds={text.replace("\n", " "): 1.0})
-    adapter = {"lora_alpha": HOSTILE, "task_type": HOSTILE, "use_rslora": HOSTILE}
+    report = make_report(names, notes=[text], loss_reduction=text, seconds={one_line: 1.0})
+    adapter = {"lora_alpha": HOSTILE, "task_type": task_type, "use_rslora": HOSTILE}
+    if task_type == HOSTILE:
+        adapter |= {"modules_to_save": [HOSTILE], "bias": HOSTILE, "trainable_token_indices": {one_line: [1]}}
     init = stored(manifest=manifest, report=report, adapter=adapter)
     card = render_card(init, license=None, datasets=[HOSTILE], hardware=HOSTILE, notes=[HOSTILE])
     metadata, body = split(card)
-    assert set(metadata) == {"library_name", "tags", "lora_da"}
+    assert set(metadata) - {"pipeline_tag"} == {"library_name", "tags", "lora_da"}
     tokens = list(PARSER.parse(body))
     children = [child for token in tokens for child in token.children or []]
     kinds = {token.type for token in [*tokens, *children]}
@@ -330,7 +341,7 @@ def test_hostile_names_stay_text(stored):
         "LoRA-DA initialisation",
         *SECTIONS,
     ]
-    assert [token.info for token in tokens if token.type == "fence"] == ["python", "", ""]
+    assert [token.info for token in tokens if token.type == "fence"] == fences
 
 
 @pytest.mark.parametrize(
@@ -421,6 +432,13 @@ def test_a_malformed_report_is_refused(stored, change):
             "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 2},
             "alpha_pattern": {"q_proj": 3.5},
         },
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["classifier"],
+            "lora_bias": True,
+            "bias": "lora_only",
+            "trainable_token_indices": {"embed_tokens": [3, 5]},
+        },
     ],
 )
 def test_the_lines_of_use_make_the_stored_adapter(stored, tmp_path, settings):
@@ -433,10 +451,28 @@ def test_the_lines_of_use_make_the_stored_adapter(stored, tmp_path, settings):
     )
     call = card[card.index("LoraConfig(\n") : card.index("trainer = ")]
     made = eval(call, {"LoraConfig": LoraConfig})
-    for name in ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+    of_scaling = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+    for name in (*of_scaling, "modules_to_save", "lora_bias", "bias", "trainable_token_indices"):
         assert getattr(made, name) == getattr(config, name)
     for name in ("target_modules", "target_parameters"):
         assert set(getattr(made, name) or ()) == set(settings.get(name, ()))
+
+
+def test_a_classifiers_lines_of_use_have_its_labels_and_not_what_peft_trains_anyway(stored, tmp_path):
+    save_file({"base_model.model.score.weight": torch.zeros(3, 8)}, tmp_path / "adapter_model.safetensors")
+    adapter = {"lora_alpha": 16, "task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score", "pooler"]}
+    card = render_card(stored(adapter=adapter), license=None)
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base-model", revision="' in card
+    assert ", num_labels=3)\n" in card
+    assert 'modules_to_save=["pooler"],' in card
+
+
+def test_the_lines_of_use_freeze_a_where_it_was_frozen(stored):
+    frozen = stored(manifest=make_manifest(config=LoRADAConfig(freeze_a=True).to_dict()))
+    for init, is_frozen in ((frozen, True), (stored(), False)):
+        card = render_card(init, license=None)
+        assert ("da_config=LoRADAConfig(freeze_a=True)," in card) == is_frozen
+        assert ("import LoRADAConfig, LoRADATrainer" in card) == is_frozen
 
 
 @pytest.mark.parametrize(

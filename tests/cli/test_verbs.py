@@ -489,7 +489,13 @@ def test_the_command_on_a_card_names_the_commit_and_the_dropout(stored, tmp_path
 
 @pytest.mark.parametrize(
     "change",
-    [{"rank_pattern": {"q_proj": 1}}, {"use_dora": True}, {"task_type": "SEQ_CLS"}, {"lora_alpha": 2.5}],
+    [
+        {"rank_pattern": {"q_proj": 1}},
+        {"use_dora": True},
+        {"task_type": "SEQ_CLS"},
+        {"lora_alpha": 2.5},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_card_has_no_command_for_an_adapter_without_flags(stored, tmp_path, change):

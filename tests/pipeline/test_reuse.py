@@ -99,6 +99,11 @@ def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
     assert "score got the stored weights, which the statistics were taken with" in report.notes
     head = adapted.base_model.model.score.modules_to_save["default"].weight
     assert torch.equal(head, first.score.modules_to_save["default"].weight)
+    assert not any("were left out" in note for note in report.notes)
+    bare = lora_model(model=load(1), r=4, target_modules=["q_proj"])
+    assert any(
+        note.startswith("score: trained beside the stored") for note in apply_init(bare, tmp_path / "init").notes
+    )
     with torch.no_grad():
         second.model.norm.weight += 1
     assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
