@@ -93,6 +93,27 @@ def test_a_sequence_to_sequence_trainer(tmp_path):
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 
+@pytest.mark.support("Trainers", "a trainer of your own", "`class MyTrainer(LoRADATrainer, Seq2SeqTrainer)`")
+def test_a_trainer_that_inherits_from_ours_and_another(tmp_path):
+    class MyTrainer(LoRADATrainer, Seq2SeqTrainer):
+        pass
+
+    family = FAMILIES["T5"]
+    model, samples = family.make_model(), family.samples(24)
+    trainer = MyTrainer(
+        model=model,
+        args=make_args(tmp_path, Seq2SeqTrainingArguments, max_steps=3, predict_with_generate=True),
+        train_dataset=samples,
+        eval_dataset=samples[:4],
+        data_collator=DataCollatorForSeq2Seq(make_tokenizer(), model=model),
+        peft_config=make_lora_config(task_type="SEQ_2_SEQ_LM"),
+        da_config=make_config(**FIRST_EIGHT),
+    )
+    start = train_from(trainer)
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
+    assert trainer.predict(samples[:4], max_new_tokens=5).predictions.ndim == 2  # generated tokens, as the other base has it
+
+
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize(
