@@ -111,7 +111,7 @@ def test_a_trainer_that_inherits_from_ours_and_another(tmp_path):
     )
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
-    assert trainer.predict(samples[:4], max_new_tokens=5).predictions.ndim == 2  # generated tokens, as the other base has it
+    assert trainer.predict(samples[:4], max_new_tokens=5).predictions.ndim == 2  # generated
 
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
