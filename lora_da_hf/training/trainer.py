@@ -176,7 +176,9 @@ def _wrap_model_init(model_init: Callable[..., Any], peft_config: LoraConfig | N
     return wrapped
 
 
-def _with_adapter(model: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
+def _with_adapter(model: object, peft_config: LoraConfig | None) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"The model is a {type(model).__name__}. Load it first, with from_pretrained.")
     has_adapter = isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules())
     if has_adapter:
         refuse_unsaveable(model)

@@ -953,6 +953,11 @@ def test_a_start_of_peft_that_changes_the_base_is_refused_before_it_does(tmp_pat
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def test_the_name_of_a_model_is_an_error(tmp_path, samples):
+    with pytest.raises(ConfigError, match=r"The model is a str. Load it first, with from_pretrained"):
+        make_trainer(tmp_path, "user/model", samples, peft_config=make_lora_config())
+
+
 def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_model, samples):
     with pytest.raises(ConfigError, match=r"has an adapter already. Leave peft_config out, or give the plain model"):
         make_trainer(tmp_path, lora_model(), samples, peft_config=make_lora_config())
