@@ -217,6 +217,12 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
     assert len(hub.repos[REPO].commits) == 3
 
 
+def test_a_name_that_the_hub_does_not_allow_is_refused_before_anything_is_asked(hub, push):
+    with pytest.raises(ConfigError, match="repo_id='a b' is no name of a repository on the Hub"):
+        push(repo_id="a b")
+    assert not hub.log
+
+
 @pytest.mark.parametrize("name", ["parent_commit", "revision"])
 def test_an_empty_revision_is_refused(hub, push, name):
     with pytest.raises(ConfigError, match=f"{name} is empty. Give one, or leave it out"):

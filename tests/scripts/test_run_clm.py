@@ -658,9 +658,14 @@ def test_unused_columns_are_named_up_to_a_few():
     assert line.endswith("column 'c8' is read as plain text (left out: 'c0', 'c1', 'c2', 'c3', 'c4' and others).")
 
 
-def test_columns_that_are_not_text(model_dir, tmp_path):
-    train_file = write_jsonl(tmp_path / "numbers.jsonl", [{"text": 1}, {"text": 2}])
-    with pytest.raises(LoRADAError, match="must hold text, not int"):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1, "must hold text, not int"), ([{"role": "user", "content": "Hello"}], "chats are read by TRL's SFTTrainer")],
+    ids=["a number", "a chat"],
+)
+def test_columns_that_are_not_text(model_dir, tmp_path, value, message):
+    train_file = write_jsonl(tmp_path / "numbers.jsonl", [{"text": value}, {"text": value}])
+    with pytest.raises(LoRADAError, match=message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train"))
 
 
