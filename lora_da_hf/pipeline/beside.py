@@ -32,9 +32,10 @@ def take_over_saved_modules(job: Job, stored: StoredInit) -> None:
     named = [(name, parameter) for name, parameter in of_heads if infix in name]
     with job.ranks.together("reading of the initialisation"):
         tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
-    left_out = sorted({name for name, _ in of_heads if infix not in name} & set(tensors))
+    others = [name.removeprefix(PEFT_PREFIX) for name, _ in of_heads if infix not in name]
+    left_out = [name for name in others if f"{PEFT_PREFIX}{name}" in tensors]
     if left_out:
-        modules = ", ".join(dict.fromkeys(name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in left_out))
+        modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in left_out))
         job.report.notes.append(
             f"{modules}: trained beside the stored adapter and not beside this one, so the stored weights, which the "
             "statistics were taken with, were left out (LoraConfig's modules_to_save)"

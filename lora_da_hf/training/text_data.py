@@ -187,9 +187,8 @@ def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             what = f"{type(text).__name__}: {text!r:.80}"
-            chats = "chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(text, list) else ""
-            remedy = f"Write it as text there; {chats}." if chats else "Write it as text there."
-            raise DataError(f"Column {column!r} must hold text, not {what}. {remedy}")
+            chats = "; chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(text, list) else ""
+            raise DataError(f"Column {column!r} must hold text, not {what}. Write it as text there{chats}.")
     return texts
 
 
