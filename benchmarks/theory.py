@@ -317,8 +317,8 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
 
     Returns:
         ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and the bias
-        in each, ``paper_bias`` and so on, of which the rest is variance; and ``excess``, of the loss: bias in the
-        Fisher norm, ``excess_bias``, plus ``r d_out / 2 n``; in linear regression the exact one.
+        in them, of which the rest is variance: ``bias`` of the first two, and ``exact_bias``; and ``excess``, of the
+        loss: bias in the Fisher norm, ``excess_bias``, plus ``r d_out / 2 n``; in linear regression the exact one.
     """
     delta, covariance = problem.delta, problem.covariance
     inner = torch.linalg.inv(basis.mT @ covariance @ basis)
@@ -344,8 +344,7 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
         "frozen": (bias + noise * inner.trace().item() / count) / size,
         "exact": exact,
         "excess": excess,
-        "paper_bias": bias / size,
-        "frozen_bias": bias / size,
+        "bias": bias / size,
         "exact_bias": exact_bias,
         "excess_bias": lost,
     }
@@ -439,7 +438,7 @@ def frozen_table(records: list[dict[str, Any]], model: str) -> list[str]:
 
 def sum_text(predicted: dict[str, float], name: str) -> str:
     """Return a prediction and what it is the sum of: bias and variance."""
-    value, bias = predicted[name], predicted[f"{name}_bias"]
+    value, bias = predicted[name], predicted.get(f"{name}_bias", predicted["bias"])
     return "" if math.isnan(value) else f"{value:.3g} = {bias:.3g} + {value - bias:.3g}"
 
 
@@ -524,7 +523,7 @@ def main() -> None:
     shape = {"d_in": D_IN, "d_out": D_OUT, "rank": RANK, "noise": NOISE, "learning_rate": LEARNING_RATE}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": facts, "problem": shape, "frozen": rounded(frozen), "trained": rounded(trained)}
-    options.output.write_text(json.dumps(content) + "\n")
+    options.output.write_text(json.dumps(content, separators=(",", ":")) + "\n")
     plot(frozen, options.output.with_suffix(".png"))
     text = tables(frozen, trained) + "\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + "\n"
     options.output.with_suffix(".md").write_text(text)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
-
 from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, FileEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.strict_json import fits, parse_json
+from lora_da_hf.artifacts.tensors import tensor_specs
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.markdown import clean
@@ -39,7 +38,6 @@ _SAVED_ANYWAY = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Modules that PEFT trains in full for a task, without being told."""
-_WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS")
 _HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 """Ends of names of the layers that have a row for each label."""
 
@@ -180,7 +178,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
         base_class=_text((adapter.get("auto_mapping") or {}).get("base_model_class")),
-        num_labels=_num_labels(init.folder / ADAPTER_FILE) if adapter.get("task_type") in _WITH_LABELS else None,
+        num_labels=_num_labels(init.folder / ADAPTER_FILE, manifest),
         uses_rslora=adapter.get("use_rslora") is True,
         module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
         num_layers=len(layers),
@@ -209,14 +207,12 @@ def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items() if value}
 
 
-def _num_labels(adapter_file: Path) -> int | None:
+def _num_labels(adapter_file: Path, manifest: Manifest) -> int | None:
     """Return how many rows the head has that lies beside an adapter; None if there is none."""
     if not adapter_file.is_file():
         return None
-    with safe_open(adapter_file, framework="pt") as tensors:
-        heads = [key for key in tensors.keys() if key.endswith(_HEADS)]
-        shape: list[int] = tensors.get_slice(heads[0]).get_shape() if heads else []
-    return shape[0] if shape else None
+    specs = tensor_specs(adapter_file, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
+    return next((shape[0] for key, (shape, _) in specs.items() if key.endswith(_HEADS) and shape), None)
 
 
 def layer_type(name: str) -> str:

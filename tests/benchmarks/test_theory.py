@@ -118,9 +118,7 @@ def test_in_logistic_regression_the_oracles_loss_is_nearly_the_predicted_one(log
 def test_the_papers_bias_is_too_small_for_a_random_subspace(linear):
     """The fit makes up inside the subspace for what lies outside of it, and goes away from the target with that."""
     records = theory.select(linear, method="random", samples=1024)
-    assert statistics.fmean(r["predicted"]["paper_bias"] for r in records) < 0.8 * mean(
-        linear, "random", 1024, "distance"
-    )
+    assert statistics.fmean(r["predicted"]["bias"] for r in records) < 0.8 * mean(linear, "random", 1024, "distance")
     assert statistics.fmean(r["predicted"]["exact_bias"] for r in records) == pytest.approx(
         mean(linear, "random", 1024, "distance"), rel=0.1
     )

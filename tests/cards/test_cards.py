@@ -465,6 +465,12 @@ def test_a_classifiers_lines_of_use_have_its_labels_and_not_what_peft_trains_any
     assert 'AutoModelForSequenceClassification.from_pretrained("org/base-model", revision="' in card
     assert ", num_labels=3)\n" in card
     assert 'modules_to_save=["pooler"],' in card
+    noted = {"base_model_class": "BertForSequenceClassification"}
+    without_task = {"lora_alpha": 16, "auto_mapping": noted, "modules_to_save": ["score"]}
+    card = render_card(stored(adapter=without_task), license=None)
+    assert "model = BertForSequenceClassification.from_pretrained(" in card
+    assert ", num_labels=3)\n" in card
+    assert 'modules_to_save=["score"],' in card
 
 
 def test_the_lines_of_use_freeze_a_where_it_was_frozen(stored):
