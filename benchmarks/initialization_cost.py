@@ -99,7 +99,8 @@ def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list
         for line in file:
             row = json.loads(line)
             prompt = tokenizer(row["prompt"]).input_ids
-            completion = [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]
+            completion = tokenizer(row["completion"], add_special_tokens=False).input_ids
+            completion = [*completion, tokenizer.eos_token_id]
             ids = (prompt + completion)[:max_length]
             if len(prompt) < len(ids):
                 labels = ([-100] * len(prompt) + completion)[:max_length]
@@ -437,15 +438,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.model is None or options.train_file is None:
         sys.path.insert(0, str(REPOSITORY / "scripts"))
-        import demo_data
-        import demo_model
+        import demo
 
-        cache = REPOSITORY / ".cache"
-        options.model = options.model or str(demo_model.fetch_model(cache / "smollm2-135m-instruct"))
-        if options.train_file is None:
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
-            folder = cache / demo_data.folder_name()
-            options.train_file = str(demo_data.write_data(folder, lambda text: len(tokenizer(text).input_ids))[0])
+        options.model = options.model or str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct"))
+        options.train_file = options.train_file or str(demo.make_data(options.model)[0])
     found = measure(options)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     text = table(found, model, options)

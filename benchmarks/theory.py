@@ -350,15 +350,10 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     }
 
 
-def trained_excess(count: int) -> float:
-    """Predict the variance part of the excess loss with A trained: half the parameters of rank r, over n."""
-    return RANK * (D_OUT + D_IN - RANK) / (2 * count)
-
-
 # ---- the runs
 
 
-def run_trial(model: str, count: int, seed: int, methods: dict[str, Callable[[Known], Tensor]] = METHODS) -> Any:
+def run_trial(model: str, count: int, seed: int) -> Any:
     """Draw a problem and n samples, and let every method choose its basis.
 
     Returns:
@@ -369,7 +364,7 @@ def run_trial(model: str, count: int, seed: int, methods: dict[str, Callable[[Kn
     x = problem.inputs(count, generator)
     y = problem.labels(x, problem.target, generator)
     known = observe(problem, x, y, generator)
-    return problem, x, y, {name: choose(known) for name, choose in methods.items()}
+    return problem, x, y, {name: choose(known) for name, choose in METHODS.items()}
 
 
 def run_frozen(model: str, count: int, seeds: range) -> list[dict[str, Any]]:

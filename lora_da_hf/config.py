@@ -57,12 +57,11 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_bytes(value: float | str, name: str) -> int:
-    """Read a number of bytes: ``8589934592``, ``"8GiB"`` or ``"500 MB"``.
+def parse_bytes(value: float | str) -> int:
+    """Read ``memory_budget``, a number of bytes: ``8589934592``, ``"8GiB"`` or ``"500 MB"``.
 
     Args:
         value: The setting as a user writes it.
-        name: Name of the setting, for the message.
 
     Raises:
         ConfigError: if the text has another form, or there is not at least one byte.
@@ -73,7 +72,9 @@ def parse_bytes(value: float | str, name: str) -> int:
     except (ValueError, KeyError):
         size = math.nan
     if isinstance(value, bool) or not math.isfinite(size) or size < 1:
-        raise ConfigError(f'{name}={value!r} is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".')
+        raise ConfigError(
+            f'memory_budget={value!r} is no amount of memory. Give bytes, or text such as "8GiB" or "500MB".'
+        )
     return int(size)
 
 
@@ -239,7 +240,7 @@ class LoRADAConfig:
         Damping.parse(self.input_damping, "input_damping")
         Damping.parse(self.output_damping, "output_damping")
         if self.memory_budget is not None:
-            parse_bytes(self.memory_budget, "memory_budget")
+            parse_bytes(self.memory_budget)
         if self.save_statistics and self.schedule == "layers":
             raise ConfigError('save_statistics needs the sums in one process: set schedule="samples" or leave it out.')
         if isinstance(self.step_size, str):

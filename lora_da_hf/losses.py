@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lora_da_hf.errors import DataError
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import input_embeddings
 
 _MORE_POSITIONS = 2

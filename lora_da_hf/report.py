@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ class LayerReport:
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
         notes: What had to be done beyond the ordinary.
         basis_A_sums: A weighted sum of each row of the stored ``basis_A``, which shows whether it was changed. Empty in
-            reports of what was not stored, of processes that did not store it, and of earlier versions.
+            reports of what was not stored, and of processes that did not store it.
         basis_B_sums: The same of each column of ``basis_B``.
     """
 
@@ -173,7 +175,7 @@ class LoRADAReport:
             "LoRA-DA initialisation",
             *(f"  {line}" for line in self._summary()),
             "",
-            *_aligned(header, rows),
+            *in_columns(header, rows),
         ]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
@@ -216,15 +218,24 @@ def _loss_line(which: str, count: int, before: float | None, after: float | None
     return f"loss        {before:.4f}{change} on {count} {which} samples"
 
 
+def kind_of(name: str) -> str:
+    """Return what layers of one kind share of their names: the last part, without the number of an expert.
+
+    Where PEFT adapts two parameters of a module, one of them is its ``base_layer``, which is a kind of its own.
+    """
+    start, _, last = re.sub(r"\[\d+\]$", "", name).rpartition(".")
+    return f"{start.rpartition('.')[2]}.{last}" if last == "base_layer" else last
+
+
 def _kinds(layers: list[LayerReport]) -> list[list[LayerReport]]:
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        kinds.setdefault(layer.name.rsplit(".", 1)[-1], []).append(layer)
+        kinds.setdefault(kind_of(layer.name), []).append(layer)
     return list(kinds.values())
 
 
 def _row(group: list[LayerReport]) -> list[str]:
-    name = group[0].name if len(group) == 1 else f"{group[0].name.rsplit('.', 1)[-1]} ({len(group)} layers)"
+    name = group[0].name if len(group) == 1 else f"{kind_of(group[0].name)} ({len(group)} layers)"
 
     def span(values: list[float], form: str) -> str:
         low, high = format(min(values), form), format(max(values), form)
@@ -244,7 +255,8 @@ def _row(group: list[LayerReport]) -> list[str]:
     ]
 
 
-def _aligned(header: list[str], rows: list[list[str]]) -> list[str]:
+def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: rows of text in columns under a header."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return [line.rstrip() for line in [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]

@@ -215,8 +215,8 @@ class _Rows:
 def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
     """Collate samples of token lists by padding on the right.
 
-    Labels are padded with -100 and everything else with 0. Samples of different lengths without an attention mask
-    get one.
+    Labels are padded with -100 and everything else with 0. Samples without an attention mask get one, of
+    ``input_ids`` with one dimension.
 
     Args:
         samples: Mappings of equal keys to numbers, lists of numbers or tensors.

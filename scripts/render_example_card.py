@@ -6,8 +6,9 @@ python scripts/render_example_card.py
 import json
 from pathlib import Path
 
-from lora_da_hf.artifacts.schema import CHECKSUM, MANIFEST_FILE, REPORT_FILE, FileEntry, LayerEntry, Manifest
-from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
+from lora_da_hf.artifacts.store import StoredInit, load_manifest
 from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.hub.page import render_page
 
@@ -16,14 +17,11 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 
 def read_example(folder: Path = EXAMPLE) -> tuple[StoredInit, dict]:
     """Read the initialisation without its tensors, and what is said about it besides."""
-    values = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    del values[CHECKSUM]
-    values["layers"] = {name: LayerEntry(**entry) for name, entry in values["layers"].items()}
-    values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    manifest = Manifest(**values)
+    manifest = load_manifest(folder)
     report = read_report(folder / REPORT_FILE, manifest)
-    return StoredInit(folder=folder, manifest=manifest, bases={}, report=report), facts
+    peft_config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return StoredInit(folder=folder, manifest=manifest, bases={}, report=report, peft_config=peft_config), facts
 
 
 def main() -> None:

@@ -198,7 +198,7 @@ def test_settings_cannot_be_changed():
     ],
 )
 def test_amounts_of_memory_are_read(text, size):
-    assert parse_bytes(text, "memory_budget") == size
+    assert parse_bytes(text) == size
     assert LoRADAConfig(memory_budget=text).memory_budget == text
 
 

@@ -24,16 +24,11 @@ def checked_backward(targets: Sequence[Target]) -> Generator[None]:
     Raises:
         UnsupportedLayerError: in the forward pass, naming layer and kind.
     """
-    handles = [
-        target.base_layer.register_forward_pre_hook(_check(target), with_kwargs=True)
-        for target in targets
-        if not _is_plain(target.base_layer)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for target in targets:
+            if not _is_plain(target.base_layer):
+                hooks.enter_context(target.base_layer.register_forward_pre_hook(_check(target), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_plain(layer: nn.Module) -> bool:

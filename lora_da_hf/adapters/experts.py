@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,17 +114,38 @@ def experts_apart(targets: Sequence[Target]) -> Generator[None]:
         if isinstance(target.base_layer, ExpertLinear):
             known = linears.setdefault(target.base_layer.experts, {})
             known[target.base_layer.parameter_name, target.base_layer.index] = target.base_layer
-    before = {experts: vars(experts).get("forward") for experts in linears}  # of accelerate's hooks, or a patch
+    with _other_forwards({experts: _forward_by_expert(experts, known) for experts, known in linears.items()}):
+        yield
+
+
+@contextlib.contextmanager
+def experts_skipped(model: nn.Module) -> Generator[None]:
+    """Have experts return what they are fed: on the meta device no token can be sent to one of them."""
+    with _other_forwards({module: _as_fed for module in model.modules() if _holds_experts(module)}):
+        yield
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "num_experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _as_fed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+@contextlib.contextmanager
+def _other_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Generator[None]:
+    before = {module: vars(module).get("forward") for module in forwards}  # of accelerate's hooks, or a patch
     try:
-        for experts, known in linears.items():
-            experts.forward = _forward_by_expert(experts, known)
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for experts, forward in before.items():
+        for module, forward in before.items():
             if forward is None:
-                del experts.forward
+                del module.forward
             else:
-                experts.forward = forward
+                module.forward = forward
 
 
 def _parameter_names(experts: Any) -> tuple[str, str]:

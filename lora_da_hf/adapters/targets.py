@@ -14,7 +14,6 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
 from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
@@ -109,12 +108,13 @@ def active_adapter_name(model: nn.Module) -> str:
     return names.pop()
 
 
-def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetScan:
+def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_values: bool = True) -> TargetScan:
     """Find the LoRA layers of an adapter that can be initialised.
 
     Args:
         model: A PEFT model, or any model with LoRA layers.
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
+        has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
@@ -156,7 +156,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None) -> TargetSca
             if target.rank > target.in_features:
                 kept[target.name] = f"rank {target.rank} is above its input size {target.in_features}"
             else:
-                targets.append(_checked(target))
+                targets.append(_checked(target, has_values=has_values))
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(
@@ -194,10 +194,9 @@ def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
         return why_not_apart(layer)
     if variant is not None and not _is_dora(layer, adapter_name):
         return f"its LoRA variant {type(variant).__name__} is not initialised from data"
-    if adapter_name not in layer.lora_A or not isinstance(layer.lora_A[adapter_name], nn.Linear):
+    lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
+    if not isinstance(lora_A, nn.Linear) or isinstance(base, nn.MultiheadAttention):
         return f"{type(base).__name__} is not a linear layer"
-    if isinstance(base, nn.Embedding | nn.MultiheadAttention) or "Conv" in type(base).__name__:
-        return None if isinstance(base, Conv1D) else f"{type(base).__name__} is not a linear layer"
     return None
 
 
@@ -242,14 +241,14 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
     return targets
 
 
-def _checked(target: Target) -> Target:
+def _checked(target: Target, *, has_values: bool) -> Target:
     weights = {
         "its weight": getattr(target.base_layer, "weight", None),
         "lora_A": target.lora_A,
         "lora_B": target.lora_B,
     }
     for what, weight in weights.items():
-        if weight is not None and weight.device.type == "meta":
+        if has_values and weight is not None and weight.device.type == "meta":
             raise TargetError(
                 f"{target.name}: {what} is on the meta device, so it has no values. Load the model's weights (without "
                 "offloading layers to the CPU or the disk) before the "

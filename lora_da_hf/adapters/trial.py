@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -61,19 +60,16 @@ class TrialAdapters:
             target.name: tuple(basis.to(target.device, target.lora_A.dtype) for basis in bases[target.name])
             for target in targets
         }
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> TrialAdapters:
         for target in self._targets:
-            self._handles.append(target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True))
+            hook = target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True)
+            self._hooks.enter_context(hook)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
     def _hook(self, target: Target) -> Any:
         basis_A, basis_B = self._bases[target.name]
@@ -97,7 +93,6 @@ def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
     layer nor, beyond rounding, on device and precision.
     """
     generator = torch.Generator().manual_seed(0)
-    handles: list[Any] = []
 
     def hook(target: Target) -> Any:
         signs = torch.randint(0, 2, (target.out_features,), generator=generator) * 2 - 1
@@ -108,13 +103,10 @@ def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
 
         return on_forward
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for target in targets:
-            handles.append(target.base_layer.register_forward_hook(hook(target)))
+            hooks.enter_context(target.base_layer.register_forward_hook(hook(target)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _asks_another_model(target: Target) -> bool:

@@ -72,6 +72,10 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     check_types(config, hints, str(path))
     _check_plain(path, config)
     check_names(path, config)
+    numbers: list[Any] = [config.get(name) for name in ("r", "lora_alpha")]
+    numbers += [number for name in ("rank_pattern", "alpha_pattern") for number in (config.get(name) or {}).values()]
+    if not all(fits(number, float) and number > 0 for number in numbers):
+        raise ArtifactError(f"{path}: a rank or an alpha is not positive. Fetch it again.")
     _check_base(path, config, manifest)
     _check_layers(path, config, manifest)
     return config
@@ -133,7 +137,7 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
             raise ArtifactError(
                 f"{path}: neither its target_modules nor its target_parameters hold {name}. Fetch it again."
             )
-        if layer.rank not in ranks or not all(fits(alpha, float) for alpha in alphas):
+        if layer.rank not in ranks:
             raise malformed(
                 f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}"
             )

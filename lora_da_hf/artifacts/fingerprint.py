@@ -33,10 +33,11 @@ def config_facts(config: Any) -> dict[str, Any]:
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Hash an evenly spaced sample of the entries of each weight, rounded to bfloat16.
+    """Hash a sample of up to 1,024 entries of each weight, rounded to bfloat16.
 
-    A bfloat16 copy of float32 weights has the same fingerprint. Weights that were trained on have another, unless they
-    changed by less than bfloat16 resolves in every entry sampled.
+    It is each ``n``th entry of a weight of ``1024 n`` entries and fewer than 1,024 more, of which the last ones are in
+    no sample. A bfloat16 copy of float32 weights has the same fingerprint. Weights that were trained on have another,
+    unless they changed by less than bfloat16 resolves in every entry sampled.
 
     Args:
         weights: Names and weights, in a fixed order.

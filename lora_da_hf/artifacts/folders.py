@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, is_own_card
 from lora_da_hf.artifacts.files import share_as_usual, sync
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_PREFIX
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_SHARD
 from lora_da_hf.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ UNLISTED_FILES = (CARD_FILE, *LICENSE_FILES, ".gitattributes", ".gitignore", ".D
 
 UNLISTED_FOLDERS = (".cache", ".ipynb_checkpoints", ".git")
 """What the Hub's client, notebooks and git may leave in a folder. Nothing of it is read."""
-
-_KEPT_FOLDERS = (".git",)
-"""Of those, what is never replaced."""
 
 _PARTIAL = "_{}.partial-"
 _OLD = "_{}.old-"
@@ -127,8 +124,7 @@ def _moved_aside(target: Path) -> Generator[None]:
 def _carry_over(old: Path, new: Path) -> None:
     """Move what lies in a folder besides an initialisation, and is not this library's own, to the one replacing it."""
     for path in old.iterdir():
-        is_unlisted = path.name in UNLISTED_FILES or path.suffix == ".png"
-        if is_unlisted and not _is_own(path) and not (new / path.name).exists():
+        if may_lie_beside(path) and not _is_own(path) and not (new / path.name).exists():
             path.rename(new / path.name)
 
 
@@ -162,13 +158,18 @@ def remove_leftovers(target: Path) -> None:
         shutil.rmtree(aside)
 
 
-def foreign_files(folder: Path) -> list[str]:
+def may_lie_beside(path: Path) -> bool:
+    """Tell by its name whether a file may lie in the folder of an initialisation without being a part of it."""
+    return path.name in UNLISTED_FILES or path.suffix == ".png"
+
+
+def _foreign_files(folder: Path) -> list[str]:
     """Return the names in the folder of an initialisation that are neither its own nor may be beside it or go."""
-    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FILES, *UNLISTED_FOLDERS} - {*_KEPT_FOLDERS}
+    known = {MANIFEST_FILE, *REQUIRED_FILES, *UNLISTED_FOLDERS} - {".git"}  # which is never replaced
     return sorted(
         path.name
         for path in folder.iterdir()
-        if path.name not in known and not path.name.startswith(STATISTICS_PREFIX) and path.suffix != ".png"
+        if path.name not in known and not STATISTICS_SHARD.fullmatch(path.name) and not may_lie_beside(path)
     )
 
 
@@ -206,7 +207,7 @@ def check_replaceable(folder: Path) -> None:
             raise ConfigError(f"{folder} is a file. Name a new folder for the initialisation.")
         return
     names = {path.name for path in folder.iterdir()}
-    foreign = foreign_files(folder) if MANIFEST_FILE in names else sorted(names - {REPORT_FILE})
+    foreign = _foreign_files(folder) if MANIFEST_FILE in names else sorted(names - {REPORT_FILE})
     if foreign:
         raise ConfigError(
             f"{folder} holds something else than an initialisation ({foreign[0]}), which would be lost. Name a new "

@@ -1,4 +1,4 @@
-"""PEFT's configuration in the folder of a stored initialisation: layers, ranks and alphas by name.
+"""Layers, ranks and alphas by name in PEFT's configuration; `adapter_config` checks the whole of a stored one.
 
 PEFT takes regular expressions in many places. None from outside is ever run, since one can be written that takes for
 ever: what is stored says it in names, which are compared.
@@ -35,26 +35,20 @@ def expert_of(name: str) -> int:
     return int(name.removeprefix(holder_of(name))[1:-1])
 
 
-def read_peft_config(path: Path, *, in_names_alone: bool = True) -> dict[str, Any]:
-    """Read ``adapter_config.json`` as it is, with what PEFT adds to it in other versions.
+def read_of_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` of a training's checkpoint, with what PEFT adds to it in other versions.
 
-    Args:
-        path: Of the file.
-        in_names_alone: Whether it must pass `check_names`, as that of an initialisation does; False: of a checkpoint.
+    That of a stored initialisation is read by `lora_da_hf.artifacts.adapter_config.check_adapter_config`.
 
     Raises:
         ArtifactError: if it is no configuration of a LoRA adapter.
     """
-    remedy = "Fetch it again" if in_names_alone else "Go on from another checkpoint"
+    remedy = "Go on from another checkpoint"
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         patterns = (values["rank_pattern"], values["alpha_pattern"])
         numbers = [values["r"], values["lora_alpha"], *(n for pattern in patterns for n in pattern.values())]
-        if in_names_alone:
-            check_names(path, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). {remedy}.") from error
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
         raise ArtifactError(f"{path}: a rank or an alpha is not positive. {remedy}.")

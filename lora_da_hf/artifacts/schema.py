@@ -147,18 +147,17 @@ def _to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
-def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
+def parse_manifest(data: bytes, *, source: str) -> Manifest:
     """Read and validate a manifest.
 
     Args:
-        data: JSON.
+        data: JSON in UTF-8.
         source: Where it comes from, for messages.
 
     Raises:
         ArtifactError: if it is no JSON, of another schema, a field is missing, unknown, of the wrong type or out of
             range, two of them contradict each other, or the text is not to the letter what was written.
     """
-    data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
     if len(data) > MAX_MANIFEST_BYTES:
         raise too_large(source, len(data), MAX_MANIFEST_BYTES)
     fields = parse_json(data, source)
@@ -172,7 +171,7 @@ def parse_manifest(data: str | bytes, *, source: str) -> Manifest:
     layers = _entries(LayerEntry, fields.get("layers"), source, "layer")
     files = _entries(FileEntry, fields.get("files"), source, "file")
     rest = {name: value for name, value in fields.items() if name != CHECKSUM}
-    manifest: Manifest = read_dataclass(Manifest, {**rest, "layers": layers, "files": files}, source)
+    manifest: Manifest = read_dataclass(Manifest, {REFITTED_FROM: {}, **rest, "layers": layers, "files": files}, source)
     _check_files(manifest.files, source)
     _check_layers(manifest, source)
     _check_facts(manifest, source)
@@ -255,7 +254,7 @@ def _check_facts(manifest: Manifest, source: str) -> None:
     identity = [value for key, value in identified.items() if key in named - {LOSS}]
     hashes = [manifest.data["fingerprint"], *([] if weights is None else [weights]), *map(str, identity)]
     counts = [manifest.data[name] for name, hint in _DATA_FACTS.items() if hint is int]
-    if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0:
+    if not all(map(_SHA256.fullmatch, hashes)) or min(counts) < 0 or manifest.data["population_size"] < 1:
         raise malformed(f"{source}: a fingerprint or a count is malformed")
     largest = max(layer.max_rank for layer in manifest.layers.values())
     steps = [manifest.step_size or 0.0, *manifest.step_size_by_rank.values()]

@@ -81,7 +81,7 @@ def _errors(
     population = config.population_size or stored.manifest.data["population_size"]
     try:
         factorized = factorize_input(first.input_second_moment, Damping(amount=damping), layer=leader, dtype=dtype)
-        if factorized.damping != damping or population < 1:  # the damping had to be raised
+        if factorized.damping != damping:  # it had to be raised
             return dict.fromkeys(statistics, math.inf)
         return {
             name: solution_error(

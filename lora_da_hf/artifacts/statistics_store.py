@@ -13,10 +13,10 @@ from torch import Tensor
 from lora_da_hf.artifacts.files import put_in_place, share_as_usual, write_tensors
 from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
 from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
-from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
+from lora_da_hf.statistics.taps import input_groups
 
 _SHARD_BYTES = 2 << 30
 _INPUT = "input_second_moment"

@@ -15,7 +15,7 @@ from lora_da_hf.artifacts.basis import StoredBasis, basis_specs, basis_tensors
 from lora_da_hf.artifacts.consistency import basis_sums, check_adapter, check_bases, check_report
 from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.fingerprint import differences
-from lora_da_hf.artifacts.folders import UNLISTED_FILES, UNLISTED_FOLDERS, atomic_folder
+from lora_da_hf.artifacts.folders import UNLISTED_FOLDERS, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.schema import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -49,6 +49,7 @@ class StoredInit:
         manifest: Everything about it that is not a tensor.
         bases: By layer.
         report: That of the run that made it.
+        peft_config: PEFT's configuration of the adapter.
         notes: What the checks could not make sure of.
     """
 
@@ -56,7 +57,25 @@ class StoredInit:
     manifest: Manifest
     bases: dict[str, StoredBasis]
     report: LoRADAReport
+    peft_config: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PulledInit:
+    """An initialisation that was fetched from the Hub, on disk and checked.
+
+    Attributes:
+        folder: For `load_init` (with ``statistics=False`` if it was pulled so), and for ``PeftModel.from_pretrained``.
+        repo_id: Owner and name.
+        revision: What was asked for.
+        commit: What that was resolved to: the one to cite.
+    """
+
+    folder: Path
+    repo_id: str
+    revision: str | None
+    commit: str
 
 
 def write_init(
@@ -67,7 +86,7 @@ def write_init(
     report: LoRADAReport,
     save_statistics: Callable[[Path], None] | None,
     make_manifest: Callable[[dict[str, FileEntry]], Manifest],
-) -> Manifest:
+) -> None:
     """Write an initialisation: all of it, or nothing.
 
     Args:
@@ -88,7 +107,6 @@ def write_init(
         entries = {path.name: file_entry(path) for path in sorted(partial.iterdir())}
         manifest = make_manifest(entries)
         (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode("utf-8"))
-    return manifest
 
 
 def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:
@@ -149,7 +167,7 @@ def load_init(
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     adapter = read_tensors(folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
     check_adapter(folder / ADAPTER_FILE, adapter, bases, config, manifest)
-    return StoredInit(folder=folder, manifest=manifest, bases=bases, report=report, notes=notes)
+    return StoredInit(folder=folder, manifest=manifest, bases=bases, report=report, peft_config=config, notes=notes)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -178,8 +196,7 @@ def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in (MANIFEST_FILE, *manifest.files):
             continue
-        is_known = path.name in UNLISTED_FILES or path.suffix == ".png"
-        as_known = path.is_file() if is_known else path.name in UNLISTED_FOLDERS and path.is_dir()
+        as_known = path.is_file() if may_lie_beside(path) else path.name in UNLISTED_FOLDERS and path.is_dir()
         if not as_known or path.is_symlink():
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 

@@ -16,19 +16,17 @@ _BYTES_PER_DIRECTION = 128
 """An eigenvalue and two sums."""
 
 
-def read_report(path: Path, manifest: Manifest | None = None) -> LoRADAReport:
+def read_report(path: Path, manifest: Manifest) -> LoRADAReport:
     """Read a report that comes from outside: every field there, of its type, and every number finite.
 
     Args:
-        path: Of the file.
-        manifest: Of its folder, whose layers limit the file's length; None: of a folder that was checked before.
+        path: Of the file, which is there.
+        manifest: Of its folder, whose layers limit the file's length.
 
     Raises:
         ArtifactError: if it is anything else.
     """
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError(f"{path} does not exist. Fetch the initialisation again.")
-    if manifest is not None and path.stat().st_size > _most_bytes(manifest):
+    if path.stat().st_size > _most_bytes(manifest):
         raise too_large(str(path), path.stat().st_size, _most_bytes(manifest))
     values = parse_json(path.read_bytes(), str(path))
     entries = values.get("layers") if isinstance(values, dict) else None

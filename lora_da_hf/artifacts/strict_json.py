@@ -91,8 +91,6 @@ def is_plain_text(text: str) -> bool:
 def read_dataclass(kind: Any, values: Any, source: str) -> Any:
     """Make a dataclass of a JSON object that has its fields and no others, each of the announced type.
 
-    A field that is absent gets its default, if it has one: an earlier version may not have known it.
-
     Args:
         kind: The dataclass.
         values: What `parse_json` read.
@@ -102,12 +100,7 @@ def read_dataclass(kind: Any, values: Any, source: str) -> Any:
         ArtifactError: naming the field that is missing, unknown or of another type.
     """
     hints = get_type_hints(kind)
-    needed = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    if not isinstance(values, dict) or not needed <= set(values) <= set(hints):  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(values, dict) or set(values) != set(hints):  # pyright: ignore[reportUnknownArgumentType]
         raise ArtifactError(f"{source}: expected the fields {sorted(hints)}. Fetch it again.")
     check_types(values, hints, source)  # pyright: ignore[reportUnknownArgumentType]
     return kind(**values)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, dataclass_flags, joined, new_folder, read
+from lora_da_hf.cli.flags import Flags, dataclass_flags, joined, new_folder, positive, read
 from lora_da_hf.cli.output import Output, hide_progress_bars
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
@@ -122,8 +122,8 @@ def plan_parser() -> argparse.ArgumentParser:
     """Return the flags of `lora-da plan`."""
     own = Flags()
     own.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
-    own.flag("tokens", type=at_least(1), default=1024, help="tokens of a sample, at most (default: 1024)")
-    own.flag("world_size", type=at_least(1), default=1, help="processes that share the work (default: 1)")
+    own.flag("tokens", type=positive, default=1024, help="tokens of a sample, at most (default: 1024)")
+    own.flag("world_size", type=positive, default=1, help="processes that share the work (default: 1)")
     return joined(own, dataclass_flags(LoraArguments, ModelArguments, LoRADAArguments))
 
 
@@ -133,10 +133,10 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     if not output.shows_progress:
         hide_progress_bars()
 
+    from lora_da_hf.adapters.targets import find_targets
     from lora_da_hf.cli.planning import (
         counted,
         empty_model,
-        layers_of,
         measure_speed,
         usable_bytes,
         weight_bytes,
@@ -145,9 +145,9 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.pipeline.plan import gibibytes, make_plan
 
     model = empty_model(arguments.model, arguments)
-    layers, kept = layers_of(model)
+    scan = find_targets(model, has_values=False)
     plan = make_plan(
-        workload(model, layers, settings, tokens=arguments.tokens),
+        workload(model, scan.targets, settings, tokens=arguments.tokens),
         num_processes=arguments.world_size,
         budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
         schedule=settings.schedule,
@@ -157,8 +157,8 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     collect, solve = plan.seconds(speed)
     weights = weight_bytes(model)
     values = {
-        "layers": len(layers),
-        "kept": len(kept),
+        "layers": len(scan.targets),
+        "kept": len(scan.kept),
         "schedule": plan.schedule,
         "processes": plan.num_processes,
         "passes": len(plan.windows),
@@ -173,6 +173,7 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(weights)} of weights, "
         "and the activations of a pass"
     )
-    if kept:
-        text += f"\n{len(kept)} of {len(layers) + len(kept)} layers keep PEFT's own initialisation: {counted(kept)}"
+    if scan.kept:
+        number = len(scan.targets) + len(scan.kept)
+        text += f"\n{len(scan.kept)} of {number} layers keep PEFT's own initialisation: {counted(scan.kept)}"
     output.result(values, bare=str(plan.peak_bytes), text=text)

@@ -88,13 +88,9 @@ def _add_field(flags: Flags, field: dataclasses.Field[Any], hint: Any) -> None:
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if has_factory else field.default  # pyright: ignore[reportCallIssue]
     explained = field.metadata["help"]
-    if default not in (None, False, "", []) and "default" not in explained.lower():
+    if default not in (None, False) and "default" not in explained.lower():
         explained += f" (default: {default})".replace("%", "%%")
     flags.flag(field.name, default=default, help=explained, **options)
-    if hint is bool and default:
-        flags.flag(
-            f"no_{field.name}", action="store_false", dest=field.name, default=False, help=field.metadata["help"]
-        )
 
 
 def _truth(text: str) -> bool:
@@ -117,17 +113,15 @@ def read(kind: Any, arguments: argparse.Namespace) -> Any:
     return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
 
 
-def at_least(least: int) -> Any:
-    """Return a type for `argparse`: whole numbers from ``least`` on."""
+def positive(text: str) -> int:
+    """Read a whole number from 1 on, as a type for `argparse`."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
-        return number
 
-    parse.__name__ = "int"
-    return parse
+positive.__name__ = "int"  # what argparse calls it
 
 
 def new_folder(path: Path, *, overwrite: bool) -> Path:
@@ -195,12 +189,14 @@ def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
     check_loading(arguments)
     if arguments.base_model is None:
         return None
-    from lora_da_hf.artifacts.peft_config import read_peft_config
+    from lora_da_hf.artifacts.adapter_config import check_adapter_config
     from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
-    from lora_da_hf.artifacts.store import load_manifest
+    from lora_da_hf.artifacts.store import check_file, load_manifest
 
-    load_manifest(arguments.folder)
-    return load_base_model(arguments, output, read_peft_config(arguments.folder / ADAPTER_CONFIG_FILE))
+    manifest = load_manifest(arguments.folder)
+    path = arguments.folder / ADAPTER_CONFIG_FILE
+    check_file(path, manifest.files[ADAPTER_CONFIG_FILE])
+    return load_base_model(arguments, output, check_adapter_config(path, manifest))
 
 
 def _class_of_base(peft_config: Mapping[str, Any]) -> Any:

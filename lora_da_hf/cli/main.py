@@ -61,7 +61,7 @@ VERBS = (
     ),
     Verb(
         name="refit",
-        home="lora_da_hf.cli.reuse",
+        home="lora_da_hf.cli.refit",
         summary="Make another initialisation from a stored one: a smaller rank, or other settings from its statistics.",
         examples=(
             "lora-da refit my-init my-init-r4 --rank 4",
@@ -147,8 +147,11 @@ def _not_known(words: list[str], verb: Verb | None) -> str:
     """Say which words mean nothing, and what was probably meant by the first."""
     flags = [] if verb is None else _flags_of(verb)
     known = [option for part in flags for action in part._actions for option in action.option_strings]
-    close = difflib.get_close_matches(words[0].partition("=")[0], known, n=1)
+    flag = words[0].partition("=")[0]
+    close = difflib.get_close_matches(flag, known, n=1)
     advice = f"Did you mean {close[0]}?" if close else f"`lora-da {f'{verb.name} ' if verb else ''}--help` lists all."
+    if verb is not None and flag in known:
+        advice = f"Flags come behind the verb: lora-da {verb.name} {flag}"
     return f"unrecognized arguments: {' '.join(words)}. {advice}"
 
 

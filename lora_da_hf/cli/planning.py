@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from lora_da_hf.adapters.targets import base_name
+from lora_da_hf.adapters.experts import experts_skipped
+from lora_da_hf.adapters.targets import Target
+from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.cli.flags import read
 from lora_da_hf.config import LoRADAConfig, parse_bytes
-from lora_da_hf.distributed.reduce import input_groups
-from lora_da_hf.errors import TargetError
-from lora_da_hf.pipeline.memory import linear_weights, solver_threads, usable_memory
+from lora_da_hf.pipeline.memory import all_weights, solver_threads, usable_memory
 from lora_da_hf.pipeline.plan import Group, Workload
-from lora_da_hf.statistics.taps import find_shared_inputs
+from lora_da_hf.statistics.taps import find_shared_inputs, input_groups
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
 from lora_da_hf.training.text_data import naming_model, with_adapter
 
@@ -50,6 +48,7 @@ def empty_model(name: str, arguments: argparse.Namespace) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
             )
+        model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
         return with_adapter(model, lora)
 
 
@@ -58,74 +57,43 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def layers_of(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the base layers that will be initialised, and why the others keep PEFT's own initialisation.
-
-    Args:
-        model: What `empty_model` made.
-
-    Raises:
-        TargetError: if none will be.
-    """
-    layers: dict[str, Any] = {}
-    kept: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        base, rank = module.get_base_layer(), module.r[model.active_adapter]
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            kept[base_name(name)] = f"{type(base).__name__} is not a linear layer"
-        elif rank > _width(base)[0]:
-            kept[base_name(name)] = f"rank {rank} is above its input size {_width(base)[0]}"
-        else:
-            layers[base_name(name)] = base
-    if not layers:
-        raise TargetError(
-            f"None of the {len(kept)} LoRA layers can be initialised: {counted(kept)}. Lower --lora_rank, or name "
-            "linear layers as --target_modules."
-        )
-    return layers, kept
-
-
 def counted(kept: Mapping[str, str]) -> str:
     """Return each reason why layers are kept, with their number."""
     reasons = Counter(kept.values())
     return "; ".join(f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in reasons.items())
 
 
-def workload(model: Any, layers: dict[str, Any], config: LoRADAConfig, *, tokens: int) -> Workload:
+def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, tokens: int) -> Workload:
     """Return what has to be done: a forward pass without content shows which layers are fed the same tensor.
 
     Args:
         model: What `empty_model` made.
-        layers: Its base layers that will be initialised, by name.
+        targets: Its layers that will be initialised.
         config: The settings.
         tokens: Of a sample, at most.
     """
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    with torch.no_grad():
+    by_name = {target.name: target for target in targets}
+    layers = {name: target.base_layer for name, target in by_name.items()}
+    with torch.no_grad(), adapters_off(targets), experts_skipped(model):
         leaders = find_shared_inputs(layers, lambda: model(input_ids=ids))
     groups = tuple(
         Group(
             members=tuple(members),
-            d_in=_width(layers[leader])[0],
-            d_outs=tuple(_width(layers[name])[1] for name in members),
+            d_in=by_name[leader].in_features,
+            d_outs=tuple(by_name[name].out_features for name in members),
         )
         for leader, members in input_groups(leaders).items()
     )
     return Workload(
         groups=groups,
-        weights=linear_weights(model),
+        weights=all_weights(model, groups),
         num_samples=config.num_samples,
         num_tokens=config.num_samples * tokens,
         itemsize=getattr(torch, config.accumulate_dtype).itemsize,
         threads=solver_threads([_device()]),
         samples_labels=config.fisher == "sampled",
     )
-
-
-def _width(layer: Any) -> tuple[int, int]:
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
 def _device() -> torch.device:
@@ -136,7 +104,7 @@ def _device() -> torch.device:
 def usable_bytes(config: LoRADAConfig, *, num_processes: int) -> float:
     """Return what the sums of a process may take: the budget, or what `lora-da init` would take on this machine."""
     if config.memory_budget is not None:
-        return parse_bytes(config.memory_budget, "memory_budget")
+        return parse_bytes(config.memory_budget)
     device = _device()
     return usable_memory(device) / (num_processes if device.type == "cpu" else 1)
 

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, check_loading, facts_of_card, load_base_model
-from lora_da_hf.cli.output import Output, aligned, table
+from lora_da_hf.cli.flags import Flags, check_loading, facts_of_card, load_base_model, positive
+from lora_da_hf.cli.output import Output, aligned
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.report import in_columns
 
 _SHORT = 12
 
@@ -66,7 +67,7 @@ def pull_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     flags.flag("revision", help="branch, tag or commit; the same as behind an @")
-    flags.flag("rank", type=at_least(1), help="rank that it will be used at, at most the stored one")
+    flags.flag("rank", type=positive, help="rank that it will be used at, at most the stored one")
     flags.loaded_base_model("and refuse if it was computed for another one (DoRA at another --rank needs it)")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
     flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
@@ -121,7 +122,7 @@ def list_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.flag("base_model", metavar="MODEL", help="those for this base model")
     flags.flag("author", help="those of this user or organisation")
-    flags.flag("limit", type=at_least(1), default=30, help="how many at most (default: 30)")
+    flags.flag("limit", type=positive, default=30, help="how many at most (default: 30)")
     return flags
 
 
@@ -142,7 +143,7 @@ def run_list(arguments: argparse.Namespace, output: Output) -> None:
         ]
         for item in items
     ]
-    text = table(["repository", "commit", "", "base model", "rank"], rows) if rows else "Nothing found."
+    text = "\n".join(in_columns(["repository", "commit", "", "base model", "rank"], rows)) if rows else "Nothing found."
     output.result({"initialisations": items}, bare=[str(item["repo_id"]) for item in items], text=text)
 
 

@@ -213,15 +213,15 @@ def refuse_split_models(model: nn.Module) -> None:
             "module.compile(), or after the initialisation."
         )
     if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
-        raise UnsupportedSetupError(_NOT_SPLIT.format("pipeline parallelism"))
+        raise UnsupportedSetupError(NOT_SPLIT.format("pipeline parallelism"))
     by_tensor = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)
     if not any(isinstance(module, FSDPModule) for module in modules):
         by_tensor = by_tensor or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if by_tensor:
-        raise UnsupportedSetupError(_NOT_SPLIT.format("tensor parallelism"))
+        raise UnsupportedSetupError(NOT_SPLIT.format("tensor parallelism"))
 
 
-_NOT_SPLIT = (
+NOT_SPLIT = (
     "LoRA-DA does not work under {}: no process sees a layer's whole input and output. Initialise in a run with data "
     "parallelism (DDP, ZeRO or FSDP2) or one process, with initialize_lora_da(..., output_dir=...), and load that "
     "adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."

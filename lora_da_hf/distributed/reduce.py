@@ -13,14 +13,6 @@ from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_uppe
 from lora_da_hf.statistics.taps import Taps
 
 
-def input_groups(shared_inputs: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the layers that share each input, by the name of their leader."""
-    groups: dict[str, list[str]] = {}
-    for name, leader in shared_inputs.items():
-        groups.setdefault(leader, []).append(name)
-    return groups
-
-
 def reduce_statistics(
     taps: Taps, groups: Mapping[str, list[str]], owners: Mapping[str, int], ranks: Ranks, *, num_samples: int
 ) -> Iterator[tuple[str, dict[str, LayerStatistics]]]:

@@ -15,7 +15,7 @@ from lora_da_hf.hub.cards import is_license, is_license_link
 from lora_da_hf.hub.facts import base_id_of
 
 _STACK_LEVEL = 4
-"""Of warnings: whoever called `push_init`."""
+"""Of warnings by `base_facts`: whoever called `push_init`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +49,20 @@ class BaseFacts:
         }
 
 
-def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFacts:
+def base_facts(api: HfApi, init: StoredInit, base_model: str | None, *, with_license: bool) -> BaseFacts:
     """Ask the Hub for licence and gate of the base of an initialisation; a local folder it is not asked for.
 
     Args:
         api: The client.
         init: The initialisation.
         base_model: Name of the base on the Hub, if it was computed from a local copy.
+        with_license: Whether the licence is asked for; a card of the user's own says it itself.
     """
     name = base_id_of(init.manifest, base_model)
     stored = init.manifest.base_model["name_or_path"]
     if stored and base_id_of(init.manifest) is None:
         advice = (
-            "Give its name there as base_model (--base_model)." if name is None else "The card alone says its name."
+            "Give its name there as base_model (--base_model)." if name is None else "Only a card can say its name."
         )
         _warn(
             f"The base model is called {stored!r}, which is no name on the Hub: manifest and adapter config are "
@@ -75,6 +76,8 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None) -> BaseFact
         return BaseFacts(name=name)
     if info.gated:
         _warn(f"The base model {name!r} is gated: see whether its conditions let you share what was computed from it.")
+    if not with_license:
+        return BaseFacts(name=name)
     card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
     link = _well_formed(name, "license_link", card.get("license_link"), is_license_link)
     return BaseFacts(
@@ -96,10 +99,11 @@ def _well_formed(base: str, what: str, value: Any, is_well_formed: Any) -> str |
         return value
     _warn(
         f"The card of the base model {base!r} says {what}={str(value)[:80]!r}, which is malformed and left out. "
-        f"Look it up and give it as {what} (--{what})."
+        f"Look it up and give it as {what} (--{what}).",
+        stack_level=_STACK_LEVEL + 1,
     )
     return None
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=_STACK_LEVEL)
+def _warn(text: str, *, stack_level: int = _STACK_LEVEL) -> None:
+    warnings.warn(text, stacklevel=stack_level)

@@ -199,7 +199,8 @@ def card_metadata(
                 "rank": facts.ranks[-1],
                 "max_rank": facts.largest_rank,
                 "alpha": facts.alpha,
-                "target_modules": sorted(map(clean, facts.target_modules)),
+                "target_modules": list(map(clean, facts.lora_arguments.get("target_modules", ()))),
+                "target_parameters": list(map(clean, facts.lora_arguments.get("target_parameters", ()))),
                 "base_revision": facts.base_revision,
                 "base_fingerprint": facts.base_fingerprint,
                 "n_samples": facts.num_samples,
@@ -312,23 +313,23 @@ def human_size(size: int) -> str:
 def _lora_arguments(facts: CardFacts) -> dict[str, Any]:
     """Return what the example on the card gives to `LoraConfig`, beside rank and alpha."""
     task = {"task_type": facts.task_type} if facts.task_type in _TASKS else {}
-    return {**(facts.lora_arguments or {"target_modules": facts.target_modules}), **task}
+    return {**facts.lora_arguments, **task}
 
 
 def _command(facts: CardFacts) -> Markdown | None:
     """Return the command line with these settings, or None if it has no flags for the adapter."""
     base_class = base_class_name(facts.task_type, facts.base_class)
-    has_flags = set(facts.lora_arguments) <= _WITH_FLAGS and float(facts.alpha or 0).is_integer()
+    has_flags = set(facts.lora_arguments) <= _WITH_FLAGS and float(facts.alpha).is_integer()
     if base_class not in _CAUSAL_LMS or not has_flags:
         return None
     words = ["lora-da", "init", facts.base_id or "BASE_MODEL", "DATA", "OUTPUT", "--lora_rank", str(facts.ranks[-1])]
     if facts.base_id and facts.base_revision:
         words += ["--model_revision", facts.base_revision]
-    if facts.alpha is not None:
-        words += ["--lora_alpha", f"{facts.alpha:.0f}"]
+    words += ["--lora_alpha", f"{facts.alpha:.0f}"]
     words += ["--lora_dropout", f"{facts.dropout:g}"] if facts.dropout else []
     words += ["--use_rslora"] if facts.uses_rslora else []
-    words += ["--target_modules", *sorted(map(clean, facts.target_modules)), f"--{_FLAG_PREFIX}seed", str(facts.seed)]
+    words += ["--target_modules", *map(clean, facts.lora_arguments["target_modules"])]
+    words += [f"--{_FLAG_PREFIX}seed", str(facts.seed)]
     for setting in dataclasses.fields(LoRADAConfig):
         value = getattr(facts.config, setting.name)
         if value != setting.default and setting.name != "seed":

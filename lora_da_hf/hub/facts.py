@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, FileEntry, Manifest
+from lora_da_hf.artifacts.schema import ADAPTER_FILE, FileEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.artifacts.strict_json import fits, parse_json
+from lora_da_hf.artifacts.strict_json import fits
 from lora_da_hf.artifacts.tensors import tensor_specs
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.markdown import clean
-from lora_da_hf.report import LoRADAReport
+from lora_da_hf.report import LoRADAReport, kind_of
 
 _LORA_ARGUMENTS: dict[str, Any] = {
     "use_rslora": bool,
@@ -65,7 +64,7 @@ class CardFacts:
         base_class: The base model's class, which PEFT notes for an adapter without a task type.
         num_labels: Labels of a classification head that is trained beside the adapter.
         uses_rslora: Whether the scaling is ``alpha / sqrt(r)``.
-        module_types: Last part of the layers' names, with their number.
+        module_types: Kinds of layers, with the number of each.
         num_layers: Layers that were initialised.
         num_parameters: Numbers in the adapter's factors of these layers.
         kept: Layers that keep PEFT's own initialisation, with the reason.
@@ -94,8 +93,8 @@ class CardFacts:
     default_rank: int
     max_rank: int
     largest_rank: int
-    alpha: float | None
-    dropout: float | None
+    alpha: float
+    dropout: float
     lora_arguments: dict[str, Any]
     task_type: str | None
     base_class: str | None
@@ -117,11 +116,6 @@ class CardFacts:
     versions: dict[str, str]
     files: dict[str, FileEntry]
     report: LoRADAReport
-
-    @property
-    def target_modules(self) -> list[str]:
-        """Names that PEFT finds the layers by; those of their kinds if its configuration has none."""
-        return self.lora_arguments.get("target_modules") or sorted(self.module_types)
 
     @property
     def num_bytes(self) -> int:
@@ -149,17 +143,16 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
     """Read the facts of a stored initialisation.
 
     Args:
-        init: What `load_init` returned. Of its folder, PEFT's configuration is read.
+        init: What `load_init` returned. Of its folder, the header of the adapter is read.
         base_model: Name of the base on the Hub, if it was computed from a local copy.
 
     Raises:
-        ArtifactError: if the configuration is not what PEFT writes.
         ConfigError: if ``base_model`` is no name that the Hub allows.
     """
     manifest = init.manifest
     name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
     base_id = base_id_of(manifest, base_model)
-    adapter = parse_json((init.folder / ADAPTER_CONFIG_FILE).read_bytes(), str(init.folder / ADAPTER_CONFIG_FILE))
+    adapter = init.peft_config
     layers = manifest.layers.values()
     return CardFacts(
         base_id=base_id,
@@ -170,17 +163,17 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         kind=manifest.kind,
         created=manifest.created,
         ranks=sorted({layer.rank for layer in layers}),
-        default_rank=adapter.get("r") or max(layer.rank for layer in layers),
+        default_rank=adapter["r"],
         max_rank=max(layer.max_rank for layer in layers),
         largest_rank=manifest.largest_rank,
-        alpha=_number(adapter.get("lora_alpha")),
-        dropout=_number(adapter.get("lora_dropout")),
+        alpha=adapter["lora_alpha"],
+        dropout=adapter.get("lora_dropout", 0.0),
         lora_arguments=_lora_arguments(adapter),
         task_type=_text(adapter.get("task_type")),
         base_class=_text((adapter.get("auto_mapping") or {}).get("base_model_class")),
         num_labels=_num_labels(init.folder / ADAPTER_FILE, manifest),
         uses_rslora=adapter.get("use_rslora") is True,
-        module_types=dict(Counter(layer_type(name) for name in manifest.layers)),
+        module_types=dict(Counter(map(kind_of, manifest.layers))),
         num_layers=len(layers),
         num_parameters=sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
         kept=manifest.kept,
@@ -215,11 +208,6 @@ def _num_labels(adapter_file: Path, manifest: Manifest) -> int | None:
     return next((shape[0] for key, (shape, _) in specs.items() if key.endswith(_HEADS) and shape), None)
 
 
-def layer_type(name: str) -> str:
-    """Return the last part of a layer's name, which layers of one kind share."""
-    return name.rsplit(".", 1)[-1]
-
-
 def is_from_hub(name: str, revision: str | None) -> bool:
     """Tell a name on the Hub from a folder's: the former has a commit or one slash, and is no folder here.
 
@@ -230,8 +218,3 @@ def is_from_hub(name: str, revision: str | None) -> bool:
 
 def _text(value: Any) -> str | None:
     return (clean(value) or None) if isinstance(value, str) else None
-
-
-def _number(value: Any) -> float | None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if fits else None

@@ -11,7 +11,7 @@ from typing import Any
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub.markdown import clean
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
 
 _MOST_TYPES = 10
 _MOST_TICKS = 8
@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
-    """Draw what the report has something of.
+    """Draw the spectra, and the search if there was one.
 
     Returns:
         PNG files by name.
@@ -28,9 +28,7 @@ def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
     Raises:
         MissingDependencyError: if matplotlib is not installed.
     """
-    plots: dict[str, bytes] = {}
-    if report.layers:
-        plots[SPECTRA_PLOT] = draw_spectra(report)
+    plots = {SPECTRA_PLOT: draw_spectra(report)}
     if report.search and report.search_loss_before is not None:
         plots[SEARCH_PLOT] = draw_search(report)
     return plots
@@ -129,7 +127,7 @@ def _by_type(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
     """Group layers by module type; types beyond the tenth are one group."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        groups.setdefault(_label(layer.name.rsplit(".", 1)[-1]), []).append(layer)
+        groups.setdefault(_label(kind_of(layer.name)), []).append(layer)
     if len(groups) <= _MOST_TYPES:
         return groups
     kinds = list(groups)

@@ -23,12 +23,12 @@ from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable, remov
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.statistics_store import statistics_files
-from lora_da_hf.artifacts.store import check_base_model, check_file, load_init
+from lora_da_hf.artifacts.store import PulledInit, check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.against_base import check_against_base
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.pipeline.refit import cut_init, is_cut, was_cut
+from lora_da_hf.pipeline.refit import is_cut, refit_init, was_cut
 
 _CHECKED = "lora_da"
 """Folder for checked initialisations, beside the client's own ``blobs`` and ``snapshots`` of the repo."""
@@ -43,23 +43,6 @@ _T = TypeVar("_T")
 
 _Put = Callable[[Path, Path], Any]
 """Copies or links a file of the cache to a second place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PulledInit:
-    """A fetched initialisation, on disk and checked.
-
-    Attributes:
-        folder: For `load_init` (with ``statistics=False`` if it was pulled so), and for ``PeftModel.from_pretrained``.
-        repo_id: Owner and name.
-        revision: What was asked for.
-        commit: What that was resolved to: the one to cite.
-    """
-
-    folder: Path
-    repo_id: str
-    revision: str | None
-    commit: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +197,7 @@ def pull_init(
                     remove_leftovers(whole)
                     if not _is_made(whole, manifest, None):
                         _collect(source, manifest, path, whole, put, model)
-                    cut_init(whole, folder, rank=rank, base_model=model)
+                    refit_init(whole, folder, rank=rank, base_model=model)
     return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
 
 

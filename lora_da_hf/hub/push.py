@@ -121,17 +121,20 @@ def push_init(
     facts = {"datasets": datasets, "language": language, "hardware": hardware, "notes": notes}
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = _with_owner(api, repo_id)
-        base = base_facts(api, stored, base_model)
+        base = base_facts(api, stored, base_model, with_license=card is None)
         if card is None:
             licence = base.license_facts(licence)
             _check_license_link(stored.folder, licence["license_link"])
+            named = base.name or stored.manifest.base_model["name_or_path"]
+            missing = f"the Hub names none for its base {named!r}. Pass license=... (--license)"
             page = render_page(stored, repo_id=repo_id, base_model=base_model, **licence, **facts)
         else:
             _refuse_facts({**licence, **facts})
             page = own_page(stored, card)
             licence = {"license": license_of(card)}
-        named = base.name or stored.manifest.base_model["name_or_path"]
-        _check_license(named, licence["license"], private=private)
+            missing = "your card names none. Say it in the card's metadata"
+        if licence["license"] is None and not private:
+            raise HubError(f"A public initialisation needs a licence, and {missing}, or push it privately.")
         is_new = not api.repo_exists(repo_id)
         if is_new and revision not in (None, _MAIN):
             raise HubError(
@@ -201,14 +204,6 @@ def _with_owner(api: HfApi, repo_id: str) -> str:
 
 def _message(base: str | None) -> str:
     return f"LoRA-DA initialisation for {base}" if base else "LoRA-DA initialisation"
-
-
-def _check_license(base: str | None, license: str | None, *, private: bool) -> None:
-    if license is None and not private:
-        raise HubError(
-            f"A public initialisation needs a licence, and the Hub names none for its base {base!r}. Pass license=... "
-            "(--license), say it in the metadata of your card, or push it privately."
-        )
 
 
 def _check_license_link(folder: Path, link: str | None) -> None:

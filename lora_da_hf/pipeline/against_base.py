@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.other_tensors import DELTA, MAGNITUDE, trained_tokens
-from lora_da_hf.artifacts.peft_config import read_peft_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from lora_da_hf.artifacts.schema import ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
@@ -41,7 +40,6 @@ def check_against_base(stored: StoredInit, model: nn.Module) -> tuple[str, ...]:
         ArtifactError: naming the tensor that the base has otherwise.
     """
     path = stored.folder / ADAPTER_FILE
-    config = read_peft_config(stored.folder / ADAPTER_CONFIG_FILE)
     tensors = read_tensors(path, None)
     modules: dict[str, Any] = dict(base_modules(model))
     heads = head_parameters(model)
@@ -57,7 +55,7 @@ def check_against_base(stored: StoredInit, model: nn.Module) -> tuple[str, ...]:
         elif ".lora_" in name:
             continue
         else:
-            expected, tolerance = _weight(modules, name, config), _WEIGHT_TOLERANCE
+            expected, tolerance = _weight(modules, name, stored.peft_config), _WEIGHT_TOLERANCE
             if expected is not None and (id(expected) in heads or not _is_floating(expected)):
                 kind = "random" if id(expected) in heads else "quantised"
                 notes.append(f"{name} was not compared with the base's, which is {kind}")

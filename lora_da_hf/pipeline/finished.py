@@ -90,8 +90,7 @@ def _share(job: Job, names: Sequence[str], stored: Mapping[str, Tensor] | None) 
 
 def _stored(stored: Mapping[str, Tensor], target: Target, factor: str) -> Tensor:
     tensor = stored_factor(stored, target.name, factor, target.rank)
-    if tensor is None:
-        raise ArtifactError(f"The stored adapter has no lora_{factor} of {target.name}. Delete it to start over.")
+    assert tensor is not None  # load_init has looked
     return tensor.to(_shared_dtype(target))
 
 

@@ -26,7 +26,7 @@ from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
-from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
@@ -140,10 +140,10 @@ class Job:
         with self.ranks.stage("fingerprint", has_collectives=self.runs_in_lockstep):
             return base_model_facts(self.model)
 
-    def lockstep(self, samples: list[Any], stage: str) -> Lockstep | None:
-        """Return how the processes keep in step over samples that they share; None if they need not."""
+    def lockstep(self, samples: list[Any], stage: str) -> Lockstep:
+        """Return how the processes keep in step over samples that they share, where they need to."""
         if not self.runs_in_lockstep or not samples:
-            return None
+            return Lockstep.of_one()
         return Lockstep(
             most=lambda number: max(self.ranks.gather(number)),
             filler=samples[0],

@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from lora_da_hf.config import parse_bytes
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.distributed.reduce import input_groups
 from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.model_state import checkpointing_modules
+from lora_da_hf.statistics.taps import input_groups
 
 _USABLE = 2 / 3
 """Part of the free memory that sums may take: the rest is for the activations of the pass."""
@@ -69,7 +69,7 @@ def _workload(job: Job, probe: Probe) -> Workload:
     samples = probe.splits.statistics
     return Workload(
         groups=tuple(groups),
-        weights=max(linear_weights(job.model), sum(group.weights for group in groups)),  # experts are none of them
+        weights=all_weights(job.model, groups),
         num_samples=len(samples),
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
@@ -82,6 +82,11 @@ def _workload(job: Job, probe: Probe) -> Workload:
 def solver_threads(devices: list[torch.device]) -> int:
     """Return on how many threads of this process layers that live on these devices are solved."""
     return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
+
+
+def all_weights(model: nn.Module, groups: Sequence[Group]) -> int:
+    """Return about how many weights a pass goes through: those of linear layers, or of experts, which are none."""
+    return max(linear_weights(model), sum(group.weights for group in groups))
 
 
 def linear_weights(model: nn.Module) -> int:
@@ -99,7 +104,7 @@ def _budget(job: Job) -> list[float]:
     """Return what the sums may take on each device: what all processes have."""
     devices = _devices(job)
     if job.config.memory_budget is not None:
-        return [parse_bytes(job.config.memory_budget, "memory_budget")] * len(devices)
+        return [parse_bytes(job.config.memory_budget)] * len(devices)
     return usable_by_all(devices, job.ranks)
 
 

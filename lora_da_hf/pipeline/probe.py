@@ -33,7 +33,13 @@ from lora_da_hf.statistics.batches import Lockstep, check_lengths
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import DRAWS_AT_RANDOM, ComputeLoss, choose_unlike, draws_at_random, find_reduction
+from lora_da_hf.statistics.loss_reduction import (
+    DRAWS_AT_RANDOM,
+    ComputeLoss,
+    choose_unlike,
+    draws_at_random,
+    find_reduction,
+)
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.sample_weights import watched_logits
 from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
@@ -74,8 +80,14 @@ class Probe:
     other_modality: bool
 
 
-def probe(job: Job, splits: SampleSplits) -> Probe:
-    """Learn from a few samples how the loss is made and which layers share an input."""
+def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> Probe:
+    """Learn from a few samples how the loss is made and which layers share an input.
+
+    Args:
+        job: The job.
+        splits: Its samples.
+        takes_statistics: Whether a pass over them follows; False: losses alone are measured.
+    """
     shifts = shifts_labels(job.model)
     with job.stage("probe"), job.ranks.together("probe"):
         check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
@@ -87,7 +99,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
             )
         splits = _with_labels(job, splits, shifts)
         first = job.collate(labelled[:1])
-    lockstep = job.lockstep(labelled, "probe") or Lockstep.of_one()
+    lockstep = job.lockstep(labelled, "probe")
     compute_loss = _TimedLoss(job.compute_loss, lockstep.in_step)
     with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
         layers = {name: target.base_layer for name, target in job.targets.items()}
@@ -116,7 +128,9 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         )
         if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
             labelled_head = None
-        sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
+        sampled_labels = None
+        if takes_statistics and job.config.fisher == "sampled":
+            sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
         with lockstep.alike():
             singles = [job.collate([sample]) for sample in unlike]
             pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
@@ -206,10 +220,8 @@ def _loss_stays(
 
 def _sampled_labels(
     job: Job, lockstep: Lockstep, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
-) -> SampledLabels | None:
-    """Return what draws the labels of the output-gradient second moment, if they are to be drawn."""
-    if job.config.fisher == "empirical":
-        return None
+) -> SampledLabels:
+    """Return what draws the labels of the output-gradient second moment."""
     check_labels_can_be_sampled(
         job.model,
         batch,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lora_da_hf.artifacts.peft_config import (
     alpha_of,
     check_patterns,
     rank_of,
-    read_peft_config,
+    read_of_checkpoint,
     with_ranks,
 )
 from lora_da_hf.errors import TargetError
@@ -27,21 +26,10 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """What each layer gets of a budget.
-
-    Attributes:
-        ranks: By layer.
-        note: What was spent, for the report.
-    """
-
-    ranks: dict[str, int]
-    note: str
-
-
-def share_out(eigenvalues: Mapping[str, Sequence[float]], widths: Mapping[str, tuple[int, int]], budget: int) -> Shares:
-    """Choose the rank of each layer under a budget, as `allocate_ranks` does.
+def share_out(
+    eigenvalues: Mapping[str, Sequence[float]], widths: Mapping[str, tuple[int, int]], budget: int
+) -> tuple[dict[str, int], str]:
+    """Choose the rank of each layer under a budget, as `allocate_ranks` does, and say what was spent.
 
     Raises:
         ConfigError: if the budget does not buy rank 1 for each.
@@ -49,7 +37,7 @@ def share_out(eigenvalues: Mapping[str, Sequence[float]], widths: Mapping[str, t
     ranks = allocate_ranks(eigenvalues, widths, budget)
     spent = num_adapter_parameters(ranks, widths)
     note = f"ranks {min(ranks.values())} to {max(ranks.values())}, which take {spent} of {budget} parameters"
-    return Shares(ranks=ranks, note=note)
+    return ranks, note
 
 
 def alpha_for(peft_config: Mapping[str, Any], rank: int, scaling: float) -> float:
@@ -70,9 +58,9 @@ def spend_budget(job: Job, solutions: Mapping[str, LayerSolution]) -> None:
         return
     widths = {name: (job.targets[name].in_features, job.targets[name].out_features) for name in solutions}
     spectra = {name: solution.eigenvalues.tolist() for name, solution in solutions.items()}
-    shares = share_out(spectra, widths, job.config.rank_budget)
-    job.report.notes.append(shares.note)
-    give_ranks(job, shares.ranks)
+    ranks, note = share_out(spectra, widths, job.config.rank_budget)
+    job.report.notes.append(note)
+    give_ranks(job, ranks)
 
 
 def give_ranks(job: Job, ranks: Mapping[str, int]) -> None:
@@ -131,7 +119,7 @@ def adopt_ranks(model: nn.Module, adapter_name: str | None, peft_config_file: Pa
     """
     scan = find_targets(model, adapter_name)
     config = peft_config_of(model, scan.adapter_name)
-    stored = read_peft_config(peft_config_file, in_names_alone=False)
+    stored = read_of_checkpoint(peft_config_file)
     if all(stored[name] == getattr(config, name) for name in PATTERNS):
         return  # the user's own patterns, where the budget gave every layer the rank that it had
     check_patterns(peft_config_file, stored)

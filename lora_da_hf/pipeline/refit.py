@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
-from lora_da_hf.artifacts.peft_config import alpha_of, holder_of, read_peft_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, Manifest
+from lora_da_hf.artifacts.peft_config import alpha_of, holder_of
+from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredInit, load_init
@@ -25,10 +25,18 @@ from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.solve import reported
-from lora_da_hf.pipeline.stored import SOLVE_SETTINGS, Given, changed_settings, config_for_refit, population_of
+from lora_da_hf.pipeline.stored import (
+    SOLVE_SETTINGS,
+    Given,
+    changed_settings,
+    config_for_refit,
+    gives_step,
+    population_of,
+)
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.layer_scales import divisors, layer_lengths, step_unit
-from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.statistics.moments import full_precision
+from lora_da_hf.theory.layer_scales import divisors, step_unit
+from lora_da_hf.theory.solve import solve_group
 
 
 def refit_init(
@@ -88,14 +96,15 @@ def refit_init(
         kept = bool(statistics_files(refit.manifest))  # they would be lost
         refit.config = dataclasses.replace(refit.config, save_statistics=kept or refit.config.save_statistics)
     if rank is not None or rank_budget is not None:
-        refit.config = _config_of_rank(refit.config, rank_budget)
+        refit.config = dataclasses.replace(refit.config, rank_budget=rank_budget)
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
     if refit.config.save_statistics and not solved_with:
         check_statistics(refit.stored)
     if solved_with:
-        if step_size is None and refit.config.step_size == stored_config.step_size:
+        is_given = step_size is not None or (isinstance(config, Mapping) and gives_step(config))
+        if not is_given and refit.config.step_size == stored_config.step_size:
             _note_carried_step(refit, solved_with)
         _solve_again(refit, progress=progress)
     if rank is not None:
@@ -106,21 +115,8 @@ def refit_init(
     return write_refit(refit, Path(output_dir), solved_with)
 
 
-def cut_init(folder: str | Path, output_dir: str | Path, *, rank: int, base_model: nn.Module | None = None) -> Path:
-    """Write a stored initialisation anew with an adapter of another rank, up to the stored one.
-
-    Returns:
-        The new folder.
-
-    Raises:
-        ArtifactError: if the folder is damaged.
-        ConfigError: if the rank is above the stored one, or a DoRA adapter comes without its base.
-    """
-    return refit_init(folder, output_dir, rank=rank, base_model=base_model).folder
-
-
 def is_cut(folder: Path, manifest: Manifest, *, rank: int) -> bool:
-    """Tell whether a folder holds what `cut_init` made, and every byte of it is still the same.
+    """Tell whether a folder holds what `refit_init` made for a rank alone, and every byte of it is still the same.
 
     Args:
         folder: Where it would be.
@@ -136,19 +132,14 @@ def is_cut(folder: Path, manifest: Manifest, *, rank: int) -> bool:
 
 
 def was_cut(found: Manifest, manifest: Manifest) -> bool:
-    """Tell whether `cut_init` made one initialisation of another, at whatever rank.
+    """Tell whether `refit_init` made one initialisation of another for a rank alone, whatever rank.
 
     Args:
         found: The manifest of the one.
         manifest: That of the other.
     """
-    return found.refitted_from == refitted_from(manifest) and LoRADAConfig.from_dict(found.config) == _config_of_rank(
-        config_for_refit(manifest, None), None
-    )
-
-
-def _config_of_rank(config: LoRADAConfig, rank_budget: int | None) -> LoRADAConfig:
-    return dataclasses.replace(config, rank_budget=rank_budget)
+    config = dataclasses.replace(config_for_refit(manifest, None), rank_budget=None)
+    return found.refitted_from == refitted_from(manifest) and LoRADAConfig.from_dict(found.config) == config
 
 
 def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.Module | None) -> Refit:
@@ -157,7 +148,7 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
     new = config_for_refit(stored.manifest, config)
     if step_size is not None:
         new = dataclasses.replace(new, step_size=step_size)
-    peft_config = read_peft_config(folder / ADAPTER_CONFIG_FILE)
+    peft_config = stored.peft_config
     if peft_config.get("use_dora") and base_model is None:
         raise ConfigError(
             f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
@@ -175,13 +166,8 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
         base=base_model,
     )
     for name, layer in stored.manifest.layers.items():
-        if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-9):
-            if holder_of(name) != name:
-                raise ConfigError(f"{folder}: its experts have ranks or alphas of their own. Use apply_init.")
-            raise ArtifactError(
-                f"{folder / ADAPTER_CONFIG_FILE} gives {name} the scaling {refit.scaling(name):.6g}, and the manifest "
-                f"{layer.peft_scaling:.6g}. Fetch it again."
-            )
+        if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-6):  # else load_init refuses it
+            raise ConfigError(f"{folder}: its experts have ranks or alphas of their own. Use apply_init.")
     return refit
 
 
@@ -209,23 +195,17 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
     solutions: dict[str, LayerSolution] = {}
     groups = iterate_statistics(refit.stored.folder, refit.manifest)
     number = len(input_groups_of(refit.manifest))
+    ranks = {
+        name: min(max(refit.config.max_rank or layer.max_rank, layer.rank), layer.in_features)
+        for name, layer in refit.manifest.layers.items()
+    }
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
         check_solved_from(statistics, refit.stored)
-        first = next(iter(statistics))
-        factorized = factorize(statistics[first], refit.config, layer=first)
-        for name in statistics:
-            layer = refit.manifest.layers[name]
-            solutions[name] = solve_layer(
-                statistics[name],
-                factorized,
-                refit.config,
-                layer=name,
-                rank=min(max(refit.config.max_rank or layer.max_rank, layer.rank), layer.in_features),
-                population_size=population_size,
-            )
+        with full_precision("cpu"):
+            solutions |= solve_group(statistics, refit.config, ranks=ranks, population_size=population_size)
         refit.reports |= {n: dataclasses.replace(refit.reports[n], **reported(solutions[n])) for n in statistics}
     layers, layer_steps = refit.reports.values(), refit.config.layer_steps
-    refit.step_unit = step_unit(layer_lengths(layers, layer_steps=layer_steps).values())
+    refit.step_unit = step_unit(layers, layer_steps=layer_steps)
     by_layer = divisors(layers, refit.step_unit, layer_steps=layer_steps)
     for name, solved in solutions.items():
         solution = solved.in_unit(by_layer[name])
@@ -253,10 +233,9 @@ def _spend(refit: Refit, budget: int) -> None:
     widths = {name: (layer.in_features, layer.out_features) for name, layer in refit.manifest.layers.items()}
     spectra = {name: basis.eigenvalues.tolist() for name, basis in refit.bases.items()}
     scalings = {name: refit.scaling(name) for name in refit.ranks}
-    shares = share_out(spectra, widths, budget)
-    refit.ranks = shares.ranks
+    refit.ranks, note = share_out(spectra, widths, budget)
     refit.alphas = {name: alpha_for(refit.peft_config, rank, scalings[name]) for name, rank in refit.ranks.items()}
-    refit.notes.append(shares.note)
+    refit.notes.append(note)
 
 
 def _check_experts(refit: Refit) -> None:

@@ -89,11 +89,6 @@ class Refit:
         """The manifest that it comes from."""
         return self.stored.manifest
 
-    @property
-    def uses_dora(self) -> bool:
-        """Whether the adapter has magnitudes, which follow from the base's weights."""
-        return bool(self.peft_config.get("use_dora"))
-
     def scaling(self, name: str) -> float:
         """What PEFT multiplies ``B A`` with in a layer."""
         return self.alphas[name] / alpha_divisor(self.peft_config, self.ranks[name])
@@ -180,7 +175,7 @@ def _replace_factors(refit: Refit, tensors: dict[str, Tensor], name: str, step: 
     else:
         tensors[key_A] = lora_A.to(tensors[key_A].dtype).contiguous()
         tensors[key_B] = lora_B.to(tensors[key_B].dtype).contiguous()
-    if refit.base is not None and refit.uses_dora:
+    if refit.base is not None and refit.peft_config.get("use_dora"):
         magnitude = dora_magnitude(_base_layer(refit.base, name), tensors[key_A], tensors[key_B], scaling)
         key = f"{PEFT_PREFIX}{name}{MAGNITUDE}"
         tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)

@@ -54,6 +54,7 @@ class Progress:
     Args:
         job: The job.
         identity: What `identify` returned.
+        leaders: Of the groups of layers that share an input.
         in_step: Whether the processes have to run the model in step, and so go on from the same batch.
     """
 
@@ -132,7 +133,7 @@ class Progress:
 
     def _differences_of_plan(self, plan: Plan) -> list[str]:
         config, found = self._job.config, list[str]()
-        if config.memory_budget is not None and parse_bytes(config.memory_budget, "memory_budget") < plan.peak_bytes:
+        if config.memory_budget is not None and parse_bytes(config.memory_budget) < plan.peak_bytes:
             found.append("memory budget, below what its plan takes")
         if config.schedule not in ("auto", plan.schedule):
             found.append("schedule")

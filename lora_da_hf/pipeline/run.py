@@ -42,7 +42,7 @@ from lora_da_hf.samples import (
     pad_samples,
     samples_of_loader,
 )
-from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import ROUTER_LOSS, configs_with, prepared_for_pass, random_state
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ def save_init(
     report: LoRADAReport,
     seed: int,
     identity: Mapping[str, Any],
-) -> Manifest:
+) -> None:
     """Write adapter, basis, report, manifest and, if there are any, statistics: all of it or nothing.
 
     What takes all processes is done before: `base_model_facts` and `whole_adapter`.
@@ -94,12 +94,11 @@ def save_init(
             files=files,
         )
 
-    return write_init(
+    base_name: str | None = base_model["name_or_path"]
+    write_init(
         folder,
         bases=bases,
-        save_adapter=lambda path: save_adapter(
-            model, path, scan.adapter_name, adapter_state, base_name=base_model["name_or_path"]
-        ),
+        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, base_name),
         report=report,
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
         make_manifest=make_manifest,
@@ -146,9 +145,8 @@ def save_adapter(
     model: nn.Module,
     folder: Path,
     adapter_name: str,
-    state: dict[str, Tensor] | None = None,
-    *,
-    base_name: str | None = None,
+    state: dict[str, Tensor] | None,
+    base_name: str | None,
 ) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
@@ -160,11 +158,7 @@ def save_adapter(
         adapter_name: The adapter.
         state: Its parameters, if the model's own are partitioned.
         base_name: What its configuration is to call the base; None: what PEFT calls it.
-
-    Raises:
-        TargetError: if the model is neither a PEFT model nor one of transformers' with an adapter.
     """
-    refuse_unsaveable(model)
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
     layers = layers_in_patterns(model, adapter_name)

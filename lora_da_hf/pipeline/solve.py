@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from lora_da_hf.adapters.targets import Target
-from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.pipeline.gather import UNCOUNTED, Gathered
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.statistics.taps import input_groups
+from lora_da_hf.theory.solve import solve_group
 
 Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution and report, or why it keeps PEFT's own initialisation."""
@@ -59,14 +60,14 @@ def solve(job: Job, gathered: Gathered, population_size: int, plan: Plan) -> Sol
             reduced = _reduce(gathered, groups)
         with job.ranks.together("solve"):
 
-            def solve_group(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
+            def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
                 statistics = reduced.pop(leader)
-                found = _solve_group(job, leader, statistics, gathered.kept, population_size)
+                found = _solve_group(job, statistics, gathered.kept, population_size)
                 return found, statistics if job.config.save_statistics else {}
 
             device = next(iter(job.targets.values())).device
             with full_precision(device.type), _map_on_threads(plan) as each:
-                for found, statistics in each(solve_group, list(reduced)):
+                for found, statistics in each(solve_one, list(reduced)):
                     mine.update(found)
                     stored.update(statistics)
                     bar.update(1)
@@ -101,7 +102,7 @@ def _reduce(gathered: Gathered, groups: Mapping[str, list[str]]) -> dict[str, di
 
 
 def _solve_group(
-    job: Job, leader: str, statistics: dict[str, LayerStatistics], kept: Mapping[str, str], population_size: int
+    job: Job, statistics: dict[str, LayerStatistics], kept: Mapping[str, str], population_size: int
 ) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {name: kept[name] for name in statistics if name in kept}
     for name, layer in statistics.items():
@@ -114,18 +115,10 @@ def _solve_group(
     names = [name for name in statistics if name not in found]
     if not names:
         return found
-    factorized = factorize(statistics[names[0]], job.config, layer=leader)
-    for name in names:
-        target = job.targets[name]
-        solution = solve_layer(
-            statistics[name],
-            factorized,
-            job.config,
-            layer=name,
-            rank=job.max_ranks[name],
-            population_size=population_size,
-        )
-        found[name] = (solution, _layer_report(target, statistics[name], solution))
+    wanted = {name: statistics[name] for name in names}
+    solutions = solve_group(wanted, job.config, ranks=job.max_ranks, population_size=population_size)
+    for name, solution in solutions.items():
+        found[name] = (solution, _layer_report(job.targets[name], statistics[name], solution))
     return found
 
 

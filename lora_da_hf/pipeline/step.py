@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import TrialAdapters
 from lora_da_hf.adapters.write import update_norm, write_factors
 from lora_da_hf.distributed.parameters import settle
@@ -108,10 +109,9 @@ def _search_ladder(
     found: LineSearchResult,
 ) -> dict[int, float]:
     """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
-    used = {target.rank for target in job.targets.values()}
     largest = max(job.max_ranks.values())
     ladder = [largest // _LADDER_RATIO**k for k in range(largest.bit_length()) if largest >= _LADDER_RATIO**k]
-    by_rank = {rank: found.step_size for rank in used if len(used) == 1}
+    by_rank = {target.rank: found.step_size for target in _of_one_rank(job)}
     if job.output_dir is None:  # only a stored initialisation is used at other ranks
         return by_rank
     part = samples[:_LADDER_SAMPLES]
@@ -123,6 +123,12 @@ def _search_ladder(
             by_rank[rank] = _search(job, trial, part, settings, baseline, rank=rank, start=start).step_size
         start = by_rank[rank] or start
     return dict(sorted(by_rank.items()))
+
+
+def _of_one_rank(job: Job) -> list[Target]:
+    """Return the layers if all have the same rank, of which their step is then that of the ladder, and none if not."""
+    targets = list(job.targets.values())
+    return targets if len({target.rank for target in targets}) == 1 else []
 
 
 def write_adapter(
@@ -148,6 +154,7 @@ def write_adapter(
             )
             write_solutions(job, solutions, 0.0)
             job.report.step_size, after = 0.0, before
+            job.report.step_size_by_rank |= {target.rank: 0.0 for target in _of_one_rank(job)}
         job.report.search_loss_after = after
     if splits.unseen:
         with job.stage("evaluate"):

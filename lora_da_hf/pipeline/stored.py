@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lora_da_hf.artifacts.schema import Manifest
@@ -69,26 +69,29 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False, rank_budget=None)
     if given is None:
         return stored
-    names = list(given) if isinstance(given, Mapping) else changed_settings(given, LoRADAConfig())
-    given = _merged(stored, given)
+    given, names = _merged(stored, given)
     if given.rank_budget is not None:
         raise ConfigError(
             f"rank_budget={given.rank_budget} is spent when an initialisation is computed. Share out the ranks of a "
             "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
             "writes."
         )
-    wanted = {name: getattr(given, name) for name in names if name not in PASS_SETTINGS}
-    fixed = [name for name, value in wanted.items() if name not in _FREE_IN_USE and value != getattr(stored, name)]
+    fixed = [name for name in names if name not in _FREE_IN_USE and name in changed_settings(given, stored)]
     if fixed:
         raise ConfigError(
             f"{_listed(given, fixed)}: the stored initialisation was computed with {_listed(stored, fixed)}. Leave "
             "that out, or use refit_init first, or compute an initialisation anew."
         )
-    return dataclasses.replace(stored, **wanted)
+    return dataclasses.replace(stored, **{name: getattr(given, name) for name in names})
 
 
-def _merged(stored: LoRADAConfig, given: LoRADAConfig | Mapping[str, Any]) -> LoRADAConfig:
-    return LoRADAConfig.from_dict({**stored.to_dict(), **given}) if isinstance(given, Mapping) else given
+def _merged(stored: LoRADAConfig, given: LoRADAConfig | Mapping[str, Any]) -> tuple[LoRADAConfig, list[str]]:
+    """Return what is given as a whole config, and what of it counts: of a config, what is not the default's."""
+    if isinstance(given, Mapping):
+        names, given = list(given), LoRADAConfig.from_dict({**stored.to_dict(), **given})
+    else:
+        names = changed_settings(given, LoRADAConfig())
+    return given, [name for name in names if name not in PASS_SETTINGS]
 
 
 def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
@@ -97,14 +100,19 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     What cannot be had offline stays as stored: a step that is to be searched, and a rank, budget or population of None.
 
     Raises:
-        ConfigError: if a setting of the pass over the data is given that is neither the stored nor the default one.
+        ConfigError: if a setting of the pass over the data is given that is not the stored one; in a config, one at its
+            default is not given.
     """
     stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
     if given is None:
         return stored
-    names = list(given) if isinstance(given, Mapping) else changed_settings(given, LoRADAConfig())
-    given = _merged(stored, given)
-    _check_given(given, stored, names)
+    given, names = _merged(stored, given)
+    fixed = [name for name in names if name not in _FREE_IN_REFIT and name in changed_settings(given, stored)]
+    if fixed:
+        raise ConfigError(
+            f"{_listed(given, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
+            "changed without the data. Leave that out, or compute an initialisation anew."
+        )
     values = {name: getattr(given, name) for name in _FREE_IN_REFIT}
     if given.searches_step:
         values["step_size"] = stored.step_size
@@ -113,45 +121,13 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     return dataclasses.replace(stored, **values)
 
 
-def _check_given(config: LoRADAConfig, stored: LoRADAConfig, given: Collection[str]) -> None:
-    """Verify that no setting of the pass over the data is given otherwise than stored.
-
-    Args:
-        config: The settings.
-        stored: The stored ones.
-        given: Which of the settings count.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    fixed = [
-        name
-        for name in changed_settings(config, stored)
-        if name in given and name not in (*_FREE_IN_REFIT, *PASS_SETTINGS)
-    ]
-    if fixed:
-        raise ConfigError(
-            f"{_listed(config, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
-            "changed without the data. Leave that out, or compute an initialisation anew."
-        )
-
-
 def _listed(config: LoRADAConfig, names: list[str]) -> str:
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
 def population_of(manifest: Manifest, config: LoRADAConfig) -> int:
-    """Return N of the variance term: the config's, or that of the data that the statistics are from.
-
-    Raises:
-        ArtifactError: if the manifest does not say it.
-    """
-    known = config.population_size or manifest.data.get("population_size")
-    if type(known) is not int or known < 1:
-        raise ArtifactError(
-            f"The manifest's population_size is {known!r} and should be a number of samples. Fetch it again."
-        )
-    return known
+    """Return N of the variance term: the config's, or that of the data that the statistics are from."""
+    return config.population_size or manifest.data["population_size"]
 
 
 def solved_again_with(manifest: Manifest) -> dict[str, Any]:
@@ -172,17 +148,8 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def steps_by_rank(manifest: Manifest) -> dict[int, float]:
-    """Return the searched step for a ladder of ranks, ascending.
-
-    Raises:
-        ArtifactError: if a rank or a step is none.
-    """
-    steps: dict[int, float] = {}
-    for rank, step in manifest.step_size_by_rank.items():
-        if not (rank.isascii() and rank.isdigit() and int(rank) > 0) or not 0 <= step < math.inf:
-            raise ArtifactError(f"The manifest's step {step!r} for rank {rank!r} makes no sense. Fetch it again.")
-        steps[int(rank)] = step
-    return dict(sorted(steps.items()))
+    """Return the searched step for a ladder of ranks, ascending."""
+    return dict(sorted((int(rank), step) for rank, step in manifest.step_size_by_rank.items()))
 
 
 def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
@@ -201,7 +168,7 @@ def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | N
         The step, or None if it follows from `stable_gamma` and the layer's scaling; and where it is from.
 
     Raises:
-        ArtifactError: if a stored rank or step is none.
+        ArtifactError: if the manifest does not say which settings changed since.
     """
     step, source = _stored_step(manifest, ranks)
     changed = solved_again_with(manifest)
@@ -214,12 +181,10 @@ def _stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | 
     step, steps = manifest.step_size, steps_by_rank(manifest)
     if step is None:
         return None, "the step follows from stable_gamma and each layer's scaling"
-    if not 0 <= step < math.inf:
-        raise ArtifactError(f"The manifest's step_size is {step!r}. Fetch it again.")
     if not steps:
         return step, f"step {step:.4g}, which was given"
     if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
-        return step, f"step {step:.4g}, as searched for these ranks"
+        return step, f"step {step:.4g}, as {'stored' if manifest.refitted_from else 'searched'} for these ranks"
     rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
     low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
     high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))

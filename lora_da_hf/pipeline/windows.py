@@ -12,7 +12,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.resume import FinishedWindow, Progress
 from lora_da_hf.pipeline.solve import solve
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.layer_scales import divisors, layer_lengths, rounding_notes, step_unit
+from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def _in_one_unit(job: Job, solutions: dict[str, LayerSolution]) -> dict[str, Lay
     """Divide all displacements by one number over their tokens, the same on every process, and note it."""
     layers, layer_steps = job.report.layers, job.config.layer_steps
     with job.stage("solve"), job.ranks.together("solve"):
-        unit = step_unit(layer_lengths(layers, layer_steps=layer_steps).values())
+        unit = step_unit(layers, layer_steps=layer_steps)
     job.report.step_unit = unit = job.ranks.gather(unit)[0]
     job.report.notes += rounding_notes(layers, layer_steps=layer_steps)
     by_layer = divisors(layers, unit, layer_steps=layer_steps)

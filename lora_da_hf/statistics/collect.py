@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.losses import Collate, ComputeLoss, LossReduction
+from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
 from lora_da_hf.statistics.pass_state import PassState, PassStore
 from lora_da_hf.statistics.sample_weights import weighted_head

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, collect
-from lora_da_hf.statistics.losses import Collate, ComputeLoss
+from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss
 from lora_da_hf.statistics.taps import SizeTaps
 
 _TOLERANCE = 1e-2
@@ -26,7 +26,7 @@ def why_not_in_batches(
     compute_loss: ComputeLoss,
     settings: PassSettings,
     make_taps: Callable[[], SizeTaps],
-    lockstep: Lockstep | None,
+    lockstep: Lockstep,
 ) -> str | None:
     """Run a few samples as one batch and each alone, and compare what the layers would sum.
 

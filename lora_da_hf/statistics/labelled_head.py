@@ -47,7 +47,6 @@ class LabelledHead:
         rows: list[torch.Size] = []
         losses: list[float | None] = []
         loss_function: Callable[..., Tensor] = self._model.loss_function
-        handle = self._head.register_forward_hook(lambda _, args, output: rows.append(output.shape[:-1]))
 
         def noted(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             loss = loss_function(logits, labels, *args, **kwargs)
@@ -55,11 +54,11 @@ class LabelledHead:
             losses.append(loss.double().item() if known and kwargs.get("shift_labels") is None else None)
             return loss
 
-        with self._loss_function(noted):
-            try:
-                yield
-            finally:
-                handle.remove()
+        def note_rows(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            rows.append(output.shape[:-1])
+
+        with self._loss_function(noted), self._head.register_forward_hook(note_rows):
+            yield
         self.seen_loss = losses[0] if len(losses) == 1 else None
 
     @contextlib.contextmanager
@@ -71,23 +70,21 @@ class LabelledHead:
         """
         self._weights, self._labels, self.num_calls, self._num_backward_calls = weights, None, 0, 0
         loss_function: Callable[..., Tensor] = self._model.loss_function
-        handles = [
-            self._model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
-            self._head.register_forward_pre_hook(self._select),
-        ]
 
         def loss_of_rows(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._labels is not None and logits.shape[:2] == self._labels.shape:
                 kwargs["shift_labels"] = self._labels
             return loss_function(logits, labels, *args, **kwargs)
 
-        with self._loss_function(loss_of_rows):
-            try:
+        try:
+            with (
+                self._loss_function(loss_of_rows),
+                self._model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
+                self._head.register_forward_pre_hook(self._select),
+            ):
                 yield self
-            finally:
-                for handle in handles:
-                    handle.remove()
-                self._weights = self._labels = self._rows = None
+        finally:
+            self._weights = self._labels = self._rows = None
 
     @contextlib.contextmanager
     def _loss_function(self, function: Callable[..., Tensor]) -> Generator[None]:

@@ -234,8 +234,5 @@ def _checkpoints_start_a_graph(model: nn.Module) -> Generator[None]:
         if isinstance(output, Tensor) and output.is_leaf and torch.is_grad_enabled():
             output.requires_grad_(True)
 
-    handle = embeddings.register_forward_hook(require_grad)
-    try:
+    with embeddings.register_forward_hook(require_grad):
         yield
-    finally:
-        handle.remove()

@@ -150,11 +150,8 @@ def watched_logits(model: nn.Module) -> Generator[list[nn.Module]]:
             found[:] = [made_by for made, made_by in outputs if made() is logits][-1:]
             outputs.clear()
 
-    handle = nn.modules.module.register_module_forward_hook(on_forward)
-    try:
+    with nn.modules.module.register_module_forward_hook(on_forward):
         yield found
-    finally:
-        handle.remove()
 
 
 def _base_of(model: nn.Module) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Taps:
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
         self.taps: dict[str, _LayerTap] = {}
         for name in layers:
             d_in, d_out = widths[name]
@@ -111,15 +111,11 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
+            self._hooks.enter_context(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums themselves, no copies: ``<layer>.squares``, ``.weight_grad`` and, of leaders, ``.input``."""
@@ -270,14 +266,20 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[]
 
         return on_forward
 
-    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
         run_forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     leaders: dict[str, str] = {}
     first_fed: dict[int, str] = {}
     for name, fed in inputs.items():
         leaders[name] = first_fed.setdefault(fed[0], name) if len(fed) == 1 else name
     return leaders | {name: name for name in layers if name not in leaders}
+
+
+def input_groups(shared_inputs: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the layers that share each input, by the name of their leader."""
+    groups: dict[str, list[str]] = {}
+    for name, leader in shared_inputs.items():
+        groups.setdefault(leader, []).append(name)
+    return groups

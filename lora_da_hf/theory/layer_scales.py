@@ -63,7 +63,7 @@ def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list
     ]
 
 
-def step_unit(lengths: Collection[float]) -> float:
+def step_unit(layers: Collection[LayerReport], *, layer_steps: str) -> float:
     """Return what all lengths are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
 
     The norm is the whole displacement's, of which the subspace keeps a part; so the unit depends on no rank, and on no
@@ -71,12 +71,13 @@ def step_unit(lengths: Collection[float]) -> float:
     1e-3 with 256 samples, and more with more.
 
     Args:
-        lengths: `layer_lengths` of all layers.
+        layers: All of them, with the norm of the displacement, and T.
+        layer_steps: As in the config.
 
     Raises:
-        SolveError: if they are too small or too large to be divided by.
+        SolveError: if they go too far or not far enough for numbers.
     """
-    unit = max(lengths)
+    unit = max(layer_lengths(layers, layer_steps=layer_steps).values())
     if not _SMALLEST_UNIT < unit < 1 / _SMALLEST_UNIT:
         raise SolveError(f"The layer that goes farthest would go {unit:.3g} far in one step. Raise the dampings.")
     return unit

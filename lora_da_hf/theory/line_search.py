@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _MAX_EVALUATIONS = 24
+_SMALLEST = 1e-5
+"""Steps below it are not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,6 @@ def line_search(
     baseline: float,
     start: float = 0.1,
     factor: float = 10**0.5,
-    smallest: float = 1e-5,
     refine: bool = True,
 ) -> LineSearchResult:
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
@@ -51,7 +52,6 @@ def line_search(
         baseline: The loss of no step.
         start: The first step tried.
         factor: Ratio of neighbouring steps.
-        smallest: Steps below it are not tried.
         refine: Whether to add the step at the vertex.
 
     Returns:
@@ -71,7 +71,7 @@ def line_search(
         if best == high and losses[best] < math.inf:
             high *= factor
             at(high)
-        elif (best == low or losses[best] >= baseline) and low / factor >= smallest:
+        elif (best == low or losses[best] >= baseline) and low / factor >= _SMALLEST:
             low /= factor
             at(low)
         else:

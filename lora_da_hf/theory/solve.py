@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +40,29 @@ def factorize(statistics: LayerStatistics, config: LoRADAConfig, *, layer: str) 
         layer=layer,
         dtype=solve_dtype(config, statistics.input_second_moment.shape[0]),
     )
+
+
+def solve_group(
+    statistics: Mapping[str, LayerStatistics],
+    config: LoRADAConfig,
+    *,
+    ranks: Mapping[str, int],
+    population_size: int,
+) -> dict[str, LayerSolution]:
+    """Solve layers that share an input, and so the factorisation of its second moment, as `solve_layer` does.
+
+    Args:
+        statistics: By layer; the first lends its name to messages about the input.
+        config: As for `solve_layer`.
+        ranks: To solve up to, by layer.
+        population_size: N of the variance term.
+    """
+    first = next(iter(statistics))
+    factorized = factorize(statistics[first], config, layer=first)
+    return {
+        name: solve_layer(layer, factorized, config, layer=name, rank=ranks[name], population_size=population_size)
+        for name, layer in statistics.items()
+    }
 
 
 def solve_layer(

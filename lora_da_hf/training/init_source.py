@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_da_hf.artifacts.store import PulledInit
 from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.losses import base_model_of
-from lora_da_hf.pipeline.reuse import PulledInit
 
 CARD_KEY = "lora_da_init"
 

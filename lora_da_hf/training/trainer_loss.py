@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import DataError, UnsupportedSetupError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, shifts_labels
-from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.token_masks import read_batch_tokens
 
 TrainerLoss = Callable[..., Any]
@@ -43,8 +43,9 @@ def adapt_loss(compute_loss: TrainerLoss) -> ComputeLoss:
         extra = {"num_items_in_batch": num_items} if takes_items else {}
         result = compute_loss(model, dict(batch), **extra)
         result = result[0] if isinstance(result, tuple) else result
-        if not isinstance(result, torch.Tensor):
-            raise DataError(f"compute_loss returned a {type(result).__name__}, and it must return a scalar tensor.")
+        if not isinstance(result, torch.Tensor) or result.numel() != 1:
+            found = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise DataError(f"The trainer's compute_loss returned {found}, and it must return a scalar tensor.")
         return result
 
     setattr(loss, TAKES_LOSS_ALONE, _is_stock(trainer))

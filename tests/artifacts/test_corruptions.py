@@ -728,20 +728,43 @@ def test_a_gradient_that_is_not_that_of_the_basis_is_refused(original, place):
         check_statistics(load_init(folder))
 
 
-def test_a_report_of_an_earlier_version_is_read(original, place, base):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.pop("plan"),
+        lambda report: report.update(later=1),
+        lambda report: report["layers"][0].pop("basis_A_sums"),
+        lambda report: report["layers"][0].update(basis_A_sums=[], basis_B_sums=[]),
+    ],
+)
+def test_a_report_with_other_fields_is_refused(original, place, change):
     folder = fresh_copy(original, place)
     report = json.loads((folder / REPORT_FILE).read_text())
-    for layer in report["layers"]:
-        del layer["basis_A_sums"], layer["basis_B_sums"]
-    del report["plan"]
+    change(report)
     (folder / REPORT_FILE).write_text(json.dumps(report))
     forge(folder)
-    use(folder, base)
-    report["later"] = 1
-    (folder / REPORT_FILE).write_text(json.dumps(report))
+    with pytest.raises(ArtifactError, match=r"expected the fields|has other sums over the basis"):
+        load_init(folder)
+
+
+def test_an_adapter_whose_product_is_no_number_is_refused(original, place):
+    folder = fresh_copy(original, place)
+    rank = load_init(folder).manifest.layers[LAYER].rank
+    basis_A = load_file(folder / BASIS_FILE)[f"{LAYER}.basis_A"][:rank].double()
+
+    def overflow(tensors):
+        key_A, key_B = (next(k for k in tensors if k.endswith(f"{LAYER}.lora_{factor}.weight")) for factor in "AB")
+        mixed = torch.eye(rank, dtype=torch.float64)
+        mixed[:, 0], mixed[0] = 4.0, -4.0
+        tensors[key_A] = mixed @ basis_A
+        tensors[key_B] = torch.full_like(tensors[key_B], 1.7e308, dtype=torch.float64)
+
+    change_tensors(folder / ADAPTER_FILE, overflow)
     forge(folder)
-    with pytest.raises(ArtifactError, match="expected the fields"):
-        use(folder, base)
+    with pytest.raises(
+        ArtifactError, match="is not the step of the manifest along the stored basis: it misses it by nan"
+    ):
+        load_init(folder)
 
 
 def test_an_adapter_in_another_precision_is_accepted(original, place):

@@ -178,8 +178,8 @@ def test_the_manifest_and_the_report_do_not_hold_any_sample(tmp_path, lora_model
 
 def test_a_manifest_is_the_same_after_writing_and_reading(tmp_path, lora_model, samples):
     initialize(lora_model(), samples, tmp_path / "init")
-    text = (tmp_path / "init" / MANIFEST_FILE).read_text()
-    assert parse_manifest(text, source="here").to_json() == text
+    text = (tmp_path / "init" / MANIFEST_FILE).read_bytes()
+    assert parse_manifest(text, source="here").to_json().encode() == text
 
 
 # To the bit

@@ -154,15 +154,15 @@ BASES = [
 ]
 MANIFESTS = [
     {},
-    {"versions": {}, "kept": {}, "step_size": None},
+    {"kept": {}, "step_size": None},
 ]
 REPORTS = [
     {},
     {"unseen_loss_before": None, "unseen_loss_after": None},
     {"unseen_loss_after": None, "search": [], "search_loss_before": None, "search_loss_after": None},
-    {"layers": [], "seconds": {}, "notes": [], "loss_reduction": "", "step_size": None, "search": []},
+    {"seconds": {}, "notes": [], "loss_reduction": "", "step_size": None, "search": []},
 ]
-ADAPTERS = [{"lora_alpha": 16, "task_type": "CAUSAL_LM"}, {}, {"lora_alpha": None, "task_type": None}]
+ADAPTERS = [{}, {"task_type": None, "target_modules": None, "target_parameters": ["mlp.experts.gate_up_proj"]}]
 
 
 @pytest.mark.parametrize("base", BASES, ids=["hub", "local", "unnamed", "nothing"])
@@ -186,12 +186,10 @@ OPTIONAL = {
     "facts.base_name": ["copy", None],
     "facts.base_revision": ["b" * 40, None],
     "facts.base_fingerprint": ["f" * 64, None],
-    "facts.alpha": [16, None],
     "facts.num_labels": [3, None],
     "facts.task_type": ["CAUSAL_LM", None],
     "facts.step_size": [0.3, None],
     "facts.config": [LoRADAConfig(), LoRADAConfig(step_size=None)],
-    "facts.versions": [{"torch": "2"}, {}],
     "facts.kept": [{"lm_head": "not a linear layer"}, {}],
     "facts.uses_rslora": [True, False],
     "facts.has_statistics": [True, False],
@@ -202,7 +200,6 @@ OPTIONAL = {
     "report.seconds": [{"solve": 1.0}, {}],
     "report.notes": [["A note."], []],
     "report.loss_reduction": ["token_mean", ""],
-    "report.layers": [make_report().layers, []],
     "license": ["apache-2.0", "other", None],
     "license_name": ["own", None],
     "license_link": ["https://example.org", None],
@@ -278,7 +275,7 @@ def test_whatever_may_be_none_is_tried_without(context):
 
 def test_metadata_has_no_undefined_value_for_any_combination_of_missing_facts(context):
     facts = context[1]["facts"]
-    of_facts = ["base_id", "base_revision", "base_fingerprint", "alpha", "task_type"]
+    of_facts = ["base_id", "base_revision", "base_fingerprint", "task_type"]
     others = ["license", "license_name", "license_link", "datasets", "language"]
     choices = [*(OPTIONAL[f"facts.{name}"] for name in of_facts), *(OPTIONAL[name] for name in others)]
     for values in itertools.product(*choices):
@@ -324,7 +321,7 @@ def test_hostile_names_stay_text(stored, task_type, fences):
     one_line = text.replace("\n", " ")
     names = [f"{name}{text}" for name in LAYERS]
     report = make_report(names, notes=[text], loss_reduction=text, seconds={one_line: 1.0})
-    adapter = {"lora_alpha": HOSTILE, "task_type": task_type, "use_rslora": HOSTILE}
+    adapter = {"task_type": task_type}
     if task_type == HOSTILE:
         adapter |= {"modules_to_save": [HOSTILE], "bias": HOSTILE, "trainable_token_indices": {one_line: [1]}}
     init = stored(manifest=manifest, report=report, adapter=adapter)
@@ -466,7 +463,7 @@ def test_a_classifiers_lines_of_use_have_its_labels_and_not_what_peft_trains_any
     assert ", num_labels=3)\n" in card
     assert 'modules_to_save=["pooler"],' in card
     noted = {"base_model_class": "BertForSequenceClassification"}
-    without_task = {"lora_alpha": 16, "auto_mapping": noted, "modules_to_save": ["score"]}
+    without_task = {"task_type": None, "auto_mapping": noted, "modules_to_save": ["score"]}
     card = render_card(stored(adapter=without_task), license=None)
     assert "model = BertForSequenceClassification.from_pretrained(" in card
     assert ", num_labels=3)\n" in card

@@ -10,18 +10,28 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from harness import forge_manifest
+from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from walkthrough import write_sums
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.cli.flags import base_model_of_folder
 from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.cli.output import Output
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.training.arguments import LoraArguments
 
 PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
 SMALL = ["--block_size", 32, "--lora_rank", 2, "--da_num_samples", 12, "--da_search_samples", 2]
@@ -174,8 +184,24 @@ def test_init_says_which_columns_are_used(lora_da, place, cache, tmp_path, flags
 def test_plan_says_before_what_init_says_then(lora_da, stored, place):
     code, out, err = lora_da("plan", place / "model", "--lora_rank", 2, "--da_num_samples", 12, "--tokens", 32)
     assert code == 0, err
-    assert out.split("; about")[0] == read_report(stored / "lora_da_report.json").plan.split("; about")[0]
+    assert out.split("; about")[0] == load_init(stored).report.plan.split("; about")[0]
     assert "at this machine's speed; besides, " in out
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # PEFT's own of experts
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("kind", [GPT2Config, MixtralConfig, Qwen3MoeConfig, GptOssConfig])
+def test_plan_of_other_families_is_that_of_init(lora_da, place, tmp_path, kind):
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 3}
+    mixture = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = kind(**size, **({} if kind is GPT2Config else mixture))
+    config.save_pretrained(tmp_path)
+    code, out, err = lora_da("plan", tmp_path, "--lora_rank", 2, "--da_num_samples", 4, "--tokens", 12)
+    assert code == 0, err
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraArguments(lora_rank=2).to_peft())
+    samples = [{"input_ids": (ids := torch.arange(k, k + 12).tolist()), "labels": ids} for k in range(8)]
+    report = initialize_lora_da(model, samples, config=LoRADAConfig(num_samples=4, search_samples=2), progress=False)
+    assert out.split("; about")[0] == report.plan.split("; about")[0]
 
 
 def test_plan_counts_the_passes_that_draw_labels(lora_da, place, monkeypatch):
@@ -217,9 +243,12 @@ def test_plan_reads_a_config_alone_and_keeps_to_a_budget(lora_da, place, tmp_pat
         (["--da_memory_budget", "lots"], "memory_budget='lots' is no amount of memory"),
         (
             ["--target_modules", "embed_tokens"],
-            "None of the 1 LoRA layers can be initialised: Embedding is not a linear",
+            "None of the 1 LoRA layers can be initialised. model.embed_tokens: Embedding is not a linear",
         ),
-        (["--lora_rank", "999"], "LoRA layers can be initialised: rank 999 is above its input size 32 (12 layers); "),
+        (
+            ["--lora_rank", "999"],
+            "LoRA layers can be initialised. model.layers.0.self_attn.q_proj: rank 999 is above its input size 32; ",
+        ),
         (["--target_modules", "all-linear", "q_proj"], "all-linear stands for all linear layers but the output head"),
         (["--lora_dropout", "-1"], "--lora_dropout must be at least 0 and below 1, got -1"),
     ],
@@ -334,14 +363,14 @@ def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, stored, tmp_p
 
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").touch()
-    shutil.copy(stored / "lora_da_manifest.json", tmp_path)
+    folder = shutil.copytree(stored, tmp_path / "init")
 
     loaded = []
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         load = SimpleNamespace(from_pretrained=lambda *_, name=name, **__: loaded.append(name))
         monkeypatch.setattr(transformers, name, load)
     verb = next(verb for verb in VERBS if verb.name == "verify")
-    arguments = make_parser(verb).parse_args(["verify", str(tmp_path), "--base_model", str(tmp_path / "base")])
+    arguments = make_parser(verb).parse_args(["verify", str(folder), "--base_model", str(tmp_path / "base")])
     for task_type, noted in (
         ("SEQ_CLS", None),
         ("CAUSAL_LM", "ViTModel"),
@@ -349,9 +378,10 @@ def test_the_base_model_is_loaded_for_the_stored_task(monkeypatch, stored, tmp_p
         (None, "Trainer"),
         (None, "x"),
     ):
-        config = {"r": 4, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "task_type": task_type}
-        config["auto_mapping"] = None if noted is None else {"base_model_class": noted}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"task_type": task_type, "auto_mapping": None if noted is None else {"base_model_class": noted}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        forge_manifest(folder)
         base_model_of_folder(arguments, Output(quiet=True))
     assert loaded == ["AutoModelForSequenceClassification", *["AutoModelForCausalLM"] * 4]
 
@@ -475,13 +505,11 @@ def test_the_command_on_a_card_gives_the_same_settings(stored):
     assert read(LoraArguments, arguments).lora_rank == 2
 
 
-def test_the_command_on_a_card_names_the_commit_and_the_dropout(stored, tmp_path):
-    folder = shutil.copytree(stored, tmp_path / "init")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.1}))
+def test_the_command_on_a_card_names_the_commit_and_the_dropout(stored):
     init = load_init(stored)
     base = {**init.manifest.base_model, "name_or_path": "org/base", "revision": "c" * 40}
-    init = dataclasses.replace(init, folder=folder, manifest=dataclasses.replace(init.manifest, base_model=base))
+    manifest = dataclasses.replace(init.manifest, base_model=base)
+    init = dataclasses.replace(init, manifest=manifest, peft_config={**init.peft_config, "lora_dropout": 0.1})
     card = render_card(init, license=None)
     assert f"lora-da init org/base DATA OUTPUT --lora_rank 2 --model_revision {'c' * 40} --lora_alpha" in card
     assert "--lora_dropout 0.1" in card
@@ -498,12 +526,9 @@ def test_the_command_on_a_card_names_the_commit_and_the_dropout(stored, tmp_path
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_card_has_no_command_for_an_adapter_without_flags(stored, tmp_path, change):
-    folder = shutil.copytree(stored, tmp_path / "init")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    init = dataclasses.replace(load_init(stored), folder=folder)
-    card = render_card(init, license=None)
+def test_a_card_has_no_command_for_an_adapter_without_flags(stored, change):
+    init = load_init(stored)
+    card = render_card(dataclasses.replace(init, peft_config={**init.peft_config, **change}), license=None)
     assert "lora-da init" not in card
     name, value = next(iter(change.items()))
     assert f"{name}={json.dumps(value)}".replace("true", "True") in card

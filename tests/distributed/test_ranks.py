@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from lora_da_hf.distributed.ranks import Ranks, balanced_owners
-from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.errors import OutOfStepError, PeerFailed, PeerGone, PlanError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum
-from lora_da_hf.statistics.taps import Taps
+from lora_da_hf.statistics.taps import Taps, input_groups
 
 
 def test_one_process_is_the_simplest_case():

@@ -28,13 +28,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.consistency import check_bases
-from lora_da_hf.artifacts.peft_config import read_peft_config
 from lora_da_hf.artifacts.schema import IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
-from lora_da_hf.pipeline import cut_init
 from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.theory.rank_budget import num_adapter_parameters
@@ -89,7 +87,7 @@ def test_another_rank_needs_no_statistics_and_loads_with_peft(without_statistics
 
 
 def test_cutting_and_applying_at_that_rank_is_the_same(without_statistics, tmp_path, lora_model):
-    folder = cut_init(without_statistics, tmp_path / "new", rank=2)
+    folder = refit_init(without_statistics, tmp_path / "new", rank=2).folder
     assert folder == tmp_path / "new"
     model = lora_model(r=2, use_rslora=True)
     report = apply_init(model, without_statistics)
@@ -98,7 +96,7 @@ def test_cutting_and_applying_at_that_rank_is_the_same(without_statistics, tmp_p
 
 
 def test_what_was_cut_can_be_used_at_any_stored_rank_all_the_same(stored_init, tmp_path, lora_model):
-    folder = cut_init(stored_init, tmp_path / "new", rank=2)
+    folder = refit_init(stored_init, tmp_path / "new", rank=2).folder
     models = [lora_model(r=8), lora_model(r=8)]
     steps = [
         apply_init(model, source, step_size=0.1) for model, source in zip(models, (stored_init, folder), strict=True)
@@ -257,6 +255,8 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     )
     with pytest.raises(ConfigError, match=r"so the stored step means nothing. Give a step_size"):
         refit_init(given.folder, tmp_path / "other", config=changed(given.folder, layer_steps="equal"))
+    again = refit_init(given.folder, tmp_path / "other", config={"layer_steps": "equal", "step_size": 0.1})
+    assert again.manifest.step_size == 0.1
 
 
 def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_path):
@@ -394,23 +394,6 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
 
 
 # Damage
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"r": None}, "a rank or an alpha is not positive"),
-        ({"lora_alpha": -1}, "a rank or an alpha is not positive"),
-        ({"rank_pattern": {"q_proj": True}}, "a rank or an alpha is not positive"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern holds '\\(', where a stored initialisation has names of modules"),
-        ({"alpha_pattern": []}, "is no configuration of a LoRA adapter"),
-    ],
-)
-def test_a_peft_config_that_cannot_be_is_refused(stored_init, tmp_path, change, message):
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads((stored_init / path.name).read_text()), **change}))
-    with pytest.raises(ArtifactError, match=message):
-        read_peft_config(path)
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 17}, {"use_rslora": True}])

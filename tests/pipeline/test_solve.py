@@ -24,13 +24,13 @@ def solve_on(monkeypatch, lora_model):
 
 def test_groups_solved_at_the_same_time_give_the_same_bits(solve_on, monkeypatch):
     workers = set()
-    solve_layer = solve_module.solve_layer
+    solve_group = solve_module.solve_group
 
     def noted(*args, **kwargs):
         workers.add(threading.current_thread())
-        return solve_layer(*args, **kwargs)
+        return solve_group(*args, **kwargs)
 
-    monkeypatch.setattr(solve_module, "solve_layer", noted)
+    monkeypatch.setattr(solve_module, "solve_group", noted)
     before = torch.get_num_threads()
     alone, expected = solve_on(1)
     assert workers == {threading.main_thread()}
@@ -42,10 +42,10 @@ def test_groups_solved_at_the_same_time_give_the_same_bits(solve_on, monkeypatch
 
 
 def test_a_failure_on_a_thread_is_raised_and_the_threads_are_as_before(solve_on, monkeypatch):
-    def fail(*args, layer, **kwargs):
-        raise ZeroDivisionError(layer)
+    def fail(statistics, *args, **kwargs):
+        raise ZeroDivisionError(next(iter(statistics)))
 
-    monkeypatch.setattr(solve_module, "solve_layer", fail)
+    monkeypatch.setattr(solve_module, "solve_group", fail)
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError, match="q_proj"):
         solve_on(3)

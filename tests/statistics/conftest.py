@@ -8,15 +8,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.distributed.reduce import input_groups, reduce_statistics
+from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.losses import is_encoder_decoder, longest_labels, make_labelled_head, model_loss, shifts_labels
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
-from lora_da_hf.statistics.losses import LossReduction, find_reduction
+from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpointing
 from lora_da_hf.statistics.sampled_labels import SampledLabels
-from lora_da_hf.statistics.taps import Taps, find_shared_inputs
+from lora_da_hf.statistics.taps import Taps, find_shared_inputs, input_groups
 
 
 def linear_layers(model):

@@ -10,7 +10,7 @@ from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample, sample_length
 from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
-from lora_da_hf.statistics.losses import LossReduction, find_reduction
+from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
 
 

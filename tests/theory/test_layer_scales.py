@@ -85,7 +85,7 @@ def test_a_step_is_the_spectral_norm_of_the_farthest_layers_displacement_over_it
     for rank in (1, RANK, 10):
         solved = seeds(problem, settings, rank=rank)
         layers = reports(solved, tokens)
-        units[rank] = step_unit(layer_lengths(layers, layer_steps="displacement").values())
+        units[rank] = step_unit(layers, layer_steps="displacement")
         assert units[rank] == max(one.displacement_norm / count for one, count in zip(solved, tokens, strict=True))
     assert units[1] == pytest.approx(units[RANK]) == pytest.approx(units[10])
     by_layer = divisors(layers, units[10], layer_steps="displacement")
@@ -102,7 +102,7 @@ def test_a_layer_of_which_the_gradient_is_rounding_hardly_moves(problem, config,
     solved[1] = dataclasses.replace(solved[1], **longer)
     layers = reports(solved)
     lengths = layer_lengths(layers, layer_steps="displacement")
-    unit = step_unit(lengths.values())
+    unit = step_unit(layers, layer_steps="displacement")
     by_layer = divisors(layers, unit, layer_steps="displacement")
     norms = {name: far(one.in_unit(by_layer[name])) for name, one in zip("abc", solved, strict=True)}
     others = max(one.displacement_norm for one in (solved[0], solved[2]))
@@ -130,7 +130,7 @@ def test_of_two_layers_neither_is_judged_by_the_other(problem, config):
 def test_with_equal_steps_the_unit_is_each_layers_own(problem, config):
     solved = seeds(problem, config(layer_steps="equal", variance_weight=0.0))
     layers = reports(solved, (40, 5, 200))
-    assert step_unit(layer_lengths(layers, layer_steps="equal").values()) == 1.0
+    assert step_unit(layers, layer_steps="equal") == 1.0
     assert divisors(layers, 1.0, layer_steps="equal") == {"a": 1.0, "b": 1.0, "c": 1.0}
     assert [far(solution) for solution in solved] == pytest.approx([1.0] * 3)
     assert solved[0].in_unit(1.0) is solved[0]
@@ -139,7 +139,7 @@ def test_with_equal_steps_the_unit_is_each_layers_own(problem, config):
 @pytest.mark.parametrize("norm", [0.0, 1e-200, 1e200, math.inf])
 def test_a_unit_that_nothing_can_be_divided_by_is_an_error(norm):
     with pytest.raises(SolveError, match=r"would go .* far in one step. Raise the dampings."):
-        step_unit([norm])
+        step_unit([SimpleNamespace(name="a", displacement_norm=norm, num_grad_tokens=1)], layer_steps="displacement")
 
 
 @pytest.mark.parametrize("metric", ["weights", "fisher"])

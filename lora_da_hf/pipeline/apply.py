@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.solved_from import stored_solution
-from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
+from lora_da_hf.artifacts.store import PulledInit, StoredInit, check_base_model, load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
@@ -41,28 +41,9 @@ from lora_da_hf.pipeline.stored import (
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import is_loader, pad_samples, samples_of_loader
-from lora_da_hf.statistics.losses import ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass
 from lora_da_hf.theory.layer_scales import rounding_notes
-
-
-class PulledInit(Protocol):
-    """An initialisation that was fetched from the Hub."""
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are."""
-        ...
-
-    @property
-    def repo_id(self) -> str:
-        """Its repository, ``user/name``."""
-        ...
-
-    @property
-    def commit(self) -> str:
-        """The commit that was fetched."""
-        ...
 
 
 def apply_init(
@@ -114,8 +95,9 @@ def apply_init(
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         ConfigError: if ``config`` asks for what only statistics can give.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
+        DataError, StatisticsError, OutOfStepError, WriteError, PeerFailed: as `initialize_lora_da` has them.
 
-    Whatever is raised, the model and its adapter are as they were.
+    Whatever is raised but an `OutOfStepError`, the model and its adapter are as they were.
     """
     start = time.perf_counter()
     model = unwrapped(model)
@@ -280,6 +262,6 @@ def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSol
     with prepared_for_pass(job.model, seed=job.seed):
         keep_weights_unpacked(job.model)
         with adapters_off(job.scan.targets):
-            found = probe(job, splits)
+            found = probe(job, splits, takes_statistics=False)
             step = find_step(job, found.splits, found.settings, solutions)
         write_adapter(job, found.splits, found.settings, solutions, step)

@@ -295,11 +295,8 @@ def _watch_precision() -> Generator[set[tuple[torch.dtype, str]]]:
         if isinstance(output, Tensor):
             seen.add((output.dtype, output.device.type))
 
-    handle = nn.modules.module.register_module_forward_hook(on_forward)
-    try:
+    with nn.modules.module.register_module_forward_hook(on_forward):
         yield seen
-    finally:
-        handle.remove()
 
 
 def _tolerance(seen: set[tuple[torch.dtype, str]]) -> float:

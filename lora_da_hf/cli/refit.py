@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import Flags, at_least, base_model_of_folder, dataclass_flags, joined, new_folder
+from lora_da_hf.cli.flags import Flags, base_model_of_folder, dataclass_flags, joined, new_folder, positive
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
@@ -22,8 +22,8 @@ def refit_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace an initialisation that is there; FOLDER itself may be OUTPUT, and keeps its statistics",
     )
-    own.flag("rank", type=at_least(1), help="rank of the new adapter, at most the stored one")
-    own.flag("rank_budget", type=at_least(1), help="parameters of the adapter, shared out between the layers")
+    own.flag("rank", type=positive, help="rank of the new adapter, at most the stored one")
+    own.flag("rank_budget", type=positive, help="parameters of the adapter, shared out between the layers")
     own.flag("step_size", type=float, help="how far step 0 goes (default: as the stored steps say)")
     own.loaded_base_model("and compare it (a DoRA adapter needs it)")
     settings = dataclass_flags(LoRADAArguments)

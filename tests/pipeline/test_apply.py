@@ -129,7 +129,7 @@ def test_a_head_is_put_back_if_the_start_fails(tmp_path, lora_model, monkeypatch
     store_init(tmp_path / "init", first, samples, collate=collate_classes, step_size=0.1, max_rank=None)
     before = head_of(second)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_da_hf.pipeline.reuse.write_solutions", lambda *_: 1 / 0)
+        patch.setattr("lora_da_hf.pipeline.apply.write_solutions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             apply_init(second, tmp_path / "init")
     assert torch.equal(head_of(second), before)
@@ -636,15 +636,6 @@ def test_a_damaged_initialisation_is_refused_before_it_is_used(folder, lora_mode
     (folder / BASIS_FILE).write_bytes(content)
     with pytest.raises(ArtifactError, match="another SHA-256"):
         apply_init(model, folder)
-    assert_same_tensors(adapter_weights(model), before)
-
-
-@pytest.mark.parametrize("steps", [{"four": 0.1}, {"0": 0.1}, {"4": -0.1}, {"-4": 0.1}])
-def test_steps_that_make_no_sense_are_refused(stored_init, lora_model, steps):
-    model = lora_model(r=4)
-    before = adapter_weights(model)
-    with pytest.raises(ArtifactError, match="makes no sense"):
-        apply_init(model, with_manifest(stored_init, step_size_by_rank=steps))
     assert_same_tensors(adapter_weights(model), before)
 
 
