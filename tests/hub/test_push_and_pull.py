@@ -374,7 +374,7 @@ def test_a_licence_beside_the_card_of_the_base_is_linked_there(hub, push):
 
 def test_a_card_of_ones_own_says_the_licence(hub, push):
     make_base(hub, "license: mit")
-    with pytest.raises(HubError, match="A public initialisation needs a licence"):
+    with pytest.raises(HubError, match=r"needs a licence, and your card names none. Say it in the card's metadata"):
         push(private=False, card="---\ntags: [lora-da]\n---\n")
     assert REPO not in hub.repos
     push(private=False)
@@ -432,10 +432,13 @@ def test_what_is_said_for_the_card_is_on_it(hub, push):
 )
 def test_a_malformed_licence_of_the_base_is_left_out_with_a_warning(hub, push, said, message, left):
     make_base(hub, said)
-    with pytest.warns(UserWarning, match=re.escape(message)):
+    with pytest.warns(UserWarning, match=re.escape(message)) as warned:
         push(card=None)
+    ours = [warning for warning in warned if "which is malformed" in str(warning.message)]
+    assert {warning.filename.rpartition("/")[2] for warning in ours} == {"conftest.py"}  # who called push_init
     metadata = metadata_of(hub)
     assert {name: value for name, value in metadata.items() if name.startswith("license")} == left
+    push()  # a card that says its licence: nothing is warned about
 
 
 @pytest.mark.parametrize(
@@ -529,7 +532,7 @@ def test_a_base_that_is_a_folder_is_warned_about_and_not_asked_for(hub, init, pu
         push(card=None)
     assert not hub.seen(contains="tiny") + hub.seen(contains="models/base")
     make_base(hub, "license: mit")
-    with pytest.warns(UserWarning, match=f"called '{name}', .*The card alone says its name"):
+    with pytest.warns(UserWarning, match=f"called '{name}', .*Only a card can say its name"):
         push(card=None, base_model="org/base")
     assert metadata_of(hub)["license"] == "mit"
 
