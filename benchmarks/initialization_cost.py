@@ -440,6 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.insert(0, str(REPOSITORY / "scripts"))
         import demo
 
+        demo.CACHE = REPOSITORY / demo.CACHE
         options.model = options.model or str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct"))
         options.train_file = options.train_file or str(demo.make_data(options.model)[0])
     found = measure(options)

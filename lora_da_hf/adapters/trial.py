@@ -63,9 +63,11 @@ class TrialAdapters:
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> TrialAdapters:
-        for target in self._targets:
-            hook = target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True)
-            self._hooks.enter_context(hook)
+        with contextlib.ExitStack() as hooks:
+            for target in self._targets:
+                hook = target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True)
+                hooks.enter_context(hook)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -72,10 +72,7 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     check_types(config, hints, str(path))
     _check_plain(path, config)
     check_names(path, config)
-    numbers: list[Any] = [config.get(name) for name in ("r", "lora_alpha")]
-    numbers += [number for name in ("rank_pattern", "alpha_pattern") for number in (config.get(name) or {}).values()]
-    if not all(fits(number, float) and number > 0 for number in numbers):
-        raise ArtifactError(f"{path}: a rank or an alpha is not positive. Fetch it again.")
+    _check_numbers(path, config)
     _check_base(path, config, manifest)
     _check_layers(path, config, manifest)
     return config
@@ -113,6 +110,17 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
         )
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise ArtifactError(f"{path}: lora_dropout={config['lora_dropout']} is no probability. Fetch it again.")
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    if not fits(config.get("r"), int) or config["r"] < 1:
+        raise malformed(f"{path}: r={config.get('r')!r} is no rank")
+    numbers: dict[str, Any] = {"lora_alpha": config.get("lora_alpha")}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        numbers |= {f"{pattern}[{key!r}]": value for key, value in (config.get(pattern) or {}).items()}
+    for what, value in numbers.items():
+        if not fits(value, float):
+            raise malformed(f"{path}: {what}={str(value)[:80]!r} is no number")
 
 
 def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:

@@ -110,8 +110,10 @@ class Taps:
             self.taps[name] = _LayerTap(name=name, sums=sums, input_sum=input_sum, leader=leader)
 
     def __enter__(self) -> Taps:
-        for name, layer in self._layers.items():
-            self._hooks.enter_context(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
+        with contextlib.ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from lora_da_hf import initialize_lora_da
-from lora_da_hf.artifacts.folders import check_replaceable
+from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
 from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
@@ -782,6 +782,16 @@ def test_a_card_and_its_pictures_may_lie_beside(original, place):
     load_init(folder)
 
 
+@pytest.mark.parametrize("value", ["2024-02-30", "!!timestamp z", "[" * 5000, "[a"])
+def test_a_page_whose_metadata_cannot_be_read_is_taken_along(original, place, value):
+    folder = fresh_copy(original, place)
+    (folder / "README.md").write_text(f"---\ndate: {value}\n---\nmine\n")
+    with atomic_folder(folder) as partial:
+        (partial / "new").touch()
+    assert {path.name for path in folder.iterdir()} == {"README.md", "new"}
+    assert not list(folder.parent.glob("_*"))
+
+
 def test_what_other_programs_leave_in_a_folder_may_lie_beside(original, place):
     folder = fresh_copy(original, place)
     (folder / ".DS_Store").write_bytes(b"anything")
@@ -794,6 +804,12 @@ def test_what_other_programs_leave_in_a_folder_may_lie_beside(original, place):
     with pytest.raises(ConfigError, match=r"holds something else than an initialisation \(.git\)"):
         check_replaceable(folder)
     (folder / ".git").rmdir()
+    (folder / "lora_da_statistics-notes.txt").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"holds something else than an initialisation \(lora_da_statistics-notes.txt\)"
+    ):
+        check_replaceable(folder)
+    (folder / "lora_da_statistics-notes.txt").unlink()
     (folder / ".DS_Store").unlink()
     (folder / ".DS_Store").mkdir()
     with pytest.raises(ArtifactError, match=r".DS_Store is not listed in the manifest"):

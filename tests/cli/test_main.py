@@ -33,6 +33,7 @@ def test_the_verbs_are_those_of_the_documentation():
         (["init", "a", "b", "c", "--da_num_sample", "16"], "lora-da init: error: .* Did you mean --da_num_samples"),
         (["refit", "a", "b", "--lora_rank=4"], "lora-da refit: error: .*--lora_rank=4. "),
         (["show", "a", "b", "c"], r"lora-da show: error: unrecognized arguments: .* `lora-da show --help` lists all"),
+        (["--json", "list"], "lora-da list: error: .*--json. Flags come behind the verb: lora-da list --json"),
         (["--jsn"], "lora-da: error: unrecognized arguments: --jsn. `lora-da --help` lists all"),
     ],
 )

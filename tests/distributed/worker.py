@@ -119,18 +119,18 @@ def failing_solve(folder):
     """Fail in the solve of the second process only."""
     import lora_da_hf.pipeline.solve as module
 
-    original = module.solve_layer
+    original = module.solve_group
 
     def broken(*args, **kwargs):
         if RANK == 1:
             raise NonFiniteError("broken on purpose")
         return original(*args, **kwargs)
 
-    module.solve_layer = broken
+    module.solve_group = broken
     try:
         fail(folder, "failing_solve")
     finally:
-        module.solve_layer = original
+        module.solve_group = original
 
 
 def break_reduction(folder):

@@ -261,6 +261,7 @@ def test_a_step_that_does_not_help_once_it_is_written_is_taken_back(lora_model, 
     report = initialize(model, samples, compute_loss=worse_once_written)
     assert min(loss for _, loss in report.search) < report.search_loss_before  # the search itself found a step
     assert report.step_size == 0
+    assert set(report.step_size_by_rank.values()) == {0.0}
     assert report.search_loss_after == report.search_loss_before
     assert any("once it was stored in the adapter's dtype" in note for note in report.notes)
     assert not any(b.any() for b in factors(adapter_weights(model), "B").values())

@@ -284,13 +284,14 @@ def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_pat
     assert trainer.lora_da_report.batch_size == 5
 
 
-def test_a_loss_that_is_no_tensor_is_an_error(tmp_path, lora_model, samples):
-    class NoTensor(LoRADATrainer):
+@pytest.mark.parametrize(("loss", "found"), [(1.0, "a float"), (torch.ones(2), r"a tensor \[2\]")])
+def test_a_loss_that_is_no_scalar_tensor_is_an_error(tmp_path, lora_model, samples, loss, found):
+    class NoScalar(LoRADATrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return 1.0
+            return loss
 
-    with pytest.raises(DataError, match="compute_loss returned a float, and it must return a scalar tensor"):
-        make_trainer(tmp_path, lora_model(), samples, NoTensor).train()
+    with pytest.raises(DataError, match=f"trainer's compute_loss returned {found}, and it must return a scalar tensor"):
+        make_trainer(tmp_path, lora_model(), samples, NoScalar).train()
 
 
 def test_gradient_accumulation_and_averaging_over_devices_do_not_change_the_statistics(tmp_path, lora_model, samples):
