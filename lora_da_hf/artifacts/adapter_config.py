@@ -151,7 +151,7 @@ def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> Non
             )
         divisor = alpha_divisor(config, layer.rank)
         scalings = [alpha / divisor for rank, alpha in zip(ranks, alphas, strict=True) if rank == layer.rank]
-        if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-6) for scaling in scalings):
+        if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-9) for scaling in scalings):
             raise malformed(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}")
 
 

@@ -166,7 +166,7 @@ def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.M
         base=base_model,
     )
     for name, layer in stored.manifest.layers.items():
-        if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-6):  # else load_init refuses it
+        if not math.isclose(refit.scaling(name), layer.peft_scaling, rel_tol=1e-9):  # else load_init refuses it
             raise ConfigError(f"{folder}: its experts have ranks or alphas of their own. Use apply_init.")
     return refit
 
