@@ -60,7 +60,7 @@ class TextArguments:
         "Tokens in a block of plain text, and the most tokens of a prompt with its completion. "
         "None: 1024, or the model's limit if that is lower.",
     )
-    text_column: str | None = setting(None, "Column with plain text. None: `text`, or else the first column.")
+    text_column: str | None = setting(None, "Column with plain text. None: `text`, or the only column.")
     prompt_column: str | None = setting(None, "Column with prompts, which do not count in the loss.")
     completion_column: str | None = setting(None, "Column with completions, which alone count in the loss.")
     use_chat_template: bool = setting(

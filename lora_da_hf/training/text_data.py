@@ -112,7 +112,7 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
         encode_pair = pair_encoder(tokenizer, data)
         encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
     else:
-        column = text_column(columns, data)
+        column = text_column(name, columns, data)
         encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
     if isinstance(split, IterableDataset):
         return split.map(encode, batched=True, remove_columns=columns)
@@ -147,9 +147,21 @@ def column_names(name: str, split: Rows) -> list[str]:
     return list(first)
 
 
-def text_column(columns: list[str], data: TextArguments) -> str:
-    """Return the column that is read as plain text."""
-    return data.text_column or ("text" if "text" in columns else columns[0])
+def text_column(name: str, columns: list[str], data: TextArguments) -> str:
+    """Return the column that is read as plain text.
+
+    Raises:
+        DataError: if it is not there, or none was named and none is the only one or called `text`.
+    """
+    if data.text_column:
+        require_columns(name, columns, data.text_column)
+        return data.text_column
+    if len(columns) > 1 and "text" not in columns:
+        raise DataError(
+            f"The {name} data has the columns {_few(columns)}, and none called 'text'. Say what to train on: pairs "
+            "with --prompt_column and --completion_column, or plain text with --text_column."
+        )
+    return "text" if "text" in columns else columns[0]
 
 
 def used_columns(name: str, columns: list[str], data: TextArguments) -> str:
@@ -163,15 +175,15 @@ def used_columns(name: str, columns: list[str], data: TextArguments) -> str:
         return (
             f"The {name} data: column {data.prompt_column!r} is the prompt, {data.completion_column!r} the completion."
         )
-    used = text_column(columns, data)
-    require_columns(name, columns, used)
-    line = f"The {name} data: column {used!r} is read as plain text"
-    unused = [repr(column) for column in columns if column != used]
-    if not unused:
-        return f"{line}."
-    line += f" (left out: {', '.join(unused[:5])}{' and others' if len(unused) > 5 else ''})."
-    choose = " Choose another with --text_column, or pairs with --prompt_column and --completion_column."
-    return line if data.text_column else line + choose
+    used = text_column(name, columns, data)
+    unused = [column for column in columns if column != used]
+    left_out = f" (left out: {_few(unused)})" if unused else ""
+    return f"The {name} data: column {used!r} is read as plain text{left_out}."
+
+
+def _few(columns: list[str]) -> str:
+    """Name the first columns of what may be many."""
+    return ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
 
 
 def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:

@@ -104,7 +104,7 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["train.jsonl", "--text_column", "nothing"], "has no column 'nothing'"),
         (["train.jsonl", "--split", "train[:3]"], "--split is for a data set on the Hub, and train.jsonl is a file"),
         (["train.jsonl", "--dataset_config_name", "main"], "--dataset_config_name is for a data set on the Hub"),
-        (["train.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not found"),
+        (["train.jsonl", *PAIRS, "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not found"),
         (["train.jsonl", "--target_modules", "all-linear", "q_proj"], "all-linear stands for all linear layers but"),
         (["train.jsonl", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
         (["train.jsonl", "--lora_alpha", "0"], "--lora_alpha must be at least 1, got 0"),
@@ -117,7 +117,7 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["folder"], "folder cannot be loaded as a data set"),
         (["mixed"], "mixed cannot be loaded as a data set: its files have different columns. Give a folder with"),
         (["broken.parquet"], "broken.parquet cannot be read as parquet data"),
-        (["train.jsonl", "--tokenizer_name", "bare"], "Name one with --tokenizer_name, or do what it says"),
+        (["train.jsonl", *PAIRS, "--tokenizer_name", "bare"], "Name one with --tokenizer_name, or do what it says"),
     ],
 )
 def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path, monkeypatch, words, message):
@@ -157,7 +157,7 @@ def test_init_of_a_model_or_data_that_are_not_there(lora_da, place, cache, tmp_p
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     shutil.copy(place / "train.jsonl", tmp_path)
     (tmp_path / "folder").mkdir()
-    code, _, err = lora_da("init", model, data, "out")
+    code, _, err = lora_da("init", model, data, "out", *PAIRS)
     assert code == 1
     assert message in err
     assert "Hint: " not in err
@@ -166,16 +166,16 @@ def test_init_of_a_model_or_data_that_are_not_there(lora_da, place, cache, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "column 'prompt' is read as plain text (left out: 'completion'). Choose another with --text_column, or"),
-        (["--text_column", "completion"], "column 'completion' is read as plain text (left out: 'prompt').\n"),
-        (PAIRS, "column 'prompt' is the prompt, 'completion' the completion.\n"),
+        ([], " has the columns 'prompt', 'completion', and none called 'text'. Say what to train on: pairs with "),
+        (["--text_column", "completion"], ": column 'completion' is read as plain text (left out: 'prompt').\n"),
+        (PAIRS, ": column 'prompt' is the prompt, 'completion' the completion.\n"),
     ],
 )
 def test_init_says_which_columns_are_used(lora_da, place, cache, tmp_path, flags, message):
     words = [place / "model", place / "train.jsonl", tmp_path / "out", *flags, "--block_size", 32]
     code, _, err = lora_da("init", *words, "--target_modules", "nope")
     assert code == 1
-    assert f"The training data: {message}" in err
+    assert f"The training data{message}" in err
 
 
 # ------------------------------------------------------------------------------------------------------------ plan

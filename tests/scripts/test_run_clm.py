@@ -627,7 +627,7 @@ def test_what_does_not_exist_is_said_without_a_traceback(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(
-        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, "--do_train", init=init)]
+        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, *PAIR_FLAGS, "--do_train", init=init)]
     )
     with pytest.raises(SystemExit) as left:
         runpy.run_path(run_clm.__file__, run_name="__main__")
@@ -646,14 +646,22 @@ def test_an_error_that_is_no_mistake_of_the_users_keeps_its_traceback(model_dir,
 
 def test_the_log_says_which_columns_are_used(model_dir, tmp_path, pairs_file, caplog):
     arguments = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, "--do_train", "--block_size", 8)
-    run_clm.main([*arguments, "--max_steps", "1"])
-    assert "The train data: column 'question' is read as plain text (left out: 'answer'). Choose another" in caplog.text
+    run_clm.main([*arguments, "--text_column", "question", "--max_steps", "1"])
+    assert "The train data: column 'question' is read as plain text (left out: 'answer')." in caplog.text
     run_clm.main([*arguments, *PAIR_FLAGS, "--max_steps", "1"])
     assert "The train data: column 'question' is the prompt, 'answer' the completion." in caplog.text
 
 
-def test_unused_columns_are_named_up_to_a_few():
+@pytest.mark.parametrize("columns", [["body"], ["text"], ["id", "text"]])
+def test_the_only_column_or_one_called_text_is_read_without_a_flag(columns):
+    line = text_data.used_columns("train", columns, run_clm.DataArguments())
+    assert line.startswith(f"The train data: column {columns[-1]!r} is read as plain text")
+
+
+def test_one_of_several_columns_is_not_chosen_by_chance():
     columns = [f"c{i}" for i in range(9)]
+    with pytest.raises(DataError, match="the columns 'c0', 'c1', 'c2', 'c3', 'c4' and others, and none called 'text'"):
+        text_data.used_columns("train", columns, run_clm.DataArguments())
     line = text_data.used_columns("train", columns, run_clm.DataArguments(text_column="c8"))
     assert line.endswith("column 'c8' is read as plain text (left out: 'c0', 'c1', 'c2', 'c3', 'c4' and others).")
 
