@@ -9,6 +9,7 @@ from typing import Any
 from lora_da_hf.cli.flags import Flags, base_model_of_folder, dataclass_flags, joined, new_folder, positive
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.setting_groups import FREE_IN_REFIT, PASS_SETTINGS
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
 
 
@@ -27,8 +28,11 @@ def refit_parser() -> argparse.ArgumentParser:
     own.flag("step_size", type=float, help="how far step 0 goes (default: as the stored steps say)")
     own.loaded_base_model("and compare it (a DoRA adapter needs it)")
     settings = dataclass_flags(LoRADAArguments)
+    shown = FREE_IN_REFIT - {action.dest for action in own._actions}
     for action in settings._actions:
         action.default = argparse.SUPPRESS
+        if action.dest.removeprefix(PREFIX) not in shown:
+            action.help = argparse.SUPPRESS  # one that refit refuses, with a reason, or that has a flag above
     return joined(own, settings)
 
 
@@ -56,8 +60,6 @@ def _given_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ConfigError: if one would change nothing, or is given by a flag of its own too.
     """
-    from lora_da_hf.pipeline.stored import PASS_SETTINGS
-
     given = {
         flag.removeprefix(PREFIX): setting_of_flag(flag, value)
         for flag, value in vars(arguments).items()

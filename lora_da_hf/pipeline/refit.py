@@ -25,15 +25,9 @@ from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.ranks_per_layer import alpha_for, share_out
 from lora_da_hf.pipeline.refit_write import Refit, refitted_from, write_refit
 from lora_da_hf.pipeline.solve import reported
-from lora_da_hf.pipeline.stored import (
-    SOLVE_SETTINGS,
-    Given,
-    changed_settings,
-    config_for_refit,
-    gives_step,
-    population_of,
-)
+from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, population_of
 from lora_da_hf.records import LayerSolution
+from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.layer_scales import divisors, step_unit
 from lora_da_hf.theory.solve import solve_group

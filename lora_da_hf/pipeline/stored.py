@@ -11,34 +11,10 @@ from typing import Any
 from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
-
-SOLVE_SETTINGS = (
-    "population_size",
-    "metric",
-    "input_damping",
-    "output_damping",
-    "bias_weight",
-    "variance_weight",
-    "normalize_guidance_terms",
-    "layer_steps",
-    "projected_rms",
-    "solver",
-    "solve_dtype",
-    "max_rank",
-)
-"""Settings of the solve, which full statistics allow to change."""
-
-WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
-"""Settings of what becomes of the solution, which the basis alone allows to change."""
+from lora_da_hf.setting_groups import FREE_IN_REFIT, FREE_IN_USE, PASS_SETTINGS
 
 SOLVED_AGAIN_WITH = "solved_again_with"
 """Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
-
-_SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
-PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
-"""How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
-_FREE_IN_REFIT = (*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget")
-_FREE_IN_USE = {*WRITE_SETTINGS, *_SEARCH_SETTINGS} - {"save_statistics"}
 
 
 def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
@@ -76,7 +52,7 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
             "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
             "writes."
         )
-    fixed = [name for name in names if name not in _FREE_IN_USE and name in changed_settings(given, stored)]
+    fixed = [name for name in names if name not in FREE_IN_USE and name in changed_settings(given, stored)]
     if fixed:
         raise ConfigError(
             f"{_listed(given, fixed)}: the stored initialisation was computed with {_listed(stored, fixed)}. Leave "
@@ -107,13 +83,13 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     if given is None:
         return stored
     given, names = _merged(stored, given)
-    fixed = [name for name in names if name not in _FREE_IN_REFIT and name in changed_settings(given, stored)]
+    fixed = [name for name in names if name not in FREE_IN_REFIT and name in changed_settings(given, stored)]
     if fixed:
         raise ConfigError(
             f"{_listed(given, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
             "changed without the data. Leave that out, or compute an initialisation anew."
         )
-    values = {name: getattr(given, name) for name in _FREE_IN_REFIT}
+    values = {name: getattr(given, name) for name in FREE_IN_REFIT}
     if given.searches_step:
         values["step_size"] = stored.step_size
     for name in ("max_rank", "population_size", "rank_budget"):

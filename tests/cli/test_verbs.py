@@ -31,6 +31,7 @@ from lora_da_hf.cli.main import VERBS, make_parser
 from lora_da_hf.cli.output import Output
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.setting_groups import FREE_IN_REFIT
 from lora_da_hf.training.arguments import LoraArguments
 
 PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
@@ -585,6 +586,13 @@ def test_refit_refuses_flags_that_would_change_nothing(lora_da, stored, tmp_path
     assert code == 1
     assert message in err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_help_of_refit_shows_the_settings_that_it_takes_and_each_once(lora_da):
+    _, out, _ = lora_da("refit", "--help")
+    named = set(re.findall(r"--(?:da_)?([a-z_]+)", out))
+    assert named & {field.name for field in dataclasses.fields(LoRADAConfig)} == FREE_IN_REFIT
+    assert not {"--da_step_size", "--da_rank_budget"} & set(re.findall(r"--[a-z_]+", out))
 
 
 def test_refit_refuses_a_setting_of_the_pass_even_at_its_default(lora_da, stored, tmp_path):

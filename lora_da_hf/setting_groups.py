@@ -1,0 +1,32 @@
+"""Settings of `LoRADAConfig` by what they decide, which tells which of them may change later."""
+
+SOLVE_SETTINGS = (
+    "population_size",
+    "metric",
+    "input_damping",
+    "output_damping",
+    "bias_weight",
+    "variance_weight",
+    "normalize_guidance_terms",
+    "layer_steps",
+    "projected_rms",
+    "solver",
+    "solve_dtype",
+    "max_rank",
+)
+"""Settings of the solve, which full statistics allow to change."""
+
+WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
+"""Settings of what becomes of the solution, which the basis alone allows to change."""
+
+SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
+"""Settings of a search of the step, for which data is needed and no statistics."""
+
+PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
+"""How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
+
+FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget"})
+"""What `refit_init` may change."""
+
+FREE_IN_USE = frozenset({*WRITE_SETTINGS, *SEARCH_SETTINGS} - {"save_statistics"})
+"""What `apply_init` may change."""
