@@ -124,7 +124,7 @@ class LoRADAConfig:
     fisher: Literal["empirical", "sampled"] = setting(
         "empirical",
         "Labels that the output-gradient second moment is taken with. empirical: the data's (the paper); sampled: "
-        "drawn from the model's own distribution, the true Fisher information, in about twice the time.",
+        "drawn from the model's own distribution, the true Fisher information, in up to twice the time.",
     )
     loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = setting(
         "auto",
