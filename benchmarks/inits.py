@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.afterwards import freeze_a
-from lora_da_hf.pipeline.stored import SOLVE_SETTINGS
 from lora_da_hf.samples import choose_samples
+from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
