@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from designs import READS
-from inits import HALF, MERGED, RESET, Setup, change, made_by, make_adapter, target_modules
+from inits import HALF, MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
 from measuring import package_digest, peak_mib, reset_peak
 from movement import Factors, movement, read_factors
 from report import wilson_interval
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
@@ -65,6 +66,7 @@ class Subject:
         validation: Samples that no method reads.
         facts: What identifies them.
         weights_sha256: Of the base model, whose name alone is in the facts.
+        kinds: Classes of its linear layers.
         statistics: Where this package's statistics of the samples are kept; None: nowhere.
     """
 
@@ -74,6 +76,7 @@ class Subject:
     validation: list[dict[str, Any]]
     facts: dict[str, Any]
     weights_sha256: str
+    kinds: frozenset[type[nn.Module]] = frozenset()
     statistics: Path | None = None
 
     @classmethod
@@ -100,7 +103,13 @@ class Subject:
             of_these = json.dumps([facts, weights, package_digest()], sort_keys=True)
             kept = Path(statistics) / hashlib.sha256(of_these.encode()).hexdigest()[:16]
         return cls(
-            arguments=arguments, tokenizer=tokenizer, facts=facts, weights_sha256=weights, statistics=kept, **parts
+            arguments=arguments,
+            tokenizer=tokenizer,
+            facts=facts,
+            weights_sha256=weights,
+            kinds=frozenset(map(type, linear_layers(model).values())),
+            statistics=kept,
+            **parts,
         )
 
     def load_model(self) -> nn.Module:
@@ -187,6 +196,7 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
             "lora_alpha": cell["alpha"],
             "use_rslora": cell["use_rslora"],
             "target_modules": target_modules(base),
+            "fan_in_fan_out": Conv1D in subject.kinds,
         },
         seed=cell["seed"],
         samples_seed=cell["seed"] + READS[cell.get("reads", "drawn")],

@@ -14,7 +14,9 @@ is every combination of its methods, learning rates, ranks, seeds and numbers of
 `learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final loss
 that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig
 where the method is this package's: one set of them, or a list of sets to compare. With 0 steps there is no training:
-the loss at step 0 is all that is measured.
+the loss at step 0 is all that is measured. `designs.SHARED` lists the shared settings with their defaults: batch size,
+scaling, warm-up and clipping; how many samples a start reads, and which; `num_train`, to train on a part of the data;
+`evaluations` on the way; and `accuracy_samples`, to generate that many answers at the end and count the right ones.
 
 Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
 again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
@@ -41,8 +43,9 @@ from pathlib import Path
 from typing import Any
 
 from cells import LastStart, Subject, run_cell
-from designs import PRODUCT, add_line, key_of, of_subject, pending, rates_of, read_design, read_lines
+from designs import PRODUCT, chosen_blocks, key_of, pending, rates_of, read_design, shared_settings
 from inits import READ_SAMPLES, made_by, why_missing
+from lines import add_line, of_subject, read_lines
 from measuring import machine, package_digest
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -50,6 +53,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from lora_da_hf import LoRADAError
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -108,9 +112,7 @@ def show_plan(
     without: Collection[str],
 ) -> None:
     """Print how many cells of each block are left, and how long they take."""
-    for block in design["blocks"]:
-        if blocks and block["name"] not in blocks:
-            continue
+    for block in chosen_blocks(design, blocks):
         try:
             left = [cell for _, cell in pending(design, records, facts, [block["name"]], without)]
         except ConfigError as error:
@@ -125,13 +127,14 @@ def show_plan(
 def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> None:
     """Run what is left, a cell at a time; each line names the command that it was run with."""
     design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
-    missing = say_what_is_missing(design, arguments.blocks)
+    check_samples(design, arguments.blocks, subject)
+    missing = say_what_is_missing(design, arguments.blocks, subject)
     last, num_run = LastStart(), 0
-    if arguments.plan:
-        show_plan(design, of_subject(read_lines(output), subject.facts), subject.facts, arguments.blocks, missing)
-        return
     while True:
-        records = of_subject(read_lines(output), subject.facts)
+        records = of_subject(read_lines(output), subject.facts, subject.weights_sha256)
+        if arguments.plan:
+            show_plan(design, records, subject.facts, arguments.blocks, missing)
+            return
         found = next(pending(design, records, subject.facts, arguments.blocks, missing), None)
         if found is None or num_run == arguments.max_cells or is_over(begin, arguments.hours):
             name_the_diverged(design, records, arguments.blocks, missing)
@@ -155,15 +158,36 @@ def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> No
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
 
 
+def check_samples(design: dict[str, Any], blocks: list[str], subject: Subject) -> None:
+    """Check that the data is what the blocks want of it, before any of them trains.
+
+    Raises:
+        ConfigError: if there are too few training samples, or no prompts where answers are to be generated.
+    """
+    for block in chosen_blocks(design, blocks):
+        shared = shared_settings(design, block)
+        if (shared["num_train"] or 0) > len(subject.train):
+            raise ConfigError(
+                f"Block {block['name']!r} trains on {shared['num_train']} samples (num_train), and there are "
+                f"{len(subject.train)}. Lower it, or give more data."
+            )
+        asked = subject.validation[: shared["accuracy_samples"]]
+        if any(sample["labels"][0] != IGNORED_LABEL for sample in asked):
+            raise ConfigError(
+                f"Block {block['name']!r} generates answers (accuracy_samples), and samples have no prompts. Give "
+                "--prompt_column and --completion_column, or leave it out."
+            )
+
+
 def without_folders(command: list[str]) -> list[str]:
     """Return a command line with the names alone of what is given by its whole path, which only one machine has."""
     return [Path(one).name if Path(one).is_absolute() else one for one in command]
 
 
-def say_what_is_missing(design: dict[str, Any], blocks: list[str]) -> set[str]:
-    """Return the methods of some blocks that PEFT lacks here, and say why."""
-    chosen = [block for block in design["blocks"] if not blocks or block["name"] in blocks]
-    reasons = {method: why_missing(method) for block in chosen for method in block["methods"]}
+def say_what_is_missing(design: dict[str, Any], blocks: list[str], subject: Subject) -> set[str]:
+    """Return the methods of some blocks that PEFT lacks here or for this model, and say why."""
+    methods = [method for block in chosen_blocks(design, blocks) for method in block["methods"]]
+    reasons = {method: why_missing(method, subject.kinds) for method in methods}
     for method, reason in reasons.items():
         if reason is not None:
             print(f"{method} is left out: {reason}", file=sys.stderr, flush=True)
@@ -174,9 +198,9 @@ def name_the_diverged(
     design: dict[str, Any], records: list[dict[str, Any]], blocks: list[str], without: Collection[str]
 ) -> None:
     """Say which methods have no cells in a block, since they diverged where it takes its rates from."""
-    for block in design["blocks"]:
+    for block in chosen_blocks(design, blocks):
         rates = block["learning_rates"]
-        if not isinstance(rates, dict) or (blocks and block["name"] not in blocks):
+        if not isinstance(rates, dict):
             continue
         for method in set(block["methods"]) - set(without):
             with contextlib.suppress(ConfigError):  # not known yet: the run was stopped before

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -56,7 +55,10 @@ def read_design(path: str | Path) -> dict[str, Any]:
         ConfigError: if a name or a method is not known, a block lacks something or takes rates from none before it, or
             LoRADAConfig refuses settings.
     """
-    design = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        design = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as a design: {error}.") from error
     names = {"name", "why", *PRODUCT.values(), *SHARED}
     unknown = set(design) - {"blocks", "why", *SHARED}
     earlier: list[str] = []
@@ -76,12 +78,34 @@ def read_design(path: str | Path) -> dict[str, Any]:
             )
         for settings in sets_of_settings(design, block):
             LoRADAConfig.from_dict(settings)
-        unknown |= {block.get("reads", design.get("reads", "drawn"))} - set(READS)
+        shared = shared_settings(design, block)
+        unknown |= {shared["reads"]} - set(READS)
+        if shared["evaluations"] < 1:
+            raise ConfigError(f"{path}: block {block['name']!r} needs evaluations of at least 1, where a cell ends.")
         if len(sets_of_settings(design, block)) == 1:
             earlier.append(block["name"])
     if unknown or not design.get("blocks"):
         raise ConfigError(f"{path}: {', '.join(sorted(unknown)) or 'blocks'} is not known or missing in a design.")
     return design
+
+
+def shared_settings(design: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the cells of a block share: its own, the design's or the default."""
+    return {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
+
+
+def chosen_blocks(design: dict[str, Any], names: Collection[str]) -> list[dict[str, Any]]:
+    """Return the blocks of these names, or all if there are none.
+
+    Raises:
+        ConfigError: if no block has a name.
+    """
+    blocks = design["blocks"]
+    unknown = set(names) - {block["name"] for block in blocks}
+    if unknown:
+        there = ", ".join(block["name"] for block in blocks)
+        raise ConfigError(f"--blocks: the design has no {', '.join(sorted(unknown))}, only {there}.")
+    return [block for block in blocks if not names or block["name"] in names]
 
 
 def sets_of_settings(design: dict[str, Any], block: dict[str, Any]) -> list[dict[str, Any]]:
@@ -107,7 +131,7 @@ def cells_of(
     Raises:
         ConfigError: if the best learning rate of a method is not known yet.
     """
-    shared = {name: block.get(name, design.get(name, default)) for name, default in SHARED.items()}
+    shared = shared_settings(design, block)
     cells: list[dict[str, Any]] = []
     sets = sets_of_settings(design, block)
     rates = {method: rates_of(method, design, block, records) for method in block["methods"] if method not in without}
@@ -181,37 +205,7 @@ def pending(
     without: Collection[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the cells that were not run, with the names of their blocks, in the order of the design."""
-    for block in design["blocks"]:
-        if blocks and block["name"] not in blocks:
-            continue
+    for block in chosen_blocks(design, blocks):
         for cell in cells_of(design, block, records, without):
             if key_of(cell, facts) not in {record["key"] for record in records}:
                 yield block["name"], cell
-
-
-# ---- the lines of what was run
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the finished cells. A last line that was cut off, by a kill, is taken off the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def add_line(path: Path, record: dict[str, Any]) -> None:
-    """Add a finished cell, so that it is on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def of_subject(records: list[dict[str, Any]], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of this model and data."""
-    return [record for record in records if record["subject"] == facts]

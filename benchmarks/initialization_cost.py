@@ -44,7 +44,6 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results"
 LAYERS_PER_FISHER_PASS = 8
 METHODS = ("bare", "initialization", "schedule", "schedule_single")
 PEERS = ("eva", "corda", "lora_ga")
@@ -82,7 +81,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--peer_seconds", type=float, default=900.0, help="stop a peer's initialisation after this long"
     )
     parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
-    parser.add_argument("--output", type=Path, default=RESULTS / "initialization_cost.json")
+    parser.add_argument("--output", type=Path, default=Path("outputs/initialization_cost.json"))
     parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.peers:

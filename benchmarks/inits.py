@@ -8,7 +8,7 @@ import importlib.util
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.afterwards import freeze_a
@@ -269,8 +270,15 @@ def change(model: nn.Module, method: str, seed: int) -> None:
         freeze_a(model)
 
 
-def why_missing(method: str) -> str | None:
-    """Say why a method cannot be run with the PEFT that is installed; None if it can."""
+def why_missing(method: str, kinds: Collection[type[nn.Module]] = ()) -> str | None:
+    """Say why a method cannot be run with the PEFT that is installed on a model; None if it can.
+
+    Args:
+        method: Its name.
+        kinds: Classes of the layers that get an adapter.
+    """
+    if method == "olora" and Conv1D in kinds:
+        return "PEFT's OLoRA takes no Conv1D layers, which GPT-2 and its like are made of"
     if method == "lora_ga" and not hasattr(peft, "preprocess_loraga"):
         return f"PEFT {importlib.metadata.version('peft')} has no LoRA-GA"
     if method == "corda" and importlib.util.find_spec("attr") is None:
@@ -278,11 +286,16 @@ def why_missing(method: str) -> str | None:
     return None
 
 
-def target_modules(model: nn.Module) -> list[str]:
-    """Name the linear layers, the output head left out, as suffixes: CorDA and LoRA-GA know no ``all-linear``."""
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers by name, the output head left out."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+
+
+def target_modules(model: nn.Module) -> list[str]:
+    """Name the linear layers as suffixes: CorDA and LoRA-GA know no ``all-linear``."""
+    return sorted({name.rpartition(".")[2] for name in linear_layers(model)})
 
 
 def make_adapter(method: str, setup: Setup) -> Made:

@@ -11,12 +11,13 @@ them however it draws, and the loss is the lowest of the evaluations on the way.
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lines import read_lines
 from report import (
     EXPLAINED,
     GROUP,
@@ -140,8 +141,7 @@ def read_comparisons() -> list[Comparison]:
     """Return the comparisons of all files, in the order of `DATA`."""
     found: list[Comparison] = []
     for stem, data in DATA.items():
-        lines = (RESULTS / f"{stem}.jsonl").read_text(encoding="utf-8").splitlines()
-        found += comparisons(each_once([json.loads(line) for line in lines]), data)
+        found += comparisons(each_once(read_lines(RESULTS / f"{stem}.jsonl")), data)
     return found
 
 
@@ -156,6 +156,7 @@ def summary(found: list[Comparison]) -> str:
 
 def main() -> None:
     """Run the command."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = read_comparisons()
     plot(found, RESULTS / "overview.png")
     rates = "Rates: `alone` is the only one that was run, `edge` the lowest or highest of those that were."

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lines import read_lines
+
 Record = dict[str, Any]
 
 BAND = 1.02
@@ -121,8 +123,8 @@ def by_rate(records: Sequence[Record]) -> dict[float, list[Record]]:
     return dict(sorted((rate, found) for (rate,), found in grouped(records, "learning_rate").items()))
 
 
-def rate_losses(records: Sequence[Record], which: str = "final_loss") -> dict[float, float]:
-    """Return the mean loss of every learning rate over the seeds that all of them were run with.
+def on_shared_seeds(records: Sequence[Record]) -> dict[float, list[Record]]:
+    """Group records by learning rate, those of the seeds that all rates were run with.
 
     Rates that have no seed in common with the one with most of them are left out.
     """
@@ -132,7 +134,12 @@ def rate_losses(records: Sequence[Record], which: str = "final_loss") -> dict[fl
     rates = {rate: found for rate, found in rates.items() if seeds[rate] & most}
     common = set.intersection(most, *(seeds[rate] for rate in rates)) or most
     chosen = {rate: [record for record in found if record["cell"]["seed"] in common] for rate, found in rates.items()}
-    return {rate: mean_loss(found, which) for rate, found in chosen.items() if found}
+    return {rate: found for rate, found in chosen.items() if found}
+
+
+def rate_losses(records: Sequence[Record], which: str = "final_loss") -> dict[float, float]:
+    """Return the mean loss of every learning rate, over the seeds that all of them were run with."""
+    return {rate: mean_loss(found, which) for rate, found in on_shared_seeds(records).items()}
 
 
 def at_best_rate(records: Sequence[Record], which: str = "final_loss") -> tuple[float, list[Record]]:
@@ -455,26 +462,29 @@ def pictured(records: Sequence[Record]) -> list[Record]:
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
     """Draw final losses over the learning rate, losses over the steps at each method's best one, and training's own.
 
-    Means, with the standard deviation where there are several runs. Final losses far above the lowest lie outside. The
-    last picture is that of `along_table`: the loss of each training batch less plain LoRA's of the same one.
+    Means, with the standard deviation where there are several runs; over the learning rate, of the seeds that all rates
+    of a method have. Final losses far above the lowest lie outside. Losses over the steps are left out where no run has
+    any between the first and the last. The last picture is that of `along_table`: the loss of each training batch less
+    plain LoRA's of the same one.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 6), layout="constrained")
-    rates_axes, steps_axes, batches_axes = figure.subplots(1, 3)
     shown = variants(pictured(records))
-    lowest = min(mean_loss(at_best_rate(runs)[1]) for runs in shown.values())
+    has_curves = any(len(steps_of_all(at_best_rate(runs)[1])) > 2 for runs in shown.values())
+    figure = Figure(figsize=(15 if has_curves else 10, 6), layout="constrained")
+    rates_axes, *curve_axes, batches_axes = figure.subplots(1, 3 if has_curves else 2)
+    lowest = min(min(rate_losses(runs).values()) for runs in shown.values())
     highest = lowest
     batches = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in shown.items()}
     for number, (name, of_method) in enumerate(shown.items()):
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
-        finals = {rate: [run["final_loss"] for run in runs] for rate, runs in by_rate(of_method).items()}
         rate, runs = at_best_rate(of_method)
+        finals = {rate: [run["final_loss"] for run in found] for rate, found in on_shared_seeds(of_method).items()}
         draw(rates_axes, finals, label=f"{name} (best: {rate:g})", **style)
-        means = [mean_loss(found) for found in by_rate(of_method).values()]
-        highest = max([highest, *(mean for mean in means if mean <= PICTURED * lowest)])
+        highest = max([highest, *(mean for mean in rate_losses(of_method).values() if mean <= PICTURED * lowest)])
         curves = [dict(run["losses"]) for run in runs]
-        draw(steps_axes, {step: [curve.get(step) for curve in curves] for step in curves[0]}, **style)
+        for axes in curve_axes:
+            draw(axes, {step: [curve[step] for curve in curves] for step in steps_of_all(runs)}, **style)
         plain = batches.get(partner_of(name), [])
         leads = lead_over_steps(batches[name], plain) if name != partner_of(name) else []
         batches_axes.plot(range(1, len(leads) + 1), leads, color=style["color"])
@@ -482,13 +492,19 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
         room = 0.05 * (highest - lowest) or 0.01 * lowest
         rates_axes.set_ylim(lowest - 2 * room, highest + 2 * room)
     rates_axes.set(xscale="log", xlabel="learning rate", ylabel="final loss on unseen data", title=title)
-    steps_axes.set(xlabel="step", ylabel="loss on unseen data", title="each at its best learning rate")
+    for axes in curve_axes:
+        axes.set(xlabel="step", ylabel="loss on unseen data", title="each at its best learning rate")
     batches_axes.set(xlabel="step", ylabel="less plain LoRA's, mean of 5 steps", title="loss of the training batches")
     batches_axes.axhline(0.0, color="black", linewidth=0.8)
-    for axes in (rates_axes, steps_axes, batches_axes):
+    for axes in (rates_axes, *curve_axes, batches_axes):
         axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
+
+
+def steps_of_all(runs: Sequence[Record]) -> list[int]:
+    """Return the steps at which all of some runs were evaluated."""
+    return sorted(set.intersection(*({step for step, _ in run["losses"]} for run in runs)))
 
 
 def lead_over_steps(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
@@ -578,9 +594,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path, help="what compare_inits.py wrote")
     options = parser.parse_args(argv)
-    records = [json.loads(line) for line in options.lines.read_text(encoding="utf-8").splitlines()]
+    records = read_lines(options.lines)
     if not records:
-        parser.error(f"{options.lines} holds no result yet")
+        parser.error(f"{options.lines} {'holds no result yet' if options.lines.exists() else 'does not exist'}")
     text = report(records, options.lines)
     options.lines.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)

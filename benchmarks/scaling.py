@@ -43,7 +43,6 @@ from lora_da_hf.cli.planning import measure_speed
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
 MIB = 2**20
 WINDOW_MIB = 128
@@ -91,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="besides one, which all need")
     parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
+    parser.add_argument("--output", type=Path, default=Path("outputs/scaling.json"))
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

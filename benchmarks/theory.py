@@ -43,7 +43,6 @@ from lora_da_hf.theory.guidance import build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import factorize_input
 from lora_da_hf.theory.solve import factorize, solve_layer
 
-RESULTS = Path(__file__).resolve().parent / "results"
 D_IN, D_OUT, RANK = 32, 16, 4
 NOISE = 0.5
 RIDGE = 0.1
@@ -222,11 +221,12 @@ def oracle(known: Known) -> Tensor:
 
 
 THEORY = LoRADAConfig(variance_weight=1.0)
-"""The package's damping, and the variance term at the weight that the theory gives it."""
+"""The package's damping, and the variance term at the weight that the theory gives it: ``LoRA-DA`` here."""
 
 METHODS: dict[str, Callable[[Known], Tensor]] = {
     "oracle": oracle,
     "LoRA-DA": lambda known: lora_da(known.empirical, known.count, THEORY),
+    "LoRA-DA, default": lambda known: lora_da(known.empirical, known.count, LoRADAConfig()),
     "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, THEORY),
     "LoRA-DA, Fisher metric": lambda known: lora_da(
         known.empirical, known.count, LoRADAConfig(variance_weight=1.0, metric="fisher")
@@ -503,7 +503,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="problems with A frozen; a third of them with A trained")
     parser.add_argument("--frozen_only", action="store_true", help="with A frozen alone, which takes seconds")
-    parser.add_argument("--output", type=Path, default=RESULTS / "theory.json")
+    parser.add_argument("--output", type=Path, default=Path("outputs/theory.json"))
     options = parser.parse_args()
     start = time.perf_counter()
     seeds, fewer = range(options.trials), range(max(2, options.trials // 3))

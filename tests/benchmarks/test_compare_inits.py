@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from harness import make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cells
 import compare_inits
 import designs
 import inits
+import lines
 import movement
 import report
 
@@ -73,7 +75,7 @@ def compare(model_dir, tmp_path):
                 *("--prompt_column", "question", "--completion_column", "answer", *flags),
             ]
         )
-        return designs.read_lines(output)
+        return lines.read_lines(output)
 
     return run
 
@@ -110,6 +112,22 @@ def test_every_method_runs_on_equal_terms(compare):
     assert records["lora_preconditioned"]["final_loss"] not in (records["lora"]["final_loss"], base)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in PEFT's LoRA-GA
+def test_every_method_runs_on_gpt2_but_those_that_cannot(compare, tmp_path, capsys):
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": len(make_tokenizer()), "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    block = {**BLOCK, "methods": sorted(inits.METHODS), "steps": [1]}
+    flags = ["--model_name_or_path", str(tmp_path / "gpt2")]
+    found = {record["cell"]["method"]: record for record in compare(block, flags=flags, evaluations=1)}
+    assert set(found) == {name for name in inits.METHODS if inits.why_missing(name) is None} - {"olora"}
+    assert "olora is left out: PEFT's OLoRA takes no Conv1D layers" in capsys.readouterr().err
+    base = found["lora"]["losses"][0][1]
+    for method in NO_OPS & set(found):
+        assert found[method]["losses"][0][1] == pytest.approx(base, rel=2e-3), method
+    assert found["lora_da"]["losses"][0][1] != pytest.approx(base, rel=1e-5)
+
+
 def cell_of(block, method):
     return {"method": method, "learning_rate": 1e-3, "rank": 2, "seed": 0, "steps": 4}
 
@@ -142,6 +160,25 @@ def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path, 
     assert [r["losses"] for r in again] == [r["losses"] for r in records]
     assert compare(block) == again
     assert len(calls) == 5 + 4
+
+
+def test_a_look_at_the_lines_leaves_a_line_that_is_being_written(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    assert lines.read_lines(path) == [{"a": 1}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2'
+    lines.add_line(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+
+
+def test_cells_of_another_model_by_the_same_name_are_not_taken_for_this_one_s(compare, model_dir, tmp_path):
+    block = {**BLOCK, "methods": ["lora"]}
+    compare(block)
+    other = tmp_path / "other" / model_dir.name
+    make_tiny_llama(hidden_size=16, intermediate_size=24, num_attention_heads=2, seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    with pytest.raises(ConfigError, match=f"another model by the name {model_dir.name}: its weights differ"):
+        compare(block, flags=["--model_name_or_path", str(other)])
 
 
 @pytest.mark.parametrize("method", ["lora_da", "pissa"])
@@ -330,11 +367,11 @@ def test_the_demo_s_model_and_data_can_be_taken(model_dir, tmp_path, monkeypatch
     design.write_text(json.dumps({**SMALL, "blocks": [{**BLOCK, "methods": ["lora"], "steps": [0]}]}))
     flags = ["--design", str(design), "--output", str(output), "--held_out"]
     compare_inits.main([*flags, held_out])
-    (record,) = designs.read_lines(output)
+    (record,) = lines.read_lines(output)
     assert (record["subject"]["train"], record["subject"]["validation"]) == sizes
     assert record["subject"]["dtype"] == "bfloat16"
     compare_inits.main([*flags, held_out, "--dtype", "float32"])
-    assert [record["subject"]["dtype"] for record in designs.read_lines(output)] == ["bfloat16", "float32"]
+    assert [record["subject"]["dtype"] for record in lines.read_lines(output)] == ["bfloat16", "float32"]
     with pytest.raises(SystemExit):
         compare_inits.main([*flags, "classes"])
 
@@ -371,7 +408,7 @@ def test_no_more_cells_than_asked_are_run_apart(compare, isolate):
 
 
 def test_methods_that_diverged_or_are_missing_do_not_stop_those_that_follow(compare, monkeypatch, capsys):
-    monkeypatch.setattr(compare_inits, "why_missing", lambda method: "no EVA here" if method == "eva" else None)
+    monkeypatch.setattr(compare_inits, "why_missing", lambda method, _: "no EVA here" if method == "eva" else None)
     first = {**BLOCK, "methods": ["eva", "lora", "lora_fa"], "learning_rates": [1e30, 1e-3]}
     second = {**BLOCK, "name": "next", "methods": ["eva", "lora_fa", "lora"], "steps": [2]}
     second["learning_rates"] = {"best_of": "all", "times": [1]}
@@ -473,12 +510,41 @@ def test_the_rate_warms_up_and_falls_to_zero():
         ({"settings": [{}, {"metrics": "fisher"}]}, r"Unknown settings \['metrics'\]"),
         ({"settings": {"num_samples": 0}}, "num_samples=0 must be at least 1"),
         ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
+        ({"evaluations": 0}, "block 'all' needs evaluations of at least 1"),
+        ({"num_train": 41}, r"Block 'all' trains on 41 samples \(num_train\), and there are 40"),
     ],
 )
 def test_mistakes_in_a_design_are_errors(compare, change, message):
     block = {name: value for name, value in {**BLOCK, **change}.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         compare(block)
+
+
+def test_a_design_that_cannot_be_read_and_blocks_that_are_not_there_are_errors(compare, tmp_path):
+    with pytest.raises(ConfigError, match=r"--blocks: the design has no most, some, only all\."):
+        compare(BLOCK, flags=["--blocks", "some", "most", "all"])
+    for text in (None, "{"):
+        path = tmp_path / "other.json"
+        path.write_text(text) if text else path.unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match="cannot be read as a design"):
+            compare(BLOCK, flags=["--design", str(path)])
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_answers_need_prompts(compare, tmp_path):
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"text": "w3 w4 w5 w6 " * 40}) + "\n")
+    (tmp_path / "design.json").write_text(
+        json.dumps({**SMALL, "accuracy_samples": 2, "blocks": [{**BLOCK, "methods": ["lora"]}]})
+    )
+    plain = str(tmp_path / "plain.jsonl")
+    words = ["--train_file", plain, "--validation_file", plain, "--block_size", "16"]
+    words += ["--design", str(tmp_path / "design.json"), "--output", str(tmp_path / "out.jsonl")]
+    model = tmp_path / "model"
+    make_tiny_llama(hidden_size=16, intermediate_size=24, num_attention_heads=2).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    with pytest.raises(ConfigError, match=r"'all' generates answers \(accuracy_samples\), and samples have no prompts"):
+        compare_inits.main([*words, "--model_name_or_path", str(model)])
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("path", sorted((Path(inits.__file__).parent / "designs").glob("*.json")), ids=lambda p: p.stem)
