@@ -48,14 +48,8 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
 
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.run import DEFAULT_SEED
-    from lora_da_hf.training.text_data import (
-        choose_block_size,
-        column_names,
-        load_model,
-        tokenize,
-        used_columns,
-        with_adapter,
-    )
+    from lora_da_hf.training.text_data import column_names, tokenize, used_columns
+    from lora_da_hf.training.text_model import choose_block_size, load_model, with_adapter
 
     output.message(used_columns("training", column_names("training", rows), text))
     output.message(f"Loading {arguments.model}")

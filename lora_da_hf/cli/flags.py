@@ -165,7 +165,7 @@ def load_base_model(arguments: argparse.Namespace, output: Output, peft_config: 
         hide_progress_bars()
     output.message(f"Loading {arguments.base_model}")
     from lora_da_hf.pipeline.base_model import remember_commit
-    from lora_da_hf.training.text_data import naming_model
+    from lora_da_hf.training.text_model import naming_model
 
     revision = arguments.model_revision or "main"
     kind = _class_of_base(peft_config)

@@ -21,7 +21,7 @@ from lora_da_hf.pipeline.memory import all_weights, solver_threads, usable_memor
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs, input_groups
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
-from lora_da_hf.training.text_data import naming_model, with_adapter
+from lora_da_hf.training.text_model import naming_model, with_adapter
 
 _SPEED_OF_A_PASS = 0.68
 """Speed of a forward and backward pass as a part of that of large matrix products."""

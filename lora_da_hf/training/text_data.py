@@ -1,10 +1,8 @@
-"""Text as training data: rows from a file, tokenised samples, and the model that they are for."""
+"""Text as training data: rows from a file or a data set, and tokenised samples."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Generator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,15 +13,13 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from datasets.table import CastError
 from pandas.errors import EmptyDataError
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.errors import ConfigError, DataError, TargetError
-from lora_da_hf.pipeline.base_model import remember_commit
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, ModelArguments, TextArguments, loader_of
+from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, TextArguments, loader_of
+from lora_da_hf.training.text_model import one_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +91,10 @@ def _has_no_rows(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return, as one sentence, what a library says of an error, whose cause is behind one of `datasets`."""
+    """Return what `datasets` says of an error, or what the error behind it says."""
     if isinstance(error.__cause__, CastError):
         return "its files have different columns."
-    told = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    text = " ".join(lines[: 1 if isinstance(told, OSError) else 2]) or type(told).__name__
-    return f"{text:.300}".rstrip(".,: ") + "."
+    return one_sentence(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
 
 
 def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
@@ -275,90 +268,3 @@ def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenize
     prompt_ids: Any = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
     reply_ids: Any = tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
     return prompt_ids, reply_ids
-
-
-def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and its tokenizer, and make sure that the tokenizer can pad.
-
-    Raises:
-        ConfigError: if there is no such model, or no tokenizer, or not one for this model.
-    """
-    shared = {
-        "cache_dir": arguments.cache_dir,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    revision = arguments.model_revision
-    source = arguments.tokenizer_name or name
-    of_model = {} if arguments.tokenizer_name else {"revision": revision}
-    with naming_model(name):
-        AutoConfig.from_pretrained(name, revision=revision, **shared)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ConfigError(
-            f"No tokenizer can be loaded from {source}: {_reason(error)} Name one with "
-            "--tokenizer_name, or do what it says there."
-        ) from error
-    if tokenizer.eos_token is None:
-        raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    with naming_model(name):
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
-    remember_commit(model, revision=revision, cache_dir=arguments.cache_dir)
-    embeddings: Any = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "
-            "use the tokenizer that belongs to the model."
-        )
-    return model, tokenizer
-
-
-@contextlib.contextmanager
-def naming_model(name: str) -> Generator[None]:
-    """Say, when a model or its config cannot be loaded in the block, that it is the model's name to look at.
-
-    Raises:
-        ConfigError: if it cannot, or the name is that of a file or of a folder without a model.
-    """
-    if Path(name).is_file():
-        raise ConfigError(f"{name} is a file, no model. Name a model on the Hub or the folder of one.")
-    if Path(name).is_dir() and not (Path(name) / CONFIG_NAME).is_file():
-        raise ConfigError(f"{name} is a folder without a {CONFIG_NAME}, so no model. Name the folder of one.")
-    if not Path(name).exists() and not is_repo_id(name):
-        raise ConfigError(f"{name} is no folder that exists, and no name that the Hub allows. Check the model's name.")
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
-            raise
-        advice = " Check the name and the connection; a private or gated model needs `hf auth login`."
-        is_missing = isinstance(error, OSError)
-        raise ConfigError(f"The model {name} cannot be loaded: {_reason(error)}{advice * is_missing}") from error
-
-
-def with_adapter(model: Any, lora: LoraConfig) -> Any:
-    """Wrap a model with an adapter.
-
-    Raises:
-        TargetError: if no layer has the name of a target.
-    """
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise
-        raise TargetError(f"--target_modules: {_reason(error)} Name layers of the model.") from error
-
-
-def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if wanted is not None and wanted > limit:
-        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
-    return min(wanted or 1024, limit)

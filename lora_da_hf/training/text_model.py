@@ -1,0 +1,114 @@
+"""The model that text is for, with its tokenizer and an adapter, and errors that name what to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from lora_da_hf.artifacts.fingerprint import is_repo_id
+from lora_da_hf.errors import ConfigError, TargetError
+from lora_da_hf.pipeline.base_model import remember_commit
+from lora_da_hf.training.arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad.
+
+    Raises:
+        ConfigError: if there is no such model, or no tokenizer, or not one for this model.
+    """
+    shared = {
+        "cache_dir": arguments.cache_dir,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    revision = arguments.model_revision
+    source = arguments.tokenizer_name or name
+    of_model = {} if arguments.tokenizer_name else {"revision": revision}
+    with naming_model(name):
+        AutoConfig.from_pretrained(name, revision=revision, **shared)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ConfigError(
+            f"No tokenizer can be loaded from {source}: {one_sentence(error)} Name one with "
+            "--tokenizer_name, or do what it says there."
+        ) from error
+    if tokenizer.eos_token is None:
+        raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    with naming_model(name):
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
+    remember_commit(model, revision=revision, cache_dir=arguments.cache_dir)
+    embeddings: Any = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens but the model embeds only {embeddings}: "
+            "use the tokenizer that belongs to the model."
+        )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def naming_model(name: str) -> Generator[None]:
+    """Say, when a model or its config cannot be loaded in the block, that it is the model's name to look at.
+
+    Raises:
+        ConfigError: if it cannot, or the name is that of a file or of a folder without a model.
+    """
+    if Path(name).is_file():
+        raise ConfigError(f"{name} is a file, no model. Name a model on the Hub or the folder of one.")
+    if Path(name).is_dir() and not (Path(name) / CONFIG_NAME).is_file():
+        raise ConfigError(f"{name} is a folder without a {CONFIG_NAME}, so no model. Name the folder of one.")
+    if not Path(name).exists() and not is_repo_id(name):
+        raise ConfigError(f"{name} is no folder that exists, and no name that the Hub allows. Check the model's name.")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
+            raise
+        advice = " Check the name and the connection; a private or gated model needs `hf auth login`."
+        is_missing = isinstance(error, OSError)
+        raise ConfigError(f"The model {name} cannot be loaded: {one_sentence(error)}{advice * is_missing}") from error
+
+
+def with_adapter(model: Any, lora: LoraConfig) -> Any:
+    """Wrap a model with an adapter.
+
+    Raises:
+        TargetError: if no layer has the name of a target.
+    """
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        raise TargetError(f"--target_modules: {one_sentence(error)} Name layers of the model.") from error
+
+
+def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if wanted is not None and wanted > limit:
+        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
+    return min(wanted or 1024, limit)
+
+
+def one_sentence(error: BaseException) -> str:
+    """Return what a library says of an error, the beginning of it as one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 1 if isinstance(error, OSError) else 2]) or type(error).__name__
+    return f"{text:.300}".rstrip(".,: ") + "."
