@@ -76,7 +76,7 @@ class Subject:
     validation: list[dict[str, Any]]
     facts: dict[str, Any]
     weights_sha256: str
-    kinds: frozenset[type[nn.Module]] = frozenset()
+    kinds: frozenset[type[nn.Module]]
     statistics: Path | None = None
 
     @classmethod

@@ -1,6 +1,6 @@
 """Compare initialisations on equal terms: the same model, data, order, scaling, targets, rank and budget for all.
 
-    python benchmarks/compare_inits.py --design benchmarks/designs/gsm8k.json --output benchmarks/results/gsm8k.jsonl \
+    python benchmarks/compare_inits.py --design benchmarks/designs/gsm8k.json --output outputs/gsm8k.jsonl \
         --model_name_or_path MODEL --train_file train.jsonl --validation_file validation.jsonl \
         --prompt_column question --completion_column answer --block_size 192 --dtype bfloat16
 
@@ -166,16 +166,17 @@ def check_samples(design: dict[str, Any], blocks: list[str], subject: Subject) -
     """
     for block in chosen_blocks(design, blocks):
         shared = shared_settings(design, block)
-        if (shared["num_train"] or 0) > len(subject.train):
+        if not 0 < (shared["num_train"] or 1) <= len(subject.train):
             raise ConfigError(
                 f"Block {block['name']!r} trains on {shared['num_train']} samples (num_train), and there are "
                 f"{len(subject.train)}. Lower it, or give more data."
             )
         asked = subject.validation[: shared["accuracy_samples"]]
-        if any(sample["labels"][0] != IGNORED_LABEL for sample in asked):
+        bare = [place for place, sample in enumerate(asked) if sample["labels"][0] != IGNORED_LABEL]
+        if bare:
             raise ConfigError(
-                f"Block {block['name']!r} generates answers (accuracy_samples), and samples have no prompts. Give "
-                "--prompt_column and --completion_column, or leave it out."
+                f"Block {block['name']!r} generates answers (accuracy_samples), and validation sample {bare[0]} has no "
+                "prompt. Give --prompt_column and --completion_column, and prompts that are not empty."
             )
 
 
@@ -234,7 +235,8 @@ def run_apart(argv: list[str], output: Path, hours: float | None, max_cells: int
             return
         before = now
         one = [sys.executable, __file__, *argv, "--isolate", "false", "--max_cells", "1"]  # the last of each counts
-        subprocess.run(one, check=True)
+        if (code := subprocess.run(one, check=False).returncode) != 0:
+            sys.exit(code)
 
 
 def keep_lines(path: Path, lines: list[str]) -> Path:
@@ -276,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--held_out takes model and data of the demo: leave {given} out")
     if not (arguments.design and arguments.output and (arguments.held_out or model.model_name_or_path)):
         parser.error("--design, --output and --model_name_or_path (or --held_out) are needed")
+    chosen_blocks(read_design(arguments.design), arguments.blocks)  # before model and data are loaded
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
     run_clm.check_columns_and_sizes(parser.error, data)

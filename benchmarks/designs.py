@@ -59,6 +59,8 @@ def read_design(path: str | Path) -> dict[str, Any]:
         design = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a design: {error}.") from error
+    if not isinstance(design, dict):
+        raise ConfigError(f"{path} is no design: it holds a {type(design).__name__} where an object should be.")
     names = {"name", "why", *PRODUCT.values(), *SHARED}
     unknown = set(design) - {"blocks", "why", *SHARED}
     earlier: list[str] = []
@@ -80,8 +82,10 @@ def read_design(path: str | Path) -> dict[str, Any]:
             LoRADAConfig.from_dict(settings)
         shared = shared_settings(design, block)
         unknown |= {shared["reads"]} - set(READS)
-        if shared["evaluations"] < 1:
-            raise ConfigError(f"{path}: block {block['name']!r} needs evaluations of at least 1, where a cell ends.")
+        for name, least in (("evaluations", 1), ("accuracy_samples", 0), ("num_train", 1)):
+            value = shared[name]
+            if not (value is None and name == "num_train") and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{path}: block {block['name']!r} has {name} {value!r}: give {least} or more.")
         if len(sets_of_settings(design, block)) == 1:
             earlier.append(block["name"])
     if unknown or not design.get("blocks"):

@@ -11,7 +11,7 @@ the passes alone: no solve is charged to it.
 
 With `--peers`, PEFT's EVA, CorDA and LoRA-GA are measured in the same run, each by its documented call and its default
 settings on the same model and the same batches (CorDA takes single samples, EVA leaves all ranks equal). One that is
-not done after `--peer_seconds` is stopped, and the table says so.
+not done after `--peer_seconds` is stopped, and the table says so. Results go to `outputs`, or where `--output` says.
 """
 
 from __future__ import annotations

@@ -19,17 +19,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def end_of_lines(content: bytes) -> int:
-    """Return the length of the whole lines."""
-    return content.rfind(b"\n") + 1
+    """Return the length of the whole lines: the last may lack its end, and is whole if it is JSON."""
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        return end
+    return len(content)
 
 
 def add_line(path: Path, record: dict[str, Any]) -> None:
     """Add a finished cell in place of a line that was cut off, so that it is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    begin = ""
     if path.exists():
-        os.truncate(path, end_of_lines(path.read_bytes()))
+        content = path.read_bytes()
+        end = end_of_lines(content)
+        os.truncate(path, end)
+        begin = "" if content[:end].endswith(b"\n") or not end else "\n"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(begin + json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,6 +1,6 @@
 """Tables and plots of what `compare_inits.py` wrote.
 
-    python benchmarks/report.py benchmarks/results/gsm8k.jsonl
+    python benchmarks/report.py outputs/gsm8k.jsonl
 
 For each rank, number of steps and number of training samples: every method at the learning rate of its lowest mean
 final loss, with mean, standard deviation and number of seeds; the other learning rates; how far training went; and what
@@ -498,8 +498,8 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
     batches_axes.axhline(0.0, color="black", linewidth=0.8)
     for axes in (rates_axes, *curve_axes, batches_axes):
         axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3 if has_curves else 2)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def steps_of_all(runs: Sequence[Record]) -> list[int]:

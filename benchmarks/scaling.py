@@ -5,7 +5,7 @@ it on a machine that does nothing else and has a core for each process:
 
     python benchmarks/scaling.py
 
-Every run is kept once it is done, and `--resume` adds those that are missing.
+Every run is kept once it is done, in `outputs` or where `--output` says, and `--resume` adds those that are missing.
 
 The second table is computed for Llama-2-7B and 70B from the cost model of `lora_da_hf.pipeline.plan`, which the first
 table checks: the memory and the passes against what was measured, the seconds by the speed of one process in one pass.

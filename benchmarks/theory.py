@@ -14,7 +14,8 @@ input covariance S, for the subspace Q [d_in, r] that the method chose:
   of it wherever inputs are correlated, so the bias is ``||Delta (I - S Q (Q^T S Q)^-1 Q^T)||^2``; what it cannot make
   up adds to the noise; and n samples count as n - r - 1.
 
-Trials differ in target and data; methods are compared on the same ones.
+Trials differ in target and data; methods are compared on the same ones. Tables, picture and numbers go to `outputs`, or
+where `--output` says.
 """
 
 from __future__ import annotations
@@ -472,13 +473,14 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
     sizes = sorted({record["samples"] for record in frozen})
     for row, model in zip(axes, MODELS, strict=True):
         for axis, (quantity, guess) in zip(row, (("distance", "exact"), ("excess", "excess")), strict=True):
-            for color, method in enumerate(METHODS):
+            for number, method in enumerate(METHODS):
                 found = [select(frozen, model=model, samples=count, method=method) for count in sizes]
                 measured = [mean_and_error([r[quantity] for r in f]) for f in found]
                 guesses = [stats.fmean(r["predicted"][guess] for r in f) for f in found]
                 means, errors = zip(*measured, strict=True)
-                axis.errorbar(sizes, means, errors, color=f"C{color}", label=method, capsize=2)
-                axis.plot(sizes, guesses, ":", color=f"C{color}")
+                style = {"color": f"C{number % 10}", "marker": "os"[number // 10]}
+                axis.errorbar(sizes, means, errors, label=method, capsize=2, markersize=3, **style)
+                axis.plot(sizes, guesses, ":", color=style["color"])
             name = "squared distance / ||Delta||²" if quantity == "distance" else "excess loss, nats"
             axis.set(xscale="log", yscale="log", xlabel="samples", ylabel=name, title=f"{model} regression, A frozen")
     handles, labels = axes[0, 0].get_legend_handles_labels()

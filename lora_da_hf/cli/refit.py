@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def refit_parser() -> argparse.ArgumentParser:
     for action in settings._actions:
         action.default = argparse.SUPPRESS
         if action.dest.removeprefix(PREFIX) not in shown:
-            action.help = argparse.SUPPRESS  # one that refit refuses, with a reason, or that has a flag above
+            action.help = argparse.SUPPRESS  # one that refit cannot change, or that has a flag above
+        elif action.help is not None:
+            action.help = re.sub(r" \(default: .*\)$| None: .*$", "", action.help) + " (default: as stored)"
     return joined(own, settings)
 
 

@@ -149,12 +149,14 @@ def text_column(name: str, columns: list[str], data: TextArguments) -> str:
     if data.text_column:
         require_columns(name, columns, data.text_column)
         return data.text_column
-    if len(columns) > 1 and "text" not in columns:
+    if "text" in columns:
+        return "text"
+    if len(columns) != 1:
         raise DataError(
             f"The {name} data has the columns {_few(columns)}, and none called 'text'. Say what to train on: pairs "
             "with --prompt_column and --completion_column, or plain text with --text_column."
         )
-    return "text" if "text" in columns else columns[0]
+    return columns[0]
 
 
 def used_columns(name: str, columns: list[str], data: TextArguments) -> str:

@@ -117,15 +117,17 @@ def test_every_method_runs_on_gpt2_but_those_that_cannot(compare, tmp_path, caps
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": len(make_tokenizer()), "n_positions": 64}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "gpt2")
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
-    block = {**BLOCK, "methods": sorted(inits.METHODS), "steps": [1]}
+    block = {**BLOCK, "methods": [*sorted(inits.METHODS), "lora_on_da"], "steps": [1]}
     flags = ["--model_name_or_path", str(tmp_path / "gpt2")]
     found = {record["cell"]["method"]: record for record in compare(block, flags=flags, evaluations=1)}
-    assert set(found) == {name for name in inits.METHODS if inits.why_missing(name) is None} - {"olora"}
+    assert set(found) == {name for name in block["methods"] if inits.why_missing(name) is None} - {"olora"}
     assert "olora is left out: PEFT's OLoRA takes no Conv1D layers" in capsys.readouterr().err
     base = found["lora"]["losses"][0][1]
     for method in NO_OPS & set(found):
         assert found[method]["losses"][0][1] == pytest.approx(base, rel=2e-3), method
-    assert found["lora_da"]["losses"][0][1] != pytest.approx(base, rel=1e-5)
+    start = found["lora_da"]["losses"][0][1]
+    assert start != pytest.approx(base, rel=1e-5)
+    assert found["lora_on_da"]["losses"][0][1] == pytest.approx(start, rel=1e-5)
 
 
 def cell_of(block, method):
@@ -164,6 +166,9 @@ def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path, 
 
 def test_a_look_at_the_lines_leaves_a_line_that_is_being_written(tmp_path):
     path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')  # whole, but for its end
+    lines.add_line(path, {"a": 3})
+    assert lines.read_lines(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
     path.write_text('{"a": 1}\n{"a": 2')
     assert lines.read_lines(path) == [{"a": 1}]
     assert path.read_text() == '{"a": 1}\n{"a": 2'
@@ -470,7 +475,13 @@ def test_an_answer_is_the_last_match_of_the_pattern_behind_the_prompt(model_dir)
 
     samples = [{"input_ids": [9, 9, *answer], "labels": [-100, -100, *answer]} for answer in ([8, 7], [7, 8], [5, 7])]
     subject = cells.Subject(
-        arguments=None, tokenizer=tokenizer, train=[], validation=samples, facts={}, weights_sha256=""
+        arguments=None,
+        tokenizer=tokenizer,
+        train=[],
+        validation=samples,
+        facts={},
+        weights_sha256="",
+        kinds=frozenset(),
     )
     cell = {"accuracy_samples": 3, "max_new_tokens": 4, "answer_pattern": r"w(\d+)"}
     assert cells.exact_match(Echo(), subject, cell)["correct"] == 2
@@ -510,7 +521,9 @@ def test_the_rate_warms_up_and_falls_to_zero():
         ({"settings": [{}, {"metrics": "fisher"}]}, r"Unknown settings \['metrics'\]"),
         ({"settings": {"num_samples": 0}}, "num_samples=0 must be at least 1"),
         ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
-        ({"evaluations": 0}, "block 'all' needs evaluations of at least 1"),
+        ({"evaluations": 0}, "block 'all' has evaluations 0: give 1 or more"),
+        ({"num_train": 0}, "block 'all' has num_train 0: give 1 or more"),
+        ({"accuracy_samples": "all"}, "block 'all' has accuracy_samples 'all': give 0 or more"),
         ({"num_train": 41}, r"Block 'all' trains on 41 samples \(num_train\), and there are 40"),
     ],
 )
@@ -523,12 +536,25 @@ def test_mistakes_in_a_design_are_errors(compare, change, message):
 def test_a_design_that_cannot_be_read_and_blocks_that_are_not_there_are_errors(compare, tmp_path):
     with pytest.raises(ConfigError, match=r"--blocks: the design has no most, some, only all\."):
         compare(BLOCK, flags=["--blocks", "some", "most", "all"])
-    for text in (None, "{"):
+    for text, message in (
+        (None, "cannot be read as a"),
+        ("{", "cannot be read as a"),
+        ("[]", "no design: it holds a l"),
+    ):
         path = tmp_path / "other.json"
         path.write_text(text) if text else path.unlink(missing_ok=True)
-        with pytest.raises(ConfigError, match="cannot be read as a design"):
+        with pytest.raises(ConfigError, match=message):
             compare(BLOCK, flags=["--design", str(path)])
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_mistake_of_a_cell_in_a_process_of_its_own_ends_all(compare, capfd):
+    with pytest.raises(SystemExit) as left:
+        compare({**BLOCK, "methods": ["lora"], "num_train": 41}, flags=["--isolate", "true"])
+    assert left.value.code == 1
+    error = capfd.readouterr().err
+    assert "compare_inits.py: error: Block 'all' trains on 41 samples" in error
+    assert "Traceback" not in error
 
 
 def test_answers_need_prompts(compare, tmp_path):
@@ -542,7 +568,9 @@ def test_answers_need_prompts(compare, tmp_path):
     model = tmp_path / "model"
     make_tiny_llama(hidden_size=16, intermediate_size=24, num_attention_heads=2).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    with pytest.raises(ConfigError, match=r"'all' generates answers \(accuracy_samples\), and samples have no prompts"):
+    with pytest.raises(
+        ConfigError, match=r"'all' generates answers \(accuracy_samples\), and validation sample 0 has no prompt"
+    ):
         compare_inits.main([*words, "--model_name_or_path", str(model)])
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -593,6 +593,9 @@ def test_the_help_of_refit_shows_the_settings_that_it_takes_and_each_once(lora_d
     named = set(re.findall(r"--(?:da_)?([a-z_]+)", out))
     assert named & {field.name for field in dataclasses.fields(LoRADAConfig)} == FREE_IN_REFIT
     assert not {"--da_step_size", "--da_rank_budget"} & set(re.findall(r"--[a-z_]+", out))
+    text = " ".join(out.split())
+    assert "(default: as stored)" in text
+    assert "0.1*mean)" not in text
 
 
 def test_refit_refuses_a_setting_of_the_pass_even_at_its_default(lora_da, stored, tmp_path):
