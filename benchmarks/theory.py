@@ -478,9 +478,9 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
                 measured = [mean_and_error([r[quantity] for r in f]) for f in found]
                 guesses = [stats.fmean(r["predicted"][guess] for r in f) for f in found]
                 means, errors = zip(*measured, strict=True)
-                style = {"color": f"C{number % 10}", "marker": "os"[number // 10]}
-                axis.errorbar(sizes, means, errors, label=method, capsize=2, markersize=3, **style)
-                axis.plot(sizes, guesses, ":", color=style["color"])
+                color = f"C{number}" if number < 10 else "black"  # there are ten
+                axis.errorbar(sizes, means, errors, color=color, label=method, capsize=2)
+                axis.plot(sizes, guesses, ":", color=color)
             name = "squared distance / ||Delta||²" if quantity == "distance" else "excess loss, nats"
             axis.set(xscale="log", yscale="log", xlabel="samples", ylabel=name, title=f"{model} regression, A frozen")
     handles, labels = axes[0, 0].get_legend_handles_labels()

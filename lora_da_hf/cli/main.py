@@ -172,9 +172,10 @@ def make_parser(verb: Verb | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora-da",
         description="Compute, look into and share LoRA initialisations.",
-        epilog="example:\n  lora-da init MODEL train.jsonl my-init --prompt_column prompt --completion_column completion"
-        "\n\n`lora-da VERB --help` shows the flags of a verb. "
-        "Tokens for the Hub come\nfrom `hf auth login` or HF_TOKEN, and the endpoint from HF_ENDPOINT.",
+        epilog="example:\n"
+        "  lora-da init MODEL train.jsonl my-init --prompt_column prompt --completion_column completion\n\n"
+        "`lora-da VERB --help` shows the flags of a verb. Tokens for the Hub come\n"
+        "from `hf auth login` or HF_TOKEN, and the endpoint from HF_ENDPOINT.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
