@@ -166,7 +166,7 @@ def check_samples(design: dict[str, Any], blocks: list[str], subject: Subject) -
     """
     for block in chosen_blocks(design, blocks):
         shared = shared_settings(design, block)
-        if not 0 < (shared["num_train"] or 1) <= len(subject.train):
+        if (shared["num_train"] or 0) > len(subject.train):
             raise ConfigError(
                 f"Block {block['name']!r} trains on {shared['num_train']} samples (num_train), and there are "
                 f"{len(subject.train)}. Lower it, or give more data."
