@@ -58,6 +58,7 @@ def render_card(
     license: str | None,
     license_name: str | None = None,
     license_link: str | None = None,
+    base_license: str | None = None,
     repo_id: str | None = None,
     commit: str | None = None,
     base_model: str | None = None,
@@ -74,9 +75,10 @@ def render_card(
 
     Args:
         init: The initialisation.
-        license: The base model's licence, as the Hub names it; None: the card says that it is not known.
+        license: The initialisation's licence, by the Hub's name for it; None: the card says that there is none.
         license_name: Its name, if ``license`` is ``"other"``.
         license_link: Where its text is, if ``license`` is ``"other"``.
+        base_license: The base model's licence as the Hub has it; None: the card says that it is not known.
         repo_id: Where it is published; None: it is not.
         commit: The commit there that the card's lines of use name.
         base_model: Name of the base on the Hub, if it was computed from a local copy.
@@ -116,6 +118,7 @@ def render_card(
             license=license,
             license_name=license_name,
             license_link=license_link,
+            base_license=base_license,
             repo_id=repo_id,
             commit=commit,
             datasets=list(datasets),

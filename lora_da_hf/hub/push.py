@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from lora_da_hf.artifacts.card_files import PLOTS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import LICENSE_FILES
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD, Manifest
+from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD
 from lora_da_hf.artifacts.solved_from import check_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
@@ -23,7 +23,6 @@ from lora_da_hf.hub.page import license_of, own_page, render_page
 
 SCHEMA_TAG = f"schema-v{SCHEMA_VERSION}"
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _MAIN = "main"
 
 
@@ -127,7 +126,9 @@ def push_init(
             _check_license_link(stored.folder, licence["license_link"])
             named = base.name or stored.manifest.base_model["name_or_path"]
             missing = f"the Hub names none for its base {named!r}. Pass license=... (--license)"
-            page = render_page(stored, repo_id=repo_id, base_model=base_model, **licence, **facts)
+            page = render_page(
+                stored, repo_id=repo_id, base_model=base_model, base_license=base.license, **licence, **facts
+            )
         else:
             _refuse_facts({**licence, **facts})
             page = own_page(stored, card)
@@ -146,7 +147,7 @@ def push_init(
     with _adding(left if is_new else ""), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision, files_metadata=True)
         _check_visibility(head, private=private)
-        _check_replaceable(head, stored.manifest)
+        _check_replaceable(head)
         if parent_commit is not None and not create_pr and not str(head.sha).startswith(parent_commit):
             raise HubError(
                 f"{repo_id} is at {head.sha}, not at {parent_commit}: somebody else pushed meanwhile. Look at what "
@@ -229,10 +230,10 @@ def _check_visibility(info: ModelInfo, *, private: bool) -> None:
         )
 
 
-def _check_replaceable(info: ModelInfo, manifest: Manifest) -> None:
-    """Refuse to write over or beside a model that is no initialisation, such as a trained adapter."""
+def _check_replaceable(info: ModelInfo) -> None:
+    """Refuse a repo that holds anything but an initialisation: a trained adapter, a model, or somebody's card."""
     names = {sibling.rfilename for sibling in info.siblings or ()}
-    others = sorted(name for name in names if name in manifest.files or name.endswith(_WEIGHTS))
+    others = sorted(names - {".gitattributes", ".gitignore", *LICENSE_FILES})
     if others and MANIFEST_FILE not in names:
         raise HubError(
             f"{info.id} holds something else than an initialisation ({others[0]}), which a push would write over or "

@@ -203,6 +203,7 @@ OPTIONAL = {
     "license": ["apache-2.0", "other", None],
     "license_name": ["own", None],
     "license_link": ["https://example.org", None],
+    "base_license": ["apache-2.0", None],
     "repo_id": ["user/init", None],
     "commit": [COMMIT, None],
     "datasets": [["gsm8k"], []],
@@ -289,7 +290,7 @@ def test_metadata_has_no_undefined_value_for_any_combination_of_missing_facts(co
 def test_not_measured_is_said(stored):
     card = render_card(stored(report=make_report(unseen_loss_after=None)), license=None)
     assert "Not measured." in card
-    assert "licence is not known" in card
+    assert "This initialisation has no licence yet." in card
 
 
 def test_the_template_is_rendered_strictly(stored, monkeypatch):

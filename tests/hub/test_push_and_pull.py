@@ -131,9 +131,20 @@ def test_a_push_does_not_write_over_something_else(api, hub, init, push, setting
     assert len(hub.repos[REPO].commits) == before
 
 
-def test_a_push_to_a_repo_without_a_model(api, push, pull):
+@pytest.mark.parametrize("names", [["README.md", "config.json"], ["README.md"], ["config.json"], ["data/rows.csv"]])
+def test_a_push_does_not_take_over_a_repo_whose_card_or_config_is_not_ours(api, hub, push, names):
     api.create_repo(REPO, private=True)
-    for name in ("README.md", "LICENSE", "banner.png", ".gitignore"):
+    for name in names:
+        api.upload_file(path_or_fileobj=b"somebody's own", path_in_repo=name, repo_id=REPO)
+    head = hub.repos[REPO].branches["main"]
+    with pytest.raises(HubError, match=names[0]):
+        push(card=None)
+    assert hub.repos[REPO].branches["main"] == head
+
+
+def test_a_push_to_a_repo_with_a_licence_alone(api, push, pull):
+    api.create_repo(REPO, private=True)
+    for name in ("LICENSE", ".gitignore"):
         api.upload_file(path_or_fileobj=b"soon", path_in_repo=name, repo_id=REPO)
     assert push().commit == pull().commit
 
@@ -348,6 +359,18 @@ def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, know
     assert REPO not in hub.repos
     assert not push(private=False, card=None, license="apache-2.0").private
     assert metadata_of(hub)["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(("given", "stated"), [("mit", "mit"), (None, "apache-2.0")])
+def test_the_card_states_the_base_s_licence_as_the_hub_has_it(hub, push, given, stated):
+    make_base(hub, "license: apache-2.0")
+    push(card=None, license=given)
+    licences = card_of(hub).split("## Licences\n")[1].split("\n## ")[0]
+    assert metadata_of(hub)["license"] == stated
+    (of_base,) = [line for line in licences.splitlines() if "base model" in line]
+    assert "apache-2.0" in of_base
+    assert "mit" not in of_base
+    assert f"`{stated}`" in licences
 
 
 def files_of(hub):
