@@ -160,13 +160,10 @@ class LastStart:
             self.kept = None
             self.kept, self.key = make_start({**cell, "method": method}, subject), key
         assert self.kept is not None
-        model, on_optimizer = copy.deepcopy(
-            (self.kept.model, self.kept.setup.on_optimizer)
-        )  # which know its parameters
+        model = copy.deepcopy(self.kept.model)
         change(model, cell["method"], cell["seed"])
-        setup = dataclasses.replace(self.kept.setup, on_optimizer=on_optimizer)
         loss = None if cell["method"] in STARTS_ELSEWHERE else self.kept.loss
-        return dataclasses.replace(self.kept, model=model.to(training_device()), setup=setup, loss=loss), reused
+        return dataclasses.replace(self.kept, model=model.to(training_device()), loss=loss), reused
 
     def put_aside(self, cell: dict[str, Any]) -> dict[str, Factors] | None:
         """Return the adapter that was made from data, if a cell's method put a plain one in its place."""
@@ -293,8 +290,6 @@ def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str
     model, setup = start.model, start.setup
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
-    for prepare in setup.on_optimizer:
-        prepare(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
     losses = [[0, evaluate(model, setup, validation) if start.loss is None else start.loss]]

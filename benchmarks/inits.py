@@ -9,7 +9,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,12 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.afterwards import freeze_a
 from lora_da_hf.samples import choose_samples
 from lora_da_hf.setting_groups import SOLVE_SETTINGS
-from lora_da_hf.training.preconditioner import InputPreconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,6 @@ class Setup:
         settings: Of LoRADAConfig, over those of the method.
         statistics: Where this package's statistics of these samples are kept for other ranks and settings; None:
             nowhere.
-        on_optimizer: What a method adds to be called with the optimizer before training.
     """
 
     model: nn.Module
@@ -58,7 +55,6 @@ class Setup:
     batch_size: int
     settings: dict[str, Any]
     statistics: Path | None = None
-    on_optimizer: list[Callable[[Optimizer], None]] = field(default_factory=list)
 
     def config(self, **settings: Any) -> LoraConfig:
         """Make PEFT's config."""
@@ -192,14 +188,6 @@ def initialized(
         return apply_init(model, init, config=use, samples=samples, **arguments), True
 
 
-def lora_da_preconditioned(setup: Setup) -> Made:
-    """Make an adapter by this package's method, whose statistics shape the steps of A in training too."""
-    with tempfile.TemporaryDirectory() as folder:
-        model, notes = lora_da(LoRADAConfig, output_dir=f"{folder}/init", save_statistics=True)(setup)
-        setup.on_optimizer.append(InputPreconditioner.load(model, f"{folder}/init").attach)
-    return model, notes
-
-
 GRADIENT = {
     "input_damping": "1e8*mean",
     "output_damping": "1e8*mean",
@@ -219,7 +207,6 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_one": lora_da(LoRADAConfig, **GRADIENT),
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
-    "lora_da_preconditioned": lora_da_preconditioned,
 }
 """All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
 ``lora_one`` has this package's search and split, and differs from ``lora_da`` with equal steps in the direction
@@ -228,9 +215,8 @@ alone."""
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 """Methods that train B alone (LoRA-FA), by what they start from."""
 
-RESET = {"lora_preconditioned": "lora_da_preconditioned", "lora_beside_da": "lora_da"}
-"""Methods that put a plain adapter in place of one that was made from data: one keeps the optimizer's help, the other
-looks how much of that start plain LoRA finds by itself."""
+RESET = {"lora_beside_da": "lora_da"}
+"""Methods that put a plain adapter in place of one that was made from data, to see how much of it plain LoRA finds."""
 
 HALF = {"lora_da_half": "lora_da", "lora_da_half_fa": "lora_da"}
 """Methods that keep the first half of the directions of a start, and give the others up for rows of A as plain LoRA
@@ -240,7 +226,7 @@ MERGED = {"lora_on_da": "lora_da"}
 """Methods that put a start's update into the base's weights and train a plain adapter on top: the step without the
 subspace."""
 
-OWN = {"lora_one", "lora_da_paper", "lora_da", "lora_da_preconditioned"}
+OWN = {"lora_one", "lora_da_paper", "lora_da"}
 """Methods of ``METHODS`` that this package's settings go to."""
 
 READ_SAMPLES = {"eva", "corda", "lora_ga", *OWN}
