@@ -4,11 +4,9 @@ Usage: strategy_worker.py STRATEGY [CELL ...] FOLDER, started by torchrun with t
 DS_ACCELERATOR=cpu. The tests compare what it leaves. Without cells it does all but those that kill a process.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,14 +18,13 @@ from accelerate.utils import DistributedType
 from conftest import make_tiny_llama
 from datasets import Dataset, IterableDataset
 from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config, make_tokenizer
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
-from worker import RANK, SMALL, Dying, write
+from worker import SMALL, write
 
-from lora_da_hf import LoRADACallback, LoRADAError, LoRADATrainer
-from lora_da_hf.distributed.ranks import PeerFailed
+from lora_da_hf import LoRADACallback, LoRADATrainer
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "deepspeed"
 RATE = 1e-12  # a step that changes nothing
@@ -372,22 +369,6 @@ def again(folder, strategy):
     write(folder, "again", found)
 
 
-def share_layers(folder, strategy):
-    """Ask for what partitioned parameters do not allow."""
-    trainer = LoRADATrainer(
-        model=make_base(),
-        args=training_args(folder / "share_layers", strategy),
-        peft_config=lora_config(),
-        da_config=da_config(schedule="layers", save_statistics=False),
-        train_dataset=samples(),
-        data_collator=collate,
-    )
-    try:
-        trainer.train()
-    except LoRADAError as error:
-        write(folder, "share_layers", f"{type(error).__name__}: {error}")
-
-
 def resume(folder, strategy):
     """Stop after a step, go on from the checkpoint, and note whether the adapter is the checkpoint's."""
 
@@ -427,99 +408,11 @@ def scenarios(strategy):
     found = [again, resume]
     if strategy == "ddp":
         found += [stream, find_batch_size]
-    if strategy in PARTITIONED:
-        found.append(share_layers)
     if strategy in QUANTISED and importlib.util.find_spec("bitsandbytes"):
         found.append(qlora)
     if strategy in ("zero2", "zero3") and importlib.util.find_spec("trl"):
         found.append(sft)
     return found
-
-
-def nan_on_one_process(model, inputs, num_items_in_batch=None):
-    loss = model(**inputs).loss
-    return loss * float("nan") if RANK == 1 and torch.is_grad_enabled() else loss
-
-
-def broken_on_one_process(model, inputs, num_items_in_batch=None):
-    if RANK == 1 and torch.is_grad_enabled():
-        raise ValueError("broken on purpose")
-    return model(**inputs).loss
-
-
-def fail(folder, strategy, loss):
-    """Run an initialisation with a loss that fails in the pass, and note what this process gets."""
-    trainer = LoRADATrainer(
-        model=make_base(),
-        args=training_args(folder / loss.__name__, strategy),
-        peft_config=lora_config(),
-        da_config=da_config(loss_reduction="token_mean"),
-        train_dataset=samples(),
-        data_collator=collate,
-    )
-    trainer.compute_loss = loss
-    try:
-        trainer.train()
-    except (LoRADAError, PeerFailed) as error:
-        write(folder, loss.__name__, f"{type(error).__name__}: {error}")
-        raise
-
-
-def break_probe(folder, strategy):
-    """Fail on the second process when it collates two samples of the probe, and then in the middle of a pass of it."""
-
-    def broken_collate(batch):
-        if RANK == 1 and len(batch) == 2:
-            raise ValueError("broken on purpose")
-        return collate(batch)
-
-    def broken_loss(model, inputs, num_items_in_batch=None):
-        if RANK == 1:
-            raise ValueError("broken on purpose")
-        return model(**inputs).loss
-
-    for name, collator, loss in (
-        ("broken_in_collator", broken_collate, None),
-        ("broken_in_pass", collate, broken_loss),
-    ):
-        trainer = Trainer(
-            model=get_peft_model(make_base(), lora_config()),
-            args=training_args(folder / name, strategy),
-            train_dataset=samples(),
-            data_collator=collator,
-            callbacks=[LoRADACallback(da_config(), compute_loss=loss)],
-        )
-        try:
-            trainer.train()
-        except Exception as error:
-            write(folder, name, f"{type(error).__name__}: {error}")
-
-
-def save_often(folder, strategy, loss):
-    """Initialise with single samples, and the sums written after each; return how many batches were run."""
-    trainer = Trainer(
-        model=get_peft_model(make_base(), lora_config()),
-        args=training_args(folder, strategy, max_steps=1),
-        train_dataset=samples(),
-        data_collator=collate,
-        callbacks=[LoRADACallback(da_config(batch_size=1, statistics_save_steps=1), compute_loss=loss)],
-    )
-    trainer.train()
-    return loss.count
-
-
-def lose(folder, strategy):
-    """Kill the processes KILLED with their AT-th batch; one that is left says what it got."""
-    killed, at = os.environ["KILLED"], int(os.environ["AT"])
-    try:
-        save_often(folder / "killed", strategy, Dying(at if str(RANK) in killed else None))
-    except LoRADAError as error:
-        write(folder, f"lost_{killed}", f"{type(error).__name__}: {error}")
-
-
-def take_up(folder, strategy):
-    write(folder, "taken_up", save_often(folder / "killed", strategy, Dying()))
-    save_often(folder / "whole", strategy, Dying())
 
 
 def main():
@@ -536,21 +429,13 @@ def main():
         make_base().save_pretrained(folder / "base")
         make_tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "wide_base")
     PartialState().wait_for_everyone()
-    if only and only[0] in ("lose", "take_up", "break_probe"):
-        globals()[only[0]](folder, strategy)
-        write(folder, "done", True)
-        os._exit(0)  # the engine's own teardown may wait for the process that is gone
     for name, settings in cells(strategy).items():
         if not only or name in only:
             run_cell(folder, strategy, name, **settings)
     for scenario in scenarios(strategy):
         if not only or scenario.__name__ in only:
             scenario(folder, strategy)
-    with contextlib.suppress(LoRADAError, PeerFailed):
-        fail(folder, strategy, nan_on_one_process)
     write(folder, "done", True)
-    if strategy in PARTITIONED:
-        fail(folder, strategy, broken_on_one_process)  # the launcher has to end the process that waits
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from harness import (
     assert_statistics_equal,
     collate,
     make_config,
-    written_adapter,
 )
-from launching import guidance_of, launch, result, start_apart, stored_statistics
+from launching import guidance_of, launch, result, stored_statistics
 from peft import get_peft_model
 from safetensors.torch import load_file
 from strategy_worker import (
@@ -168,41 +167,6 @@ def test_windows_are_passes_of_all_processes_in_step(launched, strategy, checkpo
         assert "passes, each for a part of the layers" in plan
 
 
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
-def test_partitioned_parameters_and_layers_that_are_shared_are_refused(launched, strategy):
-    for rank in range(2):
-        message = result(launched(strategy), "share_layers", rank)
-        assert message.startswith("UnsupportedSetupError: schedule='layers' lets each process go back")
-
-
-IN_STEP = [("1", 3), ("0", 2), ("01", 1)]  # of four batches each, of which the second process's last is a filler
-EACH_ALONE = [("01", 3), ("0", 2)]  # of four and three: the other one's are done by then
-
-
-@pytest.mark.parametrize(
-    ("strategy", "kills", "left"),
-    [
-        pytest.param("zero2", EACH_ALONE, [1, 0], marks=needs_deepspeed),
-        pytest.param("zero3", IN_STEP, [1, 1], marks=needs_deepspeed),
-        pytest.param("fsdp2", IN_STEP, [1, 1]),
-    ],
-)
-def test_a_process_that_is_killed_ends_the_others_and_all_take_up_where_they_were(tmp_path, strategy, kills, left):
-    for killed, at in kills:
-        survivors = [rank for rank in range(2) if str(rank) not in killed]
-        command, settings = [strategy, "lose"], {"KILLED": killed, "AT": str(at), "DS_ACCELERATOR": "cpu"}
-        start_apart("strategy_worker.py", command, tmp_path, survivors=survivors, **settings)
-        told = (f"OutOfStepError: Process {rank} failed in the statistics pass: " for rank in survivors)
-        for rank in survivors:
-            assert result(tmp_path, f"lost_{killed}", rank).startswith((*told, "PeerGone: Another process is gone"))
-        assert len(list(tmp_path.glob(f"lost_{killed}.*"))) == len(survivors)
-    start_apart("strategy_worker.py", [strategy, "take_up"], tmp_path, DS_ACCELERATOR="cpu")
-    assert [result(tmp_path, "taken_up", rank) for rank in range(2)] == left
-    assert_same_tensors(
-        written_adapter(tmp_path / "killed" / "lora_da"), written_adapter(tmp_path / "whole" / "lora_da")
-    )
-
-
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
     for rank in range(2):
@@ -254,28 +218,3 @@ def test_a_base_in_4_bit_gives_the_statistics_of_one_process(launched, tmp_path,
     initialize_lora_da(model, samples(), **settings)
     statistics = stored_statistics(launched(strategy) / "qlora" / "lora_da")
     assert_statistics_equal(statistics, stored_statistics(tmp_path / "init"), TOLERANCES["fp32"])
-
-
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
-def test_a_loss_that_is_nan_on_one_process_fails_on_both(launched, strategy):
-    innocent, guilty = (result(launched(strategy), "nan_on_one_process", rank) for rank in range(2))
-    assert guilty.startswith("NonFiniteError: The loss of a batch is nan")
-    assert innocent == f"PeerFailed: Process 1 failed in the statistics pass: {guilty}"
-
-
-def test_a_failure_in_the_middle_of_a_pass_ends_the_run(launched):
-    message = result(launched("zero3"), "broken_on_one_process", 1)
-    assert message.startswith(
-        "OutOfStepError: Process 1 failed in the statistics pass: ValueError: broken on purpose. The others may wait"
-    )
-
-
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
-def test_a_failure_of_one_process_in_the_probe_ends_both_with_a_message(tmp_path, strategy):
-    start_apart("strategy_worker.py", [strategy, "break_probe"], tmp_path, DS_ACCELERATOR="cpu")
-    innocent, guilty = (result(tmp_path, "broken_in_collator", rank) for rank in range(2))
-    assert guilty == "ValueError: broken on purpose"
-    assert innocent == "PeerFailed: Process 1 failed in the probe: ValueError: broken on purpose"
-    innocent, guilty = (result(tmp_path, "broken_in_pass", rank) for rank in range(2))
-    assert guilty.startswith("OutOfStepError: Process 1 failed in the probe: ValueError: broken on purpose.")
-    assert innocent.startswith(("OutOfStepError: Process 0 failed in the probe: ", "PeerGone: Another process"))

@@ -1,6 +1,5 @@
 """Two gloo processes against one. Processes may abort at exit in gloo's teardown: what counts is what they wrote."""
 
-import itertools
 import math
 import shutil
 
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 
 from lora_da_hf import apply_init, initialize_lora_da, refit_init
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import CheckpointError
 
 pytestmark = pytest.mark.multi_rank
 
@@ -113,11 +111,6 @@ def test_both_processes_have_the_same_adapter_and_it_is_that_of_one(initialized,
         assert_same_tensors(adapters[0], load_file(initialized / name / "adapter_model.safetensors"))
 
 
-def test_labels_are_drawn_as_one_process_draws_them(initialized, tmp_path, lora_model):
-    _, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config(fisher="sampled"))
-    assert_products_equal(adapter(initialized, "drawn_labels", 0), expected, 1e-4)
-
-
 def test_a_process_without_any_sample_takes_part(initialized, tmp_path, lora_model):
     config = worker.seven_config(save_statistics=True)
     report, expected = one_process(tmp_path, lora_model, worker.seven_samples()[:1], config)
@@ -129,113 +122,13 @@ def test_a_process_without_any_sample_takes_part(initialized, tmp_path, lora_mod
     assert_products_equal(adapters[0], expected, 1e-4)
 
 
-def test_a_loss_that_is_nan_on_one_process_fails_on_both(initialized):
-    innocent, guilty = (result(initialized, "nan", rank) for rank in range(2))
-    assert guilty["message"].startswith("NonFiniteError: The loss of a batch is nan")
-    assert innocent["message"] == f"PeerFailed: Process 1 failed in the statistics pass: {guilty['message']}"
-    assert innocent["adapter_as_before"]
-    assert guilty["adapter_as_before"]
-
-
-@pytest.mark.parametrize(
-    ("name", "guilty", "stage", "message"),
-    [
-        ("failing_solve", 1, "solve", "NonFiniteError: broken on purpose"),
-        ("failing_save", 0, "save", "OSError: no space left on purpose"),
-    ],
-)
-def test_a_failure_of_one_process_fails_both_and_undoes_both(initialized, name, guilty, stage, message):
-    results = [result(initialized, name, rank) for rank in range(2)]
-    assert results[guilty]["message"] == message
-    assert results[1 - guilty]["message"] == f"PeerFailed: Process {guilty} failed in the {stage}: {message}"
-    assert all(each["adapter_as_before"] for each in results)
-    assert not (initialized / name).exists()
-
-
-def test_a_failure_of_one_process_in_the_reduction_ends_both_with_a_message(tmp_path):
-    start_apart("worker.py", ["break_reduction"], tmp_path)
-    innocent, guilty = (result(tmp_path, "failing_reduction", rank) for rank in range(2))
-    assert guilty["message"].startswith("OutOfStepError: Process 1 failed in the reduction: MemoryError: broken on pur")
-    assert innocent["message"].startswith("PeerGone: Another process is gone")
-    assert innocent["adapter_as_before"]
-    assert guilty["adapter_as_before"]
-
-
-def test_an_initialisation_after_failures_is_the_same_as_without(initialized):
-    assert_same_tensors(adapter(initialized, "after_failures", 1), adapter(initialized, "shared", 0))
-
-
-def layers_as_seen_by(rank, report):
-    """The sums of the stored basis are with the process that stored it."""
-    layers = report.to_dict()["layers"]
-    assert all(layer["basis_A_sums"] and layer["basis_B_sums"] for layer in layers)
-    return layers if rank == 0 else [{**layer, "basis_A_sums": [], "basis_B_sums": []} for layer in layers]
-
-
-@pytest.mark.parametrize("name", ["layers", "layer_windows", "chosen_windows"])
-def test_processes_that_share_the_layers_have_the_bits_of_one(initialized, tmp_path, lora_model, name):
-    report, expected = one_process(tmp_path, lora_model, worker.seven_samples(), worker.seven_config())
-    for rank in range(2):
-        assert_same_tensors(adapter(initialized, name, rank), expected)
-        found = result(initialized, name, rank)
-        assert "2 processes that share the layers" in found["plan"]
-        assert (", one pass" in found["plan"]) == (name == "layers")
-        assert found["num_samples"] == report.num_samples
-        assert found["layers"] == layers_as_seen_by(rank, report)
-        assert found["data_fingerprint"] == report.data_fingerprint
-
-
 def test_windows_of_processes_that_share_the_samples_have_the_bits_of_one_window(initialized):
     for rank in range(2):
         assert_same_tensors(adapter(initialized, "sample_windows", rank), adapter(initialized, "shared", 0))
     assert "passes, each for a part of the layers" in result(initialized, "sample_windows", 0)["plan"]
 
 
-def test_processes_share_out_a_budget_as_one_does(initialized, tmp_path, lora_model):
-    config = worker.seven_config(rank_budget=worker.BUDGET)
-    report, expected = one_process(tmp_path, lora_model, worker.seven_samples(), config)
-    assert len({layer.rank for layer in report.layers}) > 2
-    for rank in range(2):
-        assert_same_tensors(adapter(initialized, "budget", rank), expected)
-        assert result(initialized, "budget", rank)["layers"] == layers_as_seen_by(rank, report)
-
-
 # A process that is killed
-
-
-@pytest.fixture(scope="module")
-def lost(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lost")
-    start_apart("worker.py", ["lose"], folder, survivors=(0,))
-    return folder
-
-
-def test_a_process_that_is_killed_makes_the_other_fail_and_not_hang(lost):
-    found = result(lost, "lost", 0)
-    assert found["message"].startswith("PeerGone: Another process is gone, or did not answer within the timeout")
-    assert found["message"].endswith("Start all processes again.")
-    assert found["seconds"] < 60
-    assert not (lost / "lost.rank1.json").exists()
-    assert not (lost / "killed").exists()
-
-
-def test_all_of_them_take_up_where_each_was(lost, lora_model):
-    checkpoint = lost / "_killed.checkpoint"
-    with pytest.raises(CheckpointError, match="the sums of 2 processes that were stopped, and there are 1 now"):
-        initialize_lora_da(
-            lora_model(),
-            worker.seven_samples(),
-            config=worker.saving_config(),
-            data_collator=collate,
-            output_dir=lost / "killed",
-            progress=False,
-        )
-    assert checkpoint.is_dir()
-    start_apart("worker.py", ["take_up"], lost)
-    assert [result(lost, "taken_up", rank) for rank in range(2)] == [0, 1]
-    for rank in range(2):
-        assert_same_tensors(adapter(lost, "killed", rank), adapter(lost, "whole", rank))
-    assert not checkpoint.exists()
 
 
 # What is refused
@@ -262,31 +155,6 @@ def test_a_model_that_transformers_split_for_tensor_parallelism_is_refused(tmp_p
 
 
 # What it saves
-
-
-@pytest.mark.slow
-def test_two_processes_take_little_more_than_half(tmp_path):
-    """The operations that one process waits for, and the peak of its tensors."""
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    for folder in (alone, together):
-        folder.mkdir()
-    start_apart("worker.py", ["measure"], alone, processes=1)
-    start_apart("worker.py", ["measure"], together)
-    one = result(alone, "measured", 0)
-    two = [result(together, "measured", rank) for rank in range(2)]
-    assert all(len(each["operations"]) > 2 for each in two)
-    assert operations_waited_for(two) <= 0.55 * operations_waited_for([one])
-    assert max(each["peak"] for each in two) <= 0.6 * one["peak"]
-
-
-def operations_waited_for(measured):
-    """Return the operations of the busiest process from one collective to the next, added up.
-
-    Every process arrives at the same collectives, and the others wait there for the busiest one. Seconds would say how
-    busy the machine is as well; what they are on a quiet one is in benchmarks/results/scaling.md.
-    """
-    parts = [[end - start for start, end in itertools.pairwise(each["operations"])] for each in measured]
-    return sum(max(of_all) for of_all in zip(*parts, strict=True))
 
 
 # The trainer under DDP
@@ -363,18 +231,6 @@ def test_a_frozen_a_trains_under_ddp(trained):
     assert all("lora_B" in name for name in names)
 
 
-def test_ranks_under_a_budget_are_the_same_in_both_processes_and_are_trained(trained):
-    starts, ends = ([adapter(trained, f"budget.{when}", rank) for rank in range(2)] for when in ("start", "end"))
-    assert_same_tensors(starts[1], starts[0])
-    assert_same_tensors(starts[0], load_file(trained / "budget" / "lora_da" / "adapter_model.safetensors"))
-    assert len({tensor.shape[0] for tensor in factors(starts[0], "A").values()}) > 2
-    assert sum(tensor.numel() for tensor in starts[0].values()) <= worker.BUDGET
-    assert_same_tensors(ends[1], ends[0])
-    assert all((ends[0][name] != starts[0][name]).any() for name in starts[0])
-    for rank in range(2):
-        assert len(result(trained, "budget", rank)["optimizer"]) == len(starts[0])
-
-
 # A stored initialisation
 
 
@@ -397,15 +253,3 @@ def test_both_processes_search_the_step_together(reused, lora_model):
     assert found[0]["search_loss_after"] == pytest.approx(report.search_loss_after, rel=1e-5)
     assert_same_tensors(*(adapter(reused, "searched", rank) for rank in range(2)))
     assert_products_equal(adapter(reused, "searched", 0), adapter_weights(model), 1e-4)
-
-
-def test_an_initialisation_that_differs_between_processes_or_is_missing_at_one_is_refused_by_both(reused):
-    for rank in range(2):
-        assert result(reused, "different", rank)["adapter_as_before"]
-        assert "is not the same initialisation on all processes" in result(reused, "different", rank)["message"]
-        assert result(reused, "missing", rank)["adapter_as_before"]
-    assert result(reused, "missing", 0)["message"].startswith("ArtifactError: ")
-    assert (
-        "Process 0 failed in the reading of the initialisation: ArtifactError"
-        in result(reused, "missing", 1)["message"]
-    )

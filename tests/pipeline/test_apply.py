@@ -392,18 +392,6 @@ def test_with_samples_the_step_is_searched_as_an_initialisation_would(stored_ini
     assert (report.num_samples, report.population_size) == (12, 24)
 
 
-def test_a_start_of_drawn_labels_is_searched_with_a_loss_that_no_labels_could_be_drawn_for(
-    tmp_path, lora_model, samples
-):
-    folder = store_init(tmp_path / "init", lora_model(), fisher="sampled", save_statistics=False)
-
-    def twice(model, batch, num_items):
-        return 2 * model(**batch).loss
-
-    report = apply_init(lora_model(r=4), folder, samples=samples, compute_loss=twice, data_collator=collate)
-    assert report.search_loss_after < report.search_loss_before
-
-
 def test_where_the_statistics_may_have_seen_all_samples_it_is_said_that_nothing_was_measured(
     stored_init, lora_model, samples
 ):

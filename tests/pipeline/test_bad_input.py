@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_da_hf import LoRADAError, initialize_lora_da
-from lora_da_hf.adapters.targets import Target, base_name
+from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ConfigError,
@@ -55,11 +55,6 @@ def refuses(kind, match, model, samples, **settings):
 
 def test_a_model_without_lora_layers(tiny_llama, samples):
     refuses(TargetError, r"The model has no LoRA layer. Wrap it with peft.get_peft_model", tiny_llama(), samples)
-
-
-def test_an_adapter_on_an_apple_gpu(lora_model, samples, monkeypatch):
-    monkeypatch.setattr(Target, "device", torch.device("mps"))
-    refuses(UnsupportedSetupError, r"have no float64, .* Initialise on the CPU", lora_model(), samples)
 
 
 def test_an_adapter_of_a_name_that_is_not_there(lora_model, samples):
@@ -224,17 +219,6 @@ def test_a_rank_above_every_input_size(lora_model, samples):
 def add_unused_layer(model):
     model.model.layers[0].unused_proj = nn.Linear(48, 48)
     return model
-
-
-def test_a_layer_that_is_never_called(tiny_llama, lora_model, samples):
-    model = lora_model(model=add_unused_layer(tiny_llama()), target_modules=["q_proj", "unused_proj"])
-    refuses(
-        TapNotCalledError,
-        r"The taps of 1 of 3 layers were never called \(model.layers.0.unused_proj first\). .* initialise before "
-        "torch.compile",
-        model,
-        samples,
-    )
 
 
 def test_a_layer_that_is_never_called_is_kept_on_request(tiny_llama, lora_model, samples):

@@ -14,12 +14,11 @@ from harness import (
     measured_tensors,
     turn_checkpointing_on,
 )
-from torch import nn
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import PlanError, TapNotCalledError
+from lora_da_hf.errors import PlanError
 from lora_da_hf.losses import model_loss
 
 SMALL = 350_000  # bytes: the widest layer of the tiny model takes 317,632, and all of them 532,480
@@ -103,19 +102,6 @@ def test_a_budget_that_no_pass_fits_in_is_an_error(lora_model, samples):
     with pytest.raises(PlanError, match=r"model.layers.0.mlp.down_proj \(input 80\) .* at least 317632 bytes"):
         initialize(model, samples, memory_budget=317_631)
     assert_same_tensors(adapter_weights(model), before)
-
-
-def test_a_window_of_uncalled_layers_is_kept_or_refused(tiny_llama, lora_model, samples):
-    def model_with_unused_layer():
-        base = tiny_llama()
-        base.model.layers[0].unused_proj = nn.Linear(80, 48)
-        return lora_model(model=base)
-
-    report, _ = initialize(model_with_unused_layer(), samples, memory_budget=SMALL, uncalled_layers="keep")
-    assert report.kept == {"model.layers.0.unused_proj": "no sample goes through it"}
-    assert len(report.layers) == 14
-    with pytest.raises(TapNotCalledError, match=r"never called \(model.layers.0.unused_proj first\)"):
-        initialize(model_with_unused_layer(), samples, memory_budget=SMALL)
 
 
 def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samples):

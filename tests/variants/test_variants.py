@@ -7,19 +7,21 @@ from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_initialized,
+    assert_made_from_data,
     collate,
     make_args,
     make_config,
     make_learnable_samples,
     make_lora_config,
     train_from,
+    written_adapter,
 )
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.nn.functional import linear
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_da_hf import LoRADATrainer, initialize_lora_da
+from lora_da_hf import LoRADATrainer, initialize_lora_da, refit_init
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.samples import pad_samples
@@ -228,3 +230,25 @@ def test_two_adapters_on_one_model(tmp_path, lora_model):
     assert {layer.rank for layer in trainer.lora_da_report.layers} == {2}
     assert_initialized(tmp_path / "second" / "lora_da", start, trainer.lora_da_report)
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())
+
+
+BUDGET = 5000
+CHEAPEST = 48 + 24  # parameters of one rank of the narrowest layer
+
+
+@pytest.mark.support(
+    "PEFT",
+    "Ranks per layer of a stored initialisation (`lora-da refit --rank-budget`, `refit_init`)",
+    "offline, from the stored spectra; written as `rank_pattern`, each layer keeps its scaling",
+)
+def test_the_ranks_of_a_stored_initialisation_are_shared_out(tmp_path, tiny_llama, stored_init):
+    refit_init(stored_init, tmp_path / "new", rank_budget=BUDGET)
+    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "new")
+    layers = [m for m in start.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
+    assert len(layers) == LINEAR_LAYERS
+    assert len({layer.r["default"] for layer in layers}) > 2
+    assert {layer.scaling["default"] for layer in layers} == {2.0}
+    assert BUDGET - CHEAPEST < sum(tensor.numel() for tensor in adapter_weights(start).values()) <= BUDGET
+    names = {id(module): name for name, module in start.get_base_model().named_modules()}
+    ranks = {names[id(layer)]: layer.r["default"] for layer in layers}
+    assert_made_from_data(written_adapter(tmp_path / "new"), ranks)
