@@ -14,21 +14,17 @@ TABLE = ROOT / "docs" / "support.md"
 TESTS = ("tests/families", "tests/losses", "tests/trainers", "tests/variants", "tests/training")
 SECTIONS = {
     "Families": """Each is initialised with the trainer that is named, trained three steps, saved, and loaded again to
-the same logits. Its statistics are compared with autograd's gradients and with moments taken one sample at a time.
-Linear layers are targeted, and the parameters of experts.""",
-    "Losses": """What the statistics of a batch are made of. Each is compared with one sample at a time or, where
-samples have no loss alone, with one batch at a time.""",
+the same logits. Its statistics are compared with autograd's gradients and with one sample at a time. All linear layers
+are adapted, and the parameters of experts.""",
+    "Losses": "The statistics of a batch equal those of its samples one at a time, or of one batch if it cannot be split.",
     "Trainers": "",
     "PEFT": "",
 }
 INTRODUCTION = """# What is supported
 
-Every row is a test on a small model with random weights, which fails if training started from PEFT's default in
-silence, or if the test is skipped. `python scripts/support_table.py` writes this page from the marks of the tests, and
-a test compares the two. `make support` runs them all, which takes about two minutes; `make test-all` runs them too,
-among others.
-Layers that keep PEFT's own initialisation are listed in the report of the run. A layer that no sample goes through is
-an error, unless `uncalled_layers="keep"`.
+Each row is a test on a small model with random weights. It fails if training started from PEFT's default, and it is
+never skipped. `make support` runs them all; `python scripts/support_table.py` writes this page from their marks. A
+layer that keeps PEFT's own initialisation is listed in the report of the run.
 """
 
 
