@@ -157,8 +157,21 @@ def adapter_weights(model):
     }
 
 
-FIRST_EIGHT = {"num_samples": 8, "search_samples": 2, "sample_selection": "head", "save_statistics": True}
-"""Settings of an initialisation from the first eight samples, whose statistics can be looked at."""
+EIGHT = {"num_samples": 8, "search_samples": 2, "save_statistics": True}
+"""Settings of an initialisation from eight samples, whose statistics can be looked at."""
+
+
+def chosen(samples, count=8, drawn=12, seed=42):
+    """Return the samples that a run takes its statistics from, in their order: a draw that the seed fixes.
+
+    Args:
+        samples: All of them.
+        count: How many the statistics are taken from.
+        drawn: How many are drawn: those, and twice as many as the line search may have.
+        seed: The run's.
+    """
+    positions = random.Random(seed).sample(range(len(samples)), min(drawn, len(samples)))
+    return [samples[position] for position in positions[:count]]
 
 
 def stored_statistics(folder):

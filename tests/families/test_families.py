@@ -4,10 +4,11 @@ import pytest
 import torch
 from families.zoo import FAMILIES, SPLIT
 from harness import (
-    FIRST_EIGHT,
+    EIGHT,
     assert_initialized,
     assert_statistics_equal,
     autograd_statistics,
+    chosen,
     make_args,
     make_config,
     make_lora_config,
@@ -44,7 +45,7 @@ def make_model(family, **lora):
 
 def train(family, model, samples, folder):
     """Train three steps with the family's trainer. Returns it, the adapter that it started from, and the report."""
-    config = make_config(**FIRST_EIGHT)
+    config = make_config(**EIGHT)
     settings = {"model": model, "train_dataset": samples, "data_collator": family.collate}
     if family.trainer is Seq2SeqTrainer:
         callback = LoRADACallback(config)
@@ -78,7 +79,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         assert not any("one sample at a time" in note for note in report.notes)
     else:
         expected = autograd_statistics(
-            make_model(family), samples[:8], lambda model, batch: model_loss(model, batch, None), family.collate
+            make_model(family), chosen(samples), lambda model, batch: model_loss(model, batch, None), family.collate
         )
         assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
     trainer.save_model(tmp_path / "trained")

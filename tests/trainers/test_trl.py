@@ -7,10 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from harness import (
-    FIRST_EIGHT,
+    EIGHT,
     assert_initialized,
     assert_statistics_equal,
     autograd_statistics,
+    chosen,
     make_config,
     make_learnable_samples,
     make_lora_config,
@@ -47,13 +48,13 @@ def make_trl_args(kind, folder, **overrides):
 
 
 def make_callback(**overrides):
-    return LoRADACallback(make_config(**{**FIRST_EIGHT, **overrides}))
+    return LoRADACallback(make_config(**{**EIGHT, **overrides}))
 
 
 def expected_of(trainer, model):
     """Compute the statistics of the first samples by autograd, with the trainer's loss on a fresh model."""
     collate = trainer.get_train_dataloader().collate_fn
-    samples = [trainer.train_dataset[number] for number in range(8)]
+    samples = chosen(trainer.train_dataset)
     found = autograd_statistics(model, samples, lambda model, batch: trainer.compute_loss(model, dict(batch)), collate)
     for values in trainer._metrics.values():
         values.clear()
@@ -92,7 +93,7 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
     assert report.batch_size == 1
-    samples = [{**sample, "labels": sample["input_ids"]} for sample in make_learnable_samples(24)[:8]]
+    samples = [{**sample, "labels": sample["input_ids"]} for sample in chosen(make_learnable_samples(24))]
     expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss)
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES
 from harness import (
-    FIRST_EIGHT,
+    EIGHT,
     Adapter,
     assert_initialized,
     assert_statistics_equal,
+    chosen,
     collate,
     forge_manifest,
     make_config,
@@ -37,7 +38,7 @@ def initialize(model, folder, batch_size=4, samples=None):
     report = initialize_lora_da(
         model,
         samples or make_learnable_samples(16),
-        config=make_config(**FIRST_EIGHT),
+        config=make_config(**EIGHT),
         data_collator=collate,
         batch_size=batch_size,
         output_dir=folder,
@@ -79,7 +80,7 @@ def test_each_expert_counts_the_tokens_that_are_routed_to_it(tmp_path):
     """Two of four experts a token: both together count every token twice."""
     samples = make_learnable_samples(16)
     _, statistics = initialize(make_mixtral(), tmp_path, samples=samples)
-    tokens = sum(len(sample["input_ids"]) for sample in samples[:8])
+    tokens = sum(len(sample["input_ids"]) for sample in chosen(samples))
     for layer in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts.base_layer"):
         counts = [statistics[f"{layer}[{index}]"].num_input_tokens for index in range(4)]
         assert sum(counts) == 2 * tokens
