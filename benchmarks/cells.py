@@ -97,7 +97,7 @@ class Subject:
             **{name: len(part) for name, part in parts.items()},
             "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
         }
-        weights = base_model_facts(model)["weights_sha256"]
+        weights = base_model_facts(model).weights_sha256
         kept = None
         if statistics is not None:
             of_these = json.dumps([facts, weights, package_digest()], sort_keys=True)

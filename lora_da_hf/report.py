@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _FULL_TABLE_UP_TO = 32
 _COLUMNS: tuple[str, ...] = (
@@ -25,32 +25,47 @@ _COLUMNS: tuple[str, ...] = (
 )
 
 
+_STRICT: dict[str, Any] = {
+    "strict": True,
+    "extra": "forbid",
+    "allow_inf_nan": False,
+    "str_max_length": 4096,
+    "revalidate_instances": "always",
+}
+"""How pydantic checks a report that goes into a manifest, or comes from one."""
+
+
 @dataclass(kw_only=True)
 class LayerReport:
     """What was done to one layer.
 
     Attributes:
         name: The layer.
+        in_features: d_in.
+        out_features: d_out.
         rank: Its rank.
         peft_scaling: What PEFT multiplies ``B A`` with.
+        shares_input_with: The layer whose input second moment it shares: itself if it shares none.
         num_tokens: Tokens in its input second moment.
         num_grad_tokens: Tokens in its output-gradient second moment.
         input_damping: Damping added to the input second moment.
         output_damping: Damping added to the output diagonal.
-        eigenvalues: Of the guidance matrix, ascending, up to the rank that was solved.
+        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
         solver: The eigensolver used.
         residual: Its residual, relative to the largest eigenvalue.
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
         notes: What had to be done beyond the ordinary.
-        basis_A_sums: A weighted sum of each row of the stored ``basis_A``, which shows whether it was changed. Empty in
-            reports of what was not stored, and of processes that did not store it.
-        basis_B_sums: The same of each column of ``basis_B``.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     name: str
+    in_features: int
+    out_features: int
     rank: int
     peft_scaling: float
+    shares_input_with: str
     num_tokens: int
     num_grad_tokens: int
     input_damping: float
@@ -61,8 +76,11 @@ class LayerReport:
     residual: float
     update_norm: float = 0.0
     notes: list[str] = field(default_factory=list)
-    basis_A_sums: list[float] = field(default_factory=list)
-    basis_B_sums: list[float] = field(default_factory=list)
+
+    @property
+    def max_rank(self) -> int:
+        """Rank of the stored basis."""
+        return len(self.eigenvalues)
 
 
 @dataclass(kw_only=True)
@@ -72,6 +90,8 @@ class LoRADAReport:
     Attributes:
         layers: One record for each layer that was initialised.
         kept: Layers that keep PEFT's own initialisation, with the reason.
+        adapter_name: The adapter's name in PEFT.
+        seed: Of every random choice.
         num_samples: Samples in the statistics.
         num_unlabelled: Samples left out because they have no label.
         num_search_samples: Samples of the line search.
@@ -93,14 +113,18 @@ class LoRADAReport:
         config: The settings.
         data_fingerprint: SHA-256 over the samples of the statistics.
         notes: What a user should know.
-        artifact: Where the initialisation was written, if it was, or the folder that it was read from.
+        artifact: The folder that the initialisation was written to or read from, on this machine.
         init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of the
             manifest of a folder that is not known to be on the Hub. None if it was computed.
         plan: How the statistics were collected.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    adapter_name: str = "default"
+    seed: int = 0
     num_samples: int = 0
     num_unlabelled: int = 0
     num_search_samples: int = 0
@@ -117,7 +141,7 @@ class LoRADAReport:
     unseen_loss_before: float | None = None
     unseen_loss_after: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     data_fingerprint: str = ""
     notes: list[str] = field(default_factory=list)
     artifact: str | None = None
@@ -183,7 +207,7 @@ class LoRADAReport:
         noted = [(layer.name, note) for layer in self.layers for note in layer.notes]
         if noted:
             parts += ["", "Notes:", *(f"  {name}: {note}" for name, note in noted[:20])]
-            parts += [f"  ... and {len(noted) - 20} more in the JSON report"] if len(noted) > 20 else []
+            parts += [f"  ... and {len(noted) - 20} more in the manifest"] if len(noted) > 20 else []
         return "\n".join(parts)
 
     def _of_layers(self) -> str:

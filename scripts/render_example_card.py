@@ -1,4 +1,4 @@
-"""Render hub_cards/example anew from the manifest, the report and the facts that lie there.
+"""Render hub_cards/example anew from the manifest and the facts that lie there.
 
 python scripts/render_example_card.py
 """
@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, REPORT_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_manifest
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.hub.page import render_page
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
@@ -18,10 +17,10 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 def read_example(folder: Path = EXAMPLE) -> tuple[StoredInit, dict]:
     """Read the initialisation without its tensors, and what is said about it besides."""
     manifest = load_manifest(folder)
-    report = read_report(folder / REPORT_FILE, manifest)
     peft_config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return StoredInit(folder=folder, manifest=manifest, bases={}, report=report, peft_config=peft_config), facts
+    init = StoredInit(folder=folder, manifest=manifest, bases={}, peft_config=peft_config, source=manifest.digest)
+    return init, facts
 
 
 def main() -> None:

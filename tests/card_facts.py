@@ -1,7 +1,7 @@
 """Initialisations made of facts alone: a card needs the manifest, the report and PEFT's configuration, no tensors."""
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
-from lora_da_hf.artifacts.schema import FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.manifest import FileEntry, LayerEntry, Manifest
 from lora_da_hf.report import LayerReport
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

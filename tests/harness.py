@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, parse_manifest
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, parse_manifest
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 
@@ -385,9 +385,9 @@ def dense_updates(folder, ranks, step, config=None):
         config: Dampings and weights; None: the stored ones.
     """
     stored = load_init(folder)
-    config = config or LoRADAConfig.from_dict(stored.manifest.config)
+    config = config or stored.manifest.config
     statistics = load_statistics(stored.folder, stored.manifest)
-    population = config.population_size or stored.manifest.data["population_size"]
+    population = config.population_size or stored.manifest.report.population_size
     tokens = {name: statistics[name].num_output_tokens for name in stored.manifest.layers}
     displacements = {name: _dense_displacement(statistics[name], config)[0] for name in tokens}
     unit = max(np.linalg.norm(displacements[name], 2) / tokens[name] for name in tokens)

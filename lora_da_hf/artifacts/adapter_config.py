@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
     alpha_of,
@@ -19,7 +20,6 @@ from lora_da_hf.artifacts.peft_config import (
     rank_of,
     targets_among,
 )
-from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.artifacts.strict_json import check_types, fits, malformed, parse_json, too_large
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 
@@ -124,14 +124,14 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
-    named, expected = config.get("base_model_name_or_path"), manifest.base_model["name_or_path"]
+    named, expected = config.get("base_model_name_or_path"), manifest.base_model.name_or_path
     if named and expected and named.removeprefix("./") != expected.removeprefix("./"):  # as of a folder in the manifest
         raise ArtifactError(f"{path} names the base {named!r} and the manifest {expected!r}. Do not use it.")
 
 
 def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
     targets = set(config.get("target_modules") or ())
-    known = (*manifest.layers, *manifest.kept, *(config.get("modules_to_save") or ()))
+    known = (*manifest.layers, *manifest.report.kept, *(config.get("modules_to_save") or ()))
     unknown = sorted(targets - set(targets_among(targets, known)))
     if unknown:
         raise ArtifactError(

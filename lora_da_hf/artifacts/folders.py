@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, is_own_card
 from lora_da_hf.artifacts.files import share_as_usual, sync
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_SHARD
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REPORT_FILE, REQUIRED_FILES, STATISTICS_SHARD
 from lora_da_hf.errors import ConfigError
 
 logger = logging.getLogger(__name__)

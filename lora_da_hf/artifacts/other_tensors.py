@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.peft_config import expert_of, holder_of, is_parameter, is_saved, rank_of
-from lora_da_hf.artifacts.schema import Manifest
 from lora_da_hf.errors import ArtifactError
 
 MAGNITUDE = ".lora_magnitude_vector"
@@ -38,7 +38,7 @@ def check_other_tensors(
     Raises:
         ArtifactError: naming the tensor.
     """
-    kept = {holder_of(name) for name in manifest.kept}
+    kept = {holder_of(name) for name in manifest.report.kept}
     holders = {*map(holder_of, manifest.layers), *kept}
     others = sorted(set(tensors) - set(known))
     named = {
@@ -58,7 +58,7 @@ def check_other_tensors(
             raise ArtifactError(f"{path}: {key!r} is no matrix. Do not use it.")
         if name.endswith(DELTA) and len(tensors[key]) != len(trained_tokens(config, name.removesuffix(DELTA))):
             raise ArtifactError(f"{path}: {key!r} is of other tokens than the config says. Do not use it.")
-    for name in manifest.kept:
+    for name in manifest.report.kept:
         _check_kept(path, tensors, name, config, manifest)
 
 

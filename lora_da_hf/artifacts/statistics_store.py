@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.artifacts.files import put_in_place, share_as_usual, write_tensors
-from lora_da_hf.artifacts.schema import STATISTICS_PREFIX, LayerEntry, Manifest
+from lora_da_hf.artifacts.manifest import STATISTICS_PREFIX, Manifest
 from lora_da_hf.artifacts.tensors import open_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
+from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
 from lora_da_hf.statistics.taps import input_groups
 
@@ -130,7 +131,9 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
             yield {name: _layer(name, moment, manifest.layers[name], read) for name in names}
 
 
-def _layer(name: str, moment: Tensor, entry: LayerEntry, read: Callable[[str], tuple[Path, Tensor]]) -> LayerStatistics:
+def _layer(
+    name: str, moment: Tensor, entry: LayerReport, read: Callable[[str], tuple[Path, Tensor]]
+) -> LayerStatistics:
     path, diagonal = read(f"{name}.{_OUTPUT}")
     if (diagonal < 0).any():
         raise ArtifactError(f"{path}: {name}.{_OUTPUT} is negative in places. Fetch it again.")

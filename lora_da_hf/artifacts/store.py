@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
@@ -12,25 +11,25 @@ from typing import Any
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.basis import StoredBasis, basis_specs, basis_tensors
-from lora_da_hf.artifacts.consistency import basis_sums, check_adapter, check_bases, check_report
+from lora_da_hf.artifacts.consistency import check_adapter
 from lora_da_hf.artifacts.files import write_tensors
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import UNLISTED_FOLDERS, atomic_folder, may_lie_beside
-from lora_da_hf.artifacts.schema import (
+from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASIS_FILE,
     INIT_FOLDER,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
-    REPORT_FILE,
     STATISTICS_PREFIX,
+    BaseModelFacts,
     FileEntry,
     Manifest,
     parse_manifest,
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics_headers
-from lora_da_hf.artifacts.strict_json import malformed, too_large
+from lora_da_hf.artifacts.strict_json import malformed
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.report import LoRADAReport
@@ -48,34 +47,22 @@ class StoredInit:
         folder: Where it is.
         manifest: Everything about it that is not a tensor.
         bases: By layer.
-        report: That of the run that made it.
         peft_config: PEFT's configuration of the adapter.
+        source: How it is cited: ``repo@commit``, or ``sha256:`` and the hash of its manifest.
         notes: What the checks could not make sure of.
     """
 
     folder: Path
     manifest: Manifest
     bases: dict[str, StoredBasis]
-    report: LoRADAReport
     peft_config: dict[str, Any]
+    source: str
     notes: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True)
-class PulledInit:
-    """An initialisation that was fetched from the Hub, on disk and checked.
-
-    Attributes:
-        folder: For `load_init` (with ``statistics=False`` if it was pulled so), and for ``PeftModel.from_pretrained``.
-        repo_id: Owner and name.
-        revision: What was asked for.
-        commit: What that was resolved to: the one to cite.
-    """
-
-    folder: Path
-    repo_id: str
-    revision: str | None
-    commit: str
+    @property
+    def report(self) -> LoRADAReport:
+        """That of the run that made it."""
+        return self.manifest.report
 
 
 def write_init(
@@ -83,7 +70,6 @@ def write_init(
     *,
     bases: Mapping[str, StoredBasis],
     save_adapter: Callable[[Path], None],
-    report: LoRADAReport,
     save_statistics: Callable[[Path], None] | None,
     make_manifest: Callable[[dict[str, FileEntry]], Manifest],
 ) -> None:
@@ -93,26 +79,16 @@ def write_init(
         folder: Where. What is there is replaced.
         bases: By layer.
         save_adapter: Writes the PEFT adapter into the folder that it is given.
-        report: Gets the sums that tie it to the bases, and is written there without local paths.
         save_statistics: Writes the full statistics there; None: they are not stored.
         make_manifest: Makes the manifest from the entries of all files.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
-        _note_sums(report, bases)
-        dataclasses.replace(report, artifact=None).save(partial / REPORT_FILE)  # no local path
         write_tensors(partial / BASIS_FILE, basis_tensors(bases), {"format": "pt"})
         if save_statistics is not None:
             save_statistics(partial)
         entries = {path.name: file_entry(path) for path in sorted(partial.iterdir())}
-        manifest = make_manifest(entries)
-        (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode("utf-8"))
-
-
-def _note_sums(report: LoRADAReport, bases: Mapping[str, StoredBasis]) -> None:
-    for layer in report.layers:
-        rows, columns = basis_sums(layer.name, bases[layer.name])
-        layer.basis_A_sums, layer.basis_B_sums = rows.tolist(), columns.tolist()
+        (partial / MANIFEST_FILE).write_bytes(make_manifest(entries).to_json().encode())
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -124,14 +100,11 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def load_init(
-    folder: str | Path, *, base_model: Mapping[str, Any] | None = None, statistics: bool = True
-) -> StoredInit:
+def load_init(folder: str | Path, *, base_model: BaseModelFacts | None = None, statistics: bool = True) -> StoredInit:
     """Read an initialisation, checking everything before it is used.
 
-    Hashes, headers, shapes and finiteness of every file but the numbers of stored statistics, which
-    `iterate_statistics` and `check_statistics` look at; and that basis, adapter, its config and the report tell one
-    story.
+    Hashes, headers, shapes and finiteness of every file, but for the numbers of stored statistics, which
+    `iterate_statistics` looks at; and that the adapter is the step along the basis.
 
     Args:
         folder: What `write_init` wrote.
@@ -153,21 +126,19 @@ def load_init(
             check_file(folder / name, entry)
     tensors = read_tensors(folder / BASIS_FILE, basis_specs(manifest))
     bases = {
-        name: StoredBasis(
-            basis_A=tensors[f"{name}.basis_A"],
-            basis_B=tensors[f"{name}.basis_B"],
-            eigenvalues=tensors[f"{name}.eigenvalues"],
-        )
+        name: StoredBasis(basis_A=tensors[f"{name}.basis_A"], basis_B=tensors[f"{name}.basis_B"])
         for name in manifest.layers
     }
     if statistics:
         check_statistics_headers(folder, manifest)
-    check_bases(folder / BASIS_FILE, bases, manifest)
-    report = check_report(folder / REPORT_FILE, bases, manifest)
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
-    adapter = read_tensors(folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
+    adapter = read_tensors(
+        folder / ADAPTER_FILE, None, max_tensors=8 * (len(manifest.layers) + len(manifest.report.kept))
+    )
     check_adapter(folder / ADAPTER_FILE, adapter, bases, config, manifest)
-    return StoredInit(folder=folder, manifest=manifest, bases=bases, report=report, peft_config=config, notes=notes)
+    return StoredInit(
+        folder=folder, manifest=manifest, bases=bases, peft_config=config, source=manifest.digest, notes=notes
+    )
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -186,9 +157,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{path} does not exist: this is not a LoRA-DA initialisation, or it is incomplete. {remedy}"
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise too_large(str(path), path.stat().st_size, MAX_MANIFEST_BYTES)
-    return parse_manifest(path.read_bytes(), source=str(path))
+    with path.open("rb") as file:
+        return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), source=str(path))
 
 
 def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
@@ -201,7 +171,7 @@ def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 
 
-def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple[str, ...]:
+def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[str, ...]:
     """Compare the base that an initialisation was computed for with the one it will be used on.
 
     Bases are compared by config and by the fingerprint of their weights. A quantised base has no fingerprint: it is
@@ -209,7 +179,7 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
 
     Args:
         manifest: Of the initialisation.
-        base_model: ``config``, ``weights_sha256``, ``name_or_path`` and ``revision`` of the model.
+        base_model: Facts of the model.
 
     Returns:
         What could not be made sure of.
@@ -218,16 +188,16 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
         BaseModelMismatchError: naming every difference.
     """
     stored = manifest.base_model
-    found = differences(stored.get("config") or {}, base_model.get("config") or {})
+    found = differences(stored.config, base_model.config)
     notes: tuple[str, ...] = ()
-    if stored.get("weights_sha256") and base_model.get("weights_sha256"):
-        if not found and stored["weights_sha256"] != base_model["weights_sha256"]:
+    if stored.weights_sha256 and base_model.weights_sha256:
+        if not found and stored.weights_sha256 != base_model.weights_sha256:
             found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
     else:
         found += _differences_of_names(stored, base_model)
         notes = (
             "the base's weights were not compared, since quantised or sharded ones have no fingerprint: that it is "
-            f"{stored.get('name_or_path')!r} is taken from its name and revision",
+            f"{stored.name_or_path!r} is taken from its name and revision",
         )
     if found:
         raise BaseModelMismatchError(
@@ -239,17 +209,16 @@ def check_base_model(manifest: Manifest, base_model: Mapping[str, Any]) -> tuple
     return notes
 
 
-def _name_of(base_model: Mapping[str, Any]) -> str:
-    name = base_model.get("name_or_path")
-    return repr(name) if name else "a base without a name"
+def _name_of(base_model: BaseModelFacts) -> str:
+    return repr(base_model.name_or_path) if base_model.name_or_path else "a base without a name"
 
 
-def _differences_of_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    if not expected.get("name_or_path") or not found.get("name_or_path"):
-        which = "the model" if expected.get("name_or_path") else "the base that it was computed for"
+def _differences_of_names(expected: BaseModelFacts, found: BaseModelFacts) -> list[str]:
+    if not expected.name_or_path or not found.name_or_path:
+        which = "the model" if expected.name_or_path else "the base that it was computed for"
         return [f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none"]
     by_name, of_model = (
-        {"name_or_path": facts["name_or_path"].removeprefix("./"), "revision": facts.get("revision")}
+        {"name_or_path": str(facts.name_or_path).removeprefix("./"), "revision": facts.revision}
         for facts in (expected, found)
     )
     return differences(by_name, of_model)

@@ -78,7 +78,6 @@ def verify_parser() -> argparse.ArgumentParser:
 
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
-    from lora_da_hf.artifacts.solved_from import check_statistics
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.against_base import check_against_base
@@ -86,7 +85,6 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
 
     model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
-    check_statistics(stored)
     for note in () if model is None else check_against_base(stored, model):
         output.message(f"Note: {note}.")
     manifest = stored.manifest

@@ -131,7 +131,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Path:
         ConfigError: if there is something else there, or an initialisation that was not to be replaced.
     """
     from lora_da_hf.artifacts.folders import check_replaceable
-    from lora_da_hf.artifacts.schema import MANIFEST_FILE
+    from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 
     check_replaceable(path)
     if (path / MANIFEST_FILE).is_file() and not overwrite:
@@ -190,7 +190,7 @@ def base_model_of_folder(arguments: argparse.Namespace, output: Output) -> Any:
     if arguments.base_model is None:
         return None
     from lora_da_hf.artifacts.adapter_config import check_adapter_config
-    from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+    from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE
     from lora_da_hf.artifacts.store import check_file, load_manifest
 
     manifest = load_manifest(arguments.folder)

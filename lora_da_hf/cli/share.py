@@ -99,7 +99,7 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
         overwrite=arguments.overwrite,
         local_files_only=arguments.local_files_only,
     )
-    values = {"folder": str(pulled.folder), "repo_id": pulled.repo_id, "commit": pulled.commit}
+    values = {"folder": str(pulled.folder), "repo_id": repo_id, "commit": pulled.source.rpartition("@")[2]}
     output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
 
 

@@ -59,7 +59,7 @@ def base_facts(api: HfApi, init: StoredInit, base_model: str | None, *, with_lic
         with_license: Whether the licence is asked for; a card of the user's own says it itself.
     """
     name = base_id_of(init.manifest, base_model)
-    stored = init.manifest.base_model["name_or_path"]
+    stored = init.manifest.base_model.name_or_path
     if stored and base_id_of(init.manifest) is None:
         advice = (
             "Give its name there as base_model (--base_model)." if name is None else "Only a card can say its name."

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest
 from lora_da_hf.artifacts.strict_json import too_large
 from lora_da_hf.errors import ArtifactError, HubError, LoRADAError
 

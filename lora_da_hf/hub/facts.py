@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, FileEntry, Manifest
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, FileEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.strict_json import fits
@@ -135,7 +135,7 @@ def base_id_of(manifest: Manifest, base_model: str | None = None) -> str | None:
     """
     if base_model is not None and not is_repo_id(base_model):
         raise ConfigError(f"base_model={base_model!r} is no name of a model on the Hub. Give one such as org/model.")
-    name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
+    name, revision = _text(manifest.base_model.name_or_path), _text(manifest.base_model.revision)
     return base_model or (name if name and is_from_hub(name, revision) else None)
 
 
@@ -150,7 +150,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         ConfigError: if ``base_model`` is no name that the Hub allows.
     """
     manifest = init.manifest
-    name, revision = _text(manifest.base_model.get("name_or_path")), _text(manifest.base_model.get("revision"))
+    name, revision = _text(manifest.base_model.name_or_path), _text(manifest.base_model.revision)
     base_id = base_id_of(manifest, base_model)
     adapter = init.peft_config
     layers = manifest.layers.values()
@@ -158,7 +158,7 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         base_id=base_id,
         base_name=Path(name).name if name and base_id != name else None,
         base_revision=revision,
-        base_fingerprint=_text(manifest.base_model.get("weights_sha256")),
+        base_fingerprint=_text(manifest.base_model.weights_sha256),
         schema_version=manifest.schema_version,
         kind=manifest.kind,
         created=manifest.created,
@@ -176,16 +176,16 @@ def card_facts(init: StoredInit, *, base_model: str | None = None) -> CardFacts:
         module_types=dict(Counter(map(kind_of, manifest.layers))),
         num_layers=len(layers),
         num_parameters=sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers),
-        kept=manifest.kept,
-        num_samples=manifest.data["num_samples"],
+        kept=manifest.report.kept,
+        num_samples=manifest.report.num_samples,
         num_tokens=max(layer.num_tokens for layer in layers),
-        population_size=manifest.data["population_size"],
-        data_fingerprint=manifest.data["fingerprint"],
-        seed=manifest.seed,
-        step_size=manifest.step_size,
+        population_size=manifest.report.population_size,
+        data_fingerprint=manifest.report.data_fingerprint,
+        seed=manifest.report.seed,
+        step_size=manifest.report.step_size,
         is_refitted=bool(manifest.refitted_from),
         has_statistics=bool(statistics_files(manifest)),
-        config=LoRADAConfig.from_dict(manifest.config),
+        config=manifest.config,
         versions=manifest.versions,
         files=manifest.files,
         report=init.report,
@@ -204,7 +204,7 @@ def _num_labels(adapter_file: Path, manifest: Manifest) -> int | None:
     """Return how many rows the head has that lies beside an adapter; None if there is none."""
     if not adapter_file.is_file():
         return None
-    specs = tensor_specs(adapter_file, max_tensors=8 * (len(manifest.layers) + len(manifest.kept)))
+    specs = tensor_specs(adapter_file, max_tensors=8 * (len(manifest.layers) + len(manifest.report.kept)))
     return next((shape[0] for key, (shape, _) in specs.items() if key.endswith(_HEADS) and shape), None)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +21,16 @@ from torch import nn
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable, remove_leftovers
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
-from lora_da_hf.artifacts.solved_from import check_statistics
+from lora_da_hf.artifacts.manifest import (
+    ADAPTER_CONFIG_FILE,
+    MANIFEST_FILE,
+    BaseModelFacts,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
 from lora_da_hf.artifacts.statistics_store import statistics_files
-from lora_da_hf.artifacts.store import PulledInit, check_base_model, check_file, load_init
+from lora_da_hf.artifacts.store import StoredInit, check_base_model, check_file, load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import check_manifest_size, check_tree, hub_errors, make_api
 from lora_da_hf.pipeline.against_base import check_against_base
@@ -95,14 +102,14 @@ def pull_init(
     revision: str | None = None,
     rank: int | None = None,
     statistics: bool = True,
-    base_model: nn.Module | Mapping[str, Any] | LoadBase | None = None,
+    base_model: nn.Module | BaseModelFacts | LoadBase | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     overwrite: bool = False,
     local_files_only: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
-) -> PulledInit:
+) -> StoredInit:
     """Fetch an initialisation from the Hub, and check it before it is used.
 
     The revision is resolved to a commit first. The manifest comes next, and with it the base model is compared, before
@@ -117,7 +124,7 @@ def pull_init(
         rank: Give an adapter of this rank, up to the stored one; None: as it was published.
         statistics: Whether the full statistics are fetched and checked too, if there are any. `apply_init` needs none;
             what else reads an initialisation refuses a folder that lacks them.
-        base_model: The model that it will be used on, or its facts (``config`` and ``weights_sha256``), or a function
+        base_model: The model that it will be used on, or its facts, or a function
             that loads it, which is given PEFT's configuration of the adapter; None: it is not compared. A DoRA adapter
             of another rank needs the model itself.
         cache_dir: The client's cache; None: its default. It may be read-only if it holds the checked folder, or if all
@@ -198,7 +205,7 @@ def pull_init(
                     if not _is_made(whole, manifest, None):
                         _collect(source, manifest, path, whole, put, model)
                     refit_init(whole, folder, rank=rank, base_model=model)
-    return PulledInit(folder=folder, repo_id=repo_id, revision=revision, commit=commit)
+    return dataclasses.replace(load_init(folder, statistics=statistics), source=f"{repo_id}@{commit}")
 
 
 def _places(checked: Path, commit: str, rank: int | None, *, statistics: bool) -> list[Path]:
@@ -260,11 +267,11 @@ def _fetch_peft_config(source: _Source, manifest: Manifest, commit: str) -> dict
         return check_adapter_config(path, manifest)
 
 
-def _check_use(manifest: Manifest, base_model: nn.Module | Mapping[str, Any] | None, rank: int | None) -> None:
+def _check_use(manifest: Manifest, base_model: nn.Module | BaseModelFacts | None, rank: int | None) -> None:
     """Compare base and rank with what the manifest offers, before anything large is fetched."""
     if base_model is not None:
-        is_model = isinstance(base_model, nn.Module)
-        check_base_model(manifest, base_model_facts(base_model) if is_model else base_model)
+        facts = base_model_facts(base_model) if isinstance(base_model, nn.Module) else base_model
+        check_base_model(manifest, facts)
     if rank is not None and not 1 <= rank <= manifest.largest_rank:
         raise ConfigError(
             f"rank={rank} cannot be taken from this initialisation: ask for one from 1 to {manifest.largest_rank}."
@@ -289,8 +296,6 @@ def _collect(
             if name not in left_out:
                 _place(source, manifest_path.parent.name, partial / name, entry, put)
         stored = load_init(partial, statistics=statistics)
-        if statistics:
-            check_statistics(stored)
         if base is not None:
             check_against_base(stored, base)
 

@@ -13,8 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from lora_da_hf.artifacts.card_files import PLOTS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import LICENSE_FILES
-from lora_da_hf.artifacts.schema import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD
-from lora_da_hf.artifacts.solved_from import check_statistics
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, SCHEMA_VERSION, STATISTICS_SHARD
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
 from lora_da_hf.hub.base import base_facts
@@ -114,7 +113,6 @@ def push_init(
     if not is_repo_id(repo_id):
         raise ConfigError(f"repo_id={repo_id!r} is no name of a repository on the Hub. Give one such as user/name.")
     stored = load_init(folder)
-    check_statistics(stored)
     api = make_api(token=token, endpoint=endpoint)
     licence = {"license": license, "license_name": license_name, "license_link": license_link}
     facts = {"datasets": datasets, "language": language, "hardware": hardware, "notes": notes}
@@ -124,7 +122,7 @@ def push_init(
         if card is None:
             licence = base.license_facts(licence)
             _check_license_link(stored.folder, licence["license_link"])
-            named = base.name or stored.manifest.base_model["name_or_path"]
+            named = base.name or stored.manifest.base_model.name_or_path
             missing = f"the Hub names none for its base {named!r}. Pass license=... (--license)"
             page = render_page(
                 stored, repo_id=repo_id, base_model=base_model, base_license=base.license, **licence, **facts

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE
 from lora_da_hf.artifacts.other_tensors import DELTA, MAGNITUDE, trained_tokens
-from lora_da_hf.artifacts.schema import ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
@@ -50,7 +50,7 @@ def check_against_base(stored: StoredInit, model: nn.Module) -> tuple[str, ...]:
             layer = name.removesuffix(MAGNITUDE)
             expected = _magnitude(modules[layer], tensors, layer, stored) if layer in modules else None
             is_floating = expected is not None and _is_floating(modules[layer].weight)
-            is_exact = is_floating and bool(stored.manifest.base_model.get("weights_sha256"))
+            is_exact = is_floating and bool(stored.manifest.base_model.weights_sha256)
             tolerance = _NORM_TOLERANCE if is_exact else _QUANTISED_NORM_TOLERANCE
         elif ".lora_" in name:
             continue

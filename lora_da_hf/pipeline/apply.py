@@ -14,10 +14,9 @@ from torch import nn
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
 from lora_da_hf.adapters.targets import Target, check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.basis import StoredBasis
-from lora_da_hf.artifacts.schema import Manifest
-from lora_da_hf.artifacts.solved_from import stored_solution
-from lora_da_hf.artifacts.store import PulledInit, StoredInit, check_base_model, load_init
+from lora_da_hf.artifacts.basis import StoredBasis, stored_solution
+from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest
+from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
@@ -33,9 +32,7 @@ from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions
 from lora_da_hf.pipeline.stored import (
     config_for_use,
     gives_step,
-    manifest_digest,
     population_of,
-    steps_by_rank,
     stored_step,
 )
 from lora_da_hf.records import LayerSolution
@@ -48,7 +45,7 @@ from lora_da_hf.theory.layer_scales import rounding_notes
 
 def apply_init(
     model: nn.Module,
-    init: str | Path | StoredInit | PulledInit,
+    init: str | Path | StoredInit,
     *,
     adapter_name: str | None = None,
     config: LoRADAConfig | Mapping[str, Any] | None = None,
@@ -72,7 +69,7 @@ def apply_init(
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
-        init: A folder, what `load_init` read, or what was pulled from the Hub.
+        init: A folder, or what `load_init` or `pull_init` returned.
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
@@ -109,12 +106,12 @@ def apply_init(
     with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):
         facts = base_model_facts(model)
     with ranks.together("reading of the initialisation"):
-        stored, citation = _open(init, facts)
+        stored = _open(init, facts)
         given_step = step_size is not None or gives_step(config)
         config = config_for_use(stored.manifest, config)
         if step_size is not None or (samples is not None and not given_step):
             config = dataclasses.replace(config, step_size="line_search" if step_size is None else step_size)
-    if len(set(ranks.gather(manifest_digest(stored.manifest)))) > 1:
+    if len(set(ranks.gather(stored.manifest.digest))) > 1:
         raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
@@ -126,12 +123,12 @@ def apply_init(
         scan=scan,
         compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
         collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
-        seed=first_given(config.seed, stored.manifest.seed),
+        seed=first_given(config.seed, stored.report.seed),
         batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
         progress=progress,
         output_dir=None,
     )
-    job.report = _new_report(job, stored, citation)
+    job.report = _new_report(job, stored)
     with ranks.together("matching of the layers"):
         solutions = _match(job, stored)
     job.report.seconds["read"] = time.perf_counter() - start
@@ -148,34 +145,32 @@ def apply_init(
     return job.report
 
 
-def _open(init: str | Path | StoredInit | PulledInit, facts: dict[str, Any]) -> tuple[StoredInit, str]:
-    """Read and check an initialisation but for its statistics, which are not used, and say how it is cited."""
+def _open(init: str | Path | StoredInit, facts: BaseModelFacts) -> StoredInit:
+    """Read and check an initialisation but for its statistics, which are not used."""
     if isinstance(init, StoredInit):
-        stored = dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
-        return stored, manifest_digest(stored.manifest)
-    if isinstance(init, str | Path):
-        stored = load_init(init, base_model=facts, statistics=False)
-        return stored, manifest_digest(stored.manifest)
-    return load_init(init.folder, base_model=facts, statistics=False), f"{init.repo_id}@{init.commit}"
+        return dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
+    return load_init(init, base_model=facts, statistics=False)
 
 
-def _new_report(job: Job, stored: StoredInit, citation: str) -> LoRADAReport:
+def _new_report(job: Job, stored: StoredInit) -> LoRADAReport:
     """Start a report that says what the stored statistics were taken from."""
-    layer_steps = LoRADAConfig.from_dict(stored.manifest.config).layer_steps
+    layer_steps = stored.manifest.config.layer_steps
     return LoRADAReport(
         kept=dict(job.scan.kept),
+        adapter_name=job.scan.adapter_name,
+        seed=job.seed,
         num_samples=stored.report.num_samples,
         num_unlabelled=stored.report.num_unlabelled,
         population_size=stored.report.population_size,
         batch_size=stored.report.batch_size,
         loss_reduction=stored.report.loss_reduction,
         data_fingerprint=stored.report.data_fingerprint,
-        step_size_by_rank=steps_by_rank(stored.manifest),
+        step_size_by_rank=dict(stored.report.step_size_by_rank),
         step_unit=stored.report.step_unit,
         config=job.config.to_dict(),
         notes=[*stored.notes, *rounding_notes(stored.report.layers, layer_steps=layer_steps)],
         artifact=str(stored.folder),
-        init_from=citation,
+        init_from=stored.source,
     )
 
 
@@ -193,8 +188,8 @@ def _match(job: Job, stored: StoredInit) -> dict[str, LayerSolution]:
             _check_fits(target, stored.bases[name])
             solutions[name] = _solution(stored.bases[name], reports[name], target.device)
             job.report.layers.append(_layer_report(target, reports[name]))
-        elif name in stored.manifest.kept:
-            job.report.kept[name] = f"the stored initialisation has none for it: {stored.manifest.kept[name]}"
+        elif name in stored.report.kept:
+            job.report.kept[name] = f"the stored initialisation has none for it: {stored.report.kept[name]}"
         else:
             missing.append(name)
     if missing or not solutions:
@@ -225,8 +220,7 @@ def _check_fits(target: Target, basis: StoredBasis) -> None:
 
 def _solution(basis: StoredBasis, report: LayerReport, device: torch.device) -> LayerSolution:
     basis_A, basis_B = (tensor.to(device).double() for tensor in (basis.basis_A, basis.basis_B))
-    eigenvalues = basis.eigenvalues.to(device)
-    return stored_solution(StoredBasis(basis_A=basis_A, basis_B=basis_B, eigenvalues=eigenvalues), report)
+    return stored_solution(StoredBasis(basis_A=basis_A, basis_B=basis_B), report)
 
 
 def _layer_report(target: Target, stored: LayerReport) -> LayerReport:
@@ -235,8 +229,6 @@ def _layer_report(target: Target, stored: LayerReport) -> LayerReport:
         rank=target.rank,
         peft_scaling=target.peft_scaling,
         notes=list(stored.notes),
-        basis_A_sums=[],
-        basis_B_sums=[],
     )
 
 

@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.artifacts.fingerprint import config_facts, is_repo_id, weights_fingerprint
+from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.distributed.parameters import gathered
 from lora_da_hf.losses import base_model_of
 
@@ -22,7 +23,7 @@ _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 """Names that PEFT puts between a module and its weight, for adapters, modules to save and trainable tokens."""
 
 
-def base_model_facts(model: nn.Module) -> dict[str, Any]:
+def base_model_facts(model: nn.Module) -> BaseModelFacts:
     """Return name, revision, config facts and weights fingerprint of the base model.
 
     The name of a folder that could be one on the Hub, such as ``checkpoints/base``, gets a ``./`` before it.
@@ -30,12 +31,12 @@ def base_model_facts(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(base_model_of(model), "config", None)
     name: str | None = getattr(config, "_name_or_path", None) or None
     is_folder = name is not None and Path(name).is_dir()
-    return {
-        "name_or_path": f"./{name}" if name and is_folder and is_repo_id(name) else name,
-        "revision": None if name is None or is_folder else getattr(config, _COMMIT, None),
-        "config": config_facts(config),
-        "weights_sha256": weights_fingerprint(base_weights(model)),
-    }
+    return BaseModelFacts(
+        name_or_path=f"./{name}" if name and is_folder and is_repo_id(name) else name,
+        revision=None if name is None or is_folder else getattr(config, _COMMIT, None),
+        config=config_facts(config),
+        weights_sha256=weights_fingerprint(base_weights(model)),
+    )
 
 
 def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
-from lora_da_hf.artifacts.schema import ADAPTER_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.distributed.parameters import full_shape, read_full, write_full

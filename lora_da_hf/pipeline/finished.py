@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.consistency import stored_factor
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, IDENTITY, MANIFEST_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.artifacts.tensors import read_tensors
@@ -63,7 +63,7 @@ def _read(job: Job, identity: Mapping[str, Any]) -> tuple[LoRADAReport, dict[str
         return None
     try:
         stored = load_init(folder)
-        differing = changes(stored.manifest.data.get(IDENTITY), dict(identity))
+        differing = changes(stored.manifest.identity, dict(identity))
     except ArtifactError as error:
         job.report.notes.append("an initialisation that was there before could not be used and was replaced")
         logger.warning("LoRA-DA: the initialisation in %s cannot be used and is replaced (%s)", folder, error)

@@ -6,13 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from lora_da_hf.artifacts.schema import LOSS, MOVED_LOSS
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.batches import digest_sample
 
+LOSS, MOVED_LOSS = "loss", "loss of moved outputs"
 _LOSS_TOLERANCE = 1e-3
 _NO_MATTER = {
     *("batch_size", "memory_budget", "schedule", "statistics_save_steps"),  # how it is computed, not what
@@ -48,14 +49,17 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
     together = [job.batch_size, job.ranks.size] if probe.settings.reduction.kind == "batch" else []
-    unasked = {"revision", "name_or_path"} if job.base_model["weights_sha256"] else {"revision"}
+    unasked = {"revision", "name_or_path"} if job.base_model.weights_sha256 else {"revision"}
     adapter = {
         name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
     facts = {
         "settings": {**settings, "seed": job.seed, "population_size": splits.population_size, "together": together},
-        "base model": [{name: value for name, value in job.base_model.items() if name not in unasked}, dtypes],
+        "base model": [
+            {name: value for name, value in job.base_model.model_dump().items() if name not in unasked},
+            dtypes,
+        ],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
         "samples": [statistics, search, unseen],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
@@ -84,9 +88,9 @@ def _in_order(shares: list[list[str]]) -> list[str]:
     return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
 
-def changes(before: Any, now: dict[str, Any]) -> list[str]:
-    """Name what differs between two identities; everything, if the first is none."""
-    if not isinstance(before, dict) or set(before) != set(now):
+def changes(before: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
+    """Name what differs between two identities; everything, if the first is empty."""
+    if set(before) != set(now):
         return sorted({LOSS if name.startswith(LOSS) else name for name in now})
     found = [name for name, value in now.items() if not _same(before[name], value)]
     return list(dict.fromkeys(LOSS if name.startswith(LOSS) else name for name in found))

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from lora_da_hf.adapters.resizing import trained_factors
 from lora_da_hf.adapters.targets import Target, TargetScan
 from lora_da_hf.adapters.write import read_factors, write_factors
+from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import is_partitioned, is_whole, read_full, settle, write_full
@@ -81,7 +82,9 @@ class Job:
         largest = max(target.rank for target in self.scan.targets)
         largest = self.config.max_rank or (largest if self.config.rank_budget is None else _MORE_FOR_SOME * largest)
         self.max_ranks = {t.name: min(max(largest, t.rank), t.in_features) for t in self.scan.targets}
-        self.report = LoRADAReport(config=self.config.to_dict(), kept=dict(self.scan.kept))
+        self.report = LoRADAReport(
+            config=self.config.to_dict(), kept=dict(self.scan.kept), adapter_name=self.scan.adapter_name, seed=self.seed
+        )
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
@@ -135,7 +138,7 @@ class Job:
         return self.ranks.size > 1 and not all(map(_is_whole, self.scan.targets))
 
     @functools.cached_property
-    def base_model(self) -> dict[str, Any]:
+    def base_model(self) -> BaseModelFacts:
         """What `base_model_facts` finds, by all processes together the first time."""
         with self.ranks.stage("fingerprint", has_collectives=self.runs_in_lockstep):
             return base_model_facts(self.model)

@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.folders import check_replaceable, remove_leftovers
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.peft_config import alpha_of, holder_of
-from lora_da_hf.artifacts.schema import Manifest
-from lora_da_hf.artifacts.solved_from import check_solved_from, check_statistics
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.config import LoRADAConfig
@@ -80,7 +79,7 @@ def refit_init(
     check_replaceable(Path(output_dir))
     remove_leftovers(Path(output_dir))
     refit = _read(Path(folder), config, step_size, base_model)
-    stored_config = LoRADAConfig.from_dict(refit.manifest.config)
+    stored_config = refit.manifest.config
     if rank_budget is None and refit.config.rank_budget != stored_config.rank_budget:
         rank_budget = refit.config.rank_budget
     if rank is not None and (rank < 1 or rank_budget is not None):
@@ -94,8 +93,6 @@ def refit_init(
     solved_with = [name for name in changed_settings(refit.config, stored_config) if name in SOLVE_SETTINGS]
     if refit.config.save_statistics and not statistics_files(refit.manifest):
         raise ArtifactError(f"{folder} has no statistics to take along. Leave save_statistics out.")
-    if refit.config.save_statistics and not solved_with:
-        check_statistics(refit.stored)
     if solved_with:
         is_given = step_size is not None or (isinstance(config, Mapping) and gives_step(config))
         if not is_given and refit.config.step_size == stored_config.step_size:
@@ -133,7 +130,7 @@ def was_cut(found: Manifest, manifest: Manifest) -> bool:
         manifest: That of the other.
     """
     config = dataclasses.replace(config_for_refit(manifest, None), rank_budget=None)
-    return found.refitted_from == refitted_from(manifest) and LoRADAConfig.from_dict(found.config) == config
+    return found.refitted_from == refitted_from(manifest) and found.config == config
 
 
 def _read(folder: Path, config: Given, step_size: float | None, base_model: nn.Module | None) -> Refit:
@@ -194,7 +191,6 @@ def _solve_again(refit: Refit, *, progress: bool) -> None:
         for name, layer in refit.manifest.layers.items()
     }
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
-        check_solved_from(statistics, refit.stored)
         with full_precision("cpu"):
             solutions |= solve_group(statistics, refit.config, ranks=ranks, population_size=population_size)
         refit.reports |= {n: dataclasses.replace(refit.reports[n], **reported(solutions[n])) for n in statistics}
@@ -225,7 +221,7 @@ def _possible_rank(refit: Refit, name: str, rank: int) -> int:
 def _spend(refit: Refit, budget: int) -> None:
     """Choose the ranks under a budget, each with an alpha that keeps the layer's scaling."""
     widths = {name: (layer.in_features, layer.out_features) for name, layer in refit.manifest.layers.items()}
-    spectra = {name: basis.eigenvalues.tolist() for name, basis in refit.bases.items()}
+    spectra = {name: report.eigenvalues for name, report in refit.reports.items()}
     scalings = {name: refit.scaling(name) for name in refit.ranks}
     refit.ranks, note = share_out(spectra, widths, budget)
     refit.alphas = {name: alpha_for(refit.peft_config, rank, scalings[name]) for name, rank in refit.ranks.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,12 @@ from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.files import write_tensors
+from lora_da_hf.artifacts.manifest import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    Manifest,
+    RefittedFrom,
+)
 from lora_da_hf.artifacts.other_tensors import MAGNITUDE
 from lora_da_hf.artifacts.peft_config import (
     alpha_divisor,
@@ -29,26 +34,14 @@ from lora_da_hf.artifacts.peft_config import (
     rank_of,
     with_ranks,
 )
-from lora_da_hf.artifacts.schema import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    IDENTITY,
-    FileEntry,
-    LayerEntry,
-    Manifest,
-)
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.losses import base_model_of
-from lora_da_hf.pipeline.save import package_versions
+from lora_da_hf.pipeline.save import made_now
 from lora_da_hf.pipeline.stored import (
-    SOLVED_AGAIN_WITH,
-    manifest_digest,
     population_of,
-    solved_again_with,
-    steps_by_rank,
     stored_step,
 )
 from lora_da_hf.report import LayerReport, LoRADAReport
@@ -119,14 +112,18 @@ def write_refit(refit: Refit, output_dir: Path, solved_with: list[str]) -> Store
         for name in statistics_files(refit.manifest):
             shutil.copyfile(refit.stored.folder / name, path / name)
 
-    report = _new_report(refit, step, output_dir)
     write_init(
         output_dir,
         bases=refit.bases,
         save_adapter=save_adapter,
-        report=report,
         save_statistics=copy_statistics if refit.config.save_statistics else None,
-        make_manifest=lambda files: _new_manifest(refit, step, solved_with, files),
+        make_manifest=lambda files: Manifest(
+            **made_now(),
+            base_model=refit.manifest.base_model,
+            refitted_from=refitted_from(refit.manifest, {name: getattr(refit.config, name) for name in solved_with}),
+            files=files,
+            report=_new_report(refit, step),
+        ),
     )
     return load_init(output_dir)
 
@@ -135,7 +132,7 @@ def _new_peft_config(refit: Refit) -> dict[str, Any]:
     if all(refit.manifest.layers[name].rank == rank for name, rank in refit.ranks.items()):
         return refit.peft_config
     config = refit.peft_config
-    names = [name for name in refit.manifest.kept if not is_parameter(config, name)]
+    names = [name for name in refit.stored.report.kept if not is_parameter(config, name)]
     kept = {name: (rank_of(config, name), alpha_of(config, name)) for name in names}
     return with_ranks(config, refit.ranks, refit.alphas, kept)
 
@@ -144,10 +141,10 @@ def _new_tensors(refit: Refit, peft_config: dict[str, Any], step: float | None) 
     """Return the stored adapter's tensors with the new factors in the place of the old ones, in their dtype."""
     tensors = read_tensors(refit.stored.folder / ADAPTER_FILE, None)
     old, new = refit.peft_config["r"], peft_config["r"]
-    names = (*refit.ranks, *refit.manifest.kept)
+    names = (*refit.ranks, *refit.stored.report.kept)
     for holder in {holder_of(name) for name in names if is_parameter(refit.peft_config, name)} if old != new else ():
         keys = [_key(holder, which) for which in ("lora_A", "lora_B")]
-        resized = resize_factors(*(tensors[key] for key in keys), old=old, new=new, seed=refit.manifest.seed)
+        resized = resize_factors(*(tensors[key] for key in keys), old=old, new=new, seed=refit.stored.report.seed)
         tensors.update(zip(keys, resized, strict=True))
     for name in refit.ranks:
         _replace_factors(refit, tensors, name, step)
@@ -190,13 +187,15 @@ def _base_layer(base: nn.Module, name: str) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADAReport:
+def _new_report(refit: Refit, step: float | None) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     old = refit.stored.report
     notes = [*refit.notes, *rounding_notes(refit.reports.values(), layer_steps=refit.config.layer_steps)]
     return LoRADAReport(
         layers=[refit.reports[layer.name] for layer in old.layers],
-        kept=dict(refit.manifest.kept),
+        kept=dict(old.kept),
+        adapter_name=old.adapter_name,
+        seed=old.seed,
         num_samples=old.num_samples,
         num_unlabelled=old.num_unlabelled,
         num_search_samples=old.num_search_samples,
@@ -209,59 +208,22 @@ def _new_report(refit: Refit, step: float | None, output_dir: Path) -> LoRADARep
         config=refit.config.to_dict(),
         data_fingerprint=old.data_fingerprint,
         notes=[*notes, "refitted from a stored initialisation: no loss was measured with this adapter"],
-        artifact=str(output_dir),
     )
 
 
 def _ladder(refit: Refit) -> dict[int, float]:
     """Return the searched steps for the ranks that are stored, if the step is a searched one."""
     largest = max(basis.basis_A.shape[0] for basis in refit.bases.values())
-    steps = steps_by_rank(refit.manifest) if refit.config.searches_step else {}
+    steps = refit.stored.report.step_size_by_rank if refit.config.searches_step else {}
     return {rank: step for rank, step in steps.items() if rank <= largest}
 
 
-def _new_manifest(refit: Refit, step: float | None, solved_with: list[str], files: dict[str, FileEntry]) -> Manifest:
-    old = refit.manifest
-    return dataclasses.replace(
-        old,
-        config=refit.config.to_dict(),
-        data={**_without_identity(old.data), "population_size": population_of(old, refit.config)},
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        step_size=step,
-        step_size_by_rank={str(rank): found for rank, found in _ladder(refit).items()},
-        versions=package_versions(),
-        layers={name: _layer_entry(refit, name, layer) for name, layer in old.layers.items()},
-        files=files,
-        refitted_from=refitted_from(old, {name: getattr(refit.config, name) for name in solved_with}),
-    )
-
-
-def refitted_from(manifest: Manifest, solved_with: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def refitted_from(manifest: Manifest, solved_with: Mapping[str, Any] = MappingProxyType({})) -> RefittedFrom:
     """Return what the manifest of a refitted initialisation says of where it comes from.
 
     Args:
         manifest: Of what was refitted.
         solved_with: Settings of the solve that are others now.
     """
-    return {
-        "manifest": manifest_digest(manifest),
-        "created": manifest.created,
-        SOLVED_AGAIN_WITH: {**solved_again_with(manifest), **solved_with},
-    }
-
-
-def _without_identity(data: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says that it is what a run would compute, which a refitted one is not."""
-    return {name: value for name, value in data.items() if name != IDENTITY}
-
-
-def _layer_entry(refit: Refit, name: str, old: LayerEntry) -> LayerEntry:
-    report = refit.reports[name]
-    return dataclasses.replace(
-        old,
-        rank=refit.ranks[name],
-        max_rank=refit.bases[name].basis_A.shape[0],
-        peft_scaling=refit.scaling(name),
-        input_damping=report.input_damping,
-        output_damping=report.output_damping,
-    )
+    before = manifest.refitted_from.changed if manifest.refitted_from else {}
+    return RefittedFrom(manifest=manifest.digest, changed={**before, **solved_with})

@@ -247,9 +247,7 @@ def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, ident
                 scan=job.scan,
                 solutions=solved.solutions,
                 statistics=statistics,
-                shared_inputs=solved.shared,
                 report=job.report,
-                seed=job.seed,
                 identity=identity,
             )
             _read_again(job, folder)

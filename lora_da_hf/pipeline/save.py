@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -14,16 +15,16 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.resizing import layers_in_patterns
-from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.adapters.targets import TargetScan
 from lora_da_hf.artifacts.basis import StoredBasis
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts, Manifest
 from lora_da_hf.artifacts.peft_config import in_names
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE, IDENTITY, FileEntry, LayerEntry, Manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
 from lora_da_hf.errors import TargetError
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LoRADAReport
 
 _BESIDE_AN_ADAPTER = ("README.md", "generation_config.json", "*.py")
 """What PEFT and transformers write with an adapter: a card as of a trained one, how the base generates, code."""
@@ -35,17 +36,15 @@ def save_init(
     folder: Path,
     *,
     model: nn.Module,
-    base_model: dict[str, Any],
+    base_model: BaseModelFacts,
     adapter_state: dict[str, Tensor] | None,
     scan: TargetScan,
     solutions: Mapping[str, LayerSolution],
     statistics: Path | None,
-    shared_inputs: Mapping[str, str],
     report: LoRADAReport,
-    seed: int,
     identity: Mapping[str, Any],
 ) -> None:
-    """Write adapter, basis, report, manifest and, if there are any, statistics: all of it or nothing.
+    """Write adapter, basis, manifest and, if there are any, statistics: all of it or nothing.
 
     What takes all processes is done before: `base_model_facts` and `whole_adapter`.
 
@@ -57,57 +56,29 @@ def save_init(
         scan: The adapter's layers.
         solutions: By layer.
         statistics: Folder that `save_statistics` wrote to; None: they are not stored.
-        shared_inputs: The leader of each layer.
         report: What was done.
-        seed: Of every random choice.
         identity: What a later run must have in common with this one to use it.
     """
-    bases = {name: StoredBasis.of(solution) for name, solution in solutions.items()}
-    reports = {layer.name: layer for layer in report.layers}
-    leaders = leaders_of(shared_inputs, solutions)
-    layers = {
-        target.name: _layer_entry(target, solutions[target.name], reports[target.name], leaders[target.name])
-        for target in scan.targets
-        if target.name in solutions
-    }
-
-    def make_manifest(files: dict[str, FileEntry]) -> Manifest:
-        return Manifest(
-            config=report.config,
-            base_model=base_model,
-            data={
-                "fingerprint": report.data_fingerprint,
-                "num_samples": report.num_samples,
-                "num_unlabelled": report.num_unlabelled,
-                "num_search_samples": report.num_search_samples,
-                "population_size": report.population_size,
-                IDENTITY: dict(identity),
-            },
-            adapter_name=scan.adapter_name,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            step_size=report.step_size,
-            step_size_by_rank={str(rank): step for rank, step in report.step_size_by_rank.items()},
-            seed=seed,
-            versions=package_versions(),
-            layers=layers,
-            kept=dict(report.kept),
-            files=files,
-        )
-
-    base_name: str | None = base_model["name_or_path"]
+    name = base_model.name_or_path
     write_init(
         folder,
-        bases=bases,
-        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, base_name),
-        report=report,
+        bases={layer: StoredBasis.of(solution) for layer, solution in solutions.items()},
+        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, name),
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
-        make_manifest=make_manifest,
+        make_manifest=lambda files: Manifest(
+            **made_now(),
+            base_model=base_model,
+            identity=dict(identity),
+            files=files,
+            report=dataclasses.replace(report, artifact=None),  # no local path
+        ),
     )
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the libraries that an initialisation depends on."""
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+def made_now() -> dict[str, Any]:
+    """Return when and with which versions of the libraries a manifest is made."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"created": now, "versions": {package: importlib.metadata.version(package) for package in _PACKAGES}}
 
 
 def leaders_of(shared_inputs: Mapping[str, str], solutions: Collection[str]) -> dict[str, str]:
@@ -117,21 +88,6 @@ def leaders_of(shared_inputs: Mapping[str, str], solutions: Collection[str]) -> 
         if name in solutions:
             first.setdefault(leader, name)
     return {name: first[leader] for name, leader in shared_inputs.items() if name in solutions}
-
-
-def _layer_entry(target: Target, solution: LayerSolution, report: LayerReport, leader: str) -> LayerEntry:
-    return LayerEntry(
-        in_features=target.in_features,
-        out_features=target.out_features,
-        rank=target.rank,
-        max_rank=solution.basis_A.shape[0],
-        peft_scaling=float(target.peft_scaling),
-        shares_input_with=leader,
-        input_damping=solution.input_damping,
-        output_damping=solution.output_damping,
-        num_tokens=report.num_tokens,
-        num_grad_tokens=report.num_grad_tokens,
-    )
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:

@@ -118,13 +118,17 @@ def _solve_group(
     wanted = {name: statistics[name] for name in names}
     solutions = solve_group(wanted, job.config, ranks=job.max_ranks, population_size=population_size)
     for name, solution in solutions.items():
-        found[name] = (solution, _layer_report(job.targets[name], statistics[name], solution))
+        report = _layer_report(job.targets[name], statistics[name], solution, leader=next(iter(solutions)))
+        found[name] = (solution, report)
     return found
 
 
-def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSolution) -> LayerReport:
+def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSolution, *, leader: str) -> LayerReport:
     return LayerReport(
         name=target.name,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        shares_input_with=leader,
         rank=target.rank,
         peft_scaling=target.peft_scaling,
         num_tokens=statistics.num_input_tokens,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_da_hf.artifacts.schema import Manifest
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.setting_groups import FREE_IN_REFIT, FREE_IN_USE, PASS_SETTINGS
-
-SOLVED_AGAIN_WITH = "solved_again_with"
-"""Entry of a manifest's ``refitted_from``: the settings that changed after the step was found, with their values."""
 
 
 def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
@@ -42,7 +38,7 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
     Raises:
         ConfigError: if there is a budget, or a setting that went into the stored solution is given otherwise.
     """
-    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), freeze_a=False, rank_budget=None)
+    stored = dataclasses.replace(manifest.config, freeze_a=False, rank_budget=None)
     if given is None:
         return stored
     given, names = _merged(stored, given)
@@ -79,7 +75,7 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
         ConfigError: if a setting of the pass over the data is given that is not the stored one; in a config, one at its
             default is not given.
     """
-    stored = dataclasses.replace(LoRADAConfig.from_dict(manifest.config), save_statistics=False)
+    stored = dataclasses.replace(manifest.config, save_statistics=False)
     if given is None:
         return stored
     given, names = _merged(stored, given)
@@ -103,29 +99,7 @@ def _listed(config: LoRADAConfig, names: list[str]) -> str:
 
 def population_of(manifest: Manifest, config: LoRADAConfig) -> int:
     """Return N of the variance term: the config's, or that of the data that the statistics are from."""
-    return config.population_size or manifest.data["population_size"]
-
-
-def solved_again_with(manifest: Manifest) -> dict[str, Any]:
-    """Return the settings that a refit changed after the step was found.
-
-    Raises:
-        ArtifactError: if the manifest has something else there.
-    """
-    found = manifest.refitted_from.get(SOLVED_AGAIN_WITH, {})
-    if not isinstance(found, dict):
-        raise ArtifactError(f"The manifest's refitted_from holds {found!r} where settings should be. Fetch it again.")
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def manifest_digest(manifest: Manifest) -> str:
-    """Return ``sha256:`` and the hash of the manifest file, which names an initialisation wherever it lies."""
-    return f"sha256:{hashlib.sha256(manifest.to_json().encode()).hexdigest()}"
-
-
-def steps_by_rank(manifest: Manifest) -> dict[int, float]:
-    """Return the searched step for a ladder of ranks, ascending."""
-    return dict(sorted((int(rank), step) for rank, step in manifest.step_size_by_rank.items()))
+    return config.population_size or manifest.report.population_size
 
 
 def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
@@ -142,19 +116,16 @@ def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | N
 
     Returns:
         The step, or None if it follows from `stable_gamma` and the layer's scaling; and where it is from.
-
-    Raises:
-        ArtifactError: if the manifest does not say which settings changed since.
     """
     step, source = _stored_step(manifest, ranks)
-    changed = solved_again_with(manifest)
-    if changed and manifest.step_size_by_rank:
-        source += f"; it was searched before {', '.join(map(str, changed))} changed"
+    changed = manifest.refitted_from.changed if manifest.refitted_from else {}
+    if changed and manifest.report.step_size_by_rank:
+        source += f"; it was searched before {', '.join(changed)} changed"
     return step, source
 
 
 def _stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
-    step, steps = manifest.step_size, steps_by_rank(manifest)
+    step, steps = manifest.report.step_size, dict(sorted(manifest.report.step_size_by_rank.items()))
     if step is None:
         return None, "the step follows from stable_gamma and each layer's scaling"
     if not steps:

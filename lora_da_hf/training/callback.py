@@ -15,7 +15,8 @@ from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initi
 from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.folders import atomic_folder, check_replaceable
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, INIT_FOLDER, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.store import load_manifest
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import is_partitioned
@@ -275,7 +276,8 @@ class LoRADACallback(TrainerCallback):
 
     def _recall_report(self, folder: Path) -> None:
         try:
-            self.report = LoRADAReport.load(folder / REPORT_FILE)
+            is_own = (folder / MANIFEST_FILE).is_file()
+            self.report = load_manifest(folder).report if is_own else LoRADAReport.load(folder / REPORT_FILE)
             self.report.artifact = None if self.report.init_from else str(folder)
         except FileNotFoundError:
             logger.info("LoRA-DA: %s has no report of the initialisation", folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_da_hf.artifacts.store import PulledInit
+from lora_da_hf.artifacts.manifest import BaseModelFacts
+from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.losses import base_model_of
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
-def find_init(init_from: str | Path, base_model: Mapping[str, Any] | None) -> Path | PulledInit:
+def find_init(init_from: str | Path, base_model: BaseModelFacts | None) -> Path | StoredInit:
     """Return the folder that ``init_from`` names or, if there is none, what the Hub has under that name.
 
     Full statistics are not fetched, since a start uses none.

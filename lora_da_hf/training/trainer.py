@@ -20,7 +20,7 @@ from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
 from lora_da_hf.adapters.resizing import CANNOT_RESIZE
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
-from lora_da_hf.artifacts.schema import ADAPTER_CONFIG_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError, UnsupportedSetupError
 from lora_da_hf.pipeline.ranks_per_layer import adopt_ranks

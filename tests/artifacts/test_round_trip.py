@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 import lora_da_hf.pipeline.base_model
 import lora_da_hf.pipeline.run
 import lora_da_hf.pipeline.save
-from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
+from lora_da_hf import apply_init, initialize_lora_da
 from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.artifacts.folders import atomic_folder, check_writable
-from lora_da_hf.artifacts.schema import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
+from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, REPORT_FILE, parse_manifest
 from lora_da_hf.artifacts.statistics_store import adopt_statistics, load_statistics, save_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError
@@ -89,16 +89,16 @@ def test_the_files_can_be_read_by_whom_the_umask_lets(tmp_path, lora_model, samp
 def test_the_manifest_says_what_was_done(tmp_path, lora_model, samples):
     report = initialize(lora_model(), samples, tmp_path / "init", max_rank=6)
     manifest = load_init(tmp_path / "init").manifest
-    assert LoRADAConfig.from_dict(manifest.config) == make_config(max_rank=6)
+    assert manifest.config == make_config(max_rank=6)
     assert manifest.adapter_name == "default"
-    assert manifest.step_size == report.step_size
-    assert manifest.step_size_by_rank == {str(rank): step for rank, step in report.step_size_by_rank.items()}
-    assert set(manifest.step_size_by_rank) == {"1", "4", "6"}
-    assert manifest.seed == 42
+    assert manifest.report.step_size == report.step_size
+    assert manifest.report.step_size_by_rank == {str(rank): step for rank, step in report.step_size_by_rank.items()}
+    assert set(manifest.report.step_size_by_rank) == {"1", "4", "6"}
+    assert manifest.report.seed == 42
     assert manifest.versions["peft"] == peft.__version__
-    assert manifest.data["num_samples"] == 12
-    assert manifest.data["population_size"] == 24
-    assert manifest.data["fingerprint"] == report.data_fingerprint
+    assert manifest.report.num_samples == 12
+    assert manifest.report.population_size == 24
+    assert manifest.report.data_fingerprint == report.data_fingerprint
     assert len(manifest.layers) == LINEAR_LAYERS
     for layer in report.layers:
         entry = manifest.layers[layer.name]
@@ -234,7 +234,7 @@ def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, sample
     report = initialize(lora_model(), samples, tmp_path / "init", save_statistics=True, max_rank=6)
     stored = load_init(tmp_path / "init")
     statistics = load_statistics(stored.folder, stored.manifest)
-    config = LoRADAConfig.from_dict(stored.manifest.config)
+    config = stored.manifest.config
     assert set(statistics) == {layer.name for layer in report.layers}
     by_layer = divisors(report.layers, report.step_unit, layer_steps=config.layer_steps)
     attention = [statistics[f"model.layers.0.self_attn.{which}_proj"].input_second_moment for which in "qkv"]
@@ -426,7 +426,7 @@ def test_a_rank_above_the_input_size_is_left_to_peft(tmp_path, tiny_llama, lora_
     report = initialize(model, samples, tmp_path / "init")
     kept = {f"model.layers.{n}.self_attn.o_proj": "rank 50 is above its input size 48" for n in range(2)}
     assert report.kept == kept
-    assert load_init(tmp_path / "init").manifest.kept == kept
+    assert load_init(tmp_path / "init").report.kept == kept
     after = adapter_weights(model)
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
     assert unchanged == {name for name in before if "o_proj" in name}
@@ -580,5 +580,5 @@ def test_base_facts_of_a_model_are_those_of_its_base(lora_model, tiny_llama):
     facts = lora_da_hf.pipeline.base_model.base_model_facts(model)
     assert facts["config"]["hidden_size"] == 48
     assert facts["config"]["model_type"] == "llama"
-    assert len(facts["weights_sha256"]) == 64
+    assert len(facts.weights_sha256) == 64
     assert len(base_linear_layers(model)) == LINEAR_LAYERS

@@ -12,14 +12,14 @@ from card_facts import make_manifest, make_report
 from harness import adapter_weights, assert_same_tensors, change_tensors, forge_manifest, make_init, store_init
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_da_hf.artifacts.stored_report import read_report
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, REPORT_FILE
 from lora_da_hf.artifacts.peft_config import read_of_checkpoint
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, MAX_MANIFEST_BYTES, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.pipeline.base_model import base_model_facts
@@ -269,7 +269,7 @@ def test_manifest_and_report_of_many_layers_with_many_directions_may_be_as_long_
     wide = {name: dataclasses.replace(layer, max_rank=48) for name, layer in manifest.layers.items()}
     manifest = dataclasses.replace(manifest, layers=wide, kept={f"{name} besides": "it has no tokens" for name in wide})
     assert len(manifest.to_json()) < MAX_MANIFEST_BYTES / 5
-    report = make_report(layers, kept=manifest.kept)
+    report = make_report(layers, kept=manifest.report.kept)
     numbers = [-1.2345678901234567e-08] * 48
     for layer in report.layers:
         layer.eigenvalues, layer.basis_A_sums, layer.basis_B_sums = numbers, numbers, numbers

@@ -2,10 +2,10 @@
 
 import pytest
 from card_facts import make_manifest, make_report
-
-from lora_da_hf.artifacts.schema import REPORT_FILE
-from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.stored_report import read_report
+
+from lora_da_hf.artifacts.manifest import REPORT_FILE
+from lora_da_hf.artifacts.store import StoredInit
 
 ADAPTER = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

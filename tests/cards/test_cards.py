@@ -14,13 +14,13 @@ import yaml
 from card_facts import COMMIT, LAYERS, make_manifest, make_report
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from lora_da_hf.artifacts.stored_report import read_report
 from markdown_it import MarkdownIt
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
-from lora_da_hf.artifacts.stored_report import read_report
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, MissingDependencyError
 from lora_da_hf.hub import cards
 from lora_da_hf.hub.cards import card_metadata, card_plots, render_card

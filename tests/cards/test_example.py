@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, SEARCH_PLOT, SPECTRA_PLOT
-from lora_da_hf.artifacts.schema import MANIFEST_FILE
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 from lora_da_hf.artifacts.store import file_entry
 from lora_da_hf.hub.cards import render_card
 from lora_da_hf.hub.plots import draw_plots

@@ -63,7 +63,7 @@ def test_init_stores_what_the_flags_say(stored):
     manifest = load_init(stored).manifest
     assert {layer.rank for layer in manifest.layers.values()} == {2}
     assert {layer.max_rank for layer in manifest.layers.values()} == {4}
-    assert manifest.data["num_samples"] == 12
+    assert manifest.report.num_samples == 12
     assert len(manifest.layers) == 14
 
 
@@ -75,7 +75,7 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
     assert facts["folder"] == str(tmp_path / "out")
     assert facts["layers"] == 4
     assert facts["unseen_loss_after"] > 0
-    assert load_init(tmp_path / "out").manifest.seed == 7
+    assert load_init(tmp_path / "out").report.seed == 7
     assert "%|" not in err  # no progress bar where nobody watches
 
 
@@ -501,7 +501,7 @@ def test_the_command_on_a_card_gives_the_same_settings(stored):
     from lora_da_hf.cli.flags import read
     from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments
 
-    stored_config = LoRADAConfig.from_dict({**load_init(stored).manifest.config, "seed": 42})
+    stored_config = LoRADAConfig.from_dict({**load_init(stored).report.config, "seed": 42})
     assert read(LoRADAArguments, arguments).to_config() == stored_config
     assert read(LoraArguments, arguments).lora_rank == 2
 
@@ -599,7 +599,7 @@ def test_the_help_of_refit_shows_the_settings_that_it_takes_and_each_once(lora_d
 
 
 def test_refit_refuses_a_setting_of_the_pass_even_at_its_default(lora_da, stored, tmp_path):
-    assert load_init(stored).manifest.config["num_samples"] != LoRADAConfig().num_samples
+    assert load_init(stored).manifest.config.num_samples != LoRADAConfig().num_samples
     words = [stored, tmp_path / "new", "--da_num_samples", LoRADAConfig().num_samples]
     code, _, err = lora_da("refit", *words)
     assert code == 1
@@ -719,7 +719,7 @@ def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_p
     assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
     expected = load_init(stored).manifest.base_model
     model = calls[0][1]["base_model"]({"task_type": "CAUSAL_LM"})
-    assert base_model_facts(model)["weights_sha256"] == expected["weights_sha256"]
+    assert base_model_facts(model).weights_sha256 == expected.weights_sha256
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_base_model_is_the_same_for_all(launched, one_process, strategy):
     for cell in cells(strategy):
         found = load_init(folder / cell / "lora_da").manifest.base_model
         _, single = one_process(result(folder, cell, 0)["report"]["config"], cell.rsplit("_", 1)[1])
-        assert found["weights_sha256"] == load_init(single).manifest.base_model["weights_sha256"]
+        assert found["weights_sha256"] == load_init(single).manifest.base_model.weights_sha256
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)

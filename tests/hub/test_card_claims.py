@@ -70,7 +70,7 @@ def test_an_adapter_with_a_step_of_0_is_said_to_be_a_no_op(init, tmp_path):
         progress=False,
     )
     still = load_init(tmp_path / "still")
-    assert still.manifest.step_size == 0
+    assert still.report.step_size == 0
     card, other = render_card(still, license=None), render_card(load_init(init), license=None)
     assert (NO_OP in card, NOT_A_NO_OP in card) == (True, False)
     assert (NO_OP in other, NOT_A_NO_OP in other) == (False, True)

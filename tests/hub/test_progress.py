@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.utils import enable_progress_bars
 
 import lora_da_hf.hub
-from lora_da_hf.artifacts.schema import MANIFEST_FILE
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.cli.main import main
 

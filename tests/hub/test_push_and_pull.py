@@ -18,7 +18,7 @@ from peft import PeftModel
 
 import lora_da_hf.hub.pull
 from lora_da_hf import apply_init
-from lora_da_hf.artifacts.schema import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.cli.main import main
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, CardError, ConfigError, HubError
@@ -974,7 +974,7 @@ def test_another_rank_is_cut_from_the_checked_folder(push, pull, tmp_path):
     assert folder.name == f"{commit}-rank-2"
     assert {layer.rank for layer in load_init(folder).manifest.layers.values()} == {2}
     assert pull(rank=2, local_dir=tmp_path / "mine").folder == tmp_path / "mine"
-    assert load_init(tmp_path / "mine").manifest.step_size == load_init(folder).manifest.step_size
+    assert load_init(tmp_path / "mine").report.step_size == load_init(folder).report.step_size
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -38,7 +38,7 @@ import lora_da_hf.pipeline.step
 from lora_da_hf import LoRADAConfig, apply_init, initialize_lora_da
 from lora_da_hf.adapters.afterwards import was_initialized
 from lora_da_hf.adapters.write import write_factors
-from lora_da_hf.artifacts.schema import BASIS_FILE
+from lora_da_hf.artifacts.manifest import BASIS_FILE
 from lora_da_hf.artifacts.store import check_base_model, load_init
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
@@ -49,7 +49,7 @@ from lora_da_hf.errors import (
 )
 from lora_da_hf.hub.facts import card_facts
 from lora_da_hf.pipeline.base_model import base_model_facts, remember_commit
-from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use, manifest_digest
+from lora_da_hf.pipeline.stored import changed_settings, config_for_refit, config_for_use
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
 
@@ -106,7 +106,7 @@ def test_a_random_head_is_no_part_of_the_base(tmp_path, tiny_llama, lora_model):
     )
     with torch.no_grad():
         second.model.norm.weight += 1
-    assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
+    assert base_model_facts(adapted).weights_sha256 != facts.weights_sha256
 
 
 def test_a_head_is_put_back_if_the_start_fails(tmp_path, lora_model, monkeypatch):
@@ -154,9 +154,9 @@ def test_the_commit_of_a_base_is_found_in_the_cache(tmp_path, tiny_llama, monkey
     model = tiny_llama(name_or_path="org/base")
     for commit, branch in ((first, "main"), (second, "v2")):
         cached(tmp_path / "cache", commit, branch=branch)
-    assert base_model_facts(model)["revision"] is None  # it may be either
+    assert base_model_facts(model).revision is None  # it may be either
     remember_commit(model, revision="v2", cache_dir=str(tmp_path / "cache"))
-    assert base_model_facts(model)["revision"] == second
+    assert base_model_facts(model).revision == second
     assert "_commit_hash" not in model.config.to_dict()
 
 
@@ -183,7 +183,7 @@ def test_output_embeddings_are_a_part_of_the_base_even_if_they_are_trained_in_fu
     other = tiny_llama()
     with torch.no_grad():
         other.lm_head.weight += 1
-    assert base_model_facts(other)["weights_sha256"] != facts["weights_sha256"]
+    assert base_model_facts(other).weights_sha256 != facts.weights_sha256
 
 
 def test_weights_that_the_base_has_of_its_own_are_not_taken_over(tmp_path, lora_model, samples, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_base_is_the_same_with_tokens_of_it_to_train(tiny_llama, lora_model, t
     assert base_model_facts(adapted) == facts
     with torch.no_grad():
         model.get_input_embeddings().token_adapter.base_layer.weight += 1
-    assert base_model_facts(adapted)["weights_sha256"] != facts["weights_sha256"]
+    assert base_model_facts(adapted).weights_sha256 != facts.weights_sha256
 
 
 def test_an_initialisation_with_tokens_to_train_is_used_on_the_plain_base(tmp_path, lora_model):
@@ -232,7 +232,7 @@ def test_an_initialisation_with_tokens_to_train_is_used_on_the_plain_base(tmp_pa
 @pytest.mark.parametrize("setting", [{"memory_budget": "1GiB"}, {"schedule": "layers"}, {"statistics_save_steps": 5}])
 def test_how_a_pass_is_made_may_be_said_where_there_is_none(stored_init, setting):
     manifest = load_init(stored_init).manifest
-    stored = LoRADAConfig.from_dict(manifest.config)
+    stored = manifest.config
     used = config_for_use(manifest, LoRADAConfig(**setting))
     assert changed_settings(used, dataclasses.replace(stored, rank_budget=None)) == []
     refitted = config_for_refit(manifest, LoRADAConfig(input_damping=0.5, **setting))
@@ -272,7 +272,7 @@ def test_at_the_stored_rank_it_is_the_stored_adapter(stored_init, lora_model):
     report = apply_init(model, stored_init)
     manifest = load_init(stored_init).manifest
     stored = load_file(stored_init / "adapter_model.safetensors")
-    assert report.step_size == manifest.step_size > 0
+    assert report.step_size == manifest.report.step_size > 0
     for name, weight in adapter_weights(model).items():
         torch.testing.assert_close(weight, stored[name], rtol=1e-6, atol=1e-9)
 
@@ -336,7 +336,7 @@ def test_another_adapter_can_be_named(stored_init, lora_model):
 
 
 def test_a_searched_rank_takes_its_step_and_one_between_two_is_interpolated(stored_init, lora_model):
-    steps = {int(rank): step for rank, step in load_init(stored_init).manifest.step_size_by_rank.items()}
+    steps = {int(rank): step for rank, step in load_init(stored_init).report.step_size_by_rank.items()}
     assert set(steps) == {1, 4, 8, 16}
     exact = apply_init(lora_model(r=4), stored_init)
     assert exact.step_size == steps[4]
@@ -404,7 +404,7 @@ def test_where_the_statistics_may_have_seen_all_samples_it_is_said_that_nothing_
 
 
 def test_settings_can_be_given_by_name_their_defaults_too(stored_init, lora_model):
-    stored = LoRADAConfig.from_dict(load_init(stored_init).manifest.config)
+    stored = load_init(stored_init).manifest.config
     manifest = load_init(stored_init).manifest
     assert stored.search_samples != LoRADAConfig().search_samples
     found = config_for_use(manifest, {"search_samples": LoRADAConfig().search_samples})
@@ -429,12 +429,12 @@ def test_a_stream_can_be_searched_on(stored_init, lora_model, samples):
 def test_the_report_says_what_was_done_and_from_what(stored_init, lora_model):
     stored = load_init(stored_init)
     report = apply_init(lora_model(r=4, target_modules=["q_proj", "v_proj"]), stored_init)
-    assert report.init_from == manifest_digest(stored.manifest)
+    assert report.init_from == stored.manifest.digest
     assert report.artifact == str(stored_init)
     assert [layer.name for layer in report.layers] == [
         f"model.layers.{n}.self_attn.{which}_proj" for n in range(2) for which in "qv"
     ]
-    assert report.data_fingerprint == stored.manifest.data["fingerprint"]
+    assert report.data_fingerprint == stored.manifest.report.data_fingerprint
     assert report.search_loss_before is None
     assert any(note.startswith("10 stored layers have no adapter here") for note in report.notes)
     assert f"init from   {report.init_from} ({stored_init})" in str(report)
@@ -447,7 +447,7 @@ def test_what_was_pulled_is_cited_by_repository_and_commit(stored_init, lora_mod
 
 def test_what_was_loaded_before_is_checked_against_the_model_all_the_same(stored_init, lora_model, tiny_llama):
     stored = load_init(stored_init)
-    assert apply_init(lora_model(r=4), stored).init_from == manifest_digest(stored.manifest)
+    assert apply_init(lora_model(r=4), stored).init_from == stored.manifest.digest
     with pytest.raises(BaseModelMismatchError, match="its weights have another fingerprint"):
         apply_init(lora_model(model=tiny_llama(seed=1)), stored)
 
@@ -550,7 +550,7 @@ def test_a_bfloat16_copy_of_the_base_gets_the_same_adapter(stored_init, lora_mod
 
 
 def _step(folder, rank):
-    return load_init(folder).manifest.step_size_by_rank[str(rank)]
+    return load_init(folder).report.step_size_by_rank[rank]
 
 
 def test_an_adapter_in_bfloat16_gets_it_rounded(stored_init, lora_model, tiny_llama):

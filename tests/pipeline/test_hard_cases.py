@@ -22,8 +22,6 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM, Qwen3MoeCo
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from lora_da_hf import LoRADAConfig, LoRADATrainer, apply_init, initialize_lora_da, refit_init
-from lora_da_hf.artifacts.solved_from import check_statistics
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
@@ -370,12 +368,12 @@ def test_the_fingerprint_sees_layers_that_have_no_adapter(lora_model):
     from lora_da_hf.pipeline.base_model import base_model_facts
 
     model, same = lora_model(target_modules=["q_proj"]), lora_model(target_modules=["v_proj", "up_proj"])
-    expected = base_model_facts(model)["weights_sha256"]
-    assert base_model_facts(same)["weights_sha256"] == expected
-    assert base_model_facts(same.bfloat16())["weights_sha256"] == expected
+    expected = base_model_facts(model).weights_sha256
+    assert base_model_facts(same).weights_sha256 == expected
+    assert base_model_facts(same.bfloat16()).weights_sha256 == expected
     with torch.no_grad():
         model.get_base_model().model.layers[0].mlp.up_proj.weight.mul_(1.5)
-    assert base_model_facts(model)["weights_sha256"] != expected
+    assert base_model_facts(model).weights_sha256 != expected
 
 
 class Wrapped(torch.nn.Module):
@@ -539,7 +537,6 @@ def test_a_router_of_which_the_gradient_is_rounding_hardly_moves_and_holds_no_ot
     assert not any("hardly move" in note for note in expected.notes)
     assert report.search_loss_after < 0.9 * report.search_loss_before
     assert report.search_loss_after == pytest.approx(expected.search_loss_after, rel=0.05)
-    check_statistics(load_init(tmp_path / "init"))
     used = apply_init(again, tmp_path / "init")
     refitted = refit_init(tmp_path / "init", tmp_path / "new", rank=2)
     for notes in (used.notes, refitted.report.notes):

@@ -248,7 +248,7 @@ def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model,
     for a in factors(weights, "A").values():
         torch.testing.assert_close(a.norm(dim=1), torch.full((4,), DEFAULT_ROW_NORM))
     assert token_loss(model, samples) == before
-    assert load_init(tmp_path / "init").manifest.step_size == 0
+    assert load_init(tmp_path / "init").report.step_size == 0
 
 
 def test_a_step_that_does_not_help_once_it_is_written_is_taken_back(lora_model, samples):
@@ -285,7 +285,7 @@ def test_stable_gamma_is_the_papers_way_to_say_the_step(tmp_path, lora_model, sa
     report = initialize(model, samples, tmp_path / "init", step_size=None, stable_gamma=64.0)
     bases = load_init(tmp_path / "init").bases
     assert report.step_size is None
-    assert load_init(tmp_path / "init").manifest.step_size is None
+    assert load_init(tmp_path / "init").report.step_size is None
     for name, update in update_of(model).items():
         scaling = 0.5 if "up_proj" in name else 4.0
         assert relative_error(update, scaling / 64 * bases[name].basis_B @ bases[name].basis_A) < 1e-5

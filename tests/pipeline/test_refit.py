@@ -28,12 +28,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.consistency import check_bases
-from lora_da_hf.artifacts.schema import IDENTITY, MANIFEST_FILE, REPORT_FILE
-from lora_da_hf.artifacts.solved_from import check_statistics
+from lora_da_hf.artifacts.manifest import IDENTITY, MANIFEST_FILE, REPORT_FILE
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
-from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.theory.rank_budget import num_adapter_parameters
 
@@ -50,7 +48,7 @@ def without_statistics(tmp_path_factory):
 
 def changed(folder, **settings):
     """Return the stored settings with others in their place."""
-    return dataclasses.replace(LoRADAConfig.from_dict(load_init(folder).manifest.config), **settings)
+    return dataclasses.replace(load_init(folder).manifest.config, **settings)
 
 
 def loaded(folder, tiny_llama):
@@ -91,7 +89,7 @@ def test_cutting_and_applying_at_that_rank_is_the_same(without_statistics, tmp_p
     assert folder == tmp_path / "new"
     model = lora_model(r=2, use_rslora=True)
     report = apply_init(model, without_statistics)
-    assert load_init(folder).manifest.step_size == report.step_size
+    assert load_init(folder).report.step_size == report.step_size
     assert_same_tensors(written_adapter(folder), adapter_weights(model))
 
 
@@ -129,7 +127,7 @@ def test_a_layer_with_fewer_directions_gets_all_of_them(tmp_path, lora_model, ti
     assert {name for name, rank in ranks.items() if rank == 20} == {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
     assert set(ranks.values()) == {16, 20}
     model = PeftModel.from_pretrained(tiny_llama(hidden_size=16, intermediate_size=40), tmp_path / "new")
-    expected = dense_updates(folder, ranks, load_init(tmp_path / "new").manifest.step_size)
+    expected = dense_updates(folder, ranks, load_init(tmp_path / "new").report.step_size)
     assert_updates_equal(written_updates(model), expected)
 
 
@@ -145,7 +143,7 @@ def test_layers_left_to_peft_keep_their_tensors_rank_and_scaling(tmp_path, lora_
     assert config.rank_pattern == {rf"^model\.layers\.{n}\.self_attn\.o_proj": 50 for n in range(2)}
     layer = loaded(tmp_path / "new", tiny_llama).get_base_model().model.layers[1].self_attn.o_proj
     assert (layer.r["default"], layer.scaling["default"]) == (50, 0.1)
-    assert load_init(tmp_path / "new").manifest.kept == load_init(folder).manifest.kept
+    assert load_init(tmp_path / "new").report.kept == load_init(folder).report.kept
 
 
 def test_the_dtype_of_the_stored_adapter_stays(tmp_path, lora_model, tiny_llama):
@@ -180,12 +178,12 @@ def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
 def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_init, tmp_path, tiny_llama, settings):
     config = changed(stored_init, **settings)
     refitted = refit_init(stored_init, tmp_path / "new", config=config, rank=3)
-    step = refitted.manifest.step_size
+    step = refitted.report.step_size
     expected = dense_updates(stored_init, dict.fromkeys(refitted.bases, 3), step, config)
     assert_updates_equal(written_updates(loaded(tmp_path / "new", tiny_llama)), expected)
     before = dense_updates(stored_init, {QUERY: 3}, step)[QUERY]
     assert abs(expected[QUERY] - before).max() > 1e-4 * abs(before).max()
-    assert LoRADAConfig.from_dict(refitted.manifest.config) == dataclasses.replace(config, save_statistics=True)
+    assert refitted.manifest.config == dataclasses.replace(config, save_statistics=True)
 
 
 def test_rows_that_are_not_of_norm_one_are_refused_in_the_fisher_metric_too(stored_init, tmp_path):
@@ -212,7 +210,7 @@ def test_a_larger_rank_than_the_stored_one_is_solved_from_statistics(stored_init
 def test_settings_of_the_write_need_no_statistics(without_statistics, tmp_path):
     config = changed(without_statistics, factor_split="orthonormal", step_size=0.02)
     refitted = refit_init(without_statistics, tmp_path / "new", config=config)
-    assert (refitted.manifest.step_size, refitted.manifest.step_size_by_rank) == (0.02, {})
+    assert (refitted.report.step_size, refitted.report.step_size_by_rank) == (0.02, {})
     rows = [row.norm().item() for a in factors(written_adapter(tmp_path / "new"), "A").values() for row in a]
     assert rows == pytest.approx([(0.02 / (16 / 8**0.5)) ** 0.5] * len(rows), rel=1e-5)
     assert set(ranks_of(tmp_path / "new").values()) == {8}
@@ -221,8 +219,8 @@ def test_settings_of_the_write_need_no_statistics(without_statistics, tmp_path):
 def test_a_config_that_says_nothing_of_rank_and_step_leaves_them_as_stored(without_statistics, tmp_path):
     refitted = refit_init(without_statistics, tmp_path / "new", config=LoRADAConfig(factor_split="balanced"))
     old = load_init(without_statistics).manifest
-    assert (refitted.manifest.step_size, refitted.manifest.config["max_rank"]) == (old.step_size, 16)
-    assert refitted.manifest.config["num_samples"] == 12
+    assert (refitted.report.step_size, refitted.manifest.config.max_rank) == (old.step_size, 16)
+    assert refitted.manifest.config.num_samples == 12
 
 
 def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
@@ -242,8 +240,8 @@ def test_settings_of_the_pass_cannot_be_changed(stored_init, tmp_path):
 def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(stored_init, tmp_path, lora_model):
     config = changed(stored_init, input_damping=1e-2)
     refitted = refit_init(stored_init, tmp_path / "new", config=config)
-    assert refitted.manifest.step_size == load_init(stored_init).manifest.step_size
-    notes = LoRADAReport.load(tmp_path / "new" / REPORT_FILE).notes
+    assert refitted.report.step_size == load_init(stored_init).report.step_size
+    notes = load_init(tmp_path / "new").report.notes
     assert any("searched before input_damping changed" in note for note in notes)
     assert "searched before input_damping changed" in str(apply_init(lora_model(r=4), tmp_path / "new"))
     again = refit_init(tmp_path / "new", tmp_path / "newer", rank=2)
@@ -256,14 +254,14 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     with pytest.raises(ConfigError, match=r"so the stored step means nothing. Give a step_size"):
         refit_init(given.folder, tmp_path / "other", config=changed(given.folder, layer_steps="equal"))
     again = refit_init(given.folder, tmp_path / "other", config={"layer_steps": "equal", "step_size": 0.1})
-    assert again.manifest.step_size == 0.1
+    assert again.report.step_size == 0.1
 
 
 def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_path):
     refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=8))
     assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {8}
-    assert set(refitted.manifest.step_size_by_rank) == {"1", "4", "8"}
-    assert set(LoRADAReport.load(tmp_path / "new" / REPORT_FILE).step_size_by_rank) == {1, 4, 8}
+    assert set(refitted.report.step_size_by_rank) == {"1", "4", "8"}
+    assert set(load_init(tmp_path / "new").report.step_size_by_rank) == {1, 4, 8}
 
 
 # Ranks under a budget
@@ -288,7 +286,7 @@ def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(st
     assert_updates_equal(written_updates(fresh), expected)
     assert {layer.scaling["default"] for layer in lora_layers(fresh)} == {2.0}
     assert sum(p.numel() for name, p in fresh.named_parameters() if "lora_" in name) == spent
-    assert f"which take {spent} of {budget} parameters" in str(LoRADAReport.load(tmp_path / "new" / REPORT_FILE))
+    assert f"which take {spent} of {budget} parameters" in str(load_init(tmp_path / "new").report)
 
 
 def lora_layers(model):
@@ -319,7 +317,7 @@ def test_the_manifest_says_what_it_was_refitted_from(stored_init, tmp_path):
     old = load_init(stored_init).manifest
     new = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, population_size=99)).manifest
     assert new.refitted_from == {
-        "manifest": manifest_digest(old),
+        "manifest": old.digest,
         "created": old.created,
         "solved_again_with": {"population_size": 99},
     }
@@ -338,7 +336,7 @@ def test_the_manifest_says_what_it_was_refitted_from(stored_init, tmp_path):
 def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
     refit_init(stored_init, tmp_path / "bare", rank=2)
     assert not list((tmp_path / "bare").glob("lora_da_statistics*"))
-    assert load_init(tmp_path / "bare").manifest.config["save_statistics"] is False
+    assert load_init(tmp_path / "bare").manifest.config.save_statistics is False
     config = changed(stored_init, save_statistics=True)
     refit_init(stored_init, tmp_path / "new", rank=2, config=config)
     stored = [load_init(folder) for folder in (stored_init, tmp_path / "new")]
@@ -361,9 +359,9 @@ def test_statistics_that_the_basis_was_not_solved_from_are_refused(stored_init, 
 
 
 def test_the_report_has_no_loss_that_was_not_measured(stored_init, tmp_path):
-    old = LoRADAReport.load(stored_init / REPORT_FILE)
+    old = load_init(stored_init).report
     refit_init(stored_init, tmp_path / "new", rank=2)
-    new = LoRADAReport.load(tmp_path / "new" / REPORT_FILE)
+    new = load_init(tmp_path / "new").report
     assert old.search_loss_after is not None
     assert new.search_loss_after is None
     assert (new.num_samples, new.data_fingerprint) == (old.num_samples, old.data_fingerprint)
@@ -481,9 +479,9 @@ def test_experts_get_another_rank_together(experts, tmp_path, rank):
         lora_A, lora_B = written_factors(expected, name, rank)
         updated = stored.manifest.layers[name].peft_scaling * lora_B.double() @ lora_A.double()
         basis = stored.bases[name]
-        product = stored.manifest.step_size * basis.basis_B[:, :rank].double() @ basis.basis_A[:rank].double()
+        product = stored.report.step_size * basis.basis_B[:, :rank].double() @ basis.basis_A[:rank].double()
         assert relative_error(updated, product) < 1e-6
-    for name in stored.manifest.kept:
+    for name in stored.report.kept:
         lora_A, lora_B = written_factors(expected, name, rank)
         assert len(lora_A) == lora_B.shape[1] == rank
         assert not lora_B.any()
@@ -495,7 +493,7 @@ def test_other_settings_of_experts_are_solved_one_by_one(experts, tmp_path):
     config = changed(experts, input_damping=1e-2)
     refitted = refit_init(experts, tmp_path / "new", config=config, rank=2)
     ranks = dict.fromkeys(refitted.bases, 2)
-    expected = dense_updates(experts, ranks, refitted.manifest.step_size, config)
+    expected = dense_updates(experts, ranks, refitted.report.step_size, config)
     adapter = written_adapter(tmp_path / "new")
     for name, layer in refitted.manifest.layers.items():
         lora_A, lora_B = written_factors(adapter, name, 2)
@@ -519,18 +517,16 @@ def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
 @pytest.mark.parametrize("settings", [{"layer_steps": "equal"}, {"projected_rms": 0.5}])
 def test_steps_and_norms_per_layer_are_known_to_come_of_the_statistics(tmp_path, lora_model, settings):
     folder = store_init(tmp_path / "init", lora_model(r=8), **settings)
-    check_statistics(load_init(folder))
     refitted = refit_init(folder, tmp_path / "new", config=changed(folder, input_damping=1e-2))
-    assert refitted.manifest.config["input_damping"] == 1e-2
-    lying = {**load_init(folder).manifest.config, **{name: LoRADAConfig().to_dict()[name] for name in settings}}
-    report = LoRADAReport.load(folder / REPORT_FILE)
+    assert refitted.manifest.config.input_damping == 1e-2
+    lying = {**load_init(folder).report.config, **{name: LoRADAConfig().to_dict()[name] for name in settings}}
+    report = load_init(folder).report
     report.config = lying
     if "layer_steps" in settings:
         report.step_unit = max(layer.displacement_norm / layer.num_grad_tokens for layer in report.layers)
     report.save(folder / REPORT_FILE)
     forge_manifest(folder, config=lying)
     with pytest.raises(ArtifactError, match=r"is not what comes of the stored statistics|are not orthonormal"):
-        check_statistics(load_init(folder))
 
 
 @pytest.mark.parametrize(("before", "after"), [("displacement", "equal"), ("equal", "displacement")])
@@ -538,7 +534,7 @@ def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model
     folder = store_init(tmp_path / "init", lora_model(r=8), layer_steps=before)
     config = changed(folder, layer_steps=after, step_size=0.1)
     refit_init(folder, tmp_path / "new", config=config)
-    report = LoRADAReport.load(tmp_path / "new" / REPORT_FILE)
+    report = load_init(tmp_path / "new").report
     farthest = max(layer.displacement_norm / layer.num_grad_tokens for layer in report.layers)
     assert report.step_unit == (1.0 if after == "equal" else farthest)
     expected = dense_updates(folder, dict.fromkeys((layer.name for layer in report.layers), 8), 0.1, config)
@@ -548,7 +544,7 @@ def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model
 def test_a_larger_stored_rank_leaves_the_step_as_it_was(tmp_path, lora_model):
     folder = store_init(tmp_path / "init", lora_model(r=4), max_rank=4, variance_weight=100.0, metric="fisher")
     refit_init(folder, tmp_path / "new", config=changed(folder, max_rank=16))
-    units = [LoRADAReport.load(path / REPORT_FILE).step_unit for path in (folder, tmp_path / "new")]
+    units = [load_init(path).report.step_unit for path in (folder, tmp_path / "new")]
     assert units[0] == pytest.approx(units[1], rel=1e-6)
 
 
@@ -570,7 +566,7 @@ def test_a_refit_in_place_keeps_the_statistics(stored_init, tmp_path, settings):
     expected = {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")}
     refit_init(folder, tmp_path / "x" / ".." / "init", **settings)
     assert {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")} == expected != {}
-    assert load_init(folder).manifest.config["save_statistics"]
+    assert load_init(folder).manifest.config.save_statistics
     assert {path.name for path in tmp_path.iterdir()} == {"init", "x"}
     refit_init(folder, folder, config=LoRADAConfig())
     assert {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")} == expected

@@ -22,7 +22,6 @@ from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, apply_init
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.pipeline.stored import manifest_digest
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.init_source import find_init
 
@@ -88,7 +87,7 @@ def test_training_starts_from_the_stored_initialisation(tmp_path, stored_init, l
     trainer.train()
     assert_same_tensors(keep.start, applied(lora_model, stored_init))
     report = trainer.lora_da_report
-    assert report.init_from == manifest_digest(load_init(stored_init).manifest)
+    assert report.init_from == load_init(stored_init).manifest.digest
     assert report.artifact == str(stored_init)
     assert len(report.layers) == LINEAR_LAYERS
     logged = [entry for entry in trainer.state.log_history if "lora_da_step_size" in entry]
@@ -295,7 +294,7 @@ def test_the_card_cites_a_folder_by_its_manifest_and_not_by_its_path(tmp_path, s
     trainer = make_trainer(tmp_path, lora_model(r=4), init_from=stored_init)
     trainer.train()
     card = card_of(trainer)
-    assert card.data["lora_da_init"] == manifest_digest(load_init(stored_init).manifest)
+    assert card.data["lora_da_init"] == load_init(stored_init).manifest.digest
     assert str(stored_init) not in str(card)
 
 

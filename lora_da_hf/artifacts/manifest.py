@@ -1,0 +1,196 @@
+"""The manifest of a stored initialisation: its report, and the size and hash of every other file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.report import LayerReport, LoRADAReport
+
+SCHEMA_VERSION = 2
+INIT_FOLDER = "lora_da"
+"""Where a trainer puts the initialisation, in its ``output_dir``."""
+MANIFEST_FILE = "lora_da_manifest.json"
+BASIS_FILE = "lora_da_basis.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+REQUIRED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE)
+STATISTICS_PREFIX = "lora_da_statistics-"
+STATISTICS_SHARD = re.compile(re.escape(STATISTICS_PREFIX) + r"([0-9]{5})-of-([0-9]{5})\.safetensors")
+REPORT_FILE = "lora_da_report.json"
+"""What a trainer leaves in its `INIT_FOLDER` if it started from an initialisation that is stored elsewhere."""
+
+MAX_MANIFEST_BYTES = 32 << 20
+_MAX_VALUES = 2_000_000
+"""More than 30,000 layers of rank 16 have. Parsed, a value can take 150 bytes."""
+
+_CHECKSUM = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",')
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Setting = bool | int | float | str | None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=4096)
+
+
+class FileEntry(_Strict):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class BaseModelFacts(_Strict):
+    """What a base model is recognised by.
+
+    Attributes:
+        name_or_path: On the Hub or on a disk; None: it has none.
+        revision: The commit on the Hub, if it is known.
+        config: Facts of its config (`lora_da_hf.artifacts.fingerprint.config_facts`).
+        weights_sha256: Fingerprint of its weights; None if they are quantised.
+    """
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    config: dict[str, bool | int | float | str] = {}
+    weights_sha256: Sha256 | None = None
+
+
+class RefittedFrom(_Strict):
+    """Where a refitted initialisation comes from.
+
+    Attributes:
+        manifest: ``sha256:`` and the hash of the manifest that it was made from.
+        changed: Settings of the solve that changed after the step was found, with their values now.
+    """
+
+    manifest: str
+    changed: dict[str, Setting] = {}
+
+
+class Manifest(_Strict):
+    """Everything of an initialisation that is not a tensor.
+
+    Attributes:
+        schema_version: Version of this layout.
+        kind: Always ``"lora-da-init"``.
+        created: When, in ISO 8601, UTC.
+        versions: Of the libraries.
+        base_model: The base that it was computed for.
+        identity: What a later run must have in common with this one to use it; empty if it was refitted.
+        refitted_from: What it was refitted from; None: it was computed from data.
+        files: By name, all files of the folder but the manifest.
+        report: What was done, layer by layer.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: Literal["lora-da-init"] = "lora-da-init"
+    created: Annotated[str, Field(pattern=r"^[0-9T:.+-]{10,40}$")]
+    versions: dict[str, str]
+    base_model: BaseModelFacts
+    identity: dict[str, str | float] = {}
+    refitted_from: RefittedFrom | None = None
+    files: dict[str, FileEntry]
+    report: LoRADAReport
+
+    @cached_property
+    def layers(self) -> dict[str, LayerReport]:
+        """The report's layers by name."""
+        return {layer.name: layer for layer in self.report.layers}
+
+    @cached_property
+    def config(self) -> LoRADAConfig:
+        """The settings."""
+        return LoRADAConfig.from_dict(self.report.config)
+
+    @property
+    def largest_rank(self) -> int:
+        """Up to which any rank can be taken for all layers; one that is stored with all its directions is no limit."""
+        limits = [layer.max_rank for layer in self.report.layers if layer.max_rank < layer.in_features]
+        return min(limits) if limits else max(layer.max_rank for layer in self.report.layers)
+
+    @property
+    def digest(self) -> str:
+        """``sha256:`` and the hash of the manifest's file, which names an initialisation wherever it lies."""
+        return f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}"
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON text, with a checksum of everything else in it."""
+        rest = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)[1:] + "\n"
+        return f'{{\n "checksum": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'
+
+
+def parse_manifest(data: bytes, *, source: str) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        data: JSON in UTF-8.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ArtifactError: if it was changed, has another schema, or says something that cannot be.
+    """
+    if len(data) > MAX_MANIFEST_BYTES or data.count(b",") > _MAX_VALUES:
+        raise ArtifactError(f"{source} is larger than any manifest can be. Do not use it.")
+    checksum = _CHECKSUM.match(data)
+    rest = data if checksum is None else b"{" + data[checksum.end() :]
+    try:
+        manifest = Manifest.model_validate_json(rest)
+    except ValidationError as error:
+        raise ArtifactError(_explained(source, error)) from error
+    if checksum is None or hashlib.sha256(rest[1:]).hexdigest().encode() != checksum[1]:
+        raise ArtifactError(f"{source} was changed after it was written: its checksum is wrong. Get a new copy.")
+    problem = _problem(manifest)
+    if problem:
+        raise ArtifactError(f"{source}: {problem}. Do not use it.")
+    return manifest
+
+
+def _explained(source: str, error: ValidationError) -> str:
+    errors: list[dict[str, Any]] = error.errors(include_url=False)  # pyright: ignore[reportAssignmentType]
+    version = next((found["input"] for found in errors if found["loc"] == ("schema_version",)), None)
+    if isinstance(version, int):
+        return (
+            f"{source} has schema version {version}, and this version of lora_da_hf reads {SCHEMA_VERSION}. Install "
+            "the version that wrote it, or compute the initialisation again."
+        )
+    where = ".".join(map(str, errors[0]["loc"]))[:160]
+    return f"{source} is not a valid manifest ({f'{where}: ' if where else ''}{errors[0]['msg']}). Get a new copy."
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """Say what in a manifest contradicts itself; None if nothing does."""
+    report, files = manifest.report, manifest.files
+    shards = [shard for shard in map(STATISTICS_SHARD.fullmatch, files) if shard]
+    odd = [name for name in files if name not in REQUIRED_FILES and not STATISTICS_SHARD.fullmatch(name)]
+    numbers = sorted((int(shard[1]), int(shard[2])) for shard in shards)
+    if odd or not set(REQUIRED_FILES) <= set(files):
+        return f"it lists {odd[0]!r}, which is not a file of an initialisation" if odd else "a file is not listed"
+    if numbers != [(number, len(shards)) for number in range(1, len(shards) + 1)]:
+        return "it lists only a part of the statistics"
+    if not report.layers or len(manifest.layers) != len(report.layers):
+        return "it lists no layer, or one twice"
+    for name, layer in manifest.layers.items():
+        leader = manifest.layers.get(layer.shares_input_with)
+        if not 0 < layer.rank <= layer.max_rank <= layer.in_features or layer.out_features < 1:
+            return f"the sizes of layer {name} contradict each other"
+        if min(layer.peft_scaling, layer.num_tokens, layer.num_grad_tokens, layer.displacement_norm) <= 0:
+            return f"layer {name} has a scaling, a count or a norm that is not above 0"
+        if leader is None or leader.shares_input_with != leader.name or leader.in_features != layer.in_features:
+            return f"layer {name} shares the input of {layer.shares_input_with!r}, which it cannot"
+    steps = report.step_size_by_rank
+    if min(report.step_size or 0.0, report.step_unit, *steps.values()) < 0 or min(steps, default=1) < 1:
+        return "a step is negative"
+    try:
+        LoRADAConfig.from_dict(report.config)
+    except ConfigError as error:
+        return f"the settings are not valid ({error})"
+    return None
