@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.artifacts.manifest import MANIFEST_FILE, parse_manifest
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 
@@ -135,10 +135,15 @@ def make_init(folder, **config):
 
 
 def forge_manifest(folder, **changes):
-    """Write the manifest as this library would, with the sizes and hashes of the files as they are now."""
+    """Write the manifest as this library would, with the sizes and hashes of the files as they are now.
+
+    Changes are of the manifest's fields, or else of its report's.
+    """
     manifest = parse_manifest((folder / MANIFEST_FILE).read_bytes(), source="here")
+    own = {name: changes.pop(name) for name in list(changes) if name in Manifest.model_fields}
     files = {name: file_entry(folder / name) for name in manifest.files}
-    forged = dataclasses.replace(manifest, **{"files": files, **changes})
+    report = dataclasses.replace(manifest.report, **changes)
+    forged = manifest.model_copy(update={"files": files, "report": report, **own})
     (folder / MANIFEST_FILE).write_text(forged.to_json())
 
 

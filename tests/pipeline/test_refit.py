@@ -10,10 +10,8 @@ from harness import (
     adapter_weights,
     assert_same_tensors,
     assert_updates_equal,
-    change_tensors,
     dense_updates,
     factors,
-    forge_manifest,
     make_lora_config,
     relative_error,
     send_nothing_to_the_last_expert,
@@ -27,12 +25,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
-from lora_da_hf.artifacts.consistency import check_bases
-from lora_da_hf.artifacts.manifest import IDENTITY, MANIFEST_FILE, REPORT_FILE
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, RefittedFrom
 from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import file_entry, load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
-from lora_da_hf.report import LoRADAReport
 from lora_da_hf.theory.rank_budget import num_adapter_parameters
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -186,17 +182,6 @@ def test_other_settings_from_statistics_give_what_a_dense_solve_gives(stored_ini
     assert refitted.manifest.config == dataclasses.replace(config, save_statistics=True)
 
 
-def test_rows_that_are_not_of_norm_one_are_refused_in_the_fisher_metric_too(stored_init, tmp_path):
-    refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, metric="fisher"))
-    basis = refitted.bases[QUERY]
-    for scale, place in ((1.01, 0), (0.9, 15)):
-        rows = basis.basis_A.clone()
-        rows[place] *= scale
-        bases = {**refitted.bases, QUERY: dataclasses.replace(basis, basis_A=rows)}
-        with pytest.raises(ArtifactError, match=f"the rows of basis_A of {QUERY} are not of norm 1"):
-            check_bases(tmp_path, bases, refitted.manifest)
-
-
 def test_a_larger_rank_than_the_stored_one_is_solved_from_statistics(stored_init, tmp_path, lora_model):
     refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=30), rank=25)
     assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {30}
@@ -219,7 +204,7 @@ def test_settings_of_the_write_need_no_statistics(without_statistics, tmp_path):
 def test_a_config_that_says_nothing_of_rank_and_step_leaves_them_as_stored(without_statistics, tmp_path):
     refitted = refit_init(without_statistics, tmp_path / "new", config=LoRADAConfig(factor_split="balanced"))
     old = load_init(without_statistics).manifest
-    assert (refitted.report.step_size, refitted.manifest.config.max_rank) == (old.step_size, 16)
+    assert (refitted.report.step_size, refitted.manifest.config.max_rank) == (old.report.step_size, 16)
     assert refitted.manifest.config.num_samples == 12
 
 
@@ -245,7 +230,7 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     assert any("searched before input_damping changed" in note for note in notes)
     assert "searched before input_damping changed" in str(apply_init(lora_model(r=4), tmp_path / "new"))
     again = refit_init(tmp_path / "new", tmp_path / "newer", rank=2)
-    assert again.manifest.refitted_from["solved_again_with"] == {"input_damping": 1e-2}
+    assert again.manifest.refitted_from.changed == {"input_damping": 1e-2}
     with pytest.raises(ConfigError, match="layer_steps changes how far the layers go beside each other"):
         refit_init(stored_init, tmp_path / "other", config=changed(stored_init, layer_steps="equal"))
     given = refit_init(
@@ -260,7 +245,7 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
 def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_path):
     refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=8))
     assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {8}
-    assert set(refitted.report.step_size_by_rank) == {"1", "4", "8"}
+    assert set(refitted.report.step_size_by_rank) == {1, 4, 8}
     assert set(load_init(tmp_path / "new").report.step_size_by_rank) == {1, 4, 8}
 
 
@@ -316,19 +301,10 @@ def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
 def test_the_manifest_says_what_it_was_refitted_from(stored_init, tmp_path):
     old = load_init(stored_init).manifest
     new = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, population_size=99)).manifest
-    assert new.refitted_from == {
-        "manifest": old.digest,
-        "created": old.created,
-        "solved_again_with": {"population_size": 99},
-    }
-    assert old.refitted_from == {}
-    assert (new.base_model, new.seed, new.kept, new.adapter_name) == (
-        old.base_model,
-        old.seed,
-        old.kept,
-        old.adapter_name,
-    )
-    assert new.data == {k: v for k, v in old.data.items() if k != IDENTITY} | {"population_size": 99}
+    assert new.refitted_from == RefittedFrom(manifest=old.digest, changed={"population_size": 99})
+    assert old.refitted_from is None
+    assert new.base_model == old.base_model
+    assert (new.report.population_size, new.identity) == (99, {})
     text = (tmp_path / "new" / MANIFEST_FILE).read_text()
     assert str(tmp_path) not in text
 
@@ -345,17 +321,6 @@ def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
         assert torch.equal(layer.input_second_moment, new[name].input_second_moment)
         assert torch.equal(layer.weight_grad, new[name].weight_grad)
         assert torch.equal(layer.output_grad_second_moment_diag, new[name].output_grad_second_moment_diag)
-
-
-@pytest.mark.parametrize("settings", [{"input_damping": "0.3*mean"}, {"save_statistics": True}])
-def test_statistics_that_the_basis_was_not_solved_from_are_refused(stored_init, tmp_path, settings):
-    folder = shutil.copytree(stored_init, tmp_path / "init")
-    (file,) = folder.glob("lora_da_statistics*")
-    change_tensors(file, lambda tensors: tensors[f"{QUERY}.weight_grad"].neg_())
-    forge_manifest(folder)
-    with pytest.raises(ArtifactError, match=f"the basis of {QUERY} is not what comes of the stored statistics"):
-        refit_init(folder, tmp_path / "new", config=changed(folder, **settings))
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_report_has_no_loss_that_was_not_measured(stored_init, tmp_path):
@@ -401,7 +366,7 @@ def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     files = {name: file_entry(folder / name) for name in manifest.files}
-    (folder / MANIFEST_FILE).write_text(dataclasses.replace(manifest, files=files).to_json())
+    (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"files": files}).to_json())
     with pytest.raises(ArtifactError, match="the manifest"):
         refit_init(folder, tmp_path / "new", rank=2)
 
@@ -514,21 +479,6 @@ def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("settings", [{"layer_steps": "equal"}, {"projected_rms": 0.5}])
-def test_steps_and_norms_per_layer_are_known_to_come_of_the_statistics(tmp_path, lora_model, settings):
-    folder = store_init(tmp_path / "init", lora_model(r=8), **settings)
-    refitted = refit_init(folder, tmp_path / "new", config=changed(folder, input_damping=1e-2))
-    assert refitted.manifest.config.input_damping == 1e-2
-    lying = {**load_init(folder).report.config, **{name: LoRADAConfig().to_dict()[name] for name in settings}}
-    report = load_init(folder).report
-    report.config = lying
-    if "layer_steps" in settings:
-        report.step_unit = max(layer.displacement_norm / layer.num_grad_tokens for layer in report.layers)
-    report.save(folder / REPORT_FILE)
-    forge_manifest(folder, config=lying)
-    with pytest.raises(ArtifactError, match=r"is not what comes of the stored statistics|are not orthonormal"):
-
-
 @pytest.mark.parametrize(("before", "after"), [("displacement", "equal"), ("equal", "displacement")])
 def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model, tiny_llama, before, after):
     folder = store_init(tmp_path / "init", lora_model(r=8), layer_steps=before)
@@ -552,8 +502,8 @@ def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_
     folder = store_init(tmp_path / "init", lora_model(), save_statistics=True, input_damping=0.5, variance_weight=0.3)
     named = refit_init(folder, tmp_path / "named", config={"variance_weight": 0.1}).manifest.config
     whole = refit_init(folder, tmp_path / "whole", config=LoRADAConfig(variance_weight=0.1)).manifest.config
-    assert (named["variance_weight"], whole["variance_weight"]) == (0.1, 0.1)
-    assert (named["input_damping"], whole["input_damping"]) == (0.5, LoRADAConfig().input_damping)
+    assert (named.variance_weight, whole.variance_weight) == (0.1, 0.1)
+    assert (named.input_damping, whole.input_damping) == (0.5, LoRADAConfig().input_damping)
     with pytest.raises(ConfigError, match="num_samples=100: the statistics were taken with"):
         refit_init(folder, tmp_path / "new", config={"num_samples": 100})
 
