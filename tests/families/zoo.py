@@ -344,6 +344,12 @@ def _deberta(**overrides):
     )
 
 
+def send_nothing_to_the_last_expert(_, args, output):
+    """Change what a router of Mixtral chose, as a forward hook."""
+    logits, weights, chosen = output
+    return logits, weights, torch.where(chosen == 3, (chosen.sum(-1, keepdim=True) - 3 + 1) % 3, chosen)
+
+
 FAMILIES = {
     "Llama": Family(model=tf.LlamaForCausalLM, config=_decoder(tf.LlamaConfig)),
     "Qwen3": Family(model=tf.Qwen3ForCausalLM, config=_decoder(tf.Qwen3Config, head_dim=8)),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families.zoo import EXPERTS, FAMILIES
+from families.zoo import EXPERTS, FAMILIES, send_nothing_to_the_last_expert
 from harness import (
     EIGHT,
     Adapter,
@@ -15,7 +15,6 @@ from harness import (
     forge_manifest,
     make_config,
     make_learnable_samples,
-    send_nothing_to_the_last_expert,
     stored_statistics,
 )
 from harness import make_lora_config as lora_config
