@@ -16,7 +16,7 @@ SECTIONS = {
     "Families": """Each is initialised with the trainer that is named, trained three steps, saved, and loaded again to
 the same logits. Its statistics are compared with autograd's gradients and with one sample at a time. All linear layers
 are adapted, and the parameters of experts.""",
-    "Losses": "The statistics of a batch equal those of its samples one at a time, or of one batch if it cannot be split.",
+    "Losses": "The statistics of a batch equal those of single samples, or of one batch if it cannot be split.",
     "Trainers": "",
     "PEFT": "",
 }
