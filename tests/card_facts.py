@@ -1,7 +1,7 @@
-"""Initialisations made of facts alone: a card needs the manifest, the report and PEFT's configuration, no tensors."""
+"""Initialisations made of facts alone: a card needs the manifest and PEFT's configuration, no tensors."""
 
 from lora_da_hf import LoRADAConfig, LoRADAReport
-from lora_da_hf.artifacts.manifest import FileEntry, LayerEntry, Manifest
+from lora_da_hf.artifacts.manifest import BaseModelFacts, FileEntry, Manifest
 from lora_da_hf.report import LayerReport
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -17,19 +17,26 @@ def make_report(layers=LAYERS, **overrides):
         "layers": [
             LayerReport(
                 name=name,
+                in_features=48,
+                out_features=80,
+                shares_input_with=layers[0],
                 rank=4,
                 peft_scaling=4.0,
                 num_tokens=345,
                 num_grad_tokens=345,
                 input_damping=0.1,
                 output_damping=0.1,
-                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1],
+                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1, 0.1, 0.1, 0.1],
                 displacement_norm=2.0,
                 solver="eigh",
                 residual=1e-9,
             )
             for number, name in enumerate(layers)
         ],
+        "kept": {"lm_head": "not a linear layer"},
+        "seed": 42,
+        "config": LoRADAConfig(num_samples=12, max_rank=8).to_dict(),
+        "data_fingerprint": "d" * 64,
         "num_samples": 12,
         "num_search_samples": 4,
         "num_unseen_samples": 3,
@@ -47,39 +54,23 @@ def make_report(layers=LAYERS, **overrides):
     return LoRADAReport(**{**facts, **overrides})
 
 
-def make_manifest(layers=LAYERS, **overrides):
-    entry = {
-        "in_features": 48,
-        "out_features": 80,
-        "rank": 4,
-        "max_rank": 8,
-        "peft_scaling": 4.0,
-        "shares_input_with": layers[0],
-        "input_damping": 0.1,
-        "output_damping": 0.1,
-        "num_tokens": 345,
-        "num_grad_tokens": 345,
+def make_manifest(layers=LAYERS, *, base_model=None, report=None, **overrides):
+    """Overrides are of the manifest's fields, or else of its report's."""
+    base = {
+        "name_or_path": "org/base-model",
+        "revision": "b" * 40,
+        "config": {"model_type": "llama"},
+        "weights_sha256": "f" * 64,
     }
+    own = {name: overrides.pop(name) for name in list(overrides) if name in Manifest.model_fields}
     facts = {
-        "config": LoRADAConfig(num_samples=12, max_rank=8).to_dict(),
-        "base_model": {
-            "name_or_path": "org/base-model",
-            "revision": "b" * 40,
-            "config": {"model_type": "llama"},
-            "weights_sha256": "f" * 64,
-        },
-        "data": {"fingerprint": "d" * 64, "num_samples": 12, "num_search_samples": 4, "population_size": 100},
-        "adapter_name": "default",
+        "base_model": BaseModelFacts(**(base if base_model is None else base_model)),
         "created": "2026-11-24T12:00:00+00:00",
-        "step_size": 0.3,
-        "step_size_by_rank": {"1": 0.3, "4": 0.3},
-        "seed": 42,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
-        "layers": {name: LayerEntry(**entry) for name in layers},
-        "kept": {"lm_head": "not a linear layer"},
         "files": {
             name: FileEntry(size=size, sha256="a" * 64)
-            for name, size in (("adapter_model.safetensors", 3_500_000), ("lora_da_report.json", 900))
+            for name, size in (("adapter_model.safetensors", 3_500_000), ("adapter_config.json", 900))
         },
+        "report": report or make_report(layers, **overrides),
     }
-    return Manifest(**{**facts, **overrides})
+    return Manifest(**{**facts, **own})

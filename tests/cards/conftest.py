@@ -1,10 +1,8 @@
-"""An initialisation made of facts alone: a card needs the manifest, the report and PEFT's configuration, no tensors."""
+"""An initialisation made of facts alone: a card needs the manifest and PEFT's configuration, no tensors."""
 
 import pytest
-from card_facts import make_manifest, make_report
-from lora_da_hf.artifacts.stored_report import read_report
+from card_facts import make_manifest
 
-from lora_da_hf.artifacts.manifest import REPORT_FILE
 from lora_da_hf.artifacts.store import StoredInit
 
 ADAPTER = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -15,13 +13,13 @@ def stored(tmp_path):
     """Return ``stored(*, manifest, report, adapter)``, which puts the facts of an initialisation into a folder."""
 
     def make(*, manifest=None, report=None, adapter=None):
-        (report or make_report()).save(tmp_path / REPORT_FILE)
-        manifest = manifest or make_manifest()
+        made = manifest or make_manifest()
+        made = made if report is None else made.model_copy(update={"report": report})
         return StoredInit(
             folder=tmp_path,
-            manifest=manifest,
+            manifest=made,
             bases={},
-            report=read_report(tmp_path / REPORT_FILE, manifest),
+            source=made.digest,
             peft_config={**ADAPTER, **(adapter or {})},
         )
 

@@ -14,7 +14,6 @@ import yaml
 from card_facts import COMMIT, LAYERS, make_manifest, make_report
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
-from lora_da_hf.artifacts.stored_report import read_report
 from markdown_it import MarkdownIt
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -64,7 +63,7 @@ def test_metadata_says_what_the_hub_filters_by(stored, tmp_path):
         "pipeline_tag": "text-generation",
         "tags": ["lora", "peft", "lora-da", "lora-init", "base_model:adapter:org/base-model"],
         "lora_da": {
-            "schema_version": 1,
+            "schema_version": 2,
             "kind": "lora-da-init",
             "rank": 4,
             "max_rank": 8,
@@ -389,34 +388,6 @@ def test_malformed_arguments_are_refused(stored, arguments, message):
 def test_a_malformed_base_model_is_refused(stored):
     with pytest.raises(ConfigError, match="no name of a model on the Hub"):
         render_card(stored(), license=None, base_model="a b")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda values: values.pop("seconds") and values.update(seconds=[1]),
-        lambda values: values.update(unseen_loss_before="low"),
-        lambda values: values.update(unseen_loss_before=float("nan")),
-        lambda values: values.update(search=[[1.0, "x"]]),
-        lambda values: values.update(search=3),
-        lambda values: values.update(notes=[3]),
-        lambda values: values.update(surprise=1),
-        lambda values: values["layers"][0].update(eigenvalues=[]),
-        lambda values: values["layers"][0].update(eigenvalues=["1"]),
-        lambda values: values["layers"].append("layer"),
-        lambda values: values.update(layers={"a": 1}),
-        lambda values: values.update(step_size_by_rank={"x": 1.0}),
-        lambda values: values.clear(),
-    ],
-)
-def test_a_malformed_report_is_refused(stored, change):
-    init = stored()
-    path = init.folder / "lora_da_report.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    change(values)
-    path.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"lora_da_report\.json"):
-        read_report(path, init.manifest)
 
 
 @pytest.mark.parametrize(

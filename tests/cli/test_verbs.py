@@ -693,7 +693,7 @@ def test_push_hands_on_every_flag(lora_da, replace, tmp_path):
 
 @pytest.mark.parametrize("words", [["user/name@v1"], ["user/name", "--revision", "v1"]])
 def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
-    pulled = SimpleNamespace(folder=tmp_path, repo_id="user/name", commit="c" * 40)
+    pulled = SimpleNamespace(folder=tmp_path, source="user/name@" + "c" * 40)
     calls = replace("lora_da_hf.hub", "pull_init", pulled)
     code, out, _ = lora_da("pull", *words, "--rank", 4, "--local_files_only", "--json")
     assert code == 0
@@ -714,7 +714,7 @@ def test_pull_takes_the_revision_in_two_ways(lora_da, replace, tmp_path, words):
 
 
 def test_pull_compares_a_base_model_that_it_loads(lora_da, replace, place, tmp_path, stored):
-    pulled = SimpleNamespace(folder=tmp_path, repo_id="user/name", commit="c" * 40)
+    pulled = SimpleNamespace(folder=tmp_path, source="user/name@" + "c" * 40)
     calls = replace("lora_da_hf.hub", "pull_init", pulled)
     assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
     expected = load_init(stored).manifest.base_model

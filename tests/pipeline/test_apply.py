@@ -2,7 +2,6 @@ import dataclasses
 import importlib.util
 import logging
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +66,8 @@ def folder(stored_init, tmp_path):
 def with_manifest(folder, **changes):
     """Return what is stored, with changes to its manifest."""
     stored = load_init(folder)
-    return dataclasses.replace(stored, manifest=dataclasses.replace(stored.manifest, **changes))
+    report = dataclasses.replace(stored.report, **changes)
+    return dataclasses.replace(stored, manifest=stored.manifest.model_copy(update={"report": report}))
 
 
 # The base
@@ -167,7 +167,7 @@ def test_a_base_in_a_folder_that_could_be_a_repository(tmp_path, tiny_llama, sam
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     initialize_lora_da(get_peft_model(base, config), samples, config=make_config(), output_dir="init", progress=False)
     stored = load_init("init")
-    assert stored.manifest.base_model["name_or_path"] == "./checkpoints/base"
+    assert stored.manifest.base_model.name_or_path == "./checkpoints/base"
     assert PeftConfig.from_pretrained("init").base_model_name_or_path == "checkpoints/base"
     monkeypatch.chdir(tmp_path / "checkpoints")
     assert card_facts(load_init(tmp_path / "init")).base_id is None
@@ -347,7 +347,7 @@ def test_a_searched_rank_takes_its_step_and_one_between_two_is_interpolated(stor
 
 
 def test_ranks_by_layer_take_one_step_at_their_geometric_mean(stored_init, lora_model):
-    init = with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.2, "16": 0.1})
+    init = with_manifest(stored_init, step_size_by_rank={1: 0.8, 4: 0.2, 16: 0.1})
     pattern = {"q_proj": 16, "k_proj": 1, "v_proj": 16, "o_proj": 1}
     model = lora_model(r=4, rank_pattern=pattern)
     assert apply_init(model, init).step_size == pytest.approx(0.2)
@@ -355,7 +355,7 @@ def test_ranks_by_layer_take_one_step_at_their_geometric_mean(stored_init, lora_
 
 def test_beside_a_rank_where_no_step_helped_the_step_is_zero(stored_init, lora_model):
     model = lora_model(r=2)
-    report = apply_init(model, with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.0}))
+    report = apply_init(model, with_manifest(stored_init, step_size_by_rank={1: 0.8, 4: 0.0}))
     assert report.step_size == 0.0
     assert not any(b.any() for b in factors(adapter_weights(model), "B").values())
     assert all(a.any() for a in factors(adapter_weights(model), "A").values())
@@ -363,7 +363,7 @@ def test_beside_a_rank_where_no_step_helped_the_step_is_zero(stored_init, lora_m
 
 
 def test_a_rank_beyond_the_searched_ones_takes_the_nearest_step(stored_init, lora_model):
-    report = apply_init(lora_model(r=12), with_manifest(stored_init, step_size_by_rank={"1": 0.8, "4": 0.2}))
+    report = apply_init(lora_model(r=12), with_manifest(stored_init, step_size_by_rank={1: 0.8, 4: 0.2}))
     assert report.step_size == 0.2
     assert "step 0.2, searched for rank 4, not 12" in report.notes
 
@@ -441,7 +441,7 @@ def test_the_report_says_what_was_done_and_from_what(stored_init, lora_model):
 
 
 def test_what_was_pulled_is_cited_by_repository_and_commit(stored_init, lora_model):
-    pulled = SimpleNamespace(folder=stored_init, repo_id="someone/init", commit="c0ffee")
+    pulled = dataclasses.replace(load_init(stored_init), source="someone/init@c0ffee")
     assert apply_init(lora_model(r=4), pulled).init_from == "someone/init@c0ffee"
 
 
@@ -614,15 +614,15 @@ def test_a_quantised_base_is_matched_by_its_name_with_a_warning(tmp_path, tiny_l
 
 def test_a_base_without_a_fingerprint_is_matched_by_revision_too(stored_init, caplog):
     stored = load_init(stored_init).manifest
-    base = {**stored.base_model, "name_or_path": "someone/base", "revision": "c0ffee"}
-    manifest = dataclasses.replace(stored, base_model=base)
-    found = {**base, "weights_sha256": None}
+    base = stored.base_model.model_copy(update={"name_or_path": "someone/base", "revision": "c0ffee"})
+    manifest = stored.model_copy(update={"base_model": base})
+    found = base.model_copy(update={"weights_sha256": None})
     for revision in ("c0ffee", None):  # a local copy has no revision
-        assert len(check_base_model(manifest, {**found, "revision": revision})) == 1
+        assert len(check_base_model(manifest, found.model_copy(update={"revision": revision}))) == 1
     assert len(caplog.records) == 2
     with pytest.raises(BaseModelMismatchError, match="revision is 'beef' and was 'c0ffee'"):
-        check_base_model(manifest, {**found, "revision": "beef"})
-    assert check_base_model(manifest, {**base, "name_or_path": "/a/copy"}) == ()
+        check_base_model(manifest, found.model_copy(update={"revision": "beef"}))
+    assert check_base_model(manifest, base.model_copy(update={"name_or_path": "/a/copy"})) == ()
 
 
 # Damage

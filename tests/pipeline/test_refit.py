@@ -149,7 +149,7 @@ def test_the_dtype_of_the_stored_adapter_stays(tmp_path, lora_model, tiny_llama)
 
 
 def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
-    with pytest.raises(ConfigError, match=r"down_proj: rank 17 is above the stored 16. Ask for a smaller one; or, if"):
+    with pytest.raises(ConfigError, match=r"q_proj: rank 17 is above the stored 16. Ask for a smaller one; or, if"):
         refit_init(stored_init, tmp_path / "new", rank=17)
     with pytest.raises(ConfigError, match="give a rank of at least 1"):
         refit_init(stored_init, tmp_path / "new", rank=0)

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 import sys
 from types import SimpleNamespace
@@ -22,7 +23,6 @@ from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, apply_init
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.init_source import find_init
 
 
@@ -71,7 +71,7 @@ def pulls(monkeypatch, stored_init):
     def pull_init(repo_id, *, revision, statistics, base_model):
         assert not statistics
         calls.append((repo_id, revision, base_model))
-        return SimpleNamespace(folder=stored_init, repo_id=repo_id, commit="c0ffee")
+        return dataclasses.replace(load_init(stored_init), source=f"{repo_id}@c0ffee")
 
     monkeypatch.setitem(sys.modules, "lora_da_hf.hub", SimpleNamespace(pull_init=pull_init))
     return calls
@@ -332,4 +332,4 @@ def test_a_card_without_an_initialisation_to_cite_is_trainer_s(tmp_path, lora_mo
     trainer = make_trainer(tmp_path, lora_model(r=4), da_config=make_config())
     trainer.train()
     assert "lora_da_init" not in card_of(trainer).data.to_dict()
-    assert LoRADAReport.load(tmp_path / "lora_da" / "lora_da_report.json").init_from is None
+    assert load_init(tmp_path / "lora_da").report.init_from is None

@@ -191,7 +191,10 @@ def test_the_report_is_in_the_log_and_in_the_folder(tmp_path, tiny_llama, sample
     assert entry["lora_da_layers"] == LINEAR_LAYERS
     assert entry["lora_da_search_loss_after"] == report.search_loss_after
     assert sum("lora_da_step_size" in e for e in trainer.state.log_history) == 1
-    assert json.loads((tmp_path / "lora_da" / "lora_da_report.json").read_text())["step_size"] == report.step_size
+    assert (
+        json.loads((tmp_path / "lora_da" / "lora_da_manifest.json").read_text())["report"]["step_size"]
+        == report.step_size
+    )
 
 
 # The loss
