@@ -189,6 +189,28 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextlib.contextmanager
+def outputs_not_rounded(model: nn.Module) -> Generator[None]:
+    """Have FSDP2 hand on what the model returns, inside the context, and not a copy in half precision.
+
+    Its mixed precision casts the outputs, the loss among them. Without FSDP2 this does nothing.
+    """
+    root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+    if not isinstance(root, nn.Module):
+        yield
+        return
+    returned: list[Any] = []
+
+    def keep(_: nn.Module, args: Any, output: Any) -> None:
+        returned.append(output)
+
+    def hand_on(_: nn.Module, args: Any, output: Any) -> Any:
+        return returned.pop()
+
+    with root.register_forward_hook(keep, prepend=True), root.register_forward_hook(hand_on):
+        yield
+
+
 def refuse_split_models(model: nn.Module) -> None:
     """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name.
 

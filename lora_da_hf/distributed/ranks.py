@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lora_da_hf.errors import LoRADAError, OutOfStepError, PeerFailed, PeerGone
+from lora_da_hf.errors import ConfigError, LoRADAError, OutOfStepError, PeerFailed, PeerGone
 
 T = TypeVar("T")
 
@@ -92,6 +92,27 @@ class Ranks:
         with _reporting_lost_peers():
             dist.all_gather_object(values, value)
         return values
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Verify that all processes have the same facts.
+
+        Args:
+            facts: Small values by name.
+
+        Raises:
+            ConfigError: on all of them, naming what differs.
+        """
+        everywhere = self.gather(dict(facts))
+        first = everywhere[0]
+        for rank, other in enumerate(everywhere):
+            names = [name for name in (*first, *other) if first.get(name) != other.get(name)]
+            if names:
+                name = names[0]
+                raise ConfigError(
+                    f"The processes differ in {', '.join(dict.fromkeys(names))}: process 0 has "
+                    f"{name}={_short(first.get(name))}, and process {rank} has {_short(other.get(name))}. Give all "
+                    "processes the same."
+                )
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum over the processes, the same bits on all of them."""
@@ -183,6 +204,11 @@ class Ranks:
         if self.size == 1 or error is self._known_failure:
             return True
         return isinstance(error, LoRADAError) and not isinstance(error, (OutOfStepError, PeerGone))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _collective_device() -> torch.device:

@@ -19,10 +19,11 @@ from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, refuse_split_models, settle
+from lora_da_hf.distributed.parameters import is_partitioned, outputs_not_rounded, refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
+from lora_da_hf.pipeline.agreement import check_same_settings, digest_splits
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.beside import take_over_saved_modules
 from lora_da_hf.pipeline.job import Job
@@ -128,6 +129,7 @@ def apply_init(
         progress=progress,
         output_dir=None,
     )
+    check_same_settings(job, None)
     job.report = _new_report(job, stored)
     with ranks.together("matching of the layers"):
         solutions = _match(job, stored)
@@ -246,12 +248,13 @@ def _write_without_data(job: Job, manifest: Manifest, solutions: dict[str, Layer
 def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], samples: Any) -> None:
     """Search the step on samples, or measure the loss on them, and write."""
     splits = choose_together(job, samples, population_of(manifest, job.config))
+    digest_splits(job, splits)
     splits = dataclasses.replace(splits, notes=())  # they would speak of statistics, which are not taken
     if not splits.search and not splits.unseen:
         job.report.notes.append(
             f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples"
         )
-    with prepared_for_pass(job.model, seed=job.seed):
+    with prepared_for_pass(job.model, seed=job.seed), outputs_not_rounded(job.model):
         keep_weights_unpacked(job.model)
         with adapters_off(job.scan.targets):
             found = probe(job, splits, takes_statistics=False)

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lora_da_hf.pipeline.agreement import Digests
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.statistics.batches import digest_sample
 
 LOSS, MOVED_LOSS = "loss", "loss of moved outputs"
 _LOSS_TOLERANCE = 1e-3
@@ -29,7 +29,7 @@ _COMPARED_BY_LAYER = {
 _NO_MATTER_OF_ADAPTER = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"}
 
 
-def identify(job: Job, probe: Probe) -> dict[str, Any]:
+def identify(job: Job, probe: Probe, digests: Digests) -> dict[str, Any]:
     """Return a hash of each thing that an initialisation depends on, and losses of a few samples.
 
     The losses stand for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
@@ -37,15 +37,8 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
     that were moved, and those of samples unlike each other, alone and in pairs, which a loss may weigh unlike. They are
     compared with a tolerance.
     """
-    with job.stage("probe"), job.ranks.together("fingerprint"):
-        splits = probe.splits
-        digests = [
-            [digest_sample(job.collate([sample])) for sample in job.ranks.share(part)]
-            for part in (splits.statistics, splits.search, splits.unseen)
-        ]
-    gathered = job.ranks.gather(digests)
-    statistics, search, unseen = (_in_order([of_process[part] for of_process in gathered]) for part in range(3))
-    job.report.data_fingerprint = hashlib.sha256("".join(statistics).encode()).hexdigest()
+    splits = probe.splits
+    job.report.data_fingerprint = hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest()
     settings = {name: value for name, value in job.config.to_dict().items() if name not in _NO_MATTER}
     dtypes = sorted({str(parameter.dtype) for parameter in job.model.parameters()})
     together = [job.batch_size, job.ranks.size] if probe.settings.reduction.kind == "batch" else []
@@ -61,7 +54,7 @@ def identify(job: Job, probe: Probe) -> dict[str, Any]:
             dtypes,
         ],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
-        "samples": [statistics, search, unseen],
+        "samples": [list(part) for part in digests.values()],
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
@@ -81,11 +74,6 @@ def _peft_settings(job: Job) -> dict[str, Any]:
         for name, value in sorted(settings.items())
         if name not in unasked
     }
-
-
-def _in_order(shares: list[list[str]]) -> list[str]:
-    """Undo `Ranks.share`."""
-    return [share[i] for i in range(max(map(len, shares))) for share in shares if i < len(share)]
 
 
 def changes(before: Mapping[str, Any], now: dict[str, Any]) -> list[str]:

@@ -154,7 +154,7 @@ class Job:
             in_step=lambda: self.ranks.in_step(stage),
         )
 
-    def loss(self, samples: list[Any], settings: PassSettings) -> float:
+    def loss(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> float:
         """Return the mean loss over samples, shared by the processes and the same on all of them.
 
         A collator that draws at random makes the same batches at each call.
@@ -165,7 +165,7 @@ class Job:
                 self.model,
                 self.ranks.share(samples),
                 collate=self.collate,
-                compute_loss=self.compute_loss,
+                compute_loss=compute_loss or self.compute_loss,
                 settings=settings,
                 batch_size=self.batch_size,
                 lockstep=self.lockstep(samples, "evaluation"),

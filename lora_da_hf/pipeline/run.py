@@ -19,10 +19,11 @@ from lora_da_hf.artifacts.folders import check_replaceable, check_writable, held
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
-from lora_da_hf.distributed.parameters import refuse_split_models, settle
+from lora_da_hf.distributed.parameters import outputs_not_rounded, refuse_split_models, settle
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
+from lora_da_hf.pipeline.agreement import Digests, check_same_settings, digest_splits
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import identify
 from lora_da_hf.pipeline.job import Job
@@ -97,8 +98,8 @@ def initialize_lora_da(
     Raises:
         TargetError: if there is nothing that can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if settings contradict each other, gradients are off, or ``output_dir`` holds something else,
-            cannot be written, or is another process's at the moment.
+        ConfigError: if settings contradict each other, settings or samples differ between processes, gradients are off,
+            or ``output_dir`` holds something else, cannot be written, or is another process's at the moment.
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or a layer's tap was never called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
@@ -166,8 +167,10 @@ def initialize_lora_da(
                 held.enter_context(held_alone(job.output_dir))
                 remove_leftovers(job.output_dir)
                 check_replaceable(job.output_dir)
+        check_same_settings(job, population_size)
         splits = choose_together(job, samples, population_size)
-        return _run(job, splits)
+        digests = digest_splits(job, splits)
+        return _run(job, splits, digests)
 
 
 def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
@@ -186,18 +189,18 @@ def first_given(*values: int | None) -> int:
     return next(value for value in values if value is not None)
 
 
-def _run(job: Job, splits: SampleSplits) -> LoRADAReport:
+def _run(job: Job, splits: SampleSplits, digests: Digests) -> LoRADAReport:
     """Do it all, and put the adapter back as it was if anything fails."""
     with job.restored_on_failure(), job.collate.generators_kept(), contextlib.ExitStack() as files:
         if configs_with(job.model, ROUTER_LOSS):
             job.report.notes.append(
                 "the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"
             )
-        with prepared_for_pass(job.model, seed=job.seed):
+        with prepared_for_pass(job.model, seed=job.seed), outputs_not_rounded(job.model):
             keep_weights_unpacked(job.model)
             with adapters_off(job.scan.targets):
                 found = probe(job, splits)
-                identity = identify(job, found)
+                identity = identify(job, found, digests)
             progress = Progress(job, identity, leaders=set(found.shared.values()), in_step=job.runs_in_lockstep)
             files.enter_context(progress.kept_on_failure())
             solved = None if take_over_finished(job, identity) else _compute(job, found, progress)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import TrialAdapters
@@ -15,6 +19,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.collect import PassSettings
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.layer_scales import layer_lengths
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
@@ -27,6 +32,8 @@ _FIRST_EQUAL_STEP = 0.1
 
 _LADDER_RATIO = 4
 _LADDER_SAMPLES = 4
+_FULL_PRECISION = 4
+"""Bytes of a loss in which steps can be told apart."""
 
 
 def find_step(
@@ -48,16 +55,43 @@ def find_step(
         return job.report.step_size
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solutions.items()}
     with job.stage("line search"):
-        baseline = _finite(job.loss(splits.search, settings), splits.search, "search")
+        watched = _WatchedLoss(job.compute_loss)
+        baseline = _finite(job.loss(splits.search, settings, watched), splits.search, "search")
+        dtype = max(job.ranks.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
+        resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
         with TrialAdapters([job.targets[name] for name in solutions], bases) as trial:
-            found = _search(job, trial, splits.search, settings, baseline)
-            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found)
+            found = _search(job, trial, splits.search, settings, baseline, resolution)
+            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found, resolution)
     job.report.search_loss_before = baseline
     job.report.search = [(step, loss if math.isfinite(loss) else None) for step, loss in found.evaluations]
     job.report.step_size = found.step_size
+    if len(found.alike) > 1 and resolution:
+        alike = ", ".join(f"{step:.3g}" for step in found.alike)
+        job.report.notes.append(
+            f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline:.4g}: {alike} cannot be told apart, "
+            "and the smallest was taken. Have compute_loss return float32"
+        )
     if not found.helped:
         job.report.notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
     return found.step_size
+
+
+class _WatchedLoss:
+    """A loss that notes the coarsest dtype that it came in.
+
+    Args:
+        compute_loss: The loss.
+    """
+
+    def __init__(self, compute_loss: ComputeLoss) -> None:
+        self._compute_loss = compute_loss
+        self.dtype = torch.float64
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
+        loss = self._compute_loss(model, batch, num_items)
+        if torch.finfo(loss.dtype).eps > torch.finfo(self.dtype).eps:
+            self.dtype = loss.dtype
+        return loss
 
 
 def _finite(loss: float, samples: list[Any], kind: str) -> float:
@@ -83,6 +117,7 @@ def _search(
     samples: list[Any],
     settings: PassSettings,
     baseline: float,
+    resolution: float,
     *,
     rank: int | None = None,
     start: float | None = None,
@@ -98,6 +133,7 @@ def _search(
         start=start or _first_step(job),
         factor=factor,
         refine=rank is None,
+        resolution=resolution,
     )
 
 
@@ -107,6 +143,7 @@ def _search_ladder(
     samples: list[Any],
     settings: PassSettings,
     found: LineSearchResult,
+    resolution: float,
 ) -> dict[int, float]:
     """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
     largest = max(job.max_ranks.values())
@@ -120,7 +157,7 @@ def _search_ladder(
     start = found.step_size or None
     for rank in ladder:
         if rank not in by_rank:
-            by_rank[rank] = _search(job, trial, part, settings, baseline, rank=rank, start=start).step_size
+            by_rank[rank] = _search(job, trial, part, settings, baseline, resolution, rank=rank, start=start).step_size
         start = by_rank[rank] or start
     return dict(sorted(by_rank.items()))
 

@@ -20,12 +20,14 @@ class LineSearchResult:
         loss: Its loss.
         baseline: The loss of no step.
         evaluations: Every step tried with its loss, in the order they were tried.
+        alike: The steps whose losses cannot be told from the lowest one, 0 for no step; the smallest is `step_size`.
     """
 
     step_size: float
     loss: float
     baseline: float
     evaluations: tuple[tuple[float, float], ...] = field(default=())
+    alike: tuple[float, ...] = ()
 
     @property
     def helped(self) -> bool:
@@ -40,6 +42,7 @@ def line_search(
     start: float = 0.1,
     factor: float = 10**0.5,
     refine: bool = True,
+    resolution: float = 0.0,
 ) -> LineSearchResult:
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
 
@@ -53,6 +56,7 @@ def line_search(
         start: The first step tried.
         factor: Ratio of neighbouring steps.
         refine: Whether to add the step at the vertex.
+        resolution: Losses no farther apart than this are equal, and the smallest of steps with equal losses is taken.
 
     Returns:
         The best of all that was tried, no step included.
@@ -81,11 +85,16 @@ def line_search(
         vertex = _vertex(best, factor, losses)
         if vertex is not None:
             at(vertex)
-    best = min(losses, key=lambda step: (losses[step], step))
-    evaluations = tuple(losses.items())
-    if losses[best] < baseline:
-        return LineSearchResult(step_size=best, loss=losses[best], baseline=baseline, evaluations=evaluations)
-    return LineSearchResult(step_size=0.0, loss=baseline, baseline=baseline, evaluations=evaluations)
+    readings = {0.0: baseline, **losses}
+    lowest = min(readings.values())
+    alike = tuple(sorted(step for step, loss in readings.items() if loss <= lowest + resolution)) or (0.0,)
+    return LineSearchResult(
+        step_size=alike[0],
+        loss=readings[alike[0]],
+        baseline=baseline,
+        evaluations=tuple(losses.items()),
+        alike=alike,
+    )
 
 
 def _vertex(best: float, factor: float, losses: dict[float, float]) -> float | None:

@@ -54,6 +54,8 @@ def cells(strategy):
         for name, checkpointing in CHECKPOINTING.items():
             found[f"windows_{name}_fp32"] = {"config": {"memory_budget": SMALL}, "checkpointing": checkpointing}
     if strategy == "fsdp2":
+        for name in CHECKPOINTING:  # where accelerate has the outputs cast
+            found[f"{name}_bf16"]["config"] = {"step_size": "line_search", "num_samples": 13}
         found["saved_fp32"] = {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}
         found["not_resharded_fp32"] = {"engine": {"reshard_after_forward": False}}
     return found

@@ -1,6 +1,7 @@
 """Two gloo processes under DDP, DeepSpeed ZeRO-1, 2 and 3, and FSDP2, against one process without any of them."""
 
 import importlib.util
+import math
 import shutil
 
 import pytest
@@ -70,7 +71,7 @@ def one_process(tmp_path_factory):
     made = {}
 
     def initialize(config, dtype):
-        key = (config["num_samples"], config["batch_size"], dtype)
+        key = (config["num_samples"], config["batch_size"], config["step_size"], dtype)
         if key not in made:
             folder = tmp_path_factory.mktemp("single")
             report = initialize_lora_da(
@@ -120,6 +121,15 @@ def test_training_goes_on_as_from_the_same_adapter_loaded_from_disk(launched, st
         assert found["left_behind"] == []
         assert len(found["grads"]) == 2
         assert max(found["grads"]) <= TOLERANCES[cell.rsplit("_", 1)[1]]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_fsdp2_in_bf16_finds_the_step_of_one_process(launched, one_process, checkpointing):
+    for rank in range(2):
+        found = result(launched("fsdp2"), f"{checkpointing}_bf16", rank)["report"]
+        report, _ = one_process(found["config"], "bf16")
+        assert found["search_loss_before"] == pytest.approx(report.search_loss_before, rel=1e-3)
+        assert abs(math.log10(found["step_size"] / report.step_size)) <= 0.5  # the grid's ratio
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)

@@ -111,3 +111,12 @@ def test_a_shallow_minimum_above_the_baseline_is_not_taken():
     result = line_search(bowl(0.1, depth=-0.5), baseline=1.0)
     assert result.step_size == 0.0
     assert min(loss for _, loss in result.evaluations) > 1.0
+
+
+def test_steps_that_the_losss_resolution_does_not_tell_apart_give_the_smallest_of_them():
+    result = line_search(lambda step: 2 - 1e-3 * bowl(0.1)(step) if step < 1 else 3.0, baseline=2.0, resolution=0.01)
+    assert result.step_size == 0.0
+    assert 0.0 in result.alike
+    assert len(result.alike) > 2
+    result = line_search(lambda step: round(bowl(0.1)(step), 1), baseline=9.0, resolution=0.1)
+    assert result.step_size == min(result.alike) > 0
