@@ -151,7 +151,7 @@ def lora_da(
     return make
 
 
-OF_THE_STATISTICS = ("batch_size", "token_mask", "fisher", "loss_reduction", "accumulate_dtype", "population_size")
+OF_THE_STATISTICS = ("batch_size", "token_mask", "loss_reduction", "accumulate_dtype", "population_size")
 """Settings of LoRADAConfig that say what the statistics of some samples are, and what is stored with them."""
 
 OF_THE_USE = ("step_size", "stable_gamma", "factor_split", "search_samples", "freeze_a")

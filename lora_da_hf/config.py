@@ -121,16 +121,11 @@ class LoRADAConfig:
         "attention",
         "Tokens that the two second moments count: all that are attended to, or only those that predict a label.",
     )
-    fisher: Literal["empirical", "sampled"] = setting(
-        "empirical",
-        "Labels that the output-gradient second moment is taken with. empirical: the data's (the paper); sampled: "
-        "drawn from the model's own distribution, the true Fisher information, in up to twice the time.",
-    )
     loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = setting(
         "auto",
-        "How the loss of a batch comes from its samples. auto: measured; a loss that is no sum or mean is run one "
-        "sample at a time. token_mean, sample_mean: your word that it is a mean over labels, or samples. batch: a loss "
-        "that needs the samples together (contrastive), so the statistics depend on the batch size.",
+        "How the loss of a batch comes from its samples, and so what training minimises. auto: measured; a loss that "
+        "is neither a sum nor a mean runs one sample at a time. token_mean, sample_mean: a mean over labels, or over "
+        "samples. batch: a loss that needs the samples together (contrastive); the statistics depend on the size.",
     )
     accumulate_dtype: Literal["float32", "float64"] = setting("float32", "Precision that statistics are summed in.")
 
@@ -269,6 +264,7 @@ class LoRADAConfig:
         preset: dict[str, Any] = {
             "num_samples": 256,
             "batch_size": 1,
+            "loss_reduction": "sample_mean",
             "sample_selection": "head",
             "token_mask": "attention",
             "input_damping": 1e-6,

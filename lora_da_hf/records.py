@@ -15,8 +15,11 @@ class LayerStatistics:
     Attributes:
         input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps.
         output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over the same tokens, with g the gradient of the
-            sample's mean label loss; of labels that are drawn from the model, if ``fisher="sampled"``.
-        weight_grad: ``[d_out, d_in]``, mean over samples of the gradient of each sample's mean label loss.
+            training objective times the number of samples. So it has the size that it has for one sample alone,
+            whatever the batch size: of a mean over labels, g is that of the summed loss, divided by the mean number of
+            labels that a sample has.
+        weight_grad: ``[d_out, d_in]``, gradient of the training objective over the samples: the mean over their labels,
+            or over samples, of the loss.
         num_input_tokens: Tokens in the input mean.
         num_output_tokens: Tokens in the output mean.
     """

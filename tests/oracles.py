@@ -55,7 +55,19 @@ class Reference:
         return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0))
 
 
-def autograd_statistics(model, samples, loss_of, collate=collate):
+def items_of(report, *, shifted=True):
+    """Return what maps the batch of one sample to the number of items that the measured objective averages over in it.
+
+    Args:
+        report: Of the initialisation.
+        shifted: Whether position t predicts label t + 1.
+    """
+    if report.loss_reduction.split()[0] not in ("sum", "token_mean"):
+        return lambda batch: 1
+    return lambda batch: int((batch["labels"][..., int(shifted) :] != -100).sum())
+
+
+def autograd_statistics(model, samples, loss_of, collate=collate, items_of=lambda batch: 1):
     """Compute the statistics of every layer from autograd's own gradients.
 
     Args:
@@ -64,7 +76,14 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
         loss_of: Maps the model and the batch of one sample to that sample's mean loss.
         collate: Makes batches. Of a batch's rows, one for each place of its attention mask, those that are attended to
             count in the second moments.
+        items_of: Maps the batch of one sample to what its mean loss weighs: its number of labels, or 1.
     """
+    weighs = [items_of(collate([sample])) for sample in samples]
+    parts = [weight * len(samples) / sum(weighs) for weight in weighs]
+
+    def part_of(sample, part):
+        return loss_of(model, collate([sample])) * part
+
     layers = {n: m for n, m in base_linear_layers(model).items() if isinstance(m, torch.nn.Linear | Conv1D)}
     weights = {**{name: layer.weight for name, layer in layers.items()}, **expert_weights(model)}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -90,10 +109,10 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
                 parameter.requires_grad_(False)
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for sample in samples:
+            for sample, part in zip(samples, parts, strict=True):
                 batch = collate([sample])
                 attended = batch.get("attention_mask", torch.ones(0)).bool().flatten()
-                loss_of(model, batch).backward()
+                part_of(sample, part).backward()
                 for name, x, y in calls:
                     if y.grad is not None:
                         counts = attended if len(attended) == y[..., 0].numel() else slice(None)
@@ -101,7 +120,9 @@ def autograd_statistics(model, samples, loss_of, collate=collate):
                         rows[name][1].append(y.grad.reshape(-1, y.shape[-1])[counts])
                 calls.clear()
             grads = {name: weight.grad.double() / len(samples) for name, weight in weights.items()}
-            expert_rows = _rows_of_experts(model, lambda: [loss_of(model, collate([s])).backward() for s in samples])
+            expert_rows = _rows_of_experts(
+                model, lambda: [part_of(*s).backward() for s in zip(samples, parts, strict=True)]
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -92,7 +92,6 @@ def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, tok
         num_tokens=config.num_samples * tokens,
         itemsize=getattr(torch, config.accumulate_dtype).itemsize,
         threads=solver_threads([_device()]),
-        samples_labels=config.fisher == "sampled",
     )
 
 

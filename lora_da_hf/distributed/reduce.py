@@ -14,7 +14,13 @@ from lora_da_hf.statistics.taps import Taps
 
 
 def reduce_statistics(
-    taps: Taps, groups: Mapping[str, list[str]], owners: Mapping[str, int], ranks: Ranks, *, num_samples: int
+    taps: Taps,
+    groups: Mapping[str, list[str]],
+    owners: Mapping[str, int],
+    ranks: Ranks,
+    *,
+    num_samples: int,
+    num_items: int,
 ) -> Iterator[tuple[str, dict[str, LayerStatistics]]]:
     """Sum each group of layers over the processes and give the means to the group's owner.
 
@@ -27,12 +33,14 @@ def reduce_statistics(
         owners: The owner of each group.
         ranks: The processes.
         num_samples: Samples that have a label, over all processes.
+        num_items: Labels or samples that the training objective averages over, over all processes.
 
     Yields:
         The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
     """
     counts = ranks.sum([float(n) for name in taps.taps for n in _token_counts(taps, name)])
     tokens = {name: (int(counts[2 * i]), int(counts[2 * i + 1])) for i, name in enumerate(taps.taps)}
+    per_sample = num_items / num_samples if num_samples else 1.0
     for leader, members in groups.items():
         owner = owners[leader]
         moment = taps.taps[leader].input_sum.total
@@ -49,8 +57,8 @@ def reduce_statistics(
             if ranks.rank == owner:
                 statistics[name] = LayerStatistics(
                     input_second_moment=moment,
-                    output_grad_second_moment_diag=sums.squares.div_(max(tokens[name][1], 1)),
-                    weight_grad=sums.weight_grad.div_(num_samples),
+                    output_grad_second_moment_diag=sums.squares.div_(max(tokens[name][1], 1) * per_sample**2),
+                    weight_grad=sums.weight_grad.div_(max(num_items, 1)),
                     num_input_tokens=tokens[leader][0],
                     num_output_tokens=tokens[name][1],
                 )

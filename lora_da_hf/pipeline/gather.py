@@ -23,6 +23,7 @@ class PassCounts:
     """What the passes of all processes over a window counted."""
 
     num_samples: int
+    num_items: int
     num_unlabelled: int
     batch_size: int
     notes: list[str]
@@ -121,14 +122,17 @@ def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], stor
 
 
 def _count(job: Job, plan: Plan, result: PassResult | None) -> PassCounts:
-    mine = None if result is None else (result.num_samples, result.num_unlabelled, result.batch_size, result.notes)
+    mine = None
+    if result is not None:
+        mine = (result.num_samples, result.num_items, result.num_unlabelled, result.batch_size, result.notes)
     passes = [counted for counted in job.ranks.gather(mine) if counted is not None]
     counted = passes if plan.schedule == "samples" else passes[:1]  # the others saw the same samples
     return PassCounts(
-        num_samples=sum(samples for samples, _, _, _ in counted),
-        num_unlabelled=sum(unlabelled for _, unlabelled, _, _ in counted),
-        batch_size=min(size for _, _, size, _ in passes),
-        notes=sorted({note for _, _, _, notes in passes for note in notes}),
+        num_samples=sum(samples for samples, _, _, _, _ in counted),
+        num_items=sum(items for _, items, _, _, _ in counted),
+        num_unlabelled=sum(unlabelled for _, _, unlabelled, _, _ in counted),
+        batch_size=min(size for _, _, _, size, _ in passes),
+        notes=sorted({note for _, _, _, _, notes in passes for note in notes}),
     )
 
 

@@ -74,7 +74,6 @@ def _workload(job: Job, probe: Probe) -> Workload:
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
-        samples_labels=probe.settings.sampled_labels is not None,
         threads=min(job.ranks.gather(solver_threads(devices))),
     )
 

@@ -79,7 +79,6 @@ class Workload:
         num_tokens: Their tokens.
         itemsize: Bytes of an entry of the sums.
         checkpointing: Whether the backward pass runs the forward pass again.
-        samples_labels: Whether labels are drawn, which takes a forward pass, and forward and backward once more.
         threads: Of a process's CPU; 1 where layers are solved on another device.
     """
 
@@ -89,7 +88,6 @@ class Workload:
     num_tokens: int
     itemsize: int = 4
     checkpointing: bool = False
-    samples_labels: bool = False
     threads: int = 1
 
     @property
@@ -123,9 +121,7 @@ class Workload:
         before = self.groups[: self.groups.index(collected[0])]
         reached = self.weights - sum(group.weights for group in before)
         backward = 4.0 * self.weights if self.checkpointing else 2.0 * reached
-        through = 2.0 * self.weights + backward
-        drawn = 2.0 * self.weights + through if self.samples_labels else 0.0
-        return through + drawn + sum(group.pass_flops for group in collected)
+        return 2.0 * self.weights + backward + sum(group.pass_flops for group in collected)
 
 
 @dataclass(frozen=True, kw_only=True)

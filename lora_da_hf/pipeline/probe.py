@@ -29,7 +29,7 @@ from lora_da_hf.losses import (
 )
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.batches import Lockstep, check_lengths
+from lora_da_hf.statistics.batches import check_lengths
 from lora_da_hf.statistics.collect import PassSettings
 from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
@@ -41,8 +41,6 @@ from lora_da_hf.statistics.loss_reduction import (
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
-from lora_da_hf.statistics.sample_weights import watched_logits
-from lora_da_hf.statistics.sampled_labels import SampledLabels, check_labels_can_be_sampled
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
 
@@ -111,7 +109,7 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
             with torch.no_grad(), watched:
                 losses.append(compute_loss(job.model, first, None).item())
 
-        with checked_backward(job.scan.targets), watched_logits(job.model) as heads:
+        with checked_backward(job.scan.targets):
             shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
         with torch.no_grad(), outputs_moved(job.scan.targets):
             moved_loss = compute_loss(job.model, first, None).item()
@@ -128,9 +126,6 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
         )
         if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
             labelled_head = None
-        sampled_labels = None
-        if takes_statistics and job.config.fisher == "sampled":
-            sampled_labels = _sampled_labels(job, lockstep, splits, first, losses[0], shifts)
         with lockstep.alike():
             singles = [job.collate([sample]) for sample in unlike]
             pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
@@ -144,8 +139,6 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
         labelled_head=labelled_head,
-        head=heads[0] if heads else None,
-        sampled_labels=sampled_labels,
         longest_labels=longest_labels(job.model) if takes_loss_alone(job.compute_loss) else 0,
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
@@ -153,8 +146,7 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
     job.report.notes += splits.notes
     if any_packed:
         job.report.notes.append(
-            "a sample of the data set is a packed row of several sequences: it counts as one, with the mean of all its "
-            "labels"
+            "a sample of the data set is a packed row of several sequences, which count as one sample"
         )
     return Probe(
         splits=splits,
@@ -216,21 +208,6 @@ def _loss_stays(
     with torch.no_grad(), labelled_head.rows_of_labels():
         found = compute_loss(job.model, batch, None).item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-
-
-def _sampled_labels(
-    job: Job, lockstep: Lockstep, splits: SampleSplits, batch: Mapping[str, Any], loss: float, shifts: bool
-) -> SampledLabels:
-    """Return what draws the labels of the output-gradient second moment."""
-    check_labels_can_be_sampled(
-        job.model,
-        batch,
-        loss,
-        shifts_labels=shifts,
-        encoder_decoder=is_encoder_decoder(job.model),
-        in_step=lockstep.in_step,
-    )
-    return SampledLabels(splits.statistics, seed=job.seed, shifts_labels=shifts)
 
 
 class _TimedLoss:

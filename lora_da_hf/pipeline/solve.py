@@ -97,8 +97,8 @@ def _map_on_threads(plan: Plan) -> Generator[Callable[..., Iterator[Any]]]:
 def _reduce(gathered: Gathered, groups: Mapping[str, list[str]]) -> dict[str, dict[str, LayerStatistics]]:
     if gathered.result is None:
         return {}
-    taps, samples = gathered.result.taps, gathered.counts.num_samples
-    return dict(reduce_statistics(taps, groups, gathered.owners, gathered.ranks, num_samples=samples))
+    counts = {"num_samples": gathered.counts.num_samples, "num_items": gathered.counts.num_items}
+    return dict(reduce_statistics(gathered.result.taps, groups, gathered.owners, gathered.ranks, **counts))
 
 
 def _solve_group(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,8 +17,6 @@ from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
 from lora_da_hf.statistics.pass_state import PassState, PassStore
-from lora_da_hf.statistics.sample_weights import weighted_head
-from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import Taps
 from lora_da_hf.statistics.token_masks import (
     BatchTokens,
@@ -27,7 +27,6 @@ from lora_da_hf.statistics.token_masks import (
 )
 
 _HALF_PRECISION_SCALE = 2.0**12
-_MOST_IN_FLOAT16 = 2.0**15
 _RANDOM_STATE = "random_state"
 
 
@@ -42,8 +41,6 @@ class PassSettings:
         encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
-        head: The module that makes the logits; None: the output embeddings, or the last part of the model.
-        sampled_labels: Draws the labels of the output-gradient second moment; None: they are the data's.
         longest_labels: How long the labels of an encoder-decoder may be made to tell its sequences apart.
         why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
     """
@@ -54,8 +51,6 @@ class PassSettings:
     encoder_decoder: bool
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
-    head: nn.Module | None = None
-    sampled_labels: SampledLabels | None = None
     longest_labels: int = 0
     why_single: str | None = None
 
@@ -67,6 +62,7 @@ class PassResult:
     Attributes:
         taps: The sums of each layer.
         num_samples: Samples that have a label.
+        num_items: Labels, or samples, that the training objective averages over.
         num_unlabelled: Samples that have none, and count nowhere.
         batch_size: Samples run together, which is 1 where the loss or the model demands it.
         why_single: Why samples were run one at a time though more were asked for; None: they were not.
@@ -75,6 +71,7 @@ class PassResult:
 
     taps: Taps
     num_samples: int = 0
+    num_items: int = 0
     num_unlabelled: int = 0
     batch_size: int = 1
     why_single: str | None = None
@@ -96,8 +93,8 @@ def collect(
 ) -> PassResult:
     """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
 
-    The result does not depend on the batch size, the padding or the order of the samples: each sample's gradient is
-    that of the mean loss over its own labels. A loss of the batch as a whole is the exception.
+    The sums are those of a loss that is summed over labels or samples, whichever the training objective averages over,
+    so they depend neither on the batch size nor on the order. A loss of the batch as a whole is the exception.
 
     Args:
         model: In the state of `prepared_for_pass`.
@@ -146,10 +143,9 @@ def collect(
                 with lockstep.alike():
                     prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
                 if prepared.counts or lockstep.runs_what_does_not_count:
-                    add = _add_batch if settings.sampled_labels is None else _add_batch_twice
-                    add(model, prepared, compute_loss, settings, result.taps, lockstep)
+                    _add_batch(model, prepared, compute_loss, settings, result.taps, lockstep)
                 if counts:
-                    _count_batch(prepared.tokens, result)
+                    _count_batch(prepared, result)
                     done += len(batch_samples)
                     on_samples(len(batch_samples))
                 if store is not None and number % store.every == 0:
@@ -177,7 +173,7 @@ def _single_note(reason: str) -> str:
 
 
 def _state(result: PassResult, batches_done: int) -> PassState:
-    names = ("num_samples", "num_unlabelled", "batch_size", "why_single", "notes")
+    names = ("num_samples", "num_items", "num_unlabelled", "batch_size", "why_single", "notes")
     facts = {name: getattr(result, name) for name in names}
     counts = {"batches_done": batches_done, "counts": result.taps.counts(), "saw_float16": result.taps.saw_float16}
     tensors = {**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}
@@ -188,7 +184,8 @@ def _restore(result: PassResult, state: PassState) -> int:
     """Put the sums and counts of an earlier pass in a new one, and return how many batches are in them."""
     result.taps.restore(state.tensors, state.facts["counts"])
     result.taps.saw_float16 = state.facts["saw_float16"]
-    result.num_samples, result.num_unlabelled = state.facts["num_samples"], state.facts["num_unlabelled"]
+    for name in ("num_samples", "num_items", "num_unlabelled"):
+        setattr(result, name, state.facts[name])
     torch.set_rng_state(state.tensors[_RANDOM_STATE])
     restore_generators(state.facts["generators"])
     return state.facts["batches_done"]
@@ -196,12 +193,11 @@ def _restore(result: PassResult, state: PassState) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """A batch, its samples and tokens, what each sample weighs, and whether it counts."""
+    """A batch, its tokens, how many items its loss averages over, and whether it counts."""
 
     batch: Mapping[str, Any]
-    samples: Sequence[Any]
     tokens: BatchTokens
-    weights: Tensor | float
+    num_items: int
     counts: bool
 
 
@@ -218,36 +214,15 @@ def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSet
         num_samples=num_samples,
     )
     if not counts or tokens.num_labelled == 0:
-        return _Prepared(batch=batch, samples=samples, tokens=tokens, weights=1.0, counts=False)
-    weights = settings.reduction.sample_weights(tokens)
-    if weights is None:
-        raise SingleSamplesNeeded("the labels of each sample cannot be counted")
-    return _Prepared(batch=batch, samples=samples, tokens=tokens, weights=weights, counts=True)
+        return _Prepared(batch=batch, tokens=tokens, num_items=0, counts=False)
+    return _Prepared(batch=batch, tokens=tokens, num_items=settings.reduction.num_items(tokens), counts=True)
 
 
-def _count_batch(tokens: BatchTokens, result: PassResult) -> None:
+def _count_batch(prepared: _Prepared, result: PassResult) -> None:
+    tokens = prepared.tokens
     result.num_samples += tokens.num_labelled
+    result.num_items += prepared.num_items
     result.num_unlabelled += tokens.num_samples - tokens.num_labelled
-
-
-def _add_batch_twice(
-    model: nn.Module,
-    prepared: _Prepared,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    taps: Taps,
-    lockstep: Lockstep,
-) -> None:
-    """Add a batch with its own labels to the gradient, and with drawn ones to the output-gradient second moment."""
-    assert settings.sampled_labels is not None
-    with lockstep.in_step():
-        logits = settings.sampled_labels.logits(model, prepared.batch)
-    with lockstep.alike():
-        drawn = replace(prepared, batch=settings.sampled_labels.draw(prepared.batch, prepared.samples, logits))
-    del logits
-    for batch, is_drawn in ((prepared, False), (drawn, True)):
-        taps.sums_gradients, taps.sums_squares = not is_drawn, is_drawn
-        _add_batch(model, batch, compute_loss, settings, taps, lockstep)
 
 
 def _add_batch(
@@ -258,26 +233,19 @@ def _add_batch(
     taps: Taps,
     lockstep: Lockstep,
 ) -> None:
-    weights = prepared.weights
     taps.tokens, taps.muted = prepared.tokens, not prepared.counts
-    by_sample = weights if isinstance(weights, Tensor) else None
-    with taps, weighted_head(model, settings.labelled_head, by_sample, settings.head) as head:
+    with taps, labelled_rows(settings):
         with lockstep.in_step():
             loss = settings.reduction.loss(compute_loss, model, prepared.batch)
-            # gradients in float16, whose range is too small for them as they are
-            taps.gradient_scale = _HALF_PRECISION_SCALE if taps.saw_float16 else 1.0
-            weight = 1.0 if isinstance(weights, Tensor) else weights
-            if loss.dtype == torch.float16:  # which holds no gradient above 65504 either
-                taps.gradient_scale = min(taps.gradient_scale, _MOST_IN_FLOAT16 / weight)
             loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
+            # float16 has too small a range for the gradients of a mean, and for those of a sum
+            taps.gradient_scale = _HALF_PRECISION_SCALE / max(prepared.num_items, 1) if taps.saw_float16 else 1.0
             if loss.requires_grad:
-                (loss * (weight * taps.gradient_scale)).backward()
+                (loss * (settings.reduction.weight(prepared.num_items) * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too
             if prepared.counts:
                 check_loss(loss)
                 taps.check()
-                if head is not None:
-                    head.check()
     taps.tokens = None
 
 
@@ -296,12 +264,10 @@ def check_loss(loss: Tensor) -> float:
     return value
 
 
-def _tells_samples_apart(samples: Sequence[Any], collate: Collate, settings: PassSettings) -> bool:
-    """Tell whether two samples have rows of their own in a batch, and labels where the loss is divided by those."""
-    batch = collate(samples[:2])
-    counts = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=2).label_counts
-    by_label = settings.reduction.kind in ("sum", "token_mean")
-    return num_rows(batch) % 2 == 0 and not (by_label and counts is None)
+def labelled_rows(settings: PassSettings) -> AbstractContextManager[None]:
+    """Run the head on the rows of labels inside, if the pass does."""
+    head = settings.labelled_head
+    return contextlib.nullcontext() if head is None else head.rows_of_labels()
 
 
 def evaluate_loss(
@@ -313,32 +279,33 @@ def evaluate_loss(
     settings: PassSettings,
     batch_size: int,
     lockstep: Lockstep | None = None,
-) -> tuple[float, float]:
+) -> tuple[float, int]:
     """Sum the loss over samples without gradients, for the arguments of `collect`.
 
     Returns:
-        The summed loss, and the number of labels (or of samples, for a loss that is not a mean over labels) to divide
-        it by. Not finite if a loss is not: a step that is too long does that.
+        The summed loss, and the number of labels or samples to divide it by. Not finite if a loss is not: a step that
+        is too long does that.
     """
     lockstep = lockstep or Lockstep.of_one()
-    total, count = 0.0, 0.0
-    kind = settings.reduction.kind
-    single = kind == "unknown" or settings.why_single is not None
-    if batch_size > 1 and not single and kind != "batch":
-        with lockstep.alike():  # of all processes, whatever share of the samples they have
-            single = len(samples) > 1 and not _tells_samples_apart(samples, collate, settings)
-    make_batches = whole_batches if kind == "batch" else batches_by_length
-    with torch.no_grad(), without_checkpointing(model):
-        for batch_samples, counts in lockstep.batches(make_batches(samples, 1 if single else batch_size)):
-            with lockstep.alike():
-                batch = collate(batch_samples)
-                tokens = read_batch_tokens(batch, shifts_labels=settings.shifts_labels, num_samples=len(batch_samples))
-            counts = counts and tokens.num_labelled > 0
-            if not counts and not lockstep.runs_what_does_not_count:
-                continue
-            with lockstep.in_step(), weighted_head(model, settings.labelled_head, None):
-                loss = settings.reduction.loss(compute_loss, model, batch).item()
-            if counts:
-                part, weight = settings.reduction.loss_sum(loss, tokens)
-                total, count = total + part, count + weight
-    return total, count
+    if settings.reduction.kind == "unknown" or settings.why_single is not None:
+        batch_size = 1
+    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
+    total, num_items = 0.0, 0
+    try:
+        with torch.no_grad(), without_checkpointing(model):
+            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
+                with lockstep.alike():
+                    prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
+                if not prepared.counts and not lockstep.runs_what_does_not_count:
+                    continue
+                with lockstep.in_step(), labelled_rows(settings):
+                    loss = settings.reduction.loss(compute_loss, model, prepared.batch).item()
+                if prepared.counts:
+                    total += loss * settings.reduction.weight(prepared.num_items)
+                    num_items += prepared.num_items
+    except SingleSamplesNeeded:
+        if batch_size == 1:
+            raise
+        options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "settings": settings}
+        return evaluate_loss(model, samples, **options, batch_size=1, lockstep=lockstep)
+    return total, num_items

@@ -46,7 +46,6 @@ def why_not_in_batches(
     Returns:
         Why the samples have to be run one at a time; None: they have not.
     """
-    settings = replace(settings, sampled_labels=None)
     results = [
         collect(
             model,

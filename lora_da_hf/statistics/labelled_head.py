@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.statistics.sample_weights import scale_gradient
-from lora_da_hf.statistics.token_masks import IGNORED_LABEL, SingleSamplesNeeded
+from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 
 class LabelledHead:
@@ -33,12 +32,10 @@ class LabelledHead:
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         self._model: Any = model
         self._head = head
-        self._weights: Tensor | None = None
         self._labels: Tensor | None = None
         self._rows: Tensor | None = None
         self._shape = torch.Size()
         self.num_calls = 0
-        self._num_backward_calls = 0
         self.seen_loss: float | None = None
 
     @contextlib.contextmanager
@@ -62,13 +59,9 @@ class LabelledHead:
         self.seen_loss = losses[0] if len(losses) == 1 else None
 
     @contextlib.contextmanager
-    def rows_of_labels(self, weights: Tensor | None = None) -> Generator[LabelledHead]:
-        """Run the passes inside on the rows of labels.
-
-        Args:
-            weights: What the gradient of each sample is multiplied by, ``[B]``; None: nothing.
-        """
-        self._weights, self._labels, self.num_calls, self._num_backward_calls = weights, None, 0, 0
+    def rows_of_labels(self) -> Generator[None]:
+        """Run the passes inside on the rows of labels."""
+        self._labels, self.num_calls = None, 0
         loss_function: Callable[..., Tensor] = self._model.loss_function
 
         def loss_of_rows(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,9 +75,9 @@ class LabelledHead:
                 self._model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
                 self._head.register_forward_pre_hook(self._select),
             ):
-                yield self
+                yield
         finally:
-            self._weights = self._labels = self._rows = None
+            self._labels = self._rows = None
 
     @contextlib.contextmanager
     def _loss_function(self, function: Callable[..., Tensor]) -> Generator[None]:
@@ -115,19 +108,4 @@ class LabelledHead:
             return None
         self.num_calls += 1
         hidden = args[0].flatten(0, 1).index_select(0, self._rows.to(args[0].device))
-        if self._weights is not None:
-            of_rows = self._weights.to(self._rows.device)[self._rows // self._shape[1]]
-            hidden = scale_gradient(hidden, of_rows, self._seen)
         return (hidden[None], *args[1:])
-
-    def _seen(self) -> None:
-        self._num_backward_calls += 1
-
-    def check(self) -> None:
-        """Verify that the weights went into the gradient of the batch exactly once.
-
-        Raises:
-            SingleSamplesNeeded: if the loss went around the head.
-        """
-        if self._weights is not None and (self.num_calls != 1 or self._num_backward_calls != 1):
-            raise SingleSamplesNeeded("the loss does not go through the model's output layer exactly once")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
 ComputeLoss = Callable[[nn.Module, Mapping[str, Any], Tensor | None], Tensor]
 """Maps model, batch and the number of items to divide by (None: the loss's own mean) to a scalar loss."""
@@ -50,36 +50,26 @@ class LossReduction:
         """Compute the loss of a batch: summed over labels if it can be, else by its own mean."""
         return compute(model, batch, _items(1, batch) if self.kind == "sum" else None)
 
-    def sample_weights(self, tokens: BatchTokens) -> Tensor | float | None:
-        """Return what each sample's gradient must be multiplied by to be that of the sample's mean loss.
+    def num_items(self, tokens: BatchTokens) -> int:
+        """Return how many labels or samples the training objective averages over in a batch.
 
-        Returns:
-            ``[B]``, or one number if it is the same for all, or None if it cannot be known for this batch.
+        Raises:
+            SingleSamplesNeeded: if this batch does not tell.
         """
-        if tokens.num_samples == 1 and self.kind != "sum":
-            return 1.0
-        if self.kind == "batch":
-            return float(tokens.num_samples)
-        if self.kind == "sample_mean":  # whether samples without a label are in the mean is not known
-            return float(tokens.num_samples) if tokens.num_labelled == tokens.num_samples else None
+        if self.kind in ("sum", "token_mean") and tokens.num_labels is not None:
+            return tokens.num_labels
+        if tokens.num_samples == 1 or self.kind == "batch":
+            return tokens.num_samples
+        if self.kind == "sample_mean" and tokens.num_labelled == tokens.num_samples:
+            return tokens.num_samples
         counts = tokens.label_counts
-        if self.kind == "unknown" or counts is None:
-            return None
-        total = 1.0 if self.kind == "sum" else counts.sum().item()
-        if bool((counts == counts[0]).all()):
-            return total / max(counts[0].item(), 1)
-        if self.kind == "even_mean":
-            return None
-        return torch.where(counts > 0, total / counts.clamp_min(1), 0.0)
+        if self.kind == "even_mean" and counts is not None and bool((counts == counts[0]).all()):
+            return tokens.num_samples
+        raise SingleSamplesNeeded("its labels do not tell what the loss of a batch is a mean over")
 
-    def loss_sum(self, loss: float, tokens: BatchTokens) -> tuple[float, float]:
-        """Return the summed loss of a batch and what it has to be divided by, so that batches can be added."""
-        counts = tokens.label_counts
-        if self.kind == "sum" and counts is not None:
-            return loss, counts.sum().item()
-        if self.kind == "token_mean" and counts is not None:
-            return loss * counts.sum().item(), counts.sum().item()
-        return loss * tokens.num_samples, tokens.num_samples
+    def weight(self, num_items: int) -> float:
+        """Return what the loss of a batch is multiplied by to become a sum over its items."""
+        return 1.0 if self.kind == "sum" else float(num_items)
 
 
 def find_reduction(

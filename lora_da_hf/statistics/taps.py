@@ -79,8 +79,6 @@ class Taps:
         saw_float16: Whether a layer puts out float16.
         saw_half: Whether a layer puts out float16 or bfloat16.
         muted: Whether the batch counts for nothing.
-        sums_gradients: Whether it counts in the sums of ``g x^T`` and ``x x^T``.
-        sums_squares: Whether it counts in that of ``g**2``.
     """
 
     def __init__(
@@ -96,7 +94,6 @@ class Taps:
         self.gradient_scale = 1.0
         self.saw_float16 = self.saw_half = False
         self.muted = False
-        self.sums_gradients = self.sums_squares = True
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
@@ -202,14 +199,12 @@ class Taps:
 
     def _sum(self, tap: _LayerTap, x: Tensor, g: Tensor, kept: Tensor | None) -> None:
         """Add rows ``x [tokens, d_in]`` and ``g [tokens, d_out]``; the second moments count those at ``kept`` alone."""
-        if self.sums_gradients:
-            tap.sums.weight_grad.addmm_(g.mT, x)
-        sums_input = self.sums_gradients and tap.leader is None
+        tap.sums.weight_grad.addmm_(g.mT, x)
+        sums_input = tap.leader is None
         if kept is not None:
             g, x = g.index_select(0, kept), x.index_select(0, kept) if sums_input else x
-        if self.sums_squares:
-            tap.sums.squares += g.square().sum(dim=0)
-            tap.sums.num_tokens += g.shape[0]
+        tap.sums.squares += g.square().sum(dim=0)
+        tap.sums.num_tokens += g.shape[0]
         if sums_input:
             tap.input_sum.add(x)
 

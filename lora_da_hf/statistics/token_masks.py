@@ -42,6 +42,7 @@ class BatchTokens:
         num_samples: B.
         label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels, or they
             cannot be told apart by sample.
+        num_labels: How many there are in the batch; None if it has no labels.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
             reads (an encoder-decoder reads two); ``[B * C, S]`` if each sample is C sequences to choose from.
         other_modality: Whether the batch has inputs that are no tokens (images, audio).
@@ -52,6 +53,7 @@ class BatchTokens:
     num_samples: int
     label_counts: Tensor | None
     masks: tuple[Tensor, ...]
+    num_labels: int | None = None
     other_modality: bool = False
     masks_other_modality: bool = False
 
@@ -162,6 +164,7 @@ def read_batch_tokens(
     return BatchTokens(
         num_samples=num_rows(batch) if num_samples is None else num_samples,
         label_counts=_by_sample(counts, num_samples),
+        num_labels=None if counts is None else int(counts.sum().item()),
         masks=masks,
         other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
         masks_other_modality=_masks_other_modality(batch),

@@ -9,6 +9,7 @@ from harness import (
     assert_statistics_equal,
     autograd_statistics,
     chosen,
+    items_of,
     make_args,
     make_config,
     make_lora_config,
@@ -19,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.losses import model_loss
+from lora_da_hf.losses import model_loss, shifts_labels
 
 QUICK = ("Llama", "GPT-2", "Mixtral", "T5", "BERT, token", "ViT")
 ROWS = [
@@ -76,7 +77,11 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         assert not any("one sample at a time" in note for note in report.notes)
     else:
         expected = autograd_statistics(
-            make_model(family), chosen(samples), lambda model, batch: model_loss(model, batch, None), family.collate
+            make_model(family),
+            chosen(samples),
+            lambda model, batch: model_loss(model, batch, None),
+            family.collate,
+            items_of(report, shifted=shifts_labels(trainer.model)),
         )
         assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
     trainer.save_model(tmp_path / "trained")

@@ -10,6 +10,7 @@ from harness import (
     assert_statistics_equal,
     autograd_statistics,
     chosen,
+    items_of,
     make_args,
     make_config,
     make_lora_config,
@@ -110,7 +111,9 @@ def test_label_smoothing(tmp_path):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         return cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], label_smoothing=0.2)
 
-    expected = autograd_statistics(make_model("Llama"), chosen(samples), smoothed, pad_samples)
+    expected = autograd_statistics(
+        make_model("Llama"), chosen(samples), smoothed, pad_samples, items_of(trainer.lora_da_report)
+    )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 

@@ -13,6 +13,7 @@ from harness import (
     base_linear_layers,
     collate,
     factors,
+    items_of,
     make_config,
     make_learnable_samples,
     make_lora_config,
@@ -87,8 +88,8 @@ def update_of(model):
 
 
 def test_statistics_are_those_of_autograd(tmp_path, lora_model, samples):
-    initialize(lora_model(), samples, tmp_path / "init", sample_selection="head", save_statistics=True)
-    expected = autograd_statistics(lora_model(), samples[:12], sample_loss)
+    report = initialize(lora_model(), samples, tmp_path / "init", sample_selection="head", save_statistics=True)
+    expected = autograd_statistics(lora_model(), samples[:12], sample_loss, items_of=items_of(report))
     assert_statistics_equal(stored_statistics(tmp_path / "init"), expected, 2e-5)
 
 

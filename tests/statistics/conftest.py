@@ -15,7 +15,6 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpointing
-from lora_da_hf.statistics.sampled_labels import SampledLabels
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs, input_groups
 
 
@@ -56,7 +55,6 @@ def run_pass(
     on_samples=lambda count: None,
     lockstep=None,
     labelled_head=False,
-    sampling_seed=None,
     store=None,
 ):
     layers = linear_layers(model)
@@ -88,9 +86,6 @@ def run_pass(
             encoder_decoder=is_encoder_decoder(model),
             reduction=reduction,
             labelled_head=make_labelled_head(model) if labelled_head else None,
-            sampled_labels=None
-            if sampling_seed is None
-            else SampledLabels(samples, seed=sampling_seed, shifts_labels=shifts),
         )
         result = collect(
             model,
@@ -105,15 +100,25 @@ def run_pass(
         )
     groups = input_groups(shared)
     statistics = {}
-    for _, found in reduce_statistics(
-        result.taps, groups, dict.fromkeys(groups, 0), Ranks(0, 1), num_samples=result.num_samples
-    ):
+    counts = {"num_samples": result.num_samples, "num_items": result.num_items}
+    for _, found in reduce_statistics(result.taps, groups, dict.fromkeys(groups, 0), Ranks(0, 1), **counts):
         statistics |= found
     return Collected(statistics=statistics, result=result, reduction=reduction, shared=shared)
 
 
-def reference(model, samples, *, token_mask="attention", compute_loss=model_loss, skip_unlabelled=True):
-    """Stack every token's input and output gradient, one sample at a time and without padding."""
+def reference(model, samples, *, token_mask="attention", compute_loss=model_loss, mean_of="labels"):
+    """Stack every token's input and output gradient, one sample at a time and without padding.
+
+    Args:
+        model: A causal model.
+        samples: Those without a label do not count.
+        token_mask: As in the settings.
+        compute_loss: Of one sample, a mean over its labels.
+        mean_of: What the objective averages over, ``"labels"`` or ``"samples"``.
+    """
+    counts = [sum(label != -100 for label in sample["labels"][1:]) for sample in samples]
+    samples = [sample for sample, count in zip(samples, counts, strict=True) if count]
+    counts = [count if mean_of == "labels" else 1 for count in counts if count]
     layers = linear_layers(model)
     training = model.training
     model.eval()
@@ -121,12 +126,8 @@ def reference(model, samples, *, token_mask="attention", compute_loss=model_loss
     weight_grads = {
         name: torch.zeros(*reversed(widths_of(layer)), dtype=torch.float64) for name, layer in layers.items()
     }
-    count = 0
-    for sample in samples:
+    for sample, count in zip(samples, counts, strict=True):
         labels = torch.as_tensor(sample["labels"])
-        if skip_unlabelled and not (labels[1:] != -100).any():
-            continue
-        count += 1
         calls = []
 
         def keep(name, calls=calls):
@@ -138,7 +139,7 @@ def reference(model, samples, *, token_mask="attention", compute_loss=model_loss
             return hook
 
         handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
-        loss = compute_loss(model, pad_samples([sample]), None)
+        loss = compute_loss(model, pad_samples([sample]), None) * (count * len(samples) / sum(counts))
         for handle in handles:
             handle.remove()
         model.zero_grad()
@@ -159,7 +160,7 @@ def reference(model, samples, *, token_mask="attention", compute_loss=model_loss
         found[name] = LayerStatistics(
             input_second_moment=x.mT @ x / len(x),
             output_grad_second_moment_diag=g.square().mean(0),
-            weight_grad=weight_grads[name] / count,
+            weight_grad=weight_grads[name] / len(samples),
             num_input_tokens=len(x),
             num_output_tokens=len(g),
         )

@@ -66,7 +66,8 @@ def test_samples_without_labels_count_nowhere(
 ):
     model, samples = tiny_llama(), token_samples(5)
     expected = collected(model, samples)
-    found = collected(model, [samples[0], unlabelled, *samples[1:], unlabelled], batch_size=batch_size)
+    with_them = [samples[0], unlabelled, *samples[1:], unlabelled]
+    found = collected(model, with_them, batch_size=batch_size, declared="token_mean")
     assert (found.result.num_samples, found.result.num_unlabelled) == (5, 2)
     assert_equal_statistics(found.statistics, expected.statistics)
 
@@ -134,7 +135,8 @@ def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
     assert (found.reduction.kind, found.result.batch_size) == (kind, batch_size)
     note = "run one sample at a time: the loss of two samples is neither the sum nor a mean of theirs"
     assert found.result.notes == ([note] if kind == "unknown" else [])
-    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss))
+    mean_of = "labels" if kind in ("sum", "token_mean") else "samples"
+    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss, mean_of=mean_of))
 
 
 def test_a_wrong_declaration_is_taken_at_its_word(tiny_llama, token_samples, collected):
@@ -148,111 +150,46 @@ def test_a_wrong_declaration_is_taken_at_its_word(tiny_llama, token_samples, col
     assert not torch.allclose(right[name].weight_grad, wrong[name].weight_grad, rtol=1e-2)
 
 
-def test_without_output_embeddings_samples_are_weighted_at_the_models_last_part(
-    tiny_llama, token_samples, collected, assert_equal_statistics
+def fused(model, batch, num_items):
+    """A loss that goes around the model's output layer, as fused ones do."""
+    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits = functional.linear(hidden, model.lm_head.weight)
+    targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+    return loss / ((targets != -100).sum() if num_items is None else num_items)
+
+
+def test_a_loss_that_goes_around_the_head_runs_in_batches(
+    tiny_llama, token_samples, collected, stacked, assert_equal_statistics
 ):
     model, samples = tiny_llama(), token_samples(5)
-    expected = collected(model, samples).statistics
-    model.get_output_embeddings = lambda: None
-    found = collected(model, samples, batch_size=3)
+    found = collected(model, samples, batch_size=3, compute_loss=fused)
     assert (found.result.batch_size, found.result.notes) == (3, [])
-    assert_equal_statistics(found.statistics, expected)
+    assert_equal_statistics(found.statistics, stacked(model, samples))
 
 
-def without_output_layer(model):
-    """Hide where the logits are made."""
-    model.get_output_embeddings = lambda: None
-    model.children = lambda: iter(())
-    return model
-
-
-def test_a_model_without_an_output_layer_is_run_one_sample_at_a_time(
-    tiny_llama, token_samples, collected, assert_equal_statistics
-):
-    model, samples = tiny_llama(), token_samples(5)
-    expected = collected(model, samples).statistics
-    progress = []
-    found = collected(without_output_layer(model), samples, batch_size=3, on_samples=progress.append)
-    assert found.result.batch_size == 1
-    assert found.result.notes == ["run one sample at a time: the model has no output layer to weight its samples at"]
-    assert sum(progress) == 5
-    assert_equal_statistics(found.statistics, expected)
-
-
-def test_the_sums_of_a_pass_that_starts_over_are_gone_before_the_next_are_made(
+def test_a_pass_starts_over_where_a_later_batch_does_not_tell_what_its_loss_is(
     tiny_llama, token_samples, collected, monkeypatch
 ):
+    samples = token_samples(4, min_length=8, max_length=8)
+    for sample in samples[:2]:  # a first batch of equally many labels, and a second that has others
+        sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
+    samples[2]["labels"], samples[3]["labels"] = ([-100] * k + samples[2]["input_ids"][k:] for k in (2, 5))
     made, make = [], Taps.__init__
 
     def noted(self, *args, **kwargs):
-        assert all(taps() is None for taps in made)
+        assert all(taps() is None for taps in made)  # the sums are gone before the next are made
         make(self, *args, **kwargs)
         made.append(weakref.ref(self))
 
     monkeypatch.setattr(Taps, "__init__", noted)
-    collected(without_output_layer(tiny_llama()), token_samples(5), batch_size=3)
+    progress = []
+    found = collected(tiny_llama(), samples, batch_size=2, declared="even_mean", on_samples=progress.append)
     assert len(made) == 2
-
-
-def test_a_loss_that_goes_around_the_head_is_run_one_sample_at_a_time(
-    tiny_llama, token_samples, collected, assert_equal_statistics
-):
-    """As fused losses do, which never make the logits."""
-    model, samples = tiny_llama(), token_samples(5)
-
-    def fused(model, batch, num_items):
-        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        logits = functional.linear(hidden, model.lm_head.weight)
-        targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-        loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
-        return loss / ((targets != -100).sum() if num_items is None else num_items)
-
-    found = collected(model, samples, batch_size=3, compute_loss=fused)
-    assert found.result.notes == [
-        "run one sample at a time: the loss does not go through the model's output layer exactly once"
-    ]
-    assert_equal_statistics(found.statistics, collected(model, samples).statistics)
-
-
-def test_equal_label_counts_need_no_output_embeddings(tiny_llama, token_samples, collected, assert_equal_statistics):
-    samples = token_samples(4, min_length=8, max_length=8)
-    for sample in samples:
-        sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
-    model = tiny_llama()
-    expected = collected(model, samples).statistics
-    found = collected(without_output_layer(model), samples, batch_size=2)
-    assert (found.result.batch_size, found.result.notes) == (2, [])
-    assert_equal_statistics(found.statistics, expected)
-
-
-class Store:
-    """Keeps the states of a pass in memory."""
-
-    every = 1
-
-    def __init__(self):
-        self.events = []
-
-    def load(self):
-        return None
-
-    def save(self, state):
-        self.events.append((state.facts["batch_size"], state.facts["batches_done"]))
-
-    def clear(self):
-        self.events.append("clear")
-
-
-def test_starting_over_takes_the_progress_back_and_forgets_what_was_saved(tiny_llama, token_samples, collected):
-    samples = token_samples(4, min_length=8, max_length=8)
-    for sample in samples[:2]:  # a first batch that can be weighted by one number, and a second that cannot
-        sample["labels"] = [-100] * 3 + sample["input_ids"][3:]
-    samples[2]["labels"], samples[3]["labels"] = ([-100] * k + samples[2]["input_ids"][k:] for k in (2, 5))
-    model = without_output_layer(tiny_llama())
-    progress, store = [], Store()
-    collected(model, samples, batch_size=2, on_samples=progress.append, store=store)
     assert progress == [2, -2, 1, 1, 1, 1]
-    assert store.events == [(2, 1), "clear", *((1, number) for number in (1, 2, 3, 4))]
+    assert found.result.notes == [
+        "run one sample at a time: its labels do not tell what the loss of a batch is a mean over"
+    ]
 
 
 class FlatHead(nn.Module):
@@ -293,23 +230,23 @@ class FlatLayers(FlatHead):
         return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (FlatHead, "the model's head does not keep the samples apart in its first dimension"),
-        (FlatLayers, r"the rows of first, \[\d+\], do not match the token mask \[3, \d+\]"),
-    ],
-)
-def test_a_model_that_mixes_samples_is_run_one_at_a_time(
-    token_samples, collected, stacked, assert_equal_statistics, kind, reason
+def test_a_head_that_forgets_which_row_is_whose_runs_in_batches(
+    token_samples, collected, stacked, assert_equal_statistics
 ):
-    model, samples = kind(), token_samples(6)
+    model, samples = FlatHead(), token_samples(6)
+    found = collected(model, samples, batch_size=3, compute_loss=own_loss)
+    assert (found.result.batch_size, found.result.notes) == (3, [])
+    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
+
+
+def test_a_model_that_mixes_samples_is_run_one_at_a_time(token_samples, collected, stacked, assert_equal_statistics):
+    model, samples = FlatLayers(), token_samples(6)
     found = collected(model, samples, batch_size=3, compute_loss=own_loss)
     assert found.reduction.kind == "sum"
     assert found.result.batch_size == 1
     (note,) = found.result.notes
     assert note.startswith("run one sample at a time: ")
-    assert re.search(reason, note)
+    assert re.search(r"the rows of first, \[\d+\], do not match the token mask \[3, \d+\]", note)
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
 
 

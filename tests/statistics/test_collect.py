@@ -11,7 +11,7 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample, sample_length
 from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
-from lora_da_hf.statistics.token_masks import BatchTokens, read_batch_tokens
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
 
 def settings_of(kind):
@@ -422,33 +422,33 @@ def test_a_half_precision_model_is_measured_with_more_tolerance():
     assert reduction_of(in_half, pair()).kind == "sum"
 
 
-def tokens_with(counts):
-    mask = torch.ones(len(counts), 3, dtype=torch.bool)
-    return BatchTokens(num_samples=len(counts), label_counts=torch.tensor(counts), masks=(mask,))
-
-
 @pytest.mark.parametrize(
-    ("kind", "counts", "weights"),
+    ("kind", "counts", "num_items", "weight"),
     [
-        ("sum", [2, 4], [0.5, 0.25]),
-        ("sum", [4, 4], 0.25),
-        ("sum", [4], 0.25),
-        ("sum", [0, 4], [0.0, 0.25]),
-        ("token_mean", [2, 4], [3.0, 1.5]),
-        ("token_mean", [3, 3], 2.0),
-        ("token_mean", [5], 1.0),
-        ("sample_mean", [2, 4], 2.0),
-        ("sample_mean", [0, 4], None),
-        ("batch", [2, 4], 2.0),
-        ("even_mean", [3, 3], 2.0),
-        ("even_mean", [2, 4], None),
-        ("unknown", [5], 1.0),
-        ("unknown", [2, 4], None),
+        ("sum", [2, 4], 6, 1.0),
+        ("token_mean", [2, 4], 6, 6.0),
+        ("token_mean", [0, 4], 4, 4.0),
+        ("sample_mean", [2, 4], 2, 2.0),
+        ("batch", [2, 4], 2, 2.0),
+        ("even_mean", [3, 3], 2, 2.0),
+        ("unknown", [5], 1, 1.0),
+        ("sample_mean", [0, 4], None, None),
+        ("even_mean", [2, 4], None, None),
+        ("unknown", [2, 4], None, None),
     ],
 )
-def test_weights_make_each_gradient_that_of_the_samples_own_mean(kind, counts, weights):
-    found = LossReduction(kind=kind, reason="").sample_weights(tokens_with(counts))
-    assert (found.tolist() if isinstance(found, torch.Tensor) else found) == weights
+def test_a_batch_is_weighted_by_what_its_loss_is_a_mean_over(kind, counts, num_items, weight):
+    reduction = LossReduction(kind=kind, reason="")
+    mask = torch.ones(len(counts), 3, dtype=torch.bool)
+    tokens = BatchTokens(
+        num_samples=len(counts), label_counts=torch.tensor(counts), masks=(mask,), num_labels=sum(counts)
+    )
+    if num_items is None:
+        with pytest.raises(SingleSamplesNeeded):
+            reduction.num_items(tokens)
+    else:
+        assert reduction.num_items(tokens) == num_items
+        assert reduction.weight(num_items) == weight
 
 
 def test_stock_losses_of_causal_models_shift_their_labels(tiny_llama):

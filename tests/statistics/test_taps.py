@@ -10,9 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.model_state import prepared_for_pass
 from lora_da_hf.statistics.moments import InputMomentSum
-from lora_da_hf.statistics.sample_weights import SampleWeights
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
+from lora_da_hf.statistics.token_masks import BatchTokens
 
 
 def tiny_gpt2():
@@ -344,33 +343,3 @@ def test_float64_sums_are_those_of_float64(tiny_llama, token_samples, collected,
 
 def tokens_of(shape):
     return BatchTokens(num_samples=shape[0], label_counts=None, masks=(torch.ones(shape, dtype=torch.bool),))
-
-
-def test_sample_weights_scale_the_gradient_of_each_sample_and_nothing_else():
-    head = nn.Linear(3, 5, bias=False)
-    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    plain = torch.autograd.grad(head(x).square().sum(), x)[0]
-    with SampleWeights(head, torch.tensor([2.0, 0.5])) as weights:
-        output = head(x)
-        torch.testing.assert_close(output, functional.linear(x, head.weight))
-        found = torch.autograd.grad(output.square().sum(), x)[0]
-        weights.check()
-    torch.testing.assert_close(found, plain * torch.tensor([2.0, 0.5])[:, None, None])
-    assert not head._forward_hooks
-
-
-def test_sample_weights_notice_a_loss_that_goes_around_the_head():
-    head, x = nn.Linear(3, 5), torch.ones(2, 3, requires_grad=True)
-    for uses in (0, 2):
-        with SampleWeights(head, torch.ones(2)) as weights:
-            (sum((head(x).sum() for _ in range(uses)), start=x.sum())).backward()
-            with pytest.raises(SingleSamplesNeeded, match="does not go through the model's output layer exactly once"):
-                weights.check()
-
-
-def test_sample_weights_need_the_samples_in_the_first_dimension():
-    head = nn.Linear(3, 5)
-    with SampleWeights(head, torch.ones(2)) as weights:
-        head(torch.ones(8, 3))
-        with pytest.raises(SingleSamplesNeeded, match="does not keep the samples apart"):
-            weights.check()

@@ -19,6 +19,7 @@ from harness import (
     autograd_statistics,
     chosen,
     collate,
+    items_of,
     make_args,
     make_config,
     make_lora_config,
@@ -90,7 +91,9 @@ def test_a_sequence_to_sequence_trainer(tmp_path):
     def smoothed(model, batch):
         return cross_entropy(model(**batch).logits.transpose(1, 2), batch["labels"], label_smoothing=0.2)
 
-    expected = autograd_statistics(make_model(), chosen(samples), smoothed, collator)
+    expected = autograd_statistics(
+        make_model(), chosen(samples), smoothed, collator, items_of(callback.report, shifted=False)
+    )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 

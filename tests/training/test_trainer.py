@@ -18,6 +18,7 @@ from harness import (
     base_linear_layers,
     collate,
     factors,
+    items_of,
     make_args,
     make_config,
     make_learnable_samples,
@@ -270,7 +271,12 @@ def test_statistics_are_those_of_the_trainers_own_loss_sample_by_sample(
     config = make_config(sample_selection="head", save_statistics=True, step_size=0.01)
     trainer = make_trainer(tmp_path, lora_model(), samples, kind, config, arguments, **settings)
     trainer.train()
-    expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, **reference))
+    expected = autograd_statistics(
+        lora_model(),
+        samples[:12],
+        lambda m, b: sample_loss(m, b, **reference),
+        items_of=items_of(trainer.lora_da_report),
+    )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
     assert trainer.lora_da_report.loss_reduction.startswith(reduction)
     assert trainer.lora_da_report.batch_size == 4
@@ -282,7 +288,12 @@ def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_pat
     )
     trainer = make_trainer(tmp_path, lora_model(), samples, TokenMean, config)
     trainer.train()
-    expected = autograd_statistics(lora_model(), samples[:12], lambda m, b: sample_loss(m, b, factor=2.0))
+    expected = autograd_statistics(
+        lora_model(),
+        samples[:12],
+        lambda m, b: sample_loss(m, b, factor=2.0),
+        items_of=items_of(trainer.lora_da_report),
+    )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
     assert trainer.lora_da_report.batch_size == 5
 
