@@ -278,19 +278,23 @@ def _items(number: int, batch: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def _watch_precision() -> Generator[set[tuple[torch.dtype, str]]]:
-    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device."""
+    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device.
+
+    An int8 layer rounds its input too, whatever it puts out.
+    """
     seen: set[tuple[torch.dtype, str]] = set()
 
-    def on_forward(_: nn.Module, args: Any, output: Any) -> None:
+    def on_forward(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            seen.add((output.dtype, output.device.type))
+            rounded = getattr(getattr(module, "weight", None), "dtype", None) == torch.int8
+            seen.add((torch.int8 if rounded else output.dtype, output.device.type))
 
     with nn.modules.module.register_module_forward_hook(on_forward):
         yield seen
 
 
 def _tolerance(seen: set[tuple[torch.dtype, str]]) -> float:
-    if {dtype for dtype, _ in seen} & {torch.bfloat16, torch.float16}:
+    if {dtype for dtype, _ in seen} & {torch.bfloat16, torch.float16, torch.int8}:
         return 2e-2
     return 1e-5 if all(device == "cpu" for _, device in seen) else 1e-3  # TF32
 

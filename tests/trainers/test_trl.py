@@ -12,6 +12,7 @@ from harness import (
     assert_statistics_equal,
     autograd_statistics,
     chosen,
+    items_of,
     make_config,
     make_learnable_samples,
     make_lora_config,
@@ -93,7 +94,9 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
     samples = [{**sample, "labels": sample["input_ids"]} for sample in chosen(make_learnable_samples(24))]
-    expected = autograd_statistics(lora_model(), samples, lambda model, batch: model(**batch).loss, items_of=items_of(report))
+    expected = autograd_statistics(
+        lora_model(), samples, lambda model, batch: model(**batch).loss, items_of=items_of(report)
+    )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
 
