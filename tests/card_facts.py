@@ -1,7 +1,10 @@
 """Initialisations made of facts alone: a card needs the manifest and PEFT's configuration, no tensors."""
 
+from pathlib import Path
+
 from lora_da_hf import LoRADAConfig, LoRADAReport
 from lora_da_hf.artifacts.manifest import BaseModelFacts, FileEntry, Manifest
+from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.report import LayerReport
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -10,6 +13,8 @@ LAYERS = tuple(
     for number in range(3)
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 )
+ADAPTER = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+BASE = {"name_or_path": "org/base-model", "revision": "b" * 40, "config": {}, "weights_sha256": "f" * 64}
 
 
 def make_report(layers=LAYERS, **overrides):
@@ -19,29 +24,30 @@ def make_report(layers=LAYERS, **overrides):
                 name=name,
                 in_features=48,
                 out_features=80,
-                shares_input_with=layers[0],
                 rank=4,
+                max_rank=8,
+                shares_input_with=layers[0],
                 peft_scaling=4.0,
                 num_tokens=345,
                 num_grad_tokens=345,
                 input_damping=0.1,
                 output_damping=0.1,
-                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1, 0.1, 0.1, 0.1],
+                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1],
                 displacement_norm=2.0,
-                solver="eigh",
                 residual=1e-9,
             )
             for number, name in enumerate(layers)
         ],
         "kept": {"lm_head": "not a linear layer"},
         "seed": 42,
+        "adapter_name": "default",
         "config": LoRADAConfig(num_samples=12, max_rank=8).to_dict(),
         "data_fingerprint": "d" * 64,
         "num_samples": 12,
         "num_search_samples": 4,
         "num_unseen_samples": 3,
         "population_size": 100,
-        "loss_reduction": "token_mean (measured)",
+        "loss_reduction": "mean (measured)",
         "step_size": 0.3,
         "step_size_by_rank": {1: 0.3, 4: 0.3},
         "search": [(0.1, 2.6), (0.3, 2.25), (1.0, None)],
@@ -54,23 +60,26 @@ def make_report(layers=LAYERS, **overrides):
     return LoRADAReport(**{**facts, **overrides})
 
 
-def make_manifest(layers=LAYERS, *, base_model=None, report=None, **overrides):
-    """Overrides are of the manifest's fields, or else of its report's."""
-    base = {
-        "name_or_path": "org/base-model",
-        "revision": "b" * 40,
-        "config": {"model_type": "llama"},
-        "weights_sha256": "f" * 64,
-    }
-    own = {name: overrides.pop(name) for name in list(overrides) if name in Manifest.model_fields}
+def make_manifest(*, base_model=None, report=None, **overrides):
     facts = {
-        "base_model": BaseModelFacts(**(base if base_model is None else base_model)),
         "created": "2026-11-24T12:00:00+00:00",
-        "versions": {"torch": "2.13.0", "peft": "0.21.2"},
-        "files": {
-            name: FileEntry(size=size, sha256="a" * 64)
-            for name, size in (("adapter_model.safetensors", 3_500_000), ("adapter_config.json", 900))
-        },
-        "report": report or make_report(layers, **overrides),
+        "versions": {"lora_da_hf": "0.1.0", "torch": "2.13.0", "peft": "0.21.2"},
+        "base_model": BaseModelFacts(**{**BASE, **(base_model or {})}),
+        "report": report or make_report(),
+        "files": {"adapter_model.safetensors": FileEntry(size=3_500_000, sha256="a" * 64)},
+        "identity": {},
+        "refitted_from": None,
     }
-    return Manifest(**{**facts, **own})
+    return Manifest(**{**facts, **overrides})
+
+
+def make_init(folder=Path("nowhere"), *, adapter=None, **manifest):
+    """Return an initialisation without bases."""
+    return StoredInit(
+        folder=folder,
+        manifest=make_manifest(**manifest),
+        bases={},
+        peft_config={**ADAPTER, **(adapter or {})},
+        notes=(),
+        source="sha256:0",
+    )

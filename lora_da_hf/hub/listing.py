@@ -8,7 +8,6 @@ from typing import Any
 
 from huggingface_hub import ModelInfo
 
-from lora_da_hf.artifacts.strict_json import fits, is_plain_text
 from lora_da_hf.hub.client import hub_errors, make_api
 
 INIT_TAGS = ("lora-da", "lora-init")
@@ -22,9 +21,9 @@ class InitInfo:
         repo_id: Owner and name.
         commit: The newest one.
         private: Whether the repo is private.
-        gated: Whether its conditions must be accepted first.
+        gated: Whether you must accept conditions first.
         base_model: As the card names it.
-        rank: The largest that can be taken from it, as the card says.
+        rank: The largest rank that the card offers.
         tags: Of the repo.
         downloads: In the last month.
         last_modified: When.
@@ -70,18 +69,16 @@ def list_inits(
 
 def _init_info(info: ModelInfo) -> InitInfo:
     card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
-    bases = card.get("base_model")
-    base = bases[0] if isinstance(bases, list) and bases else bases
-    facts = card.get("lora_da")
-    rank = facts.get("max_rank", facts.get("rank")) if isinstance(facts, dict) else None
+    base, facts = card.get("base_model"), card.get("lora_da")
+    rank = facts.get("max_rank") if isinstance(facts, dict) else None
     return InitInfo(
         repo_id=info.id,
         commit=info.sha,
         private=bool(info.private),
         gated=bool(info.gated),
-        base_model=base if isinstance(base, str) and is_plain_text(base) else None,
-        rank=rank if fits(rank, int) else None,
-        tags=tuple(tag for tag in info.tags or () if is_plain_text(tag)),
+        base_model=base if isinstance(base, str) and base.isprintable() else None,
+        rank=rank if type(rank) is int else None,
+        tags=tuple(tag for tag in info.tags or () if tag.isprintable()),
         downloads=info.downloads,
         last_modified=info.last_modified,
     )

@@ -14,7 +14,7 @@ _MARKUP = re.compile(r"([\\`*_\[\]~|$@#!]|:(?=/))")
 _BLOCK_START = re.compile(r"^(?=[-+=>.)])")
 _LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")
 _WWW = re.compile(r"(?i)(?<=www)\.")
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 class Markdown(str):
@@ -25,14 +25,9 @@ class Markdown(str):
 
 def clean(value: Any) -> str:
     """Return text on one line, without control, format and surrogate characters, and of a bounded length."""
-    text = "".join(" " if _is_invisible(character) else character for character in str(value))
+    text = "".join(" " if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in str(value))
     text = " ".join(text.split())
     return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"
-
-
-def _is_invisible(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category.startswith("C") or category in ("Zl", "Zp")
 
 
 def escape(value: Any) -> Markdown:
@@ -45,8 +40,7 @@ def escape(value: Any) -> Markdown:
         return value
     if value is None:
         raise CardError("The card's template prints a fact that is missing. Ask for it with `if` in the template.")
-    text = _MARKUP.sub(r"\\\1", clean(value))
-    text = "".join(_ENTITIES.get(character, character) for character in text)
+    text = _MARKUP.sub(r"\\\1", clean(value)).translate(_ENTITIES)
     return Markdown(_LIST_NUMBER.sub(r"\1\\", _BLOCK_START.sub(r"\\", _WWW.sub(r"\\.", text))))
 
 

@@ -14,16 +14,11 @@ from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
 
 _MOST_TYPES = 10
-_MOST_TICKS = 8
-_OTHERS = "all others"
-_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
-    """Draw the spectra, and the search if there was one.
-
-    Returns:
-        PNG files by name.
+    """Draw the spectra, and the search if there was one, as PNG files by name.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
@@ -38,8 +33,7 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     """Draw the spectra of the guidance matrices as a PNG.
 
     Left, for each module type, the gain ``-eigenvalue`` of each stored direction, relative to the layer's first: the
-    median over the layers, and their middle half. Right, for each layer, how many directions matter: the sum of the
-    positive gains over the largest.
+    median over the layers, and their middle half. Right, for each layer, how many directions matter.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
@@ -47,26 +41,21 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     figure = _figure(11)
     left, right = figure.subplots(1, 2)
     groups = _by_type(report.layers)
-    for color, (kind, layers) in zip(_colors(len(groups)), groups.items(), strict=True):
-        columns = _columns([relative_gains(layer) for layer in layers])
-        ranks = range(1, len(columns) + 1)
-        left.plot(ranks, [statistics.median(column) for column in columns], color=color, label=kind, marker=".")
-        left.fill_between(ranks, *_middle_half(columns), color=color, alpha=0.12, lw=0)
+    for number, (kind, layers) in enumerate(groups.items()):
+        rows = [[-value / (abs(layer.eigenvalues[0]) or 1.0) for value in layer.eigenvalues] for layer in layers]
+        columns = [[row[k] for row in rows if k < len(row)] for k in range(max(map(len, rows)))]
+        # each value twice, since one value has no quartiles
+        quartiles = [statistics.quantiles(column * 2, n=4, method="inclusive") for column in columns]
+        low, middle, high = zip(*quartiles, strict=True)
+        left.plot(range(1, len(columns) + 1), middle, color=f"C{number}", label=kind, marker=".")
+        left.fill_between(range(1, len(columns) + 1), low, high, color=f"C{number}", alpha=0.12, lw=0)
         depths = _by_depth(layers)
         heights = [statistics.median(map(directions_that_matter, depths[depth])) for depth in depths]
-        right.plot(list(depths), heights, color=color, marker=".", lw=1)
+        right.plot(list(depths), heights, color=f"C{number}", marker=".", lw=1)
     left.axhline(0, color="black", lw=0.8)
-    left.set(
-        title="Guidance spectra by module type",
-        xlabel="direction (stored rank)",
-        ylabel="gain relative to the layer's first direction",
-    )
-    right.set(
-        title="Directions that matter, by layer",
-        xlabel="layer",
-        ylabel="sum of gains / largest gain",
-        ylim=(0, None),
-    )
+    left.set(title="Guidance spectra by module type", xlabel="direction", ylabel="gain relative to the first direction")
+    right.set(title="Directions that matter, by layer", xlabel="layer", ylabel="sum of gains / largest gain")
+    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -83,38 +72,26 @@ def draw_search(report: LoRADAReport) -> bytes:
     figure = _figure(7)
     axes = figure.subplots()
     tried = sorted((step, loss) for step, loss in report.search if loss is not None)
+    losses = [loss for _, loss in tried]
+    axes.plot([step for step, _ in tried], losses, marker="o", label="steps tried")
     before = report.search_loss_before
-    axes.plot([s for s, _ in tried], [loss for _, loss in tried], marker="o", label="steps tried")
     if before is not None:
         axes.axhline(before, color="grey", ls="--", label=f"base model ({before:.4f})")
-        axes.set_ylim(*_limits([loss for _, loss in tried], before))
+        lowest, highest = min([*losses, before]), max([*losses, before])
+        gain = max(before - lowest, 0.01 * abs(before), 1e-6)
+        axes.set_ylim(lowest - 0.2 * gain, min(highest, before + 2 * gain) + 0.2 * gain)  # much too large steps are cut
     if report.step_size and report.search_loss_after is not None:
         label = f"chosen: {report.step_size:.3g} ({report.search_loss_after:.4f})"
         axes.plot([report.step_size], [report.search_loss_after], "*", ms=14, color="tab:orange", label=label)
     failed = [step for step, loss in report.search if loss is None]
     if failed:
-        axes.plot(
-            failed, [0.97] * len(failed), "x", color="tab:red", transform=axes.get_xaxis_transform(), label="no loss"
-        )
-    axes.set(
-        title="Search for the step",
-        xlabel="step size",
-        ylabel=f"mean loss on {report.num_search_samples} search samples",
-        xscale="log",
-    )
-    if len(report.search) <= _MOST_TICKS:
-        steps = sorted(step for step, _ in report.search)
-        axes.set_xticks(steps, [f"{step:.2g}" for step in steps])
-        axes.minorticks_off()
+        top = {"transform": axes.get_xaxis_transform(), "color": "tab:red"}
+        axes.plot(failed, [0.97] * len(failed), "x", label="no loss", **top)
+    loss_of = f"mean loss on {report.num_search_samples} search samples"
+    axes.set(title="Search for the step", xlabel="step size", ylabel=loss_of, xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
-
-
-def relative_gains(layer: LayerReport) -> list[float]:
-    """Return the gains ``-eigenvalue`` of a layer's directions over the size of the first."""
-    first = abs(layer.eigenvalues[0]) or 1.0
-    return [-value / first for value in layer.eigenvalues]
 
 
 def directions_that_matter(layer: LayerReport) -> float:
@@ -124,7 +101,7 @@ def directions_that_matter(layer: LayerReport) -> float:
 
 
 def _by_type(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Group layers by module type; types beyond the tenth are one group."""
+    """Group layers by module type; types beyond the ninth are one group where there are more than ten."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault(_label(kind_of(layer.name)), []).append(layer)
@@ -132,7 +109,7 @@ def _by_type(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
         return groups
     kinds = list(groups)
     rest = [layer for kind in kinds[_MOST_TYPES - 1 :] for layer in groups[kind]]
-    return {**{kind: groups[kind] for kind in kinds[: _MOST_TYPES - 1]}, _OTHERS: rest}
+    return {**{kind: groups[kind] for kind in kinds[: _MOST_TYPES - 1]}, "all others": rest}
 
 
 def _label(name: str) -> str:
@@ -146,43 +123,15 @@ def _by_depth(layers: Iterable[LayerReport]) -> dict[int, list[LayerReport]]:
     groups: dict[int, list[LayerReport]] = {}
     for layer in layers:
         found = _NUMBER.search(layer.name)
-        groups.setdefault(int(found[1][:6]) if found else 0, []).append(layer)
+        groups.setdefault(int(found[1]) if found else 0, []).append(layer)
     return dict(sorted(groups.items()))
-
-
-def _columns(rows: list[list[float]]) -> list[list[float]]:
-    """Turn rows of different lengths into columns."""
-    return [[row[k] for row in rows if k < len(row)] for k in range(max(map(len, rows)))]
-
-
-def _middle_half(columns: list[list[float]]) -> tuple[list[float], list[float]]:
-    """Return the lower and the upper quartile of each column."""
-    quartiles = [
-        statistics.quantiles(column, n=4, method="inclusive") if column[1:] else column * 3 for column in columns
-    ]
-    return [low for low, _, _ in quartiles], [high for _, _, high in quartiles]
-
-
-def _limits(losses: list[float], before: float) -> tuple[float, float]:
-    """Return the ends of the axis, which leave steps that are much too large outside, so that the minimum is seen."""
-    lowest = min([*losses, before])
-    gain = max(before - lowest, 0.01 * abs(before), 1e-6)
-    highest = min(max([*losses, before]), before + 2 * gain)
-    margin = 0.08 * max(highest - lowest, gain)
-    return lowest - margin, highest + margin
-
-
-def _colors(count: int) -> list[str]:
-    return [f"C{number}" for number in range(count)]
 
 
 def _figure(width: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "Plots need matplotlib, which is not installed: pip install matplotlib."
-        ) from error
+        raise MissingDependencyError("Plots need matplotlib. Install it: pip install matplotlib") from error
     return Figure(figsize=(width, 4.8), layout="constrained")
 
 

@@ -4,10 +4,8 @@ import shutil
 
 import pytest
 from harness import make_init
-from huggingface_hub import constants
 from local_hub import CARD, LocalHub
 
-from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.hub import pull_init, push_init
 
 REPO = "alice/init"
@@ -24,10 +22,9 @@ def init(original, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
-    hub = LocalHub(tmp_path / "storage")
+    hub = LocalHub()
     yield hub
     hub.close()
 
@@ -53,13 +50,7 @@ def pull(hub, tmp_path):
     return pull
 
 
-@pytest.fixture
-def another(original, tmp_path):
-    """Return ``another()``: an initialisation that differs from the first one."""
-
-    def another(**config):
-        folder = make_init(tmp_path / "another", **{"step_size": 0.2, "save_statistics": False, **config})
-        assert load_init(folder).manifest != load_init(original).manifest
-        return folder
-
-    return another
+@pytest.fixture(scope="session")
+def another(tmp_path_factory):
+    """An initialisation that differs from the first one: no statistics, another step."""
+    return make_init(tmp_path_factory.mktemp("another") / "init", step_size=0.2, save_statistics=False)

@@ -1,0 +1,297 @@
+"""Fetching: complete and checked, or not at all, whatever the network and the cache do."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import make_lora_model, make_tiny_llama
+from harness import BASE_NAME, STATISTICS_FILE, assert_same_tensors, written_adapter
+from peft import PeftModel
+
+import lora_da_hf.hub
+from lora_da_hf import apply_init, load_init
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
+from lora_da_hf.hub import list_inits
+from lora_da_hf.training.init_source import find_init
+
+REPO = "alice/init"
+GONE = "cache does not hold all of it"
+
+
+def contents(folder, *without):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.resolve().write_bytes(data)
+
+
+def base():
+    return make_tiny_llama(name_or_path=BASE_NAME)
+
+
+def start_from(init):
+    return apply_init(make_lora_model(model=base(), target_modules=["q_proj", "v_proj"]), init)
+
+
+# The whole way
+
+
+def test_what_is_pulled_is_what_was_pushed_to_the_bit_and_loads(hub, init, push, pull, tmp_path):
+    commit = push().commit
+    pulled = pull()
+    assert contents(pulled.folder) == contents(init)
+    assert pulled.source == f"{REPO}@{commit}"
+    assert pulled.manifest == load_init(init).manifest
+    assert_same_tensors(written_adapter(pulled.folder), written_adapter(init))
+    tokens = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    logits = [PeftModel.from_pretrained(base(), place).eval()(**tokens).logits for place in (init, pulled.folder)]
+    assert torch.equal(*logits)
+    assert start_from(pulled).init_from == f"{REPO}@{commit}"
+    hub.log.clear()
+    mine = pull(local_dir=tmp_path / "mine").folder
+    assert contents(mine) == contents(load_init(mine).folder) == contents(init)
+    assert not any(path.is_symlink() for path in mine.iterdir())
+    assert not hub.downloads()
+    with pytest.raises(ConfigError, match="mine"):
+        pull(local_dir=mine)
+
+
+def test_pull_by_tag_commit_branch_and_pull_request(hub, init, another, push, pull):
+    first = push()
+    hub.repos[REPO].refs["old"] = first.commit
+    second = push(another)
+    hub.repos[REPO].refs["refs/pr/1"] = second.commit
+    for revision, expected, folder in (
+        (None, second, another),
+        ("main", second, another),
+        ("refs/pr/1", second, another),
+        ("old", first, init),
+        (first.commit, first, init),
+    ):
+        pulled = pull(revision=revision)
+        assert pulled.source == f"{REPO}@{expected.commit}"
+        assert contents(pulled.folder) == contents(folder)
+
+
+def test_a_start_needs_no_statistics_and_they_are_not_fetched(hub, init, push, pull, monkeypatch):
+    commit = push().commit
+    monkeypatch.setattr(lora_da_hf.hub, "pull_init", pull)
+    for name in (REPO, f"{REPO}@{commit}"):
+        found = find_init(name, {})
+        assert contents(found.folder) == contents(init, STATISTICS_FILE)
+        assert start_from(found).init_from == f"{REPO}@{commit}"
+    assert STATISTICS_FILE not in hub.downloads()
+    assert contents(pull().folder) == contents(init)
+
+
+def test_nothing_but_the_files_of_the_manifest_is_fetched(hub, push, pull):
+    push()
+    extra = {"adapter_model.bin": b"evil", "modeling.py": b"evil"}
+    hub.repos[REPO].commit({**hub.repos[REPO].files, **extra})
+    folder = pull().folder
+    wanted = {MANIFEST_FILE, *load_init(folder).manifest.files}
+    assert set(hub.downloads()) == wanted == {path.name for path in folder.iterdir()}
+
+
+# Who may read
+
+
+def test_what_may_not_be_read_is_not_taken_from_the_cache(hub, push, pull):
+    push()
+    pull()
+    for token in (False, "hf_bob"):
+        with pytest.raises(HubError, match="your token may not read it"):
+            pull(token=token)
+    hub.repos[REPO].private, hub.repos[REPO].gated = False, True
+    with pytest.raises(HubError, match="is gated"):
+        pull(token="hf_bob")
+    hub.repos[REPO].gated = False
+    assert pull(token="hf_bob").folder
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "revision", "error"),
+    [(REPO, "v9", HubError), (REPO, "", ConfigError), ("alice/init@v1", None, HubError), ("../x", None, HubError)],
+)
+def test_a_revision_or_a_name_that_is_none(push, pull, repo_id, revision, error):
+    push()
+    with pytest.raises(error, match=revision or repo_id):
+        pull(repo_id, revision=revision)
+
+
+def test_a_repo_without_a_manifest_is_no_initialisation(hub, push, pull):
+    push()
+    del hub.repos[REPO].files[MANIFEST_FILE]
+    with pytest.raises(ArtifactError, match=MANIFEST_FILE):
+        pull()
+
+
+# Offline
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_what_was_pulled_is_there_without_a_network(hub, init, push, pull, monkeypatch, by_environment):
+    commit = push().commit
+    hub.repos[REPO].refs["v1"] = commit
+    pull(revision="v1")
+    hub.close()
+    with pytest.raises(HubError, match="could not be reached"):
+        pull(revision="v1")
+    if by_environment:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = {} if by_environment else {"local_files_only": True}
+    for revision in ("v1", commit):
+        pulled = pull(revision=revision, **offline)
+        assert pulled.source == f"{REPO}@{commit}"
+        assert contents(pulled.folder) == contents(init)
+    with pytest.raises(HubError, match=GONE):
+        pull(revision="main", **offline)
+
+
+def test_a_cache_that_lacks_a_file_does_not_pass_offline(push, pull):
+    push()
+    with pytest.raises(HubError, match=GONE):
+        pull(local_files_only=True)
+    folder = pull(statistics=False).folder
+    assert pull(statistics=False, local_files_only=True).folder == folder
+    with pytest.raises((HubError, ArtifactError), match=f"{GONE}|{STATISTICS_FILE}"):
+        pull(local_files_only=True)
+    (folder / ADAPTER_FILE).unlink()
+    with pytest.raises((HubError, ArtifactError), match=f"{GONE}|{ADAPTER_FILE}"):
+        pull(statistics=False, local_files_only=True)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_read_only_cache_is_used(init, push, pull, tmp_path, offline):
+    push()
+    folder = pull().folder
+    places = [path for path in (tmp_path / "cache").rglob("*") if not path.is_symlink()]
+    before = {path: path.stat().st_mtime_ns for path in places}
+    for path in places:
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    try:
+        assert pull(local_files_only=offline).folder == folder
+        assert contents(pull(local_files_only=offline, local_dir=tmp_path / "mine").folder) == contents(init)
+        assert {path: path.stat().st_mtime_ns for path in places} == before
+    finally:
+        for path in places:
+            path.chmod(0o755)
+
+
+def test_endpoint_token_and_offline_come_from_the_environment(hub, push, tmp_path):
+    commit = push().commit
+    script = (
+        "from lora_da_hf.hub import pull_init, list_inits\n"
+        f"print(pull_init({REPO!r}, cache_dir={str(tmp_path / 'cache')!r}).source)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def run(script, **more):
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, check=False)
+
+    found = run(script + "print(*[init.repo_id for init in list_inits()])", HF_TOKEN="hf_alice")
+    assert found.stdout.split() == [f"{REPO}@{commit}", REPO], found.stderr
+    hub.close()
+    assert run(script, HF_HUB_OFFLINE="1").stdout.split() == [f"{REPO}@{commit}"]
+    assert "HF_HUB_OFFLINE" in run("from lora_da_hf.hub import list_inits\nlist_inits()", HF_HUB_OFFLINE="1").stderr
+
+
+# Damage, and several at once
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, ADAPTER_FILE, STATISTICS_FILE])
+def test_a_damaged_cache_is_noticed_and_fetched_again(init, push, pull, name):
+    push()
+    folder = pull().folder
+    damage(folder / name)
+    with pytest.raises(ArtifactError, match=name):
+        pull(local_files_only=True)
+    assert contents(pull().folder) == contents(init)
+    assert contents(pull(local_files_only=True).folder) == contents(init)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, BASIS_FILE])
+def test_a_file_that_was_changed_on_the_hub_is_refused(hub, push, pull, tmp_path, name):
+    push()
+    files = hub.repos[REPO].files
+    files[name] = files[name][:-5] + bytes([files[name][-5] ^ 1]) + files[name][-4:]
+    with pytest.raises(ArtifactError, match=name):
+        pull(local_dir=tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_four_pulls_at_once(init, push, pull):
+    push()
+    results = []
+
+    def run(statistics):
+        results.append(None)
+        results[-1:] = [contents(pull(statistics=statistics).folder)]
+
+    threads = [threading.Thread(target=run, args=(number % 2 == 0,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for found in results:
+        assert {**contents(init), **found} == contents(init)
+        assert set(contents(init, STATISTICS_FILE)) <= set(found)
+
+
+# The base
+
+
+def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pull):
+    push()
+    asked = []
+
+    def load(peft_config):
+        asked.append(peft_config["target_modules"])
+        return make_tiny_llama(seed=1)
+
+    with pytest.raises(BaseModelMismatchError, match="num_key_value_heads"):
+        pull(base_model=make_tiny_llama(num_key_value_heads=1))
+    with pytest.raises(BaseModelMismatchError, match="fingerprint"):
+        pull(base_model=load)
+    assert sorted(asked[0]) == ["q_proj", "v_proj"]
+    assert ADAPTER_FILE not in hub.downloads()
+    assert pull(base_model=base()).folder.exists()
+    with pytest.raises(OSError, match="no such model"):
+        pull(base_model=lambda _: (_ for _ in ()).throw(OSError("no such model")))
+
+
+# Listing
+
+
+def test_listing_finds_what_one_may_see(hub, push):
+    first = push(repo_id="alice/one", private=False, card=None, license="mit")
+    push(repo_id="alice/two", card=None)
+
+    def found(**settings):
+        return list_inits(endpoint=hub.endpoint, **{"token": "hf_alice", **settings})
+
+    assert [item.repo_id for item in found()] == ["alice/one", "alice/two"]
+    assert [item.repo_id for item in found(base_model="org/base", limit=1)] == ["alice/one"]
+    assert found(base_model="org/other") == found(author="bob") == []
+    (item,) = found(token=False)
+    assert (item.repo_id, item.commit, item.private) == ("alice/one", first.commit, False)
+    assert (item.base_model, item.rank) == ("org/base", 6)
+    assert {"lora-da", "lora-init", "base_model:adapter:org/base"} <= set(item.tags)
+
+
+@pytest.mark.parametrize("rank", ["'4'", "[1]", "1.5", "{}", "true"])
+def test_what_a_card_says_is_not_trusted(hub, push, rank):
+    push(card=f'---\ntags: [lora-da, lora-init]\nbase_model: ["a\\e[31m"]\nlora_da: {{max_rank: {rank}}}\n---\n')
+    (found,) = list_inits(endpoint=hub.endpoint, token="hf_alice")
+    assert (found.rank, found.base_model) == (None, None)
