@@ -1,4 +1,4 @@
-"""Render hub_cards/example anew from the manifest and the facts that lie there.
+"""Render hub_cards/example anew from the run that is stored in its run.json.
 
 python scripts/render_example_card.py
 """
@@ -6,21 +6,21 @@ python scripts/render_example_card.py
 import json
 from pathlib import Path
 
-from lora_da_hf.artifacts.adapter_config import check_adapter_config
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE
-from lora_da_hf.artifacts.store import StoredInit, load_manifest
-from lora_da_hf.hub.page import render_page
+from lora_da_hf.artifacts.manifest import Manifest
+from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.hub.cards import render_page
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "hub_cards" / "example"
 
 
-def read_example(folder: Path = EXAMPLE) -> tuple[StoredInit, dict]:
-    """Read the initialisation without its tensors, and what is said about it besides."""
-    manifest = load_manifest(folder)
-    peft_config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    init = StoredInit(folder=folder, manifest=manifest, bases={}, peft_config=peft_config, source=manifest.digest)
-    return init, facts
+def read_example() -> tuple[StoredInit, dict]:
+    """Return the initialisation without its tensors, and what is said about it besides."""
+    run = json.loads((EXAMPLE / "run.json").read_text(encoding="utf-8"))
+    manifest = Manifest.model_validate_json(json.dumps(run["manifest"]))
+    init = StoredInit(
+        folder=EXAMPLE, manifest=manifest, bases={}, peft_config=run["adapter_config"], source=manifest.digest
+    )
+    return init, run["facts"]
 
 
 def main() -> None:

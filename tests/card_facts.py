@@ -25,16 +25,16 @@ def make_report(layers=LAYERS, **overrides):
                 in_features=48,
                 out_features=80,
                 rank=4,
-                max_rank=8,
                 shares_input_with=layers[0],
                 peft_scaling=4.0,
                 num_tokens=345,
                 num_grad_tokens=345,
                 input_damping=0.1,
                 output_damping=0.1,
-                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1],
+                eigenvalues=[-1.0 + 0.1 * number, -0.5, -0.2, 0.01 * number, 0.1, 0.2, 0.3, 0.4],
                 displacement_norm=2.0,
                 residual=1e-9,
+                solver="eigh",
             )
             for number, name in enumerate(layers)
         ],

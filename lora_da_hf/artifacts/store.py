@@ -148,7 +148,7 @@ def load_manifest(folder: Path) -> Manifest:
         ArtifactError: if there is none, or it is not valid.
     """
     path = folder / MANIFEST_FILE
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         remedy = "Name another folder, or fetch it again."
         if (folder / INIT_FOLDER / MANIFEST_FILE).is_file():
             remedy = f"Name another folder: the initialisation of this training is {folder / INIT_FOLDER}."
@@ -167,7 +167,7 @@ def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
         if path.name in (MANIFEST_FILE, *manifest.files):
             continue
         as_known = path.is_file() if may_lie_beside(path) else path.name in UNLISTED_FOLDERS and path.is_dir()
-        if not as_known or path.is_symlink():
+        if not as_known:
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it, or fetch the initialisation again.")
 
 
@@ -228,9 +228,9 @@ def check_file(path: Path, entry: FileEntry) -> None:
     """Compare a file with what the manifest says of it.
 
     Raises:
-        ArtifactError: if it is missing, a link, or of another size or hash.
+        ArtifactError: if it is missing, or of another size or hash.
     """
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         again = "Fetch it again."
         if path.name.startswith(STATISTICS_PREFIX):
             again = "Fetch all of it with `lora-da pull`: `init_from` leaves the statistics out."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +24,47 @@ def show_parser() -> argparse.ArgumentParser:
 
 def run_show(arguments: argparse.Namespace, output: Output) -> None:
     """Print what is in a stored initialisation."""
+    from lora_da_hf.artifacts.statistics_store import statistics_files
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import human_size
-    from lora_da_hf.hub.facts import card_facts
     from lora_da_hf.hub.plots import draw_plots
+    from lora_da_hf.report import kind_of
 
-    facts = card_facts(load_init(arguments.folder))
-    report = facts.report
+    init = load_init(arguments.folder)
+    manifest, report, base = init.manifest, init.report, init.manifest.base_model
     written = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
     values: dict[str, Any] = {
         "folder": str(arguments.folder),
-        "base_model": facts.base_id or facts.base_name,
-        "base_revision": facts.base_revision,
-        "created": facts.created,
-        "ranks": facts.ranks,
-        "max_rank": facts.max_rank,
-        "alpha": facts.alpha,
-        "modules": facts.module_types,
-        "num_samples": facts.num_samples,
-        "num_tokens": facts.num_tokens,
-        "seed": facts.seed,
-        "step_size": facts.step_size,
+        "base_model": base.name_or_path,
+        "base_revision": base.revision,
+        "created": manifest.created,
+        "ranks": sorted({layer.rank for layer in report.layers}),
+        "max_rank": max(layer.max_rank for layer in report.layers),
+        "alpha": init.peft_config["lora_alpha"],
+        "modules": dict(Counter(kind_of(layer.name) for layer in report.layers)),
+        "num_samples": report.num_samples,
+        "num_tokens": max(layer.num_tokens for layer in report.layers),
+        "seed": report.seed,
+        "step_size": report.step_size,
         "step_size_by_rank": report.step_size_by_rank,
-        "has_statistics": facts.has_statistics,
-        "bytes": facts.num_bytes,
+        "has_statistics": bool(statistics_files(manifest)),
+        "bytes": sum(entry.size for entry in manifest.files.values()),
         "plots": written,
     }
     rows = [
-        ("base model", f"{values['base_model'] or 'not recorded'} @ {facts.base_revision or 'revision not recorded'}"),
-        ("computed", facts.created),
-        ("rank", f"{', '.join(map(str, facts.ranks))} of {facts.max_rank} stored"),
-        ("modules", ", ".join(f"{name} x {number}" for name, number in facts.module_types.items())),
-        ("tokens", f"{facts.num_tokens}"),
+        ("base model", f"{base.name_or_path or 'not recorded'} @ {base.revision or 'revision not recorded'}"),
+        ("computed", manifest.created),
+        ("rank", f"{', '.join(map(str, values['ranks']))} of {values['max_rank']} stored"),
+        ("modules", ", ".join(f"{name} x {number}" for name, number in values["modules"].items())),
+        ("tokens", f"{values['num_tokens']}"),
         ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
-        ("statistics", "stored" if facts.has_statistics else "not stored"),
-        ("size", human_size(facts.num_bytes)),
+        ("statistics", "stored" if values["has_statistics"] else "not stored"),
+        ("size", human_size(values["bytes"])),
         *[("plot", path) for path in written],
     ]
     text = report.table(every_layer=True) if arguments.every_layer else str(report)
     output.result(
-        {**values, "layers": [dataclasses.asdict(layer) for layer in report.layers], "kept": facts.kept},
+        {**values, "layers": [dataclasses.asdict(layer) for layer in report.layers], "kept": report.kept},
         bare=[layer.name for layer in report.layers],
         text=f"{aligned(rows)}\n\n{text}",
     )
@@ -119,8 +121,7 @@ def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
     from lora_da_hf.artifacts.card_files import CARD_FILE, is_own_card
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import render_card
-    from lora_da_hf.hub.page import render_page
+    from lora_da_hf.hub.cards import render_card, render_page
 
     facts = {**facts_of_card(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
     init = load_init(arguments.folder)

@@ -45,7 +45,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         card=_read_card(arguments.card) if arguments.card is not None else None,
         **facts_of_card(arguments),
     )
-    names = ("url", "repo_id", "commit", "pull_request_url", "tag", "private")
+    names = ("url", "repo_id", "commit", "pull_request_url", "private")
     values = {name: getattr(pushed, name) for name in (*names, "changed")}
     if not pushed.changed:
         output.message("The repository holds these files already, so nothing was committed.")
@@ -67,11 +67,9 @@ def pull_parser() -> argparse.ArgumentParser:
     flags = Flags()
     flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     flags.flag("revision", help="branch, tag or commit; the same as behind an @")
-    flags.flag("rank", type=positive, help="rank that it will be used at, at most the stored one")
-    flags.loaded_base_model("and refuse if it was computed for another one (DoRA at another --rank needs it)")
+    flags.loaded_base_model("and refuse if it was computed for another one")
     flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
     flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
-    flags.flag("overwrite", action="store_true", help="replace another initialisation that is in --local_dir")
     flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
     return flags
 
@@ -82,8 +80,6 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
 
     _progress(output)
     check_loading(arguments)
-    if arguments.overwrite and arguments.local_dir is None:
-        raise ConfigError("--overwrite is for --local_dir, and none is given. Leave it out.")
     repo_id, revision = _named(arguments.repo_id, arguments.revision)
 
     def load_base(peft_config: dict[str, Any]) -> Any:
@@ -92,11 +88,9 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     pulled = pull_init(
         repo_id,
         revision=revision,
-        rank=arguments.rank,
         base_model=None if arguments.base_model is None else load_base,
         cache_dir=arguments.cache_dir,
         local_dir=arguments.local_dir,
-        overwrite=arguments.overwrite,
         local_files_only=arguments.local_files_only,
     )
     values = {"folder": str(pulled.folder), "repo_id": repo_id, "commit": pulled.source.rpartition("@")[2]}

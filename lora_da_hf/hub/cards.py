@@ -7,7 +7,7 @@ import importlib.resources
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -103,7 +103,7 @@ def render_card(
         CardError: if an argument is malformed.
     """
     said: dict[str, Any] = {**dict.fromkeys(CardFacts.__annotations__), "repo_id": repo_id, "commit": commit, **facts}
-    _check(said)
+    check_facts(said)
     manifest, adapter = init.manifest, init.peft_config
     base, base_id = manifest.base_model, base_id_of(manifest.base_model, said["base_model"])
     task = adapter.get("task_type")
@@ -179,6 +179,23 @@ def base_class_name(task_type: str | None, noted: str | None) -> str:
     return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
 
 
+def check_facts(said: Mapping[str, Any]) -> None:
+    """Check the form of what `render_card` is given.
+
+    Raises:
+        CardError: naming the fact that is malformed.
+    """
+    for name, (_, expected) in _FORMS.items():
+        values = said.get(name) if name == "language" else [said.get(name)]
+        for value in values or ():
+            if value is not None and not is_well_formed(name, value):
+                raise CardError(f"{name}={value!r} must be {expected}.")
+    if said.get("commit") and not said.get("repo_id"):
+        raise CardError("commit needs repo_id, the repository that it belongs to.")
+    if said.get("license") != "other" and (said.get("license_name") or said.get("license_link")):
+        raise CardError(f"license_name and license_link need license='other', and it is {said.get('license')!r}.")
+
+
 def is_well_formed(name: str, value: Any) -> bool:
     """Tell whether a fact of the card, such as its ``license``, has the form that the Hub demands."""
     return isinstance(value, str) and re.fullmatch(_FORMS[name][0], value) is not None
@@ -191,18 +208,6 @@ def human_size(size: int) -> str:
         amount /= 1024
         del units[0]
     return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
-
-
-def _check(said: dict[str, Any]) -> None:
-    for name, (_, expected) in _FORMS.items():
-        values = said[name] if name == "language" else [said[name]]
-        for value in values or ():
-            if value is not None and not is_well_formed(name, value):
-                raise CardError(f"{name}={value!r} must be {expected}.")
-    if said["commit"] is not None and said["repo_id"] is None:
-        raise CardError("commit needs repo_id, the repository that it belongs to.")
-    if said["license"] != "other" and (said["license_name"] or said["license_link"]):
-        raise CardError(f"license_name and license_link need license='other', and it is {said['license']!r}.")
 
 
 def _metadata(manifest: Manifest) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.constants import is_offline_mode
 from torch import nn
 
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, MANIFEST_FILE, STATISTICS_PREFIX
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, MANIFEST_FILE, STATISTICS_PREFIX, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import hub_errors, make_api
@@ -30,7 +30,7 @@ def pull_init(
     *,
     revision: str | None = None,
     statistics: bool = True,
-    base_model: nn.Module | Mapping[str, Any] | LoadBase | None = None,
+    base_model: nn.Module | BaseModelFacts | LoadBase | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     local_files_only: bool = False,

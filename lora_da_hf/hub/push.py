@@ -20,7 +20,7 @@ from lora_da_hf.artifacts.folders import LICENSE_FILES
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_SHARD
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
-from lora_da_hf.hub.cards import CardFacts, base_id_of, is_well_formed, render_page
+from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, is_well_formed, render_page
 from lora_da_hf.hub.client import hub_errors, make_api
 from lora_da_hf.hub.plots import draw_plots
 
@@ -93,6 +93,7 @@ def push_init(
         raise ConfigError("parent_commit or revision is empty. Give one, or leave it out.")
     if not is_repo_id(repo_id):
         raise ConfigError(f"repo_id={repo_id!r} cannot be the name of a repository. Give one such as user/name.")
+    check_facts(facts)
     stored = load_init(folder)
     api = make_api(token=token, endpoint=endpoint)
     with hub_errors(f"Pushing {repo_id}"):
@@ -153,7 +154,7 @@ def _page(
     """Render the card and its plots; return files by name, and the licence that the card states."""
     license = facts.get("license") or of_base.get("license")
     same = of_base if license == of_base.get("license") else {}
-    said = {**same, **{name: value for name, value in facts.items() if value}, "license": license}
+    said: dict[str, Any] = {**same, **{name: value for name, value in facts.items() if value}, "license": license}
     link = said.get("license_link")
     if link and not link.startswith("https://") and not (link in LICENSE_FILES and (stored.folder / link).is_file()):
         raise CardError(f"license_link={link!r} is not in {stored.folder}. Put it there, or give an https address.")

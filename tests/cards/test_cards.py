@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.manifest import RefittedFrom
 from lora_da_hf.errors import CardError
 from lora_da_hf.hub.cards import render_card, render_page
 
@@ -28,7 +29,6 @@ SECTIONS = [
     "Versions and citation",
 ]
 HOSTILE = '`|<script>\n---\n# x\n[a](http://e.example)!![b](c)\u202e{{ x }}"); import os; ("'
-PRINTABLE = HOSTILE.replace("\u202e", "").replace("\n", " ")
 
 
 def split(card):
@@ -64,7 +64,12 @@ def test_metadata_says_what_the_hub_filters_by():
 
 def test_facts_are_those_of_the_manifest_and_its_report():
     card = render_card(
-        make_init(), license="mit", base_license="apache-2.0", repo_id="user/init", commit=COMMIT, notes=["It is small."]
+        make_init(),
+        license="mit",
+        base_license="apache-2.0",
+        repo_id="user/init",
+        commit=COMMIT,
+        notes=["It is small."],
     )
     assert re.findall(r"^## (.+)$", card, re.MULTILINE) == SECTIONS
     for fact in (
@@ -141,8 +146,11 @@ def test_no_value_is_undefined_whatever_is_missing(base):
         ({"report": {"step_size": 0.0}}, "the adapter changes nothing at step 0"),
         ({"report": {"step_size": 0.3}}, "The adapter changes the model at step 0 already"),
         ({"base_model": {"weights_sha256": None}}, "The base's weights have no fingerprint"),
-        ({"refitted_from": ("f" * 64, {"rank": 2})}, "refitted from another initialisation"),
-        ({"report": {"config": {**LoRADAConfig().to_dict(), "freeze_a": True}}}, "da_config=LoRADAConfig(freeze_a=True),"),
+        ({"refitted_from": RefittedFrom(manifest="sha256:0")}, "refitted from another initialisation"),
+        (
+            {"report": {"config": {**LoRADAConfig().to_dict(), "freeze_a": True}}},
+            "da_config=LoRADAConfig(freeze_a=True),",
+        ),
     ],
 )
 def test_what_is_special_is_said(change, expected):
@@ -157,15 +165,15 @@ def test_what_is_special_is_said(change, expected):
 
 def test_hostile_text_stays_text():
     report = make_report(
-        [f"{name}{PRINTABLE}" for name in LAYERS],
-        notes=[PRINTABLE],
-        loss_reduction=PRINTABLE,
-        kept={PRINTABLE: PRINTABLE},
-        config={**LoRADAConfig().to_dict(), PRINTABLE: PRINTABLE},
+        [f"{name}{HOSTILE}" for name in LAYERS],
+        notes=[HOSTILE],
+        loss_reduction=HOSTILE,
+        kept={HOSTILE: HOSTILE},
+        config={**LoRADAConfig().to_dict(), HOSTILE: HOSTILE},
     )
-    base = {"name_or_path": PRINTABLE, "revision": PRINTABLE}
+    base = {"name_or_path": HOSTILE, "revision": HOSTILE}
     adapter = {"task_type": HOSTILE, "modules_to_save": [HOSTILE], "bias": HOSTILE, "target_modules": [HOSTILE]}
-    init = make_init(base_model=base, report=report, adapter=adapter, versions={PRINTABLE: PRINTABLE})
+    init = make_init(base_model=base, report=report, adapter=adapter, versions={HOSTILE: HOSTILE})
     metadata, body = split(render_card(init, datasets=[HOSTILE], hardware=HOSTILE, notes=[HOSTILE]))
     assert set(metadata) == {"library_name", "tags", "lora_da"}
     tokens = list(PARSER.parse(body))

@@ -48,7 +48,7 @@ def test_spectra_have_a_line_for_each_module_type(figures):
     left, right = figures[0].axes
     assert set(legend(figures[0])) == {"q_proj", "v_proj", "up_proj"}
     assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in (left, right))
-    assert list(left.lines[2].get_ydata())[0] == 1.0
+    assert left.lines[2].get_ydata()[0] == 1.0
     assert [list(line.get_xdata()) for line in right.lines] == [[0, 1, 2]] * 3
     assert directions_that_matter(report.layers[2]) == pytest.approx((0.8 + 0.5 + 0.2) / 0.8)
 

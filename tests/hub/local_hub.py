@@ -1,4 +1,4 @@
-"""A small Hub on loopback that speaks as much of the protocol as the real client needs. Files are kept whole: there is no LFS."""
+"""A small Hub on loopback: as much of the protocol as the real client needs. Files are kept whole, without LFS."""
 
 import base64
 import hashlib
@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
 CARD = """---
 base_model: org/base
 license: apache-2.0

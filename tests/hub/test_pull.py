@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 from conftest import make_lora_model, make_tiny_llama
-from harness import BASE_NAME, STATISTICS_FILE, assert_same_tensors, written_adapter
+from harness import BASE_NAME, assert_same_tensors, written_adapter
+from local_hub import STATISTICS_FILE
 from peft import PeftModel
 
 import lora_da_hf.hub
@@ -85,7 +86,7 @@ def test_a_start_needs_no_statistics_and_they_are_not_fetched(hub, init, push, p
     commit = push().commit
     monkeypatch.setattr(lora_da_hf.hub, "pull_init", pull)
     for name in (REPO, f"{REPO}@{commit}"):
-        found = find_init(name, {})
+        found = find_init(name, None)
         assert contents(found.folder) == contents(init, STATISTICS_FILE)
         assert start_from(found).init_from == f"{REPO}@{commit}"
     assert STATISTICS_FILE not in hub.downloads()
@@ -235,8 +236,7 @@ def test_four_pulls_at_once(init, push, pull):
     results = []
 
     def run(statistics):
-        results.append(None)
-        results[-1:] = [contents(pull(statistics=statistics).folder)]
+        results.append(contents(pull(statistics=statistics).folder))
 
     threads = [threading.Thread(target=run, args=(number % 2 == 0,)) for number in range(4)]
     for thread in threads:

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import yaml
-from harness import STATISTICS_FILE
-from local_hub import CARD, Repo
+from local_hub import CARD, STATISTICS_FILE, Repo
 
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.errors import ArtifactError, CardError, ConfigError, HubError
