@@ -152,13 +152,14 @@ def _page(
     stored: StoredInit, repo_id: str, of_base: Mapping[str, str], facts: CardFacts
 ) -> tuple[dict[str, Any], str | None]:
     """Render the card and its plots; return files by name, and the licence that the card states."""
-    license = facts.get("license") or of_base.get("license")
-    same = of_base if license == of_base.get("license") else {}
-    said: dict[str, Any] = {**same, **{name: value for name, value in facts.items() if value}, "license": license}
+    given = {name: value for name, value in facts.items() if value}
+    said: dict[str, Any] = {**of_base, **given} if "license" not in given else given
+    license = said.get("license")
     link = said.get("license_link")
     if link and not link.startswith("https://") and not (link in LICENSE_FILES and (stored.folder / link).is_file()):
         raise CardError(f"license_link={link!r} is not in {stored.folder}. Put it there, or give an https address.")
-    return render_page(stored, repo_id=repo_id, base_license=of_base.get("license"), **said), license
+    base_license = of_base.get("license_name") or of_base.get("license")
+    return render_page(stored, repo_id=repo_id, base_license=base_license, **said), license
 
 
 def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str, Any], str | None]:
@@ -187,7 +188,8 @@ def _licence_of_base(api: HfApi, stored: StoredInit, given: str | None) -> Mappi
     if info is not None and info.gated:
         _warn(f"The base model {name!r} is gated: see whether its conditions let you share what follows from it.")
     said: dict[str, Any] = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
-    found = {key: said[key] for key in ("license", "license_name", "license_link") if isinstance(said.get(key), str)}
+    keys = ("license", "license_name", "license_link") if said.get("license") == "other" else ("license",)
+    found = {key: said[key] for key in keys if isinstance(said.get(key), str)}
     link = found.get("license_link", "https://")
     if not link.startswith("https://"):
         found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"  # a file beside the base's card
