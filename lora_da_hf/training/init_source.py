@@ -1,4 +1,4 @@
-"""What `init_from` names, and how a card cites it."""
+"""What `init_from` names, and how a model's cards cite it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.losses import base_model_of
-
-CARD_KEY = "lora_da_init"
 
 logger = logging.getLogger(__name__)
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+(@[^@\s]+)?")
 
 
-def find_init(init_from: str | Path, base_model: BaseModelFacts | None) -> Path | StoredInit:
+def find_init(init_from: str | Path) -> Path | StoredInit:
     """Return the folder that ``init_from`` names or, if there is none, what the Hub has under that name.
 
     Full statistics are not fetched, since a start uses none.
 
     Args:
         init_from: A folder, or ``user/repo`` or ``user/repo@revision``.
-        base_model: Facts of the model that it is for, which are compared with the initialisation's base before anything
-            large is fetched. All processes must have taken them together, since parameters may be partitioned.
 
     Raises:
         ConfigError: if there is no such folder and it is no name of a repository.
@@ -45,7 +39,7 @@ def find_init(init_from: str | Path, base_model: BaseModelFacts | None) -> Path 
     from lora_da_hf.hub import pull_init  # needed for this alone
 
     try:
-        return pull_init(repo_id, revision=revision or None, statistics=False, base_model=base_model)
+        return pull_init(repo_id, revision=revision or None, statistics=False)
     except HubError as error:
         raise HubError(f"{error} There is no folder {init_from} in {Path.cwd()} either.") from error
 
@@ -57,22 +51,10 @@ def tag_with_init(model: nn.Module, init_from: str) -> None:
 
     Args:
         model: The model.
-        init_from: As for `cite_init`.
+        init_from: ``repo@commit``, or ``sha256:`` and the hash of the manifest of an initialisation in a folder.
     """
     base: Any = base_model_of(model)
     if isinstance(base, PreTrainedModel):
-        base.add_model_tags([f"{CARD_KEY}:{init_from}"])
+        base.add_model_tags([f"lora_da_init:{init_from}"])
     else:
-        logger.info("LoRA-DA: cards of a %s have no tags, so none will cite %s", type(base).__name__, init_from)
-
-
-def cite_init(card: Path, init_from: str) -> None:
-    """Add the initialisation that training started from to the metadata of a model card.
-
-    Args:
-        card: The card's file.
-        init_from: ``repo@commit``, or ``sha256:`` and the hash of the manifest of an initialisation in a folder.
-    """
-    content: Any = ModelCard.load(card)
-    content.data[CARD_KEY] = init_from
-    content.save(card)
+        logger.info("LoRA-DA: cards of a %s have no tags, so they will not cite %s", type(base).__name__, init_from)

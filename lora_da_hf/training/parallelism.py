@@ -17,39 +17,24 @@ def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
 
     A process may see neither a part of a sample nor one of a layer's width: data parallelism alone is left.
 
-    Args:
-        args: The trainer's.
-
     Raises:
         UnsupportedSetupError: naming the kind of parallelism; or under DeepSpeed in half precision without ZeRO.
     """
     state: Any = AcceleratorState() if AcceleratorState._shared_state else None
     deepspeed: dict[str, Any] = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None) or {}
-    kind = _kind_of_parallelism(args, state, deepspeed)
-    if kind:
-        raise UnsupportedSetupError(NOT_SPLIT.format(kind))
-    if _hides_float32_copies(args, deepspeed):
+    if getattr(state, "distributed_type", None) == DistributedType.MEGATRON_LM:
+        raise UnsupportedSetupError(NOT_SPLIT.format("Megatron-LM"))
+    configs = [getattr(owner, "parallelism_config", None) for owner in (args, state)]
+    for kind, name, of_deepspeed in (
+        ("tensor", "tp_size", deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)),
+        ("context", "cp_size", 1),
+        ("sequence", "sp_size", deepspeed.get("sequence_parallel_size", 1)),
+    ):
+        if max(of_deepspeed, *(getattr(config, name, None) or 1 for config in configs)) > 1:
+            raise UnsupportedSetupError(NOT_SPLIT.format(f"{kind} parallelism"))
+    is_half = args.bf16 or args.fp16 or any(deepspeed.get(kind, {}).get("enabled") is True for kind in ("bf16", "fp16"))
+    if deepspeed and is_half and deepspeed.get("zero_optimization", {}).get("stage", 0) == 0:
         raise UnsupportedSetupError(
             "DeepSpeed without ZeRO (stage 0) keeps float32 copies of a half-precision adapter where they cannot be "
             "written, and its first step would undo the initialisation. Use stage 1, 2 or 3, or DDP."
         )
-
-
-def _hides_float32_copies(args: TrainingArguments, deepspeed: dict[str, Any]) -> bool:
-    is_half = args.bf16 or args.fp16 or any(deepspeed.get(kind, {}).get("enabled") is True for kind in ("bf16", "fp16"))
-    return bool(deepspeed) and is_half and deepspeed.get("zero_optimization", {}).get("stage", 0) == 0
-
-
-def _kind_of_parallelism(args: TrainingArguments, state: Any, deepspeed: dict[str, Any]) -> str | None:
-    if getattr(state, "distributed_type", None) == DistributedType.MEGATRON_LM:
-        return "Megatron-LM"
-    configs = [getattr(owner, "parallelism_config", None) for owner in (args, state)]
-    sizes = {
-        "tensor parallelism": deepspeed.get("tensor_parallel", {}).get("autotp_size", 0),
-        "context parallelism": 1,
-        "sequence parallelism": deepspeed.get("sequence_parallel_size", 1),
-    }
-    for (kind, size), name in zip(sizes.items(), ("tp_size", "cp_size", "sp_size"), strict=True):
-        if max(size, *(getattr(config, name, None) or 1 for config in configs)) > 1:
-            return kind
-    return None

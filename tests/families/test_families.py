@@ -49,8 +49,8 @@ def train(family, model, samples, folder):
     if family.trainer is Seq2SeqTrainer:
         callback = LoRADACallback(config)
         args = make_args(folder, Seq2SeqTrainingArguments, max_steps=3)
-        trainer = Seq2SeqTrainer(args=args, callbacks=[callback], **settings)
-        callback.compute_loss = trainer.compute_loss
+        trainer = Seq2SeqTrainer(args=args, **settings)
+        callback.attach(trainer)
         return trainer, train_from(trainer), callback.report
     trainer = LoRADATrainer(args=make_args(folder, max_steps=3), da_config=config, **settings)
     return trainer, train_from(trainer), trainer.lora_da_report

@@ -50,7 +50,9 @@ def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **s
     )
 
 
-@pytest.mark.support("Trainers", "`Trainer` with `LoRADACallback`", "the loss that the model returns, or the one given")
+@pytest.mark.support(
+    "Trainers", "`Trainer` with `LoRADACallback`", "the loss that the model returns; the trainer's with `attach`"
+)
 def test_a_plain_trainer_with_the_callback(tmp_path, lora_model, samples):
     callback = LoRADACallback(make_config())
     start = train_from(make_trainer(tmp_path, lora_model(), samples, Trainer, callbacks=[callback]))
@@ -64,7 +66,7 @@ def test_our_trainer(tmp_path, tiny_llama, samples):
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
 
-@pytest.mark.support("Trainers", "`Seq2SeqTrainer`", "by `LoRADACallback`, with its `compute_loss`")
+@pytest.mark.support("Trainers", "`Seq2SeqTrainer`", "by `LoRADACallback(...).attach(trainer)`")
 def test_a_sequence_to_sequence_trainer(tmp_path):
     """Its loss has label smoothing, which the model's own has not, and its collator makes the decoder's inputs."""
     family, callback = FAMILIES["T5"], LoRADACallback(make_config(**EIGHT))
@@ -82,9 +84,8 @@ def test_a_sequence_to_sequence_trainer(tmp_path):
         ),
         train_dataset=samples,
         data_collator=collator,
-        callbacks=[callback],
     )
-    callback.compute_loss = trainer.compute_loss
+    callback.attach(trainer)
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, callback.report)
 
@@ -196,9 +197,10 @@ def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, sample
     starts, models = Starts(), []
 
     class Watching(LoRADATrainer):
-        def _log_report(self, report):
-            super()._log_report(report)
-            models.append(self.model)
+        def log(self, logs, *args, **kwargs):
+            super().log(logs, *args, **kwargs)
+            if "lora_da_step_size" in logs:
+                models.append(self.model)
 
     trainer = Watching(
         model_init=lambda: tiny_llama(),

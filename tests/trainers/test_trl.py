@@ -1,7 +1,6 @@
-"""TRL's trainers take the callback, with their own loss handed to it."""
+"""TRL's trainers take the callback, and use their own loss where it is attached."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +22,6 @@ from harness import (
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_da_hf import LoRADACallback
-from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import UnsupportedSetupError
-from lora_da_hf.training.trainer_loss import metrics_kept
 
 trl = pytest.importorskip("trl")
 
@@ -63,8 +59,8 @@ def expected_of(trainer, model):
 
 
 def train_with_its_loss(trainer, callback):
-    """Hand the trainer's loss to the callback and train. Returns the adapter that it started from, and the report."""
-    callback.compute_loss = trainer.compute_loss
+    """Attach the callback and train. Returns the adapter that it started from, and the report."""
+    callback.attach(trainer)
     return train_from(trainer), callback.report
 
 
@@ -86,7 +82,7 @@ def make_sft(folder, model, callback, **arguments):
 @pytest.mark.support(
     "Trainers",
     "TRL's `SFTTrainer`",
-    "by `LoRADACallback`, with the model's loss, or the trainer's",
+    "by `LoRADACallback`, with the model's loss, or by `attach` with the trainer's",
 )
 def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     callback = make_callback()
@@ -153,7 +149,7 @@ def make_dpo(folder, model, callback, peft_config=None, **arguments):
 
 
 @pytest.mark.support(
-    "Trainers", "TRL's `DPOTrainer`, `peft_config`", "by `LoRADACallback`; the reference is the base, adapters disabled"
+    "Trainers", "TRL's `DPOTrainer`, `peft_config`", "by `attach`; the reference is the base, adapters disabled"
 )
 def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama):
     callback = make_callback()
@@ -195,7 +191,7 @@ def check_dpo(folder, start, report, trainer, expected):
     assert not trainer._metrics["eval"]
 
 
-@pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback`, with its `compute_loss`")
+@pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback(...).attach(trainer)`")
 def test_a_reward_model(tmp_path):
     def make_model():
         config = LlamaConfig(
@@ -230,16 +226,6 @@ def test_a_reward_model(tmp_path):
     assert not trainer._metrics["eval"]
 
 
-def test_a_loss_that_gathers_from_all_processes_is_refused_in_several(tmp_path, lora_model, monkeypatch):
-    callback = make_callback()
-    trainer = make_dpo(tmp_path, lora_model(), callback)
-    callback.compute_loss = trainer.compute_loss
-    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: cls(0, 2)))
-    loader = trainer.get_train_dataloader()
-    with pytest.raises(UnsupportedSetupError, match="The loss of a DPOTrainer gathers metrics from all processes"):
-        callback.on_train_begin(trainer.args, trainer.state, None, model=trainer.model, train_dataloader=loader)
-
-
 def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):
     """The pass runs the loss in evaluation mode, where TRL averages what it writes down until it is logged."""
     logged = []
@@ -247,28 +233,7 @@ def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llam
         callback = make_callback()
         trainer = make_sft(tmp_path / str(number), tiny_llama(), callback, learning_rate=0.0, max_steps=1)
         if with_loss:
-            callback.compute_loss = trainer.compute_loss
+            callback.attach(trainer)
         trainer.train()
         logged.append(trainer.evaluate(token_rows(8)))
     assert logged[1]["eval_entropy"] == pytest.approx(logged[0]["eval_entropy"], rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["_metrics", "_stored_metrics"])
-def test_metrics_are_put_back_wherever_a_trainer_keeps_them(monkeypatch, name):
-    """ORPO's and CPO's trainers have another place for them than DPO's."""
-
-    class Trainer:
-        def compute_loss(self):
-            getattr(self, name)["train"].append(1.0)
-
-    trainer = Trainer()
-    setattr(trainer, name, {"train": [0.5]})
-    with metrics_kept(trainer.compute_loss):
-        trainer.compute_loss()
-    assert getattr(trainer, name) == {"train": [0.5]}
-    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: SimpleNamespace(size=2)))
-    with (
-        pytest.raises(UnsupportedSetupError, match="The loss of a Trainer gathers metrics"),
-        metrics_kept(trainer.compute_loss),
-    ):
-        pass

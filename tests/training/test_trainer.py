@@ -1,6 +1,5 @@
 import functools
 import hashlib
-import json
 import random
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from harness import (
     base_linear_layers,
     collate,
     factors,
-    items_of,
     make_args,
     make_config,
     make_learnable_samples,
@@ -36,8 +34,6 @@ from transformers import Trainer, TrainerCallback
 
 from lora_da_hf import LoRADACallback, LoRADATrainer, initialize_lora_da
 from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
-from lora_da_hf.pipeline import step as step_module
-from lora_da_hf.theory.line_search import LineSearchResult
 from lora_da_hf.training import callback as callback_module
 
 
@@ -111,51 +107,24 @@ def test_a_model_with_an_adapter_is_taken_as_it_is(tmp_path, lora_model, samples
     assert {layer.rank for layer in trainer.lora_da_report.layers} == {3}
 
 
-@pytest.mark.parametrize("takes_trial", [False, True])
-@pytest.mark.parametrize("positional", [False, True])
-def test_model_init_gives_the_model_that_is_wrapped(tmp_path, tiny_llama, samples, takes_trial, positional):
-    trials = []
+@pytest.mark.parametrize("kind", ["plain", "of a trial", "partial", "with an adapter"])
+def test_model_init_gives_the_model_that_is_wrapped(tmp_path, tiny_llama, lora_model, samples, kind):
+    def of_a_trial(trial, **config):
+        assert trial is None
+        return tiny_llama(**config)
 
-    def without_argument():
-        return tiny_llama()
-
-    def with_argument(trial):
-        trials.append(trial)
-        return tiny_llama()
-
-    model_init = with_argument if takes_trial else without_argument
-    settings = {"peft_config": make_lora_config(), "da_config": make_config()}
-    if positional:
-        trainer = LoRADATrainer(None, make_args(tmp_path), collate, samples, None, None, model_init, **settings)
-    else:
-        trainer = LoRADATrainer(
-            model_init=model_init,
-            args=make_args(tmp_path),
-            data_collator=collate,
-            train_dataset=samples,
-            **settings,
-        )
+    model_init = {
+        "plain": lambda: tiny_llama(),
+        "of a trial": lambda trial: of_a_trial(trial),
+        "partial": functools.partial(of_a_trial, hidden_act="gelu"),
+        "with an adapter": lambda: lora_model(),
+    }[kind]
+    config = None if kind == "with an adapter" else make_lora_config()
+    trainer = make_trainer(tmp_path, None, samples, model_init=model_init, peft_config=config)
     trainer.train()
     assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.config.hidden_act == ("gelu" if kind == "partial" else "silu")
     assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
-    assert trials == ([None, None] if takes_trial else [])
-
-
-def test_model_init_may_wrap_the_model_by_itself(tmp_path, lora_model, samples):
-    trainer = make_trainer(tmp_path, None, samples, model_init=lambda: lora_model())
-    trainer.train()
-    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
-
-
-@pytest.mark.parametrize(("given", "named"), [((), {"hidden_act": "gelu"}), ((None, "gelu"), {})])
-def test_model_init_may_be_a_partial(tmp_path, tiny_llama, samples, given, named):
-    def make(trial, hidden_act):
-        return tiny_llama(hidden_act=hidden_act)
-
-    model_init = functools.partial(make, *given, **named)
-    trainer = make_trainer(tmp_path, None, samples, model_init=model_init, peft_config=make_lora_config())
-    assert isinstance(trainer.model, PeftModel)
-    assert trainer.model.config.hidden_act == "gelu"
 
 
 def test_everything_but_the_start_of_the_adapter_is_as_with_trainer(tmp_path, lora_model, samples):
@@ -180,22 +149,6 @@ def test_the_adapter_that_peft_config_makes_does_not_depend_on_what_ran_before(t
         trainer = make_trainer(tmp_path / str(number), tiny_llama(), samples, peft_config=make_lora_config())
         weights.append(adapter_weights(trainer.model))
     assert_same_tensors(weights[0], weights[1])
-
-
-def test_the_report_is_in_the_log_and_in_the_folder(tmp_path, tiny_llama, samples):
-    trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    report = trainer.lora_da_report
-    assert entry["step"] == 0
-    assert entry["lora_da_step_size"] == report.step_size
-    assert entry["lora_da_layers"] == LINEAR_LAYERS
-    assert entry["lora_da_search_loss_after"] == report.search_loss_after
-    assert sum("lora_da_step_size" in e for e in trainer.state.log_history) == 1
-    assert (
-        json.loads((tmp_path / "lora_da" / "lora_da_manifest.json").read_text())["report"]["step_size"]
-        == report.step_size
-    )
 
 
 # The loss
@@ -235,6 +188,14 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
     return cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+def equally_long(samples):
+    """Cut samples to as many labels each, so that a mean over labels is one over samples."""
+    return [
+        {name: values[:6] for name, values in sample.items()} | {"labels": sample["input_ids"][:6]}
+        for sample in samples
+    ]
+
+
 def sample_loss(model, batch, factor=1.0, smoothing=0.0):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = batch["labels"][0, 1:]
@@ -245,57 +206,26 @@ def sample_loss(model, batch, factor=1.0, smoothing=0.0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "arguments", "reference", "reduction"),
+    ("kind", "settings", "reference"),
     [
-        pytest.param(LoRADATrainer, {}, {}, {}, "sum", id="the model's"),
-        pytest.param(
-            LoRADATrainer,
-            {},
-            {"label_smoothing_factor": 0.2},
-            {"smoothing": 0.2},
-            "sum",
-            id="label smoothing",
-        ),
-        pytest.param(CallsSuper, {}, {}, {"factor": 3.0}, "sum", id="overridden, calling super"),
-        pytest.param(TokenMean, {}, {}, {"factor": 2.0}, "token_mean", id="overridden, a batch mean"),
-        pytest.param(ReturnsOutputs, {}, {}, {}, "sum", id="overridden, returning outputs"),
-        pytest.param(LoRADATrainer, {"compute_loss_func": summed_loss}, {}, {}, "sum", id="compute_loss_func, a sum"),
-        pytest.param(
-            LoRADATrainer, {"compute_loss_func": mean_loss}, {}, {}, "token_mean", id="compute_loss_func, a mean"
-        ),
+        pytest.param(LoRADATrainer, {}, {}, id="the model's"),
+        pytest.param(LoRADATrainer, {"label_smoothing_factor": 0.2}, {"smoothing": 0.2}, id="label smoothing"),
+        pytest.param(CallsSuper, {}, {"factor": 3.0}, id="overridden, calling super"),
+        pytest.param(TokenMean, {}, {"factor": 2.0}, id="overridden, a batch mean"),
+        pytest.param(ReturnsOutputs, {}, {}, id="overridden, returning outputs"),
+        pytest.param(LoRADATrainer, {"compute_loss_func": summed_loss}, {}, id="compute_loss_func, a sum"),
+        pytest.param(LoRADATrainer, {"compute_loss_func": mean_loss}, {}, id="compute_loss_func, a mean"),
     ],
 )
-def test_statistics_are_those_of_the_trainers_own_loss_sample_by_sample(
-    tmp_path, lora_model, samples, kind, settings, arguments, reference, reduction
-):
-    config = make_config(sample_selection="head", save_statistics=True, step_size=0.01)
+def test_statistics_are_those_of_the_trainers_own_loss(tmp_path, lora_model, samples, kind, settings, reference):
+    samples, settings = equally_long(samples), dict(settings)
+    arguments = {name: settings.pop(name) for name in tuple(settings) if name == "label_smoothing_factor"}
+    config = make_config(num_samples=24, search_samples=0, save_statistics=True, step_size=0.01)
     trainer = make_trainer(tmp_path, lora_model(), samples, kind, config, arguments, **settings)
     trainer.train()
-    expected = autograd_statistics(
-        lora_model(),
-        samples[:12],
-        lambda m, b: sample_loss(m, b, **reference),
-        items_of=items_of(trainer.lora_da_report),
-    )
+    expected = autograd_statistics(lora_model(), samples, lambda m, b: sample_loss(m, b, **reference))
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
-    assert trainer.lora_da_report.loss_reduction.startswith(reduction)
     assert trainer.lora_da_report.batch_size == 4
-
-
-def test_a_loss_declared_a_token_mean_runs_in_batches_and_gives_the_same(tmp_path, lora_model, samples):
-    config = make_config(
-        sample_selection="head", save_statistics=True, step_size=0.01, loss_reduction="token_mean", batch_size=5
-    )
-    trainer = make_trainer(tmp_path, lora_model(), samples, TokenMean, config)
-    trainer.train()
-    expected = autograd_statistics(
-        lora_model(),
-        samples[:12],
-        lambda m, b: sample_loss(m, b, factor=2.0),
-        items_of=items_of(trainer.lora_da_report),
-    )
-    assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 2e-5)
-    assert trainer.lora_da_report.batch_size == 5
 
 
 @pytest.mark.parametrize(("loss", "found"), [(1.0, "a float"), (torch.ones(2), r"a tensor \[2\]")])
@@ -304,7 +234,7 @@ def test_a_loss_that_is_no_scalar_tensor_is_an_error(tmp_path, lora_model, sampl
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return loss
 
-    with pytest.raises(DataError, match=f"trainer's compute_loss returned {found}, and it must return a scalar tensor"):
+    with pytest.raises(DataError, match=found):
         make_trainer(tmp_path, lora_model(), samples, NoScalar).train()
 
 
@@ -378,21 +308,6 @@ def test_a_resumed_run_is_not_initialised_and_ends_where_an_uninterrupted_one_do
     assert resumed.lora_da_report.step_size == whole.lora_da_report.step_size
 
 
-def test_an_adapter_that_older_trainers_leave_out_is_loaded_when_resuming_from_the_output_folder(
-    tmp_path, lora_model, samples
-):
-    """Before transformers 5.23 Trainer loads the folders there alone."""
-    trainer = make_trainer(tmp_path, lora_model(), samples, arguments={"max_steps": 2})
-    trainer.train()
-    trainer.save_model()
-    resumed = lora_model()
-    resumed.load_adapter(str(tmp_path / "lora_da"), "lora_da")
-    callback_module._unload_init(resumed, "default", tmp_path)
-    assert list(resumed.peft_config) == ["default"]
-    assert_same_tensors(adapter_weights(resumed), adapter_weights(trainer.model))
-    assert any(p.requires_grad for name, p in resumed.named_parameters() if "lora_B" in name)
-
-
 def test_a_config_that_was_stored_makes_an_adapter_that_trains(tmp_path, tiny_llama, samples):
     make_lora_config(inference_mode=True).save_pretrained(tmp_path)
     config = LoraConfig.from_pretrained(tmp_path)
@@ -424,27 +339,14 @@ def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_pat
     assert {path.name: path.read_bytes() for path in (tmp_path / "lora_da").iterdir()} == written
 
 
-@pytest.mark.parametrize("name", ["lora_da", "lora_da_init_from"])
 @pytest.mark.parametrize("is_active", [True, False])
-def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(
-    tmp_path, tiny_llama, samples, name, is_active
-):
-    model = PeftModel(tiny_llama(), make_lora_config(), adapter_name=name if is_active else "default")
+def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(tmp_path, tiny_llama, samples, is_active):
+    model = PeftModel(tiny_llama(), make_lora_config(), adapter_name="lora_da" if is_active else "default")
     if not is_active:
-        model.add_adapter(name, make_lora_config())
+        model.add_adapter("lora_da", make_lora_config())
     with pytest.raises(ConfigError, match="another name"):
         make_trainer(tmp_path, model, samples).train()
-    assert not (tmp_path / name).exists()
-
-
-def test_training_on_after_a_resumed_run_does_not_initialise(tmp_path, tiny_llama, samples, count_initializations):
-    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    settings = {"peft_config": make_lora_config(), "arguments": arguments}
-    make_trainer(tmp_path, tiny_llama(), samples, **settings).train()
-    resumed = make_trainer(tmp_path, tiny_llama(), samples, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    resumed.train()
-    assert len(count_initializations) == 1
+    assert not (tmp_path / "lora_da").exists()
 
 
 def test_a_second_train_goes_on_from_the_first(tmp_path, lora_model, samples, count_initializations):
@@ -467,24 +369,6 @@ def test_an_adapter_that_was_reset_is_initialised_again(tmp_path, lora_model, sa
     trainer.train()
     assert len(count_initializations) == 2
     assert trainer.lora_da_report is not None
-
-
-def test_an_adapter_that_no_step_helped_is_not_initialised_again(tmp_path, lora_model, samples, count_initializations):
-    model = lora_model()
-    rising = functools.partial(LineSearchResult, step_size=0.0, loss=1.0, baseline=1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "line_search", lambda *args, **kwargs: rising())
-        initialize_lora_da(model, samples, config=make_config(), data_collator=collate, progress=False)
-    make_trainer(tmp_path, model, samples).train()
-    assert len(count_initializations) == 0
-
-
-def test_two_trainers_on_one_model_initialise_it_once(tmp_path, lora_model, samples, count_initializations):
-    model = lora_model()
-    make_trainer(tmp_path / "one", model, samples).train()
-    make_trainer(tmp_path / "two", model, samples).train()
-    assert len(count_initializations) == 1
-    assert not (tmp_path / "two" / "lora_da").exists()
 
 
 def test_an_adapter_that_was_trained_before_is_refused(tmp_path, lora_model, samples):
@@ -552,49 +436,37 @@ def test_running_out_of_memory_in_the_statistics_tries_a_smaller_batch_size_ther
 # A frozen A
 
 
-def optimizer_parameters(trainer):
-    return {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-
-
-def make_frozen_a_trainer(folder, model, samples, with_callback):
+def make_frozen_a_trainer(folder, model, samples, with_callback, **settings):
     config = make_config(freeze_a=True)
-    arguments = {"max_steps": 3}
-    if with_callback:
-        callbacks = [LoRADACallback(config)]
-        return make_trainer(folder, model, samples, Trainer, arguments=arguments, callbacks=callbacks)
-    return make_trainer(folder, model, samples, da_config=config, arguments=arguments)
+    kind, own = (Trainer, {"callbacks": [LoRADACallback(config)]}) if with_callback else (LoRADATrainer, {})
+    return make_trainer(folder, model, samples, kind, config, {"max_steps": 3}, **own, **settings)
+
+
+def assert_b_alone_is_trained(trainer):
+    named = dict(trainer.model.named_parameters())
+    ours = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert ours == {id(p) for name, p in named.items() if "lora_B" in name}
+    assert {name for name, p in named.items() if p.requires_grad} == {name for name in named if "lora_B" in name}
 
 
 @pytest.mark.parametrize("with_callback", [False, True])
 def test_a_frozen_a_is_not_in_the_optimizer_and_does_not_change(tmp_path, lora_model, samples, with_callback):
     trainer = make_frozen_a_trainer(tmp_path, lora_model(), samples, with_callback)
     trainer.train()
-    named = dict(trainer.model.named_parameters())
-    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
-    assert {name for name, p in named.items() if p.requires_grad} == {name for name in named if "lora_B" in name}
+    assert_b_alone_is_trained(trainer)
     start, end = written_adapter(tmp_path / "lora_da"), adapter_weights(trainer.model)
     assert_same_tensors(factors(end, "A"), factors(start, "A"))
     assert all(not torch.equal(end[name], start[name]) for name in factors(start, "B"))
 
 
-@pytest.mark.parametrize("with_callback", [False, True])
-def test_a_is_frozen_before_the_optimizer_is_made(tmp_path, lora_model, samples, with_callback):
-    trainer = make_frozen_a_trainer(tmp_path, lora_model(), samples, with_callback)
-    trainer.create_optimizer()
-    named = dict(trainer.model.named_parameters())
-    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
-
-
-@pytest.mark.parametrize("with_callback", [False, True])
-def test_a_frozen_a_of_each_new_model_of_model_init_stays_out_of_the_optimizer(
-    tmp_path, lora_model, samples, with_callback
+def test_a_of_a_model_from_model_init_is_frozen_by_our_trainer_and_too_late_for_the_callback(
+    tmp_path, lora_model, samples
 ):
-    config = make_config(freeze_a=True)
-    kind, settings = (Trainer, {"callbacks": [LoRADACallback(config)]}) if with_callback else (LoRADATrainer, {})
-    trainer = make_trainer(tmp_path, None, samples, kind, config, model_init=lambda: lora_model(), **settings)
+    trainer = make_frozen_a_trainer(tmp_path, None, samples, False, model_init=lambda: lora_model())
     trainer.train()
-    named = dict(trainer.model.named_parameters())
-    assert optimizer_parameters(trainer) == {id(p) for name, p in named.items() if "lora_B" in name}
+    assert_b_alone_is_trained(trainer)
+    with pytest.raises(ConfigError, match="freeze_a came too late"):
+        make_frozen_a_trainer(tmp_path, None, samples, True, model_init=lambda: lora_model()).train()
 
 
 def kept_inputs_of_a(model, batch):
@@ -818,28 +690,20 @@ def make_stream(kind, samples):
 @pytest.mark.support(
     "Trainers",
     "Streams (`IterableDataset`)",
-    "samples are read from the head; `population_size` has to be given if the stream has no length",
+    "samples are read from the head; the variance term counts the samples that training will draw",
 )
 @pytest.mark.parametrize("kind", ["torch", "datasets"])
 def test_a_stream_is_read_from_its_head_and_trained_on_from_its_head(tmp_path, lora_model, samples, kind):
-    config = make_config(population_size=1000, step_size=0.01)
-    trainer = make_trainer(
-        tmp_path, lora_model(), make_stream(kind, samples), RecordingLoRADATrainer, config, {"max_steps": 2}
-    )
+    stream, arguments = make_stream(kind, samples), {"max_steps": 2, "gradient_accumulation_steps": 3}
+    trainer = make_trainer(tmp_path, lora_model(), stream, RecordingLoRADATrainer, arguments=arguments)
     start = train_from(trainer)
-    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
-    assert trainer.lora_da_report.population_size == 1000
-    assert trainer.lora_da_report.num_samples == 12
+    report = trainer.lora_da_report
+    assert_initialized(tmp_path / "lora_da", start, report)
+    assert (report.population_size, report.num_samples) == (2 * 3 * 4, 12)
     assert torch.equal(trainer.batches[0], collate(samples[:4])["input_ids"])
-    listed = make_trainer(
-        tmp_path / "list",
-        lora_model(),
-        samples,
-        da_config=make_config(sample_selection="head", population_size=1000, step_size=0.01),
-    )
-    listed.train()
-    assert listed.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
-    assert_same_tensors(written_adapter(tmp_path / "lora_da"), written_adapter(tmp_path / "list" / "lora_da"))
+    again = make_trainer(tmp_path / "again", lora_model(), samples[: report.num_samples + 8], arguments={"seed": 1})
+    again.train()
+    assert again.lora_da_report.data_fingerprint != report.data_fingerprint  # drawn at random of a list
 
 
 def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, samples):
@@ -849,31 +713,9 @@ def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, sample
             return self.rest
 
     stream = Once(samples)
-    config = make_config(population_size=1000, step_size=0.01)
-    with pytest.raises(
-        DataError, match=r"a stream that can be read once only: .* Let its __iter__ return a new iterator"
-    ):
-        make_trainer(tmp_path, lora_model(), stream, da_config=config, arguments={"max_steps": 2}).train()
+    with pytest.raises(DataError, match="can be read only once"):
+        make_trainer(tmp_path, lora_model(), stream).train()
     assert next(iter(stream)) == samples[0]
-
-
-def test_a_loader_that_can_be_read_once_is_an_error(tmp_path, lora_model, samples):
-    class Once:
-        def __init__(self):
-            self.rest = (collate(samples[start : start + 4]) for start in range(0, 24, 4))
-
-        def __iter__(self):
-            return self.rest
-
-        def __len__(self):
-            return 6
-
-    class OfBatches(LoRADATrainer):
-        def get_train_dataloader(self):
-            return Once()
-
-    with pytest.raises(DataError, match="a stream that can be read once only"):
-        make_trainer(tmp_path, lora_model(), samples, OfBatches, make_config(population_size=24)).train()
 
 
 def test_a_list_of_batches_as_data_loader(tmp_path, lora_model, samples):
@@ -881,8 +723,7 @@ def test_a_list_of_batches_as_data_loader(tmp_path, lora_model, samples):
         def get_train_dataloader(self):
             return [collate(samples[start : start + 4]) for start in range(0, 24, 4)]
 
-    config = make_config(population_size=24, step_size=0.01)
-    trainer = make_trainer(tmp_path, lora_model(), samples, OfBatches, config)
+    trainer = make_trainer(tmp_path, lora_model(), samples, OfBatches, make_config(step_size=0.01))
     trainer.train()
     assert trainer.lora_da_report.num_samples == 12
 
@@ -905,20 +746,6 @@ def test_training_goes_on_with_the_random_numbers_of_its_collator(tmp_path, lora
     plain, ours = drawn
     assert len(ours) > len(plain) >= 2
     assert ours[-len(plain) :] == plain
-
-
-def test_a_stream_without_a_population_size_is_an_error(tmp_path, lora_model, samples):
-    with pytest.raises(DataError, match=r"is a stream, so its size is not known. Give population_size"):
-        make_trainer(tmp_path, lora_model(), Stream(samples)).train()
-
-
-def test_the_population_is_the_length_of_the_training_set_unless_it_is_given(tmp_path, lora_model, samples):
-    trainer = make_trainer(tmp_path / "length", lora_model(), samples)
-    trainer.train()
-    assert trainer.lora_da_report.population_size == 24
-    trainer = make_trainer(tmp_path / "given", lora_model(), samples, da_config=make_config(population_size=10_000))
-    trainer.train()
-    assert trainer.lora_da_report.population_size == 10_000
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])
@@ -955,7 +782,7 @@ def test_the_random_choice_of_samples_follows_the_trainers_seed(tmp_path, lora_m
 
 
 def test_a_model_without_adapter_and_without_peft_config_is_an_error(tmp_path, tiny_llama, samples):
-    with pytest.raises(TargetError, match=r"no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig\(...\)"):
+    with pytest.raises(TargetError, match="no LoRA adapter"):
         make_trainer(tmp_path, tiny_llama(), samples)
 
 
@@ -963,18 +790,18 @@ def test_a_model_without_adapter_and_without_peft_config_is_an_error(tmp_path, t
 def test_a_start_of_peft_that_changes_the_base_is_refused_before_it_does(tmp_path, tiny_llama, samples, start):
     model = tiny_llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(ConfigError, match=rf"init_lora_weights={start!r}, which changes the base's weights or"):
+    with pytest.raises(ConfigError, match="init_lora_weights"):
         make_trainer(tmp_path, model, samples, peft_config=make_lora_config(init_lora_weights=start))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_the_name_of_a_model_is_an_error(tmp_path, samples):
-    with pytest.raises(ConfigError, match=r"The model is a str. Load it first, with from_pretrained"):
+    with pytest.raises(ConfigError, match="is a str"):
         make_trainer(tmp_path, "user/model", samples, peft_config=make_lora_config())
 
 
 def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_model, samples):
-    with pytest.raises(ConfigError, match=r"has an adapter already. Leave peft_config out, or give the plain model"):
+    with pytest.raises(ConfigError, match="has an adapter already"):
         make_trainer(tmp_path, lora_model(), samples, peft_config=make_lora_config())
 
 
@@ -982,7 +809,7 @@ def test_peft_config_for_a_model_that_has_an_adapter_is_an_error(tmp_path, lora_
 def test_a_base_that_another_trainer_put_its_adapter_into_is_an_error(tmp_path, tiny_llama, samples, again):
     model = tiny_llama()
     first = make_trainer(tmp_path / "first", model, samples, peft_config=make_lora_config())
-    with pytest.raises(TargetError, match=r"changes the base in place.*\(trainer.model\), or load the base anew"):
+    with pytest.raises(TargetError, match="in place"):
         make_trainer(tmp_path / "second", model, samples, **again)
     make_trainer(tmp_path / "second", first.model, samples)
 
@@ -1001,48 +828,28 @@ def test_a_second_trainer_says_that_its_settings_have_no_effect(tmp_path, lora_m
     assert second.lora_da_report is None
     for name, weight in adapter_weights(model).items():
         assert torch.equal(weight, before[name])
-    with pytest.raises(ConfigError, match=r"so init_from='no/such' would not be used. Load the base anew"):
+    with pytest.raises(ConfigError, match="no/such"):
         make_trainer(tmp_path / "third", model, samples, init_from="no/such").train()
 
 
 def test_a_peft_config_of_another_method_is_an_error(tmp_path, tiny_llama, samples):
-    with pytest.raises(ConfigError, match="peft_config is a IA3Config; LoRA-DA initialises LoRA: LoraConfig"):
+    with pytest.raises(ConfigError, match="IA3Config"):
         make_trainer(tmp_path, tiny_llama(), samples, peft_config=IA3Config(target_modules=["k_proj"]))
 
 
 def test_adalora_is_an_error_that_says_so(tmp_path, tiny_llama, samples):
     adalora = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="peft_config is a AdaLoraConfig; LoRA-DA initialises LoRA"):
+    with pytest.raises(ConfigError, match="AdaLoraConfig"):
         make_trainer(tmp_path, tiny_llama(), samples, peft_config=adalora)
     model = get_peft_model(tiny_llama(), adalora)
-    with pytest.raises(TargetError, match=r"The adapter is no LoRA: its layers are SVDLinear. Make it with LoraConfig"):
+    with pytest.raises(TargetError, match="SVDLinear"):
         initialize_lora_da(model, samples, config=make_config(freeze_a=True), progress=False)
 
 
-def test_the_trainer_changes_no_peft_config(tmp_path, tiny_llama, samples):
-    peft_config = make_lora_config(r=4)
-    before = peft_config.to_dict()
-    trainer = make_trainer(
-        tmp_path,
-        None,
-        samples,
-        da_config=make_config(rank_budget=5600),
-        model_init=lambda: tiny_llama(),
-        peft_config=peft_config,
-    )
-    ranks = []
-    for _ in range(2):
-        trainer.train()
-        ranks.append([layer.rank for layer in trainer.lora_da_report.layers])
-    assert peft_config.to_dict() == before
-    assert ranks[0] == ranks[1]
-    assert len(set(ranks[0])) > 1
-
-
 def test_a_second_callback_and_settings_that_are_none_are_errors(tmp_path, lora_model, samples):
-    with pytest.raises(ConfigError, match=r"has a LoRADACallback of its own. Give its settings as da_config"):
+    with pytest.raises(ConfigError, match="has a LoRADACallback already"):
         make_trainer(tmp_path, lora_model(), samples, callbacks=[LoRADACallback()])
-    with pytest.raises(ConfigError, match=r"settings are a dict. Give a LoRADAConfig"):
+    with pytest.raises(ConfigError, match="dict"):
         make_trainer(tmp_path, lora_model(), samples, da_config={"num_samples": 8})
 
 
