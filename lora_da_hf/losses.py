@@ -51,7 +51,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | N
     if not isinstance(loss, Tensor):
         raise DataError(
             f"The model returned no loss from {', '.join(sorted(batch))}. Add labels to the samples, or give "
-            "compute_loss (LoRADACallback: set its compute_loss to trainer.compute_loss)."
+            "compute_loss (LoRADACallback: callback.attach(trainer) uses the trainer's)."
         )
     return loss
 
@@ -71,7 +71,7 @@ def checked_loss(compute_loss: ComputeLoss) -> ComputeLoss:
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise DataError(
                 f"compute_loss returned {what}, and compute_loss(model, batch, num_items) must return a scalar tensor. "
-                "A trainer's compute_loss has other arguments: give it to LoRADACallback."
+                "A trainer's compute_loss has other arguments: use LoRADACallback(...).attach(trainer)."
             )
         return value
 
