@@ -174,8 +174,6 @@ def initialized(
         seed = setup.samples_seed if config.seed is None else config.seed
         chosen = choose_samples(samples, config, seed=seed).statistics
         of_these = [seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
-        if config.projected_rms is not None:
-            of_these.append(rank)  # of the basis that is stored, which it depends on
         folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
         config = LoRADAConfig.from_dict({**values, "save_statistics": True})
     if folder is None or not folder.exists():

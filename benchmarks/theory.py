@@ -215,7 +215,6 @@ def oracle(known: Known) -> Tensor:
         Displacement.of(gradient, inverse_output, factorized),
         inverse_output,
         population_size=known.count,
-        bias_weight=1.0,
         variance_weight=1.0,
     )
     return lowest_subspace(guidance, RANK).vectors
@@ -229,9 +228,6 @@ METHODS: dict[str, Callable[[Known], Tensor]] = {
     "LoRA-DA": lambda known: lora_da(known.empirical, known.count, THEORY),
     "LoRA-DA, default": lambda known: lora_da(known.empirical, known.count, LoRADAConfig()),
     "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, THEORY),
-    "LoRA-DA, Fisher metric": lambda known: lora_da(
-        known.empirical, known.count, LoRADAConfig(variance_weight=1.0, metric="fisher")
-    ),
     "LoRA-DA, a tenth of the damping": lambda known: lora_da(
         known.empirical,
         known.count,

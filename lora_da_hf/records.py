@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,20 +31,26 @@ class LayerStatistics:
     num_input_tokens: int
     num_output_tokens: int
 
+    def to(self, device: torch.device | str) -> LayerStatistics:
+        """Return the statistics on a device."""
+        return dataclasses.replace(
+            self,
+            input_second_moment=self.input_second_moment.to(device),
+            output_grad_second_moment_diag=self.output_grad_second_moment_diag.to(device),
+            weight_grad=self.weight_grad.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSolution:
     """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
 
     Attributes:
-        basis_A: ``[max_rank, d_in]``, rows of norm 1: the transposed input basis, with ``metric="weights"``. With
-            ``metric="fisher"`` they are orthogonal under the input factor instead. With ``projected_rms`` all rows have
-            another norm, and `basis_B` is divided by it.
-        basis_B: ``[d_out, max_rank]``: ``basis_B @ basis_A`` is the part of the displacement, scaled as
-            ``layer_steps`` says, that the subspace keeps, so with ``metric="weights"`` it is the displacement times the
-            input basis. Once all layers are solved, each is divided by a number
-            (`in_unit`; `lora_da_hf.theory.layer_scales.divisors`).
-        eigenvalues: ``[max_rank]``, of the guidance matrix in that metric, ascending.
+        basis_A: ``[max_rank, d_in]``, orthonormal rows: the transposed input basis.
+        basis_B: ``[d_out, max_rank]``, the displacement times the input basis, so ``basis_B @ basis_A`` is the part of
+            it that the subspace keeps. It is scaled as ``layer_steps`` says, and, once all layers are solved, divided
+            by a number for each layer (`in_unit`; `lora_da_hf.theory.layer_scales.divisors`).
+        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
         input_damping: Damping that was added to the input second moment.
         output_damping: Damping that was added to the output diagonal.
@@ -61,6 +68,15 @@ class LayerSolution:
     solver: str
     residual: float
     notes: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> LayerSolution:
+        """Return the solution on a device."""
+        return dataclasses.replace(
+            self,
+            basis_A=self.basis_A.to(device),
+            basis_B=self.basis_B.to(device),
+            eigenvalues=self.eigenvalues.to(device),
+        )
 
     def in_unit(self, unit: float) -> LayerSolution:
         """Return the solution for a displacement that is divided by a number."""

@@ -2,16 +2,11 @@
 
 SOLVE_SETTINGS = (
     "population_size",
-    "metric",
     "input_damping",
     "output_damping",
-    "bias_weight",
     "variance_weight",
     "normalize_guidance_terms",
     "layer_steps",
-    "projected_rms",
-    "solver",
-    "solve_dtype",
     "max_rank",
 )
 """Settings of the solve, which full statistics allow to change."""

@@ -16,8 +16,8 @@ from lora_da_hf.adapters.experts import experts_skipped
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.cli.flags import read
-from lora_da_hf.config import LoRADAConfig, parse_bytes
-from lora_da_hf.pipeline.memory import all_weights, solver_threads, usable_memory
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.pipeline.memory import all_weights, budget_bytes, solver_threads, usable_memory
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs, input_groups
 from lora_da_hf.training.arguments import LoraArguments, ModelArguments
@@ -103,7 +103,7 @@ def _device() -> torch.device:
 def usable_bytes(config: LoRADAConfig, *, num_processes: int) -> float:
     """Return what the sums of a process may take: the budget, or what `lora-da init` would take on this machine."""
     if config.memory_budget is not None:
-        return parse_bytes(config.memory_budget)
+        return budget_bytes(config.memory_budget)
     device = _device()
     return usable_memory(device) / (num_processes if device.type == "cpu" else 1)
 

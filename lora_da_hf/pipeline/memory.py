@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_da_hf.config import parse_bytes
 from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import UnsupportedSetupError
@@ -103,8 +103,15 @@ def _budget(job: Job) -> list[float]:
     """Return what the sums may take on each device: what all processes have."""
     devices = _devices(job)
     if job.config.memory_budget is not None:
-        return [parse_bytes(job.config.memory_budget)] * len(devices)
+        return [budget_bytes(job.config.memory_budget)] * len(devices)
     return usable_by_all(devices, job.ranks)
+
+
+def budget_bytes(budget: float | str) -> int:
+    """Return `memory_budget` in bytes."""
+    if isinstance(budget, str) and not budget.isdigit():
+        return convert_file_size_to_int(budget.replace(" ", ""))
+    return int(budget)
 
 
 def usable_by_all(devices: Sequence[torch.device], ranks: Ranks) -> list[float]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lora_da_hf.distributed.ranks import balanced_owners
 from lora_da_hf.errors import PlanError
+from lora_da_hf.theory.solve import solve_dtype
 
 _GIB = 2**30
 _SOLVE_SPEED = 0.11
@@ -50,8 +51,8 @@ class Group:
 
     @property
     def work_bytes(self) -> int:
-        """What the solve takes beside the sums: in float64 the moment three times, and a gradient four times."""
-        return 8 * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
+        """What the solve takes beside the sums, in its dtype: the moment three times, and a gradient four times."""
+        return solve_dtype(self.d_in).itemsize * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
 
     def sent_bytes(self, itemsize: int) -> int:
         """Return what a process that does not own the group sends: the input moment as a triangle."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.checkpoint import CheckpointFolder
 from lora_da_hf.artifacts.statistics_store import save_statistics
-from lora_da_hf.config import parse_bytes
 from lora_da_hf.errors import ArtifactError, CheckpointError
 from lora_da_hf.pipeline.gather import PassCounts
 from lora_da_hf.pipeline.identity import changes
 from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.memory import budget_bytes
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.save import leaders_of
 from lora_da_hf.pipeline.solve import (
@@ -133,7 +133,7 @@ class Progress:
 
     def _differences_of_plan(self, plan: Plan) -> list[str]:
         config, found = self._job.config, list[str]()
-        if config.memory_budget is not None and parse_bytes(config.memory_budget) < plan.peak_bytes:
+        if config.memory_budget is not None and budget_bytes(config.memory_budget) < plan.peak_bytes:
             found.append("memory budget, below what its plan takes")
         if config.schedule not in ("auto", plan.schedule):
             found.append("schedule")

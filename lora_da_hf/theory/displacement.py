@@ -24,11 +24,11 @@ class Displacement:
     Attributes:
         scaled_gradient: ``[d_out, d_in]``, ``diag(inverse_output) weight_grad``: the mean over samples of the gradient
             of each sample's mean label loss, its rows divided by the damped output factor.
-        factorized_input: The Cholesky factor of Z; None: Z is the identity.
+        factorized_input: The Cholesky factor of Z.
     """
 
     scaled_gradient: Tensor
-    factorized_input: FactorizedInput | None
+    factorized_input: FactorizedInput
 
     @classmethod
     def of(cls, weight_grad: Tensor, inverse_output: Tensor, factorized_input: FactorizedInput) -> Displacement:
@@ -36,8 +36,8 @@ class Displacement:
         return cls(scaled_gradient=inverse_output[:, None] * weight_grad, factorized_input=factorized_input)
 
     def solve_input(self, vectors: Tensor) -> Tensor:
-        """Return ``Z^-1 V`` for ``V [d_in, k]``, which is V itself where Z is the identity."""
-        return vectors if self.factorized_input is None else self.factorized_input.solve(vectors)
+        """Return ``Z^-1 V`` for ``V [d_in, k]``."""
+        return self.factorized_input.solve(vectors)
 
     def dense(self) -> Tensor:
         """Return D, ``[d_out, d_in]``."""

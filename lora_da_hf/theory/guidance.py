@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +39,7 @@ def build_guidance(
     inverse_output: Tensor,
     *,
     population_size: int,
-    bias_weight: float,
+    bias_weight: float = 1.0,
     variance_weight: float,
     normalize_terms: bool = False,
 ) -> Guidance:
@@ -65,13 +64,12 @@ def build_guidance(
         dense = displacement.dense()
         scale = dense.abs().max().item() or 1.0  # in float32 the norm of the product would overflow
         narrow = (dense if dense.shape[0] >= dense.shape[1] else dense.mT) / scale
-        factorized = displacement.factorized_input
-        inverse_norm = math.sqrt(dense.shape[1]) if factorized is None else factorized.inverse().norm().item()
+        inverse_norm = displacement.factorized_input.inverse().norm().item()
         variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm * scale * scale
     return Guidance(displacement=displacement, bias_coefficient=bias_weight, variance_coefficient=variance)
 
 
-def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> Eigenpairs:
+def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
     """Find the eigenvectors of the ``rank`` smallest eigenvalues of the guidance matrix, in ascending order.
 
     The basis for a smaller rank is the first columns of the basis for a larger one. Without a variance term the
@@ -80,7 +78,6 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
     Args:
         guidance: G.
         rank: r, at most d_in.
-        solver: ``"auto"``, ``"eigh"`` or ``"krylov"``.
 
     Returns:
         Eigenvalues ``[r]`` ascending and vectors ``[d_in, r]``.
@@ -90,7 +87,6 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
         guidance.displacement.scaled_gradient.shape[1],
         rank,
         like=guidance.displacement.scaled_gradient,
-        solver=solver,
     )
     pairs = replace(pairs, eigenvalues=-pairs.eigenvalues)
     if guidance.variance_coefficient:
@@ -101,25 +97,3 @@ def lowest_subspace(guidance: Guidance, rank: int, *, solver: str = "auto") -> E
     eigenvalues[: singular.shape[0]] = -guidance.bias_coefficient * singular.square()
     residual = relative_residual(guidance.apply(vectors), vectors, eigenvalues)
     return replace(pairs, eigenvalues=eigenvalues, vectors=vectors, residual=residual)
-
-
-def check_residual_in_float64(guidance: Guidance, pairs: Eigenpairs) -> float:
-    """Measure in float64 the residual of a subspace that was solved in a narrower dtype.
-
-    Args:
-        guidance: G, in the narrower dtype.
-        pairs: What the narrower solve found.
-
-    Returns:
-        The largest residual relative to the largest eigenvalue, with Rayleigh quotients as eigenvalues.
-    """
-    gradient, factorized = guidance.displacement.scaled_gradient.double(), guidance.displacement.factorized_input
-    if factorized is not None:
-        factorized = replace(factorized, cholesky=factorized.cholesky.double())
-    wide = replace(guidance, displacement=Displacement(scaled_gradient=gradient, factorized_input=factorized))
-    vectors = torch.linalg.qr(pairs.vectors.double()).Q
-    image = wide.apply(vectors)
-    projected = vectors.mT @ image
-    error = image - vectors @ projected
-    scale = torch.linalg.eigvalsh((projected + projected.mT) * 0.5).abs().max()
-    return (error.norm(dim=0).max() / scale).item()

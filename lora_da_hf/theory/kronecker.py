@@ -12,6 +12,8 @@ from lora_da_hf.errors import NonFiniteError, SolveError
 
 _MAX_DAMPING_RAISES = 12
 _RAISE = 10.0
+_ROWS = 256
+"""Of a moment, that are widened to float64 at once."""
 
 
 def damping_value(damping: Damping, diagonal: Tensor) -> float:
@@ -104,35 +106,19 @@ def factorize_input(
     )
 
 
-def inverse_root(input_second_moment: Tensor, damping: Damping, *, layer: str) -> Tensor:
-    """Return the symmetric ``Z^-1/2``, scaled so that the mean of its squared eigenvalues is 1.
-
-    Args:
-        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over tokens.
-        damping: How much to add to the diagonal.
-        layer: The layer's name, for messages.
-
-    Returns:
-        ``[d_in, d_in]``, in float64.
-
-    Raises:
-        NonFiniteError: if the moment is not finite.
-        SolveError: if the damped moment is singular.
-    """
-    if not torch.isfinite(input_second_moment).all():
-        raise NonFiniteError(f"The input second moment of {layer} is not finite.")
-    amount = damping_value(damping, input_second_moment.diagonal())
-    eigenvalues, vectors = torch.linalg.eigh(_damped(input_second_moment, amount, torch.float64))
-    if eigenvalues[0] <= torch.finfo(torch.float64).eps * eigenvalues[-1]:
-        raise SolveError(f"The input second moment of {layer} is singular with damping {amount:.2g}. Raise it.")
-    squares = 1 / eigenvalues
-    return (vectors * (squares / squares.mean()).sqrt()) @ vectors.mT
-
-
 def _damped(moment: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
     damped = (moment + moment.mT).mul_(0.5).to(dtype)
     damped.diagonal().add_(amount)
     return damped
+
+
+def damped_product(moment: Tensor, amount: float, vectors: Tensor) -> Tensor:
+    """Return ``(moment + amount * I) V`` in float64 for ``V [d, k]``, widening some rows of the moment at a time."""
+    product = vectors * amount
+    for start in range(0, moment.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        product[rows] += (moment[rows] + moment[:, rows].mT).double() @ vectors * 0.5
+    return product
 
 
 def _solves(factorized: FactorizedInput, damped: Tensor) -> bool:

@@ -1,17 +1,12 @@
-"""How far one step goes in each layer, and how long the rows of its A are."""
+"""How far one step goes in each layer."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Collection
 
-from torch import Tensor
-
 from lora_da_hf.errors import SolveError
-from lora_da_hf.records import LayerStatistics
 from lora_da_hf.report import LayerReport
-from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM
 
 _FARTHEST = 100.0
 """How many times as far as the median layer one may go. On SmolLM2-135M the farthest goes 5 times as far."""
@@ -97,28 +92,3 @@ def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) 
         return {layer.name: 1.0 for layer in layers}
     lengths = layer_lengths(layers, layer_steps=layer_steps)
     return {layer.name: unit * (layer.displacement_norm / lengths[layer.name]) for layer in layers}
-
-
-def row_scale(layer_statistics: LayerStatistics, basis_A: Tensor, projected_rms: float, *, layer: str) -> float:
-    """Return what ``basis_A`` is multiplied with so that ``A x`` has a given root mean square over rows and tokens.
-
-    Under ``factor_split="default_norm"``, which multiplies the rows of ``basis_A`` with PEFT's default norm. One number
-    for all rows: a scale for each would whiten, which blows up directions in which the input hardly varies.
-
-    Args:
-        layer_statistics: Of the layer.
-        basis_A: ``[r, d_in]``; all its rows count.
-        projected_rms: What is wanted.
-        layer: Its name, for the message.
-
-    Raises:
-        SolveError: if the input does not vary along any row.
-    """
-    moment = layer_statistics.input_second_moment.to(basis_A)
-    mean_square = ((basis_A @ moment) * basis_A).sum().item() / basis_A.shape[0]
-    if not 0 < mean_square < math.inf:
-        raise SolveError(
-            f"{layer}: its input has the mean square {mean_square:.3g} along the rows of A, so no norm gives A x the "
-            "projected_rms. Leave projected_rms out."
-        )
-    return projected_rms / (DEFAULT_ROW_NORM * math.sqrt(mean_square))

@@ -18,6 +18,8 @@ _DENSE_BELOW = 384
 _CHECKED_FROM = 7
 _CHECKED_FROM_START = 3
 _START_SEED = 0
+_COLUMNS = 256
+"""Of the identity, that an operator is applied to at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +47,19 @@ def leading_eigenpairs(
     count: int,
     *,
     like: Tensor,
-    solver: str = "auto",
     tolerance: float = _KRYLOV_TOLERANCE,
     start: Tensor | None = None,
 ) -> Eigenpairs:
     """Find the algebraically largest eigenpairs of a symmetric operator, in descending order.
+
+    By `block_krylov` where that is faster, and by `exact_eigenpairs` elsewhere, where the residual stays above the
+    tolerance, and where an eigenvalue is too small to be told by it.
 
     Args:
         apply: Maps ``[d, k]`` to ``M [d, k]``.
         dimension: d.
         count: How many pairs, at most d.
         like: A tensor whose dtype and device the work is done in.
-        solver: ``"eigh"`` (exact: the operator is applied to the identity), ``"krylov"`` (falls back to ``"eigh"`` if
-            its residual stays above the tolerance, or an eigenvalue is too small to be told by it), or ``"auto"``:
-            Krylov where it is faster.
         tolerance: Largest relative residual of Krylov.
         start: ``[d, k]``, orthonormal vectors that Krylov may start from.
 
@@ -66,12 +67,22 @@ def leading_eigenpairs(
         The pairs, with the sign convention of `Eigenpairs`. Within a repeated eigenvalue the basis is arbitrary but
         deterministic.
     """
-    if solver == "krylov" or (solver == "auto" and dimension > _DENSE_BELOW and 8 * count < dimension):
+    if dimension > _DENSE_BELOW and 8 * count < dimension:
         found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
         if found.converged and not _has_unresolved(found):
             return found
-    matrix = apply(torch.eye(dimension, dtype=like.dtype, device=like.device))
-    eigenvalues, vectors = torch.linalg.eigh((matrix + matrix.mT) * 0.5)
+    return exact_eigenpairs(apply, dimension, count, like=like)
+
+
+def exact_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor) -> Eigenpairs:
+    """Find the largest eigenpairs exactly: the operator is applied to the identity, some columns at a time."""
+    matrix = torch.empty(dimension, dimension, dtype=like.dtype, device=like.device)
+    for start in range(0, dimension, _COLUMNS):
+        unit = torch.zeros(dimension, min(_COLUMNS, dimension - start), dtype=like.dtype, device=like.device)
+        unit.diagonal(-start).fill_(1.0)
+        matrix[:, start : start + _COLUMNS] = apply(unit)
+    matrix = (matrix + matrix.mT).mul_(0.5)
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
     eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
     return Eigenpairs(
         eigenvalues=eigenvalues,

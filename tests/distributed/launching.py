@@ -127,7 +127,7 @@ def guidance_of(statistics, name, config, report):
     factorized = factorize(statistics, config, layer=name)
     inverse_output, _ = inverse_output_factor(
         statistics.output_grad_second_moment_diag.double(),
-        Damping.parse(config.output_damping, "output_damping"),
+        Damping.parse(config.output_damping),
         layer=name,
     )
     displacement = Displacement.of(statistics.weight_grad.double(), inverse_output, factorized)
@@ -136,7 +136,6 @@ def guidance_of(statistics, name, config, report):
         displacement,
         inverse_output,
         population_size=report.population_size,
-        bias_weight=config.bias_weight,
         variance_weight=config.variance_weight,
         normalize_terms=config.normalize_guidance_terms,
     )

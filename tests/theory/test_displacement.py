@@ -14,8 +14,15 @@ def displacement_of(statistics, *, input_damping, output_damping):
     return Displacement.of(statistics.weight_grad, y_inv, factorized)
 
 
+def of_matrix(matrix):
+    """Return the displacement with identities for both factors."""
+    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype)
+    factorized = FactorizedInput(cholesky=identity, damping=0.0)
+    return Displacement(scaled_gradient=matrix, factorized_input=factorized)
+
+
 def spectral_norm(matrix, start=None):
-    return Displacement(scaled_gradient=matrix, factorized_input=None).norm(start)
+    return of_matrix(matrix).norm(start)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(6, 5), (5, 6), (1, 4), (4, 1)])
@@ -45,12 +52,11 @@ def test_products_with_vectors_are_those_of_the_dense_matrix(problem, d_out, d_i
 
 def test_with_identity_factors_it_is_the_negative_gradient(problem):
     gradient = problem().weight_grad
-    ones, eye = torch.ones(12, dtype=torch.float64), torch.eye(10, dtype=torch.float64)
-    solved = Displacement.of(gradient, ones, FactorizedInput(cholesky=eye, damping=0.0))
-    for found in (solved, Displacement(scaled_gradient=gradient, factorized_input=None)):
-        torch.testing.assert_close(found.dense(), -gradient)
-        torch.testing.assert_close(found.apply(eye), -gradient)
-        torch.testing.assert_close(found.transposed_times_apply(found.solve_input(eye)), gradient.mT @ gradient)
+    identity = torch.eye(10, dtype=torch.float64)
+    found = of_matrix(gradient)
+    torch.testing.assert_close(found.dense(), -gradient)
+    torch.testing.assert_close(found.apply(identity), -gradient)
+    torch.testing.assert_close(found.transposed_times_apply(found.solve_input(identity)), gradient.mT @ gradient)
 
 
 def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem):
@@ -64,7 +70,7 @@ def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem)
 @pytest.mark.parametrize(("d_out", "rank"), [(3, 3), (8, 5)])
 def test_singular_pairs_are_those_of_the_dense_matrix_up_to_its_rank(problem, d_out, rank, factor):
     gradient = problem(d_out, 10, samples=5).weight_grad * factor
-    found = Displacement(scaled_gradient=gradient, factorized_input=None)
+    found = of_matrix(gradient)
     values, vectors = found.singular_pairs(torch.eye(10, dtype=torch.float64))
     _, expected, right = torch.linalg.svd(gradient, full_matrices=False)
     torch.testing.assert_close(values, expected[:rank], rtol=1e-9, atol=0)

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.guidance import check_residual_in_float64, lowest_subspace
+from lora_da_hf.theory.guidance import lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput
-from lora_da_hf.theory.subspace import Eigenpairs
+from lora_da_hf.theory.subspace import block_krylov, exact_eigenpairs
 
 WEIGHTS = [(1.0, 0.0), (1.0, 0.03), (1.0, 10.0), (0.5, 1.0), (0.0, 1.0)]
 
@@ -65,13 +65,12 @@ def test_normalised_terms_do_not_depend_on_the_population_size(problem, guidance
     assert small.variance_coefficient == large.variance_coefficient
 
 
-@pytest.mark.parametrize("solver", ["eigh", "krylov", "auto"])
 @pytest.mark.parametrize(("bias_weight", "variance_weight"), WEIGHTS)
 def test_the_subspace_is_that_of_the_dense_lowest_eigenvectors(
-    problem, guidance_of, projector, bias_weight, variance_weight, solver
+    problem, guidance_of, projector, bias_weight, variance_weight
 ):
     guidance = guidance_of(problem(), bias_weight=bias_weight, variance_weight=variance_weight)
-    pairs = lowest_subspace(guidance, 4, solver=solver)
+    pairs = lowest_subspace(guidance, 4)
     values, vectors = torch.linalg.eigh(dense_of(guidance))
     torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, :4]), rtol=0, atol=1e-9)
     torch.testing.assert_close(pairs.eigenvalues, values[:4], rtol=1e-9, atol=1e-11)
@@ -81,8 +80,10 @@ def test_the_subspace_is_that_of_the_dense_lowest_eigenvectors(
 @pytest.mark.parametrize("variance_weight", [0.0, 0.03])
 def test_on_a_wide_layer_krylov_converges_to_what_eigh_finds(problem, guidance_of, projector, variance_weight):
     guidance = guidance_of(problem(60, 420, tokens=600, samples=40), damping=0.1, variance_weight=variance_weight)
-    krylov, exact = (lowest_subspace(guidance, 8, solver=solver) for solver in ("krylov", "eigh"))
-    assert (krylov.solver, exact.solver) == ("krylov", "eigh")
+    like = guidance.displacement.scaled_gradient
+    krylov, exact = (
+        solve(lambda v: -guidance.apply(v), 420, 8, like=like) for solve in (block_krylov, exact_eigenpairs)
+    )
     assert krylov.residual <= 1e-7
     torch.testing.assert_close(projector(krylov.vectors), projector(exact.vectors), rtol=0, atol=1e-5)
     assert objective(guidance, krylov.vectors) == pytest.approx(objective(guidance, exact.vectors), rel=1e-9)
@@ -114,23 +115,13 @@ def test_no_random_frame_scores_lower(problem, guidance_of, seed, rank, weights)
     assert objective(guidance, random_frame(10, rank, seed)) >= best - 1e-10 * abs(best)
 
 
-def test_a_turn_away_from_the_solution_scores_higher(problem, guidance_of):
-    guidance = guidance_of(problem())
-    basis = lowest_subspace(guidance, 3).vectors
-    for seed in range(20):
-        turned = torch.linalg.qr(basis + 1e-2 * random_frame(10, 3, seed)).Q
-        assert objective(guidance, turned) > objective(guidance, basis)
-
-
-@pytest.mark.parametrize("solver", ["eigh", "krylov"])
+@pytest.mark.parametrize("d_in", [120, 420])
 @pytest.mark.parametrize("variance_weight", [0.0, 0.03])
-def test_the_basis_of_a_smaller_rank_is_the_first_columns_of_a_larger_one(
-    problem, guidance_of, variance_weight, solver
-):
-    guidance = guidance_of(problem(30, 120, tokens=200, samples=6), damping=0.1, variance_weight=variance_weight)
-    large = lowest_subspace(guidance, 12, solver=solver)
+def test_the_basis_of_a_smaller_rank_is_the_first_columns_of_a_larger_one(problem, guidance_of, variance_weight, d_in):
+    guidance = guidance_of(problem(30, d_in, tokens=200, samples=6), damping=0.1, variance_weight=variance_weight)
+    large = lowest_subspace(guidance, 12)
     for rank in (1, 4, 8):
-        small = lowest_subspace(guidance, rank, solver=solver)
+        small = lowest_subspace(guidance, rank)
         torch.testing.assert_close(small.vectors, large.vectors[:, :rank], rtol=0, atol=1e-5)
         torch.testing.assert_close(small.eigenvalues, large.eigenvalues[:rank], rtol=0, atol=1e-9)
     assert (large.eigenvalues.diff() >= -1e-12).all()
@@ -148,9 +139,8 @@ def test_beyond_the_rank_of_the_displacement_the_basis_is_completed_with_directi
     assert guidance.displacement.apply(pairs.vectors[:, 3:]).norm().item() < 1e-12
 
 
-@pytest.mark.parametrize("solver", ["eigh", "krylov"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_small_singular_value_is_no_null_direction(guidance_of, solver, dtype):
+def test_a_small_singular_value_is_no_null_direction(guidance_of, dtype):
     left, right = random_frame(60, 40, 0), random_frame(420, 40, 1)
     singular = torch.arange(1, 41, dtype=torch.float64) ** -1.75  # the last that is asked for is 0.3 % of the first
     statistics = LayerStatistics(
@@ -160,7 +150,7 @@ def test_a_small_singular_value_is_no_null_direction(guidance_of, solver, dtype)
         num_input_tokens=1,
         num_output_tokens=1,
     )
-    pairs = lowest_subspace(guidance_of(statistics, damping=0.0, variance_weight=0.0), 28, solver=solver)
+    pairs = lowest_subspace(guidance_of(statistics, damping=0.0, variance_weight=0.0), 28)
     torch.testing.assert_close(pairs.eigenvalues.double(), -singular[:28].square(), rtol=2e-2, atol=0)
     # of the others, float32 mixes neighbours
     kept = (right[:, :20].mT @ pairs.vectors.double()).norm(dim=1)
@@ -191,16 +181,7 @@ def test_with_a_variance_term_the_rest_of_the_basis_follows_the_inputs_not_the_a
     assert (pairs.eigenvalues[3:] > 0).all()
 
 
-def test_the_residual_in_float64_is_small_for_eigenvectors_and_large_for_others(problem, guidance_of):
-    guidance = guidance_of(problem())
-    exact = lowest_subspace(guidance, 3)
-    assert check_residual_in_float64(guidance, exact) < 1e-12
-    noise = 1e-3 * random_frame(10, 3, 0)
-    off = Eigenpairs(eigenvalues=exact.eigenvalues, vectors=exact.vectors + noise, residual=0.0, solver="eigh")
-    assert 1e-5 < check_residual_in_float64(guidance, off) < 1e-2
-
-
 def test_the_parts_need_no_dense_matrix_to_be_applied(problem, guidance_of, monkeypatch):
     guidance = guidance_of(problem(60, 420, tokens=600, samples=40), damping=0.1)
     monkeypatch.setattr(FactorizedInput, "inverse", lambda self: pytest.fail("the inverse was formed"))
-    assert lowest_subspace(guidance, 8, solver="krylov").solver == "krylov"
+    assert lowest_subspace(guidance, 8).solver == "krylov"

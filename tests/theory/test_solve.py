@@ -8,12 +8,11 @@ import torch
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory import solve as solve_module
-from lora_da_hf.theory.solve import factorize, solution_error, solve_dtype, solve_layer
+from lora_da_hf.theory.solve import factorize, solve_dtype, solve_layer
 
 
-def solve(statistics, config, *, rank=4, population_size=100):
-    factorized = factorize(statistics, config, layer="layers.3.q_proj")
+def solve(statistics, config, *, rank=4, population_size=100, dtype=None):
+    factorized = factorize(statistics, config, layer="layers.3.q_proj", dtype=dtype)
     return solve_layer(
         statistics, factorized, config, layer="layers.3.q_proj", rank=rank, population_size=population_size
     )
@@ -100,39 +99,37 @@ def test_the_same_statistics_give_the_same_bits(problem, config):
     assert torch.equal(first.basis_B, second.basis_B)
 
 
-@pytest.mark.parametrize(
-    ("setting", "width", "expected"),
-    [
-        ("auto", 8192, torch.float64),
-        ("auto", 8193, torch.float32),
-        ("float32", 4, torch.float32),
-        ("float64", 10**5, torch.float64),
-    ],
-)
-def test_wide_layers_are_solved_in_float32(config, setting, width, expected):
-    assert solve_dtype(config(solve_dtype=setting), width) == expected
+@pytest.mark.parametrize(("width", "expected"), [(8192, torch.float64), (8193, torch.float32)])
+def test_wide_layers_are_solved_in_float32(width, expected):
+    assert solve_dtype(width) == expected
 
 
-@pytest.mark.parametrize("solver", ["eigh", "krylov"])
-def test_float32_finds_the_subspace_of_float64_and_measures_its_residual_there(problem, config, solver):
-    statistics = problem(60, 420, tokens=600, samples=30)
-    narrow, wide = (
-        solve(statistics, config(solve_dtype=dtype, solver=solver), rank=6) for dtype in ("float32", "float64")
-    )
+@pytest.mark.parametrize("shape", [(12, 10), (60, 420)])
+def test_float32_finds_the_subspace_of_float64_and_measures_its_residual_there(problem, config, shape):
+    statistics = problem(*shape, tokens=600, samples=30)
+    narrow, wide = (solve(statistics, config(), rank=6, dtype=dtype) for dtype in (torch.float32, torch.float64))
     assert narrow.basis_A.dtype == torch.float32
     assert wide.basis_A.dtype == torch.float64
-    assert narrow.solver == wide.solver == solver
     assert 1e-9 < narrow.residual < 1e-4  # what float32 leaves: not what it believes to leave
     torch.testing.assert_close(subspace(narrow).double(), subspace(wide), rtol=0, atol=1e-3)
     assert narrow.notes == wide.notes == ()
 
 
-def test_a_float32_solve_that_misses_is_repeated_in_float64_and_noted(problem, config, monkeypatch):
-    monkeypatch.setattr(solve_module, "check_residual_in_float64", lambda guidance, pairs: 0.5)
-    solution = solve(problem(), config(solve_dtype="float32"))
-    assert solution.notes == ("float32 left a residual of 5.0e-01; solved again in float64",)
+def test_a_float32_solve_that_misses_is_repeated_in_float64_and_noted():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 600, generator=generator, dtype=torch.float64) * torch.arange(1, 601) ** -1.5
+    g = torch.randn(1200, 300, generator=generator, dtype=torch.float64)
+    statistics = LayerStatistics(
+        input_second_moment=(x.mT @ x / 1200).float(),
+        output_grad_second_moment_diag=g.square().mean(0).float(),
+        weight_grad=(g[:64].mT @ x[:64] / 64).float(),
+        num_input_tokens=1200,
+        num_output_tokens=1200,
+    )
+    solution = solve(statistics, LoRADAConfig(input_damping="1e-6*mean"), dtype=torch.float32)
+    assert solution.notes[-1].startswith("float32 left a residual of ")
     assert solution.basis_A.dtype == solution.basis_B.dtype == torch.float64
-    assert solution.residual < 1e-10
+    assert solution.residual < 1e-7
 
 
 def stretched(statistics, factor):
@@ -141,20 +138,20 @@ def stretched(statistics, factor):
 
 @pytest.mark.parametrize("factor", [1e-12, 1e9, 1e15])
 def test_normalised_terms_do_not_depend_on_the_length_of_the_gradient_in_float32(problem, config, factor):
-    settings = config(solve_dtype="float32", normalize_guidance_terms=True, layer_steps="equal")
-    before, after = solve(problem(), settings), solve(stretched(problem(), factor), settings)
+    settings = config(normalize_guidance_terms=True, layer_steps="equal")
+    before, after = (solve(stretched(problem(), f), settings, dtype=torch.float32) for f in (1.0, factor))
     assert after.basis_A.dtype == torch.float32
     torch.testing.assert_close(subspace(after), subspace(before), rtol=0, atol=1e-4)
     torch.testing.assert_close(after.eigenvalues, before.eigenvalues, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"normalize_guidance_terms": True}, {"variance_weight": 0.0}])
-@pytest.mark.parametrize(("solver", "shape"), [("eigh", (12, 10)), ("krylov", (60, 420))])
+@pytest.mark.parametrize("shape", [(12, 10), (60, 420)])
 def test_what_overflows_float32_is_solved_in_float64_and_what_overflows_that_is_an_error(
-    problem, config, settings, solver, shape
+    problem, config, settings, shape
 ):
-    chosen = config(solve_dtype="float32", solver=solver, **settings)
-    solution = solve(stretched(problem(*shape), 1e25), chosen)
+    chosen = config(**settings)
+    solution = solve(stretched(problem(*shape), 1e25), chosen, dtype=torch.float32)
     assert solution.basis_A.dtype == torch.float64
     assert solution.notes[0] == "float32 overflowed; solved again in float64"
     with pytest.raises((SolveError, NonFiniteError), match=r"layers\.3\.q_proj .* Raise input_damping"):
@@ -163,19 +160,9 @@ def test_what_overflows_float32_is_solved_in_float64_and_what_overflows_that_is_
 
 def test_where_float32_cannot_be_factorised_the_layer_is_solved_in_float64(problem, config):
     statistics = problem(12, 10, tokens=4)  # fewer tokens than inputs
-    solution = solve(statistics, config(solve_dtype="float32", input_damping=1e-12))
+    solution = solve(statistics, config(input_damping=1e-12), dtype=torch.float32)
     assert solution.basis_A.dtype == torch.float64
     assert solution.notes[0].startswith("Cholesky in float32 with damping 1e-12")
-
-
-def test_krylov_that_falls_back_is_noted_when_it_was_asked_for(problem, config):
-    statistics = problem(12, 40)
-    asked = solve(statistics, config(solver="krylov", variance_weight=1e3), rank=4)
-    assert asked.solver == "eigh"
-    assert asked.notes == ("Krylov did not converge, or not for the smallest eigenvalues; solved exactly",)
-    exact = solve(statistics, config(solver="eigh", variance_weight=1e3), rank=4)
-    assert exact.notes == ()
-    torch.testing.assert_close(subspace(asked), subspace(exact), rtol=0, atol=1e-9)
 
 
 def test_a_zero_gradient_is_an_error_that_names_the_layer(problem, config):
@@ -207,76 +194,6 @@ def test_no_output_damping_and_a_dead_output_is_an_error(problem, config):
         solve(statistics, config(output_damping=0.0))
 
 
-# Whether a solution is one
-
-
-def error_of(statistics, settings, solution):
-    factorized = factorize(statistics, settings, layer="a")
-    return solution_error(statistics, factorized, settings, solution, layer="a", population_size=100)
-
-
-def rounded(solution, **changes):
-    """Return a solution as it is stored, in float32."""
-    stored = {"basis_A": solution.basis_A.float(), "basis_B": solution.basis_B.float(), **changes}
-    return dataclasses.replace(solution, **stored)
-
-
-@pytest.mark.parametrize("settings", [{}, {"layer_steps": "equal"}, {"normalize_guidance_terms": True}])
-@pytest.mark.parametrize("metric", ["weights", "fisher"])
-@pytest.mark.parametrize("damping", ["0.1*mean", 1e-9])
-@pytest.mark.parametrize("weight", [0.0, 0.03, 50.0])
-def test_the_error_of_a_solution_is_its_rounding(problem, config, settings, metric, damping, weight):
-    chosen = config(metric=metric, input_damping=damping, variance_weight=weight, **settings)
-    assert error_of(problem(), chosen, rounded(solve(problem(), chosen))) < 1e-6
-
-
-def test_the_error_of_a_solution_in_float32_is_that_of_its_residual(problem, config):
-    chosen = config(solve_dtype="float32")
-    solution = solve(problem(dtype=torch.float32), chosen)
-    assert 1e-8 < error_of(problem(dtype=torch.float32), chosen, rounded(solution)) < 1e-4
-
-
-@pytest.mark.parametrize("metric", ["weights", "fisher"])
-def test_of_other_statistics_it_is_none(problem, config, metric):
-    chosen = config(metric=metric)
-    statistics = problem()
-    solution = rounded(solve(statistics, chosen))
-    gradient, moment = statistics.weight_grad.clone(), statistics.input_second_moment
-    gradient[3, 4] += 0.01 * gradient.abs().max()
-    others = [
-        {"weight_grad": gradient},
-        {"weight_grad": -statistics.weight_grad},
-        {"weight_grad": statistics.weight_grad.flip(0)},
-        {"input_second_moment": moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))},
-        {"output_grad_second_moment_diag": statistics.output_grad_second_moment_diag.flip(0)},
-    ]
-    for other in others:
-        assert error_of(dataclasses.replace(statistics, **other), chosen, solution) > 1e-4
-    changes = [
-        {"basis_B": -solution.basis_B},
-        {"basis_A": solution.basis_A.flip(1)},
-        {"eigenvalues": solution.eigenvalues * 1.01},
-        {"displacement_norm": solution.displacement_norm * 1.01},
-        {"displacement_norm": 1e300},
-        {"basis_B": solution.basis_B * float("inf")},
-    ]
-    for change in changes:
-        assert error_of(statistics, chosen, rounded(solution, **change)) > 1e-4
-
-
-def test_a_gradient_of_a_feature_that_no_direction_has_is_seen_too(problem, config):
-    statistics = problem()
-    moment, gradient = statistics.input_second_moment.clone(), statistics.weight_grad.clone()
-    moment[4], moment[:, 4], gradient[:, 4] = 0.0, 0.0, 0.0
-    statistics = dataclasses.replace(statistics, input_second_moment=moment, weight_grad=gradient)
-    chosen = config()
-    solution = rounded(solve(statistics, chosen))
-    assert error_of(statistics, chosen, solution) < 1e-6
-    gradient = gradient.clone()
-    gradient[:, 4] = 0.01 * gradient[:, 3]
-    assert error_of(dataclasses.replace(statistics, weight_grad=gradient), chosen, solution) > 1e-4
-
-
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(512, 1, 8), (768, 4, 32)])
 def test_directions_beyond_the_rank_of_the_displacement_are_the_exact_ones(d_in, d_out, rank):
     """Only the small variance term tells them apart, which a residual relative to the largest eigenvalue does not."""
@@ -290,8 +207,10 @@ def test_directions_beyond_the_rank_of_the_displacement_are_the_exact_ones(d_in,
         num_input_tokens=4000,
         num_output_tokens=4000,
     )
-    found, exact = (
-        solve_layer(statistics, factorize(statistics, c, layer="a"), c, layer="a", rank=rank, population_size=256)
-        for c in (LoRADAConfig(), LoRADAConfig(solver="eigh"))
-    )
-    assert torch.linalg.svdvals(found.basis_A @ exact.basis_A.mT).min() > 0.999
+    found = solve(statistics, LoRADAConfig(), rank=rank, population_size=256)
+    z = statistics.input_second_moment + found.input_damping * torch.eye(d_in, dtype=torch.float64)
+    y = statistics.output_grad_second_moment_diag + found.output_damping
+    step = torch.linalg.solve(z, (statistics.weight_grad / y[:, None]).mT).mT
+    guidance = 0.03 * y.reciprocal().sum() / 256 * torch.linalg.inv(z) - step.mT @ step
+    exact = torch.linalg.eigh(guidance).eigenvectors[:, :rank]
+    assert torch.linalg.svdvals(found.basis_A @ exact).min() > 0.999
