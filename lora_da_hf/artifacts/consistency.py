@@ -113,7 +113,7 @@ def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, layer: LayerRepo
     rows = basis.basis_A[: layer.rank].double()
     columns = basis.basis_B[:, : layer.rank].double()
     wide_A, wide_B = lora_A.double(), lora_B.double()
-    inside = wide_A @ torch.linalg.pinv(rows)  # rows are not orthogonal in every metric
+    inside = wide_A @ torch.linalg.pinv(rows)
     outside = (wide_A - inside @ rows).norm() / wide_A.norm()
     if step == 0.0:
         return math.inf if wide_B.any() else outside.item()

@@ -208,7 +208,7 @@ def test_a_config_that_says_nothing_of_rank_and_step_leaves_them_as_stored(witho
 
 def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
     with pytest.raises(ArtifactError, match=r"has no statistics. Other settings need them: compute it again with save"):
-        refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, bias_weight=0.5))
+        refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, variance_weight=0.5))
     with pytest.raises(ArtifactError, match=r"has no statistics to take along. Leave save_statistics out"):
         refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, save_statistics=True))
     assert not (tmp_path / "new").exists()
