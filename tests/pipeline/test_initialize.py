@@ -18,7 +18,6 @@ from harness import (
     factors,
     initialize,
     items_of,
-    make_learnable_samples,
     make_lora_config,
     relative_error,
     stored_statistics,
@@ -373,8 +372,8 @@ def test_a_collator_that_draws_at_random_makes_the_same_batches_for_every_step(l
     assert [layer.eigenvalues for layer in report.layers] == [layer.eigenvalues for layer in again.layers]
 
 
-def test_a_loss_that_rises_on_unseen_samples_is_a_warning(lora_model, caplog):
-    report = initialize(lora_model(), make_learnable_samples(24), step_size=300.0)
+def test_a_loss_that_rises_on_unseen_samples_is_a_warning(lora_model, samples, caplog):
+    report = initialize(lora_model(), samples, loss=uphill, step_size=1.0)
     assert report.unseen_loss_after > report.unseen_loss_before
     (note,) = (note for note in report.notes if "rose" in note)
     assert note in caplog.text
