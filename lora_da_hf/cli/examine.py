@@ -26,7 +26,6 @@ def run_show(arguments: argparse.Namespace, output: Output) -> None:
     """Print what is in a stored initialisation."""
     from lora_da_hf.artifacts.statistics_store import statistics_files
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import human_size
     from lora_da_hf.hub.plots import draw_plots
     from lora_da_hf.report import kind_of
 
@@ -59,7 +58,7 @@ def run_show(arguments: argparse.Namespace, output: Output) -> None:
         ("tokens", f"{values['num_tokens']}"),
         ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
         ("statistics", "stored" if values["has_statistics"] else "not stored"),
-        ("size", human_size(values["bytes"])),
+        ("size", f"{values['bytes'] / 2**20:,.1f} MiB"),
         *[("plot", path) for path in written],
     ]
     text = report.table(every_layer=True) if arguments.every_layer else str(report)
@@ -81,7 +80,6 @@ def verify_parser() -> argparse.ArgumentParser:
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.cards import human_size
     from lora_da_hf.pipeline.against_base import check_against_base
     from lora_da_hf.pipeline.base_model import base_model_facts
 
@@ -100,7 +98,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         "base_model_checked": model is not None,
     }
     layers = "1 layer" if len(manifest.layers) == 1 else f"{len(manifest.layers)} layers"
-    text = f"OK: {len(manifest.files)} files, {human_size(size)}, {layers}"
+    text = f"OK: {len(manifest.files)} files, {size / 2**20:,.1f} MiB, {layers}"
     text += f"; it belongs to {arguments.base_model}" if model is not None else "; the base model was not compared"
     output.result(values, bare="ok", text=text)
 

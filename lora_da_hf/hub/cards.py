@@ -19,10 +19,10 @@ from typing_extensions import Unpack
 
 from lora_da_hf.artifacts.card_files import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.manifest import ADAPTER_FILE, STATISTICS_PREFIX, BaseModelFacts, Manifest
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, STATISTICS_PREFIX, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError, MissingDependencyError
-from lora_da_hf.hub.markdown import Markdown, clean, code, escape, python_literal
+from lora_da_hf.hub.markdown import Markdown, code, escape, python_literal
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 from lora_da_hf.report import kind_of
 
@@ -136,7 +136,12 @@ def render_card(
         language=list(said["language"] or ()) or None,
         pipeline_tag=_TASKS.get(task or "", (None,))[0],
         tags=[*TAGS, *([f"base_model:adapter:{base_id}"] if base_id else [])],
-        lora_da=_metadata(manifest),
+        lora_da={
+            "schema_version": manifest.schema_version,
+            "rank": max(layer.rank for layer in manifest.report.layers),
+            "max_rank": manifest.largest_rank,
+            "n_samples": manifest.report.num_samples,
+        },
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
@@ -201,31 +206,6 @@ def is_well_formed(name: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(_FORMS[name][0], value) is not None
 
 
-def human_size(size: int) -> str:
-    """Return a number of bytes for people, in multiples of 1024."""
-    amount, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while amount >= 1024 and units[1:]:
-        amount /= 1024
-        del units[0]
-    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
-
-
-def _metadata(manifest: Manifest) -> dict[str, Any]:
-    """Return what the card's metadata says of the initialisation itself."""
-    report, base = manifest.report, manifest.base_model
-    values = {
-        "schema_version": manifest.schema_version,
-        "kind": manifest.kind,
-        "rank": max(layer.rank for layer in report.layers),
-        "max_rank": manifest.largest_rank,
-        "base_revision": base.revision and clean(base.revision),
-        "base_fingerprint": base.weights_sha256,
-        "n_samples": report.num_samples,
-        "seed": report.seed,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that `LoraConfig` makes an adapter of the same layers, ranks and scalings with."""
     found = {name: value for name in _LORA_ARGUMENTS if (value := adapter.get(name))}
@@ -260,7 +240,6 @@ def _environment() -> jinja2.Environment:
         "python": python_literal,
         "verbatim": Markdown,
         "number": lambda value, form: Markdown(format(value, form)),
-        "size": lambda value: Markdown(human_size(value)),
         "change": lambda new, old: Markdown(f"{100 * (new - old) / abs(old):+.1f} %" if old else "no change"),
         "span": _span,
         "directions_that_matter": directions_that_matter,

@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
 
 from lora_da_hf.errors import HubError, LoRADAError
 
-_OFFLINE = "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated. Accept its conditions on its page, and log in with `hf auth login`."),
     (
@@ -28,8 +27,14 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
         "with `hf auth login`.",
     ),
     (RevisionNotFoundError, "the repository has no such branch, tag or commit. Look at its history on its page."),
+    (OfflineModeIsEnabled, "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."),
+    (HTTPError, "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."),
+    (
+        LocalEntryNotFoundError,
+        "the cache does not hold all of it, and the network is off. Pull it once with the network on.",
+    ),
 )
-"""What the Hub refuses, most specific first."""
+"""What the client raises, most specific first."""
 
 
 def make_api(*, token: str | bool | None, endpoint: str | None) -> HfApi:
@@ -58,21 +63,15 @@ def hub_errors(doing: str) -> Generator[None]:
 
 
 def _reason(error: Exception) -> str:
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return reason
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    for cause in causes:
-        if isinstance(cause, HfHubHTTPError):
-            return _refusal(cause)
-    if any(isinstance(cause, HTTPError) for cause in causes):
-        return "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return _OFFLINE
-    if isinstance(error, LocalEntryNotFoundError):
-        return "the cache does not hold all of it, and the network is off. Pull it once with the network on."
+    for kind, reason in _REASONS:
+        for cause in causes:
+            if isinstance(cause, HfHubHTTPError) and kind is HTTPError:
+                return _refusal(cause)
+            if isinstance(cause, kind):
+                return reason
     return str(error).strip() or type(error).__name__
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from huggingface_hub import ModelInfo
@@ -21,23 +20,17 @@ class InitInfo:
         repo_id: Owner and name.
         commit: The newest one.
         private: Whether the repo is private.
-        gated: Whether you must accept conditions first.
         base_model: As the card names it.
         rank: The largest rank that the card offers.
         tags: Of the repo.
-        downloads: In the last month.
-        last_modified: When.
     """
 
     repo_id: str
     commit: str | None
     private: bool
-    gated: bool
     base_model: str | None
     rank: int | None
     tags: tuple[str, ...]
-    downloads: int | None
-    last_modified: datetime | None
 
 
 def list_inits(
@@ -75,10 +68,7 @@ def _init_info(info: ModelInfo) -> InitInfo:
         repo_id=info.id,
         commit=info.sha,
         private=bool(info.private),
-        gated=bool(info.gated),
         base_model=base if isinstance(base, str) and base.isprintable() else None,
         rank=rank if type(rank) is int else None,
         tags=tuple(tag for tag in info.tags or () if tag.isprintable()),
-        downloads=info.downloads,
-        last_modified=info.last_modified,
     )

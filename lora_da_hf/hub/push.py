@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import LICENSE_FILES
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_SHARD
 from lora_da_hf.artifacts.store import StoredInit, load_init
-from lora_da_hf.errors import CardError, ConfigError, HubError, LoRADAError
+from lora_da_hf.errors import CardError, ConfigError, HubError
 from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, is_well_formed, render_page
 from lora_da_hf.hub.client import hub_errors, make_api
 from lora_da_hf.hub.plots import draw_plots
@@ -98,19 +97,15 @@ def push_init(
     api = make_api(token=token, endpoint=endpoint)
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-        of_base = _licence_of_base(api, stored, facts.get("base_model"))
+        base_id = base_id_of(stored.manifest.base_model, facts.get("base_model"))
+        of_base = _licence_of_base(api, stored, base_id)
         page, license = _own_page(stored, card, facts) if card is not None else _page(stored, repo_id, of_base, facts)
         if license is None and not private:
-            raise HubError(
-                "A public initialisation needs a licence. Give license=... (--license), or push it privately."
-            )
-        is_new = not api.repo_exists(repo_id)
+            raise HubError("A public push needs a licence. Give license=... (--license), or push it privately.")
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    left = f"The repository {repo_id} was made by this push and stays." if is_new else ""
-    with _adding(left), hub_errors(f"Pushing {repo_id}"):
         head = api.model_info(repo_id, revision=revision)
-        _check_visibility(head, private=private)
         names = {sibling.rfilename for sibling in head.siblings or ()}
+        _check_visibility(head, private=private)
         _check_ours(repo_id, names)
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)} | page
@@ -121,14 +116,13 @@ def push_init(
                 *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
                 *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in sorted(stale)),
             ],
-            commit_message=commit_message or _message(stored, facts),
+            commit_message=commit_message or f"LoRA-DA initialisation{f' for {base_id}' if base_id else ''}",
             revision=revision,
             create_pr=create_pr,
             parent_commit=parent_commit or head.sha,
         )
-    with _adding(f"The commit {commit.oid} is on the Hub all the same."), hub_errors(f"Pushing {repo_id}"):
         pushed = api.model_info(repo_id, revision=commit.oid)
-        _check_visibility(pushed, private=private)
+        _check_visibility(pushed, private=private, left=f" The commit {commit.oid} is there already.")
     return PushedInit(
         repo_id=repo_id,
         url=commit.commit_url,
@@ -137,15 +131,6 @@ def push_init(
         changed=commit.oid != head.sha,
         private=bool(pushed.private),
     )
-
-
-@contextlib.contextmanager
-def _adding(sentence: str) -> Generator[None]:
-    """Add to an error what is on the Hub all the same."""
-    try:
-        yield
-    except LoRADAError as error:
-        raise type(error)(f"{error} {sentence}".rstrip()) from error
 
 
 def _page(
@@ -175,42 +160,36 @@ def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in plots if name in card}}, license
 
 
-def _licence_of_base(api: HfApi, stored: StoredInit, given: str | None) -> Mapping[str, str]:
+def _licence_of_base(api: HfApi, stored: StoredInit, base_id: str | None) -> Mapping[str, str]:
     """Return what the Hub says of the base model's licence: ``license``, ``license_name`` and ``license_link``."""
-    recorded = stored.manifest.base_model.name_or_path
-    name = base_id_of(stored.manifest.base_model, given)
-    if recorded and base_id_of(stored.manifest.base_model) is None:
-        _warn(f"The files call the base model {recorded!r}, by which nobody else finds it.")
+    recorded = stored.manifest.base_model
+    if recorded.name_or_path and base_id_of(recorded) is None:
+        _warn(f"The files call the base model {recorded.name_or_path!r}, by which nobody else finds it.")
     try:
-        info = api.model_info(name) if name else None
+        info = api.model_info(base_id) if base_id else None
     except RepositoryNotFoundError:
         info = None
     if info is not None and info.gated:
-        _warn(f"The base model {name!r} is gated: see whether its conditions let you share what follows from it.")
+        _warn(f"The base model {base_id!r} is gated: see whether its conditions let you share what follows from it.")
     said: dict[str, Any] = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
     keys = ("license", "license_name", "license_link") if said.get("license") == "other" else ("license",)
     found = {key: said[key] for key in keys if isinstance(said.get(key), str)}
     link = found.get("license_link", "https://")
     if not link.startswith("https://"):
-        found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"  # a file beside the base's card
+        found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{link}"  # a file beside the base's card
     return {key: value for key, value in found.items() if key == "license_name" or is_well_formed(key, value)}
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=4)  # at the line that calls `push_init`
 
 
-def _message(stored: StoredInit, facts: CardFacts) -> str:
-    base = base_id_of(stored.manifest.base_model, facts.get("base_model"))
-    return f"LoRA-DA initialisation for {base}" if base else "LoRA-DA initialisation"
-
-
-def _check_visibility(info: ModelInfo, *, private: bool) -> None:
+def _check_visibility(info: ModelInfo, *, private: bool, left: str = "") -> None:
     if bool(info.private) == private:
         return
     found, wanted = ("public", "private=True") if private else ("private", "private=False (--public)")
     raise HubError(
-        f"{info.id} is {found}, and you asked for {wanted}. Change that in its settings, or ask for {found}."
+        f"{info.id} is {found}, and you asked for {wanted}. Change that in its settings, or ask for {found}.{left}"
     )
 
 
@@ -219,5 +198,5 @@ def _check_ours(repo_id: str, names: set[str]) -> None:
     others = sorted(names - set(_NEUTRAL))
     if others and MANIFEST_FILE not in names:
         raise HubError(
-            f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push elsewhere."
+            f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another one."
         )

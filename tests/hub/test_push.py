@@ -131,7 +131,7 @@ def test_a_push_to_a_repo_with_a_licence_alone(hub, push):
 
 def test_a_repo_that_is_public_or_private_against_the_wish_is_refused_before_anything_is_sent(hub, push, another):
     hub.default_public = True
-    with pytest.raises(HubError, match=r"is public.* was made by this push and stays"):
+    with pytest.raises(HubError, match="is public"):
         push()
     assert len(hub.repos[REPO].commits) == 1
     hub.repos[REPO].private = True
@@ -143,7 +143,7 @@ def test_a_repo_that_is_public_or_private_against_the_wish_is_refused_before_any
 @pytest.mark.parametrize("private", [True, False])
 def test_a_repo_that_changes_its_visibility_during_the_push_is_an_error(hub, push, private):
     hub.before_commit = lambda: setattr(hub.repos[REPO], "private", not private)
-    with pytest.raises(HubError, match="on the Hub all the same") as caught:
+    with pytest.raises(HubError, match="is there already") as caught:
         push(private=private)
     assert hub.repos[REPO].refs["main"] in str(caught.value)
 
