@@ -41,8 +41,9 @@ from lora_da_hf.statistics.loss_reduction import (
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
+from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens
+from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens, tell_sequences_apart
 
 _PROBED_SAMPLES = 64
 """Samples with a label among which the few that are run are chosen."""
@@ -127,10 +128,18 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
         if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
             labelled_head = None
         with lockstep.alike():
-            singles = [job.collate([sample]) for sample in unlike]
+            singles = [tell_sequences_apart(job.collate([sample]), longest_labels(job.model)) for sample in unlike]
             pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
+            tokens = [
+                read_batch_tokens(b, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model), num_samples=1)
+                for b in singles
+            ]
+        unlike_losses, rows = [], []
         with torch.no_grad():
-            unlike_losses = [compute_loss(job.model, batch, None).item() for batch in (*singles, *pairs)]
+            for batch in (*singles, *pairs):
+                with watched_rows(layers) as given:
+                    unlike_losses.append(compute_loss(job.model, batch, None).item())
+                rows.append(given)
         any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
@@ -139,7 +148,7 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
         encoder_decoder=is_encoder_decoder(job.model),
         reduction=reduction,
         labelled_head=labelled_head,
-        longest_labels=longest_labels(job.model) if takes_loss_alone(job.compute_loss) else 0,
+        sequences=followed_sequences(tokens, rows[: len(singles)]),
     )
     job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
     job.report.population_size = splits.population_size

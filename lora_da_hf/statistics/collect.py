@@ -23,7 +23,6 @@ from lora_da_hf.statistics.token_masks import (
     SingleSamplesNeeded,
     num_rows,
     read_batch_tokens,
-    tell_sequences_apart,
 )
 
 _HALF_PRECISION_SCALE = 2.0**12
@@ -41,7 +40,7 @@ class PassSettings:
         encoder_decoder: Whether a decoder reads the labels.
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
-        longest_labels: How long the labels of an encoder-decoder may be made to tell its sequences apart.
+        sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
         why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
     """
 
@@ -51,7 +50,7 @@ class PassSettings:
     encoder_decoder: bool
     reduction: LossReduction
     labelled_head: LabelledHead | None = None
-    longest_labels: int = 0
+    sequences: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     why_single: str | None = None
 
 
@@ -132,6 +131,7 @@ def collect(
             if earlier is not None:
                 batch_size, why_single, notes = (earlier.facts[name] for name in ("batch_size", "why_single", "notes"))
             result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, notes=notes)
+            result.taps.sequences = settings.sequences
             first = _restore(result, earlier) if earlier is not None else 0
             earlier, resumes = None, False  # its tensors are as large as the sums
         batches = make_batches(samples, batch_size)
@@ -203,7 +203,6 @@ class _Prepared:
 
 def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSettings, *, counts: bool) -> _Prepared:
     num_samples = len(samples)
-    batch = tell_sequences_apart(batch, settings.longest_labels)
     if num_rows(batch) % num_samples:
         raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
     tokens = read_batch_tokens(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, full_precision
-from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded
+from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded, first_tensor
 
 
 class _TapFunction(torch.autograd.Function):
@@ -39,13 +39,6 @@ class _TapFunction(torch.autograd.Function):
         (layer_input,) = ctx.saved_tensors
         ctx.receive(layer_input, grad)
         return grad, None, None, None
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise StatisticsError("A tapped layer was called without a tensor. Exclude it from target_modules.")
 
 
 @dataclass
@@ -79,6 +72,7 @@ class Taps:
         saw_float16: Whether a layer puts out float16.
         saw_half: Whether a layer puts out float16 or bfloat16.
         muted: Whether the batch counts for nothing.
+        sequences: Which of the model's sequences the rows of a layer are of; any, if it is not in it.
     """
 
     def __init__(
@@ -94,6 +88,7 @@ class Taps:
         self.gradient_scale = 1.0
         self.saw_float16 = self.saw_half = False
         self.muted = False
+        self.sequences: Mapping[str, frozenset[int]] = {}
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
@@ -143,7 +138,7 @@ class Taps:
         anchors: dict[torch.device, Tensor] = {}
 
         def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            layer_input = _first_tensor(args, kwargs)
+            layer_input = first_tensor(args, kwargs)
             routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
             tap.forward_calls += not self.muted
             self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
@@ -181,11 +176,12 @@ class Taps:
         if self.tokens is None:
             raise StatisticsError("A backward pass reached a tap outside of the statistics pass.")
         tap.backward_calls += 1
+        sequences = self.sequences.get(tap.name)
         try:
             if routed is None:
-                kept = self.tokens.rows(grad.shape[:-1], layer=tap.name)
+                kept = self.tokens.rows(grad.shape[:-1], layer=tap.name, sequences=sequences)
             else:
-                kept = self.tokens.routed_rows(routed, layer=tap.name)
+                kept = self.tokens.routed_rows(routed, layer=tap.name, sequences=sequences)
         except SingleSamplesNeeded as reason:
             self._unmatched = self._unmatched or reason
             return
@@ -255,7 +251,7 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[]
 
     def watch(name: str) -> Callable[..., None]:
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer_input = _first_tensor(args, kwargs)
+            layer_input = first_tensor(args, kwargs)
             known = current.get(id(layer_input))
             if known is None or known[0]() is not layer_input:  # an id is used again once its tensor is gone
                 known = current[id(layer_input)] = (weakref.ref(layer_input), next(numbers))

@@ -10,11 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora_da_hf.errors import StatisticsError
+
 IGNORED_LABEL = -100
 
 _OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
 """What transformers calls the inputs that are no tokens; names begin with these."""
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the first tensor that a layer is called with.
+
+    Raises:
+        StatisticsError: if there is none.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise StatisticsError("A tapped layer was called without a tensor. Exclude it from target_modules.")
 
 
 class SingleSamplesNeeded(Exception):
@@ -57,13 +71,18 @@ class BatchTokens:
     other_modality: bool = False
     masks_other_modality: bool = False
 
-    def rows(self, leading_shape: torch.Size, *, layer: str) -> Tensor | None:
+    def rows(self, leading_shape: torch.Size, *, layer: str, sequences: frozenset[int] | None = None) -> Tensor | None:
         """Return the indices ``[kept]`` of the rows that count, for a layer with this shape before the last dimension.
 
         Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
         samples that have a label count. Of a single sample they all do, as the rows of relative positions that some
         models project by the layers of the tokens. Should a single sample be padded to just as many rows as there are
         such positions, nothing tells the two apart, and the mask is taken for both.
+
+        Args:
+            leading_shape: As ``[B, S]``; dimensions of 1 make no difference.
+            layer: The layer's name, for messages.
+            sequences: Those that its rows may be of, by number (`followed_sequences`); None: any.
 
         Returns:
             None if every row counts.
@@ -74,11 +93,16 @@ class BatchTokens:
                 tokens count.
         """
         is_flat = len(leading_shape) == 1 or self.num_samples == 1
+        masks = [
+            (mask, kept)
+            for number, (mask, kept) in enumerate(zip(self.masks, self._kept, strict=True))
+            if sequences is None or number in sequences
+        ]
         for matches in (
-            lambda mask: mask.shape == leading_shape,
+            lambda mask: _without_ones(mask.shape) == _without_ones(leading_shape),
             lambda mask: is_flat and mask.numel() == leading_shape.numel(),
         ):
-            found = [kept for mask, kept in zip(self.masks, self._kept, strict=True) if matches(mask)]
+            found = [kept for mask, kept in masks if matches(mask)]
             if any(not _same(kept, found[0]) for kept in found[1:]):
                 raise SingleSamplesNeeded(
                     f"the rows of {layer}, {list(leading_shape)}, could be those of either of the model's sequences"
@@ -105,9 +129,11 @@ class BatchTokens:
         shapes = ", ".join(str(list(mask.shape)) for mask in self.masks)
         raise SingleSamplesNeeded(f"the rows of {layer}, {list(leading_shape)}, do not match the token mask {shapes}")
 
-    def routed_rows(self, routed: RoutedTokens, *, layer: str) -> Tensor | None:
+    def routed_rows(
+        self, routed: RoutedTokens, *, layer: str, sequences: frozenset[int] | None = None
+    ) -> Tensor | None:
         """Do what `rows` does for a layer that is given some of the tokens."""
-        kept = self.rows(torch.Size([routed.count]), layer=layer)
+        kept = self.rows(torch.Size([routed.count]), layer=layer, sequences=sequences)
         if kept is None:
             return None
         counts = torch.zeros(routed.count, dtype=torch.bool, device=routed.indices.device)
@@ -123,6 +149,11 @@ class BatchTokens:
     def num_labelled(self) -> int:
         """Number of samples that have a label, or of all if labels are unknown."""
         return self.num_samples if self.label_counts is None else int((self.label_counts > 0).sum().item())
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    """Return the shape without dimensions of 1 after the first, as heads that are shared have them."""
+    return [*shape[:1], *(size for size in shape[1:] if size != 1)]
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

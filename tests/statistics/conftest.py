@@ -15,7 +15,9 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpointing
+from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs, input_groups
+from lora_da_hf.statistics.token_masks import read_batch_tokens, tell_sequences_apart
 
 
 def linear_layers(model):
@@ -65,6 +67,16 @@ def run_pass(
             with torch.no_grad():
                 compute_loss(model, collate(samples[:1]), None)
 
+        singles = [tell_sequences_apart(collate([sample]), longest_labels(model)) for sample in samples]
+        options = {"shifts_labels": shifts, "encoder_decoder": is_encoder_decoder(model), "num_samples": 1}
+        rows = []
+        with without_checkpointing(model), torch.no_grad():
+            for batch in singles:
+                with watched_rows(layers) as given:
+                    compute_loss(model, batch, None)
+                rows.append(given)
+        sequences = followed_sequences([read_batch_tokens(batch, **options) for batch in singles], rows)
+
         with without_checkpointing(model):
             shared = find_shared_inputs(layers, run_forward)
             reduction = find_reduction(compute_loss, model, collate, samples, shifts_labels=shifts, declared=declared)
@@ -82,7 +94,7 @@ def run_pass(
             batch_size=batch_size,
             token_mask=token_mask,
             shifts_labels=shifts,
-            longest_labels=longest_labels(model),
+            sequences=sequences,
             encoder_decoder=is_encoder_decoder(model),
             reduction=reduction,
             labelled_head=make_labelled_head(model) if labelled_head else None,
