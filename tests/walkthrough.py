@@ -50,29 +50,12 @@ def make_model_folder(folder):
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(words),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                initializer_range=0.2,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        )
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<s>",
-        model_max_length=128,
-    ).save_pretrained(folder)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(words)}
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(folder)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special).save_pretrained(folder)
     return folder
 
 
@@ -134,16 +117,13 @@ def cells_of_notebook(path, parameters):
 
 
 def run_steps(steps, folder, *, replace=None, environment=None):
-    """Run steps in one new process in a folder.
+    """Run steps in one new process in a folder, and return what it wrote to stdout.
 
     Args:
         steps: Pairs of ``"python"`` and code, or ``"lora-da"`` and its arguments.
         folder: Where.
         replace: Texts to put something else in the place of.
         environment: Additional environment variables.
-
-    Returns:
-        What it wrote to stdout.
     """
     changed = []
     for kind, content in steps:
@@ -151,22 +131,19 @@ def run_steps(steps, folder, *, replace=None, environment=None):
         for old, new in (replace or {}).items():
             text = text.replace(old, new)
         changed.append((kind, text))
-    home = folder / "home"
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(changed),
         cwd=folder,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **{"PYTHONPATH": path, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"},
             **(environment or {"HF_HUB_OFFLINE": "1"}),
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert process.returncode == 0, f"{process.stderr[-4000:]}"
+    assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout

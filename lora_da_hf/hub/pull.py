@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,14 @@ from typing import Any, TypeVar
 from huggingface_hub.constants import is_offline_mode
 from torch import nn
 
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, MANIFEST_FILE, STATISTICS_PREFIX, BaseModelFacts
+from lora_da_hf.artifacts.adapter_config import check_adapter_config
+from lora_da_hf.artifacts.manifest import (
+    ADAPTER_CONFIG_FILE,
+    MANIFEST_FILE,
+    STATISTICS_PREFIX,
+    BaseModelFacts,
+    Manifest,
+)
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import hub_errors, make_api
@@ -78,13 +84,15 @@ def pull_init(
         head = None
         if not offline:
             api.auth_check(repo_id)  # the client would use the cache of what you may not read
-            head = api.model_info(repo_id, revision=revision).sha
+            head = api.model_info(repo_id, revision=revision)
+            if MANIFEST_FILE not in {sibling.rfilename for sibling in head.siblings or ()}:
+                raise HubError(f"{repo_id} has no {MANIFEST_FILE}, so it is not an initialisation. Check the name.")
         small = functools.partial(fetch, revision=revision, allow_patterns=[MANIFEST_FILE, ADAPTER_CONFIG_FILE])
-        folder, manifest = _read(small, lambda folder: (folder, load_manifest(folder)), offline=offline)
-        if head not in (None, folder.name):
+        folder, manifest, peft_config = _read(small, _read_small, offline=offline)
+        if head is not None and head.sha != folder.name:
             raise HubError(f"{repo_id} changed while it was read. Pull again.")
     if callable(base_model) and not isinstance(base_model, nn.Module):
-        base_model = base_model(json.loads((folder / ADAPTER_CONFIG_FILE).read_bytes()))
+        base_model = base_model(peft_config)
     facts = base_model_facts(base_model) if isinstance(base_model, nn.Module) else base_model
     notes = () if facts is None else check_base_model(manifest, facts)
     with hub_errors(doing):
@@ -97,6 +105,11 @@ def pull_init(
                 shutil.copyfile(folder / name, Path(local_dir) / name)
     source = f"{repo_id}@{folder.name}"
     return dataclasses.replace(stored, folder=Path(local_dir or folder), notes=notes, source=source)
+
+
+def _read_small(folder: Path) -> tuple[Path, Manifest, dict[str, Any]]:
+    manifest = load_manifest(folder)
+    return folder, manifest, check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
 
 
 def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:

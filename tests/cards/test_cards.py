@@ -20,14 +20,7 @@ from lora_da_hf.errors import CardError
 from lora_da_hf.hub.cards import render_card, render_page
 
 PARSER = MarkdownIt("commonmark").enable("table")
-SECTIONS = [
-    "Use it",
-    "Does it help?",
-    "How it was computed",
-    "Limits and privacy",
-    "Licences",
-    "Versions and citation",
-]
+SECTIONS = ["Use it", "Does it help?", "How it was computed", "Limits and privacy", "Licences", "Versions and citation"]
 HOSTILE = '`|<script>\n---\n# x\n[a](http://e.example)!![b](c)\u202e{{ x }}"); import os; ("'
 
 
@@ -49,12 +42,7 @@ def test_metadata_says_what_the_hub_filters_by():
         "language": ["en"],
         "pipeline_tag": "text-generation",
         "tags": ["lora", "peft", "lora-da", "lora-init", "base_model:adapter:org/base-model"],
-        "lora_da": {
-            "schema_version": 2,
-            "rank": 4,
-            "max_rank": 8,
-            "n_samples": 12,
-        },
+        "lora_da": {"schema_version": 2, "rank": 4, "max_rank": 8, "n_samples": 12},
     }
 
 

@@ -12,26 +12,9 @@ from lora_da_hf.hub.markdown import MAX_LENGTH, clean, code, escape, python_lite
 
 PARSER = MarkdownIt("commonmark").enable("table")
 HOSTILE = [
-    "<script>alert(1)</script>",
-    "[click](https://evil.example)",
-    "![x](https://evil.example/x.png)",
-    "<https://evil.example>",
-    "a | b | c",
-    "`` ` `` <b>",
-    "# heading",
-    "- item",
-    "1. item",
-    "> quote",
-    "---",
-    "line\n\n# heading\n```\ncode",
-    "\u202egnp.exe",
-    "&lt;b&gt; &amp;",
-    "\\",
-    "$x^2$",
-    "=",
-    "\ud800",
-    "~~~",
-    "[a]: https://evil.example",
+    *("<script>alert(1)</script>", "<https://evil.example>", "[click](https://evil.example)", "[a]: https://e.example"),
+    *("![x](https://evil.example/x.png)", "a | b | c", "`` ` `` <b>", "# heading", "- item", "1. item", "> quote"),
+    *("---", "~~~", "=", "$x^2$", "\\", "&lt;b&gt; &amp;", "line\n\n# heading\n```\ncode", "\u202egnp.exe", "\ud800"),
 ]
 ALLOWED = {"paragraph_open", "paragraph_close", "inline", "text", "code_inline", "text_special", "softbreak"}
 
@@ -42,14 +25,11 @@ def token_types(markdown):
         yield from (child.type for child in token.children or [])
 
 
-def text_of(markdown):
-    return "".join(child.content for token in PARSER.parse(markdown) for child in token.children or [])
-
-
 @pytest.mark.parametrize("text", HOSTILE)
 def test_escaped_text_is_shown_as_it_is(text):
     assert set(token_types(escape(text))) <= ALLOWED
-    assert text_of(escape(text)) == clean(text)
+    children = [child for token in PARSER.parse(escape(text)) for child in token.children or []]
+    assert "".join(child.content for child in children) == clean(text)
 
 
 @given(st.text(max_size=80), st.text(max_size=80))

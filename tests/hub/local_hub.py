@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.hub.log.append(f"{self.command} {self.path}")
         self.user = self.hub.tokens.get((self.headers["Authorization"] or "").removeprefix("Bearer "))
-        self.body = self.read()
+        self.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         address = urlsplit(self.path)
         self.query = parse_qs(address.query)
         try:
@@ -154,16 +154,6 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = handle_one
 
-    def read(self):
-        if self.headers["Transfer-Encoding"] != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"] or 0))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
-
     def reply(self, values=None, status=200, **headers):
         data = values if isinstance(values, bytes) else json.dumps({} if values is None else values).encode()
         self.send_response(status)
@@ -172,8 +162,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-    # who may do what
 
     def repo(self, repo_id, *, write=False, content=False):
         repo = self.hub.repos.get(repo_id)
@@ -190,8 +178,6 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             raise Refusal(404, "RevisionNotFound", "Invalid rev id")
         return commit
-
-    # repos
 
     def whoami(self):
         if not self.user:
@@ -224,8 +210,6 @@ class Handler(BaseHTTPRequestHandler):
         found = [repo.describe(repo.refs["main"]) for repo in visible if author in (None, repo.owner)]
         found = [entry for entry in found if wanted <= set(entry["tags"])]
         self.reply(found[: int(self.query.get("limit", ["1000"])[0])])
-
-    # committing
 
     def validate(self):
         try:
@@ -263,8 +247,6 @@ class Handler(BaseHTTPRequestHandler):
         if is_pr:
             answer["pullRequestUrl"] = f"{self.hub.endpoint}/{repo_id}/discussions/{number}"
         self.reply(answer)
-
-    # downloading
 
     def tree(self, repo_id, revision):
         repo = self.repo(repo_id)

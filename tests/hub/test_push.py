@@ -156,11 +156,7 @@ def test_somebody_elses_repo_cannot_be_written(push):
 
 @pytest.mark.parametrize(
     ("settings", "error"),
-    [
-        ({"repo_id": "a b"}, ConfigError),
-        ({"parent_commit": ""}, ConfigError),
-        ({"revision": ""}, ConfigError),
-    ],
+    [({"repo_id": "a b"}, ConfigError), ({"parent_commit": ""}, ConfigError), ({"revision": ""}, ConfigError)],
 )
 def test_a_malformed_name_is_refused_before_anything_is_asked(hub, push, settings, error):
     with pytest.raises(error):
