@@ -75,7 +75,7 @@ def test_the_script_runs_under_every_launcher(inputs, tmp_path, launcher):
         "ddp_find_unused_parameters": False,
     }
     flags = [f"--{name}={value}" for name, value in flags.items()]
-    output = run(
+    output, _, _ = run(
         [*LAUNCHERS[launcher](), "--do_train", "--use_cpu", *flags],
         DS_ACCELERATOR="cpu",
         HF_DATASETS_CACHE=str(tmp_path / "datasets"),

@@ -4,33 +4,35 @@ import importlib.util
 import math
 import shutil
 
+import numpy as np
 import pytest
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_same_tensors,
     assert_statistics_equal,
-    collate,
+    initialize,
     make_config,
+    stored_statistics,
+    written_adapter,
 )
-from launching import guidance_of, launch, result, stored_statistics
+from launching import TESTS, TORCHRUN, launch, result, run
+from oracles import dense_guidance
 from peft import get_peft_model
-from safetensors.torch import load_file
 from strategy_worker import (
     CHECKPOINTING,
     PARTITIONED,
-    QUANTISED,
     STRATEGIES,
     cells,
     da_config,
+    load_base,
     lora_config,
     make_base,
-    quantised_base,
+    others,
     samples,
 )
 
-from lora_da_hf import initialize_lora_da
-from lora_da_hf.artifacts.store import load_init
+from lora_da_hf import load_init
 
 pytestmark = pytest.mark.multi_rank
 
@@ -40,15 +42,18 @@ TINY = 2e-9
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is an extra")
 WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
-EVERY_STRATEGY = [
-    pytest.param(strategy, marks=needs_deepspeed if "zero" in strategy else ()) for strategy in STRATEGIES
-]
-EVERY_PARTITIONED = [param for param in EVERY_STRATEGY if param.values[0] in PARTITIONED]
-EVERY_CELL = [
-    pytest.param(strategy, cell, marks=needs_deepspeed if "zero" in strategy else ())
-    for strategy in STRATEGIES
-    for cell in cells(strategy)
-]
+
+
+def params(strategies, names=lambda strategy: [None]):
+    return [
+        pytest.param(*[strategy, name][: 1 + (name is not None)], marks=needs_deepspeed if "zero" in strategy else ())
+        for strategy in strategies
+        for name in names(strategy)
+    ]
+
+
+every_strategy = pytest.mark.parametrize("strategy", params(STRATEGIES))
+every_cell = pytest.mark.parametrize(("strategy", "cell"), params(STRATEGIES, cells))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def launched(tmp_path_factory):
     def folder_of(strategy):
         if strategy not in folders:
             folders[strategy] = tmp_path_factory.mktemp(strategy)
-            launch("strategy_worker.py", [strategy], folders[strategy], DS_ACCELERATOR="cpu")
+            launch("strategy_worker.py", [strategy], folders[strategy])
         return folders[strategy]
 
     return folder_of
@@ -70,161 +75,124 @@ def one_process(tmp_path_factory):
     """Return a function that gives report and folder of the same initialisation in this process, made once."""
     made = {}
 
-    def initialize(config, dtype):
-        key = (config["num_samples"], config["batch_size"], config["step_size"], dtype)
+    def single(found, dtype, **settings):
+        config = make_config(**{**found["config"], "freeze_a": False, "memory_budget": None})
+        key = (config.num_samples, config.batch_size, config.step_size, dtype, *settings)
         if key not in made:
-            folder = tmp_path_factory.mktemp("single")
-            report = initialize_lora_da(
-                get_peft_model(make_base(dtype), lora_config()),
-                samples(),
-                config=make_config(**config),
-                data_collator=collate,
-                output_dir=folder / "init",
-                progress=False,
-            )
-            made[key] = report, folder / "init"
+            folder = tmp_path_factory.mktemp("single") / "init"
+            model = get_peft_model(make_base(dtype), lora_config())
+            given = iter(samples()) if "population_size" in settings else samples()
+            made[key] = initialize(model, given, folder, config=config, **settings), folder
         return made[key]
 
-    return initialize
+    return single
 
 
-@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
-def test_statistics_and_objective_are_those_of_one_process_on_the_union(launched, one_process, strategy, cell):
+@every_cell
+def test_a_cell_gives_what_one_process_gives_on_the_union(launched, one_process, strategy, cell):
     folder, dtype = launched(strategy), cell.rsplit("_", 1)[1]
     found = result(folder, cell, 0)["report"]
-    report, single = one_process(found["config"], dtype)
+    report, single = one_process(found, dtype)
     assert len(found["layers"]) == LINEAR_LAYERS
-    assert found["data_fingerprint"] == report.data_fingerprint
-    for key in ("num_samples", "population_size", "kept", "notes"):
+    for key in ("num_samples", "population_size", "kept", "notes", "data_fingerprint", "loss_reduction"):
         assert found[key] == getattr(report, key)
     statistics, expected = stored_statistics(folder / cell / "lora_da"), stored_statistics(single)
     assert_statistics_equal(statistics, expected, TOLERANCES[dtype])
-    bases, best = load_init(folder / cell / "lora_da").bases, load_init(single).bases
-    for name, layer in expected.items():
-        objective = guidance_of(layer, name, make_config(**found["config"]), report)
-        assert objective(bases[name].basis_A) == pytest.approx(objective(best[name].basis_A), rel=TOLERANCES[dtype])
+    stored, best = load_init(folder / cell / "lora_da"), load_init(single)
+    assert stored.manifest.base_model.weights_sha256 == best.manifest.base_model.weights_sha256
+    for name, layer in expected.items():  # the bases reach the same objective
+        matrix = dense_guidance(layer, make_config(**found["config"]), report.population_size)
+        reached = [np.trace((a := init.bases[name].basis_A.double().numpy()) @ matrix @ a.T) for init in (stored, best)]
+        assert reached[0] == pytest.approx(reached[1], rel=TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
-def test_what_is_written_is_there_after_the_first_step(launched, strategy, cell):
-    for rank in range(2):
-        found = result(launched(strategy), cell, rank)
+@every_cell
+def test_what_a_cell_writes_is_trained_on_as_if_it_was_loaded_from_disk(launched, strategy, cell):
+    for process in range(2):
+        found = result(launched(strategy), cell, process)
         assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
+        assert found["in_parts"] == (strategy in PARTITIONED)
+        assert found["loaded_in_parts"] == (cell == "zero_init_fp32")
         assert found["report"]["step_size"] > 0
-        assert max(found["weights"], found["masters"]) <= TINY
-
-
-@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
-def test_training_goes_on_as_from_the_same_adapter_loaded_from_disk(launched, strategy, cell):
-    for rank in range(2):
-        found = result(launched(strategy), cell, rank)
         assert found["left_behind"] == []
+        assert max(found["weights"], found["masters"]) <= TINY
         assert len(found["grads"]) == 2
         assert max(found["grads"]) <= TOLERANCES[cell.rsplit("_", 1)[1]]
+        assert ("one pass" in found["report"]["plan"]) != cell.startswith("windows")
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_fsdp2_in_bf16_finds_the_step_of_one_process(launched, one_process, checkpointing):
-    for rank in range(2):
-        found = result(launched("fsdp2"), f"{checkpointing}_bf16", rank)["report"]
-        report, _ = one_process(found["config"], "bf16")
+    for process in range(2):
+        found = result(launched("fsdp2"), f"{checkpointing}_bf16", process)["report"]
+        report, _ = one_process(found, "bf16")
         assert found["search_loss_before"] == pytest.approx(report.search_loss_before, rel=1e-3)
         assert abs(math.log10(found["step_size"] / report.step_size)) <= 0.5  # the grid's ratio
 
 
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
-def test_the_base_model_is_the_same_for_all(launched, one_process, strategy):
-    folder = launched(strategy)
-    for cell in cells(strategy):
-        found = load_init(folder / cell / "lora_da").manifest.base_model
-        _, single = one_process(result(folder, cell, 0)["report"]["config"], cell.rsplit("_", 1)[1])
-        assert found["weights_sha256"] == load_init(single).manifest.base_model.weights_sha256
+@pytest.mark.parametrize(("strategy", "cell"), params(STRATEGIES, others))
+def test_what_else_a_strategy_can_do_starts_from_what_was_written(launched, strategy, cell):
+    for process in range(2):
+        found = result(launched(strategy), cell, process)
+        assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
+        assert len(found["report"]["layers"]) == LINEAR_LAYERS
+        assert found["report"]["num_samples"] == 7
+        assert found["initializations"] == 1
+        assert found["start"] <= TINY
+        if cell != "frozen":
+            assert max(found["weights"], found["masters"]) <= TINY
 
 
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
-def test_a_second_start_finds_what_the_first_one_made(launched, strategy):
-    for rank in range(2):
-        found = result(launched(strategy), "again", rank)
-        assert found["stages"] == ["load", "probe"]
-        assert found["note"].endswith("made before with the same model, adapter, samples and settings")
-        assert max(found["weights"], found["masters"]) <= TINY
-
-
-def test_one_process_finds_what_two_made(launched, tmp_path):
-    folder = shutil.copytree(launched("fsdp2") / "plain_fp32" / "lora_da", tmp_path / "init")
+@every_strategy
+def test_a_second_start_finds_what_the_first_one_made(launched, tmp_path, strategy):
+    for process in range(2):
+        assert result(launched(strategy), "again", process)["report"]["notes"][-1].startswith("found in")
+    folder = shutil.copytree(launched(strategy) / "plain_fp32" / "lora_da", tmp_path / "init")
     model = get_peft_model(make_base(), lora_config())
-    report = initialize_lora_da(
-        model, samples(), config=da_config(), data_collator=collate, output_dir=folder, progress=False
-    )
-    assert report.notes[-1].startswith(f"found in {folder}")
-    assert_same_tensors(adapter_weights(model), load_file(folder / "adapter_model.safetensors"))
+    report = initialize(model, samples(), folder, config=da_config())  # and so does one process
+    assert report.notes[-1].startswith("found in")
+    assert_same_tensors(adapter_weights(model), written_adapter(folder))
 
 
-@pytest.mark.parametrize(("strategy", "cell"), EVERY_CELL)
-def test_parameters_are_in_parts_where_the_strategy_has_them_so(launched, strategy, cell):
-    for rank in range(2):
-        found = result(launched(strategy), cell, rank)
-        assert found["in_parts"] == (strategy in PARTITIONED)
-        assert found["loaded_in_parts"] == (cell == "zero_init_fp32")
-
-
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("strategy", EVERY_PARTITIONED)
-def test_windows_are_passes_of_all_processes_in_step(launched, strategy, checkpointing):
-    for rank in range(2):
-        plan = result(launched(strategy), f"windows_{checkpointing}_fp32", rank)["report"]["plan"]
-        assert plan.startswith("2 processes that share the samples, ")
-        assert "passes, each for a part of the layers" in plan
-
-
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+@every_strategy
 def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
-    for rank in range(2):
-        found = result(launched(strategy), "resume", rank)
+    for process in range(2):
+        found = result(launched(strategy), "resume", process)
         assert found == {"steps": 2, "start": 0.0, "layers_recalled": LINEAR_LAYERS, "untouched": True}
 
 
-def test_a_stream_gives_the_statistics_of_its_head_under_ddp(launched, one_process):
-    for rank in range(2):
-        found = result(launched("ddp"), "stream", rank)
-        report, single = one_process({**found["config"], "population_size": None}, "fp32")
-        assert found["data_fingerprint"] == report.data_fingerprint
-        assert found["population_size"] == 31
+def test_under_ddp_a_stream_is_read_from_its_head(launched, one_process):
+    found = [result(launched("ddp"), "stream", process)["report"] for process in range(2)]
+    report, single = one_process(found[0], "fp32", population_size=found[0]["population_size"])
+    assert found[0]["data_fingerprint"] == found[1]["data_fingerprint"] == report.data_fingerprint
     statistics = stored_statistics(launched("ddp") / "stream" / "lora_da")
     assert_statistics_equal(statistics, stored_statistics(single), TOLERANCES["fp32"])
 
 
-def test_a_run_that_starts_over_with_a_smaller_batch_is_initialised_once_under_ddp(launched):
-    for rank in range(2):
-        found = result(launched("ddp"), "batch_size", rank)
-        assert found["batch_size"] <= 2
-        assert found["initializations"] == 1
-        assert found["weights"] <= 1e-9
-
-
-@needs_deepspeed
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is an extra")
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_trls_sft_trainer_takes_the_callback(launched, strategy):
-    for rank in range(2):
-        found = result(launched(strategy), "sft", rank)
-        assert found["wrapped"] == "DeepSpeedEngine"
-        assert len(found["report"]["layers"]) == LINEAR_LAYERS
-        assert found["report"]["num_samples"] == 7
-        assert max(found["weights"], found["masters"]) <= TINY
+def test_under_ddp_a_smaller_batch_and_a_frozen_a_are_trained_on(launched):
+    for process in range(2):
+        assert result(launched("ddp"), "greedy", process)["batch_size"] <= 2
+        frozen = result(launched("ddp"), "frozen", process)
+        assert frozen["trained"]
+        assert all("lora_B" in name for name in frozen["trained"])
+        assert frozen["weights"] > TINY
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is an extra")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("strategy", [param for param in EVERY_STRATEGY if param.values[0] in QUANTISED])
+@pytest.mark.parametrize("strategy", params([name for name in STRATEGIES if name not in PARTITIONED]))
 def test_a_base_in_4_bit_gives_the_statistics_of_one_process(launched, tmp_path, strategy):
-    for rank in range(2):
-        found = result(launched(strategy), "qlora", rank)
-        assert found["wrapped"] == WRAPPED.get(strategy, "DeepSpeedEngine")
-        assert found["layers"] == LINEAR_LAYERS
-        assert max(found["weights"], found["masters"]) <= TINY
-    model = get_peft_model(quantised_base(launched(strategy)), lora_config())
-    settings = {"config": da_config(), "data_collator": collate, "output_dir": tmp_path / "init", "progress": False}
-    initialize_lora_da(model, samples(), **settings)
-    statistics = stored_statistics(launched(strategy) / "qlora" / "lora_da")
+    model = get_peft_model(load_base(launched(strategy), "quantised"), lora_config())
+    initialize(model, samples(), tmp_path / "init", config=da_config())
+    statistics = stored_statistics(launched(strategy) / "quantised" / "lora_da")
     assert_statistics_equal(statistics, stored_statistics(tmp_path / "init"), TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_loss_that_is_nan_on_one_process_ends_both(tmp_path, strategy):
+    script = str(TESTS / "distributed" / "strategy_worker.py")
+    output, status, seconds = run([*TORCHRUN, script, strategy, "fail", str(tmp_path)])
+    assert status != 0
+    assert seconds < 120
+    assert "NonFiniteError" in output
+    assert not list(tmp_path.glob("trained.*"))
