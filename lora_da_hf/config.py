@@ -122,11 +122,11 @@ class LoRADAConfig:
         ConfigError: if a value is out of range, has the wrong type, or contradicts another one.
     """
 
-    num_samples: Count = setting(256, "Samples that the statistics are taken from (fewer are used if there are fewer).")
+    num_samples: Count = setting(256, "Samples for the statistics; all of them if you have fewer.")
     batch_size: Count | None = setting(
         None,
-        "Samples in one forward and backward pass. The statistics do not depend on it. "
-        "None: the trainer's per-device training batch size, or 8 without a trainer.",
+        "Samples in one forward and backward pass; the statistics do not depend on it. None: the trainer's "
+        "per-device training batch size, or 8 without a trainer.",
     )
     sample_selection: Literal["head", "random"] = setting(
         "random",
@@ -134,8 +134,8 @@ class LoRADAConfig:
     )
     search_samples: Annotated[int, Field(ge=0)] = setting(
         16,
-        "Samples that the line search measures the loss on, and as many again that nothing else sees, to report the "
-        "loss before and after. At most an eighth of the data each, and one sample for the search in any case.",
+        "Samples for the line search, and as many held out to report the loss on. Each is at most an eighth of the "
+        "data.",
     )
     population_size: Count | None = setting(
         None,
@@ -148,53 +148,53 @@ class LoRADAConfig:
 
     token_mask: Literal["attention", "labels"] = setting(
         "attention",
-        "Tokens that the two second moments count: all that are attended to, or only those that predict a label.",
+        "Tokens that the second moments count. attention: all attended ones; labels: those that predict a label.",
     )
     loss_reduction: Literal["auto", "token_mean", "sample_mean", "batch"] = setting(
         "auto",
-        "How the loss of a batch comes from its samples, and so what training minimises. auto: measured; a loss that "
-        "is neither a sum nor a mean runs one sample at a time. token_mean, sample_mean: a mean over labels, or over "
-        "samples. batch: a loss that needs the samples together (contrastive); the statistics depend on the size.",
+        "How the loss of a batch is made of its samples. auto: measured; if it is neither a sum nor a mean, samples "
+        "run one at a time. token_mean, sample_mean: a mean over labels, or over samples. batch: a loss of all samples "
+        "together (contrastive); the statistics then depend on the batch size.",
     )
     accumulate_dtype: Literal["float32", "float64"] = setting("float32", "Precision that statistics are summed in.")
 
     input_damping: DampingRule = setting(
         "0.1*mean",
-        'Added to the diagonal of the input second moment: a number is absolute, "0.1*mean" or "0.1*median" a '
-        "multiple of the diagonal's.",
+        "Added to the diagonal of the input second moment: an absolute number, or a multiple of the diagonal's mean or "
+        'median, such as "0.1*mean".',
     )
     output_damping: DampingRule = setting("0.1*mean", "The same for the output-gradient second moment.")
-    variance_weight: Weight = setting(0.03, "Weight of the variance term: noise of the estimate in the subspace.")
+    variance_weight: Weight = setting(
+        0.03, "Weight of the variance term, the noise of the estimate, beside the bias term."
+    )
     normalize_guidance_terms: bool = setting(
-        False, "Bring both terms of the guidance matrix to one Frobenius norm before they are weighed."
+        False, "Scale both terms of the guidance matrix to one Frobenius norm before weighting them."
     )
 
     layer_steps: Literal["displacement", "equal"] = setting(
         "displacement",
-        "How far the layers go beside each other. displacement: each as far as its displacement over its tokens, the "
-        "natural gradient step; equal: all by the same spectral norm (the paper).",
+        "Relative size of the layers' updates. displacement: each layer's natural gradient step; equal: the same "
+        "spectral norm for all (the paper).",
     )
     step_size: Annotated[float | str, AfterValidator(_step)] | None = setting(
         "line_search",
-        "How far step 0 goes: the spectral norm of the displacement of the layer that goes farthest, which the adapter "
-        "keeps as much of as its rank can. A number, line_search, or None to follow `stable_gamma`.",
+        'Size of the initial update: "line_search", or the spectral norm of the largest layer\'s displacement. None: '
+        "scaling / stable_gamma.",
     )
     stable_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = setting(
-        1024.0, "The paper's way to say the step: scaling / stable_gamma. Used only if step_size is None."
+        1024.0, "The paper's way to set the step, scaling / stable_gamma. Used if step_size is None."
     )
     factor_split: Literal["default_norm", "orthonormal", "balanced"] = setting(
         "default_norm",
-        "How B @ A is split. default_norm: rows of A at the norm of PEFT's default, the step in B; orthonormal: "
-        "the step shared evenly (the paper); balanced: by the square roots of B's singular values.",
+        "How the update is split into B and A. default_norm: rows of A have the norm of PEFT's default; orthonormal: "
+        "the step is shared evenly (the paper); balanced: by the square roots of B's singular values.",
     )
     uncalled_layers: Literal["error", "keep"] = setting(
         "error",
         "What to do with layers that no sample goes through: fail, since compiled or fused code looks like that, or "
         "keep PEFT's initialisation for them and report it.",
     )
-    freeze_a: bool = setting(
-        False, "Freeze A after the initialisation, for as long as the adapter lives (LoRA-FA): only B is trained."
-    )
+    freeze_a: bool = setting(False, "Freeze A after the initialisation and train only B (LoRA-FA).")
 
     max_rank: Count | None = setting(
         None,
@@ -208,13 +208,13 @@ class LoRADAConfig:
     )
     save_statistics: bool = setting(
         False,
-        "Store the full statistics too (large), for a later change of settings. One process then solves alone.",
+        "Store the statistics too (large), to solve again with other settings later. One process then solves alone.",
     )
 
     memory_budget: Annotated[float | str, AfterValidator(_memory)] | None = setting(
         None,
-        "What the sums of a process may take on each device, with the work on them: bytes, or text such as 8GiB. None: "
-        "two thirds of what is free there. Layers that do not fit at once are collected in further passes.",
+        "Memory for the statistics and the solve of a process on each device: bytes, or text such as 8GiB. Layers that "
+        "do not fit at once take further passes. None: two thirds of what is free.",
     )
     schedule: Literal["auto", "samples", "layers"] = setting(
         "auto",
