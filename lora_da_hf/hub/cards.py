@@ -149,7 +149,7 @@ def render_card(
 def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
     """Render the card, with ``facts`` as for `render_card`, and draw its plots; return files by name.
 
-    Without matplotlib there are no plots, and a warning says so.
+    Without matplotlib the plots are left out, with a warning.
     """
     try:
         plots = draw_plots(init.manifest.report)

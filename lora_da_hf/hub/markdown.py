@@ -34,7 +34,7 @@ def escape(value: Any) -> Markdown:
     """Return a value as Markdown that shows just this text, in a paragraph or a table.
 
     Raises:
-        CardError: if there is no value.
+        CardError: if a value is missing.
     """
     if isinstance(value, Markdown):
         return value

@@ -148,9 +148,9 @@ class _Single:
 
     Attributes:
         num_tokens: Those that are attended to or, without tokens, the size of all that is in the batch.
-        num_targets: Size of what is no input, as of the boxes of an image.
+        num_targets: Size of what the model does not read, such as the boxes of an image.
         num_labels: Those that count in the loss; None: unknown.
-        targets: The values of what is no input, by name.
+        targets: The values of what the model does not read, by name.
     """
 
     sample: Any

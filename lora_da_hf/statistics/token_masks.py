@@ -16,7 +16,7 @@ IGNORED_LABEL = -100
 
 _OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
-"""What transformers calls the inputs that are no tokens; names begin with these."""
+"""How transformers' names for inputs other than tokens begin."""
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -59,7 +59,7 @@ class BatchTokens:
         num_labels: How many there are in the batch; None if it has no labels.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
             reads (an encoder-decoder reads two); ``[B * C, S]`` if each sample is C sequences to choose from.
-        other_modality: Whether the batch has inputs that are no tokens (images, audio).
+        other_modality: Whether the batch has inputs other than tokens (images, audio).
         masks_other_modality: Whether the first mask is of those inputs, as they are before the model makes fewer
             frames of them.
     """

@@ -32,7 +32,7 @@ def split_factors(
         ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``.
 
     Raises:
-        ConfigError: if there is no such split.
+        ConfigError: if ``factor_split`` has another value.
     """
     product_scale = step_size / peft_scaling
     if factor_split == "default_norm":
@@ -50,7 +50,7 @@ def split_factors(
             scaled_A = torch.cat([scaled_A, scaled_A.new_zeros(missing, scaled_A.shape[1])])
             scaled_B = torch.cat([scaled_B, scaled_B.new_zeros(scaled_B.shape[0], missing)], dim=1)
         return scaled_A, scaled_B
-    raise ConfigError(f'factor_split={factor_split!r} is none of "default_norm", "orthonormal" and "balanced".')
+    raise ConfigError(f'factor_split={factor_split!r} must be "default_norm", "orthonormal" or "balanced".')
 
 
 def factors_at_step(

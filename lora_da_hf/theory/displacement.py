@@ -63,8 +63,8 @@ class Displacement:
             basis: ``[d_in, k]``, orthonormal.
 
         Returns:
-            Singular values ``[m]`` in descending order, and right singular vectors ``[d_in, m]``, m at most k. Those
-            left out are no larger than the rounding of D, or of the product that they come of.
+            Singular values ``[m]`` in descending order, and right singular vectors ``[d_in, m]``, m at most k. What
+            is left out is within the rounding of D, or of the product that it comes from.
         """
         _, values, turn = torch.linalg.svd(self.apply(basis), full_matrices=False)
         vectors = basis @ turn.mT

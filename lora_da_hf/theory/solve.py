@@ -90,7 +90,7 @@ def solve_layer(
 
     Raises:
         NonFiniteError: if a statistic is not finite.
-        SolveError: if the gradient is zero, so that there is no direction to go, or the eigenproblem cannot be solved.
+        SolveError: if the gradient is zero, or the eigenproblem cannot be solved.
     """
     if not torch.isfinite(statistics.weight_grad).all():
         raise NonFiniteError(f"The weight gradient of {layer} is not finite. Check the loss on the samples used.")

@@ -43,7 +43,7 @@ class LoRADACallback(TrainerCallback):
     It runs once for each model object: not on a resumed run, not on a second ``train()``, but again for a new
     model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
 
-    With ``init_from`` there is no pass over data: the adapter starts from a stored initialisation, the report is
+    With ``init_from`` the adapter starts from a stored initialisation without a pass over data, the report is
     written to ``output_dir/lora_da_init_from.json``, and the model gets a tag ``lora_da_init:<repo@commit>``, which
     Trainer, TRL and PEFT put on its card.
 
@@ -63,7 +63,7 @@ class LoRADACallback(TrainerCallback):
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
-        ConfigError: if ``search_step`` is given without ``init_from``, or ``config`` is no `LoRADAConfig`.
+        ConfigError: if ``search_step`` is given without ``init_from``, or ``config`` is not a `LoRADAConfig`.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ def find_init(init_from: str | Path) -> Path | StoredInit:
         init_from: A folder, or ``user/repo`` or ``user/repo@revision``.
 
     Raises:
-        ConfigError: if there is no such folder and it is no name of a repository.
-        HubError: if there is no such folder and the repository cannot be fetched.
+        ConfigError: if it is neither a folder nor the name of a repository.
+        HubError: if it is not a folder, and the repository cannot be fetched.
     """
     if Path(init_from).is_dir():
         return Path(init_from)
@@ -41,7 +41,7 @@ def find_init(init_from: str | Path) -> Path | StoredInit:
     try:
         return pull_init(repo_id, revision=revision or None, statistics=False)
     except HubError as error:
-        raise HubError(f"{error} There is no folder {init_from} in {Path.cwd()} either.") from error
+        raise HubError(f"{error} {init_from} is not a folder in {Path.cwd()} either.") from error
 
 
 def tag_with_init(model: nn.Module, init_from: str) -> None:
