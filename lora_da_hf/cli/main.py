@@ -90,7 +90,7 @@ VERBS = (
         name="pull",
         home="lora_da_hf.cli.share",
         summary="Fetch an initialisation from the Hub and check it.",
-        examples=("lora-da pull user/my-init", "lora-da pull user/my-init@v1 --rank 4 --quiet"),
+        examples=("lora-da pull user/my-init", "lora-da pull user/my-init@v1 --quiet"),
     ),
     Verb(
         name="list",
