@@ -79,7 +79,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
                 "blocks before it with one set of settings."
             )
         for settings in sets_of_settings(design, block):
-            LoRADAConfig.from_dict(settings)
+            LoRADAConfig(**settings)
         shared = shared_settings(design, block)
         unknown |= {shared["reads"]} - set(READS)
         for name, least in (("evaluations", 1), ("accuracy_samples", 0), ("num_train", 1)):

@@ -40,11 +40,12 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.pipeline.job import Job
-from lora_da_hf.samples import pad_samples
+from lora_da_hf.samples import choose_samples, pad_samples
 from lora_da_hf.statistics.batches import sample_length
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS_PER_FISHER_PASS = 8
+SEED = 0
 METHODS = ("bare", "initialization", "schedule", "schedule_single")
 PEERS = ("eva", "corda", "lora_ga")
 LORA = {"r": 8, "lora_alpha": 16, "use_rslora": True}
@@ -172,17 +173,16 @@ def fisher_hooks(name: str, layer: nn.Linear, factors: dict[str, Tensor]) -> lis
     return [*handles, layer.register_forward_pre_hook(on_forward)] if owns_input else handles
 
 
+def config_of(options: argparse.Namespace) -> LoRADAConfig:
+    names = ("num_samples", "search_samples", "batch_size")
+    return LoRADAConfig(**{name: getattr(options, name) for name in names})
+
+
 def initialization(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
-    config = LoRADAConfig(
-        num_samples=options.num_samples,
-        search_samples=options.search_samples,
-        batch_size=options.batch_size,
-        sample_selection="head",
-    )
     lora = get_peft_model(model, LoraConfig(**LORA, target_modules="all-linear"))
     peaks: dict[str, float] = {}
     record_peaks(peaks)
-    report = initialize_lora_da(lora, samples, config=config, population_size=len(samples), progress=False)
+    report = initialize_lora_da(lora, samples, config=config_of(options), seed=SEED, progress=False)
     return {
         "stages": report.seconds,
         "stage_peaks_mib": peaks,
@@ -265,7 +265,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     wanted = options.num_samples + 2 * options.search_samples
     samples = read_samples(tokenizer, options.train_file, wanted, options.max_length)
-    used = samples[: options.num_samples]
+    used = choose_samples(samples, config_of(options), seed=SEED).statistics
     model(**pad_samples(used[:2]), use_cache=False).loss.backward()  # warm up
     model.zero_grad(set_to_none=True)
     reset_peak()

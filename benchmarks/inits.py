@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -151,7 +152,7 @@ def lora_da(
     return make
 
 
-OF_THE_STATISTICS = ("batch_size", "token_mask", "loss_reduction", "accumulate_dtype", "population_size")
+OF_THE_STATISTICS = ("batch_size", "token_mask", "loss_reduction")
 """Settings of LoRADAConfig that say what the statistics of some samples are, and what is stored with them."""
 
 OF_THE_USE = ("step_size", "stable_gamma", "factor_split", "search_samples", "freeze_a")
@@ -170,12 +171,11 @@ def initialized(
     arguments: dict[str, Any] = {"data_collator": setup.collate, "progress": False}
     folder: Path | None = None
     rank = setup.lora["r"]
-    if setup.statistics is not None and output_dir is None and config.rank_budget is None:
-        seed = setup.samples_seed if config.seed is None else config.seed
-        chosen = choose_samples(samples, config, seed=seed).statistics
-        of_these = [seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
+    if setup.statistics is not None and output_dir is None:
+        chosen = choose_samples(samples, config, seed=setup.samples_seed).statistics
+        of_these = [setup.samples_seed, chosen, {name: values[name] for name in OF_THE_STATISTICS}]
         folder = setup.statistics / hashlib.sha256(json.dumps(of_these).encode()).hexdigest()[:16]
-        config = LoRADAConfig.from_dict({**values, "save_statistics": True})
+        config = dataclasses.replace(config, save_statistics=True)
     if folder is None or not folder.exists():
         given = {"config": config, "seed": setup.samples_seed, "output_dir": folder or output_dir}
         return initialize_lora_da(model, samples, **given, **arguments), False

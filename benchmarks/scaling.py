@@ -1,4 +1,4 @@
-"""What one and two processes take, with windows and without: seconds, bytes sent, memory. And what large models will.
+"""What one and two processes take, with windows and without: seconds and memory. And what large models will.
 
 Each measurement starts processes of its own, with one thread each, on a random Llama with gradient checkpointing. Run
 it on a machine that does nothing else and has a core for each process:
@@ -14,6 +14,7 @@ table checks: the memory and the passes against what was measured, the seconds b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -22,8 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_hf.pipeline.run as run_module
-import lora_da_hf.pipeline.solve as solve_module
-import lora_da_hf.pipeline.windows as windows_module
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.cli.planning import measure_speed
-from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
 
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
 MIB = 2**20
 WINDOW_MIB = 128
 MODEL_SEED, DATA_SEED = 0, 1
-SHARED_TIME = SHARED_MEMORY = 0.6
+SHARED_TIME = 0.6
 """What two processes may take, of what one takes."""
 MODEL = {
     "vocab_size": 512,
@@ -61,23 +57,18 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how many processes, what they share, and in what memory."""
+    """One row: how many processes, and in what memory."""
 
     title: str
     processes: int
-    schedule: str = "samples"
     budget_mib: int | None = None
-    all_reduce: bool = False
 
 
 CASES = {
     "one": Case("one process, one pass", 1),
     "one_windows": Case("one process, windows", 1, budget_mib=WINDOW_MIB),
-    "samples": Case("two share the samples, owner sharding", 2),
-    "samples_all_reduce": Case("two share the samples, all-reduce, each solves all", 2, all_reduce=True),
+    "samples": Case("two share the samples", 2),
     "samples_windows": Case("two share the samples, windows", 2, budget_mib=WINDOW_MIB),
-    "layers": Case("two share the layers", 2, schedule="layers"),
-    "layers_windows": Case("two share the layers, windows", 2, schedule="layers", budget_mib=WINDOW_MIB),
 }
 
 
@@ -101,57 +92,6 @@ def parse_arguments() -> argparse.Namespace:
 # ---- one process of a measurement
 
 
-class AllReduce(Ranks):
-    """The plain way: every process gets the whole of every sum, and solves every layer."""
-
-    def reduce_sum_(self, tensor: torch.Tensor, owner: int) -> None:
-        """Sum into all of them."""
-        dist.all_reduce(tensor)
-
-
-@contextmanager
-def counted_bytes() -> Iterator[list[int]]:
-    """Count the bytes that this process hands to collectives for others: twice for an all-reduce, which sends twice."""
-    sent = [0]
-    originals = {name: getattr(dist, name) for name in ("reduce", "broadcast", "all_reduce")}
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    size = dist.get_world_size() if dist.is_initialized() else 1
-
-    def counting(name: str, original: Any) -> Any:
-        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            factor = {
-                "reduce": float(kwargs.get("dst") != rank),
-                "broadcast": float(kwargs.get("src") == rank),
-                "all_reduce": 2 * (size - 1) / size,
-            }[name]
-            sent[0] += int(factor * tensor.numel() * tensor.element_size())
-            return original(tensor, *args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(dist, name, counting(name, original))
-    try:
-        yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
-def solve_everything() -> None:
-    """Make each process own every layer, after an all-reduce of what `reduce_statistics` reduces to owners."""
-    gather = windows_module.gather_statistics
-
-    def gather_for_all(*args: Any, **kwargs: Any) -> Any:
-        gathered = gather(*args, **kwargs)
-        gathered.ranks = AllReduce(dist.get_rank(), dist.get_world_size())
-        gathered.owners = dict.fromkeys(gathered.owners, dist.get_rank())
-        return gathered
-
-    windows_module.gather_statistics = gather_for_all
-    solve_module.share_outcomes = lambda job, mine: dict(mine)
-
-
 def make_model(blocks: int) -> Any:
     torch.manual_seed(MODEL_SEED)
     model = LlamaForCausalLM(LlamaConfig(**MODEL, num_hidden_layers=blocks))
@@ -170,8 +110,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     case = CASES[options.worker]
     if case.processes > 1:
         dist.init_process_group("gloo")
-    if case.all_reduce:
-        solve_everything()
     plans: list[Plan] = []
     original = run_module.plan_windows
     run_module.plan_windows = lambda job, found: plans.append(original(job, found)) or plans[0]
@@ -180,31 +118,28 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         batch_size=options.batch_size,
         step_size=0.05,
         search_samples=0,
-        sample_selection="head",
-        schedule=case.schedule,  # type: ignore[arg-type]
         memory_budget=None if case.budget_mib is None else case.budget_mib * MIB,
     )
     samples = make_samples(options.num_samples, options.length)
     model = make_model(options.blocks)
     initialize_lora_da(make_model(options.blocks), samples[:4], config=config, progress=False)  # warm up
     plans.clear()
-    Ranks.current().sum([0.0])  # all begin at once
+    if case.processes > 1:
+        dist.barrier()  # all begin at once
     reset_peak()
     before = peak_mib()
     tensors = None
     begin = time.perf_counter()
-    with counted_bytes() as sent:
-        if options.memory:
-            tensors, report = under_profiler(lambda: initialize_lora_da(model, samples, config=config, progress=False))
-        else:
-            report = initialize_lora_da(model, samples, config=config, progress=False)
+    if options.memory:
+        tensors, report = under_profiler(lambda: initialize_lora_da(model, samples, config=config, progress=False))
+    else:
+        report = initialize_lora_da(model, samples, config=config, progress=False)
     return {
         "seconds": time.perf_counter() - begin,
         "stages": report.seconds,
-        "sent_bytes": sent[0],
         "rss_mib": peak_mib() - before,
         "tensor_bytes": tensors,
-        "plan": plans[0].to_dict(),
+        "plan": dataclasses.asdict(plans[0]),
         "printed": report.plan,
         "matrix_speed": measure_speed(torch.float32),
     }
@@ -280,7 +215,6 @@ class Row:
         stages: Seconds of statistics and solve, of which the plan speaks.
         tensors: Bytes of tensors at their peak, activations included.
         resident: MiB of resident memory at its peak, over what was there before.
-        sent: Bytes that a process sent.
         plan: The plan.
     """
 
@@ -288,7 +222,6 @@ class Row:
     stages: list[float]
     tensors: int
     resident: float
-    sent: int
     plan: Plan
 
     @classmethod
@@ -300,8 +233,7 @@ class Row:
             stages=[max(p["stages"]["statistics"] + p["stages"]["solve"] for p in run) for run in timed],
             tensors=max(p["tensor_bytes"] for p in memory),
             resident=max(p["rss_mib"] for run in timed for p in run),
-            sent=max(p["sent_bytes"] for p in timed[0]),
-            plan=Plan.from_dict(timed[0][0]["plan"]),
+            plan=Plan(**timed[0][0]["plan"]),
         )
 
 
@@ -309,24 +241,18 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def planned_seconds(name: str, plan: Plan, speed: float) -> float:
-    collect, solve = plan.seconds(speed)
-    return collect + solve * (2 if CASES[name].all_reduce else 1)  # the plan has each layer solved once
-
-
 def measured_table(rows: dict[str, Row], speed: float, options: argparse.Namespace) -> list[str]:
     """Compare what was measured with the plan."""
     columns = (
         *("", "whole, s, median (range)", "x one", "statistics and solve, s", "planned", "passes"),
-        *("tensors at their peak, MiB", "planned", "resident, MiB", "sent a process, MiB", "planned"),
+        *("tensors at their peak, MiB", "planned", "resident, MiB"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
         cells = (
             *(CASES[name].title, spread(row.whole), f"{ratio(row.whole, rows['one'].whole):.2f}", spread(row.stages)),
-            *(f"{planned_seconds(name, row.plan, speed):.2f}", row.plan.sample_passes),
+            *(f"{sum(row.plan.seconds(speed)):.2f}", row.plan.sample_passes),
             *(f"{row.tensors / MIB:.0f}", f"{row.plan.peak_bytes / MIB:.0f}", f"{row.resident:.0f}"),
-            *(f"{row.sent / MIB:.1f}", "" if CASES[name].all_reduce else f"{row.plan.sent_bytes / MIB:.1f}"),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
@@ -348,17 +274,15 @@ def ratio(values: list[float], to: list[float]) -> float:
 
 def goals(rows: dict[str, Row]) -> list[str]:
     """Compare with what two processes are to save."""
-    lines = ["| goal | measured | wanted | |", "|---|---|---|---|"]
-    for title, name, bound, value in (
-        ("time of two that share the samples / one", "samples", SHARED_TIME, lambda r: statistics.median(r.whole)),
-        ("tensors of two that share the layers / one", "layers", SHARED_MEMORY, lambda r: r.tensors),
-    ):
-        if name in rows:
-            found = value(rows[name]) / value(rows["one"])
-            lines.append(
-                f"| {title} | {found:.2f} | at most {bound:.2f} | {'reached' if found <= bound else 'missed'} |"
-            )
-    return lines
+    if "samples" not in rows:
+        return []
+    found = ratio(rows["samples"].whole, rows["one"].whole)
+    judged = "reached" if found <= SHARED_TIME else "missed"
+    return [
+        "| goal | measured | wanted | |",
+        "|---|---|---|---|",
+        f"| time of two that share the samples / one | {found:.2f} | at most {SHARED_TIME:.2f} | {judged} |",
+    ]
 
 
 def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row], speed: float) -> list[str]:
@@ -368,13 +292,10 @@ def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row], speed: f
     }
     solve = rows["one"].plan.seconds(speed)[1] / stages["solve"]
     matrix = statistics.median(run[0]["matrix_speed"] for run in runs[:-1])
-    time_off = [planned_seconds(name, row.plan, speed) / statistics.median(row.stages) for name, row in rows.items()]
+    time_off = [sum(row.plan.seconds(speed)) / statistics.median(row.stages) for row in rows.values()]
     memory_off = [row.plan.peak_bytes / row.tensors for row in rows.values()]
-    sent_off = [
-        r.plan.sent_bytes / r.sent for name, r in rows.items() if r.plan.sent_bytes and not CASES[name].all_reduce
-    ]
-    ranges = {"seconds": time_off, "peak of tensors": memory_off, "bytes sent": sent_off}
-    texts = [f"{what} {min(found):.2f} to {max(found):.2f}" for what, found in ranges.items() if found]
+    ranges = {"seconds": time_off, "peak of tensors": memory_off}
+    texts = [f"{what} {min(found):.2f} to {max(found):.2f}" for what, found in ranges.items()]
     return [
         f"Planned / measured, least and most of all cases: {', '.join(texts)}. The speed of the solve as part of the "
         f"pass's is {solve:.2f} times what the plan takes for it, and that of the pass {speed / matrix:.2f} times what "
@@ -414,8 +335,8 @@ SPEED = 100e12
 def computed_table() -> list[str]:
     """Plan large models on 1, 8 and 64 GPUs."""
     columns = (
-        *("", "GPUs", "memory budget a GPU, GiB", "schedule", "windows", "samples forward and backward a GPU"),
-        *("sums and solve at their peak", "sent a GPU", "statistics, s", "solve, s"),
+        *("", "GPUs", "memory budget a GPU, GiB", "windows", "samples forward and backward a GPU"),
+        *("sums and solve at their peak", "statistics, s", "solve, s"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for model, (load, budgets) in LARGE.items():
@@ -423,8 +344,8 @@ def computed_table() -> list[str]:
             plan = make_plan(load, num_processes=size, budget={0: budget * 2**30})
             collect, solve = plan.seconds(SPEED)
             cells = (
-                *(model, size, budget, plan.schedule, len(plan.windows), plan.sample_passes),
-                *(gibibytes(plan.peak_bytes), gibibytes(plan.sent_bytes), f"{collect:.0f}", f"{solve:.0f}"),
+                *(model, size, budget, len(plan.windows), plan.sample_passes),
+                *(gibibytes(plan.peak_bytes), f"{collect:.0f}", f"{solve:.0f}"),
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return [

@@ -77,10 +77,6 @@ def test_with_few_samples_lora_da_has_a_higher_loss_than_the_gradients_svd(linea
     assert paired(linear, method, "gradient's SVD", 64, "excess") > 2
 
 
-def test_with_few_samples_more_damping_lowers_the_loss(linear):
-    assert paired(linear, "LoRA-DA, ten times the damping", "LoRA-DA", 64, "excess") < -2
-
-
 def test_the_best_damping_falls_with_the_number_of_samples(linear):
     weaker, stronger = "LoRA-DA, a tenth of the damping", "LoRA-DA, ten times the damping"
     assert paired(linear, weaker, stronger, 64, "excess") > 2
@@ -111,27 +107,6 @@ def logistic():
 def test_in_logistic_regression_lora_da_is_behind_with_few_samples(logistic):
     assert paired(logistic, "LoRA-DA", "gradient's SVD", 128, "excess") > 2
     assert paired(logistic, "LoRA-DA", "random", 64, "excess") > 2
-
-
-def test_in_logistic_regression_the_oracles_loss_is_nearly_the_predicted_one(logistic):
-    records = theory.select(logistic, method="oracle", samples=128)
-    predicted = statistics.fmean(r["predicted"]["excess"] for r in records)
-    assert mean(logistic, "oracle", 128, "excess") == pytest.approx(predicted, rel=0.1)
-
-
-def test_the_papers_bias_is_too_small_for_a_random_subspace(linear):
-    """The fit makes up inside the subspace for what lies outside of it, and goes away from the target with that."""
-    records = theory.select(linear, method="random", samples=1024)
-    assert statistics.fmean(r["predicted"]["bias"] for r in records) < 0.8 * mean(linear, "random", 1024, "distance")
-    assert statistics.fmean(r["predicted"]["exact_bias"] for r in records) == pytest.approx(
-        mean(linear, "random", 1024, "distance"), rel=0.1
-    )
-
-
-def test_with_many_samples_the_metric_and_drawn_labels_lower_the_loss_a_little(linear):
-    assert paired(linear, "LoRA-DA, Fisher metric", "LoRA-DA", 1024, "excess") < -2
-    for other in ("LoRA-DA, Fisher metric", "LoRA-DA, sampled Fisher"):
-        assert 0.85 < mean(linear, other, 1024, "excess") / mean(linear, "LoRA-DA", 1024, "excess") < 1
 
 
 def test_with_a_trained_to_the_end_the_start_does_not_matter():
