@@ -18,8 +18,8 @@ from lora_da_hf.errors import UnsupportedLayerError
 def checked_backward(targets: Sequence[Target]) -> Generator[None]:
     """Verify in the forward passes inside that layers of foreign kinds map a tensor to a tensor and have a backward.
 
-    Kernels for inference have none, and every layer before such a one would get no gradient. Quantised layers are run
-    once more on their input, with gradients; plain linear layers are left alone.
+    Kernels for inference have none, and every layer before such a one would get no gradient. Such layers are run once
+    more on their input, with gradients; plain linear layers are left alone.
 
     Raises:
         UnsupportedLayerError: in the forward pass, naming layer and kind.
@@ -39,26 +39,37 @@ def _check(target: Target) -> Any:
     def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer_input = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if layer_input is None:
-            raise _unsupported(target, "is called without a tensor")
+            raise _unsupported(target, "is called without a tensor", "Exclude it from target_modules.")
         with torch.enable_grad():
             leaf = layer_input.detach().requires_grad_(True)
             try:
                 output = layer.forward(leaf)
-                shape = (*leaf.shape[:-1], target.out_features)
-                if not isinstance(output, Tensor) or output.shape != shape:
-                    raise _unsupported(target, f"does not map its input to a tensor {list(shape)}")
-                grads: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
+                _check_output(target, output, (*leaf.shape[:-1], target.out_features))
+                gradient = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
             except (RuntimeError, NotImplementedError) as error:
-                raise _unsupported(target, f"cannot be differentiated ({error})") from error
-        if grads[0] is None:
-            raise _unsupported(target, "lets no gradient through")
+                raise _unsupported(target, f"cannot be differentiated ({error})", _OTHER_KERNEL) from error
+        if gradient is None:
+            raise _unsupported(target, "lets no gradient through", _OTHER_KERNEL)
 
     return on_forward
 
 
-def _unsupported(target: Target, what: str) -> UnsupportedLayerError:
+def _check_output(target: Target, output: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(output, Tensor):
+        what = f"returns a {type(output).__name__}, to which PEFT cannot add an adapter's output"
+        raise _unsupported(target, what, "Exclude it from target_modules.")
+    if output.shape != shape:
+        what = f"returns {list(output.shape)} in place of {list(shape)}"
+        raise _unsupported(target, what, "Exclude it from target_modules.")
+
+
+_OTHER_KERNEL = (
+    "Load the model in another quantisation or with a kernel for training, or exclude it from target_modules."
+)
+
+
+def _unsupported(target: Target, what: str, advice: str) -> UnsupportedLayerError:
     kind = type(target.base_layer)
     return UnsupportedLayerError(
-        f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. Load the model in another "
-        "quantisation or with a kernel for training, or exclude these layers from target_modules."
+        f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. {advice}"
     )

@@ -208,8 +208,10 @@ def with_ranks(
 def is_parameter(peft_config: Mapping[str, Any], name: str) -> bool:
     """Tell whether a layer is an expert, or another module that PEFT adapts a parameter of (``target_parameters``)."""
     plain = f".{name.replace('.base_layer', '')}"
-    parents = (target.rpartition(".")[0] for target in peft_config.get("target_parameters") or ())
-    return holder_of(name) != name or any(plain.endswith(f".{parent}") for parent in parents)
+    parents = [target.rpartition(".")[0] for target in peft_config.get("target_parameters") or ()]
+    if "" in parents and not is_target(peft_config, set(peft_config.get("target_modules") or ()), name):
+        return True  # a parameter that is named without its module may be of any
+    return holder_of(name) != name or any(plain.endswith(f".{parent}") for parent in parents if parent)
 
 
 def _exactly(name: str) -> str:
