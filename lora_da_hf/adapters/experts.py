@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_da_hf.statistics.token_masks import RoutedTokens
-
-if TYPE_CHECKING:
-    from lora_da_hf.adapters.targets import Target
 
 
 class ExpertLinear(nn.Module):
@@ -107,13 +104,12 @@ def resize_factors(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: 
 
 
 @contextlib.contextmanager
-def experts_apart(targets: Sequence[Target]) -> Generator[None]:
-    """Run each expert of the targets by its own `ExpertLinear`, so that it can be tapped like any other layer."""
+def experts_apart(layers: Iterable[nn.Module]) -> Generator[None]:
+    """Run each expert among the layers by its own `ExpertLinear`, so that it can be tapped like any other layer."""
     linears: dict[nn.Module, dict[tuple[str, int], ExpertLinear]] = {}
-    for target in targets:
-        if isinstance(target.base_layer, ExpertLinear):
-            known = linears.setdefault(target.base_layer.experts, {})
-            known[target.base_layer.parameter_name, target.base_layer.index] = target.base_layer
+    for layer in layers:
+        if isinstance(layer, ExpertLinear):
+            linears.setdefault(layer.experts, {})[layer.parameter_name, layer.index] = layer
     with _other_forwards({experts: _forward_by_expert(experts, known) for experts, known in linears.items()}):
         yield
 

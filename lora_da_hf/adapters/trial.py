@@ -28,7 +28,7 @@ def adapters_off(targets: Sequence[Target]) -> Generator[None]:
     try:
         for layer, _ in before:
             layer._active_adapter = []  # set_adapter() would touch requires_grad too
-        with experts_apart(targets):
+        with experts_apart(target.base_layer for target in targets):
             yield
     finally:
         for layer, active in before:
