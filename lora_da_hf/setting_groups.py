@@ -1,7 +1,6 @@
 """Settings of `LoRADAConfig` by what they decide, which tells which of them may change later."""
 
 SOLVE_SETTINGS = (
-    "population_size",
     "input_damping",
     "output_damping",
     "variance_weight",
@@ -20,7 +19,7 @@ SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "
 PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
 """How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
 
-FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS, "rank_budget"})
+FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS})
 """What `refit_init` may change."""
 
 FREE_IN_USE = frozenset({*WRITE_SETTINGS, *SEARCH_SETTINGS} - {"save_statistics"})

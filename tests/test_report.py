@@ -11,6 +11,9 @@ from lora_da_hf.report import LayerReport, LoRADAReport
 def layer(number, kind="q_proj", **changes):
     values = {
         "name": f"model.layers.{number}.self_attn.{kind}",
+        "in_features": 48,
+        "out_features": 80,
+        "shares_input_with": f"model.layers.{number}.self_attn.{kind}",
         "rank": 4,
         "peft_scaling": 2.0,
         "num_tokens": 100 + number,
@@ -141,7 +144,7 @@ def test_many_notes_are_cut():
     text = str(report_of(layer(0, notes=[f"note {n}" for n in range(23)])))
     assert "note 19" in text
     assert "note 20" not in text
-    assert "... and 3 more in the JSON report" in text
+    assert "... and 3 more in the manifest" in text
 
 
 def test_a_report_without_layers_can_be_shown():

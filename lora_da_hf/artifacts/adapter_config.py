@@ -1,53 +1,215 @@
-"""The checks of an adapter's PEFT config: that it is a plain LoRA adapter, and the one that the manifest describes."""
+"""PEFT's configuration of a stored adapter: what is written of it, and the allow-list by which it is read.
+
+It gives layers, ranks and alphas by name. PEFT takes regular expressions there too, and one can be written that takes
+for ever to match.
+"""
 
 from __future__ import annotations
 
-import functools
+import json
 import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_da_hf.artifacts.manifest import Manifest
-from lora_da_hf.artifacts.peft_config import (
-    alpha_divisor,
-    alpha_of,
-    check_names,
-    holder_of,
-    is_target,
-    names_of_transformers,
-    rank_of,
-    targets_among,
-)
-from lora_da_hf.artifacts.strict_json import check_types, fits, malformed, parse_json, too_large
+from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest, explained
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 
 PEFT_PREFIX = "base_model.model."
-
 INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
 """How PEFT may have made a fresh adapter whose B is zero and whose base is untouched."""
 
 _MAX_BYTES = 4 << 20
-_EMPTY = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-"""What makes PEFT load other files or code, change the base, or compute something else than ``s B A x``."""
+_EXPERT = re.compile(r"\[(\d+)\]$")
+_MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
+_TEXT = Annotated[str, Field(max_length=4096)]
+_CLASS = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+_NAMES = Annotated[
+    list[Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=512)]], Field(max_length=100_000)
+]
+_FEW_NAMES = Annotated[_NAMES, Field(max_length=64)]
+_RANK = Annotated[int, Field(ge=1, lt=2**31)]
+_TOKENS = Annotated[list[int], Field(max_length=500_000)]
+
+
+class _AutoMapping(BaseModel):
+    """The class that PEFT notes for an adapter without a task type, which it imports."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    base_model_class: _CLASS | None = None
+    parent_library: Annotated[str, Field(pattern=r"^transformers(\.[A-Za-z_]\w*)*$", max_length=256)] | None = None
+
+
+class _Config(BaseModel):
+    """The settings that are written. Any other must have PEFT's default."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    peft_type: Literal["LORA"]
+    peft_version: _TEXT | None = None
+    task_type: (
+        Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"] | None
+    ) = None
+    auto_mapping: _AutoMapping | None = None
+    base_model_name_or_path: _TEXT | None = None
+    revision: _TEXT | None = None
+    inference_mode: bool = False
+    r: _RANK
+    lora_alpha: Annotated[float, Field(gt=0)]
+    rank_pattern: Annotated[dict[_TEXT, _RANK], Field(max_length=100_000)] = {}
+    alpha_pattern: Annotated[dict[_TEXT, Annotated[float, Field(gt=0)]], Field(max_length=100_000)] = {}
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: _NAMES | None = None
+    target_parameters: _FEW_NAMES | None = None
+    modules_to_save: _FEW_NAMES | None = None
+    trainable_token_indices: _TOKENS | Annotated[dict[_TEXT, _TOKENS], Field(max_length=64)] | None = None
+    ensure_weight_tying: bool = False
+
+
+def holder_of(name: str) -> str:
+    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
+    return _EXPERT.sub("", name)
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert whose name it is; None if it is another layer."""
+    found = _EXPERT.search(name)
+    return None if found is None else int(found[1])
+
+
+def is_saved(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether PEFT trains a module in full: if its name ends with one to save, at a dot or not, or lies in one."""
+    saved: Collection[str] = config.get("modules_to_save") or ()
+    return any(name.endswith(part) or f".{part}." in f".{name}." for part in saved)
+
+
+def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:
+    """Return the tokens whose rows PEFT trains in a module."""
+    tokens: Any = config.get("trainable_token_indices") or []
+    if not isinstance(tokens, Mapping):
+        return tokens
+    named: Mapping[str, list[int]] = tokens
+    return next((rows for name, rows in named.items() if f".{module}".endswith(f".{name}")), [])
+
+
+def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names by which PEFT looks up the rank of each layer: its own, or those of its experts' parameters.
+
+    Which of its module's parameters an expert belongs to, its name does not tell.
+    """
+    targets = set(config.get("target_modules") or ())
+    parameters: list[str] = config.get("target_parameters") or []
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        if any(end in targets for end in _ends_of(name)):
+            found[name] = [name]
+        else:
+            module = holder_of(name).replace(".base_layer", "")
+            named = {f"{module}.{target.rpartition('.')[2]}": target for target in parameters}
+            found[name] = [key for key, target in named.items() if f".{key}".endswith(f".{target}")]
+    return found
+
+
+def _ends_of(name: str) -> Iterator[str]:
+    """Yield a name, and each end of it behind a dot, by which ``target_modules`` may call it."""
+    yield name
+    yield from (name[dot.end() :] for dot in re.finditer(r"\.", name))
+
+
+def _exactly(name: str) -> str:
+    """Return the pattern that PEFT matches with this layer alone."""
+    return "^" + re.escape(name)
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int:
+    """Return the rank that a stored configuration gives to a `pattern_names` name."""
+    return (config.get("rank_pattern") or {}).get(_exactly(name), config["r"])
+
+
+def alpha_divisor(config: Mapping[str, Any], rank: int) -> float:
+    """Return what PEFT divides alpha by to scale a layer of this rank."""
+    return math.sqrt(rank) if config.get("use_rslora") else rank
+
+
+def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
+    """Return the configuration for other ranks, at one scaling of all layers.
+
+    `r` is the largest rank, so that ``lora_alpha`` and `r` alone tell the scaling to those who read no patterns.
+
+    Args:
+        config: What to start from.
+        ranks: By the names of `pattern_names`.
+        scaling: What PEFT is to multiply ``B A`` with.
+    """
+    largest = max(ranks.values())
+    smaller = {_exactly(name): rank for name, rank in ranks.items() if rank != largest}
+    return {
+        **config,
+        "r": largest,
+        "lora_alpha": _alpha_for(config, largest, scaling),
+        "rank_pattern": smaller,
+        "alpha_pattern": {key: _alpha_for(config, rank, scaling) for key, rank in smaller.items()},
+    }
+
+
+def _alpha_for(config: Mapping[str, Any], rank: int, scaling: float) -> float:
+    """Return PEFT's alpha for a scaling: an integer, as PEFT has it, but for rounding."""
+    alpha = scaling * alpha_divisor(config, rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def config_to_store(
+    saved: Mapping[str, Any], base: BaseModelFacts, modules: Collection[str], ranks: Mapping[str, int], scaling: float
+) -> dict[str, Any]:
+    """Return what is stored of a configuration that PEFT saved.
+
+    Args:
+        saved: What PEFT saved.
+        base: The base model.
+        modules: The modules that PEFT adapts.
+        ranks: Of all that it adapts, by the names of `pattern_names`.
+        scaling: Of all of them.
+    """
+    config = {key: value for key, value in saved.items() if key in _Config.model_fields}
+    targets: Any = config.get("target_modules")
+    is_plain = not isinstance(targets, str) and not any(saved.get(key) for key in _MORE_THAN_NAMES)
+    found = {end for name in modules for end in _ends_of(name.replace(".base_layer", ""))}
+    try:
+        _AutoMapping.model_validate(config.get("auto_mapping") or {})
+    except ValidationError:  # a class that is not one of transformers: PEFT would import other code
+        config["auto_mapping"] = None
+    config["target_modules"] = targets and (sorted(found & set(targets)) if is_plain else sorted(modules))
+    if base.name_or_path:  # which the manifest marks where it is a folder's
+        config |= {"base_model_name_or_path": base.name_or_path.removeprefix("./"), "revision": base.revision}
+    return with_ranks(config, ranks, scaling)
+
+
+def refuse_unstorable(config: LoraConfig) -> None:
+    """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`.
+
+    Raises:
+        UnsupportedSetupError: naming them.
+    """
+    kept = {*_Config.model_fields, *_MORE_THAN_NAMES, "init_lora_weights", "eva_config", "runtime_config"}
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    used = sorted(key for key, value in values.items() if key not in kept and value and value != defaults.get(key))
+    if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
+        raise UnsupportedSetupError(
+            f"The adapter's config sets {', '.join(used) or 'init_lora_weights'}, which is not stored. Make the adapter "
+            "without it, or call initialize_lora_da without output_dir."
+        )
 
 
 def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Verify ``adapter_config.json``: types, nothing that loads code, ranks and scalings as the manifest says.
+    """Verify ``adapter_config.json``: each key is one that is written, as the manifest has it, or has PEFT's default.
 
     Args:
         path: The file, whose hash was compared already.
@@ -57,116 +219,57 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
         Its values.
 
     Raises:
-        ArtifactError: if PEFT would make another adapter of it than the manifest describes.
+        ArtifactError: naming the file and the key.
     """
     if path.stat().st_size > _MAX_BYTES:
-        raise too_large(str(path), path.stat().st_size, _MAX_BYTES)
-    values = parse_json(path.read_bytes(), str(path))
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise ArtifactError(f"{path} is not the config of a LoRA adapter. Fetch it again.")
-    config: dict[str, Any] = values
-    hints = _hints()
-    unknown = sorted(key for key in set(config) - set(hints) if config[key])
-    if unknown:
-        raise ArtifactError(f"{path}: this version of PEFT does not know {unknown}. Install the one that wrote it.")
-    check_types(config, hints, str(path))
-    _check_plain(path, config)
-    check_names(path, config)
-    _check_numbers(path, config)
-    _check_base(path, config, manifest)
-    _check_layers(path, config, manifest)
+        raise ArtifactError(f"{path} has more than {_MAX_BYTES:,} bytes. Do not use it.")
+    try:
+        read = _Config.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {explained(error)}. Do not use it.") from error
+    defaults = LoraConfig().to_dict()
+    for key, value in (read.model_extra or {}).items():
+        if key not in defaults or json.dumps(value) != json.dumps(defaults[key]):
+            raise ArtifactError(
+                f"{path}: {key[:80]} is {str(value)[:80]}, and only PEFT's default is stored. Do not use it."
+            )
+    config = read.model_dump()
+    problem = _problem(config, manifest)
+    if problem:
+        raise ArtifactError(f"{path}: {problem}. Do not use it.")
     return config
 
 
-def refuse_unstorable(config: LoraConfig | None) -> None:
-    """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`.
-
-    Raises:
-        UnsupportedSetupError: naming them.
-    """
-    used = [key for key in _EMPTY if getattr(config, key, None)]
-    if used:
-        raise UnsupportedSetupError(
-            f"{used} of the adapter's config is not that of a plain LoRA adapter, so the initialisation could not be "
-            "loaded again. Make the adapter without it, or call initialize_lora_da without output_dir."
-        )
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return {**get_type_hints(LoraConfig), "init_lora_weights": bool | str, "lora_alpha": float}
-
-
-def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    used = [key for key in _EMPTY if config.get(key)]
-    if used or config.get("init_lora_weights", True) not in INIT_LORA_WEIGHTS:
-        raise ArtifactError(
-            f"{path}: {used or 'init_lora_weights'} is not that of a plain LoRA adapter. Do not use it."
-        )
-    if not names_of_transformers(config.get("auto_mapping")):
-        raise ArtifactError(
-            f"{path}: auto_mapping is {str(config['auto_mapping'])[:160]}, from which PEFT would import other code "
-            "than transformers. Do not use it; if it is your own, compute it again."
-        )
-    if not 0 <= config.get("lora_dropout", 0.0) < 1:
-        raise ArtifactError(f"{path}: lora_dropout={config['lora_dropout']} is no probability. Fetch it again.")
-
-
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    if not fits(config.get("r"), int) or config["r"] < 1:
-        raise malformed(f"{path}: r={config.get('r')!r} is no rank")
-    numbers: dict[str, Any] = {"lora_alpha": config.get("lora_alpha")}
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        numbers |= {f"{pattern}[{key!r}]": value for key, value in (config.get(pattern) or {}).items()}
-    for what, value in numbers.items():
-        if not fits(value, float):
-            raise malformed(f"{path}: {what}={str(value)[:80]!r} is no number")
-
-
-def _check_base(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
-    named, expected = config.get("base_model_name_or_path"), manifest.base_model.name_or_path
-    if named and expected and named.removeprefix("./") != expected.removeprefix("./"):  # as of a folder in the manifest
-        raise ArtifactError(f"{path} names the base {named!r} and the manifest {expected!r}. Do not use it.")
-
-
-def _check_layers(path: Path, config: dict[str, Any], manifest: Manifest) -> None:
-    targets = set(config.get("target_modules") or ())
-    known = (*manifest.layers, *manifest.report.kept, *(config.get("modules_to_save") or ()))
-    unknown = sorted(targets - set(targets_among(targets, known)))
+def _problem(config: dict[str, Any], manifest: Manifest) -> str | None:
+    """Say what in a configuration is not as the manifest has it; None if all is."""
+    base, named = manifest.base_model, config["base_model_name_or_path"]
+    if named and base.name_or_path and named.removeprefix("./") != base.name_or_path.removeprefix("./"):
+        return f"base_model_name_or_path is {named!r}, and the manifest says {base.name_or_path!r}"
+    if config["revision"] not in (None, base.revision):
+        return f"revision is {config['revision']!r}, and the manifest says {base.revision!r}"
+    layers, kept = manifest.layers, manifest.report.kept
+    known = {end for name in (*layers, *kept, *(config["modules_to_save"] or ())) for end in _ends_of(name)}
+    unused = set(config["target_modules"] or ()) - known
+    if unused:
+        return f"target_modules has {min(unused)!r}, and the manifest no layer of that name"
+    names = pattern_names(config, (*layers, *kept))
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+    unknown = {*ranks, *alphas} - {_exactly(name) for found in names.values() for name in found}
     if unknown:
-        raise ArtifactError(
-            f"{path}: target_modules holds {unknown[0]!r}, and the manifest no layer of that name. Do not use it."
-        )
-    for name, layer in manifest.layers.items():
-        keys = _pattern_keys(config, name)
-        ranks, alphas = [rank_of(config, key) for key in keys], [alpha_of(config, key) for key in keys]
-        found = bool(keys) and (holder_of(name) != name or is_target(config, targets, name))
-        if not found:
-            raise ArtifactError(
-                f"{path}: neither its target_modules nor its target_parameters hold {name}. Fetch it again."
+        return f"rank_pattern or alpha_pattern has {min(unknown)[:80]!r}, which is not the name of a layer"
+    largest, scaling = config["r"], config["lora_alpha"] / alpha_divisor(config, config["r"])
+    for key in {*ranks, *alphas}:
+        rank, alpha = ranks.get(key, largest), alphas.get(key, config["lora_alpha"])
+        if rank > largest or not math.isclose(alpha / alpha_divisor(config, rank), scaling, rel_tol=1e-9):
+            return f"r and lora_alpha do not give the scaling that alpha_pattern gives {key[:80]!r}"
+    for name, layer in layers.items():
+        found = [rank_of(config, key) for key in names[name]]
+        if layer.rank not in found:
+            return (
+                f"target_modules and rank_pattern give {name} {found or 'no rank'}, and the manifest says {layer.rank}"
             )
-        if layer.rank not in ranks:
-            raise malformed(
-                f"{path}: {name} has rank {_or(ranks)} and alpha {_or(alphas)}, the manifest says {layer.rank}"
-            )
-        divisor = alpha_divisor(config, layer.rank)
-        scalings = [alpha / divisor for rank, alpha in zip(ranks, alphas, strict=True) if rank == layer.rank]
-        if not any(math.isclose(scaling, layer.peft_scaling, rel_tol=1e-9) for scaling in scalings):
-            raise malformed(f"{path}: {name} has scaling {_or(scalings)}, the manifest says {layer.peft_scaling}")
-
-
-def _pattern_keys(config: dict[str, Any], name: str) -> list[str]:
-    """Return the name that PEFT matches its patterns with: the layer's, or for an expert that of a parameter.
-
-    Which of the parameters of its module that have an adapter it is, the name of an expert does not tell.
-    """
-    if holder_of(name) == name:
-        return [name]
-    module = holder_of(name).replace(".base_layer", "")
-    targets: list[str] = config.get("target_parameters") or []
-    keys = [(f"{module}.{target.rpartition('.')[2]}", target) for target in targets]
-    return [key for key, target in keys if f".{key}".endswith(f".{target}")]
-
-
-def _or(values: list[Any]) -> str:
-    return " or ".join(map(str, dict.fromkeys(values)))
+        if not math.isclose(layer.peft_scaling, scaling, rel_tol=1e-9):
+            return f"lora_alpha gives {name} the scaling {scaling:.6g}, and the manifest says {layer.peft_scaling:.6g}"
+        if is_saved(config, name):
+            return f"modules_to_save takes {name}, which the manifest says is adapted"
+    return None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,8 +24,6 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE)
 STATISTICS_PREFIX = "lora_da_statistics-"
 STATISTICS_SHARD = re.compile(re.escape(STATISTICS_PREFIX) + r"([0-9]{5})-of-([0-9]{5})\.safetensors")
-REPORT_FILE = "lora_da_report.json"
-"""What a trainer leaves in its `INIT_FOLDER` if it started from an initialisation that is stored elsewhere."""
 
 MAX_MANIFEST_BYTES = 32 << 20
 _MAX_VALUES = 2_000_000
@@ -145,7 +143,12 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(rest)
     except ValidationError as error:
-        raise ArtifactError(_explained(source, error)) from error
+        if any(found["loc"] == ("schema_version",) for found in error.errors(include_url=False, include_input=False)):
+            raise ArtifactError(
+                f"{source} does not have schema version {SCHEMA_VERSION}, which this version of lora_da_hf reads. Install "
+                "the version that wrote it, or compute the initialisation again."
+            ) from error
+        raise ArtifactError(f"{source} is not a valid manifest ({explained(error)}). Do not use it.") from error
     if checksum is None or hashlib.sha256(rest[1:]).hexdigest().encode() != checksum[1]:
         raise ArtifactError(f"{source} was changed after it was written: its checksum is wrong. Get a new copy.")
     problem = _problem(manifest)
@@ -154,16 +157,11 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     return manifest
 
 
-def _explained(source: str, error: ValidationError) -> str:
-    errors: list[dict[str, Any]] = error.errors(include_url=False)  # pyright: ignore[reportAssignmentType]
-    version = next((found["input"] for found in errors if found["loc"] == ("schema_version",)), None)
-    if isinstance(version, int):
-        return (
-            f"{source} has schema version {version}, and this version of lora_da_hf reads {SCHEMA_VERSION}. Install "
-            "the version that wrote it, or compute the initialisation again."
-        )
-    where = ".".join(map(str, errors[0]["loc"]))[:160]
-    return f"{source} is not a valid manifest ({f'{where}: ' if where else ''}{errors[0]['msg']}). Get a new copy."
+def explained(error: ValidationError) -> str:
+    """Say which value of a JSON file is wrong, and how: the first, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))[:160]
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 def _problem(manifest: Manifest) -> str | None:
@@ -178,6 +176,8 @@ def _problem(manifest: Manifest) -> str | None:
         return "it lists only a part of the statistics"
     if not report.layers or len(manifest.layers) != len(report.layers):
         return "it lists no layer, or one twice"
+    if any(len(name) > 512 or name.count(".") > 64 for name in (*manifest.layers, *report.kept)):
+        return "the name of a layer is too long"
     for name, layer in manifest.layers.items():
         leader = manifest.layers.get(layer.shares_input_with)
         if not 0 < layer.rank <= layer.max_rank <= layer.in_features or layer.out_features < 1:

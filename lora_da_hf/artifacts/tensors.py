@@ -1,85 +1,84 @@
-"""Reading safetensors files from outside: the header first, and nothing that is not finite."""
+"""Safetensors files: written with a word on what is missing, read header first."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_da_hf.artifacts.strict_json import malformed
 from lora_da_hf.errors import ArtifactError
 
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and safetensors dtype of each tensor."""
 
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
-_MAX_TENSORS = 16384
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
 
 
-def read_tensors(path: Path, expected: TensorSpecs | None, *, max_tensors: int | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, header first.
-
-    Args:
-        path: The file.
-        expected: Shape and dtype of each key; None: anything finite is accepted.
-        max_tensors: How many tensors the header may describe; None: as many as expected, or 16384.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors.
 
     Raises:
-        ArtifactError: if it is no safetensors file, its keys, shapes or dtypes are others, or a value is not finite.
+        ArtifactError: if the disk takes no more of them.
     """
-    found = tensor_specs(path, max_tensors=max_tensors or len(expected or ()) or _MAX_TENSORS)
-    if expected is not None:
-        _compare(path, found, expected)
-    return dict(iterate_tensors(path))
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free
+        raise ArtifactError(
+            f"{path} could not be written ({error}). It takes {size / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
+            "free there: make room, or name a folder on another disk."
+        ) from error
 
 
-def tensor_specs(path: Path, *, max_tensors: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return what the header of a safetensors file announces, checked as far as it tells.
-
-    Args:
-        path: The file.
-        max_tensors: How many tensors it may describe, for the length of the header.
+def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
+    """Return what the header of a safetensors file announces.
 
     Raises:
-        ArtifactError: if it is no safetensors file, a key occurs twice, or a dtype is an unusual one.
+        ArtifactError: if it is not a safetensors file, or announces more tensors than ``max_tensors``.
     """
-    _check_header_text(path, max_tensors)
-    specs: dict[str, tuple[tuple[int, ...], str]] = {}
+    limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > limit:
+            raise ArtifactError(f"{path} is not a safetensors file, or its header is too long. Do not use it.")
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                entry = file.get_slice(name)
-                specs[name] = (tuple(entry.get_shape()), entry.get_dtype())
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            specs = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
     except SafetensorError as error:
-        raise _invalid(path, str(error)) from error
-    odd = [name for name, (_, dtype) in specs.items() if dtype not in _DTYPES]
-    if odd:
-        raise ArtifactError(f"{path}: {odd[0]!r} is {specs[odd[0]][1]}, which no initialisation holds. Do not use it.")
+        raise ArtifactError(f"{path} is not a valid safetensors file ({error}). Do not use it.") from error
+    if len(specs) > max_tensors:
+        raise ArtifactError(f"{path} holds {len(specs)} tensors, and at most {max_tensors} can be. Do not use it.")
     return specs
 
 
-def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file whose header was checked, one at a time.
+def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+        expected: Shape and dtype of each key; None: the header was checked.
 
     Raises:
-        ArtifactError: if one holds NaN or infinity.
+        ArtifactError: if its keys, shapes or dtypes are others, or a value is not finite.
     """
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            yield name, _finite(path, name, file.get_tensor(name))
+    if expected is not None:
+        check_specs(path, tensor_specs(path, max_tensors=len(expected)), expected)
+    with open_tensors([path]) as read, safe_open(path, framework="pt") as file:
+        return {name: read(name) for name in file.keys()}
 
 
 @contextlib.contextmanager
-def open_tensors(paths: Iterable[Path]) -> Generator[Callable[[str], tuple[Path, Tensor]]]:
-    """Give a function that reads one tensor of files whose headers were checked, and tells which of them has it.
+def open_tensors(paths: Iterable[Path]) -> Generator[Callable[[str], Tensor]]:
+    """Give a function that reads one tensor of files whose headers were checked.
 
     That function raises `ArtifactError` if the tensor holds NaN or infinity.
     """
@@ -89,54 +88,23 @@ def open_tensors(paths: Iterable[Path]) -> Generator[Callable[[str], tuple[Path,
             file = stack.enter_context(safe_open(path, framework="pt"))
             places |= dict.fromkeys(file.keys(), (path, file))
 
-        def read(name: str) -> tuple[Path, Tensor]:
+        def read(name: str) -> Tensor:
             path, file = places[name]
-            return path, _finite(path, name, file.get_tensor(name))
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
+                raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
+            return tensor
 
         yield read
 
 
-def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
-        raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it; compute it again.")
-    return tensor
+def check_specs(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
+    """Verify that a file holds exactly the tensors that the manifest says.
 
-
-def _compare(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
-    if set(found) != set(expected):
-        wrong = sorted(set(found) ^ set(expected))[:3]
-        raise malformed(f"{path} and the manifest disagree on the tensors in it: {wrong} and maybe more")
-    for name, (shape, dtype) in expected.items():
-        if found[name] != (shape, dtype):
-            raise ArtifactError(
-                f"{path}: {name} is {found[name][1]} {list(found[name][0])}, not {dtype} {list(shape)} as the "
-                "manifest says. Fetch it again."
-            )
-
-
-def _check_header_text(path: Path, max_tensors: int) -> None:
-    """Verify what the library that reads safetensors does not: the header's length, and that no key occurs twice."""
-    limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise _invalid(path, "its header is longer than the file")
-        if length > limit:
-            raise _invalid(path, f"its header has {length} bytes, and {max_tensors} tensors need {limit} at most")
-        header = file.read(length)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ArtifactError(f"{path}: a tensor's name occurs twice in the header. Fetch it again.")
-        return dict(pairs)
-
-    try:
-        json.loads(header, object_pairs_hook=unique)
-    except ArtifactError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _invalid(path, "its header is no JSON") from error
-
-
-def _invalid(path: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"{path} is not a valid safetensors file ({reason}). Fetch it again.")
+    Raises:
+        ArtifactError: naming the first that is missing, unknown or another one.
+    """
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            says, holds = expected.get(name, "not there"), found.get(name, "not there")
+            raise ArtifactError(f"{path}: {name[:160]!r} is {holds}, and by the manifest {says}. Do not use it.")

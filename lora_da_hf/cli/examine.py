@@ -80,13 +80,10 @@ def verify_parser() -> argparse.ArgumentParser:
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.pipeline.against_base import check_against_base
     from lora_da_hf.pipeline.base_model import base_model_facts
 
     model = base_model_of_folder(arguments, output)
     stored = load_init(arguments.folder, base_model=None if model is None else base_model_facts(model))
-    for note in () if model is None else check_against_base(stored, model):
-        output.message(f"Note: {note}.")
     manifest = stored.manifest
     size = sum(entry.size for entry in manifest.files.values())
     values = {

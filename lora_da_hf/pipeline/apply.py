@@ -33,7 +33,6 @@ from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions
 from lora_da_hf.pipeline.stored import (
     config_for_use,
     gives_step,
-    population_of,
     stored_step,
 )
 from lora_da_hf.records import LayerSolution
@@ -247,7 +246,7 @@ def _write_without_data(job: Job, manifest: Manifest, solutions: dict[str, Layer
 
 def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], samples: Any) -> None:
     """Search the step on samples, or measure the loss on them, and write."""
-    splits = choose_together(job, samples, population_of(manifest, job.config))
+    splits = choose_together(job, samples, manifest.report.population_size)
     digest_splits(job, splits)
     splits = dataclasses.replace(splits, notes=())  # they would speak of statistics, which are not taken
     if not splits.search and not splits.unseen:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
-from lora_da_hf.artifacts.consistency import stored_factor
+from lora_da_hf.artifacts.adapter_tensors import stored_factor
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import load_init

@@ -14,8 +14,7 @@ from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
 from lora_da_hf.adapters.resizing import check_resizable
 from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.adapter_config import refuse_unstorable
-from lora_da_hf.artifacts.folders import check_replaceable, check_writable, held_alone, remove_leftovers
+from lora_da_hf.artifacts.folders import check_replaceable, check_writable
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
@@ -137,8 +136,7 @@ def initialize_lora_da(
         if config.rank_budget is not None:
             check_resizable(scan.targets)
         if output_dir is not None:
-            refuse_unsaveable(model)
-            refuse_unstorable(getattr(model, "peft_config", {}).get(scan.adapter_name))
+            refuse_unsaveable(model, scan.adapter_name)
     check_fresh(scan.targets)
     least = min(target.rank for target in scan.targets)
     if config.max_rank is not None and config.max_rank < least:
@@ -161,16 +159,13 @@ def initialize_lora_da(
     if job.output_dir is None and (config.statistics_save_steps is not None or config.save_statistics):
         name = "save_statistics" if config.save_statistics else "statistics_save_steps"
         raise ConfigError(f"{name} needs an output_dir, in or beside which the statistics are kept. Give one.")
-    with contextlib.ExitStack() as held:
-        with ranks.together("look at the output folder"):
-            if job.output_dir is not None and ranks.is_main:
-                held.enter_context(held_alone(job.output_dir))
-                remove_leftovers(job.output_dir)
-                check_replaceable(job.output_dir)
-        check_same_settings(job, population_size)
-        splits = choose_together(job, samples, population_size)
-        digests = digest_splits(job, splits)
-        return _run(job, splits, digests)
+    with ranks.together("look at the output folder"):
+        if job.output_dir is not None and ranks.is_main:
+            check_replaceable(job.output_dir)
+    check_same_settings(job, population_size)
+    splits = choose_together(job, samples, population_size)
+    digests = digest_splits(job, splits)
+    return _run(job, splits, digests)
 
 
 def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:

@@ -6,19 +6,19 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.resizing import layers_in_patterns
-from lora_da_hf.adapters.targets import TargetScan
+from lora_da_hf.adapters.targets import TargetScan, base_name
+from lora_da_hf.artifacts.adapter_config import config_to_store, refuse_unstorable
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts, Manifest
-from lora_da_hf.artifacts.peft_config import in_names
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
@@ -59,11 +59,10 @@ def save_init(
         report: What was done.
         identity: What a later run must have in common with this one to use it.
     """
-    name = base_model.name_or_path
     write_init(
         folder,
         bases={layer: StoredBasis.of(solution) for layer, solution in solutions.items()},
-        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, name),
+        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, base_model),
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
         make_manifest=lambda files: Manifest(
             **made_now(),
@@ -102,36 +101,70 @@ def save_adapter(
     folder: Path,
     adapter_name: str,
     state: dict[str, Tensor] | None,
-    base_name: str | None,
+    base_model: BaseModelFacts,
 ) -> None:
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
-    Its configuration names the layers where PEFT would keep regular expressions.
+    Its configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
 
     Args:
         model: The model.
         folder: Where.
         adapter_name: The adapter.
         state: Its parameters, if the model's own are partitioned.
-        base_name: What its configuration is to call the base; None: what PEFT calls it.
+        base_model: What its configuration is to call the base.
     """
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
-    layers = layers_in_patterns(model, adapter_name)
-    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    layers = _layers_by_pattern_name(model, adapter_name)
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
-    named = in_names(json.loads(path.read_text(encoding="utf-8")), modules, ranks, alphas)
-    if base_name:  # which the manifest marks where it is a folder's
-        named["base_model_name_or_path"] = base_name.removeprefix("./")
-    path.write_text(json.dumps(named, indent=2, sort_keys=True), encoding="utf-8")
+    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    scaling = _common_scaling(layers, adapter_name)
+    config = config_to_store(json.loads(path.read_text(encoding="utf-8")), base_model, modules, ranks, scaling)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def refuse_unsaveable(model: nn.Module) -> None:
-    """Refuse a model that `save_adapter` cannot save, before there is anything to save.
+def _layers_by_pattern_name(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of an adapter by the names that PEFT matches its patterns with.
+
+    That is a layer's name, or that of the parameter that it adapts.
+    """
+    found: dict[str, LoraLayer] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            plain = base_name(name)
+            is_parameter = isinstance(layer, ParamWrapper)
+            found[f"{plain.replace('.base_layer', '')}.{layer.parameter_name}" if is_parameter else plain] = layer
+    return found
+
+
+def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float:
+    """Return the scaling that all layers have, since some programs that run adapters read `r` and `lora_alpha` alone.
 
     Raises:
-        TargetError: if it is neither a PEFT model nor one of transformers' with an adapter.
+        TargetError: naming a layer that has another one.
+    """
+    first, scaling = next((name, layer.scaling[adapter_name]) for name, layer in layers.items())
+    for name, layer in layers.items():
+        if not math.isclose(layer.scaling[adapter_name], scaling, rel_tol=1e-9):
+            raise TargetError(
+                f"{name} has scaling {layer.scaling[adapter_name]:.6g} and {first} has {scaling:.6g}: an adapter is "
+                "stored with one scaling. Give alpha_pattern for the layers of rank_pattern, so that alpha / r (or its "
+                "root with rsLoRA) is the same in all, or call initialize_lora_da without output_dir."
+            )
+    return scaling
+
+
+def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Refuse an adapter that `save_adapter` cannot save, before there is anything to save.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter; None: only the kind of model is looked at.
+
+    Raises:
+        TargetError: if it is neither in a PEFT model nor in one of transformers', or its layers differ in scaling.
+        UnsupportedSetupError: if its configuration sets what is not stored.
     """
     if isinstance(model, PeftMixedModel):
         raise TargetError(
@@ -144,6 +177,10 @@ def refuse_unsaveable(model: nn.Module) -> None:
             "LoRADATrainer's peft_config: give what it returned (trainer.model), or load the base anew. Without "
             "output_dir, initialize_lora_da takes any model."
         )
+    if adapter_name is None:
+        return
+    refuse_unstorable(model.peft_config[adapter_name])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    _common_scaling(_layers_by_pattern_name(model, adapter_name), adapter_name)
 
 
 def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:

@@ -33,21 +33,15 @@ def gives_step(given: Given) -> bool:
 def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
     """Return the stored settings, with those that are given in their place: of a config, what is not the default's.
 
-    ``freeze_a`` concerns training, so it is always that of ``given``. The ranks are the adapter's, without a budget.
+    ``freeze_a`` concerns training, so it is always that of ``given``.
 
     Raises:
-        ConfigError: if there is a budget, or a setting that went into the stored solution is given otherwise.
+        ConfigError: if a setting that went into the stored solution is given otherwise.
     """
-    stored = dataclasses.replace(manifest.config, freeze_a=False, rank_budget=None)
+    stored = dataclasses.replace(manifest.config, freeze_a=False)
     if given is None:
         return stored
     given, names = _merged(stored, given)
-    if given.rank_budget is not None:
-        raise ConfigError(
-            f"rank_budget={given.rank_budget} is spent when an initialisation is computed. Share out the ranks of a "
-            "stored one with refit_init or `lora-da refit --rank-budget`, and make the adapter from the config that it "
-            "writes."
-        )
     fixed = [name for name in names if name not in FREE_IN_USE and name in changed_settings(given, stored)]
     if fixed:
         raise ConfigError(
@@ -69,7 +63,7 @@ def _merged(stored: LoRADAConfig, given: LoRADAConfig | Mapping[str, Any]) -> tu
 def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     """Return the stored settings, with those of the solve and of the write that are given in their place.
 
-    What cannot be had offline stays as stored: a step that is to be searched, and a rank, budget or population of None.
+    What cannot be had offline stays as stored: a step that is to be searched, and a rank of None.
 
     Raises:
         ConfigError: if a setting of the pass over the data is given that is not the stored one; in a config, one at its
@@ -88,18 +82,12 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     values = {name: getattr(given, name) for name in FREE_IN_REFIT}
     if given.searches_step:
         values["step_size"] = stored.step_size
-    for name in ("max_rank", "population_size", "rank_budget"):
-        values[name] = values[name] or getattr(stored, name)
+    values["max_rank"] = given.max_rank or stored.max_rank
     return dataclasses.replace(stored, **values)
 
 
 def _listed(config: LoRADAConfig, names: list[str]) -> str:
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
-
-
-def population_of(manifest: Manifest, config: LoRADAConfig) -> int:
-    """Return N of the variance term: the config's, or that of the data that the statistics are from."""
-    return config.population_size or manifest.report.population_size
 
 
 def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:

@@ -1,12 +1,11 @@
 import dataclasses
-import json
+import re
 import shutil
 
 import pytest
 import torch
 from families.zoo import EXPERTS, FAMILIES, send_nothing_to_the_last_expert
 from harness import (
-    LINEAR_LAYERS,
     adapter_weights,
     assert_same_tensors,
     assert_updates_equal,
@@ -22,11 +21,10 @@ from harness import (
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import lora_da_hf.pipeline.refit_write
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, RefittedFrom
 from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import file_entry, load_init
+from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
 from lora_da_hf.theory.rank_budget import num_adapter_parameters
 
@@ -49,6 +47,16 @@ def changed(folder, **settings):
 def loaded(folder, tiny_llama):
     """Load a folder's adapter as anybody would, with PEFT."""
     return PeftModel.from_pretrained(tiny_llama(), folder)
+
+
+def assert_one_scaling(folder, base, scaling):
+    """Check with PEFT that all layers have one scaling, which r and lora_alpha alone tell, and return its config."""
+    config = PeftConfig.from_pretrained(folder)
+    alone = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    layers = lora_layers(PeftModel.from_pretrained(base, folder))
+    assert [alone, *(layer.scaling["default"] for layer in layers)] == pytest.approx([scaling] * (len(layers) + 1))
+    assert config.r == max(layer.r["default"] for layer in layers)
+    return config
 
 
 def contents(folder):
@@ -98,22 +106,6 @@ def test_what_was_cut_can_be_used_at_any_stored_rank_all_the_same(stored_init, t
     assert steps[0].step_size_by_rank == steps[1].step_size_by_rank
 
 
-def test_ranks_by_layer_are_replaced_and_their_alphas_are_kept(tmp_path, lora_model, tiny_llama):
-    patterns = {"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"q_proj": 3}}
-    folder = store_init(tmp_path / "init", lora_model(r=4, **patterns))
-    refit_init(folder, tmp_path / "new", rank=2)
-    scalings = {name: layer.peft_scaling for name, layer in load_init(tmp_path / "new").manifest.layers.items()}
-    assert {scalings[name] for name in scalings if "q_proj" in name} == {1.5}
-    assert {scalings[name] for name in scalings if "q_proj" not in name} == {8.0}
-    config = PeftConfig.from_pretrained(tmp_path / "new")
-    assert config.rank_pattern == {}
-    assert set(config.alpha_pattern) == {rf"^model\.layers\.{n}\.self_attn\.q_proj" for n in range(2)}
-    found = written_updates(loaded(tmp_path / "new", tiny_llama))
-    fresh = lora_model(r=2, alpha_pattern={"q_proj": 3})
-    apply_init(fresh, folder)
-    assert_updates_equal(found, {name: update.numpy() for name, update in written_updates(fresh).items()})
-
-
 def test_a_layer_with_fewer_directions_gets_all_of_them(tmp_path, lora_model, tiny_llama):
     small = tiny_llama(hidden_size=16, intermediate_size=40)
     folder = store_init(tmp_path / "init", lora_model(model=small, r=8), max_rank=24)
@@ -121,24 +113,26 @@ def test_a_layer_with_fewer_directions_gets_all_of_them(tmp_path, lora_model, ti
     ranks = ranks_of(tmp_path / "new")
     assert {name for name, rank in ranks.items() if rank == 20} == {f"model.layers.{n}.mlp.down_proj" for n in range(2)}
     assert set(ranks.values()) == {16, 20}
+    assert_one_scaling(tmp_path / "new", tiny_llama(hidden_size=16, intermediate_size=40), 16 / 20)
     model = PeftModel.from_pretrained(tiny_llama(hidden_size=16, intermediate_size=40), tmp_path / "new")
     expected = dense_updates(folder, ranks, load_init(tmp_path / "new").report.step_size)
     assert_updates_equal(written_updates(model), expected)
 
 
-def test_layers_left_to_peft_keep_their_tensors_rank_and_scaling(tmp_path, lora_model, tiny_llama):
-    model = lora_model(r=4, rank_pattern={"o_proj": 50}, alpha_pattern={"o_proj": 5})
+def test_layers_left_to_peft_keep_their_tensors_and_rank_at_the_scaling_of_all(tmp_path, lora_model, tiny_llama):
+    model = lora_model(r=4, lora_alpha=8, rank_pattern={"o_proj": 50}, alpha_pattern={"o_proj": 100})
     folder = store_init(tmp_path / "init", model)
     before = written_adapter(folder)
     refit_init(folder, tmp_path / "new", rank=2)
     after = written_adapter(tmp_path / "new")
     kept = {name for name in before if "o_proj" in name}
     assert_same_tensors({name: after[name] for name in kept}, {name: before[name] for name in kept})
-    config = PeftConfig.from_pretrained(tmp_path / "new")
-    assert config.rank_pattern == {rf"^model\.layers\.{n}\.self_attn\.o_proj": 50 for n in range(2)}
-    layer = loaded(tmp_path / "new", tiny_llama).get_base_model().model.layers[1].self_attn.o_proj
-    assert (layer.r["default"], layer.scaling["default"]) == (50, 0.1)
-    assert load_init(tmp_path / "new").report.kept == load_init(folder).report.kept
+    config = assert_one_scaling(tmp_path / "new", tiny_llama(), 4.0)
+    assert config.r == 50
+    assert config.rank_pattern["^" + re.escape(QUERY)] == 2
+    again = refit_init(tmp_path / "new", tmp_path / "newer", rank=4)
+    assert {layer.peft_scaling for layer in again.report.layers} == {2.0}
+    assert again.report.kept == load_init(folder).report.kept
 
 
 def test_the_dtype_of_the_stored_adapter_stays(tmp_path, lora_model, tiny_llama):
@@ -163,8 +157,7 @@ def test_a_rank_above_the_stored_one_is_an_error(stored_init, tmp_path):
     "settings",
     [
         {"input_damping": 1e-2, "output_damping": "0.3*mean"},
-        {"variance_weight": 0.5, "population_size": 7},
-        {"variance_weight": 0.0, "solver": "eigh"},
+        {"variance_weight": 0.5},
         {"layer_steps": "equal", "step_size": 0.05},
         {"factor_split": "balanced", "layer_steps": "equal", "step_size": 0.05},
     ],
@@ -250,7 +243,9 @@ def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_
 # Ranks under a budget
 
 
-def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(stored_init, tmp_path, lora_model):
+def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(
+    stored_init, tmp_path, lora_model, tiny_llama
+):
     layers = load_init(stored_init).manifest.layers
     widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     budget = num_adapter_parameters(dict.fromkeys(widths, 4), widths)
@@ -260,7 +255,7 @@ def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(st
     spent = num_adapter_parameters(ranks, widths)
     assert budget - min(map(sum, widths.values())) < spent <= budget
     assert {layer.peft_scaling for layer in refitted.manifest.layers.values()} == {2.0}
-    config = PeftConfig.from_pretrained(tmp_path / "new")
+    config = assert_one_scaling(tmp_path / "new", tiny_llama(), 2.0)
     assert all(type(alpha) is int for alpha in config.alpha_pattern.values())
     expected = dense_updates(stored_init, ranks, 0.05)
     config.inference_mode = False
@@ -279,10 +274,7 @@ def lora_layers(model):
 def test_a_budget_keeps_rslora_s_scalings_too(without_statistics, tmp_path, tiny_llama):
     refit_init(without_statistics, tmp_path / "new", rank_budget=5000)
     assert len(set(ranks_of(tmp_path / "new").values())) > 2
-    scalings = [layer.scaling["default"] for layer in lora_layers(loaded(tmp_path / "new", tiny_llama))]
-    assert scalings == pytest.approx([16 / 8**0.5] * LINEAR_LAYERS, rel=1e-12)
-    stored = [layer.peft_scaling for layer in load_init(tmp_path / "new").manifest.layers.values()]
-    assert stored == scalings
+    assert_one_scaling(tmp_path / "new", tiny_llama(), 16 / 8**0.5)
 
 
 def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
@@ -298,11 +290,11 @@ def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
 
 def test_the_manifest_says_what_it_was_refitted_from(stored_init, tmp_path):
     old = load_init(stored_init).manifest
-    new = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, population_size=99)).manifest
-    assert new.refitted_from == RefittedFrom(manifest=old.digest, changed={"population_size": 99})
+    new = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, variance_weight=0.2)).manifest
+    assert new.refitted_from == RefittedFrom(manifest=old.digest, changed={"variance_weight": 0.2})
     assert old.refitted_from is None
     assert new.base_model == old.base_model
-    assert (new.report.population_size, new.identity) == (99, {})
+    assert new.identity == {}
     text = (tmp_path / "new" / MANIFEST_FILE).read_text()
     assert str(tmp_path) not in text
 
@@ -347,26 +339,11 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(lora_da_hf.pipeline.refit_write, "write_tensors", fails)
+    monkeypatch.setattr("lora_da_hf.pipeline.refit.write_tensors", fails)
     with pytest.raises(OSError, match="no space"):
         refit_init(folder, folder, rank=2)
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["init"]
-
-
-# Damage
-
-
-@pytest.mark.parametrize("change", [{"lora_alpha": 17}, {"use_rslora": True}])
-def test_a_peft_config_that_contradicts_the_manifest_is_refused(stored_init, tmp_path, change):
-    folder = shutil.copytree(stored_init, tmp_path / "init")
-    manifest = load_init(folder).manifest
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    files = {name: file_entry(folder / name) for name in manifest.files}
-    (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"files": files}).to_json())
-    with pytest.raises(ArtifactError, match="the manifest"):
-        refit_init(folder, tmp_path / "new", rank=2)
 
 
 # What depends on more than the layer
@@ -465,8 +442,8 @@ def test_other_settings_of_experts_are_solved_one_by_one(experts, tmp_path):
 
 
 def test_experts_share_no_budget(experts, tmp_path):
-    with pytest.raises(ConfigError, match=r"The experts .* and PEFT has one of each for all"):
-        refit_init(experts, tmp_path / "new", rank_budget=20_000)
+    with pytest.raises(ConfigError, match=r"The experts .* and PEFT has one for all"):
+        refit_init(experts, tmp_path / "new", rank_budget=5_000)
 
 
 def test_a_solve_shows_how_far_it_is(stored_init, tmp_path, capsys):
@@ -490,7 +467,7 @@ def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model
 
 
 def test_a_larger_stored_rank_leaves_the_step_as_it_was(tmp_path, lora_model):
-    folder = store_init(tmp_path / "init", lora_model(r=4), max_rank=4, variance_weight=100.0, metric="fisher")
+    folder = store_init(tmp_path / "init", lora_model(r=4), max_rank=4, variance_weight=100.0)
     refit_init(folder, tmp_path / "new", config=changed(folder, max_rank=16))
     units = [load_init(path).report.step_unit for path in (folder, tmp_path / "new")]
     assert units[0] == pytest.approx(units[1], rel=1e-6)
@@ -509,7 +486,6 @@ def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_
 @pytest.mark.parametrize("settings", [{"rank": 2}, {"step_size": 0.5}])
 def test_a_refit_in_place_keeps_the_statistics(stored_init, tmp_path, settings):
     folder = shutil.copytree(stored_init, tmp_path / "init")
-    (tmp_path / "_init.partial-killed").mkdir()
     (tmp_path / "x").mkdir()
     expected = {path.name: path.read_bytes() for path in folder.glob("lora_da_statistics*")}
     refit_init(folder, tmp_path / "x" / ".." / "init", **settings)

@@ -118,7 +118,7 @@ def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_pat
 
 
 RANKS = {"experts.gate_up_proj": 2, r"layers\.1\..*experts\.down_proj": 3, "q_proj": 5}
-ALPHAS = {"down_proj": 8}
+ALPHAS = {name: 4 * rank for name, rank in RANKS.items()}
 
 
 @pytest.mark.support(
@@ -142,9 +142,9 @@ def test_experts_with_ranks_of_their_own_are_written_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("rank_pattern", {"gate_up_proj": 2, "down_proj": 2}, r"experts.*\[0\] has rank 2 and alpha 16, the manifest"),
-        ("alpha_pattern", {"gate_up_proj": 2, "down_proj": 2}, r"experts.*\[0\] has scaling 0.5, the manifest says 4"),
-        ("target_parameters", ["mlp.gate.weight"], r"nor its target_parameters hold .*experts.*\[0\]\. Fetch"),
+        ("rank_pattern", {"gate_up_proj": 2, "down_proj": 2}, "rank_pattern"),
+        ("alpha_pattern", {"gate_up_proj": 2, "down_proj": 2}, "alpha_pattern"),
+        ("target_parameters", ["mlp.gate.weight"], r"experts\[0\] no rank"),
     ],
 )
 def test_a_config_that_gives_experts_other_ranks_than_the_manifest_is_refused(tmp_path, key, value, message):

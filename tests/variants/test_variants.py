@@ -58,7 +58,11 @@ VARIANTS = [
         {"use_dora": True},
     ),
     row("`lora_bias`", "the bias starts at zero, as PEFT has it", {"lora_bias": True}),
-    row("`rank_pattern`, `alpha_pattern`", "", {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 4}}),
+    row(
+        "`rank_pattern`, `alpha_pattern`",
+        "stored if all layers have one scaling, as this adapter's",
+        {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 8}},
+    ),
     row("`lora_dropout`", "off during the initialisation", {"lora_dropout": 0.1}),
     row("`modules_to_save`", "trained in full as ever", {"modules_to_save": ["lm_head"]}),
     row("`layers_to_transform`, `exclude_modules`", "", PART),

@@ -1,0 +1,142 @@
+"""The tensors of a stored adapter: the step along the basis, and besides only what this adapter has."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved, trained_tokens
+from lora_da_hf.artifacts.basis import StoredBasis
+from lora_da_hf.artifacts.manifest import Manifest
+from lora_da_hf.artifacts.tensors import read_tensors, tensor_specs
+from lora_da_hf.errors import ArtifactError
+from lora_da_hf.theory.adapter_factors import paper_step_size
+
+MAGNITUDE = ".lora_magnitude_vector"
+_DELTA = ".token_adapter.trainable_tokens_delta"
+_FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_TOLERANCE = 1e-4
+"""Relative; and four roundings of the adapter's dtype."""
+
+
+def factor_key(name: str, factor: str) -> str:
+    """Return the key under which PEFT stores a layer's ``"A"`` or ``"B"``; all experts of a parameter have one."""
+    return f"{PEFT_PREFIX}{holder_of(name)}.lora_{factor}.weight"
+
+
+def stored_factor(tensors: Mapping[str, Tensor], name: str, factor: str, rank: int) -> Tensor | None:
+    """Return a layer's A or B out of the tensors of an adapter's file; None if it is not there.
+
+    Of experts, PEFT stores all rows of one A together, and the columns of one B apart.
+
+    Args:
+        tensors: Of the file.
+        name: The layer.
+        factor: ``"A"`` or ``"B"``.
+        rank: Of the layer.
+    """
+    tensor, index = tensors.get(factor_key(name, factor)), expert_of(name)
+    if tensor is None or index is None:
+        return tensor
+    if factor == "A":
+        return tensor[index * rank : (index + 1) * rank]
+    return tensor[:, index :: max(tensor.shape[-1] // rank, 1)]
+
+
+def check_adapter(path: Path, bases: Mapping[str, StoredBasis], config: dict[str, Any], manifest: Manifest) -> None:
+    """Verify that ``s B A`` of each layer is the step times the basis at its rank, and that nothing else is there.
+
+    PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
+
+    Args:
+        path: The adapter's file.
+        bases: By layer.
+        config: The checked adapter config.
+        manifest: Of the folder.
+
+    Raises:
+        ArtifactError: naming the tensor.
+    """
+    layers, kept = manifest.layers, manifest.report.kept
+    keys = tensor_specs(path, max_tensors=4 * (len(layers) + len(kept)) + 4096)
+    own = {factor_key(name, factor) for name in layers for factor in ("A", "B")}
+    if config["use_dora"]:
+        own |= {f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in layers}
+    missing = own - set(keys)
+    if missing:
+        raise ArtifactError(f"{path}: {min(missing)!r} is missing. Do not use it.")
+    others = {key for key in keys if key not in own}
+    of_layers, of_kept = {*map(holder_of, layers)}, {*map(holder_of, kept)}
+    named = {key for key in others if _is_named(key, of_layers, of_kept, config)}
+    if others != named and not config["ensure_weight_tying"]:
+        raise _foreign(path, others - named)
+    tensors = read_tensors(path, None)
+    saved = {_digest(tensors[key]) for key in named if ".lora_" not in key} if others != named else set[bytes]()
+    # of tied weights PEFT names one and stores both
+    if any(".lora_" in key or _digest(tensors[key]) not in saved for key in others - named):
+        raise _foreign(path, others - named)
+    for name, layer in layers.items():
+        factors: list[Tensor] = []
+        for factor, shape in (("A", (layer.rank, layer.in_features)), ("B", (layer.out_features, layer.rank))):
+            tensor = stored_factor(tensors, name, factor, layer.rank)
+            if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise ArtifactError(f"{path}: lora_{factor} of {name} is not {list(shape)}. Do not use it.")
+            factors.append(tensor)
+        step = manifest.report.step_size
+        step = paper_step_size(layer.peft_scaling, manifest.config.stable_gamma) if step is None else step
+        missed = _missed(factors[0], factors[1], bases[name], scaling=layer.peft_scaling, step=step)
+        if not missed <= _TOLERANCE + 4 * max(torch.finfo(tensor.dtype).eps for tensor in factors):
+            raise ArtifactError(
+                f"{path}: the adapter of {name} is not the step along the stored basis: it misses it by {missed:.1e} of "
+                "its size. Do not use it."
+            )
+
+
+def _foreign(path: Path, keys: Collection[str]) -> ArtifactError:
+    return ArtifactError(f"{path}: {min(keys)[:160]!r} is not a tensor of this adapter. Do not use it.")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode() + flat.numpy().tobytes()).digest()
+
+
+def _is_named(key: str, layers: Collection[str], kept: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor is of a layer that PEFT adapts, or of what the config says is trained besides."""
+    if not key.startswith(PEFT_PREFIX):
+        return False
+    name = key.removeprefix(PEFT_PREFIX)
+    ends = (*([MAGNITUDE] if config["use_dora"] else []), *([".lora_B.bias"] if config["lora_bias"] else []))
+    if any(name.endswith(end) and name.removesuffix(end) in kept for end in (*_FACTORS, *ends)):
+        return True
+    if any(name.endswith(end) and name.removesuffix(end) in layers for end in ends):
+        return True
+    if ".lora_" in name:
+        return False
+    if name.endswith(_DELTA):
+        return bool(trained_tokens(config, name.removesuffix(_DELTA)))
+    module, _, parameter = name.rpartition(".")
+    return (parameter == "bias" and config["bias"] != "none") or is_saved(config, module)
+
+
+def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, *, scaling: float, step: float) -> float:
+    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter.
+
+    Of a step of 0, any B that is not zero misses it wholly, and so does an A outside of the basis at every step.
+    """
+    rank = len(lora_A)
+    rows, columns = basis.basis_A[:rank].double(), basis.basis_B[:, :rank].double()
+    wide_A, wide_B = lora_A.double(), lora_B.double()
+    inside = wide_A @ torch.linalg.pinv(rows)  # rows need not be of norm 1
+    outside = (wide_A - inside @ rows).norm() / wide_A.norm()
+    if step == 0.0:
+        return math.inf if wide_B.any() else outside.item()
+    expected = columns * step
+    along = (scaling * (wide_B @ inside) - expected).norm() / expected.norm()
+    return torch.maximum(outside, along).item()  # NaN of either stays

@@ -1,0 +1,324 @@
+"""Folders that are damaged, or that would do something else than they say: each is refused in one line, and soon."""
+
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import BASE_NAME, change_tensors, forge_manifest, make_init
+from safetensors.torch import load_file, save_file
+
+from lora_da_hf import apply_init, load_init, refit_init
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
+from lora_da_hf.cli.main import main
+from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
+from lora_da_hf.hub import push_init
+
+STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
+FILES = [MANIFEST_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE, STATISTICS_FILE]
+LAYER = "model.layers.0.self_attn.q_proj"
+MEGABYTES = 1 << 10
+"""In the kilobytes of the kernel."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make_init(tmp_path_factory.mktemp("whole") / "init")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "init")
+
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def refused(folder, file, *words, model=None, capsys=None):
+    """Verify that everything that reads a folder refuses it, in one line that names the file and further words."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = peak(), time.perf_counter()
+    with pytest.raises(ArtifactError) as caught:
+        load_init(folder)
+    assert time.perf_counter() - start < 5
+    assert peak() - before < 500 * MEGABYTES
+    readers = [lambda: push_init(folder, "user/name", endpoint="http://localhost:9")]
+    if file != STATISTICS_FILE:  # which nobody needs to start from
+        readers.append(lambda: apply_init(model, folder))
+    for read in readers:
+        with pytest.raises(ArtifactError) as found:
+            read()
+        assert str(found.value) == str(caught.value)
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 1
+    assert str(caught.value) in capsys.readouterr().err
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 600
+    assert str(folder / file) in text
+    for word in words:
+        assert word in text
+
+
+@pytest.fixture
+def refuses(folder, lora_model, tiny_llama, capsys):
+    """Return ``refuses(file, *words)``, which is `refused` for the folder."""
+
+    def check(file, *words):
+        model = lora_model(model=tiny_llama(name_or_path=BASE_NAME), target_modules=["q_proj", "v_proj"])
+        refused(folder, file, *words, model=model, capsys=capsys)
+
+    return check
+
+
+def change_config(folder, **changes):
+    path = folder / ADAPTER_CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    forge_manifest(folder)
+
+
+# What a disk or a network does
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_byte_is_refused(folder, refuses, file):
+    content = bytearray((folder / file).read_bytes())
+    for place in (0, len(content) // 3, len(content) // 2, len(content) - 1):
+        content[place] ^= 1
+        (folder / file).write_bytes(content)
+        refuses(file)
+        content[place] ^= 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_refused(folder, refuses, file):
+    (folder / file).write_bytes((folder / file).read_bytes()[:-7])
+    refuses(file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_refused(folder, refuses, file):
+    (folder / file).unlink()
+    refuses(file)
+
+
+@pytest.mark.parametrize(
+    "file", ["extra.safetensors", "adapter_model.bin", "modeling.py", "lora_da_statistics-00002-of-00002.safetensors"]
+)
+def test_an_added_file_is_refused(folder, refuses, file):
+    (folder / file).write_bytes(pickle.dumps(print))
+    refuses(file)
+    manifest = load_init_of(folder, without=file)
+    forge_manifest(folder, files={**manifest.files, file: manifest.files[ADAPTER_FILE]})
+    refuses(MANIFEST_FILE)
+
+
+def load_init_of(folder, *, without):
+    content = (folder / without).read_bytes()
+    (folder / without).unlink()
+    manifest = load_init(folder).manifest
+    (folder / without).write_bytes(content)
+    return manifest
+
+
+# What somebody writes, with hashes that are right
+
+
+@pytest.mark.parametrize("file", [ADAPTER_FILE, BASIS_FILE, STATISTICS_FILE])
+def test_a_pickle_is_refused(folder, refuses, file):
+    (folder / file).write_bytes(pickle.dumps({"a": print}))
+    forge_manifest(folder)
+    refuses(file, "safetensors")
+
+
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", "base_model.model.model.norm.weight", f"base_model.model.{LAYER}.lora_C.weight"]
+)
+def test_a_tensor_that_is_none_of_the_adapters_own_is_refused(folder, refuses, key):
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update({key: torch.zeros(48)}))
+    forge_manifest(folder)
+    refuses(ADAPTER_FILE, key)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "nan", "step"])
+def test_an_adapter_that_is_not_the_step_along_the_basis_is_refused(folder, refuses, change):
+    key = f"base_model.model.{LAYER}.lora_B.weight"
+    changes = {
+        "missing": lambda tensors: tensors.pop(key),
+        "shape": lambda tensors: tensors.update({key: tensors[key][:-1].contiguous()}),
+        "nan": lambda tensors: tensors[key].view(-1)[:1].fill_(float("nan")),
+        "step": lambda tensors: tensors[key].mul_(1.01),
+    }
+    change_tensors(folder / ADAPTER_FILE, changes[change])
+    forge_manifest(folder)
+    refuses(ADAPTER_FILE, LAYER)
+
+
+def test_a_basis_of_another_shape_or_dtype_is_refused(folder, refuses):
+    change_tensors(folder / BASIS_FILE, lambda t: t.update({f"{LAYER}.basis_A": t[f"{LAYER}.basis_A"].double()}))
+    forge_manifest(folder)
+    refuses(BASIS_FILE, f"{LAYER}.basis_A")
+
+
+def test_statistics_of_another_shape_are_refused(folder, refuses):
+    change_tensors(folder / STATISTICS_FILE, lambda t: t.pop(f"{LAYER}.weight_grad"))
+    forge_manifest(folder)
+    with pytest.raises(ArtifactError, match=re.escape(f"{LAYER}.weight_grad")):
+        load_init(folder)
+
+
+def test_another_base_is_refused(folder, lora_model, tiny_llama):
+    for model in (tiny_llama(seed=1), tiny_llama(hidden_size=64)):
+        with pytest.raises(BaseModelMismatchError, match=f"computed for '{BASE_NAME}', and the model differs"):
+            apply_init(lora_model(model=model), folder)
+        with pytest.raises(BaseModelMismatchError):
+            refit_init(folder, folder.parent / "new", rank=2, base_model=model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kasa_config", {}),
+        ("arrow_config", {}),
+        ("use_bdlora", {}),
+        ("alora_invocation_tokens", []),
+        ("loftq_config", {"a": 1}),
+        ("corda_config", {}),
+        ("layer_replication", [[0, 2]]),
+        ("megatron_core", "os"),
+        ("init_lora_weights", "pissa"),
+        ("exclude_modules", "q_proj"),
+        ("layers_to_transform", [0]),
+        ("what_peft_adds_next", None),
+        ("auto_mapping", {"base_model_class": "A", "parent_library": "os"}),
+        ("target_modules", "(a+)+$"),
+        ("target_modules", ["(a+)+$"]),
+        ("target_modules", ["q_proj", "v_proj", "k_proj"]),
+        ("target_modules", ["q_proj"]),
+        ("modules_to_save", [".*"]),
+        ("rank_pattern", {"(a+)+$": 4}),
+        ("rank_pattern", {"^" + re.escape(LAYER): 2}),
+        ("alpha_pattern", {"^" + re.escape(LAYER): 1}),
+        ("lora_alpha", 17),
+        ("lora_alpha", 10**400),
+        ("r", 8),
+        ("r", True),
+        ("use_rslora", True),
+        ("use_dora", "yes"),
+        ("peft_type", "LOHA"),
+        ("base_model_name_or_path", "other/base"),
+        ("revision", "main"),
+    ],
+)
+def test_a_config_that_is_neither_ours_nor_pefts_default_is_refused(folder, refuses, key, value):
+    change_config(folder, **{key: value})
+    refuses(ADAPTER_CONFIG_FILE, *([] if key in ("rank_pattern", "alpha_pattern", "use_rslora") else [key]))
+
+
+def test_what_has_pefts_default_is_read(folder):
+    change_config(folder, kasa_config=None, megatron_core="megatron.core", qalora_group_size=16, loftq_config={})
+    assert load_init(folder).peft_config["r"] == 4
+
+
+def test_the_revision_of_the_base_is_that_of_the_manifest(folder, refuses):
+    base = load_init(folder).manifest.base_model.model_copy(update={"revision": "a" * 40})
+    forge_manifest(folder, base_model=base)
+    change_config(folder, revision="a" * 40)
+    load_init(folder)
+    change_config(folder, revision="b" * 40)
+    refuses(ADAPTER_CONFIG_FILE, "revision")
+
+
+def test_another_schema_is_refused_and_says_what_to_do(folder, refuses):
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    refuses(MANIFEST_FILE, "schema version 2", "Install")
+
+
+@pytest.mark.parametrize("change", [{"step_size": -1.0}, {"seed": "x"}, {"config": {"num_samples": 0}}, {"layers": []}])
+def test_a_manifest_that_cannot_be_is_refused(folder, refuses, change):
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    manifest.pop("checksum")
+    manifest["report"].update(change)
+    text = json.dumps(manifest, indent=1)[1:] + "\n"
+    path.write_text(f'{{\n "checksum": "{hashlib.sha256(text.encode()).hexdigest()}",{text}')
+    refuses(MANIFEST_FILE)
+
+
+# What exhausts a reader
+
+
+def long_manifest(folder):
+    """A manifest whose many values take far more memory than its text."""
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"eigenvalues": [', '"eigenvalues": [' + "0," * 8_000_000, 1))
+
+
+def dotted_modules(folder):
+    change_config(folder, modules_to_save=[".".join(["a"] * 1900 + [str(number)]) for number in range(1000)])
+
+
+def repeated_modules(folder):
+    others = {f"base_model.model.z.{number}.weight": torch.zeros(1) for number in range(9000)}
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
+    change_config(folder, modules_to_save=["a"] * 800_000)
+
+
+def many_tensors(folder):
+    others = {f"base_model.model.z.{number}.weight": torch.zeros(1) for number in range(9000)}
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
+    change_config(folder, modules_to_save=["z"])
+
+
+def tied_tensors(folder):
+    others = {
+        f"base_model.model.{'zy'[number % 2]}.{number}.weight": torch.full((9,), number) for number in range(4000)
+    }
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
+    change_config(folder, modules_to_save=["z"], ensure_weight_tying=True)
+
+
+def many_targets(folder):
+    change_config(folder, target_modules=[f"z{number}" for number in range(300_000)])
+
+
+def long_header(folder):
+    header = json.dumps({"__metadata__": {"a": "x" * (64 << 20)}}).encode()
+    (folder / ADAPTER_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    forge_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "file", "word"),
+    [
+        (long_manifest, MANIFEST_FILE, "larger"),
+        (dotted_modules, ADAPTER_CONFIG_FILE, "modules_to_save"),
+        (repeated_modules, ADAPTER_CONFIG_FILE, "modules_to_save"),
+        (many_tensors, ADAPTER_FILE, "tensors"),
+        (tied_tensors, ADAPTER_FILE, "base_model.model.y."),
+        (many_targets, ADAPTER_CONFIG_FILE, "target_modules"),
+        (long_header, ADAPTER_FILE, "header"),
+    ],
+)
+def test_what_would_exhaust_a_reader_is_refused_before_any_work(folder, refuses, make, file, word):
+    make(folder)
+    refuses(file, word)
+
+
+def test_another_head_than_the_adapters_is_not_read_as_tied(folder, refuses):
+    tensors = load_file(folder / ADAPTER_FILE)
+    saved = torch.randn(3, 4)
+    tensors |= {"base_model.model.z.weight": saved, "base_model.model.y.weight": saved.clone()}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    change_config(folder, modules_to_save=["z"], ensure_weight_tying=True)
+    load_init(folder)
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors["base_model.model.y.weight"].add_(1))
+    forge_manifest(folder)
+    refuses(ADAPTER_FILE, "base_model.model.y.weight")

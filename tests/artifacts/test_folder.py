@@ -1,0 +1,348 @@
+"""The folder of an initialisation: what is in it, what PEFT makes of it, and when it is replaced."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers.integrations.peft
+from harness import (
+    LINEAR_LAYERS,
+    adapter_weights,
+    assert_same_tensors,
+    collate,
+    initialize,
+    make_config,
+    make_lora_config,
+    relative_error,
+    written_adapter,
+)
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+
+import lora_da_hf.pipeline.run
+from lora_da_hf import apply_init
+from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, parse_manifest
+from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.errors import ArtifactError, ConfigError, TargetError, UnsupportedSetupError
+from lora_da_hf.hub.cards import render_card
+from lora_da_hf.theory.adapter_factors import split_factors
+from lora_da_hf.theory.layer_scales import divisors
+from lora_da_hf.theory.solve import factorize, solve_layer
+
+
+def logits(model, samples):
+    batch = {name: value for name, value in collate(samples).items() if name != "labels"}
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# What is in it
+
+
+def test_the_folder_holds_an_adapter_a_basis_and_a_manifest_that_all_may_read(tmp_path, lora_model, samples):
+    (tmp_path / "file").touch()
+    initialize(lora_model(), samples, tmp_path / "init")
+    expected = {"adapter_config.json", "adapter_model.safetensors", BASIS_FILE, MANIFEST_FILE}
+    assert {path.name for path in (tmp_path / "init").iterdir()} == expected
+    initialize(lora_model(), samples, tmp_path / "init", save_statistics=True)
+    expected.add("lora_da_statistics-00001-of-00001.safetensors")
+    assert {path.name for path in (tmp_path / "init").iterdir()} == expected
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "init").iterdir()}
+    assert modes == {(tmp_path / "file").stat().st_mode & 0o777}
+    assert {path.name for path in tmp_path.iterdir()} == {"init", "file"}
+
+
+def test_the_manifest_is_the_report(tmp_path, lora_model, samples):
+    report = initialize(lora_model(), samples, tmp_path / "init", max_rank=6)
+    text = (tmp_path / "init" / MANIFEST_FILE).read_bytes()
+    manifest = parse_manifest(text, source="here")
+    assert manifest.to_json().encode() == text
+    assert (manifest.config, manifest.versions["peft"]) == (make_config(max_rank=6), peft.__version__)
+    stored = {**manifest.report.to_dict(), "artifact": report.artifact, "seconds": None, "notes": None}
+    assert stored == {**report.to_dict(), "seconds": None, "notes": None}
+    assert str(tmp_path) not in text.decode()
+    shared = {name.rsplit(".", 1)[-1]: layer.shares_input_with for name, layer in manifest.layers.items()}
+    assert shared["k_proj"] == shared["v_proj"] == "model.layers.1.self_attn.q_proj"
+    assert not any(
+        "".join(str(sample["input_ids"][:4]).split()) in "".join(text.decode().split()) for sample in samples
+    )
+
+
+def test_what_cannot_be_read_again_is_told_at_once(tmp_path, lora_model, samples, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise ArtifactError("no good")
+
+    monkeypatch.setattr(lora_da_hf.pipeline.run, "load_init", fail)
+    report = initialize(lora_model(), samples, tmp_path / "init")
+    assert any("no good" in note for note in report.notes)
+    assert "no good" in caplog.text
+
+
+def test_the_stored_basis_is_that_of_the_solve_and_gives_the_adapter_to_the_bit(tmp_path, lora_model, samples):
+    model = lora_model()
+    report = initialize(model, samples, tmp_path / "init", max_rank=6)
+    stored = load_init(tmp_path / "init")
+    written = written_adapter(tmp_path / "init")
+    assert_same_tensors(written, adapter_weights(model))
+    for layer in report.layers:
+        basis = stored.bases[layer.name]
+        assert basis.basis_A.shape[0] == basis.basis_B.shape[1] == 6
+        lora_A, lora_B = split_factors(
+            basis.basis_A[:4].double(),
+            basis.basis_B[:, :4].double(),
+            peft_scaling=layer.peft_scaling,
+            step_size=report.step_size,
+            factor_split="default_norm",
+        )
+        name = f"base_model.model.{layer.name}"
+        torch.testing.assert_close(written[f"{name}.lora_A.weight"], lora_A.float(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(written[f"{name}.lora_B.weight"], lora_B.float(), rtol=1e-6, atol=1e-8)
+
+
+def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, samples):
+    report = initialize(lora_model(), samples, tmp_path / "init", save_statistics=True, max_rank=6)
+    stored = load_init(tmp_path / "init")
+    statistics = load_statistics(stored.folder, stored.manifest)
+    config = stored.manifest.config
+    assert set(statistics) == {layer.name for layer in report.layers}
+    by_layer = divisors(report.layers, report.step_unit, layer_steps=config.layer_steps)
+    attention = [statistics[f"model.layers.0.self_attn.{which}_proj"].input_second_moment for which in "qkv"]
+    assert attention[0] is attention[1] is attention[2]
+    for name, layer in statistics.items():
+        solution = solve_layer(
+            layer, factorize(layer, config, layer=name), config, layer=name, rank=6, population_size=24
+        ).in_unit(by_layer[name])
+        basis = stored.bases[name]
+        assert torch.equal(solution.basis_A.float(), basis.basis_A)
+        assert torch.equal(solution.basis_B.float(), basis.basis_B)
+        assert solution.eigenvalues.tolist() == stored.manifest.layers[name].eigenvalues
+
+
+def test_statistics_in_several_shards_are_read_as_one(tmp_path, lora_model, samples, monkeypatch):
+    initialize(lora_model(), samples, tmp_path / "whole", save_statistics=True)
+    monkeypatch.setattr("lora_da_hf.artifacts.statistics_store._SHARD_BYTES", 50_000)
+    initialize(lora_model(), samples, tmp_path / "parts", save_statistics=True)
+    whole, parts = (load_init(tmp_path / name) for name in ("whole", "parts"))
+    assert sum(name.startswith("lora_da_statistics-") for name in parts.manifest.files) > 2
+    expected = load_statistics(whole.folder, whole.manifest)
+    found = load_statistics(parts.folder, parts.manifest)
+    for name, layer in expected.items():
+        assert torch.equal(found[name].input_second_moment, layer.input_second_moment)
+        assert torch.equal(found[name].weight_grad, layer.weight_grad)
+        assert torch.equal(found[name].output_grad_second_moment_diag, layer.output_grad_second_moment_diag)
+
+
+def test_the_same_inputs_give_the_same_files(tmp_path, lora_model, samples):
+    for name in ("one", "two"):
+        torch.rand(3)
+        initialize(lora_model(), samples, tmp_path / name, save_statistics=True)
+    one, two = (load_init(tmp_path / name).manifest.files for name in ("one", "two"))
+    assert one == two
+
+
+# The adapter
+
+
+def test_the_adapter_loads_on_an_untouched_base_to_the_same_logits(tmp_path, tiny_llama, lora_model, samples):
+    model = lora_model()
+    before = logits(tiny_llama(), samples)
+    initialize(model, samples, tmp_path / "init")
+    expected = logits(model, samples)
+    assert not torch.equal(expected, before)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    assert torch.equal(logits(loaded, samples), expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
+    assert torch.equal(logits(again, samples), expected)
+
+
+def test_modules_that_peft_saves_by_the_end_of_their_names_can_be_read_again(tmp_path, lora_model, samples):
+    model = lora_model(target_modules=["q_proj"], modules_to_save=["norm"])
+    assert any("input_layernorm.modules_to_save" in name for name, _ in model.named_parameters())
+    report = initialize(model, samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    load_init(tmp_path / "init")
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_weights_that_are_trained_together_can_be_read_again(tmp_path, tiny_llama, lora_model, samples, saved):
+    def adapted():
+        model = tiny_llama(tie_word_embeddings=True)
+        return lora_model(model=model, modules_to_save=list(saved), ensure_weight_tying=True, task_type="CAUSAL_LM")
+
+    report = initialize(adapted(), samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "init" / "adapter_model.safetensors")
+    assert len(apply_init(adapted(), tmp_path / "init").layers) == LINEAR_LAYERS
+
+
+def test_an_adapter_that_calls_its_base_otherwise_is_stored_under_the_bases_name(
+    tmp_path, tiny_llama, lora_model, samples
+):
+    model = lora_model(model=tiny_llama(name_or_path="user/base"))
+    model.peft_config["default"].base_model_name_or_path = "other"
+    report = initialize(model, samples, tmp_path / "init")
+    assert not any("cannot be read again" in note for note in report.notes)
+    assert PeftConfig.from_pretrained(tmp_path / "init").base_model_name_or_path == "user/base"
+    load_init(tmp_path / "init")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adapter_of_another_name_is_stored_like_any_other(tmp_path, tiny_llama, lora_model, samples, named):
+    model = lora_model()
+    model.add_adapter("second", make_lora_config(r=2))
+    model.set_adapter("second")
+    initialize(model, samples, tmp_path / "init", adapter_name="second" if named else None, step_size=0.1)
+    assert load_init(tmp_path / "init").report.adapter_name == "second"
+    assert {path.name for path in (tmp_path / "init").iterdir() if path.is_dir()} == set()
+    assert all(p.any() == ("second" in name) for name, p in model.named_parameters() if "lora_B" in name)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    assert torch.equal(logits(loaded, samples), logits(model, samples))
+
+
+def test_an_adapter_of_transformers_own_is_stored_too(tmp_path, tiny_llama, samples, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda min_version: None)
+    model = tiny_llama()
+    model.add_adapter(make_lora_config())
+    report = initialize(model, samples, tmp_path / "init")
+    assert len(report.layers) == LINEAR_LAYERS
+    load_init(tmp_path / "init")
+    again = tiny_llama()
+    again.add_adapter(make_lora_config())
+    assert any(note.startswith("found in") for note in initialize(again, samples, tmp_path / "init").notes)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    assert torch.equal(logits(loaded, samples), logits(model, samples))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_of_their_own_are_stored_with_the_scaling_that_r_and_alpha_alone_tell(
+    tmp_path, tiny_llama, lora_model, samples, use_rslora
+):
+    def alpha(rank):
+        return 4 * (rank**0.5 if use_rslora else rank)
+
+    patterns = {
+        "rank_pattern": {r"layers\.1\..*v_proj": 16, "o_proj": 50},
+        "alpha_pattern": {r"layers\.1\..*v_proj": alpha(16), "o_proj": alpha(50)},
+    }
+    model = lora_model(r=4, lora_alpha=alpha(4), use_rslora=use_rslora, **patterns)
+    report = initialize(model, samples, tmp_path / "init", step_size=0.1)
+    assert {layer.peft_scaling for layer in report.layers} == {4.0}
+    assert set(report.kept) == {f"model.layers.{number}.self_attn.o_proj" for number in range(2)}
+    config = json.loads((tmp_path / "init" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (50, pytest.approx(alpha(50)))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    layers = [layer for layer in loaded.modules() if hasattr(layer, "lora_A") and hasattr(layer, "scaling")]
+    assert [layer.scaling["default"] for layer in layers] == pytest.approx([4.0] * LINEAR_LAYERS)
+    assert {layer.r["default"] for layer in layers} == {4, 16, 50}
+    assert torch.equal(logits(loaded, samples), logits(model, samples))
+    stored = load_init(tmp_path / "init")
+    written = written_adapter(tmp_path / "init")
+    for name, layer in stored.manifest.layers.items():
+        basis = stored.bases[name]
+        lora_A, lora_B = (written[f"base_model.model.{name}.lora_{factor}.weight"] for factor in ("A", "B"))
+        update = config["lora_alpha"] / (config["r"] ** 0.5 if use_rslora else config["r"]) * lora_B @ lora_A
+        assert relative_error(update, 0.1 * basis.basis_B[:, : layer.rank] @ basis.basis_A[: layer.rank]) < 1e-5
+    again = lora_model(r=4, lora_alpha=alpha(4), use_rslora=use_rslora, **patterns)
+    assert any(
+        note.startswith("found in") for note in initialize(again, samples, tmp_path / "init", step_size=0.1).notes
+    )
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"v_proj": 2}}, {"alpha_pattern": {"v_proj": 3}}])
+def test_layers_of_several_scalings_are_refused_before_any_work(tmp_path, lora_model, samples, pattern):
+    with pytest.raises(TargetError, match=r"model\.layers\.0\.self_attn\.v_proj has scaling"):
+        initialize(lora_model(**pattern), samples, tmp_path / "init")
+    assert not (tmp_path / "init").exists()
+    assert len(initialize(lora_model(**pattern), samples).layers) == LINEAR_LAYERS
+
+
+def test_what_peft_matches_by_expressions_is_stored_by_names(tmp_path, tiny_llama, lora_model, samples):
+    model = lora_model(target_modules=r".*layers\.1.*(q|v)_proj")
+    initialize(model, samples, tmp_path / "init")
+    names = [f"model.layers.1.self_attn.{which}_proj" for which in "qv"]
+    assert sorted(PeftConfig.from_pretrained(tmp_path / "init").target_modules) == names
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    assert torch.equal(logits(loaded, samples), logits(model, samples))
+
+
+def test_what_cannot_be_stored_is_refused_before_any_work(tmp_path, lora_model, samples):
+    inner = lora_model().get_base_model()
+    with pytest.raises(TargetError, match=r"adapter of a LlamaForCausalLM cannot be stored"):
+        initialize(inner, samples, tmp_path / "init")
+    with pytest.raises(UnsupportedSetupError, match="layer_replication"):
+        initialize(lora_model(layer_replication=[[0, 2]]), samples, tmp_path / "init")
+    assert not (tmp_path / "init").exists()
+
+
+# When it is replaced
+
+
+@pytest.mark.parametrize("function", ["write_tensors", "file_entry", "check_file"])
+def test_a_failure_while_writing_leaves_the_old_folder_and_the_old_adapter(
+    tmp_path, lora_model, samples, monkeypatch, function
+):
+    initialize(lora_model(), samples[:20], tmp_path / "init")
+    before = contents(tmp_path / "init")
+    model = lora_model()
+    weights = adapter_weights(model)
+
+    def fails(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(f"lora_da_hf.artifacts.store.{function}", fails)
+    with pytest.raises(OSError, match="no space left on device"):
+        initialize(model, samples, tmp_path / "init")
+    assert contents(tmp_path / "init") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+    assert_same_tensors(adapter_weights(model), weights)
+
+
+def test_a_failure_while_the_folders_are_swapped_puts_the_old_one_back(tmp_path, lora_model, samples, monkeypatch):
+    initialize(lora_model(), samples, tmp_path / "init")
+    before = contents(tmp_path / "init")
+    rename = Path.rename
+
+    def fails(self, other):
+        if self.name == "new":
+            raise OSError("no")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no"):
+        initialize(lora_model(r=2), samples, tmp_path / "init")
+    assert contents(tmp_path / "init") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["init"]
+
+
+def test_behind_a_link_what_it_leads_to_is_replaced(tmp_path, lora_model, samples):
+    initialize(lora_model(), samples, tmp_path / "disk" / "init")
+    (tmp_path / "init").symlink_to(tmp_path / "disk" / "init")
+    initialize(lora_model(r=2), samples, tmp_path / "init")
+    assert (tmp_path / "init").is_symlink()
+    assert {entry.rank for entry in load_init(tmp_path / "disk" / "init").manifest.layers.values()} == {2}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["init"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "loss.png", "LICENSE", "model.safetensors", ".git"])
+def test_what_is_not_of_an_initialisation_is_never_replaced(tmp_path, lora_model, samples, name):
+    folder = tmp_path / "init"
+    initialize(lora_model(), samples, folder, save_statistics=True)
+    (folder / "README.md").write_text(render_card(load_init(folder), license=None), encoding="utf-8")
+    (folder / "guidance_spectra.png").write_bytes(b"of the card")
+    initialize(lora_model(r=2), samples, folder)
+    assert {layer.rank for layer in load_init(folder).report.layers} == {2}
+    assert {path.name for path in folder.iterdir()} == {*load_init(folder).manifest.files, MANIFEST_FILE}
+    (folder / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"holds {name}"):
+        initialize(lora_model(r=3), samples, folder)
+    assert (folder / name).read_text() == "mine"
+    with pytest.raises(ConfigError, match="is not a folder"):
+        initialize(lora_model(r=3), samples, folder / name)
