@@ -1,41 +1,36 @@
 """Flags that scripts and the command line share, as dataclasses for `transformers.HfArgumentParser`."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from lora_da_hf.config import LoRADAConfig, setting
-from lora_da_hf.errors import ConfigError
+from lora_da_hf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 PREFIX = "da_"
 ALL_LINEAR = "all-linear"
-_PLAIN = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
-LOADER_OF_SUFFIX = {**_PLAIN, ".parquet": "parquet", **{f"{suffix}.gz": loader for suffix, loader in _PLAIN.items()}}
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def loader_of(path: str) -> str | None:
-    """Return the loader of `datasets` for a file by the end of its name; None: there is none."""
-    return next((loader for suffix, loader in LOADER_OF_SUFFIX.items() if path.lower().endswith(suffix)), None)
+    """Return the loader of `datasets` for a file, which may be compressed, by its name; None: there is none."""
+    return LOADERS.get(Path(path.lower().removesuffix(".gz")).suffix)
 
 
-def check_data_file(path: str, fail: Callable[[str], Any]) -> None:
+def check_data_file(path: str) -> None:
     """Check that a data file exists and is of a kind that can be read.
 
-    Args:
-        path: The file.
-        fail: Called with a message that says what is wrong; does not return.
+    Raises:
+        DataError: if not.
     """
-    if Path(path).is_dir():
-        fail(f"{path} is a folder: name a file in it")
     if loader_of(path) is None:
-        fail(f"{path}: the name must end in one of {', '.join(LOADER_OF_SUFFIX)}")
+        raise DataError(f"{path} is no data file: the name must end in {', '.join(LOADERS)}, or one of these and .gz.")
     if not Path(path).is_file():
-        fail(f"{path} does not exist")
+        raise DataError(f"The file {path} does not exist.")
 
 
 @dataclass
@@ -53,7 +48,11 @@ class ModelArguments:
 
 @dataclass
 class TextArguments:
-    """How a row of data becomes a sample."""
+    """How a row of data becomes a sample.
+
+    Raises:
+        ConfigError: if flags contradict each other.
+    """
 
     block_size: int | None = setting(
         None,
@@ -69,33 +68,30 @@ class TextArguments:
     preprocessing_num_workers: int | None = setting(None, "Processes that tokenise the data.")
     overwrite_cache: bool = setting(False, "Tokenise again even if a cached result exists.")
 
+    def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            missing = "--completion_column" if self.prompt_column else "--prompt_column"
+            raise ConfigError(f"{missing} is missing: prompts and completions are only used together.")
+        if self.has_pairs and self.text_column:
+            raise ConfigError("Give either --text_column, or --prompt_column and --completion_column.")
+        if self.use_chat_template and not self.has_pairs:
+            raise ConfigError("--use_chat_template needs --prompt_column and --completion_column.")
+        if self.block_size is not None and self.block_size < 2:
+            raise ConfigError(f"--block_size must be at least 2, got {self.block_size}.")
+
     @property
     def has_pairs(self) -> bool:
         """Whether rows are prompt and completion instead of plain text."""
         return self.prompt_column is not None
 
-    def check(self, fail: Callable[[str], Any]) -> None:
-        """Find contradictions before anything is loaded.
-
-        Args:
-            fail: Called with a message that says what to change; does not return.
-        """
-        if (self.prompt_column is None) != (self.completion_column is None):
-            missing = "--completion_column" if self.prompt_column else "--prompt_column"
-            fail(f"{missing} is missing: prompts and completions are only used together")
-        if self.has_pairs and self.text_column:
-            fail("give either --text_column, or --prompt_column and --completion_column, not all three")
-        if self.use_chat_template and not self.has_pairs:
-            fail("--use_chat_template needs --prompt_column and --completion_column")
-        for flag, least in (("block_size", 2), ("preprocessing_num_workers", 1)):
-            value = getattr(self, flag)
-            if value is not None and value < least:
-                fail(f"--{flag} must be at least {least}, got {value}")
-
 
 @dataclass
 class LoraArguments:
-    """The LoRA adapter."""
+    """The LoRA adapter.
+
+    Raises:
+        ConfigError: if a value is out of range, or all-linear is not the only target.
+    """
 
     lora_rank: int = setting(8, "Rank of the adapter.")
     lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
@@ -106,24 +102,17 @@ class LoraArguments:
         metadata={"help": "Names of the layers that get an adapter; all-linear: all but the output head."},
     )
 
-    def to_peft(self) -> "LoraConfig":
-        """Make the configuration that PEFT reads.
-
-        Raises:
-            ConfigError: if a value is out of range, or all-linear is not the only target.
-        """
+    def __post_init__(self) -> None:
         for flag in ("lora_rank", "lora_alpha"):
             if getattr(self, flag) < 1:
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
-        names = self.target_modules
-        if ALL_LINEAR in names and names != [ALL_LINEAR]:
-            raise ConfigError(
-                f"--target_modules {' '.join(names)}: {ALL_LINEAR} stands for all linear layers but the output head "
-                "and is given alone. Leave it or the other names out."
-            )
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise ConfigError(f"--target_modules: {ALL_LINEAR} stands for all linear layers. Give it alone.")
 
+    def to_peft(self) -> "LoraConfig":
+        """Make the configuration that PEFT reads."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -132,7 +121,7 @@ class LoraArguments:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
-            target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+            target_modules=ALL_LINEAR if self.target_modules == [ALL_LINEAR] else self.target_modules,
         )
 
 
@@ -145,55 +134,34 @@ class _ToConfig:
         Raises:
             ConfigError: if a value is out of range.
         """
-        values = {}
-        for entry in dataclasses.fields(LoRADAConfig):
-            values[entry.name] = setting_of_flag(PREFIX + entry.name, getattr(self, PREFIX + entry.name))
-        return LoRADAConfig(**values)
+        names = [entry.name for entry in dataclasses.fields(LoRADAConfig)]
+        return LoRADAConfig(**{name: setting_of_flag(name, getattr(self, PREFIX + name)) for name in names})
 
 
-def setting_of_flag(flag: str, value: Any) -> Any:
+def setting_of_flag(name: str, value: Any) -> Any:
     """Return the value of a setting from its flag's, which is text if the setting is a number or a word."""
-    return _number_if_it_is_one(value) if _is_mixed(flag.removeprefix(PREFIX)) else value
-
-
-def _hint(name: str) -> Any:
-    return get_type_hints(LoRADAConfig)[name]
-
-
-def _is_mixed(name: str) -> bool:
-    """Tell whether a setting is a number or a word, which the parser reads as text."""
-    return {float, str} <= set(get_args(_hint(name)))
-
-
-def _number_if_it_is_one(value: Any) -> Any:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or float not in get_args(_HINTS[name]):
         return value
-    if value.lower() == "none":
-        return None
     try:
-        return float(value)
+        return None if value.lower() == "none" else float(value)
     except ValueError:
         return value
 
 
-def _flag_type(name: str) -> Any:
-    hint = _hint(name)
-    if get_origin(hint) is Literal:
+_HINTS = get_type_hints(LoRADAConfig)
+
+
+def _flag_type(hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if get_origin(hint) is Literal or not kinds:
         return hint
-    if _is_mixed(name):
-        return str
-    allowed = [kind for kind in get_args(hint) if kind is not type(None)]
-    return Optional[allowed[0]] if allowed else hint  # noqa: UP045 - the parser reads typing's form
+    return str if len(kinds) > 1 else Optional[kinds[0]]  # noqa: UP045 - the parser reads typing's form
 
 
 LoRADAArguments: Any = dataclasses.make_dataclass(
     "LoRADAArguments",
     [
-        (
-            PREFIX + entry.name,
-            _flag_type(entry.name),
-            field(default=entry.default, metadata=dict(entry.metadata)),
-        )
+        (PREFIX + entry.name, _flag_type(_HINTS[entry.name]), setting(entry.default, entry.metadata["help"]))
         for entry in dataclasses.fields(LoRADAConfig)
     ],
     bases=(_ToConfig,),

@@ -11,14 +11,12 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
-from datasets.table import CastError
 from pandas.errors import EmptyDataError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.arguments import LOADER_OF_SUFFIX, TextArguments, loader_of
+from lora_da_hf.training.arguments import TextArguments, check_data_file, loader_of
 from lora_da_hf.training.text_model import one_sentence
 
 logger = logging.getLogger(__name__)
@@ -30,24 +28,12 @@ def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> R
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed.
 
     Raises:
-        DataError: if it cannot be read as what its suffix says, or holds no rows.
+        DataError: if there is none, it cannot be read as what its name says, or it holds no rows.
     """
+    check_data_file(path)
     loader = loader_of(path) or ""
-    options: dict[str, Any] = {"keep_linebreaks": True} if loader == "text" else {}
-    no_rows = f"{path} holds no rows. Give a file with samples."
-    try:
-        rows: Any = load_dataset(
-            loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options
-        )
-        if streaming:
-            next(iter(rows))
-    except StopIteration as error:
-        raise DataError(no_rows) from error
-    except (DatasetsError, ValueError) as error:
-        if _has_no_rows(error):
-            raise DataError(no_rows) from error
-        raise DataError(f"{path} cannot be read as {loader} data: {_reason(error)}") from error
-    return rows
+    options = {"keep_linebreaks": True} if loader == "text" else {}
+    return _load(path, loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options)
 
 
 def load_data_set(
@@ -58,61 +44,45 @@ def load_data_set(
     Raises:
         DataError: if it cannot be loaded, or holds no rows.
     """
-    folder = Path(name)
-    configs = [file for file in (CONFIG_NAME, "adapter_config.json") if (folder / file).is_file()]
-    if configs and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):  # whose JSON would pass for data
-        raise DataError(
-            f"{name} holds a model and no data, as its {configs[0]} tells. Give the file or data set to train on."
-        )
+    source = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return _load(name, source, configuration, split=split, cache_dir=cache_dir, streaming=streaming)
+
+
+def _load(name: str, *source: Any, **options: Any) -> Any:
+    no_rows = f"{name} holds no rows. Give data with samples."
     try:
-        return load_dataset(
-            str(folder.resolve()) if folder.is_dir() else name,
-            configuration,
-            split=split,
-            cache_dir=cache_dir,
-            streaming=streaming,
-        )
+        rows: Any = load_dataset(*source, **options)
+        if options["streaming"] and options["split"]:
+            next(iter(rows))
+    except StopIteration as error:
+        raise DataError(no_rows) from error
     except (DatasetsError, ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
             raise
-        if _has_no_rows(error):
-            raise DataError(f"{name} holds no rows. Give a data set with samples.") from error
-        if folder.is_dir():
-            advice = f"Give a folder with data files of one kind, or one file ({', '.join(LOADER_OF_SUFFIX)})."
-        else:
-            advice = "Check the name and the connection; a private or gated data set needs `hf auth login`."
-        raise DataError(f"{name} cannot be loaded as a data set: {_reason(error)} {advice}") from error
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        if isinstance(cause, (SchemaInferenceError, EmptyDataError)) or "corresponds to no data" in str(error):
+            raise DataError(no_rows) from error
+        raise DataError(
+            f"{name} cannot be loaded as data: {one_sentence(cause)} Check the name, the connection and the files; a "
+            "private or gated data set needs `hf auth login`."
+        ) from error
+    return rows
 
 
-def _has_no_rows(error: Exception) -> bool:
-    """Tell whether `datasets` failed for want of rows, which it says in several ways."""
-    is_empty = any(isinstance(each, (SchemaInferenceError, EmptyDataError)) for each in (error, error.__cause__))
-    return is_empty or "corresponds to no data" in str(error)
-
-
-def _reason(error: Exception) -> str:
-    """Return what `datasets` says of an error, or what the error behind it says."""
-    if isinstance(error.__cause__, CastError):
-        return "its files have different columns."
-    return one_sentence(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
-
-
-def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
+def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
     """Turn the rows of one split into samples with input ids, attention mask and labels."""
-    columns = column_names(name, split)
-    logger.info("%s", used_columns(name, columns, data))
+    columns = used_columns(name, rows, data)
+    logger.info("The %s data: %s", name, " and ".join(columns))
     if data.has_pairs:
-        encode_pair = pair_encoder(tokenizer, data)
-        encode = partial(encode_pairs, encode_pair=encode_pair, block_size=block_size, data=data)
+        encode = partial(encode_pairs, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
     else:
-        column = text_column(name, columns, data)
-        encode = partial(encode_text, tokenizer=tokenizer, column=column, block_size=block_size)
-    if isinstance(split, IterableDataset):
-        return split.map(encode, batched=True, remove_columns=columns)
-    samples = split.map(
+        encode = partial(encode_text, tokenizer=tokenizer, column=columns[0], block_size=block_size)
+    if isinstance(rows, IterableDataset):
+        return rows.map(encode, batched=True, remove_columns=_column_names(rows))
+    samples = rows.map(
         encode,
         batched=True,
-        remove_columns=columns,
+        remove_columns=rows.column_names,
         num_proc=data.preprocessing_num_workers,
         load_from_cache_file=not data.overwrite_cache,
         desc=f"Tokenising {name}",
@@ -122,70 +92,41 @@ def tokenize(name: str, split: Rows, tokenizer: PreTrainedTokenizerBase, block_s
         if data.has_pairs:
             advice = "prompts leave no room, so raise it, or no row has a completion"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
-    if data.has_pairs and len(samples) < len(split):
+    if data.has_pairs and len(samples) < len(rows):
         logger.warning(
             "Left out: %d of %d %s rows, which have no completion, or none after cutting to %d tokens (--block_size).",
-            *(len(split) - len(samples), len(split), name, block_size),
+            *(len(rows) - len(samples), len(rows), name, block_size),
         )
     return samples
 
 
-def column_names(name: str, split: Rows) -> list[str]:
-    """List the columns of a split, which a stream may only show in its first row."""
-    if split.column_names:
-        return split.column_names
-    first = next(iter(split), None)
-    if first is None:
+def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
+    """Return the column that is read as plain text, or those of prompts and completions.
+
+    Raises:
+        DataError: if one is missing, or it is not clear which column is the text.
+    """
+    columns = _column_names(rows)
+    shown = ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
+    if not columns:
         raise DataError(f"The {name} data holds no rows. Give data with samples.")
-    return list(first)
-
-
-def text_column(name: str, columns: list[str], data: TextArguments) -> str:
-    """Return the column that is read as plain text.
-
-    Raises:
-        DataError: if it is not there, or none was named and none is the only one or called `text`.
-    """
-    if data.text_column:
-        require_columns(name, columns, data.text_column)
-        return data.text_column
-    if "text" in columns:
-        return "text"
-    if len(columns) != 1:
-        raise DataError(
-            f"The {name} data has the columns {_few(columns)}, and none called 'text'. Say what to train on: pairs "
-            "with --prompt_column and --completion_column, or plain text with --text_column."
-        )
-    return columns[0]
-
-
-def used_columns(name: str, columns: list[str], data: TextArguments) -> str:
-    """Say in one line which column of the rows is used as what.
-
-    Raises:
-        DataError: if one is not there.
-    """
-    if data.has_pairs:
-        require_columns(name, columns, data.prompt_column, data.completion_column)
-        return (
-            f"The {name} data: column {data.prompt_column!r} is the prompt, {data.completion_column!r} the completion."
-        )
-    used = text_column(name, columns, data)
-    unused = [column for column in columns if column != used]
-    left_out = f" (left out: {_few(unused)})" if unused else ""
-    return f"The {name} data: column {used!r} is read as plain text{left_out}."
-
-
-def _few(columns: list[str]) -> str:
-    """Name the first columns of what may be many."""
-    return ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
-
-
-def require_columns(name: str, columns: list[str], *wanted: str | None) -> None:
-    """Check that columns exist."""
+    wanted = [data.prompt_column, data.completion_column] if data.has_pairs else [data.text_column or "text"]
+    if wanted == ["text"] and len(columns) == 1:
+        return columns
     missing = [column for column in wanted if column not in columns]
+    if missing == ["text"] and not data.text_column:
+        raise DataError(
+            f"The {name} data has the columns {shown}, and none called 'text'. Say what to train on: pairs with "
+            "--prompt_column and --completion_column, or plain text with --text_column."
+        )
     if missing:
-        raise DataError(f"The {name} data has no column {missing[0]!r}, only {', '.join(columns)}.")
+        raise DataError(f"The {name} data has no column {missing[0]!r}, only {shown}.")
+    return [column for column in wanted if column is not None]
+
+
+def _column_names(rows: Rows) -> list[str]:
+    """List the columns, which a stream may only show in its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
 
 
 def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
@@ -215,51 +156,44 @@ def encode_text(
 
 
 def encode_pairs(
-    batch: dict[str, list[Any]], encode_pair: Any, block_size: int, data: TextArguments
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: list[str],
+    block_size: int,
+    data: TextArguments,
 ) -> dict[str, list[list[int]]]:
-    """Encode prompts and completions, cut to the block size, and leave out rows without completion or without a label.
-
-    Args:
-        batch: Columns of rows.
-        encode_pair: Gives the token ids of one prompt and of its completion.
-        block_size: Tokens that a sample may have.
-        data: Names the columns.
-    """
+    """Encode prompts and completions, cut to the block size; leave out rows without a completion or without a label."""
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    completions = batch[data.completion_column or ""]
-    texts = (strings(batch, column or "") for column in (data.prompt_column, data.completion_column))
-    for prompt, completion, given in zip(*texts, completions, strict=True):
-        prompt_ids, completion_ids = encode_pair(prompt, completion)
-        if given is None or len(prompt_ids) >= block_size:
+    prompts, completions = (strings(batch, column) for column in columns)
+    for prompt, completion, given in zip(prompts, completions, batch[columns[1]], strict=True):
+        if given is None:
             continue
-        input_ids = (prompt_ids + completion_ids)[:block_size]
-        samples["input_ids"].append(input_ids)
-        samples["attention_mask"].append([1] * len(input_ids))
-        samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
+        prompt_ids, completion_ids = _encode_pair(prompt, completion, tokenizer, in_chat=data.use_chat_template)
+        if len(prompt_ids) < block_size:
+            input_ids = (prompt_ids + completion_ids)[:block_size]
+            samples["input_ids"].append(input_ids)
+            samples["attention_mask"].append([1] * len(input_ids))
+            samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
     return samples
 
 
-def pair_encoder(tokenizer: PreTrainedTokenizerBase, data: TextArguments) -> Any:
-    """Choose how a prompt and its completion become token ids."""
-    if not data.use_chat_template:
-        return partial(encode_plain_pair, tokenizer=tokenizer)
-    if tokenizer.chat_template is None:
-        raise ConfigError("--use_chat_template: the tokenizer has no chat template. Leave the flag out.")
-    return partial(encode_chat_pair, tokenizer=tokenizer)
+def _encode_pair(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, in_chat: bool
+) -> tuple[list[int], list[int]]:
+    """Encode a pair as it stands, with an end-of-text token behind it, or as a user turn and its reply."""
 
+    def ids(text: str, *, special: bool = False) -> list[int]:
+        found: Any = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return found
 
-def encode_plain_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Encode a pair as it stands, with an end-of-text token after the completion."""
-    prompt_ids: Any = tokenizer(prompt, verbose=False)["input_ids"]
-    completion_ids: Any = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    end: Any = tokenizer.eos_token_id
-    return prompt_ids, [*completion_ids, end]
-
-
-def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Encode a pair as a user turn and its reply."""
+    if not in_chat:
+        end: Any = tokenizer.eos_token_id
+        return ids(prompt, special=True), [*ids(completion), end]
     question = [{"role": "user", "content": prompt}]
-    before: Any = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    try:
+        before: Any = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    except ValueError as error:
+        raise ConfigError(f"--use_chat_template: {one_sentence(error)} Leave the flag out.") from error
     answer = [*question, {"role": "assistant", "content": completion}]
     whole: Any = tokenizer.apply_chat_template(answer, tokenize=False)
     if not whole.startswith(before):
@@ -267,6 +201,4 @@ def encode_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenize
             "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
             "reply cannot be told apart. Leave the flag out."
         )
-    prompt_ids: Any = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
-    reply_ids: Any = tokenizer(whole[len(before) :], add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids, reply_ids
+    return ids(before), ids(whole[len(before) :])

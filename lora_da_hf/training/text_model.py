@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.errors import ConfigError, TargetError
 from lora_da_hf.pipeline.base_model import remember_commit
 from lora_da_hf.training.arguments import ModelArguments
@@ -26,32 +25,19 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     Raises:
         ConfigError: if there is no such model, or no tokenizer, or not one for this model.
     """
-    shared = {
-        "cache_dir": arguments.cache_dir,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    revision = arguments.model_revision
-    source = arguments.tokenizer_name or name
-    of_model = {} if arguments.tokenizer_name else {"revision": revision}
+    shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
+    revision = {"revision": arguments.model_revision}
     with naming_model(name):
-        AutoConfig.from_pretrained(name, revision=revision, **shared)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **of_model, **shared)
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ConfigError(
-            f"No tokenizer can be loaded from {source}: {one_sentence(error)} Name one with "
-            "--tokenizer_name, or do what it says there."
-        ) from error
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **shared)
+    with naming_model(arguments.tokenizer_name or name, "tokenizer", "Name one with --tokenizer_name."):
+        of_model = {} if arguments.tokenizer_name else revision
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **of_model, **shared)
     if tokenizer.eos_token is None:
         raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    with naming_model(name):
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=arguments.dtype, **shared)
-    remember_commit(model, revision=revision, cache_dir=arguments.cache_dir)
+    remember_commit(model, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ConfigError(
@@ -62,26 +48,22 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
 
 
 @contextlib.contextmanager
-def naming_model(name: str) -> Generator[None]:
-    """Say, when a model or its config cannot be loaded in the block, that it is the model's name to look at.
+def naming_model(name: str, what: str = "model", advice: str = "Check the name and the connection.") -> Generator[None]:
+    """Say, when something cannot be loaded in the block, what and that it is its name to look at.
 
     Raises:
-        ConfigError: if it cannot, or the name is that of a file or of a folder without a model.
+        ConfigError: if it cannot, or a model's name is that of a file or of a folder without a model.
     """
-    if Path(name).is_file():
-        raise ConfigError(f"{name} is a file, no model. Name a model on the Hub or the folder of one.")
-    if Path(name).is_dir() and not (Path(name) / CONFIG_NAME).is_file():
-        raise ConfigError(f"{name} is a folder without a {CONFIG_NAME}, so no model. Name the folder of one.")
-    if not Path(name).exists() and not is_repo_id(name):
-        raise ConfigError(f"{name} is no folder that exists, and no name that the Hub allows. Check the model's name.")
+    path = Path(name)
+    if path.is_file() or (what == "model" and path.is_dir() and not (path / CONFIG_NAME).is_file()):
+        kind = "file" if path.is_file() else f"folder without a {CONFIG_NAME}"
+        raise ConfigError(f"{name} is a {kind}, not a model. Name a model on the Hub or the folder of one.")
     try:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the operating system
             raise
-        advice = " Check the name and the connection; a private or gated model needs `hf auth login`."
-        is_missing = isinstance(error, OSError)
-        raise ConfigError(f"The model {name} cannot be loaded: {one_sentence(error)}{advice * is_missing}") from error
+        raise ConfigError(f"The {what} {name} cannot be loaded: {one_sentence(error)} {advice}") from error
 
 
 def with_adapter(model: Any, lora: LoraConfig) -> Any:
