@@ -43,7 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.adapters.afterwards import freeze_a
-from lora_da_hf.cli.errors import explain
+from lora_da_hf.cli.output import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (
@@ -105,13 +105,59 @@ class AdapterArguments(LoraArguments):
 
 @dataclass
 class Arguments:
-    """Everything the command line says."""
+    """Everything the command line says.
+
+    Raises:
+        ConfigError, DataError: if flags contradict each other, or name what is not there.
+    """
 
     model: NamedModelArguments
     data: DataArguments
     adapter: AdapterArguments
     da: LoRADAArguments
     training: TrainingArguments
+
+    def __post_init__(self) -> None:
+        self.da.to_config()
+        data, training = self.data, self.training
+        for is_wrong, message in (
+            (
+                self.adapter.init_from and self.adapter.init != "lora_da",
+                "--init_from starts from a stored LoRA-DA initialisation: leave --init lora out",
+            ),
+            (
+                self.adapter.search_step and not self.adapter.init_from,
+                "--search_step needs --init_from: without it --da_step_size says how the step is found",
+            ),
+            (not self.model.model_name_or_path, "--model_name_or_path is missing"),
+            (not (training.do_train or training.do_eval), "nothing to do: give --do_train, --do_eval or both"),
+            (
+                data.dataset_name and (data.train_file or data.validation_file),
+                "give either --dataset_name or --train_file and --validation_file, not both",
+            ),
+            (
+                training.do_train and not (data.dataset_name or data.train_file),
+                "--do_train needs data: give --dataset_name or --train_file",
+            ),
+            (
+                training.do_eval and not (data.dataset_name or data.train_file or data.validation_file),
+                "--do_eval needs data: give --dataset_name, --validation_file or --train_file",
+            ),
+            (
+                not 1 <= data.validation_split_percentage <= 99,
+                f"--validation_split_percentage must be 1 to 99, got {data.validation_split_percentage}",
+            ),
+            (
+                data.streaming and training.do_train and training.max_steps <= 0,
+                "--streaming has no length: give --max_steps",
+            ),
+        ):
+            if is_wrong:
+                raise ConfigError(message)
+        for path in (data.train_file, data.validation_file):
+            if path is not None:
+                check_data_file(path)
+        training.resume_from_checkpoint = find_checkpoint(training)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -140,16 +186,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-        arguments = Arguments(*parsed)
-        arguments.da.to_config()
-        arguments.adapter.to_peft()
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]!r}{suggestion(parser, unknown[0])}")
+        return Arguments(*parsed)
     except ValueError as error:
         parser.error(str(error))
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}{suggestion(parser, unknown[0])}")
-    check_arguments(parser.error, arguments)
-    arguments.training.resume_from_checkpoint = find_checkpoint(parser.error, arguments.training)
-    return arguments
 
 
 def split_off_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -207,69 +248,21 @@ def suggestion(parser: argparse.ArgumentParser, name: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
 
 
-def check_arguments(fail: Any, arguments: Arguments) -> None:
-    """Find contradictions before anything is loaded.
-
-    Args:
-        fail: Called with a message that says what to change; does not return.
-        arguments: What was parsed.
-    """
-    data, training, adapter = arguments.data, arguments.training, arguments.adapter
-    if adapter.init_from and adapter.init != "lora_da":
-        fail("--init_from starts from a stored LoRA-DA initialisation: leave --init lora out")
-    if adapter.search_step and not adapter.init_from:
-        fail("--search_step needs --init_from: without it --da_step_size says how the step is found")
-    if not arguments.model.model_name_or_path:
-        fail("--model_name_or_path is missing: name a model on the Hub or a local folder")
-    if not (training.do_train or training.do_eval):
-        fail("nothing to do: give --do_train, --do_eval or both")
-    if data.dataset_name and (data.train_file or data.validation_file):
-        fail("give either --dataset_name or --train_file and --validation_file, not both")
-    if data.dataset_name and Path(data.dataset_name).is_file():
-        fail(f"--dataset_name {data.dataset_name} is a file: give it as --train_file")
-    if training.do_train and not (data.dataset_name or data.train_file):
-        fail("--do_train needs data: give --dataset_name or --train_file")
-    if training.do_eval and not (data.dataset_name or data.train_file or data.validation_file):
-        fail("--do_eval needs data: give --dataset_name, --validation_file or --train_file")
-    for flag in ("train_file", "validation_file"):
-        path = getattr(data, flag)
-        if path is not None:
-            check_data_file(path, lambda message, flag=flag: fail(f"--{flag} {message}"))
-    check_columns_and_sizes(fail, data)
-    if data.streaming and training.do_train and training.max_steps <= 0:
-        fail("--streaming has no length: give --max_steps")
-    if Path(training.output_dir).exists() and not Path(training.output_dir).is_dir():
-        fail(f"--output_dir {training.output_dir} is a file: name a folder")
-    for flag in ("seed", "data_seed"):
-        value = getattr(training, flag)
-        if value is not None and not 0 <= value < 2**32:
-            fail(f"--{flag} must be at least 0 and below 2**32, got {value}")
-
-
-def check_columns_and_sizes(fail: Any, data: DataArguments) -> None:
-    """Check the flags that say how rows become samples."""
-    data.check(fail)
-    if not 1 <= data.validation_split_percentage <= 99:
-        fail(f"--validation_split_percentage must be 1 to 99, got {data.validation_split_percentage}")
-    for flag in ("max_train_samples", "max_eval_samples"):
-        value = getattr(data, flag)
-        if value is not None and value < 1:
-            fail(f"--{flag} must be at least 1, got {value}")
-
-
-def find_checkpoint(fail: Any, training: TrainingArguments) -> str | None:
+def find_checkpoint(training: TrainingArguments) -> str | None:
     """Find the checkpoint to go on from: a folder, or `last` for the newest in the output folder."""
     wanted = training.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         return None
-    if wanted.lower() in ("last", "true"):
-        newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-        if newest is None:
-            fail(f"--resume_from_checkpoint {wanted}: {training.output_dir} holds no checkpoint")
-        return newest
-    if not Path(wanted).is_dir():
-        fail(f"--resume_from_checkpoint {wanted} is not a folder; give a checkpoint-N folder, or `last`")
-    return wanted
+    if wanted.lower() not in ("last", "true"):
+        if not Path(wanted).is_dir():
+            raise ConfigError(
+                f"--resume_from_checkpoint {wanted} is not a folder: give a checkpoint-N folder, or `last`"
+            )
+        return wanted
+    newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if newest is None:
+        raise ConfigError(f"--resume_from_checkpoint {wanted}: {training.output_dir} holds no checkpoint")
+    return newest
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -418,8 +411,7 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 
@@ -494,4 +486,4 @@ if __name__ == "__main__":
     try:
         main()
     except (LoRADAError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        sys.exit("run_clm.py: error: " + " ".join(filter(None, explain(error))))
+        sys.exit(f"run_clm.py: error: {explain(error)}")

@@ -11,92 +11,82 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_da_hf.cli.errors import explain
-from lora_da_hf.cli.output import Output, printable
+from lora_da_hf.cli.output import Output, explain, printable
 
 DEBUG_VARIABLE = "LORA_DA_DEBUG"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    """One verb.
-
-    Attributes:
-        name: What is typed.
-        home: Module that has the functions ``<name>_parser`` and ``run_<name>``.
-        summary: What it does.
-        examples: Command lines that its help shows.
-    """
+class Verb(NamedTuple):
+    """One verb: its module has the functions ``<name>_flags`` and ``run_<name>``."""
 
     name: str
-    home: str
+    module: str
     summary: str
     examples: tuple[str, ...]
 
 
 VERBS = (
     Verb(
-        name="init",
-        home="lora_da_hf.cli.compute",
-        summary="Compute an initialisation from data and store it in a folder.",
-        examples=(
+        "init",
+        "compute",
+        "Compute an initialisation from data and store it in a folder.",
+        (
             "lora-da init HuggingFaceTB/SmolLM2-135M train.jsonl my-init --prompt_column question "
             "--completion_column answer --lora_rank 16 --da_num_samples 128",
         ),
     ),
     Verb(
-        name="plan",
-        home="lora_da_hf.cli.compute",
-        summary="Tell how much memory and time an initialisation will take. Nothing but the model's config is read.",
-        examples=("lora-da plan meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB",),
+        "plan",
+        "compute",
+        "Tell how much memory and time an initialisation will take. Only the model's config is read.",
+        ("lora-da plan meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB",),
     ),
     Verb(
-        name="show",
-        home="lora_da_hf.cli.examine",
-        summary="Show what is in a stored initialisation: a table, and plots if asked for.",
-        examples=("lora-da show my-init --plots plots",),
+        "show",
+        "stored",
+        "Show what is in a stored initialisation: a table, and plots if asked for.",
+        ("lora-da show my-init --plots plots",),
     ),
     Verb(
-        name="refit",
-        home="lora_da_hf.cli.refit",
-        summary="Make another initialisation from a stored one: a smaller rank, or other settings from its statistics.",
-        examples=(
+        "refit",
+        "stored",
+        "Make another initialisation from a stored one: a smaller rank, or other settings from its statistics.",
+        (
             "lora-da refit my-init my-init-r4 --rank 4",
             "lora-da refit my-init my-init-damped --da_input_damping 0.3*mean",
         ),
     ),
     Verb(
-        name="verify",
-        home="lora_da_hf.cli.examine",
-        summary="Check every file of a stored initialisation, and that it belongs to a base model.",
-        examples=("lora-da verify my-init --base_model HuggingFaceTB/SmolLM2-135M",),
+        "verify",
+        "stored",
+        "Check every file of a stored initialisation, and that it belongs to a base model.",
+        ("lora-da verify my-init --base_model HuggingFaceTB/SmolLM2-135M",),
     ),
     Verb(
-        name="card",
-        home="lora_da_hf.cli.examine",
-        summary="Render the card of a stored initialisation.",
-        examples=("lora-da card my-init --license apache-2.0 --datasets gsm8k --language en --output card",),
+        "card",
+        "stored",
+        "Render the card of a stored initialisation.",
+        ("lora-da card my-init --license apache-2.0 --datasets gsm8k --language en --output card",),
     ),
     Verb(
-        name="push",
-        home="lora_da_hf.cli.share",
-        summary="Publish a stored initialisation on the Hub, private unless asked otherwise.",
-        examples=("lora-da push my-init user/my-init", "lora-da push my-init user/my-init --public --create_pr"),
+        "push",
+        "share",
+        "Publish a stored initialisation on the Hub, private unless asked otherwise.",
+        ("lora-da push my-init user/my-init", "lora-da push my-init user/my-init --public --create_pr"),
     ),
     Verb(
-        name="pull",
-        home="lora_da_hf.cli.share",
-        summary="Fetch an initialisation from the Hub and check it.",
-        examples=("lora-da pull user/my-init", "lora-da pull user/my-init@v1 --quiet"),
+        "pull",
+        "share",
+        "Fetch an initialisation from the Hub and check it.",
+        ("lora-da pull user/my-init", "lora-da pull user/my-init@v1 --quiet"),
     ),
     Verb(
-        name="list",
-        home="lora_da_hf.cli.share",
-        summary="List the initialisations on the Hub.",
-        examples=("lora-da list --base_model HuggingFaceTB/SmolLM2-135M --limit 20",),
+        "list",
+        "share",
+        "List the initialisations on the Hub.",
+        ("lora-da list --base_model HuggingFaceTB/SmolLM2-135M --limit 20",),
     ),
 )
 
@@ -110,13 +100,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 if it failed. A command line that cannot be parsed leaves with 2, as argparse does.
     """
-    _write_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # redirected output is UTF-8 on every system
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
-    verb = next((verb for verb in VERBS if verb.name == _first_word(words)), None)
-    parser = make_parser(verb)
+    first = next((word for word in words if not word.startswith("-")), None)
+    verb = next((verb for verb in VERBS if verb.name == first), None)
+    module: Any = importlib.import_module(f"lora_da_hf.cli.{verb.module}") if verb else None
+    parser, flags = make_parser(verb, module)
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.exit(2, f"lora-da{f' {verb.name}' if verb else ''}: error: {_not_known(unknown, verb)}\n")
+        parser.exit(2, f"{flags.prog}: error: {_not_known(unknown, flags)}\n")
     if verb is None:
         parser.print_help()
         return 0
@@ -127,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             if not debug:  # what a library plans to rename is of no use here
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.showwarning = _show_warning
-            getattr(importlib.import_module(verb.home), f"run_{verb.name}")(arguments, output)
+            getattr(module, f"run_{verb.name}")(arguments, output)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -137,38 +131,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, hint = explain(error)
-        print(printable(f"Error: {message}" + (f"\nHint: {hint}" if hint else "")), file=sys.stderr)
+        print(printable(f"Error: {explain(error)}"), file=sys.stderr)
         return 1
     return 0
 
 
-def _not_known(words: list[str], verb: Verb | None) -> str:
-    """Say which words mean nothing, and what was probably meant by the first."""
-    flags = [] if verb is None else _flags_of(verb)
-    known = [option for part in flags for action in part._actions for option in action.option_strings]
-    flag = words[0].partition("=")[0]
-    close = difflib.get_close_matches(flag, known, n=1)
-    advice = f"Did you mean {close[0]}?" if close else f"`lora-da {f'{verb.name} ' if verb else ''}--help` lists all."
-    if verb is not None and flag in known:
-        advice = f"Flags come behind the verb: lora-da {verb.name} {flag}"
-    return f"unrecognized arguments: {' '.join(words)}. {advice}"
-
-
-def _flags_of(verb: Verb) -> list[argparse.ArgumentParser]:
-    return [getattr(importlib.import_module(verb.home), f"{verb.name}_parser")(), _common_flags()]
-
-
-def _write_utf8() -> None:
-    """Let redirected output be UTF-8 on every system, and a terminal show what it can of it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            encoding = stream.encoding if stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
-
-
-def make_parser(verb: Verb | None) -> argparse.ArgumentParser:
-    """Make the parser. Only the flags of ``verb`` are added: those of others would have to be imported."""
+def make_parser(verb: Verb | None, module: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Return the parser, and the one of the verb, which alone has flags."""
     parser = argparse.ArgumentParser(
         prog="lora-da",
         description="Compute, look into and share LoRA initialisations.",
@@ -180,38 +149,47 @@ def make_parser(verb: Verb | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and leave")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    verbs, flags = parser.add_subparsers(title="verbs", metavar="VERB"), parser
     for each in VERBS:
-        flags = _flags_of(each) if each is verb else []
-        verbs.add_parser(
+        one = verbs.add_parser(
             each.name,
             help=each.summary,
             description=each.summary,
-            epilog="\n".join(
-                ["example:" if len(each.examples) == 1 else "examples:", *(f"  {e}" for e in each.examples)]
-            ),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=flags,
+            epilog="\n".join(["examples:", *(f"  {example}" for example in each.examples)]),
+            formatter_class=_Help,
             allow_abbrev=False,
         )
-    return parser
+        if each is verb:
+            flags = one
+            getattr(module, f"{each.name}_flags")(one)
+            form = one.add_mutually_exclusive_group()
+            form.add_argument("--json", action="store_true", help="print the result as one JSON object")
+            form.add_argument("--quiet", "-q", action="store_true", help="print the bare value and no messages")
+            one.add_argument("--debug", action="store_true", help=f"show tracebacks ({DEBUG_VARIABLE}=1 too)")
+    return parser, flags
 
 
-def _common_flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(add_help=False)
-    form = flags.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    form.add_argument("--quiet", "-q", action="store_true", help="print the bare value and no messages")
-    flags.add_argument("--debug", action="store_true", help=f"show the traceback of an error ({DEBUG_VARIABLE}=1 too)")
-    return flags
+def _not_known(words: list[str], flags: argparse.ArgumentParser) -> str:
+    """Say which words mean nothing, and what was probably meant by the first."""
+    known = [option for action in flags._actions for option in action.option_strings]
+    flag = words[0].partition("=")[0]
+    close = difflib.get_close_matches(flag, known, n=1)
+    advice = f"Did you mean {close[0]}?" if close else f"`{flags.prog} --help` lists all."
+    if flag in known:
+        advice = f"Flags come behind the verb: {flags.prog} {flag}"
+    return f"unrecognized arguments: {' '.join(words)}. {advice}"
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     print(printable(f"Warning: {message}"), file=sys.stderr)
 
 
-def _first_word(words: list[str]) -> str | None:
-    return next((word for word in words if not word.startswith("-")), None)
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        if text and action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in text.lower():
+            text += " (default: %(default)s)"
+        return text
 
 
 class _ShowVersion(argparse.Action):

@@ -1,4 +1,4 @@
-"""What a command says: its result on stdout, everything else on stderr."""
+"""What a command says: its result on stdout, everything else on stderr, and errors in a line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lora_da_hf.errors import LoRADAError
 
 
 class Output:
@@ -26,6 +28,17 @@ class Output:
     def shows_progress(self) -> bool:
         """Whether a person is watching, who may want progress bars."""
         return sys.stderr.isatty() and not self.as_json and not self.quiet
+
+    def hide_progress(self) -> None:
+        """Turn off the bars of the libraries that download, read and load, unless a person is watching."""
+        if not self.shows_progress:
+            import datasets
+            from huggingface_hub.utils import disable_progress_bars
+            from transformers.utils import logging
+
+            disable_progress_bars()
+            datasets.disable_progress_bars()
+            logging.disable_progress_bar()
 
     def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str) -> None:
         """Print the result of a command.
@@ -49,15 +62,19 @@ class Output:
             print(printable(text), file=sys.stderr, flush=True)
 
 
-def hide_progress_bars() -> None:
-    """Turn off the bars of the libraries that download, read and load."""
-    import datasets
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    disable_progress_bars()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+def explain(error: Exception) -> str:
+    """Return what went wrong, and what to do about it where the error does not say that."""
+    if isinstance(error, LoRADAError):
+        return str(error)
+    text = " ".join(str(error).strip().splitlines()[:4]) or type(error).__name__
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return f"{text} Lower --da_batch_size or --block_size."
+    if not isinstance(error, OSError):
+        return f"unexpected {type(error).__name__}: {text} Run it again with --debug for the traceback."
+    if error.errno is not None:  # of the operating system, which says it all
+        return text
+    return f"{text} Check the name and the connection; a private or gated repository needs `hf auth login`."
 
 
 def printable(text: str) -> str:

@@ -2,59 +2,44 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_da_hf.adapters.experts import experts_skipped
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.cli.flags import read
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.memory import all_weights, budget_bytes, solver_threads, usable_memory
 from lora_da_hf.pipeline.plan import Group, Workload
 from lora_da_hf.statistics.taps import find_shared_inputs, input_groups
-from lora_da_hf.training.arguments import LoraArguments, ModelArguments
+from lora_da_hf.training.arguments import ModelArguments
 from lora_da_hf.training.text_model import naming_model, with_adapter
 
 _SPEED_OF_A_PASS = 0.68
 """Speed of a forward and backward pass as a part of that of large matrix products."""
 
 
-def empty_model(name: str, arguments: argparse.Namespace) -> Any:
+def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
     """Make a model with its adapter on the meta device, where tensors have no content.
 
     Raises:
         ConfigError: if there is no such model.
         TargetError: if no layer has the name of a target.
     """
-    loading, lora = read(ModelArguments, arguments), read(LoraArguments, arguments).to_peft()
-    with naming_model(name):
-        config = AutoConfig.from_pretrained(
-            name,
-            revision=loading.model_revision,
-            cache_dir=loading.cache_dir,
-            trust_remote_code=loading.trust_remote_code,
-        )
-    dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
-    with torch.device("meta"):
-        with naming_model(name):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or torch.float32, trust_remote_code=loading.trust_remote_code
-            )
+    trust = {"trust_remote_code": loading.trust_remote_code}
+    with torch.device("meta"), naming_model(name):
+        config = AutoConfig.from_pretrained(name, revision=loading.model_revision, cache_dir=loading.cache_dir, **trust)
+        dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, **trust)
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
+    with torch.device("meta"):
         return with_adapter(model, lora)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the size of a model's parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def counted(kept: Mapping[str, str]) -> str:
@@ -64,13 +49,9 @@ def counted(kept: Mapping[str, str]) -> str:
 
 
 def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, tokens: int) -> Workload:
-    """Return what has to be done: a forward pass without content shows which layers are fed the same tensor.
+    """Return what has to be done for samples of so many tokens.
 
-    Args:
-        model: What `empty_model` made.
-        targets: Its layers that will be initialised.
-        config: The settings.
-        tokens: Of a sample, at most.
+    A forward pass without content shows which layers are fed the same tensor.
     """
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     by_name = {target.name: target for target in targets}
@@ -114,7 +95,6 @@ def measure_speed(dtype: torch.dtype) -> float:
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        product = left @ right
-        product[0, 0].item()  # waits for an accelerator
+        (left @ right)[0, 0].item()  # waits for an accelerator
         best = min(best, time.perf_counter() - start)
     return _SPEED_OF_A_PASS * 2 * 1024**3 / best

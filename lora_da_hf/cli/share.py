@@ -4,49 +4,42 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from lora_da_hf.cli.flags import Flags, check_loading, facts_of_card, load_base_model, positive
+from lora_da_hf.cli.flags import add, add_base_model, add_card, add_folder, card_of, load_base, positive
 from lora_da_hf.cli.output import Output, aligned
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import in_columns
 
-_SHORT = 12
 
-
-def push_parser() -> argparse.ArgumentParser:
-    """Return the flags of `lora-da push`."""
-    flags = Flags()
-    flags.folder()
-    flags.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
-    flags.flag("public", action="store_true", help="let everybody see it (default: private)")
-    flags.flag("card", type=Path, metavar="FILE", help="a card of your own (default: as `lora-da card` renders it)")
-    flags.facts_of_card()
-    flags.flag("create_pr", action="store_true", help="open a pull request instead of writing to the branch")
-    flags.flag("revision", help="branch to write to (default: main)")
-    flags.flag("parent_commit", help="refuse if the branch is not at this commit")
-    flags.flag("commit_message", help="message of the commit")
-    return flags
+def push_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da push`."""
+    add_folder(parser)
+    parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
+    add(parser, "public", "let everybody see it (default: private)")
+    add(parser, "card", "a card of your own (default: as `lora-da card` renders it)", type=Path, metavar="FILE")
+    add_card(parser)
+    add(parser, "create_pr", "open a pull request instead of writing to the branch")
+    add(parser, "revision", "branch to write to (default: main)", metavar="BRANCH")
+    add(parser, "parent_commit", "refuse if the branch is not at this commit", metavar="SHA")
+    add(parser, "commit_message", "message of the commit", metavar="TEXT")
 
 
 def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
     from lora_da_hf.hub import push_init
 
-    _progress(output)
+    output.hide_progress()
+    names = ("create_pr", "revision", "parent_commit", "commit_message")
     pushed = push_init(
         arguments.folder,
         arguments.repo_id,
         private=not arguments.public,
-        create_pr=arguments.create_pr,
-        parent_commit=arguments.parent_commit,
-        revision=arguments.revision,
-        commit_message=arguments.commit_message,
         card=_read_card(arguments.card) if arguments.card is not None else None,
-        **facts_of_card(arguments),
+        **{name: getattr(arguments, name) for name in names},
+        **card_of(arguments),
     )
-    names = ("url", "repo_id", "commit", "pull_request_url", "private")
-    values = {name: getattr(pushed, name) for name in (*names, "changed")}
+    names = ("url", "repo_id", "commit", "pull_request_url", "private", "changed")
+    values = {name: getattr(pushed, name) for name in names}
     if not pushed.changed:
         output.message("The repository holds these files already, so nothing was committed.")
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
@@ -54,41 +47,34 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _read_card(file: Path) -> str:
-    if not file.is_file():
-        raise ConfigError(f"{file}, given as --card, is not a file. Name a Markdown file.")
     try:
         return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}, given as --card, is not UTF-8 ({error}). Save it as UTF-8.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--card {file} cannot be read: {error}. Name a Markdown file in UTF-8.") from error
 
 
-def pull_parser() -> argparse.ArgumentParser:
-    """Return the flags of `lora-da pull`."""
-    flags = Flags()
-    flags.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
-    flags.flag("revision", help="branch, tag or commit; the same as behind an @")
-    flags.loaded_base_model("and refuse if it was computed for another one")
-    flags.flag("cache_dir", help="where it is kept (default: the Hub's cache)")
-    flags.flag("local_dir", type=Path, metavar="FOLDER", help="a new folder for a copy of one's own")
-    flags.flag("local_files_only", action="store_true", help="use what is in the cache, and do not connect")
-    return flags
+def pull_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da pull`."""
+    parser.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
+    add(parser, "revision", "branch, tag or commit; the same as behind an @", metavar="NAME")
+    add_base_model(parser, "and refuse if it was computed for another one")
+    add(parser, "cache_dir", "where it is kept (default: the Hub's cache)", metavar="FOLDER")
+    add(parser, "local_dir", "a new folder for a copy of your own", type=Path, metavar="FOLDER")
+    add(parser, "local_files_only", "use what is in the cache, and do not connect")
 
 
 def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
     from lora_da_hf.hub import pull_init
 
-    _progress(output)
-    check_loading(arguments)
-    repo_id, revision = _named(arguments.repo_id, arguments.revision)
-
-    def load_base(peft_config: dict[str, Any]) -> Any:
-        return load_base_model(arguments, output, peft_config)
-
+    output.hide_progress()
+    repo_id, at, behind = arguments.repo_id.partition("@")
+    if at and arguments.revision is not None:
+        raise ConfigError(f"{arguments.repo_id} and --revision both name a revision. Give one of them.")
     pulled = pull_init(
         repo_id,
-        revision=revision,
-        base_model=None if arguments.base_model is None else load_base,
+        revision=behind if at else arguments.revision,
+        base_model=(lambda config: load_base(arguments, output, config)) if arguments.base_model else None,
         cache_dir=arguments.cache_dir,
         local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
@@ -97,27 +83,11 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
 
 
-def _named(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Take ``user/name@revision`` apart.
-
-    Raises:
-        ConfigError: if there is nothing behind the @, or two revisions are given.
-    """
-    repo_id, at, behind = name.partition("@")
-    if (at and not behind) or revision == "":
-        raise ConfigError(f"{name!r} names an empty revision. Write a branch, tag or commit, or leave it out.")
-    if at and revision is not None:
-        raise ConfigError(f"{name!r} names a revision, and --revision={revision} another. Give one of them.")
-    return repo_id, behind or revision
-
-
-def list_parser() -> argparse.ArgumentParser:
-    """Return the flags of `lora-da list`."""
-    flags = Flags()
-    flags.flag("base_model", metavar="MODEL", help="those for this base model")
-    flags.flag("author", help="those of this user or organisation")
-    flags.flag("limit", type=positive, default=30, help="how many at most (default: 30)")
-    return flags
+def list_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da list`."""
+    add(parser, "base_model", "those for this base model", metavar="MODEL")
+    add(parser, "author", "those of this user or organisation", metavar="NAME")
+    add(parser, "limit", "how many at most", type=positive, default=30)
 
 
 def run_list(arguments: argparse.Namespace, output: Output) -> None:
@@ -126,23 +96,16 @@ def run_list(arguments: argparse.Namespace, output: Output) -> None:
 
     found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
     names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
-    items: list[dict[str, Any]] = [{name: getattr(item, name) for name in names} for item in found]
+    items = [{name: getattr(item, name) for name in names} for item in found]
     rows = [
         [
-            str(item["repo_id"]),
-            str(item["commit"] or "")[:_SHORT],
-            "private" if item["private"] else "public",
-            str(item["base_model"] or ""),
-            str(item["rank"] or ""),
+            each.repo_id,
+            (each.commit or "")[:12],
+            "private" if each.private else "public",
+            each.base_model or "",
+            str(each.rank or ""),
         ]
-        for item in items
+        for each in found
     ]
     text = "\n".join(in_columns(["repository", "commit", "", "base model", "rank"], rows)) if rows else "Nothing found."
-    output.result({"initialisations": items}, bare=[str(item["repo_id"]) for item in items], text=text)
-
-
-def _progress(output: Output) -> None:
-    if not output.shows_progress:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
+    output.result({"initialisations": items}, bare=[each.repo_id for each in found], text=text)

@@ -52,7 +52,7 @@ def _load(name: str, *source: Any, **options: Any) -> Any:
     no_rows = f"{name} holds no rows. Give data with samples."
     try:
         rows: Any = load_dataset(*source, **options)
-        if options["streaming"] and options["split"]:
+        if options["split"]:
             next(iter(rows))
     except StopIteration as error:
         raise DataError(no_rows) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.errors import ConfigError, TargetError
@@ -28,10 +28,12 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
     revision = {"revision": arguments.model_revision}
     with naming_model(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **shared)
+        AutoConfig.from_pretrained(name, **revision, **shared)  # quick to fail
     with naming_model(arguments.tokenizer_name or name, "tokenizer", "Name one with --tokenizer_name."):
         of_model = {} if arguments.tokenizer_name else revision
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **of_model, **shared)
+    with naming_model(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **shared)
     if tokenizer.eos_token is None:
         raise ConfigError("The tokenizer has no end-of-text token. Set its `eos_token` and save it again.")
     if tokenizer.pad_token is None:

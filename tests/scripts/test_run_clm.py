@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -169,7 +169,7 @@ def write_texts(path):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".json", ".parquet"])
 def test_plain_text_is_joined_and_cut_into_blocks(model_dir, tmp_path, samples, suffix):
     train_file = write_texts(tmp_path / f"text{suffix}")
     run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--block_size", 8, "--do_train"))
@@ -205,13 +205,6 @@ def test_block_size_is_the_models_limit_at_most(model_dir, tmp_path, samples, ca
     assert "more than the model takes" in caplog.text
 
 
-def test_empty_cells_are_empty_texts(model_dir, tmp_path, samples):
-    train_file = write_jsonl(tmp_path / "text.jsonl", [{"text": None}, *({"text": text} for text in TEXTS)])
-    arguments = flags(model_dir, tmp_path / "out", "--train_file", train_file, "--block_size", 8, "--do_train")
-    run_clm.main(arguments)
-    assert samples["train"][0]["input_ids"][0] == 1
-
-
 def test_streaming(model_dir, tmp_path):
     train_file = write_texts(tmp_path / "text.txt")
     validation_file = write_texts(tmp_path / "validation.jsonl")
@@ -244,46 +237,20 @@ def test_only_the_completion_has_labels(model_dir, tmp_path, samples, pairs_file
         assert sample["labels"] == [-100] * len(prompt) + completion
 
 
-def test_padding_has_no_label_and_no_attention(model_dir, tmp_path, monkeypatch, pairs_file):
-    seen = []
-    training_step = Trainer.training_step
-
-    def record(self, model, inputs, *args, **kwargs):
-        seen.append({name: tensor.tolist() for name, tensor in inputs.items()})
-        return training_step(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", record)
-    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train"))
-    padded = 0
-    for batch in seen:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            length = sum(mask)
-            assert mask == [1] * length + [0] * (len(mask) - length)
-            assert ids[length - 1] == labels[length - 1] == 2
-            assert ids[length:] == [2] * (len(ids) - length)
-            assert labels[length:] == [-100] * (len(ids) - length)
-            padded += len(ids) - length
-    assert padded
-
-
 def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path, samples, caplog):
-    rows = [{"question": "w1 w2", "answer": "w3 w4 w5 w6"}, {"question": "w1 " * 9, "answer": "w2"}]
+    rows = [
+        {"question": "w1 w2", "answer": "w3 w4 w5 w6"},
+        {"question": "w1 " * 9, "answer": "w2"},
+        {"question": "w1", "answer": None},
+        {"question": None, "answer": "w3"},
+    ]
     train_file = write_jsonl(tmp_path / "pairs.jsonl", rows)
     more = ["--train_file", train_file, *PAIR_FLAGS, "--block_size", 5, "--do_train"]
     run_clm.main(flags(model_dir, tmp_path / "out", *more))
     ids = make_tokenizer().convert_tokens_to_ids(["w1", "w2", "w3", "w4"])
-    assert samples["train"]["input_ids"][:] == [[1, *ids]]
-    assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]]]
-    assert "Left out: 1 of 2 train rows, which have no completion, or none after cutting to 5 tokens" in caplog.text
-
-
-def test_rows_whose_completion_is_null_are_left_out(model_dir, tmp_path, samples, caplog):
-    rows = [{"question": None, "answer": "w3"}, {"question": "w1", "answer": None}, {"question": "w1", "answer": ""}]
-    train_file = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, *PAIR_FLAGS, "--do_train"))
-    ids = make_tokenizer().convert_tokens_to_ids(["w1", "w3"])
-    assert samples["train"]["input_ids"][:] == [[1, ids[1], 2], [1, ids[0], 2]]
-    assert "Left out: 1 of 3 train rows, which have no completion" in caplog.text
+    assert samples["train"]["input_ids"][:] == [[1, *ids], [1, ids[2], 2]]
+    assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]], [-100, ids[2], 2]]
+    assert "Left out: 2 of 4 train rows" in caplog.text
 
 
 def test_chat_template(model_dir, tmp_path, samples, pairs_file):
@@ -315,7 +282,7 @@ def test_files_of_a_run(model_dir, tmp_path, pairs_file, init):
     base = LlamaForCausalLM.from_pretrained(model_dir)
     adapter = PeftModel.from_pretrained(base, out)
     assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters())
-    assert (out / "lora_da" / "lora_da_report.json").is_file() == (init == "lora_da")
+    assert (out / "lora_da" / "lora_da_manifest.json").is_file() == (init == "lora_da")
 
 
 def test_a_run_starts_from_the_initialisation_of_another(model_dir, tmp_path, pairs_file):
@@ -327,11 +294,8 @@ def test_a_run_starts_from_the_initialisation_of_another(model_dir, tmp_path, pa
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-6, atol=1e-9)
         assert weight.any()
-    report = json.loads((tmp_path / "second" / "lora_da" / "lora_da_report.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "second" / "lora_da_init_from.json").read_text(encoding="utf-8"))
     assert report["init_from"].startswith("sha256:")
-    run_clm.main(flags(model_dir, tmp_path / "third", *shared, *stored, "--search_step", init="lora_da"))
-    report = json.loads((tmp_path / "third" / "lora_da" / "lora_da_report.json").read_text(encoding="utf-8"))
-    assert report["search"]
 
 
 def test_both_inits_see_the_same_batches_and_validation_rows(model_dir, tmp_path, pairs_file, batches, samples):
@@ -345,13 +309,6 @@ def test_both_inits_see_the_same_batches_and_validation_rows(model_dir, tmp_path
     assert any(first != second for first, second in pairwise(seen["lora"]))
     assert seen["lora"] == seen["lora_da"]
     assert validation["lora"] == validation["lora_da"]
-
-
-def test_another_seed_gives_another_order(model_dir, tmp_path, pairs_file, batches):
-    for seed in (1, 2):
-        more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--seed", seed]
-        run_clm.main(flags(model_dir, tmp_path / "out", *more))
-    assert batches[:3] != batches[3:]
 
 
 def test_evaluation_after_the_last_step_is_not_repeated(model_dir, tmp_path, pairs_file, monkeypatch):
@@ -371,15 +328,6 @@ def test_evaluation_after_the_last_step_is_not_repeated(model_dir, tmp_path, pai
     metrics = run_clm.main(flags(model_dir, tmp_path / "out", *more, steps=4))
     assert len(calls) == 2
     assert metrics["eval_loss"] == state(tmp_path / "out")["log_history"][-2]["eval_loss"]
-
-
-def test_evaluation_alone_measures_the_base_model(model_dir, tmp_path, pairs_file):
-    more = ["--validation_file", pairs_file, *PAIR_FLAGS, "--do_eval"]
-    lora, lora_da = (
-        run_clm.main(flags(model_dir, tmp_path / init, *more, init=init))["eval_loss"] for init in ("lora", "lora_da")
-    )
-    assert lora == lora_da
-    assert not (tmp_path / "lora" / "loss_curve.png").exists()
 
 
 def test_adapter_is_float32_over_bfloat16_weights(model_dir, tmp_path, pairs_file, monkeypatch):
@@ -442,16 +390,6 @@ def test_config_file(model_dir, tmp_path, suffix, form, pairs_file):
     assert (arguments.da.to_config().num_samples, arguments.da.to_config().step_size) == (5, 0.25)
 
 
-def test_training_from_a_config_file(model_dir, tmp_path, pairs_file):
-    argv = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS)
-    argv.remove("--use_cpu")
-    settings = {name[2:]: value for name, value in zip(argv[::2], argv[1::2], strict=True)}
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps({**settings, "use_cpu": True}), encoding="utf-8")
-    run_clm.main([str(path), "--do_train"])
-    assert len(losses(tmp_path / "out")) == 3
-
-
 def fails(capsys, argv):
     with pytest.raises(SystemExit) as exit_info:
         run_clm.main([str(flag) for flag in argv])
@@ -466,33 +404,15 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
     ("more", "message"),
     [
         ([], "nothing to do: give --do_train, --do_eval or both"),
-        (["--do_train"], "--do_train needs data: give --dataset_name or --train_file"),
-        (["--do_eval"], "--do_eval needs data"),
-        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx: the name must end in one of .csv, .json"),
-        (["--do_train", "--train_file", "a.parquet.gz"], "a.parquet.gz: the name must end in one of .csv, .json"),
-        (["--do_train", "--train_file", "missing.csv"], "--train_file missing.csv does not exist"),
-        (["--do_eval", "--validation_file", "missing.TXT.gz"], "--validation_file missing.TXT.gz does not exist"),
-        (["--do_train", "--train_file", "."], "--train_file . is a folder: name a file in it"),
-        (["--do_train", "--dataset_name", "a.md"], "--dataset_name a.md is a file: give it as --train_file"),
-        (["--do_train", "--dataset_name", "d", "--lora_dropout", "2"], "--lora_dropout must be at least 0 and below 1"),
+        (["--do_train"], "--do_train needs data"),
+        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx is no data file: the name must end in .csv, .json"),
+        (["--do_train", "--train_file", "missing.csv"], "missing.csv does not exist"),
         (["--do_train", "--dataset_name", "d", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
-        (["--do_train", "--dataset_name", "d", "--lora_alpha", "0"], "--lora_alpha must be at least 1, got 0"),
-        (["--do_train", "--dataset_name", "d", "--target_modules", "q_proj", "all-linear"], "Leave it or the other"),
-        (["--do_train", "--dataset_name", "d", "--seed", "-1"], "--seed must be at least 0 and below 2**32, got -1"),
-        (["--do_train", "--dataset_name", "d", "--data_seed", "-1"], "--data_seed must be at least 0 and below"),
         (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
         (["--do_train", "--dataset_name", "d", "--prompt_column", "p"], "--completion_column is missing"),
-        (["--do_train", "--dataset_name", "d", "--completion_column", "c"], "--prompt_column is missing"),
-        (["--do_train", "--dataset_name", "d", *PAIR_FLAGS, "--text_column", "t"], "not all three"),
         (["--do_train", "--dataset_name", "d", "--use_chat_template"], "needs --prompt_column"),
-        (
-            ["--do_train", "--dataset_name", "d", "--block_size", "1"],
-            "--block_size must be at least 2, got 1",
-        ),
-        (
-            ["--do_train", "--dataset_name", "d", "--validation_split_percentage", "0"],
-            "must be 1 to 99, got 0",
-        ),
+        (["--do_train", "--dataset_name", "d", "--block_size", "1"], "--block_size must be at least 2, got 1"),
+        (["--do_train", "--dataset_name", "d", "--validation_split_percentage", "0"], "must be 1 to 99, got 0"),
         (["--do_train", "--dataset_name", "d", "--streaming"], "give --max_steps"),
         (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
         (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
@@ -500,7 +420,6 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out"),
         (["--do_train", "--dataset_name", "d", "--search_step"], "--search_step needs --init_from"),
         (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
-        (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "nowhere"], "is not a folder"),
         (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),
         (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
         (["--config", "settings.toml"], "must end in .json, .yaml, .yml"),
@@ -508,13 +427,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
 )
 def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.md").touch()
     assert message in fails(capsys, [*MODEL, *more])
-
-
-def test_output_dir_that_is_a_file(capsys, pairs_file):
-    argv = ["--model_name_or_path", "m", "--do_train", "--train_file", pairs_file, "--output_dir", pairs_file]
-    assert "is a file: name a folder" in fails(capsys, argv)
 
 
 def test_missing_model(capsys):
@@ -539,11 +452,7 @@ def test_wrong_config_file(capsys, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--prompt_column", "question", "--completion_column", "reply"],
-            "no column 'reply', only question, answer",
-        ),
-        (["--text_column", "body"], "no column 'body', only question, answer"),
+        (["--text_column", "body"], "no column 'body', only 'question', 'answer'"),
         (
             ["--text_column", "answer", "--block_size", "64", "--do_eval"],
             "there is less text in it, or in 1,000 of its .* so lower it",
@@ -564,7 +473,7 @@ def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
 def test_a_file_that_is_not_what_its_suffix_says(tmp_path, name, text, streaming):
     path = tmp_path / name
     path.write_bytes(text)
-    with pytest.raises(DataError, match=f"{name} cannot be read as (json|text) data"):
+    with pytest.raises(DataError, match=f"{name} cannot be loaded as data"):
         text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
 
 
@@ -575,9 +484,7 @@ def test_a_file_that_is_not_what_its_suffix_says(tmp_path, name, text, streaming
         ("empty.csv", ""),
         ("header.csv", "prompt,completion\n"),
         ("empty.json", "[]"),
-        ("empty.jsonl", ""),
         ("blank.jsonl", "\n\n"),
-        ("empty.txt", ""),
         ("empty.parquet", None),
     ],
 )
@@ -587,12 +494,12 @@ def test_a_file_without_rows(tmp_path, name, text, streaming):
         Dataset.from_dict({"text": []}).to_parquet(path)
     else:
         path.write_text(text)
-    with pytest.raises(DataError, match=f"{name} holds no rows. Give a file with samples"):
+    with pytest.raises(DataError, match=f"{name} holds no rows"):
         text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", [".JSONL", ".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz", ".Txt.GZ"])
+@pytest.mark.parametrize("suffix", [".JSONL", ".jsonl.gz", ".Txt.GZ"])
 def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, streaming):
     plain = write_texts(tmp_path / f"plain{suffix.lower().removesuffix('.gz')}").read_bytes()
     path = tmp_path / f"text{suffix}"
@@ -601,33 +508,23 @@ def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, stream
     assert [row["text"].strip() for row in rows] == TEXTS
 
 
-def test_a_stream_without_columns_holds_no_rows():
-    with pytest.raises(DataError, match="The train data holds no rows"):
-        text_data.column_names("train", IterableDataset.from_generator(lambda: iter(())))
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train_file", "pairs.jsonl", "--model_name_or_path", "pairs.jsonl"], "pairs.jsonl is a file, no model"),
-        (["--train_file", "pairs.jsonl", "--model_name_or_path", "no/such/model"], "and no name that the Hub allows"),
+        (["--train_file", "pairs.jsonl", "--model_name_or_path", "pairs.jsonl"], "pairs.jsonl is a file, not a model"),
         (["--train_file", "pairs.jsonl", "--model_name_or_path", "org/model"], "The model org/model cannot be loaded"),
-        (["--dataset_name", "org/data"], "org/data cannot be loaded as a data set"),
-        (["--dataset_name", "folder"], "folder cannot be loaded as a data set"),
+        (["--dataset_name", "org/data"], "org/data cannot be loaded as data"),
         (["--train_file", "pairs.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not"),
         (["--train_file", "pairs.jsonl", "--output_dir", "pairs.jsonl/out"], "--output_dir pairs.jsonl/out cannot be"),
     ],
 )
-@pytest.mark.parametrize("init", ["lora", "lora_da"])
-def test_what_does_not_exist_is_said_without_a_traceback(
-    model_dir, tmp_path, pairs_file, monkeypatch, init, more, message
-):
+def test_what_does_not_exist_is_said_without_a_traceback(model_dir, tmp_path, pairs_file, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(
-        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, *PAIR_FLAGS, "--do_train", init=init)]
+        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, *PAIR_FLAGS, "--do_train")]
     )
     with pytest.raises(SystemExit) as left:
         runpy.run_path(run_clm.__file__, run_name="__main__")
@@ -644,26 +541,17 @@ def test_an_error_that_is_no_mistake_of_the_users_keeps_its_traceback(model_dir,
         runpy.run_path(run_clm.__file__, run_name="__main__")
 
 
-def test_the_log_says_which_columns_are_used(model_dir, tmp_path, pairs_file, caplog):
-    arguments = flags(model_dir, tmp_path / "out", "--train_file", pairs_file, "--do_train", "--block_size", 8)
-    run_clm.main([*arguments, "--text_column", "question", "--max_steps", "1"])
-    assert "The train data: column 'question' is read as plain text (left out: 'answer')." in caplog.text
-    run_clm.main([*arguments, *PAIR_FLAGS, "--max_steps", "1"])
-    assert "The train data: column 'question' is the prompt, 'answer' the completion." in caplog.text
-
-
 @pytest.mark.parametrize("columns", [["body"], ["text"], ["id", "text"]])
 def test_the_only_column_or_one_called_text_is_read_without_a_flag(columns):
-    line = text_data.used_columns("train", columns, run_clm.DataArguments())
-    assert line.startswith(f"The train data: column {columns[-1]!r} is read as plain text")
+    rows = Dataset.from_dict({column: ["words"] for column in columns})
+    assert text_data.used_columns("train", rows, run_clm.DataArguments()) == [columns[-1]]
 
 
 def test_one_of_several_columns_is_not_chosen_by_chance():
-    columns = [f"c{i}" for i in range(9)]
+    rows = Dataset.from_dict({f"c{i}": ["words"] for i in range(9)})
     with pytest.raises(DataError, match="the columns 'c0', 'c1', 'c2', 'c3', 'c4' and others, and none called 'text'"):
-        text_data.used_columns("train", columns, run_clm.DataArguments())
-    line = text_data.used_columns("train", columns, run_clm.DataArguments(text_column="c8"))
-    assert line.endswith("column 'c8' is read as plain text (left out: 'c0', 'c1', 'c2', 'c3', 'c4' and others).")
+        text_data.used_columns("train", rows, run_clm.DataArguments())
+    assert text_data.used_columns("train", rows, run_clm.DataArguments(text_column="c8")) == ["c8"]
 
 
 @pytest.mark.parametrize(
@@ -691,7 +579,7 @@ def test_chat_template_that_is_missing(model_dir, tmp_path, pairs_file):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     more = ["--tokenizer_name", tmp_path / "tokenizer", *PAIR_FLAGS, "--use_chat_template", "--do_train"]
-    with pytest.raises(LoRADAError, match="has no chat template"):
+    with pytest.raises(LoRADAError, match="--use_chat_template: "):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more))
 
 

@@ -189,7 +189,7 @@ def test_a_name_that_the_hub_does_not_have_is_said_to_be_no_folder_either(tmp_pa
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_da_hf.hub.pull_init", fails)
-    with pytest.raises(HubError, match=f"no such repo. There is no folder outputs/my-init in {tmp_path} either"):
+    with pytest.raises(HubError, match="outputs/my-init is not a folder in"):
         find_init("outputs/my-init")
 
 

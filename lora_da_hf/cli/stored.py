@@ -1,0 +1,188 @@
+"""`lora-da show`, `lora-da verify`, `lora-da card` and `lora-da refit`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lora_da_hf.cli.flags import (
+    add,
+    add_base_model,
+    add_card,
+    add_dataclasses,
+    add_folder,
+    card_of,
+    load_base,
+    new_folder,
+    positive,
+)
+from lora_da_hf.cli.output import Output, aligned
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.setting_groups import FREE_IN_REFIT
+from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
+
+
+def show_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da show`."""
+    add_folder(parser)
+    add(parser, "plots", "write the plots there, as PNG files", type=Path, metavar="FOLDER")
+    add(parser, "every_layer", "one row for each layer, however many there are")
+
+
+def run_show(arguments: argparse.Namespace, output: Output) -> None:
+    """Print what is in a stored initialisation."""
+    from lora_da_hf.artifacts.statistics_store import statistics_files
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.hub.plots import draw_plots
+    from lora_da_hf.report import kind_of
+
+    init = load_init(arguments.folder)
+    manifest, report, base = init.manifest, init.report, init.manifest.base_model
+    written = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
+    values: dict[str, Any] = {
+        "folder": str(arguments.folder),
+        "base_model": base.name_or_path,
+        "base_revision": base.revision,
+        "created": manifest.created,
+        "ranks": sorted({layer.rank for layer in report.layers}),
+        "max_rank": max(layer.max_rank for layer in report.layers),
+        "alpha": init.peft_config["lora_alpha"],
+        "modules": dict(Counter(kind_of(layer.name) for layer in report.layers)),
+        "num_samples": report.num_samples,
+        "seed": report.seed,
+        "step_size": report.step_size,
+        "step_size_by_rank": report.step_size_by_rank,
+        "has_statistics": bool(statistics_files(manifest)),
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "plots": written,
+    }
+    rows = [
+        ("base model", f"{base.name_or_path or 'not recorded'} @ {base.revision or 'revision not recorded'}"),
+        ("computed", manifest.created),
+        ("rank", f"{', '.join(map(str, values['ranks']))} of {values['max_rank']} stored"),
+        ("modules", ", ".join(f"{name} x {number}" for name, number in values["modules"].items())),
+        ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
+        ("statistics", "stored" if values["has_statistics"] else "not stored"),
+        ("size", f"{values['bytes'] / 2**20:,.1f} MiB"),
+        *[("plot", path) for path in written],
+    ]
+    text = report.table(every_layer=True) if arguments.every_layer else str(report)
+    output.result(
+        {**values, "layers": [dataclasses.asdict(layer) for layer in report.layers], "kept": report.kept},
+        bare=[layer.name for layer in report.layers],
+        text=f"{aligned(rows)}\n\n{text}",
+    )
+
+
+def verify_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da verify`."""
+    add_folder(parser)
+    add_base_model(parser, "and check that the initialisation belongs to it")
+
+
+def run_verify(arguments: argparse.Namespace, output: Output) -> None:
+    """Check a stored initialisation."""
+    from lora_da_hf.artifacts.store import check_base_model, load_init
+    from lora_da_hf.pipeline.against_base import check_against_base
+    from lora_da_hf.pipeline.base_model import base_model_facts
+
+    stored = load_init(arguments.folder)
+    manifest, against = stored.manifest, "the base model was not compared"
+    if arguments.base_model is not None:
+        model = load_base(arguments, output, stored.peft_config)
+        notes = check_base_model(manifest, base_model_facts(model))
+        for note in (*notes, *check_against_base(stored, model)):
+            output.message(f"Note: {note}.")
+        against = f"it belongs to {arguments.base_model}"
+    values = {
+        "ok": True,
+        "folder": str(arguments.folder),
+        "files": len(manifest.files),
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "layers": len(manifest.layers),
+        "base_model_checked": arguments.base_model is not None,
+    }
+    text = f"OK: {values['files']} files, {values['bytes'] / 2**20:,.1f} MiB, {values['layers']} layers; {against}"
+    output.result(values, bare="ok", text=text)
+
+
+def card_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da card`."""
+    add_folder(parser)
+    add(parser, "output", "write card and plots there (default: the card to stdout)", type=Path, metavar="FOLDER")
+    add(parser, "overwrite", "replace a README.md there that is not a card of lora-da")
+    add(parser, "repo_id", "where it is published", metavar="USER/NAME")
+    add(parser, "commit", "the commit there that the card names", metavar="SHA")
+    add_card(parser)
+
+
+def run_card(arguments: argparse.Namespace, output: Output) -> None:
+    """Render the card of a stored initialisation."""
+    from lora_da_hf.artifacts.card_files import CARD_FILE, is_own_card
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.hub.cards import render_card, render_page
+
+    facts = {**card_of(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
+    init = load_init(arguments.folder)
+    if arguments.output is None:
+        card = render_card(init, **facts).rstrip("\n")
+        output.result({"card": card}, bare=card, text=card)
+        return
+    readme = arguments.output / CARD_FILE
+    if readme.exists() and not arguments.overwrite and not is_own_card(readme.read_bytes()):
+        raise ConfigError(f"{readme} is not a card of lora-da. Name another folder, or give --overwrite to replace it.")
+    written = _write(arguments.output, render_page(init, **facts))
+    output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [str(folder / name) for name in files]
+
+
+def refit_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `lora-da refit`. Settings that are not given stay as they were."""
+    add_folder(parser)
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the new initialisation")
+    add(parser, "overwrite", "replace an initialisation that is there; OUTPUT may be FOLDER, and keeps its statistics")
+    add(parser, "rank", "rank of the new adapter, at most the stored one", type=positive)
+    add(parser, "rank_budget", "parameters of the adapter, shared out between the layers", type=positive)
+    add(parser, "step_size", "how far step 0 goes (default: as the stored steps say)", type=float)
+    add_base_model(parser, "and compare it (a DoRA adapter needs it)")
+    free = [
+        (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
+        for field in dataclasses.fields(LoRADAArguments)
+        if field.name.removeprefix(PREFIX) in FREE_IN_REFIT - {"rank_budget", "step_size"}
+    ]
+    add_dataclasses(parser, dataclasses.make_dataclass("FreeInRefit", free))
+    for action in parser._actions:
+        if action.dest.startswith(PREFIX):
+            action.default, action.help = argparse.SUPPRESS, f"{action.help} (default: as stored)"
+
+
+def run_refit(arguments: argparse.Namespace, output: Output) -> None:
+    """Make another initialisation from a stored one."""
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.pipeline.refit import refit_init
+
+    folder = new_folder(arguments.output, overwrite=arguments.overwrite)
+    base = None
+    if arguments.base_model is not None:
+        base = load_base(arguments, output, load_init(arguments.folder, statistics=False).peft_config)
+    given = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items() if name.startswith(PREFIX)}
+    refit_init(
+        arguments.folder,
+        folder,
+        config={name: setting_of_flag(name, value) for name, value in given.items()} or None,
+        rank=arguments.rank,
+        rank_budget=arguments.rank_budget,
+        step_size=arguments.step_size,
+        base_model=base,
+        progress=output.shows_progress,
+    )
+    output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")
