@@ -86,15 +86,13 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
     """Check a stored initialisation."""
     from lora_da_hf.artifacts.store import check_base_model, load_init
-    from lora_da_hf.pipeline.against_base import check_against_base
     from lora_da_hf.pipeline.base_model import base_model_facts
 
     stored = load_init(arguments.folder)
     manifest, against = stored.manifest, "the base model was not compared"
     if arguments.base_model is not None:
         model = load_base(arguments, output, stored.peft_config)
-        notes = check_base_model(manifest, base_model_facts(model))
-        for note in (*notes, *check_against_base(stored, model)):
+        for note in check_base_model(manifest, base_model_facts(model)):
             output.message(f"Note: {note}.")
         against = f"it belongs to {arguments.base_model}"
     values = {
