@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ConfigError
 
 DEFAULT_ROW_NORM = 1 / math.sqrt(3)
 """Expected norm of a row of A under PEFT's default: kaiming uniform, a = sqrt(5), has entry variance 1 / (3 d_in)."""
@@ -27,12 +26,6 @@ def split_factors(
         factor_split: ``"default_norm"``: rows of A at PEFT's default norm, everything else in B;
             ``"orthonormal"``: both bases times ``sqrt(step_size / peft_scaling)``; ``"balanced"``: by the singular
             value decomposition of ``basis_B``, each factor taking the square roots.
-
-    Returns:
-        ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``.
-
-    Raises:
-        ConfigError: if ``factor_split`` has another value.
     """
     product_scale = step_size / peft_scaling
     if factor_split == "default_norm":
@@ -40,34 +33,17 @@ def split_factors(
     root = math.sqrt(product_scale)
     if factor_split == "orthonormal":
         return basis_A * root, basis_B * root
-    if factor_split == "balanced":
-        left, singular, right = torch.linalg.svd(basis_B, full_matrices=False)
-        rank = basis_A.shape[0]
-        scaled_A = singular.sqrt()[:, None] * (right @ basis_A) * root
-        scaled_B = left * singular.sqrt() * root
-        missing = rank - singular.shape[0]  # d_out < r: the last directions carry nothing
-        if missing:
-            scaled_A = torch.cat([scaled_A, scaled_A.new_zeros(missing, scaled_A.shape[1])])
-            scaled_B = torch.cat([scaled_B, scaled_B.new_zeros(scaled_B.shape[0], missing)], dim=1)
-        return scaled_A, scaled_B
-    raise ConfigError(f'factor_split={factor_split!r} must be "default_norm", "orthonormal" or "balanced".')
+    left, singular, right = torch.linalg.svd(basis_B, full_matrices=False)
+    scaled_A = singular.sqrt()[:, None] * (right @ basis_A) * root
+    scaled_B = left * singular.sqrt() * root
+    missing = basis_A.shape[0] - singular.shape[0]  # d_out < r: the last directions carry nothing
+    return torch.nn.functional.pad(scaled_A, (0, 0, 0, missing)), torch.nn.functional.pad(scaled_B, (0, missing))
 
 
 def factors_at_step(
     basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, *, peft_scaling: float, step_size: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Split a basis as the config says, also without a step of its own and for no step at all.
-
-    Args:
-        basis_A: ``[r, d_in]``.
-        basis_B: ``[d_out, r]``.
-        config: Says how to split, and `stable_gamma`.
-        peft_scaling: The scaling that PEFT multiplies the product with.
-        step_size: How far step 0 goes; None: as `stable_gamma` says; 0: A spans the subspace and B is zero.
-
-    Returns:
-        ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``.
-    """
+    """Split a basis as the config says: without a step as `stable_gamma` says; at step 0, A spans it and B is zero."""
     if step_size == 0.0:
         lora_A, lora_B = split_factors(
             basis_A, basis_B, peft_scaling=peft_scaling, step_size=1.0, factor_split="default_norm"

@@ -54,17 +54,13 @@ class Displacement:
         return self.solve_input(rows.mT)
 
     def singular_pairs(self, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the singular vectors of D within a subspace, without those that only rounding makes out.
+        """Find the singular vectors of D in the span of ``basis [d_in, k]``, without those that are only rounding.
 
         A singular value of D is known to rounding of D's norm; the eigenvalue of ``D^T D``, which is its square, to the
         square root of that, so it says nothing about the rank in float32.
 
-        Args:
-            basis: ``[d_in, k]``, orthonormal.
-
         Returns:
-            Singular values ``[m]`` in descending order, and right singular vectors ``[d_in, m]``, m at most k. What
-            is left out is within the rounding of D, or of the product that it comes from.
+            Singular values ``[m]`` in descending order, and right singular vectors ``[d_in, m]``, m at most k.
         """
         _, values, turn = torch.linalg.svd(self.apply(basis), full_matrices=False)
         vectors = basis @ turn.mT
@@ -73,11 +69,7 @@ class Displacement:
         return values[found], fix_signs(vectors[:, found])
 
     def norm(self, start: Tensor | None = None) -> float:
-        """Return the largest singular value of D.
-
-        Args:
-            start: ``[d_in, k]``, orthonormal directions that may be close to the leading singular vector.
-        """
+        """Return the largest singular value of D; ``start [d_in, k]`` may be close to its vector."""
         scale = self.scaled_gradient.abs().max().item()
         if scale == 0:
             return 0.0

@@ -52,12 +52,9 @@ def build_guidance(
         displacement: D.
         inverse_output: ``[d_out]``, inverse of the damped output factor.
         population_size: N, the number of samples that training draws from.
-        bias_weight: Weight of the bias term.
+        bias_weight: Weight of the bias term; only its ratio to ``variance_weight`` matters.
         variance_weight: Weight of the variance term.
         normalize_terms: Bring ``Z^-1`` to the Frobenius norm of ``D^T D`` first; c then drops out.
-
-    Returns:
-        G in the dtype of ``displacement``.
     """
     variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
@@ -74,13 +71,6 @@ def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
 
     The basis for a smaller rank is the first columns of the basis for a larger one. Without a variance term the
     directions beyond the rank of the displacement, whose eigenvalue is 0, are completed as `complete_basis` defines.
-
-    Args:
-        guidance: G.
-        rank: r, at most d_in.
-
-    Returns:
-        Eigenvalues ``[r]`` ascending and vectors ``[d_in, r]``.
     """
     pairs = leading_eigenpairs(
         lambda v: -guidance.apply(v),

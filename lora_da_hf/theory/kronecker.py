@@ -17,15 +17,9 @@ _ROWS = 256
 
 
 def damping_value(damping: Damping, diagonal: Tensor) -> float:
-    """Turn a damping rule into the number that is added to a factor's diagonal.
+    """Turn a damping rule into the number that is added to a factor's ``diagonal [d]``, a mean over tokens.
 
-    Args:
-        damping: An absolute amount, or a multiple of the mean or median of the diagonal.
-        diagonal: ``[d]``, the factor's diagonal (mean over tokens).
-
-    Returns:
-        The amount, in the units of the factor. The median is the lower of the two middle values, as
-        `torch.median` defines it.
+    The median is the lower of the two middle values, as `torch.median` defines it.
     """
     if damping.reference == "mean":
         return damping.amount * diagonal.double().mean().item()
@@ -72,9 +66,6 @@ def factorize_input(
         damping: How much to add to the diagonal.
         layer: The layer's name, for messages.
         dtype: Precision to try first; float64 follows where it fails.
-
-    Returns:
-        The factor, in the precision that succeeded.
 
     Raises:
         NonFiniteError: if the moment is not finite.

@@ -21,12 +21,10 @@ def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[
     """Return how far layers go beside each other, by name, before one number is chosen for all.
 
     The Fisher information of a layer is ``T Y (x) S``, with T tokens and the mean factors Y and S. The displacement is
-    taken with the means, so a layer goes as far as its displacement over T: it matters where layers see different
-    numbers of tokens, as experts do, an encoder beside its decoder, or a pooler.
-
-    A displacement goes as one over the gradient. So a layer of which the gradient is nothing but rounding, such as the
-    router of a mixture that picks one expert, has the longest of all, and no other would move beside it. What is more
-    than a hundred times the median is taken for that, and hardly moves: its length becomes a thousandth of the median.
+    taken with the means, so a layer goes as far as its displacement over T: experts, an encoder and its decoder, or a
+    pooler see different numbers of tokens. A displacement goes as one over the gradient, so a layer whose gradient is
+    only rounding, such as the router of a mixture that picks one expert, would go farthest of all. What is more than a
+    hundred times the median is taken for that and gets a thousandth of the median.
 
     Args:
         layers: All of them, with the norm of the displacement, and T.
@@ -34,23 +32,20 @@ def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[
     """
     if layer_steps == "equal":
         return {layer.name: 1.0 for layer in layers}
-    lengths = _over_tokens(layers)
-    median = statistics.median_high(lengths.values())  # of two layers the longer, which there is nothing to judge by
+    lengths, median = _over_tokens(layers)
     return {name: length if length <= _FARTHEST * median else _HARDLY * median for name, length in lengths.items()}
 
 
-def _over_tokens(layers: Collection[LayerReport]) -> dict[str, float]:
-    return {layer.name: layer.displacement_norm / layer.num_grad_tokens for layer in layers}
+def _over_tokens(layers: Collection[LayerReport]) -> tuple[dict[str, float], float]:
+    lengths = {layer.name: layer.displacement_norm / layer.num_grad_tokens for layer in layers}
+    return lengths, statistics.median_high(lengths.values())  # of two layers the longer: nothing tells which is off
 
 
 def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list[str]:
-    """Return what a report says of layers whose gradient seems to be nothing but rounding: at most one note."""
-    if layer_steps == "equal":
-        return []
-    lengths = _over_tokens(layers)
-    longest = _FARTHEST * statistics.median_high(lengths.values())
-    found = [name for name, length in lengths.items() if length > longest]
-    if not found:
+    """Return a note for the report if the gradients of some layers seem to be only rounding."""
+    lengths, median = _over_tokens(layers)
+    found = [name for name, length in lengths.items() if length > _FARTHEST * median]
+    if layer_steps == "equal" or not found:
         return []
     return [
         f"{found[0]} and {len(found) - 1} other layers hardly move: their displacements are more than {_FARTHEST:.0f} "
@@ -61,13 +56,7 @@ def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list
 def step_unit(layers: Collection[LayerReport], *, layer_steps: str) -> float:
     """Return what all lengths are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
 
-    The norm is the whole displacement's, of which the subspace keeps a part; so the unit depends on no rank, and on no
-    weight of bias and variance. In the units of the statistics a good step would be any number: on SmolLM2-135M about
-    1e-3 with 256 samples, and more with more.
-
-    Args:
-        layers: All of them, with the norm of the displacement, and T.
-        layer_steps: As in the config.
+    The norm is the whole displacement's, of which the subspace keeps a part, so the unit does not depend on the rank.
 
     Raises:
         SolveError: if they go too far or not far enough for numbers.
@@ -81,12 +70,7 @@ def step_unit(layers: Collection[LayerReport], *, layer_steps: str) -> float:
 def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) -> dict[str, float]:
     """Return what each layer's displacement is divided by once all are solved (`LayerSolution.in_unit`), by name.
 
-    With ``layer_steps="equal"`` it was divided by its norm before.
-
-    Args:
-        layers: All of them, with the norm of the displacement, and T.
-        unit: What `step_unit` returned for them.
-        layer_steps: As in the config.
+    With ``layer_steps="equal"`` it was divided by its norm before. ``unit`` is what `step_unit` returned.
     """
     if layer_steps == "equal":
         return {layer.name: 1.0 for layer in layers}

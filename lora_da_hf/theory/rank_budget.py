@@ -9,12 +9,7 @@ from lora_da_hf.errors import ConfigError
 
 
 def num_adapter_parameters(ranks: Mapping[str, int], widths: Mapping[str, tuple[int, int]]) -> int:
-    """Return the size of A and B of all layers, ``sum r (d_in + d_out)``.
-
-    Args:
-        ranks: By layer.
-        widths: d_in and d_out by layer.
-    """
+    """Return the size of A and B of all layers, ``sum r (d_in + d_out)``, for ranks and widths by layer."""
     return sum(rank * sum(widths[name]) for name, rank in ranks.items())
 
 
@@ -32,12 +27,9 @@ def allocate_ranks(
     whose eigenvalue is not negative adds more variance than it takes bias away: it is never bought, and a part of the
     budget may be left over.
 
-    Which eigenvalues compare across layers: G is in the units of what is written, since one step multiplies every
-    layer. With ``layer_steps="displacement"`` the sum is the paper's expected distance of the weights, or, with
-    ``metric="fisher"`` and layers that all see as many tokens, twice the expected loss above the target's. With
-    ``layer_steps="equal"`` units are those of each layer's own largest singular value, so the sizes of the
-    displacements, which differ by orders of magnitude between layers, are left out. With ``normalize_guidance_terms``
-    the variance is relative to each layer's bias.
+    Eigenvalues compare across layers with ``layer_steps="displacement"``: the sum is the paper's expected distance of
+    the weights. With ``"equal"`` each layer is measured by its own largest singular value, and with
+    ``normalize_guidance_terms`` the variance is relative to each layer's bias.
 
     Args:
         eigenvalues: Of each layer's guidance matrix, ascending, up to the rank that was solved.

@@ -69,7 +69,8 @@ def leading_eigenpairs(
     """
     if dimension > _DENSE_BELOW and 8 * count < dimension:
         found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
-        if found.converged and not _has_unresolved(found):
+        sizes = found.eigenvalues.abs()  # the residual is relative to the largest: too small ones are left unresolved
+        if found.converged and not sizes.min() < _RESOLVED * found.residual * sizes.max():
             return found
     return exact_eigenpairs(apply, dimension, count, like=like)
 
@@ -92,12 +93,6 @@ def exact_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor) 
     )
 
 
-def _has_unresolved(found: Eigenpairs) -> bool:
-    """Tell whether some eigenvalues are too small for the residual, which is relative to the largest, to tell them."""
-    sizes = found.eigenvalues.abs()
-    return bool(sizes.min() < _RESOLVED * found.residual * sizes.max())
-
-
 def block_krylov(
     apply: Apply,
     dimension: int,
@@ -112,17 +107,8 @@ def block_krylov(
     The start block is random with a fixed seed, so the same operator gives the same bits. The basis grows until the
     residual meets the tolerance or it spans half of the space, where an exact solver is cheaper.
 
-    Args:
-        apply: Maps ``[d, k]`` to ``M [d, k]``.
-        dimension: d.
-        count: How many pairs.
-        like: A tensor whose dtype and device the work is done in.
-        tolerance: Largest residual, relative to the largest eigenvalue found, that counts as converged. In float32
-            it is raised to what the dtype can resolve.
-        start: ``[d, k]``, orthonormal vectors that the start block takes in beside random ones.
-
-    Returns:
-        The pairs in descending order; ``converged`` says whether the tolerance was met.
+    Arguments and result are those of `leading_eigenpairs`; ``converged`` says whether the tolerance was met, which is
+    raised to what the dtype can resolve.
     """
     tolerance = max(tolerance, 100 * torch.finfo(like.dtype).eps)
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
@@ -185,13 +171,7 @@ def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:
 
 
 def relative_residual(image: Tensor, vectors: Tensor, eigenvalues: Tensor) -> float:
-    """Return the largest ``||M v - lambda v||`` over the columns, relative to the largest ``|lambda|``.
-
-    Args:
-        image: ``M @ vectors``, ``[d, k]``.
-        vectors: ``[d, k]``.
-        eigenvalues: ``[k]``.
-    """
+    """Return the largest ``||M v - lambda v||`` over ``vectors [d, k]``, relative to the largest ``|lambda|``."""
     largest = eigenvalues.abs().max().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
     # divided before the norm squares it: in float32 the error of an operator near 1e-20 would vanish
     return ((image - vectors * eigenvalues) / largest).norm(dim=0).max().item()
@@ -211,9 +191,6 @@ def complete_basis(basis: Tensor, count: int) -> Tensor:
     Args:
         basis: ``[d, k]``, orthonormal columns; k may be 0, and is at most ``count``.
         count: At most d.
-
-    Returns:
-        ``[d, count]``, orthonormal; the first k columns are those given.
     """
     dimension = basis.shape[0]
     while basis.shape[1] < count:
