@@ -234,25 +234,6 @@ def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
     assert "fine: 0 cells left, 0 steps, 0.0 hours" in capsys.readouterr().out
 
 
-def test_blocks_are_run_alone_and_not_beyond_the_hours(compare):
-    one, other = ({**BLOCK, "name": name, "methods": ["lora"], "seeds": [seed]} for seed, name in enumerate("ab"))
-    assert compare(one, other, flags=["--hours", "0"]) == []
-    assert [record["block"] for record in compare(one, other, flags=["--blocks", "b"])] == ["b"]
-
-
-@pytest.mark.slow
-def test_each_cell_in_a_process_of_its_own_gives_the_same(compare, tmp_path):
-    block = {**BLOCK, "methods": ["lora"], "seeds": [0, 1]}
-    apart = compare(block, flags=["--isolate"])
-    assert [record["isolated"] for record in apart] == [True, True]
-    (tmp_path / "results.jsonl").unlink()
-    together = compare(block)
-    assert [record["isolated"] for record in together] == [False, False]
-    for one, other in zip(apart, together, strict=True):
-        assert one["key"] == other["key"]
-        assert one["final_loss"] == pytest.approx(other["final_loss"], rel=1e-5)
-
-
 def test_a_run_that_diverges_is_recorded_and_others_go_on(compare):
     records = compare({**BLOCK, "methods": ["lora"], "learning_rates": [1e30, 1e-3], "steps": [6]})
     diverged, finished = records
@@ -275,16 +256,6 @@ def test_exact_answers_are_counted(compare, monkeypatch):
 )
 def test_wilsons_interval(correct, total, low, high):
     assert report.wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_the_rate_warms_up_and_falls_to_zero():
-    cell = {"warmup": 0.1, "steps": 100}
-    shares = [cells.rate_at(step, cell) for step in range(100)]
-    assert shares[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
-    assert shares[10] == 1
-    assert shares == shares[:10] + sorted(shares[10:], reverse=True)
-    assert shares[-1] < 1e-3
-    assert cells.rate_at(100, cell) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

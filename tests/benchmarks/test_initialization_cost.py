@@ -13,7 +13,6 @@ from harness import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import initialization_cost
-import measuring
 
 
 @pytest.fixture
@@ -92,33 +91,6 @@ def test_the_table_says_which_peer_did_not_finish(argv):
     assert "| EVA, by PEFT | not finished after 30 s (1 of 2 runs) |  | +75 by then |  |" in lines
     assert "| CorDA (IPM), by PEFT, batch size 1 | 7.50 (6.00 to 9.00) | 2.50 | +210 |  |" in lines
     assert "| LoRA-GA, by PEFT | 3.00 (3.00 to 3.00) | 1.00 | -50 |  |" in lines
-
-
-@pytest.mark.parametrize(("limit", "left"), [("10", 1), ("60", 2)])
-def test_a_peer_that_was_stopped_is_run_again_with_more_time_alone(argv, tmp_path, monkeypatch, limit, left):
-    options = initialization_cost.parse_arguments(
-        [*argv, "--methods", "bare", "--peers", "--resume", "--repeats", "2", "--peer_seconds", limit]
-    )
-    done = {name: [run_of(1.0, 200.0)] * 2 for name in options.methods}
-    done["eva"] = [run_of(30.0, 400.0, unfinished_after=30.0)]
-    measuring.write_runs(tmp_path / "cost.json", initialization_cost.settings(options), done)
-    ran = []
-
-    def run(command, **_):
-        ran.append(command[command.index("--worker") + 1])
-        return type("Done", (), {"stdout": json.dumps(run_of(20.0, 400.0))})
-
-    monkeypatch.setattr(initialization_cost.subprocess, "run", run)
-    found = initialization_cost.measure(options)
-    assert ran == ["eva"] * (left if limit == "60" else 0)
-    assert len(found["eva"]) == left
-
-
-def test_a_peer_that_cannot_run_is_an_error_before_anything_runs(argv, monkeypatch, capsys):
-    monkeypatch.setattr(initialization_cost, "why_missing", lambda method: f"{method} is not there")
-    with pytest.raises(SystemExit):
-        initialization_cost.main([*argv, "--peers"])
-    assert "--peers: eva is not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -102,51 +102,6 @@ def test_settings_that_differ_are_rows_of_their_own(records):
     assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
 
 
-def test_losses_of_the_training_batches_are_compared_in_the_second_half(records):
-    for record in records:
-        late = 0.7 if record["cell"]["method"] == "lora_da" else 0.8
-        record["train_losses"] = [2.0, 2.0, late, late + 0.2 * record["cell"]["seed"]]
-    lines = report.late_training_table(records)
-    assert "| lora_da | 0.7500 ± 0.0707 (2) | -0.1000 ± 0.0000 (2) |" in lines
-    assert "| lora | 0.8500 ± 0.0707 (2) |  |" in lines
-    assert report.with_late_loss({**records[0], "final_loss": None})["late_loss"] is None
-
-
-def test_times_with_other_numbers_of_threads_are_tables_of_their_own(records, tmp_path):
-    for record, (threads, seconds) in zip(records, ((1, 3.0), (2, 1.0)) * 4, strict=True):
-        record["machine"] = {**record["machine"], "threads": threads}
-        record["seconds_per_step"] = seconds
-    text = report.report(records, tmp_path / "results.md")
-    two, one = text.partition("### What it took with 2 threads")[2].split("### What it took with 1 thread\n")
-    assert "| lora | 2.0 | 2.0 | 5 | 1.00 |" in two
-    assert "| lora | 2.0 | 0.7 | 5 | 3.00 |" in one
-
-
-def test_the_lead_over_the_steps_is_a_mean_of_neighbouring_batches_on_the_same_seeds():
-    def runs(method, *seeds):
-        of_seeds = [(record_of(method, 1e-3, seed, [[0, 2.0], [4, 1.0]]), losses) for seed, losses in seeds]
-        return [report.with_losses_of_steps({**record, "train_losses": losses}) for record, losses in of_seeds]
-
-    plain = runs("lora", (0, [2.0, 2.0, 2.0, 2.0]), (1, [3.0, 3.0, 3.0, 3.0]))
-    ours = runs("lora_da", (1, [1.0, 2.0, 3.0, 3.0]), (2, [0.0, 0.0, 0.0, 0.0]))
-    assert report.lead_over_steps(ours, plain) == pytest.approx([-1.0, -0.75, -0.75, -1 / 3])
-    assert report.lead_over_steps(runs("lora_da", (0, [2.0, None, 1.0, 1.0])), plain) == []
-    assert report.lead_over_steps(runs("lora_da", (5, [1.0] * 4)), plain) == []
-
-
-def test_pictures_leave_out_starts_from_what_training_begins_with_unless_there_are_no_others():
-    first, drawn = ([record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 1.0]], reads=reads)] for reads in ("first", "drawn"))
-    assert report.pictured(first + drawn) == drawn
-    assert report.pictured(first) == first
-
-
-def test_nothing_to_report_is_an_error(tmp_path, capsys):
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path / "empty.jsonl")])
-    assert "holds no result yet" in capsys.readouterr().err
-
-
 def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
     lucky = [record_of("lora", 1e-3, 0, [[0, 2.0], [4, 0.9]]), record_of("lora", 1e-3, 1, [[0, 2.0], [4, 1.3]])]
     other = record_of("lora", 1e-2, 0, [[0, 2.0], [4, 1.0]])
@@ -173,53 +128,6 @@ def test_the_band_is_interpolated_and_open_at_its_edges(finals, expected):
     assert report.band(records, 2.0) == expected
 
 
-def test_a_rate_fails_where_it_ends_above_the_base_wherever_the_method_began():
-    plain = [record_of("lora", rate, 0, [[0, 2.0], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
-    ours = [record_of("lora_da", rate, 0, [[0, 1.5], [4, end]]) for rate, end in ((1e-3, 1.0), (1e-2, 1.7))]
-    rows = [line.split("|") for line in report.main_table([*plain, *ours])[2:]]
-    assert {row[1].strip(): row[8].strip() for row in rows} == {"lora": ">= 1.1", "lora_da": ">= 1.1"}
-
-
-def test_what_read_the_first_samples_has_a_row_of_its_own():
-    records = [record_of("lora_da", 1e-3, 0, [[0, 2.0], [4, 1.0]], reads=reads) for reads in ("drawn", "first")]
-    assert list(report.variants(records)) == ["lora_da", "lora_da reads=first"]
-    assert report.partner_of("lora_da reads=first") == "lora"
-
-
-def test_what_it_took_is_told_for_each_rank():
-    records = [
-        {**record_of("lora", 1e-3, 0, [[0, 2.0], [4, 1.0]], **changes), "trainable": trainable}
-        for trainable, changes in ((100, {}), (200, {"rank": 16}), (300, {"num_train": 64}))
-    ]
-    rows = [line.split(" | ") for line in report.cost_table(records)[2:]]
-    assert [(row[0], row[6]) for row in rows] == [
-        ("| lora", "100"),
-        ("| lora, rank 16", "200"),
-        ("| lora, 64 samples", "300"),
-    ]
-
-
-def test_a_frozen_a_is_compared_with_a_frozen_a():
-    records = [
-        record_of(method, 1e-3, 0, [[0, 2.0], [4, final]])
-        for method, final in {"lora": 1.0, "lora_fa": 1.2, "lora_da_fa": 1.15}.items()
-    ]
-    (row,) = (line for line in report.main_table(records) if line.startswith("| lora_da_fa"))
-    assert "| -0.0500 (1) |" in row
-    (row,) = (line for line in report.main_table(records) if line.startswith("| lora_fa"))
-    assert "(1) |  | 1.2000 (1) |" in row
-
-
-def test_half_of_the_steps_are_compared_with_all_of_plain_lora_s():
-    records = [record_of("lora", 1e-3, seed, [[0, 2.0], [8, 1.0 + seed / 10]], steps=8) for seed in range(2)]
-    records += [
-        record_of("lora_da", rate, seed, [[0, 1.5], [4, rate * 100 + 1]]) for seed in range(2) for rate in (1e-3, 1e-2)
-    ]
-    (row,) = report.half_table(records)[2:]
-    assert row == "| lora_da | 4 | 0.001 (edge) | 1.1000 ± 0.0000 (2) | +0.0500 ± 0.0500 (2) |"
-    assert report.half_table(records[:2]) == []
-
-
 def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
     records = [
         record_of(method, 1e-3, seed, [[0, 2.0], [4, end + seed / 10]], rank=rank)
@@ -234,20 +142,6 @@ def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
     assert report.ranks_table(records[:4]) == []
 
 
-def test_runs_that_differ_in_where_they_were_looked_at_count_once(records, tmp_path):
-    again = [{**one, "cell": {**one["cell"], "evaluations": 1}, "losses": one["losses"][::2]} for one in records]
-    assert report.each_once([*records, *again]) == again
-    answers = {"correct": 1, "total": 2}
-    assert report.each_once([{**records[0], "accuracy": answers}, again[0]])[0]["accuracy"] == answers
-    assert "(4)" not in report.report([*records, *again], tmp_path / "results.md")
-
-
-def test_exact_answers_are_shown_run_by_run():
-    runs = [record_of("lora", 1e-3, seed, [[0, 2.0], [4, 1.0]]) for seed in range(3)]
-    runs[0]["accuracy"], runs[1]["accuracy"] = {"correct": 5, "total": 10}, {"correct": 0, "total": 10}
-    assert report.accuracy(runs) == "5/10 (23.7% to 76.3%); 0/10 (0.0% to 27.8%)"
-
-
 def test_starts_are_compared_with_that_of_the_default_settings():
     def start(seed, loss, **settings):
         return record_of("lora_da", 1e-3, seed, [[0, loss]], steps=0, settings=settings)
@@ -256,18 +150,6 @@ def test_starts_are_compared_with_that_of_the_default_settings():
     table = report.start_table(records)
     assert table[2] == '| lora_da {"metric": "fisher"} | 1.1250 ± 0.0354 (2) | -0.1250 ± 0.0250 (2) | 2 |'
     assert table[3] == "| lora_da | 1.2500 ± 0.0707 (2) |  | 2 |"
-
-
-def test_shared_settings_that_differ_are_in_the_name():
-    records = [
-        record_of(method, 1e-3, 0, [[0, 2.0], [4, 1.0]], num_samples=number)
-        for method in ("lora", "lora_da")
-        for number in (256, 256, 64)
-    ]
-    assert list(report.variants(records)) == ["lora", "lora num_samples=64", "lora_da", "lora_da num_samples=64"]
-    assert report.partner_of("lora_da num_samples=64") == "lora num_samples=64"
-    assert report.partner_of('lora_da_fa {"metric": "fisher"}') == "lora_fa"
-    assert list(report.variants(records[2::3])) == ["lora", "lora_da"]
 
 
 def pair(seed, plain, ours, method="lora", **changes):
@@ -293,35 +175,6 @@ def test_the_overview_compares_at_the_best_rates_on_the_same_seeds():
         "| data, rank 8, 4 steps | 2.0000, 2.0000 | 1.0500 ± 0.0707 (2) at 0.001 (edge) | "
         "1.0250 ± 0.1768 (2) at 0.001 (alone) | -0.0250 ± 0.0750 (2) | 1 of 2 |"
     )
-
-
-def test_the_overview_takes_the_lowest_losses_of_few_samples_whatever_was_read_first():
-    records = pair(0, 1.0, 0.9, num_train=64, reads="first")
-    (found,) = overview.comparisons(records, "data")
-    assert found.name == "data, rank 8, 4 steps, 64 samples"
-    assert (
-        "| 0.9500 (1) at 0.001 (edge) | 0.8500 (1) at 0.001 (alone) | -0.1000 (1) | 1 of 1 |"
-        in overview.table([found])[2]
-    )
-
-
-def test_the_overview_marks_what_ran_on_unlike_processors():
-    records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.0)]
-    (found,) = overview.comparisons(records, "data")
-    assert not found.crosses_processors()
-    records[-1] = {**records[-1], "machine": {**records[-1]["machine"], "cpu": "y"}}
-    (found,) = overview.comparisons(records, "data")
-    assert found.crosses_processors()
-    assert "| -0.1000 ± 0.0000 (2) \N{DOUBLE DAGGER} | 2 of 2 |" in overview.table([found])[2]
-
-
-def test_a_seed_that_diverged_is_no_difference(tmp_path):
-    records = [*pair(0, 1.0, 0.9), *pair(1, 1.1, 1.0)]
-    records[2] = {**records[2], "final_loss": None}
-    (found,) = overview.comparisons(records, "data")
-    assert found.differences() == pytest.approx([-0.1])
-    overview.plot([found], tmp_path / "overview.png")
-    assert (tmp_path / "overview.png").stat().st_size > 5_000
 
 
 def test_the_documented_table_is_what_the_lines_say():

@@ -38,21 +38,6 @@ def test_default_norm_gives_a_the_rows_that_peft_gives_it():
     assert default.norm(dim=1).mean().item() == pytest.approx(DEFAULT_ROW_NORM, rel=0.02)
 
 
-def test_the_step_does_not_change_a_under_default_norm():
-    short, long = (
-        split_factors(*bases(12, 10, 4), peft_scaling=2.0, step_size=e, factor_split="default_norm") for e in (0.1, 0.2)
-    )
-    assert torch.equal(short[0], long[0])
-    torch.testing.assert_close(2 * short[1], long[1])
-
-
-def test_orthonormal_shares_the_step_evenly():
-    basis_A, basis_B = bases(12, 10, 4)
-    lora_A, lora_B = split_factors(basis_A, basis_B, peft_scaling=4.0, step_size=0.36, factor_split="orthonormal")
-    torch.testing.assert_close(lora_A, 0.3 * basis_A)
-    torch.testing.assert_close(lora_B, 0.3 * basis_B)
-
-
 @pytest.mark.parametrize(("d_out", "rank"), [(12, 4), (2, 4)])
 def test_balanced_gives_both_factors_the_same_singular_values(d_out, rank):
     lora_A, lora_B = split_factors(*bases(d_out, 10, rank), peft_scaling=4.0, step_size=0.3, factor_split="balanced")

@@ -59,13 +59,6 @@ def test_with_identity_factors_it_is_the_negative_gradient(problem):
     torch.testing.assert_close(found.transposed_times_apply(found.solve_input(identity)), gradient.mT @ gradient)
 
 
-def test_with_large_damping_it_is_the_gradient_divided_by_both_dampings(problem):
-    statistics = problem()
-    big = Damping(amount=1e6)
-    found = displacement_of(statistics, input_damping=big, output_damping=big)
-    torch.testing.assert_close(found.dense() * 1e12, -statistics.weight_grad, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("factor", [1e-30, 1.0, 1e25])
 @pytest.mark.parametrize(("d_out", "rank"), [(3, 3), (8, 5)])
 def test_singular_pairs_are_those_of_the_dense_matrix_up_to_its_rank(problem, d_out, rank, factor):
@@ -92,20 +85,9 @@ def test_the_spectral_norm_survives_any_scale_in_float32(shape, scale):
     assert spectral_norm(matrix) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_spectral_norm_of_close_singular_values_is_the_larger():
-    generator = torch.Generator().manual_seed(2)
-    left, right = (torch.linalg.qr(torch.randn(500, 500, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-    values = torch.linspace(1.0, 0.9, 500, dtype=torch.float64)
-    assert spectral_norm(left * values @ right) == pytest.approx(1.0, rel=1e-6)
-
-
 @pytest.mark.parametrize("good", [True, False])
 def test_the_spectral_norm_does_not_depend_on_where_it_starts(good):
     matrix = torch.randn(500, 450, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     _, values, right = torch.linalg.svd(matrix)
     start = right[:8].mT if good else right[-8:].mT
     assert spectral_norm(matrix, start) == pytest.approx(values[0].item(), rel=1e-9)
-
-
-def test_the_spectral_norm_of_zero_is_zero():
-    assert spectral_norm(torch.zeros(4, 3)) == 0.0

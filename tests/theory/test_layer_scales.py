@@ -90,13 +90,6 @@ def test_a_layer_of_which_the_gradient_is_rounding_hardly_moves(problem, config,
     assert rounding_notes(layers, layer_steps="equal") == []
 
 
-def test_of_two_layers_neither_is_judged_by_the_other(problem, config):
-    layers = reports(seeds(problem, config()), (1, 1, 1))[:2]
-    layers[0].displacement_norm *= 1e6
-    assert rounding_notes(layers, layer_steps="displacement") == []
-    assert layer_lengths(layers, layer_steps="displacement")["a"] == layers[0].displacement_norm
-
-
 def test_with_equal_steps_the_unit_is_each_layers_own(problem, config):
     solved = seeds(problem, config(layer_steps="equal", variance_weight=0.0))
     layers = reports(solved, (40, 5, 200))
