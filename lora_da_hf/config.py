@@ -130,20 +130,12 @@ class LoRADAConfig:
     )
     sample_selection: Literal["head", "random"] = setting(
         "random",
-        "Which samples: the first ones, or a random choice that `seed` fixes. Streams are read from the head.",
+        "Which samples: the first ones, or a random choice that the seed fixes. Streams are read from the head.",
     )
     search_samples: Annotated[int, Field(ge=0)] = setting(
         16,
         "Samples for the line search, and as many held out to report the loss on. Each is at most an eighth of the "
         "data.",
-    )
-    population_size: Count | None = setting(
-        None,
-        "Number of samples that training will draw from, which scales the variance term. "
-        "None: the length of the training set; a stream that has none needs it.",
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = setting(
-        None, "Seed of every random choice. None: the trainer's seed, or 42 without a trainer."
     )
 
     token_mask: Literal["attention", "labels"] = setting(
@@ -189,22 +181,11 @@ class LoRADAConfig:
         "How the update is split into B and A. default_norm: rows of A have the norm of PEFT's default; orthonormal: "
         "the step is shared evenly (the paper); balanced: by the square roots of B's singular values.",
     )
-    uncalled_layers: Literal["error", "keep"] = setting(
-        "error",
-        "What to do with layers that no sample goes through: fail, since compiled or fused code looks like that, or "
-        "keep PEFT's initialisation for them and report it.",
-    )
     freeze_a: bool = setting(False, "Freeze A after the initialisation and train only B (LoRA-FA).")
 
     max_rank: Count | None = setting(
         None,
-        "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter, or twice "
-        "that with a rank_budget.",
-    )
-    rank_budget: Count | None = setting(
-        None,
-        "Parameters of all A and B together: each layer gets the rank that the eigenvalues of its guidance matrix are "
-        "worth, up to max_rank, and keeps its scaling. None: the adapter's own ranks.",
+        "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter.",
     )
     save_statistics: bool = setting(
         False,
@@ -215,16 +196,6 @@ class LoRADAConfig:
         None,
         "Memory for the statistics and the solve of a process on each device: bytes, or text such as 8GiB. Layers that "
         "do not fit at once take further passes. None: two thirds of what is free.",
-    )
-    schedule: Literal["auto", "samples", "layers"] = setting(
-        "auto",
-        "What several processes share. samples: each runs its part of them for all layers, and sums are reduced; "
-        "layers: each runs all samples for its own layers, and nothing is reduced. auto: samples, unless memory is so "
-        "short that layers takes no more passes.",
-    )
-    statistics_save_steps: Count | None = setting(
-        None,
-        "Write the sums to disk every this many batches, so that a killed run goes on from there. None: never.",
     )
 
     @model_validator(mode="after")

@@ -38,10 +38,6 @@ class StatisticsError(LoRADAError, RuntimeError):
     """The statistics pass gave something that cannot be used."""
 
 
-class OutOfStepError(StatisticsError):
-    """This process failed in a stage in the middle of which the others wait for it."""
-
-
 class TapNotCalledError(StatisticsError):
     """A layer's tap saw no forward or no backward pass: compiled, fused or unused code."""
 
@@ -52,18 +48,6 @@ class NonFiniteError(StatisticsError):
 
 class PlanError(LoRADAError, RuntimeError):
     """The statistics do not fit in the memory that they may take."""
-
-
-class CheckpointError(LoRADAError, RuntimeError):
-    """An unfinished run was left by other processes than these, so they cannot go on with it."""
-
-
-class PeerFailed(LoRADAError, RuntimeError):
-    """Another process failed or is gone, in a stage that all take part in."""
-
-
-class PeerGone(PeerFailed):
-    """Another process is gone or does not answer, so that nothing can be done together any more."""
 
 
 class SolveError(LoRADAError, RuntimeError):

@@ -61,12 +61,11 @@ def choose_samples(
         samples: A sequence or map-style data set, or a stream, which is read from its head.
         config: How many, and how they are chosen.
         seed: Of the random choice.
-        population_size: N, used if the config gives none; None: the length of ``samples``.
+        population_size: N; None: the length of ``samples``.
 
     Raises:
         DataError: if there is no sample, too few for a line search, or the population size is not known.
     """
-    population_size = config.population_size or population_size
     wanted = config.num_samples + 2 * config.search_samples
     if isinstance(samples, Mapping):
         raise DataError("samples is a mapping; give a list of samples, each a mapping of its own.")
@@ -90,7 +89,7 @@ def choose_samples(
         raise DataError("There is no sample to take statistics from. Check the training set and its filters.")
     if population_size is None:
         raise DataError(
-            "The training data is a stream, so its size is not known. Give population_size (--da_population_size): "
+            "The training data is a stream, so its size is not known. Give population_size: "
             "about how many samples training will see."
         )
     return _split(drawn, indices, config, population_size, data_size)

@@ -13,10 +13,10 @@ SOLVE_SETTINGS = (
 WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
 """Settings of what becomes of the solution, which the basis alone allows to change."""
 
-SEARCH_SETTINGS = ("search_samples", "sample_selection", "seed", "batch_size", "loss_reduction", "uncalled_layers")
+SEARCH_SETTINGS = ("search_samples", "sample_selection", "batch_size", "loss_reduction")
 """Settings of a search of the step, for which data is needed and no statistics."""
 
-PASS_SETTINGS = ("memory_budget", "schedule", "statistics_save_steps")
+PASS_SETTINGS = ("memory_budget",)
 """How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
 
 FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS})

@@ -10,8 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_da_hf.adapters.targets import active_adapter_name
-from lora_da_hf.distributed.parameters import is_whole, read_full
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.parameters import read_full
 
 _initialized: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 """Modules of A, each with whether its B is zero by intention."""
@@ -36,9 +35,7 @@ def was_initialized(model: nn.Module, adapter_name: str) -> bool:
     layers = [layer for layer in _layers_of(model, adapter_name) if layer.lora_A[adapter_name] in _initialized]
     if not layers or any(_initialized[layer.lora_A[adapter_name]] for layer in layers):
         return bool(layers)
-    factors: list[Any] = [layer.lora_B[adapter_name].weight for layer in layers]
-    with Ranks.current().stage("look at the adapter", has_collectives=not all(map(is_whole, factors))):
-        return any(bool(read_full(lora_B).any()) for lora_B in factors)
+    return any([bool(read_full(layer.lora_B[adapter_name].weight).any()) for layer in layers])
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:

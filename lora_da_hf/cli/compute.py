@@ -37,7 +37,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     from transformers import set_seed
 
     from lora_da_hf.pipeline import initialize_lora_da
-    from lora_da_hf.pipeline.run import DEFAULT_SEED
+    from lora_da_hf.pipeline.job import DEFAULT_SEED
     from lora_da_hf.training.text_data import tokenize, used_columns
     from lora_da_hf.training.text_model import choose_block_size, load_model, with_adapter
 
@@ -106,7 +106,6 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         workload(model, scan.targets, settings, tokens=arguments.tokens),
         num_processes=arguments.world_size,
         budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
-        schedule=settings.schedule,
         solve_alone=settings.save_statistics,
     )
     speed = measure_speed(model.dtype)

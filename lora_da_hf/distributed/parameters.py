@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.errors import UnsupportedSetupError
 
 
@@ -164,7 +164,7 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     master = kind.read_master()
     copies = [read_full(parameter), *([] if master is None else [master])]
     same = all(torch.equal(copy.to(value.device, value.dtype), value) for copy in copies)
-    return same if type(kind) is _Plain else all(Ranks.current().gather(same))
+    return same if type(kind) is _Plain else all(Processes.current().gather(same))
 
 
 def is_whole(parameter: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_upper
 from lora_da_hf.statistics.taps import Taps
@@ -17,7 +17,7 @@ def reduce_statistics(
     taps: Taps,
     groups: Mapping[str, list[str]],
     owners: Mapping[str, int],
-    ranks: Ranks,
+    processes: Processes,
     *,
     num_samples: int,
     num_items: int,
@@ -31,30 +31,30 @@ def reduce_statistics(
         taps: This process's sums.
         groups: Layers that share an input, by leader, in the same order on all processes.
         owners: The owner of each group.
-        ranks: The processes.
+        processes: Those that share the samples.
         num_samples: Samples that have a label, over all processes.
         num_items: Labels or samples that the training objective averages over, over all processes.
 
     Yields:
         The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
     """
-    counts = ranks.sum([float(n) for name in taps.taps for n in _token_counts(taps, name)])
+    counts = processes.sum([float(n) for name in taps.taps for n in _token_counts(taps, name)])
     tokens = {name: (int(counts[2 * i]), int(counts[2 * i + 1])) for i, name in enumerate(taps.taps)}
     per_sample = num_items / num_samples if num_samples else 1.0
     for leader, members in groups.items():
         owner = owners[leader]
         moment = taps.taps[leader].input_sum.total
-        if ranks.size > 1:
-            moment = _reduce_small(taps, leader, members, owner, ranks)
+        if processes.count > 1:
+            moment = _reduce_small(taps, leader, members, owner, processes)
         else:
             mirror_upper_(moment)
         statistics: dict[str, LayerStatistics] = {}
-        if ranks.rank == owner:
+        if processes.index == owner:
             moment /= max(tokens[leader][0], 1)
         for name in members:
             sums = taps.taps[name].sums
-            ranks.reduce_sum_(sums.weight_grad, owner)
-            if ranks.rank == owner:
+            processes.reduce_sum_(sums.weight_grad, owner)
+            if processes.index == owner:
                 statistics[name] = LayerStatistics(
                     input_second_moment=moment,
                     output_grad_second_moment_diag=sums.squares.div_(max(tokens[name][1], 1) * per_sample**2),
@@ -66,13 +66,13 @@ def reduce_statistics(
         _release(taps, leader, members)
 
 
-def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, ranks: Ranks) -> Tensor:
+def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, processes: Processes) -> Tensor:
     """Reduce a group's input moment, as a triangle, and its sums of ``g**2`` in one message; return the moment."""
     moment = taps.taps[leader].input_sum.total
     squares = [taps.taps[name].sums.squares for name in members]
     packed = torch.cat([pack_upper(moment), *squares])
-    ranks.reduce_sum_(packed, owner)
-    if ranks.rank != owner:
+    processes.reduce_sum_(packed, owner)
+    if processes.index != owner:
         return moment
     triangle, *reduced = packed.split([packed.numel() - sum(map(len, squares)), *map(len, squares)])
     for sums, total in zip(squares, reduced, strict=True):

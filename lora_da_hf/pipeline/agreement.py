@@ -1,66 +1,76 @@
-"""The check at the start that all processes are to do the same thing with the same samples."""
+"""What all processes do alike: choose the same samples, after a check that they were given the same."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.pipeline.job import Job
-from lora_da_hf.samples import SampleSplits
+from lora_da_hf.samples import SampleSplits, choose_samples, has_positions
 from lora_da_hf.statistics.batches import digest_sample
 from lora_da_hf.statistics.model_state import random_state, seed_generators
 
-Digests = dict[str, list[str]]
-"""A hash of each sample, by what it is used for."""
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The samples, and a hash of each, by what it is used for."""
+
+    splits: SampleSplits
+    digests: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
 
-def check_same_settings(job: Job, population_size: int | None) -> None:
+def check_same_settings(job: Job, **others: Any) -> None:
     """Verify that all processes have the same settings and the same adapter.
+
+    Args:
+        job: The job.
+        others: What else has to be the same.
 
     Raises:
         ConfigError: on all of them, naming what differs.
     """
-    layers = {
-        name: (t.rank, t.in_features, t.out_features, t.peft_scaling, t.is_routed) for name, t in job.targets.items()
+    adapter = {
+        f"adapter of {t.name}": (t.rank, t.in_features, t.out_features, t.peft_scaling) for t in job.scan.targets
     }
-    settings = {
-        **job.config.to_dict(),
-        "batch_size": job.batch_size,
-        "seed": job.seed,
-        "population_size": population_size,
-        "output_dir is None": job.output_dir is None,
-    }
-    adapter = {f"adapter of {name}": layer for name, layer in layers.items()}
-    job.ranks.check_same({**settings, **adapter, "layers of the adapter": list(layers)})
+    settings = {**job.config.to_dict(), "batch_size": job.batch_size, "seed": job.seed}
+    job.processes.check_same({**settings, **others, **adapter, "order of the layers": list(job.targets)})
 
 
-def digest_splits(job: Job, splits: SampleSplits) -> Digests:
-    """Return a hash of each chosen sample, after verifying that all processes chose the same ones in the same order.
+def choose_together(job: Job, samples: Any, population_size: int | None) -> Chosen:
+    """Choose the samples, the same on every process. A stream is read by the first one, for all.
 
-    Each is hashed as the collator makes it, from the same state of the generators. Of one that draws from a generator
-    of its own the processes cannot be compared, and the report says so.
+    Each is hashed as the collator makes it, from the same state of the generators. Of a collator that draws from a
+    generator of its own the processes cannot be compared, and a note says so.
 
     Raises:
-        ConfigError: on all of them, saying whether the samples or their order differ.
+        ConfigError: on all of them, if the samples or their order differ.
+        DataError: if there are none, or too few.
     """
 
     def digest(sample: Any) -> str:
         seed_generators(job.seed)
         return digest_sample(job.collate([sample]))
 
+    alike = has_positions(samples)
+    with random_state(job.seed):
+        reads = alike or job.processes.is_main
+        mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
+    splits = mine if alike else job.processes.gather(mine)[0]
+    assert splits is not None  # the first process reads in any case
     parts = {"statistics": splits.statistics, "search": splits.search, "unseen": splits.unseen}
     with random_state(job.seed), job.collate.generators_kept():
         digests = {name: [digest(sample) for sample in part] for name, part in parts.items()}
         draws = any(digest(sample) != digests["statistics"][0] for sample in splits.statistics[:1])
-    everywhere = job.ranks.gather(digests)
-    if all(found == everywhere[0] for found in everywhere):
-        return digests
-    if any(job.ranks.gather(draws)):
-        job.report.notes.append("the collator draws at random, so the samples of the processes were not compared")
-        return digests
-    unordered = [sorted(digest for part in found.values() for digest in part) for found in everywhere]
-    what = "order of the samples" if all(found == unordered[0] for found in unordered) else "samples"
+    everywhere = job.processes.gather((digests, draws))
+    if all(found == digests for found, _ in everywhere):
+        return Chosen(splits=splits, digests=digests)
+    if any(drawing for _, drawing in everywhere):
+        note = "the collator draws at random, so the samples of the processes were not compared"
+        return Chosen(splits=splits, digests=digests, notes=(note,))
+    sets = [sorted(hash for part in found.values() for hash in part) for found, _ in everywhere]
     raise ConfigError(
-        f"The processes differ in the {what}. Give all processes the same data in the same order, without a shard for "
-        "each: they share the work by themselves."
+        f"The processes differ in the {'order of the samples' if all(s == sets[0] for s in sets) else 'samples'}. Give "
+        "all processes the same data in the same order, without a shard for each: they share the work by themselves."
     )

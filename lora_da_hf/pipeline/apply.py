@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
-from lora_da_hf.adapters.targets import Target, check_fresh, find_targets, keep_weights_unpacked
+from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.basis import StoredBasis, stored_solution
-from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
-from lora_da_hf.collator import DeviceCollator, RawCollate
+from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, outputs_not_rounded, refuse_split_models, settle
-from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import ArtifactError, TargetError
-from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
-from lora_da_hf.pipeline.agreement import check_same_settings, digest_splits
+from lora_da_hf.distributed.parameters import refuse_split_models
+from lora_da_hf.errors import TargetError
+from lora_da_hf.losses import unwrapped
+from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.pipeline.beside import take_over_saved_modules
-from lora_da_hf.pipeline.job import Job
-from lora_da_hf.pipeline.probe import probe
-from lora_da_hf.pipeline.run import DEFAULT_BATCH_SIZE, choose_together, first_given
-from lora_da_hf.pipeline.step import find_step, write_adapter, write_solutions
-from lora_da_hf.pipeline.stored import (
-    config_for_use,
-    gives_step,
-    stored_step,
-)
+from lora_da_hf.pipeline.job import Job, make_job
+from lora_da_hf.pipeline.probe import Probe, probe
+from lora_da_hf.pipeline.run import hand_over, make_report
+from lora_da_hf.pipeline.saved_modules import take_over_saved_modules, trained_heads
+from lora_da_hf.pipeline.step import Step, find_step, write_adapter
+from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
+from lora_da_hf.pipeline.windows import Solved
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.samples import is_loader, pad_samples, samples_of_loader
+from lora_da_hf.samples import is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.statistics.model_state import prepared_for_pass
 from lora_da_hf.theory.layer_scales import rounding_notes
 
 
@@ -86,111 +78,103 @@ def apply_init(
         What was done, with ``init_from`` and ``artifact`` saying where it came from.
 
     Raises:
-        ArtifactError: if the initialisation is damaged, or differs between processes.
+        ArtifactError: if the initialisation is damaged.
         BaseModelMismatchError: if it was computed for another base.
         TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if ``config`` asks for what only statistics can give.
+        ConfigError: if ``config`` asks for what only statistics can give, or processes differ in settings, samples or
+            the initialisation.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
-        DataError, StatisticsError, OutOfStepError, WriteError, PeerFailed: as `initialize_lora_da` has them.
+        DataError, StatisticsError, WriteError: as `initialize_lora_da` has them.
 
-    Whatever is raised but an `OutOfStepError`, the model and its adapter are as they were.
+    Whatever is raised, the model and its adapter are as they were, but for what several processes have in parts.
     """
-    start = time.perf_counter()
     model = unwrapped(model)
-    ranks = Ranks.current()
     refuse_split_models(model)
-    with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name)
-    check_fresh(scan.targets)
-    with ranks.stage("fingerprint", has_collectives=is_partitioned(model)):
-        facts = base_model_facts(model)
-    with ranks.together("reading of the initialisation"):
-        stored = _open(init, facts)
-        given_step = step_size is not None or gives_step(config)
-        config = config_for_use(stored.manifest, config)
-        if step_size is not None or (samples is not None and not given_step):
-            config = dataclasses.replace(config, step_size="line_search" if step_size is None else step_size)
-    if len(set(ranks.gather(stored.manifest.digest))) > 1:
-        raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
+    stored = _open(init, model)
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
-    job = Job(
-        model=model,
-        config=config,
-        ranks=ranks,
-        scan=scan,
-        compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
-        collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
-        seed=first_given(config.seed, stored.report.seed),
-        batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
+    job = make_job(
+        model,
+        _settings(stored, config, step_size, searches=samples is not None),
+        adapter_name=adapter_name,
+        compute_loss=compute_loss,
+        data_collator=data_collator,
+        batch_size=batch_size,
+        seed=stored.report.seed,
+        device=device,
         progress=progress,
-        output_dir=None,
     )
-    check_same_settings(job, None)
-    job.report = _new_report(job, stored)
-    with ranks.together("matching of the layers"):
-        solutions = _match(job, stored)
-    job.report.seconds["read"] = time.perf_counter() - start
-    with job.restored_on_failure(), job.collate.generators_kept():
-        take_over_saved_modules(job, stored)
+    check_same_settings(job, init=stored.manifest.digest)
+    with job.stage("read"):
+        solved = _match(job, stored)
+    given_step = step_size is not None or gives_step(config)
+    others = trained_heads(model, job.scan.adapter_name).values()
+    with job.restored_on_failure(list(others)), job.collate.generators_kept():
+        with job.stage("write"):
+            notes = take_over_saved_modules(model, job.scan.adapter_name, stored)
         if samples is None:
-            _write_without_data(job, stored.manifest, solutions, given_step=given_step)
+            step, found, measured = _step_without_data(job, stored, solved, given_step=given_step), None, ()
+            step, layers = write_adapter(job, solved, step, None)
         else:
-            _write_with_data(job, stored.manifest, solutions, samples)
-    settle(model)
-    mark_initialized(model, scan.adapter_name, may_be_zero=job.report.step_size == 0)
-    if config.freeze_a:
-        freeze_a(model, scan.adapter_name)
-    return job.report
+            step, layers, found, measured = _write_with_data(job, stored, solved, samples)
+    report = make_report(
+        job,
+        solved,
+        step,
+        layers,
+        found,
+        num_samples=stored.report.num_samples,
+        num_unlabelled=stored.report.num_unlabelled,
+        population_size=stored.report.population_size,
+        batch_size=stored.report.batch_size,
+        loss_reduction=stored.report.loss_reduction if found is None else found.reduction,
+        data_fingerprint=stored.report.data_fingerprint,
+        notes=[*stored.notes, *solved.notes, *notes, *measured, *step.notes],
+        artifact=str(stored.folder),
+        init_from=stored.source,
+    )
+    hand_over(job, report)
+    return report
 
 
-def _open(init: str | Path | StoredInit, facts: BaseModelFacts) -> StoredInit:
+def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
     """Read and check an initialisation but for its statistics, which are not used."""
+    facts = base_model_facts(model)
     if isinstance(init, StoredInit):
         return dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
     return load_init(init, base_model=facts, statistics=False)
 
 
-def _new_report(job: Job, stored: StoredInit) -> LoRADAReport:
-    """Start a report that says what the stored statistics were taken from."""
-    layer_steps = stored.manifest.config.layer_steps
-    return LoRADAReport(
-        kept=dict(job.scan.kept),
-        adapter_name=job.scan.adapter_name,
-        seed=job.seed,
-        num_samples=stored.report.num_samples,
-        num_unlabelled=stored.report.num_unlabelled,
-        population_size=stored.report.population_size,
-        batch_size=stored.report.batch_size,
-        loss_reduction=stored.report.loss_reduction,
-        data_fingerprint=stored.report.data_fingerprint,
-        step_size_by_rank=dict(stored.report.step_size_by_rank),
-        step_unit=stored.report.step_unit,
-        config=job.config.to_dict(),
-        notes=[*stored.notes, *rounding_notes(stored.report.layers, layer_steps=layer_steps)],
-        artifact=str(stored.folder),
-        init_from=stored.source,
-    )
+def _settings(stored: StoredInit, given: Given, step_size: float | None, *, searches: bool) -> LoRADAConfig:
+    """Return the stored settings with those that are given in their place."""
+    config = config_for_use(stored.manifest, given)
+    if step_size is not None:
+        return dataclasses.replace(config, step_size=step_size)
+    return dataclasses.replace(config, step_size="line_search") if searches and not gives_step(given) else config
 
 
-def _match(job: Job, stored: StoredInit) -> dict[str, LayerSolution]:
+def _match(job: Job, stored: StoredInit) -> Solved:
     """Find the stored solution of each layer, and list what has none.
 
     Raises:
         TargetError: if a layer has none that fits, or none has one.
     """
-    reports = {layer.name: layer for layer in stored.report.layers}
     solutions: dict[str, LayerSolution] = {}
+    layers: dict[str, LayerReport] = {}
+    kept = dict(job.scan.kept)
     missing: list[str] = []
     for name, target in job.targets.items():
         if name in stored.bases:
             _check_fits(target, stored.bases[name])
-            solutions[name] = _solution(stored.bases[name], reports[name], target.device)
-            job.report.layers.append(_layer_report(target, reports[name]))
+            layer = stored.manifest.layers[name]
+            solutions[name] = stored_solution(stored.bases[name], layer)
+            layers[name] = dataclasses.replace(
+                layer, rank=target.rank, peft_scaling=target.peft_scaling, notes=list(layer.notes)
+            )
         elif name in stored.report.kept:
-            job.report.kept[name] = f"the stored initialisation has none for it: {stored.report.kept[name]}"
+            kept[name] = f"the stored initialisation has none for it: {stored.report.kept[name]}"
         else:
             missing.append(name)
     if missing or not solutions:
@@ -199,10 +183,11 @@ def _match(job: Job, stored: StoredInit) -> dict[str, LayerSolution]:
             f"({next(iter(missing), 'all were kept')} first). Leave them out of target_modules, or compute an "
             "initialisation for them."
         )
+    notes = rounding_notes(stored.report.layers, layer_steps=stored.manifest.config.layer_steps)
     unused = [name for name in stored.bases if name not in job.targets]
     if unused:
-        job.report.notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")
-    return solutions
+        notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")
+    return Solved(solutions=solutions, layers=layers, kept=kept, step_unit=stored.report.step_unit, notes=tuple(notes))
 
 
 def _check_fits(target: Target, basis: StoredBasis) -> None:
@@ -219,43 +204,30 @@ def _check_fits(target: Target, basis: StoredBasis) -> None:
         )
 
 
-def _solution(basis: StoredBasis, report: LayerReport, device: torch.device) -> LayerSolution:
-    basis_A, basis_B = (tensor.to(device).double() for tensor in (basis.basis_A, basis.basis_B))
-    return stored_solution(StoredBasis(basis_A=basis_A, basis_B=basis_B), report)
-
-
-def _layer_report(target: Target, stored: LayerReport) -> LayerReport:
-    return dataclasses.replace(
-        stored,
-        rank=target.rank,
-        peft_scaling=target.peft_scaling,
-        notes=list(stored.notes),
-    )
-
-
-def _write_without_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], *, given_step: bool) -> None:
-    """Write at the step that was given, or at the stored one."""
+def _step_without_data(job: Job, stored: StoredInit, solved: Solved, *, given_step: bool) -> Step:
+    """Return the step that was given, or the stored one."""
+    by_rank = dict(stored.report.step_size_by_rank)
     if given_step:
-        step = None if job.config.step_size is None else float(job.config.step_size)
-    else:
-        step, source = stored_step(manifest, {name: job.targets[name].rank for name in solutions})
-        job.report.notes.append(source)
-    job.report.step_size = step
-    write_solutions(job, solutions, step)
+        return Step(size=None if job.config.step_size is None else float(job.config.step_size), by_rank=by_rank)
+    ranks = {name: job.targets[name].rank for name in solved.solutions}
+    size, source = stored_step(stored.manifest, ranks)
+    return Step(size=size, by_rank=by_rank, notes=(source,))
 
 
-def _write_with_data(job: Job, manifest: Manifest, solutions: dict[str, LayerSolution], samples: Any) -> None:
+def _write_with_data(
+    job: Job, stored: StoredInit, solved: Solved, samples: Any
+) -> tuple[Step, list[LayerReport], Probe, tuple[str, ...]]:
     """Search the step on samples, or measure the loss on them, and write."""
-    splits = choose_together(job, samples, manifest.report.population_size)
-    digest_splits(job, splits)
-    splits = dataclasses.replace(splits, notes=())  # they would speak of statistics, which are not taken
-    if not splits.search and not splits.unseen:
-        job.report.notes.append(
-            f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples"
-        )
-    with prepared_for_pass(job.model, seed=job.seed), outputs_not_rounded(job.model):
-        keep_weights_unpacked(job.model)
-        with adapters_off(job.scan.targets):
-            found = probe(job, splits, takes_statistics=False)
-            step = find_step(job, found.splits, found.settings, solutions)
-        write_adapter(job, found.splits, found.settings, solutions, step)
+    chosen = choose_together(job, samples, stored.report.population_size)
+    notes = chosen.notes
+    if not chosen.splits.search and not chosen.splits.unseen:
+        seen = len(chosen.splits.indices)
+        notes += (f"no loss was measured: the statistics may have seen all of the {seen} samples",)
+    splits = dataclasses.replace(chosen.splits, notes=())  # they would speak of statistics, which are not taken
+    with job.prepared():
+        with adapters_off(job.scan.targets), job.stage("probe"):
+            found = probe(job, splits)
+        step = find_step(job, solved, found, for_other_ranks=False)
+        if not step.by_rank:
+            step = dataclasses.replace(step, by_rank=dict(stored.report.step_size_by_rank))
+        return *write_adapter(job, solved, step, found), found, notes + found.notes

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from lora_da_hf.distributed.ranks import Ranks
 from lora_da_hf.errors import TapNotCalledError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.collect import PassResult, collect
 from lora_da_hf.statistics.model_state import seed_generators
-from lora_da_hf.statistics.pass_state import PassStore
 from lora_da_hf.statistics.taps import Taps
+
+UNCALLED = "no sample goes through it"
+UNROUTED = "no token is routed to it"
+NO_GRADIENT = "the loss does not depend on it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,34 +28,30 @@ class PassCounts:
     num_items: int
     num_unlabelled: int
     batch_size: int
-    notes: list[str]
+    notes: tuple[str, ...]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Gathered:
     """What a window's pass leaves in this process.
 
     Attributes:
-        result: The sums; None if this process had no layer in the window.
-        ranks: The processes whose sums belong together.
+        taps: This process's sums.
         shared: The leader of each layer that was collected.
-        owners: Which of these processes solves each leader's group.
-        counts: What was counted.
+        owners: Which process solves each leader's group.
+        counts: What all processes counted.
         kept: Layers that cannot be initialised, with the reason.
     """
 
-    result: PassResult | None
-    ranks: Ranks
+    taps: Taps
     shared: dict[str, str]
     owners: dict[str, int]
     counts: PassCounts
     kept: dict[str, str]
 
 
-def gather_statistics(
-    job: Job, probe: Probe, plan: Plan, window: tuple[str, ...], store: PassStore | None = None
-) -> Gathered:
-    """Run the pass for the layers of a window, over this process's part of the work.
+def gather_statistics(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...]) -> Gathered:
+    """Run the pass for the layers of a window, over this process's share of the samples.
 
     The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
     its leader, the pass is repeated with those layers apart.
@@ -61,40 +59,37 @@ def gather_statistics(
     Args:
         job: The job.
         probe: What the probe found.
-        plan: Who does what.
+        plan: Who solves what.
         window: The leaders of the groups to collect.
-        store: Where this process keeps the state of the pass; None: nowhere.
     """
-    ranks = job.ranks if plan.schedule == "samples" else Ranks.alone()  # with its own layers each is alone
-    mine = {leader for leader in window if plan.schedule == "samples" or plan.owners[leader] == job.ranks.rank}
-    shared = {name: leader for name, leader in probe.shared.items() if leader in mine}
-    result, kept = None, {}
-    with job.stage("statistics"), job.ranks.together("statistics pass"):
-        if shared:
-            result = _run_pass(job, ranks, probe, shared, store)
-            apart = _groups_with_different_counts(ranks, result.taps, shared)
-            if apart:
-                note = f"{len(apart)} layers that share an input got gradients on their own: collected again"
-                notes, result = [*result.notes, note], None  # the sums go before the next ones are there
-                shared = {name: name if leader in apart else leader for name, leader in shared.items()}
-                result = _run_pass(job, ranks, probe, shared, None)
-                result.notes = [*notes, *result.notes]
-            kept = _without_gradient(job, ranks, result.taps)
-    owners = {leader: plan.owners[probe.shared[leader]] % ranks.size for leader in shared.values()}
-    counts = _count(job, plan, result)
-    return Gathered(result=result, ranks=ranks, shared=shared, owners=owners, counts=counts, kept=kept)
+    shared = {name: leader for name, leader in probe.shared.items() if leader in window}
+    result = _run_pass(job, probe, shared)
+    apart = _groups_with_different_counts(job, result.taps, shared)
+    notes: tuple[str, ...] = ()
+    if apart:
+        notes = (f"{len(apart)} layers that share an input got gradients on their own: collected again",)
+        del result  # the sums go before the next ones are there
+        shared = {name: name if leader in apart else leader for name, leader in shared.items()}
+        result = _run_pass(job, probe, shared)
+    counts = _count(job, result)
+    return Gathered(
+        taps=result.taps,
+        shared=shared,
+        owners={leader: plan.owners[probe.shared[leader]] for leader in shared.values()},
+        counts=replace(counts, notes=(*notes, *counts.notes)),
+        kept=_without_gradient(job, result.taps),
+    )
 
 
-def _groups_with_different_counts(ranks: Ranks, taps: Taps, shared: dict[str, str]) -> set[str]:
+def _groups_with_different_counts(job: Job, taps: Taps, shared: dict[str, str]) -> set[str]:
     """Return the leaders of groups in which a layer that got gradients counted other tokens than the leader."""
-    names = list(shared)
-    own = ranks.sum([float(taps.taps[name].sums.num_tokens) for name in names])
-    led = ranks.sum([float(taps.taps[shared[name]].input_sum.num_tokens) for name in names])
-    return {shared[name] for name, mine, leads in zip(names, own, led, strict=True) if mine and mine != leads}
+    own = job.processes.sum([float(taps.taps[name].sums.num_tokens) for name in shared])
+    led = job.processes.sum([float(taps.taps[leader].input_sum.num_tokens) for leader in shared.values()])
+    return {leader for leader, mine, leads in zip(shared.values(), own, led, strict=True) if mine and mine != leads}
 
 
-def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], store: PassStore | None) -> PassResult:
-    mine = ranks.share(probe.splits.statistics)
+def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> PassResult:
+    mine = job.processes.share(probe.splits.statistics)
 
     def make_taps() -> Taps:
         return Taps(
@@ -106,8 +101,7 @@ def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], stor
         )
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
-    kept = job.collate.generators_kept()
-    with job.bar(len(mine), "LoRA-DA statistics") as bar, ranks.together("statistics pass"), kept:
+    with job.bar(len(mine), "LoRA-DA statistics") as bar, job.collate.generators_kept():
         return collect(
             job.model,
             mine,
@@ -116,77 +110,51 @@ def _run_pass(job: Job, ranks: Ranks, probe: Probe, shared: dict[str, str], stor
             settings=probe.settings,
             make_taps=make_taps,
             on_samples=bar.update,
-            store=store,
-            lockstep=job.lockstep(probe.splits.statistics, "statistics pass"),
+            lockstep=job.lockstep(probe.splits.statistics),
         )
 
 
-def _count(job: Job, plan: Plan, result: PassResult | None) -> PassCounts:
-    mine = None
-    if result is not None:
-        mine = (result.num_samples, result.num_items, result.num_unlabelled, result.batch_size, result.notes)
-    passes = [counted for counted in job.ranks.gather(mine) if counted is not None]
-    counted = passes if plan.schedule == "samples" else passes[:1]  # the others saw the same samples
+def _count(job: Job, result: PassResult) -> PassCounts:
+    mine = (result.num_samples, result.num_items, result.num_unlabelled, result.batch_size, result.notes)
+    samples, items, unlabelled, sizes, notes = zip(*job.processes.gather(mine), strict=True)
     return PassCounts(
-        num_samples=sum(samples for samples, _, _, _, _ in counted),
-        num_items=sum(items for _, items, _, _, _ in counted),
-        num_unlabelled=sum(unlabelled for _, _, unlabelled, _, _ in counted),
-        batch_size=min(size for _, _, _, size, _ in passes),
-        notes=sorted({note for _, _, _, _, notes in passes for note in notes}),
+        num_samples=sum(samples),
+        num_items=sum(items),
+        num_unlabelled=sum(unlabelled),
+        batch_size=min(sizes),
+        notes=tuple(sorted({note for of_one in notes for note in of_one})),
     )
 
 
-UNCALLED = "no sample goes through it"
-UNROUTED = "no token is routed to it"
-NO_GRADIENT = "the loss does not depend on it"
-UNCOUNTED = "no token that counts goes through it"
-
-
-def _without_gradient(job: Job, ranks: Ranks, taps: Taps) -> dict[str, str]:
+def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:
     """Find the layers that no sample went through, or that the loss does not depend on."""
-    names = list(taps.taps)
-    calls = ranks.sum([float(taps.taps[name].forward_calls) for name in names])
-    returns = ranks.sum([float(taps.taps[name].backward_calls) for name in names])
+    calls = job.processes.sum([float(tap.forward_calls) for tap in taps.taps.values()])
+    returns = job.processes.sum([float(tap.backward_calls) for tap in taps.taps.values()])
     reasons: dict[str, str] = {}
-    for name, called, returned in zip(names, calls, returns, strict=True):
+    for name, called, returned in zip(taps.taps, calls, returns, strict=True):
         if not called:
             reasons[name] = UNROUTED if job.targets[name].is_routed else UNCALLED
         elif not returned:
             reasons[name] = NO_GRADIENT
-    if job.config.uncalled_layers == "error":
-        refuse_uncalled([name for name, reason in reasons.items() if reason == UNCALLED], len(names))
     return reasons
 
 
-def refuse_uncalled(uncalled: list[str], count: int) -> None:
-    """Raise an error for layers whose taps were never called.
-
-    Raises:
-        TapNotCalledError: if there are any.
-    """
-    if uncalled:
-        raise TapNotCalledError(
-            f"The taps of {len(uncalled)} of {count} layers were never called ({uncalled[0]} first). Either no "
-            "sample goes through them: exclude them from target_modules, or set uncalled_layers='keep' to leave them "
-            "to PEFT. Or their code is compiled or fused and goes around the module: initialise before "
-            "torch.compile, and without fused kernels for these layers."
-        )
-
-
-def check_any_gradient(reasons: Mapping[str, str], count: int) -> None:
+def check_any_gradient(kept: Mapping[str, str], count: int) -> None:
     """Verify that a gradient came back to some layer, once all windows are done.
 
     Args:
-        reasons: Why layers are kept.
+        kept: Why layers are kept.
         count: How many layers there are.
 
     Raises:
         TapNotCalledError: if no layer was called, or no gradient came back to any.
     """
-    uncalled = [name for name, reason in reasons.items() if reason == UNCALLED]
-    if len(uncalled) == count:
-        refuse_uncalled(uncalled, count)
-    if sum(reason in (UNCALLED, UNROUTED, NO_GRADIENT) for reason in reasons.values()) == count:
+    if sum(reason == UNCALLED for reason in kept.values()) == count:
+        raise TapNotCalledError(
+            f"No sample went through any of the {count} layers ({next(iter(kept))} first): their code is compiled or "
+            "fused and goes around the modules. Initialise before torch.compile, and without fused kernels."
+        )
+    if sum(reason in (UNCALLED, UNROUTED, NO_GRADIENT) for reason in kept.values()) == count:
         raise TapNotCalledError(
             "No gradient came back to any tapped layer: the loss is cut off from the model (a detach, no_grad, or "
             "gradient checkpointing that starts from inputs without gradients). Check compute_loss."

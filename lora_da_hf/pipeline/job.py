@@ -1,4 +1,4 @@
-"""What the stages of one initialisation share."""
+"""What does not change in the course of an initialisation, and what every stage does with it."""
 
 from __future__ import annotations
 
@@ -7,151 +7,120 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from lora_da_hf.adapters.resizing import trained_factors
-from lora_da_hf.adapters.targets import Target, TargetScan
+from lora_da_hf.adapters.targets import Target, TargetScan, check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.artifacts.manifest import BaseModelFacts
-from lora_da_hf.collator import DeviceCollator
+from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.parameters import is_partitioned, is_whole, read_full, settle, write_full
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.parameters import (
+    is_partitioned,
+    is_whole,
+    outputs_not_rounded,
+    read_full,
+    refuse_split_models,
+    settle,
+    write_full,
+)
+from lora_da_hf.distributed.processes import Processes
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.report import LoRADAReport
+from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.statistics.model_state import seed_generators
+from lora_da_hf.statistics.model_state import prepared_for_pass, seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 
 logger = logging.getLogger(__name__)
 
-_MORE_FOR_SOME = 2
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_SEED = 42
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One initialisation: what it works on, how, and the report it fills.
+    """One initialisation: what it works on, and how.
 
     Attributes:
         model: The model with its adapter.
         config: The settings.
-        ranks: The processes that share the work.
+        processes: Those that share the work.
         scan: The adapter's layers.
         compute_loss: The loss.
         collate: Makes batches on the model's device.
         seed: Of every random choice.
         batch_size: Samples run together.
         progress: Whether to show progress bars.
-        output_dir: Where the initialisation is written; None: nowhere.
-        targets: The layers to initialise, by name.
-        max_ranks: The rank that each is solved and stored at.
-        trained: Whether A and B of each are, once the pass is over.
-        report: What was done so far.
-        undo: What puts the adapter's ranks back if the initialisation fails.
-        replaced: Parameters of modules trained beside the adapter that got stored weights, with what they held before.
+        seconds: Time of each stage, which `stage` adds to.
     """
 
     model: nn.Module
     config: LoRADAConfig
-    ranks: Ranks
+    processes: Processes
     scan: TargetScan
     compute_loss: ComputeLoss
     collate: DeviceCollator
     seed: int
     batch_size: int
     progress: bool
-    output_dir: Path | None
-    targets: dict[str, Target] = field(init=False)
-    max_ranks: dict[str, int] = field(init=False)
-    trained: dict[str, tuple[bool, bool]] = field(init=False)
-    report: LoRADAReport = field(init=False)
-    undo: list[Callable[[], None]] = field(init=False, default_factory=list[Callable[[], None]])
-    replaced: list[tuple[nn.Parameter, Tensor]] = field(init=False, default_factory=list[tuple[nn.Parameter, Tensor]])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
 
-    def __post_init__(self) -> None:
-        self.targets = {target.name: target for target in self.scan.targets}
-        self.trained = {target.name: trained_factors(target) for target in self.scan.targets}
-        largest = max(target.rank for target in self.scan.targets)
-        largest = self.config.max_rank or (largest if self.config.rank_budget is None else _MORE_FOR_SOME * largest)
-        self.max_ranks = {t.name: min(max(largest, t.rank), t.in_features) for t in self.scan.targets}
-        self.report = LoRADAReport(
-            config=self.config.to_dict(), kept=dict(self.scan.kept), adapter_name=self.scan.adapter_name, seed=self.seed
-        )
+    @functools.cached_property
+    def targets(self) -> dict[str, Target]:
+        """The layers to initialise, by name."""
+        return {target.name: target for target in self.scan.targets}
+
+    @functools.cached_property
+    def max_ranks(self) -> dict[str, int]:
+        """The rank that each layer is solved and stored at."""
+        largest = self.config.max_rank or max(target.rank for target in self.scan.targets)
+        return {t.name: min(max(largest, t.rank), t.in_features) for t in self.scan.targets}
+
+    @functools.cached_property
+    def base_model(self) -> BaseModelFacts:
+        """What `base_model_facts` finds, by all processes together the first time."""
+        return base_model_facts(self.model)
+
+    @functools.cached_property
+    def runs_in_lockstep(self) -> bool:
+        """Whether the processes have to run the model in step, since each holds a part of its parameters."""
+        return self.processes.count > 1 and is_partitioned(self.model)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
-        """Add the time of the block to the report."""
+        """Time the block."""
         start = time.perf_counter()
         yield
-        self.report.seconds[name] = self.report.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def restored_on_failure(self) -> Generator[None]:
-        """Put the adapter back as it was if the block fails, as far as that takes no process that is gone."""
-        with self.ranks.stage("copy of the adapter", has_collectives=self.writes_in_step):
-            before = {name: read_factors(target) for name, target in self.targets.items()}
-            magnitudes = [t.magnitude.weight for t in self.targets.values() if t.magnitude is not None]
-            kept = [(parameter, read_full(parameter)) for parameter in magnitudes]
-        try:
-            yield
-        except BaseException as error:
-            for undo in reversed(self.undo):
-                undo()
-            together = self.ranks.all_fail_with(error)
-            for name, factors in before.items():
-                if together or _is_whole(self.targets[name]):
-                    write_factors(self.targets[name], *factors)
-            for parameter, value in (*self.replaced, *kept):
-                if together or is_whole(parameter):
-                    write_full(parameter, value)
-            if together:
-                settle(self.model)
-            raise
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def bar(self, total: int, text: str) -> Any:
         """Make a progress bar, which only the main process shows."""
-        return tqdm(total=total, desc=text, disable=not (self.progress and self.ranks.is_main), leave=False)
+        return tqdm(total=total, desc=text, disable=not (self.progress and self.processes.is_main), leave=False)
 
     def say(self, text: str) -> None:
         """Tell what goes on: in the log or, if that takes no such news, beside the progress bars if they are shown."""
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", text)
-        elif self.progress and self.ranks.is_main:
+        elif self.progress and self.processes.is_main:
             tqdm.write(text, file=sys.stderr)
 
-    @functools.cached_property
-    def runs_in_lockstep(self) -> bool:
-        """Whether the processes have to run the model in step, since each holds a part of its parameters."""
-        return self.ranks.size > 1 and is_partitioned(self.model)
-
-    @functools.cached_property
-    def writes_in_step(self) -> bool:
-        """Whether the processes have to write the adapter in step, since each holds a part of it or of a copy."""
-        return self.ranks.size > 1 and not all(map(_is_whole, self.scan.targets))
-
-    @functools.cached_property
-    def base_model(self) -> BaseModelFacts:
-        """What `base_model_facts` finds, by all processes together the first time."""
-        with self.ranks.stage("fingerprint", has_collectives=self.runs_in_lockstep):
-            return base_model_facts(self.model)
-
-    def lockstep(self, samples: list[Any], stage: str) -> Lockstep:
+    def lockstep(self, samples: list[Any]) -> Lockstep:
         """Return how the processes keep in step over samples that they share, where they need to."""
         if not self.runs_in_lockstep or not samples:
             return Lockstep.of_one()
         return Lockstep(
-            most=lambda number: max(self.ranks.gather(number)),
+            most=lambda number: max(self.processes.gather(number)),
             filler=samples[0],
-            alike=lambda: self.ranks.alike(stage, SingleSamplesNeeded),
-            in_step=lambda: self.ranks.in_step(stage),
+            alike=lambda: _single_samples_for_all(self.processes),
         )
 
     def loss(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> float:
@@ -160,20 +129,96 @@ class Job:
         A collator that draws at random makes the same batches at each call.
         """
         seed_generators(self.seed)
-        with self.ranks.together("evaluation"), self.collate.generators_kept():
+        with self.collate.generators_kept():
             mine = evaluate_loss(
                 self.model,
-                self.ranks.share(samples),
+                self.processes.share(samples),
                 collate=self.collate,
                 compute_loss=compute_loss or self.compute_loss,
                 settings=settings,
                 batch_size=self.batch_size,
-                lockstep=self.lockstep(samples, "evaluation"),
+                lockstep=self.lockstep(samples),
             )
-        total, count = self.ranks.sum(mine)
+        total, count = self.processes.sum(mine)
         return total / count if count else float("nan")
 
+    @contextlib.contextmanager
+    def prepared(self) -> Generator[None]:
+        """Make the model ready for passes inside the context."""
+        with prepared_for_pass(self.model, seed=self.seed), outputs_not_rounded(self.model):
+            keep_weights_unpacked(self.model)
+            yield
 
-def _is_whole(target: Target) -> bool:
-    """Tell whether a layer's factors can be written by this process alone; a frozen one may be, and the other not."""
-    return is_whole(target.lora_A) and is_whole(target.lora_B)
+    @contextlib.contextmanager
+    def restored_on_failure(self, others: Collection[nn.Parameter] = ()) -> Generator[None]:
+        """Put the adapter, and other parameters, back as they were if the block fails.
+
+        What takes several processes, the parts and copies that DeepSpeed and FSDP2 keep, is left.
+        """
+        alone = self.processes.count == 1
+        targets = [t for t in self.scan.targets if alone or (is_whole(t.lora_A) and is_whole(t.lora_B))]
+        before = [(target, *read_factors(target)) for target in targets]
+        beside = [target.magnitude.weight for target in targets if target.magnitude is not None]
+        kept = [(parameter, read_full(parameter)) for parameter in (*beside, *others) if alone or is_whole(parameter)]
+        try:
+            yield
+        except BaseException:
+            for target, lora_A, lora_B in before:
+                write_factors(target, lora_A, lora_B)
+            for parameter, value in kept:
+                write_full(parameter, value)
+            if alone:
+                settle(self.model)
+            raise
+
+
+def make_job(
+    model: nn.Module,
+    config: LoRADAConfig,
+    *,
+    adapter_name: str | None,
+    compute_loss: ComputeLoss | None,
+    data_collator: RawCollate | None,
+    batch_size: int | None,
+    seed: int | None,
+    device: torch.device | None,
+    progress: bool,
+) -> Job:
+    """Find the layers of a fresh adapter, and check what is given beside the settings.
+
+    Raises:
+        AdapterAlreadyTrainedError, TargetError: if there is no fresh adapter.
+        ConfigError: if a number is out of its range.
+        UnsupportedSetupError: if the model is split in a way that leaves no whole layer.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must be between 0 and 2**32.")
+    refuse_split_models(model)
+    scan = find_targets(model, adapter_name)
+    check_fresh(scan.targets)
+    return Job(
+        model=model,
+        config=config,
+        processes=Processes.current(),
+        scan=scan,
+        compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
+        collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
+        seed=DEFAULT_SEED if seed is None else seed,
+        batch_size=config.batch_size or batch_size or DEFAULT_BATCH_SIZE,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def _single_samples_for_all(processes: Processes) -> Generator[None]:
+    """Have all processes run single samples if one of them needs that, at the same batch."""
+    reason: str | None = None
+    try:
+        yield
+    except SingleSamplesNeeded as error:
+        reason = str(error)
+    reasons = [found for found in processes.gather(reason) if found is not None]
+    if reasons:
+        raise SingleSamplesNeeded(reasons[0])

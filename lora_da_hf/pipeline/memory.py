@@ -13,9 +13,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_da_hf.distributed.parameters import is_partitioned
-from lora_da_hf.distributed.ranks import Ranks
-from lora_da_hf.errors import UnsupportedSetupError
+from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
 from lora_da_hf.pipeline.probe import Probe
@@ -32,21 +30,11 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
 
     Raises:
         PlanError: if a layer's statistics do not fit.
-        UnsupportedSetupError: if layers are to be shared while parameters are partitioned.
     """
-    schedule = job.config.schedule
-    if is_partitioned(job.model):
-        if schedule == "layers":
-            raise UnsupportedSetupError(
-                "schedule='layers' lets each process go back to its own layers alone, and with partitioned parameters "
-                "(ZeRO-3, FSDP) all must go through all layers together. Set schedule='samples'."
-            )
-        schedule = "samples"
     return make_plan(
         _workload(job, probe),
-        num_processes=job.ranks.size,
+        num_processes=job.processes.count,
         budget=dict(enumerate(_budget(job))),
-        schedule=schedule,
         solve_alone=job.config.save_statistics,
     )
 
@@ -74,7 +62,7 @@ def _workload(job: Job, probe: Probe) -> Workload:
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
         itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
-        threads=min(job.ranks.gather(solver_threads(devices))),
+        threads=min(job.processes.gather(solver_threads(devices))),
     )
 
 
@@ -104,7 +92,7 @@ def _budget(job: Job) -> list[float]:
     devices = _devices(job)
     if job.config.memory_budget is not None:
         return [budget_bytes(job.config.memory_budget)] * len(devices)
-    return usable_by_all(devices, job.ranks)
+    return usable_by_all(devices, job.processes)
 
 
 def budget_bytes(budget: float | str) -> int:
@@ -114,17 +102,17 @@ def budget_bytes(budget: float | str) -> int:
     return int(budget)
 
 
-def usable_by_all(devices: Sequence[torch.device], ranks: Ranks) -> list[float]:
+def usable_by_all(devices: Sequence[torch.device], processes: Processes) -> list[float]:
     """Return the bytes that sums may take on each device in every process: those that share one get equal parts.
 
     Args:
         devices: This process's, as many as every other has.
-        ranks: The processes.
+        processes: Those that share the work.
     """
     places = [_place(device) for device in devices]
-    sharers = Counter(place for of_process in ranks.gather(places) for place in of_process)
+    sharers = Counter(place for of_process in processes.gather(places) for place in of_process)
     mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
-    return [min(of_device) for of_device in zip(*ranks.gather(mine), strict=True)]
+    return [min(of_device) for of_device in zip(*processes.gather(mine), strict=True)]
 
 
 def _place(device: torch.device) -> str:

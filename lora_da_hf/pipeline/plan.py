@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from lora_da_hf.distributed.ranks import balanced_owners
+from lora_da_hf.distributed.processes import balanced_owners
 from lora_da_hf.errors import PlanError
 from lora_da_hf.theory.solve import solve_dtype
 
@@ -130,7 +129,6 @@ class Plan:
     """Who collects and solves which layers when.
 
     Attributes:
-        schedule: ``"samples"``: each process runs its part of the samples; ``"layers"``: all, for its own layers.
         windows: Leaders of the groups that are collected in each pass.
         owners: The process that solves each group.
         num_processes: How many processes there are.
@@ -143,7 +141,6 @@ class Plan:
         one_thread_each: Whether a group is solved on one thread.
     """
 
-    schedule: Literal["samples", "layers"]
     windows: tuple[tuple[str, ...], ...]
     owners: dict[str, int]
     num_processes: int
@@ -162,7 +159,7 @@ class Plan:
     def describe(self, flops_per_second: float | None = None) -> str:
         """Say in a line what will be done."""
         count = self.num_processes
-        who = "one process" if count == 1 else f"{count} processes that share the {self.schedule}"
+        who = "one process" if count == 1 else f"{count} processes that share the samples"
         passes = "one pass" if len(self.windows) == 1 else f"{len(self.windows)} passes, each for a part of the layers"
         parts = [
             f"{who}, {passes}, {self.sample_passes} samples forward and backward a process",
@@ -175,35 +172,20 @@ class Plan:
             parts.append(f"about {collect:.0f} s for the statistics and {solve:.0f} s for the solve")
         return "; ".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Make a plan from plain JSON values."""
-        fields: dict[str, Any] = {**values, "windows": tuple(tuple(window) for window in values["windows"])}
-        return cls(**fields)
-
 
 def make_plan(
     work: Workload,
     *,
     num_processes: int = 1,
     budget: Mapping[int, float],
-    schedule: Literal["auto", "samples", "layers"] = "auto",
     solve_alone: bool = False,
 ) -> Plan:
     """Spread the groups over passes and processes so that no process needs more than its budget.
-
-    With ``"auto"`` the processes share the samples, unless several passes are needed and sharing the layers takes no
-    more samples forward and backward: it sends nothing then.
 
     Args:
         work: What has to be done.
         num_processes: How many processes there are.
         budget: Bytes that the sums and the solve may take in a process, by number of the device.
-        schedule: What the processes share.
         solve_alone: Whether the first process gets all the sums.
 
     Raises:
@@ -214,11 +196,6 @@ def make_plan(
     if work.solvers > 1 and len(samples.windows) > 1:  # where memory is short, another pass is dearer
         work = dataclasses.replace(work, threads=1)
         samples = _share_samples(work, num_processes, budget, solve_alone)
-    if num_processes == 1 or schedule == "samples" or solve_alone:
-        return samples
-    layers = _share_layers(work, num_processes, budget)
-    if schedule == "layers" or (len(samples.windows) > 1 and layers.sample_passes <= samples.sample_passes):
-        return layers
     return samples
 
 
@@ -232,7 +209,6 @@ def _share_samples(work: Workload, size: int, budget: Mapping[int, float], solve
     tokens = work.num_tokens * share / max(work.num_samples, 1)
     sent = [sum(g.sent_bytes(work.itemsize) for g in work.groups if owners[g.leader] != rank) for rank in range(size)]
     return Plan(
-        schedule="samples",
         windows=tuple(tuple(group.leader for group in window) for window in windows),
         owners=owners,
         num_processes=size,
@@ -240,29 +216,6 @@ def _share_samples(work: Workload, size: int, budget: Mapping[int, float], solve
         peak_bytes=max(max(work.peak_bytes(window).values()) for window in windows),
         sent_bytes=max(sent) if size > 1 else 0,
         pass_flops=tokens * sum(work.pass_flops(group.leader for group in window) for window in windows),
-        solve_flops=_busiest(work, owners, size),
-        solvers=work.solvers,
-        one_thread_each=work.small,
-    )
-
-
-def _share_layers(work: Workload, size: int, budget: Mapping[int, float]) -> Plan:
-    owners = balanced_owners({group.leader: group.sum_bytes(work.itemsize) for group in work.groups}, size)
-    own = [[group for group in work.groups if owners[group.leader] == rank] for rank in range(size)]
-    windows = [_windows(work, groups, budget) for groups in own]
-    number = max(map(len, windows))
-    flops = [sum(work.pass_flops(g.leader for g in window) for window in mine) for mine in windows]
-    peaks = [max(work.peak_bytes(window).values()) for mine in windows for window in mine]
-    together = [[group for mine in windows for group in mine[k : k + 1]] for k in range(number)]
-    return Plan(
-        schedule="layers",
-        windows=tuple(tuple(group.leader for window in windows for group in window) for windows in together),
-        owners=owners,
-        num_processes=size,
-        sample_passes=work.num_samples * number,
-        peak_bytes=max(peaks),
-        sent_bytes=0,
-        pass_flops=work.num_tokens * max(flops),
         solve_flops=_busiest(work, owners, size),
         solvers=work.solvers,
         one_thread_each=work.small,
@@ -306,7 +259,7 @@ def _check_fits(work: Workload, budget: Mapping[int, float]) -> None:
     raise PlanError(
         f"The statistics do not fit: {', '.join(largest.members)} (input {largest.d_in}) take "
         f"{gibibytes(needed)} and there are {gibibytes(budget[largest.device])}. Layers that share an input are "
-        "collected together and by one process at least, so neither more processes nor schedule='layers' helps. Set "
+        "collected together and by one process at least, so more processes do not help. Set "
         f"memory_budget to at least {needed} bytes, free that much memory on the device, or leave these layers out of "
         f"target_modules.{narrower}"
     )

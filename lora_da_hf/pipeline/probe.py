@@ -8,8 +8,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +44,7 @@ from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens, tell_sequences_apart
 
+LOSS = "loss"
 _PROBED_SAMPLES = 64
 """Samples with a label among which the few that are run are chosen."""
 _SAME_LOSS = 1e-3
@@ -58,64 +58,53 @@ class Probe:
         splits: The samples, with labelled ones alone for the search and the final check.
         settings: The settings of the pass.
         shared: The leader of each layer, in the order in which they are called.
-        loss: Loss of the base model on the first labelled sample.
-        moved_loss: The same while an adapter's outputs are moved, which some losses need to differ (`outputs_moved`).
-        unlike_losses: Losses of a few samples that are unlike each other: of each, and of the first with each other.
+        losses: By what they are of: the first labelled sample, at the base and while an adapter's outputs are moved
+            (`outputs_moved`), since some losses are the same at the base whatever they ask for; and samples that are
+            unlike each other, alone and in pairs, which a loss may weigh unlike.
         num_tokens: Tokens of the first labelled sample.
         tokens_per_second: Speed of a forward pass, the best seen.
         unlike: Two samples that are unlike each other, or one if there are no two.
         other_modality: Whether samples have inputs that are no tokens.
+        notes: What a user should know.
     """
 
     splits: SampleSplits
     settings: PassSettings
     shared: dict[str, str]
-    loss: float
-    moved_loss: float
-    unlike_losses: list[float]
+    losses: dict[str, float]
     num_tokens: int
     tokens_per_second: float
     unlike: list[Any]
     other_modality: bool
+    notes: tuple[str, ...]
+
+    @property
+    def reduction(self) -> str:
+        """What the loss of a batch is, and where that is known from."""
+        return f"{self.settings.reduction.kind} ({self.settings.reduction.reason})"
 
 
-def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> Probe:
+def probe(job: Job, splits: SampleSplits) -> Probe:
     """Learn from a few samples how the loss is made and which layers share an input.
 
-    Args:
-        job: The job.
-        splits: Its samples.
-        takes_statistics: Whether a pass over them follows; False: losses alone are measured.
+    Raises:
+        DataError: if no sample has a label, or one is too long.
     """
     shifts = shifts_labels(job.model)
-    with job.stage("probe"), job.ranks.together("probe"):
-        check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
-        labelled = _from_everywhere(job, splits.statistics, shifts)
-        if not labelled:
-            raise DataError(
-                f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how "
-                "labels are masked, and that samples are not truncated before their completion begins."
-            )
-        splits = _with_labels(job, splits, shifts)
-        first = job.collate(labelled[:1])
-    lockstep = job.lockstep(labelled, "probe")
-    compute_loss = _TimedLoss(job.compute_loss, lockstep.in_step)
-    with job.stage("probe"), job.ranks.together("probe"), without_checkpointing(job.model):
-        layers = {name: target.base_layer for name, target in job.targets.items()}
-        losses: list[float] = []
-        labelled_head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
-
-        def run_forward() -> None:
-            watched = contextlib.nullcontext() if labelled_head is None else labelled_head.watched()
-            with torch.no_grad(), watched:
-                losses.append(compute_loss(job.model, first, None).item())
-
-        with checked_backward(job.scan.targets):
-            shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
-        with torch.no_grad(), outputs_moved(job.scan.targets):
-            moved_loss = compute_loss(job.model, first, None).item()
-        with lockstep.alike():
-            unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
+    check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
+    labelled = _from_everywhere(job, splits.statistics, shifts)
+    if not labelled:
+        raise DataError(
+            f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how labels "
+            "are masked, and that samples are not truncated before their completion begins."
+        )
+    splits = _with_labels(job, splits, shifts)
+    first = job.collate(labelled[:1])
+    compute_loss = _TimedLoss(job.compute_loss)
+    with without_checkpointing(job.model):
+        unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
+        losses, shared, labelled_head = _run_first(job, compute_loss, first)
+        unlike_losses, sequences = _run_unlike(job, compute_loss, unlike, shifts)
         reduction = find_reduction(
             compute_loss,
             job.model,
@@ -123,52 +112,70 @@ def probe(job: Job, splits: SampleSplits, *, takes_statistics: bool = True) -> P
             unlike,
             shifts_labels=shifts,
             declared=job.config.loss_reduction,
-            alike=lockstep.alike,
         )
-        if labelled_head is not None and not _loss_stays(job, compute_loss, labelled_head, first, losses[0]):
-            labelled_head = None
-        with lockstep.alike():
-            singles = [tell_sequences_apart(job.collate([sample]), longest_labels(job.model)) for sample in unlike]
-            pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
-            tokens = [
-                read_batch_tokens(b, shifts_labels=shifts, encoder_decoder=is_encoder_decoder(job.model), num_samples=1)
-                for b in singles
-            ]
-        unlike_losses, rows = [], []
-        with torch.no_grad():
-            for batch in (*singles, *pairs):
-                with watched_rows(layers) as given:
-                    unlike_losses.append(compute_loss(job.model, batch, None).item())
-                rows.append(given)
-        any_packed = any(is_packed(job.collate([sample])) for sample in labelled)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
         shifts_labels=shifts,
         encoder_decoder=is_encoder_decoder(job.model),
-        reduction=reduction,
+        reduction=job.processes.gather(reduction)[0],
         labelled_head=labelled_head,
-        sequences=followed_sequences(tokens, rows[: len(singles)]),
+        sequences=sequences,
     )
-    job.report.loss_reduction = f"{reduction.kind} ({reduction.reason})"
-    job.report.population_size = splits.population_size
-    job.report.notes += splits.notes
-    if any_packed:
-        job.report.notes.append(
-            "a sample of the data set is a packed row of several sequences, which count as one sample"
-        )
+    notes = splits.notes
+    if any(is_packed(job.collate([sample])) for sample in labelled):
+        notes += ("a sample of the data set is a packed row of several sequences, which count as one sample",)
     return Probe(
         splits=splits,
         settings=settings,
         shared=shared,
-        loss=losses[0],
-        moved_loss=moved_loss,
-        unlike_losses=unlike_losses,
+        losses=losses | unlike_losses,
         num_tokens=_num_tokens(first),
-        tokens_per_second=min(job.ranks.gather(compute_loss.tokens_per_second)),
+        tokens_per_second=min(job.processes.gather(compute_loss.tokens_per_second)),
         unlike=unlike[:2],
         other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
+        notes=notes,
     )
+
+
+def _run_first(
+    job: Job, compute_loss: ComputeLoss, first: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, str], LabelledHead | None]:
+    """Run the first sample: its losses, the leader of each layer, and what runs the head on the rows of labels."""
+    layers = {name: target.base_layer for name, target in job.targets.items()}
+    head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
+    losses: dict[str, float] = {}
+
+    def run_forward() -> None:
+        watched = contextlib.nullcontext() if head is None else head.watched()
+        with torch.no_grad(), watched:
+            losses[LOSS] = compute_loss(job.model, first, None).item()
+
+    with checked_backward(job.scan.targets):
+        shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
+    with torch.no_grad(), outputs_moved(job.scan.targets):
+        losses[f"{LOSS} of moved outputs"] = compute_loss(job.model, first, None).item()
+    if head is not None and not _loss_stays(job, compute_loss, head, first, losses[LOSS]):
+        head = None
+    return losses, shared, head
+
+
+def _run_unlike(
+    job: Job, compute_loss: ComputeLoss, unlike: list[Any], shifts: bool
+) -> tuple[dict[str, float], Mapping[str, frozenset[int]]]:
+    """Run samples that are unlike each other, alone and in pairs: their losses, and the sequences of each layer."""
+    layers = {name: target.base_layer for name, target in job.targets.items()}
+    decodes = is_encoder_decoder(job.model)
+    singles = [tell_sequences_apart(job.collate([sample]), longest_labels(job.model)) for sample in unlike]
+    pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
+    tokens = [read_batch_tokens(b, shifts_labels=shifts, encoder_decoder=decodes, num_samples=1) for b in singles]
+    losses: dict[str, float] = {}
+    rows: list[Any] = []
+    for number, batch in enumerate((*singles, *pairs)):
+        with torch.no_grad(), watched_rows(layers) as given:
+            losses[f"{LOSS} of unlike samples {number}"] = compute_loss(job.model, batch, None).item()
+        rows.append(given)
+    return losses, followed_sequences(tokens, rows[: len(singles)])
 
 
 def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
@@ -180,32 +187,27 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     settings = found.settings
     if settings.reduction.kind in ("unknown", "batch") or settings.batch_size == 1 or len(found.unlike) < 2:
         return found
-    if settings.labelled_head is not None and not found.other_modality and _says_padding(job, found.unlike):
+    mask = job.collate(found.unlike).get("attention_mask")
+    says_padding = isinstance(mask, Tensor) and mask.dim() == 2
+    if settings.labelled_head is not None and not found.other_modality and says_padding:
         return found
     layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
     devices = {name: job.targets[name].device for name in layers}
-    with job.stage("statistics"), job.ranks.together("statistics pass"):
-        reason = why_not_in_batches(
-            job.model,
-            found.unlike,
-            collate=job.collate,
-            compute_loss=job.compute_loss,
-            settings=settings,
-            make_taps=lambda: SizeTaps(layers, devices=devices),
-            lockstep=job.lockstep(found.unlike, "statistics pass"),
-        )
-    reasons = [text for text in job.ranks.gather(reason) if text is not None]
+    reason = why_not_in_batches(
+        job.model,
+        found.unlike,
+        collate=job.collate,
+        compute_loss=job.compute_loss,
+        settings=settings,
+        make_taps=lambda: SizeTaps(layers, devices=devices),
+        lockstep=job.lockstep(found.unlike),
+    )
+    reasons = [text for text in job.processes.gather(reason) if text is not None]
     if not reasons:
         return found
     if draws_at_random(job.collate, found.unlike):
         reasons = [DRAWS_AT_RANDOM]
     return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
-
-
-def _says_padding(job: Job, samples: list[Any]) -> bool:
-    with job.ranks.together("statistics pass"):
-        mask = job.collate(samples).get("attention_mask")
-    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _loss_stays(
@@ -220,29 +222,18 @@ def _loss_stays(
 
 
 class _TimedLoss:
-    """A loss that notes how fast it was.
+    """A loss that notes how fast it was: the tokens per second of its fastest call."""
 
-    Attributes:
-        tokens_per_second: Of the fastest call.
-
-    Args:
-        compute_loss: The loss.
-        in_step: Makes a block in which several processes wait for each other, for each call.
-    """
-
-    def __init__(self, compute_loss: ComputeLoss, in_step: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, compute_loss: ComputeLoss) -> None:
         self._compute_loss = compute_loss
-        self._in_step = in_step
         self.tokens_per_second = 0.0
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
         start = time.perf_counter()
-        with self._in_step():
-            loss = self._compute_loss(model, batch, num_items)
+        loss = self._compute_loss(model, batch, num_items)
         if loss.is_cuda:
             torch.cuda.synchronize(loss.device)
-        speed = _num_tokens(batch) / (time.perf_counter() - start)
-        self.tokens_per_second = max(self.tokens_per_second, speed)
+        self.tokens_per_second = max(self.tokens_per_second, _num_tokens(batch) / (time.perf_counter() - start))
         return loss
 
 

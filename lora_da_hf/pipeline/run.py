@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +14,29 @@ import torch
 from torch import nn
 
 from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
-from lora_da_hf.adapters.resizing import check_resizable
-from lora_da_hf.adapters.targets import check_fresh, find_targets, keep_weights_unpacked
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.collator import DeviceCollator, RawCollate
+from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
-from lora_da_hf.distributed.parameters import outputs_not_rounded, refuse_split_models, settle
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.losses import checked_loss, input_device, model_loss, unwrapped
-from lora_da_hf.pipeline.agreement import Digests, check_same_settings, digest_splits
+from lora_da_hf.losses import unwrapped
+from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_together
 from lora_da_hf.pipeline.finished import take_over_finished
-from lora_da_hf.pipeline.identity import identify
-from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.identity import Identity, identify
+from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.memory import linear_weights, plan_windows
 from lora_da_hf.pipeline.probe import Probe, compare_batch_with_samples, probe
-from lora_da_hf.pipeline.ranks_per_layer import spend_budget
-from lora_da_hf.pipeline.resume import Progress
 from lora_da_hf.pipeline.save import refuse_unsaveable, save_init, whole_adapter
-from lora_da_hf.pipeline.step import find_step, write_adapter
+from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.pipeline.windows import Solved, solve_windows
-from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import (
-    SampleSplits,
-    choose_samples,
-    has_positions,
-    is_loader,
-    pad_samples,
-    samples_of_loader,
-)
+from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.samples import is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.statistics.model_state import ROUTER_LOSS, configs_with, prepared_for_pass, random_state
+from lora_da_hf.statistics.model_state import ROUTER_LOSS, configs_with
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_SIZE = 8
-DEFAULT_SEED = 42
 
 
 def initialize_lora_da(
@@ -69,16 +57,14 @@ def initialize_lora_da(
     """Initialise a LoRA adapter from data, in place (arXiv 2510.24561).
 
     The base weights are not touched. The adapter is an ordinary one afterwards, and not a no-op: its step was chosen to
-    lower the loss. With a ``rank_budget`` its layers get new parameters, so no optimizer may have been made before.
-    In a run of several processes each must call this with the same samples, and they share the work.
+    lower the loss. In a run of several processes each must call this with the same samples, and they share the work.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
             Of what ``torch.compile`` returned, the model inside is run, as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
-        population_size: N, how many samples training draws from. Used if the config gives none; None: the number of
-            samples.
+        population_size: N, how many samples training draws from; None: the number of samples.
         compute_loss: Maps model, batch and number of items to a scalar loss, dividing the sum over labels by the
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
@@ -86,8 +72,8 @@ def initialize_lora_da(
         output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
             made with the same model, adapter, samples and settings, it is used and nothing is computed; another one is
             replaced, and anything else is an error.
-        batch_size: Used if the config gives none.
-        seed: Used if the config gives none.
+        batch_size: Used if the config gives none; None: 8.
+        seed: Of every random choice; None: 42.
         device: Where batches go; None: where the embeddings are.
         progress: Whether to show progress bars.
 
@@ -98,164 +84,186 @@ def initialize_lora_da(
         TargetError: if there is nothing that can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         ConfigError: if settings contradict each other, settings or samples differ between processes, gradients are off,
-            or ``output_dir`` holds something else, cannot be written, or is another process's at the moment.
+            or ``output_dir`` holds something else, or cannot be written.
         DataError: if the samples cannot be used.
-        StatisticsError: if the pass fails, or a layer's tap was never called.
+        StatisticsError: if the pass fails, or no tap was called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if a layer cannot be solved, or there is none to solve.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; if the adapter could not be stored and is to
-            be; or if layers are to be shared, or to get other ranks, while parameters are partitioned.
-        OutOfStepError: if this process fails in the middle of what all do in step: a pass over partitioned parameters
-            (ZeRO-3, FSDP2), the reduction of the sums, or writing what ZeRO and FSDP2 keep in parts or in copies.
+            be.
         WriteError: if the adapter reads back differently from what was written.
-        CheckpointError: if the run that was stopped had another number of processes.
-        PeerFailed: if another process failed or is gone.
 
-    Whatever else is raised, the model and its adapter are as they were. If a process is gone they are too, unless ZeRO
-    or FSDP2 keeps the adapter in parts or in copies.
+    Whatever is raised, the model and its adapter are as they were, but for what several processes have in parts.
     """
-    model = unwrapped(model)
-    config = checked_config(config)
+    model, config = unwrapped(model), checked_config(config)
+    folder = None if output_dir is None else Path(output_dir)
+    _check_call(config, population_size, folder)
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
-    for name, number in (("population_size", population_size), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name}={number!r} must be at least 1.")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed!r} must be between 0 and 2**32.")
+    job = make_job(
+        model,
+        config,
+        adapter_name=adapter_name,
+        compute_loss=compute_loss,
+        data_collator=data_collator,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    _check_adapter(job, folder)
+    check_same_settings(job, population_size=population_size, output_dir=folder is not None)
+    chosen = choose_together(job, samples, population_size)
+    with job.restored_on_failure(), job.collate.generators_kept():
+        report = _run(job, chosen, folder)
+    if report.kept and job.processes.is_main:
+        (name, why), *others = report.kept.items()
+        more = f", and so do {len(others)} more" if others else ""
+        logger.warning("LoRA-DA: %s keeps PEFT's own initialisation (%s)%s", name, why, more)
+    hand_over(job, report)
+    return report
+
+
+def _run(job: Job, chosen: Chosen, folder: Path | None) -> LoRADAReport:
+    """Compute the initialisation, unless the folder has it, and write it to adapter and folder."""
+    router_notes = _router_notes(job)
+    with contextlib.ExitStack() as files:
+        with job.prepared():
+            with adapters_off(job.scan.targets), job.stage("probe"):
+                found = probe(job, chosen.splits)
+                identity = identify(job, chosen, found)
+            finished, broken = (None, ()) if folder is None else take_over_finished(job, folder, identity)
+            if finished is not None:
+                return finished
+            statistics = _make_statistics_folder(job, folder, files)
+            with adapters_off(job.scan.targets):
+                plan = plan_windows(job, found)
+                description = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
+                job.say(f"LoRA-DA plan: {description}")
+                with job.stage("statistics"):
+                    found = compare_batch_with_samples(job, found)
+                solved, counts = solve_windows(job, found, plan, statistics=statistics)
+            step = find_step(job, solved, found, for_other_ranks=folder is not None)
+            step, layers = write_adapter(job, solved, step, found)
+        report = make_report(
+            job,
+            solved,
+            step,
+            layers,
+            found,
+            num_samples=counts.num_samples,
+            num_unlabelled=counts.num_unlabelled,
+            population_size=found.splits.population_size,
+            batch_size=counts.batch_size,
+            loss_reduction=found.reduction,
+            data_fingerprint=hashlib.sha256("".join(chosen.digests["statistics"]).encode()).hexdigest(),
+            plan=description,
+            notes=[*router_notes, *broken, *chosen.notes, *found.notes, *counts.notes, *solved.notes, *step.notes],
+        )
+        return report if folder is None else _save(job, folder, solved, statistics, identity, report)
+
+
+def make_report(
+    job: Job, solved: Solved, step: Step, layers: list[LayerReport], probe: Probe | None, **others: Any
+) -> LoRADAReport:
+    """Put together what was done."""
+    return LoRADAReport(
+        layers=layers,
+        kept=solved.kept,
+        adapter_name=job.scan.adapter_name,
+        seed=job.seed,
+        num_search_samples=0 if probe is None else len(probe.splits.search),
+        num_unseen_samples=0 if probe is None else len(probe.splits.unseen),
+        step_unit=solved.step_unit,
+        step_size=step.size,
+        step_size_by_rank=step.by_rank,
+        search=list(step.search),
+        search_loss_before=step.search_losses[0],
+        search_loss_after=step.search_losses[1],
+        unseen_loss_before=step.unseen_losses[0],
+        unseen_loss_after=step.unseen_losses[1],
+        seconds=job.seconds,
+        config=job.config.to_dict(),
+        **others,
+    )
+
+
+def hand_over(job: Job, report: LoRADAReport) -> None:
+    """Leave the adapter as training wants it."""
+    settle(job.model)
+    mark_initialized(job.model, job.scan.adapter_name, may_be_zero=report.step_size == 0)
+    if job.config.freeze_a:
+        freeze_a(job.model, job.scan.adapter_name)
+
+
+def _check_call(config: LoRADAConfig, population_size: int | None, folder: Path | None) -> None:
+    if population_size is not None and population_size < 1:
+        raise ConfigError(f"population_size={population_size!r} must be at least 1.")
     if not torch.is_grad_enabled():
         raise ConfigError(
             "Gradients are off, and the statistics are made of them. Call this outside of torch.no_grad() and "
             "torch.inference_mode()."
         )
-    ranks = Ranks.current()
-    refuse_split_models(model)
-    with ranks.together("search for LoRA layers"):
-        scan = find_targets(model, adapter_name)
-        if config.rank_budget is not None:
-            check_resizable(scan.targets)
-        if output_dir is not None:
-            refuse_unsaveable(model, scan.adapter_name)
-    check_fresh(scan.targets)
-    least = min(target.rank for target in scan.targets)
-    if config.max_rank is not None and config.max_rank < least:
+    if folder is None and config.save_statistics:
+        raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
+
+
+def _check_adapter(job: Job, folder: Path | None) -> None:
+    least = min(target.rank for target in job.scan.targets)
+    if job.config.max_rank is not None and job.config.max_rank < least:
         raise ConfigError(
-            f"max_rank={config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave it "
-            "out, or give more, to store directions for other ranks."
+            f"max_rank={job.config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave "
+            "it out, or give more, to store directions for other ranks."
         )
-    job = Job(
-        model=model,
-        config=config,
-        ranks=ranks,
-        scan=scan,
-        compute_loss=model_loss if compute_loss is None else checked_loss(compute_loss),
-        collate=DeviceCollator(data_collator or pad_samples, device or input_device(model)),
-        seed=first_given(config.seed, seed, DEFAULT_SEED),
-        batch_size=first_given(config.batch_size, batch_size, DEFAULT_BATCH_SIZE),
-        progress=progress,
-        output_dir=Path(output_dir) if output_dir is not None else None,
-    )
-    if job.output_dir is None and (config.statistics_save_steps is not None or config.save_statistics):
-        name = "save_statistics" if config.save_statistics else "statistics_save_steps"
-        raise ConfigError(f"{name} needs an output_dir, in or beside which the statistics are kept. Give one.")
-    with ranks.together("look at the output folder"):
-        if job.output_dir is not None and ranks.is_main:
-            check_replaceable(job.output_dir)
-    check_same_settings(job, population_size)
-    splits = choose_together(job, samples, population_size)
-    digests = digest_splits(job, splits)
-    return _run(job, splits, digests)
+    if folder is not None:
+        refuse_unsaveable(job.model, job.scan.adapter_name)
+        check_replaceable(folder)
 
 
-def choose_together(job: Job, samples: Any, population_size: int | None) -> SampleSplits:
-    """Choose the same samples on every process: a stream is read by the first one, since others may see other parts."""
-    alike = has_positions(samples)
-    reads = alike or job.ranks.is_main
-    with job.ranks.together("choice of samples"), random_state(job.seed):
-        mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
-    splits = mine if alike else job.ranks.gather(mine)[0]
-    assert splits is not None  # the first process reads in any case
-    return splits
+def _make_statistics_folder(job: Job, folder: Path | None, files: contextlib.ExitStack) -> Path | None:
+    """Return where the first process puts statistics until all is written, beside the folder; None: nowhere."""
+    if folder is None or not job.processes.is_main:
+        return None
+    check_writable(folder)
+    if not job.config.save_statistics:
+        return None
+    target = folder.resolve()
+    beside = tempfile.TemporaryDirectory(prefix=f"_{target.name}.", dir=target.parent)
+    return Path(files.enter_context(beside))
 
 
-def first_given(*values: int | None) -> int:
-    """Return the first value that is not None."""
-    return next(value for value in values if value is not None)
+def _router_notes(job: Job) -> list[str]:
+    if not configs_with(job.model, ROUTER_LOSS):
+        return []
+    return ["the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"]
 
 
-def _run(job: Job, splits: SampleSplits, digests: Digests) -> LoRADAReport:
-    """Do it all, and put the adapter back as it was if anything fails."""
-    with job.restored_on_failure(), job.collate.generators_kept(), contextlib.ExitStack() as files:
-        if configs_with(job.model, ROUTER_LOSS):
-            job.report.notes.append(
-                "the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"
-            )
-        with prepared_for_pass(job.model, seed=job.seed), outputs_not_rounded(job.model):
-            keep_weights_unpacked(job.model)
-            with adapters_off(job.scan.targets):
-                found = probe(job, splits)
-                identity = identify(job, found, digests)
-            progress = Progress(job, identity, leaders=set(found.shared.values()), in_step=job.runs_in_lockstep)
-            files.enter_context(progress.kept_on_failure())
-            solved = None if take_over_finished(job, identity) else _compute(job, found, progress)
-        if solved is not None and job.output_dir is not None:
-            _save(job, job.output_dir, solved, progress.statistics, identity)
-    settle(job.model)
-    if job.report.kept and job.ranks.is_main:
-        (name, why), *others = job.report.kept.items()
-        more = f", and so do {len(others)} more" if others else ""
-        logger.warning("LoRA-DA: %s keeps PEFT's own initialisation (%s)%s", name, why, more)
-    mark_initialized(job.model, job.scan.adapter_name, may_be_zero=job.report.step_size == 0)
-    if job.config.freeze_a:
-        freeze_a(job.model, job.scan.adapter_name)
-    return job.report
-
-
-def _compute(job: Job, found: Probe, progress: Progress) -> Solved:
-    """Collect, solve, search and write to the adapter."""
-    with job.ranks.together("look at the output folder"):
-        if job.output_dir is not None and job.ranks.is_main:
-            check_writable(job.output_dir)
-    with adapters_off(job.scan.targets):
-        plan = progress.begin(lambda: plan_windows(job, found))
-        job.report.plan = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
-        job.say(f"LoRA-DA plan: {job.report.plan}")
-        found = compare_batch_with_samples(job, found)
-        solved = solve_windows(job, found, plan, progress)
-        spend_budget(job, solved.solutions)
-        step = find_step(job, found.splits, found.settings, solved.solutions)
-    write_adapter(job, found.splits, found.settings, solved.solutions, step)
-    return solved
-
-
-def _save(job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: dict[str, Any]) -> None:
-    """Write the initialisation to its folder."""
-    job.report.artifact = str(folder)
+def _save(
+    job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: Identity, report: LoRADAReport
+) -> LoRADAReport:
+    """Write the initialisation to its folder, read it back, and say at once if others could not."""
     settle(job.model)  # FSDP2 leaves the root's parameters together after a pass, frozen as they were in it
-    with job.stage("save"), job.ranks.stage("save", has_collectives=job.runs_in_lockstep):
+    with job.stage("save"):
         adapter_state = whole_adapter(job.model)
-    with job.stage("save"), job.ranks.together("save"):
-        if job.ranks.is_main:
-            save_init(
-                folder,
-                model=job.model,
-                base_model=job.base_model,
-                adapter_state=adapter_state,
-                scan=job.scan,
-                solutions=solved.solutions,
-                statistics=statistics,
-                report=job.report,
-                identity=identity,
-            )
-            _read_again(job, folder)
-
-
-def _read_again(job: Job, folder: Path) -> None:
-    """Say at once if what was stored does not pass the checks of those who read it."""
-    try:
-        load_init(folder, base_model=job.base_model, statistics=False)
-    except ArtifactError as error:
-        note = f"what was stored cannot be read again, so it is of no use beyond this training ({error})"
-        job.report.notes.append(note)
-        logger.warning("LoRA-DA: %s. Please report this.", note)
+        report = dataclasses.replace(report, artifact=str(folder))
+        if not job.processes.is_main:
+            return report
+        save_init(
+            folder,
+            model=job.model,
+            base_model=job.base_model,
+            adapter_state=adapter_state,
+            scan=job.scan,
+            solutions=solved.solutions,
+            statistics=statistics,
+            report=report,
+            identity=identity,
+        )
+        try:
+            load_init(folder, base_model=job.base_model, statistics=False)
+        except ArtifactError as error:
+            note = f"what was stored cannot be read again, so it is of no use beyond this training ({error})"
+            logger.warning("LoRA-DA: %s. Please report this.", note)
+            return dataclasses.replace(report, notes=[*report.notes, note])
+    return report

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.targets import Target
-from lora_da_hf.adapters.trial import TrialAdapters
+from lora_da_hf.adapters.trial import TrialAdapters, adapters_off
 from lora_da_hf.adapters.write import update_norm, write_factors
 from lora_da_hf.distributed.parameters import settle
-from lora_da_hf.errors import NonFiniteError, WriteError
+from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
-from lora_da_hf.records import LayerSolution
-from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.collect import PassSettings
+from lora_da_hf.pipeline.probe import Probe
+from lora_da_hf.pipeline.windows import Solved
+from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.layer_scales import layer_lengths
@@ -36,52 +36,85 @@ _FULL_PRECISION = 4
 """Bytes of a loss in which steps can be told apart."""
 
 
-def find_step(
-    job: Job, splits: SampleSplits, settings: PassSettings, solutions: dict[str, LayerSolution]
-) -> float | None:
-    """Decide the step: the config's, or the one of the lowest loss on the search samples.
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How far step 0 goes, and the losses that say so.
 
-    Nothing is written meanwhile. The report gets the steps tried, and the best step for a ladder of ranks.
-
-    Returns:
-        The step; 0 if none helps; None if each layer's follows from `stable_gamma`.
+    Attributes:
+        size: The step; 0 if none helps; None if each layer's follows from `stable_gamma`.
+        by_rank: The searched step for a ladder of ranks.
+        search: Steps tried, with their losses; None for one that is not finite.
+        search_losses: On the search samples, without the adapter and once it was written.
+        unseen_losses: The same on the unseen samples.
+        notes: What a user should know.
     """
-    job.report.num_search_samples, job.report.num_unseen_samples = len(splits.search), len(splits.unseen)
-    if splits.unseen:
-        with job.stage("evaluate"):
-            job.report.unseen_loss_before = _finite(job.loss(splits.unseen, settings), splits.unseen, "unseen")
-    if not job.config.searches_step:
-        job.report.step_size = None if job.config.step_size is None else float(job.config.step_size)
-        return job.report.step_size
-    bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solutions.items()}
-    with job.stage("line search"):
-        watched = _WatchedLoss(job.compute_loss)
-        baseline = _finite(job.loss(splits.search, settings, watched), splits.search, "search")
-        dtype = max(job.ranks.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
-        resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
-        with TrialAdapters([job.targets[name] for name in solutions], bases) as trial:
-            found = _search(job, trial, splits.search, settings, baseline, resolution)
-            job.report.step_size_by_rank = _search_ladder(job, trial, splits.search, settings, found, resolution)
-    job.report.search_loss_before = baseline
-    job.report.search = [(step, loss if math.isfinite(loss) else None) for step, loss in found.evaluations]
-    job.report.step_size = found.step_size
+
+    size: float | None
+    by_rank: dict[int, float] = field(default_factory=dict[int, float])
+    search: tuple[tuple[float, float | None], ...] = ()
+    search_losses: tuple[float | None, float | None] = (None, None)
+    unseen_losses: tuple[float | None, float | None] = (None, None)
+    notes: tuple[str, ...] = ()
+
+
+def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
+    """Decide the step: the config's, or the one of the lowest loss on the search samples. Nothing is written.
+
+    Args:
+        job: The job.
+        solved: The solutions.
+        probe: The samples, and the settings of passes over them.
+        for_other_ranks: Whether to search for a ladder of ranks, too.
+
+    Raises:
+        NonFiniteError: if a loss without the adapter is not finite.
+    """
+    unseen = None
+    with adapters_off(job.scan.targets):
+        if probe.splits.unseen:
+            with job.stage("evaluate"):
+                unseen = _finite(job.loss(probe.splits.unseen, probe.settings), probe.splits.unseen, "unseen")
+        if not job.config.searches_step:
+            size = None if job.config.step_size is None else float(job.config.step_size)
+            return Step(size=size, unseen_losses=(unseen, None))
+        with job.stage("line search"):
+            return replace(_search_all(job, solved, probe, for_other_ranks), unseen_losses=(unseen, None))
+
+
+def _search_all(job: Job, solved: Solved, probe: Probe, for_other_ranks: bool) -> Step:
+    """Search the step at the ranks of the layers, and for a ladder of ranks if that is asked for."""
+    samples = probe.splits.search
+    watched = _WatchedLoss(job.compute_loss)
+    baseline = _finite(job.loss(samples, probe.settings, watched), samples, "search")
+    dtype = max(job.processes.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
+    resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
+    bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}
+    with TrialAdapters([job.targets[name] for name in bases], bases) as trial:
+        search = _Search(job, probe, trial, resolution)
+        found = search.at(None, samples, baseline, start=_first_step(job, solved))
+        by_rank = {rank: found.step_size for rank in _one_rank(job)}
+        if for_other_ranks:
+            by_rank = search.ladder(samples, found, by_rank)
+    notes: list[str] = []
     if len(found.alike) > 1 and resolution:
         alike = ", ".join(f"{step:.3g}" for step in found.alike)
-        job.report.notes.append(
+        notes.append(
             f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline:.4g}: {alike} cannot be told apart, "
             "and the smallest was taken. Have compute_loss return float32"
         )
     if not found.helped:
-        job.report.notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
-    return found.step_size
+        notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
+    return Step(
+        size=found.step_size,
+        by_rank=by_rank,
+        search=tuple((step, loss if math.isfinite(loss) else None) for step, loss in found.evaluations),
+        search_losses=(baseline, None),
+        notes=tuple(notes),
+    )
 
 
 class _WatchedLoss:
-    """A loss that notes the coarsest dtype that it came in.
-
-    Args:
-        compute_loss: The loss.
-    """
+    """A loss that notes the coarsest dtype that it came in."""
 
     def __init__(self, compute_loss: ComputeLoss) -> None:
         self._compute_loss = compute_loss
@@ -89,8 +122,7 @@ class _WatchedLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
         loss = self._compute_loss(model, batch, num_items)
-        if torch.finfo(loss.dtype).eps > torch.finfo(self.dtype).eps:
-            self.dtype = loss.dtype
+        self.dtype = max(self.dtype, loss.dtype, key=lambda found: torch.finfo(found).eps)
         return loss
 
 
@@ -103,123 +135,121 @@ def _finite(loss: float, samples: list[Any], kind: str) -> float:
     return loss
 
 
-def _first_step(job: Job) -> float:
+def _first_step(job: Job, solved: Solved) -> float:
     """Return where a search begins: of a stored initialisation, the layer that goes farthest may be left out here."""
     if job.config.layer_steps == "equal":
         return _FIRST_EQUAL_STEP
-    farthest = max(layer_lengths(job.report.layers, layer_steps=job.config.layer_steps).values())
-    return _FIRST_STEP / min(farthest / job.report.step_unit, 1.0)
+    farthest = max(layer_lengths(solved.layers.values(), layer_steps=job.config.layer_steps).values())
+    return _FIRST_STEP / min(farthest / solved.step_unit, 1.0)
 
 
-def _search(
-    job: Job,
-    trial: TrialAdapters,
-    samples: list[Any],
-    settings: PassSettings,
-    baseline: float,
-    resolution: float,
-    *,
-    rank: int | None = None,
-    start: float | None = None,
-) -> LineSearchResult:
-    def evaluate(step: float) -> float:
-        trial.rank, trial.step_size = rank, step
-        return job.loss(samples, settings)
+@dataclass(frozen=True)
+class _Search:
+    """Line searches with trial adapters."""
 
-    factor = 10**0.5 if rank is None else 2.0
-    return line_search(
-        evaluate,
-        baseline=baseline,
-        start=start or _first_step(job),
-        factor=factor,
-        refine=rank is None,
-        resolution=resolution,
-    )
+    job: Job
+    probe: Probe
+    trial: TrialAdapters
+    resolution: float
 
+    def at(self, rank: int | None, samples: list[Any], baseline: float, *, start: float) -> LineSearchResult:
+        """Search the step at a rank; None: at each layer's own, and more finely."""
 
-def _search_ladder(
-    job: Job,
-    trial: TrialAdapters,
-    samples: list[Any],
-    settings: PassSettings,
-    found: LineSearchResult,
-    resolution: float,
-) -> dict[int, float]:
-    """Search the step for a ladder of ranks, each a quarter of the last, from its neighbour's and on a few samples."""
-    largest = max(job.max_ranks.values())
-    ladder = [largest // _LADDER_RATIO**k for k in range(largest.bit_length()) if largest >= _LADDER_RATIO**k]
-    by_rank = {target.rank: found.step_size for target in _of_one_rank(job)}
-    if job.output_dir is None:  # only a stored initialisation is used at other ranks
-        return by_rank
-    part = samples[:_LADDER_SAMPLES]
-    trial.step_size = 0.0
-    baseline = found.baseline if len(part) == len(samples) else job.loss(part, settings)
-    start = found.step_size or None
-    for rank in ladder:
-        if rank not in by_rank:
-            by_rank[rank] = _search(job, trial, part, settings, baseline, resolution, rank=rank, start=start).step_size
-        start = by_rank[rank] or start
-    return dict(sorted(by_rank.items()))
+        def evaluate(step: float) -> float:
+            self.trial.rank, self.trial.step_size = rank, step
+            return self.job.loss(samples, self.probe.settings)
+
+        return line_search(
+            evaluate,
+            baseline=baseline,
+            start=start,
+            factor=10**0.5 if rank is None else 2.0,
+            refine=rank is None,
+            resolution=self.resolution,
+        )
+
+    def ladder(self, samples: list[Any], found: LineSearchResult, known: Mapping[int, float]) -> dict[int, float]:
+        """Search at ranks that are each a quarter of the last, from the neighbour's step and on a few samples."""
+        largest = max(self.job.max_ranks.values())
+        part = samples[:_LADDER_SAMPLES]
+        self.trial.step_size = 0.0
+        baseline = found.baseline if len(part) == len(samples) else self.job.loss(part, self.probe.settings)
+        by_rank, start = dict(known), found.step_size or found.evaluations[0][0]
+        while largest:
+            if largest not in by_rank:
+                by_rank[largest] = self.at(largest, part, baseline, start=start).step_size
+            start, largest = by_rank[largest] or start, largest // _LADDER_RATIO
+        return dict(sorted(by_rank.items()))
 
 
-def _of_one_rank(job: Job) -> list[Target]:
-    """Return the layers if all have the same rank, of which their step is then that of the ladder, and none if not."""
-    targets = list(job.targets.values())
-    return targets if len({target.rank for target in targets}) == 1 else []
+def _one_rank(job: Job) -> set[int]:
+    """Return the rank that all layers have, if they do: their step is then that of the ladder."""
+    ranks = {target.rank for target in job.scan.targets}
+    return ranks if len(ranks) == 1 else set()
 
 
-def write_adapter(
-    job: Job,
-    splits: SampleSplits,
-    settings: PassSettings,
-    solutions: dict[str, LayerSolution],
-    step: float | None,
-) -> None:
-    """Write the factors, and measure the loss with what was written, in the dtype that is stored.
+def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> tuple[Step, list[LayerReport]]:
+    """Write the factors, and measure the losses with what was written, in the dtype that is stored.
 
     If the loss on the search samples is above the base's after all, B is zero instead.
+
+    Args:
+        job: The job.
+        solved: The solutions.
+        step: The step.
+        probe: The samples; None: no loss is measured.
+
+    Returns:
+        The step that was written, with the losses, and what there is to report of each layer.
+
+    Raises:
+        WriteError: if a factor reads back differently.
     """
-    write_solutions(job, solutions, step)
-    if splits.search:
+    layers = _write(job, solved, step.size)
+    if probe is None:
+        return step, layers
+    if probe.splits.search:
         with job.stage("line search"):
-            after = job.loss(splits.search, settings)
-        before = job.report.search_loss_before
-        if step and before is not None and not after <= before:
-            job.report.notes.append(
-                f"step {step:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, above the "
+            after = job.loss(probe.splits.search, probe.settings)
+        before = step.search_losses[0]
+        if step.size and before is not None and not after <= before:
+            note = (
+                f"step {step.size:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, above the "
                 f"base's {before:.6f}: B is zero instead"
             )
-            write_solutions(job, solutions, 0.0)
-            job.report.step_size, after = 0.0, before
-            job.report.step_size_by_rank |= {target.rank: 0.0 for target in _of_one_rank(job)}
-        job.report.search_loss_after = after
-    if splits.unseen:
-        with job.stage("evaluate"):
-            after = job.loss(splits.unseen, settings)
-        if math.isfinite(after):
-            job.report.unseen_loss_after = after
-            before = job.report.unseen_loss_before
-            if before is not None and after > before:
-                note = (
-                    f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the "
-                    "start was computed from may be too few, or unlike them"
-                )
-                job.report.notes.append(note)
-                if job.ranks.rank == 0:
-                    logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", note)
-        else:
-            job.report.notes.append(f"with the adapter, the loss on the unseen samples is {after}")
+            layers, after = _write(job, solved, 0.0), before
+            by_rank = step.by_rank | dict.fromkeys(_one_rank(job), 0.0)
+            step = replace(step, size=0.0, by_rank=by_rank, notes=(*step.notes, note))
+        step = replace(step, search_losses=(before, after))
+    return (_measure_unseen(job, step, probe) if probe.splits.unseen else step), layers
 
 
-def write_solutions(job: Job, solutions: dict[str, LayerSolution], step: float | None) -> None:
+def _measure_unseen(job: Job, step: Step, probe: Probe) -> Step:
+    """Add the loss on the unseen samples, and a warning if it rose."""
+    with job.stage("evaluate"):
+        after = job.loss(probe.splits.unseen, probe.settings)
+    before = step.unseen_losses[0]
+    if not math.isfinite(after):
+        return replace(step, notes=(*step.notes, f"with the adapter, the loss on the unseen samples is {after}"))
+    step = replace(step, unseen_losses=(before, after))
+    if before is None or after <= before:
+        return step
+    note = (
+        f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the start was "
+        "computed from may be too few, or unlike them"
+    )
+    if job.processes.is_main:
+        logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", note)
+    return replace(step, notes=(*step.notes, note))
+
+
+def _write(job: Job, solved: Solved, size: float | None) -> list[LayerReport]:
     """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`; 0: B is zero."""
-    with job.stage("write"), job.ranks.stage("write", has_collectives=job.writes_in_step, known=WriteError):
-        for name, solution in solutions.items():
+    with job.stage("write"):
+        for name, solution in solved.solutions.items():
             target = job.targets[name]
-            basis_A, basis_B = (part.to(target.device) for part in solution.at_rank(target.rank))
-            scaling = target.peft_scaling
-            factors = factors_at_step(basis_A, basis_B, job.config, peft_scaling=scaling, step_size=step)
+            basis_A, basis_B = (part.double() for part in solution.at_rank(target.rank))
+            factors = factors_at_step(basis_A, basis_B, job.config, peft_scaling=target.peft_scaling, step_size=size)
             write_factors(target, *factors)
         settle(job.model)
-        for layer in job.report.layers:
-            layer.update_norm = update_norm(job.targets[layer.name])
+        return [replace(layer, update_norm=update_norm(job.targets[name])) for name, layer in solved.layers.items()]

@@ -27,20 +27,17 @@ class Lockstep:
     Attributes:
         most: Returns the largest of the numbers that the processes give it.
         filler: A sample to run where a process has none left. It counts for nothing.
-        alike: Makes a block that fails on all processes if it does on one.
-        in_step: Makes a block in which all processes wait for each other.
+        alike: Makes a block that raises `SingleSamplesNeeded` on all processes if it does on one.
     """
 
     most: Callable[[int], int]
     filler: Any
     alike: Callable[[], AbstractContextManager[None]]
-    in_step: Callable[[], AbstractContextManager[None]]
 
     @classmethod
     def of_one(cls) -> Lockstep:
         """Return that of a process which nobody waits for."""
-        free = contextlib.nullcontext
-        return cls(most=lambda number: number, filler=None, alike=free, in_step=free)
+        return cls(most=lambda number: number, filler=None, alike=contextlib.nullcontext)
 
     @property
     def runs_what_does_not_count(self) -> bool:

@@ -15,8 +15,7 @@ from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss, LossReduction
-from lora_da_hf.statistics.model_state import generator_states, restore_generators, without_checkpointing
-from lora_da_hf.statistics.pass_state import PassState, PassStore
+from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps
 from lora_da_hf.statistics.token_masks import (
     BatchTokens,
@@ -26,7 +25,6 @@ from lora_da_hf.statistics.token_masks import (
 )
 
 _HALF_PRECISION_SCALE = 2.0**12
-_RANDOM_STATE = "random_state"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,6 @@ def collect(
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], None],
-    store: PassStore | None = None,
     lockstep: Lockstep | None = None,
     by_length: bool = True,
 ) -> PassResult:
@@ -103,7 +100,6 @@ def collect(
         settings: How.
         make_taps: Makes the taps, with sums at zero.
         on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
-        store: Where the state of the pass is kept, and taken up from; None: nowhere.
         lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
         by_length: Whether samples of similar length are put together; else they are in their order.
 
@@ -124,22 +120,12 @@ def collect(
             "size"
         )
     make_batches = batches_by_length if by_length and settings.reduction.kind != "batch" else whole_batches
-    resumes = store is not None
     while True:
-        with lockstep.alike():
-            earlier = store.load() if store is not None and resumes else None
-            if earlier is not None:
-                batch_size, why_single, notes = (earlier.facts[name] for name in ("batch_size", "why_single", "notes"))
-            result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, notes=notes)
-            result.taps.sequences = settings.sequences
-            first = _restore(result, earlier) if earlier is not None else 0
-            earlier, resumes = None, False  # its tensors are as large as the sums
-        batches = make_batches(samples, batch_size)
-        done = sum(map(len, batches[:first]))
-        if done:
-            on_samples(done)
+        result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, notes=notes)
+        result.taps.sequences = settings.sequences
+        done = 0
         try:
-            for number, (batch_samples, counts) in enumerate(lockstep.batches(batches[first:]), start=first + 1):
+            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
                 with lockstep.alike():
                     prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
                 if prepared.counts or lockstep.runs_what_does_not_count:
@@ -148,9 +134,6 @@ def collect(
                     _count_batch(prepared, result)
                     done += len(batch_samples)
                     on_samples(len(batch_samples))
-                if store is not None and number % store.every == 0:
-                    with lockstep.alike():
-                        store.save(_state(result, number))
         except SingleSamplesNeeded as reason:
             if batch_size == 1:
                 raise StatisticsError(
@@ -161,34 +144,12 @@ def collect(
             notes = [*notes, _single_note(why_single)]
             del result  # before the next sums are there too
             on_samples(-done)
-            if store is not None:
-                with lockstep.alike():  # before any process writes the first of the new ones
-                    store.clear()
             continue
         return result
 
 
 def _single_note(reason: str) -> str:
     return f"run one sample at a time: {reason}"
-
-
-def _state(result: PassResult, batches_done: int) -> PassState:
-    names = ("num_samples", "num_items", "num_unlabelled", "batch_size", "why_single", "notes")
-    facts = {name: getattr(result, name) for name in names}
-    counts = {"batches_done": batches_done, "counts": result.taps.counts(), "saw_float16": result.taps.saw_float16}
-    tensors = {**result.taps.sums(), _RANDOM_STATE: torch.get_rng_state()}
-    return PassState(tensors=tensors, facts={**facts, **counts, "generators": generator_states()})
-
-
-def _restore(result: PassResult, state: PassState) -> int:
-    """Put the sums and counts of an earlier pass in a new one, and return how many batches are in them."""
-    result.taps.restore(state.tensors, state.facts["counts"])
-    result.taps.saw_float16 = state.facts["saw_float16"]
-    for name in ("num_samples", "num_items", "num_unlabelled"):
-        setattr(result, name, state.facts[name])
-    torch.set_rng_state(state.tensors[_RANDOM_STATE])
-    restore_generators(state.facts["generators"])
-    return state.facts["batches_done"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,13 +195,12 @@ def _add_batch(
 ) -> None:
     taps.tokens, taps.muted = prepared.tokens, not prepared.counts
     with taps, labelled_rows(settings):
-        with lockstep.in_step():
-            loss = settings.reduction.loss(compute_loss, model, prepared.batch)
-            loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
-            # float16 has too small a range for the gradients of a mean, and for those of a sum
-            taps.gradient_scale = _HALF_PRECISION_SCALE / max(prepared.num_items, 1) if taps.saw_float16 else 1.0
-            if loss.requires_grad:
-                (loss * (settings.reduction.weight(prepared.num_items) * taps.gradient_scale)).backward()
+        loss = settings.reduction.loss(compute_loss, model, prepared.batch)
+        loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
+        # float16 has too small a range for the gradients of a mean, and for those of a sum
+        taps.gradient_scale = _HALF_PRECISION_SCALE / max(prepared.num_items, 1) if taps.saw_float16 else 1.0
+        if loss.requires_grad:
+            (loss * (settings.reduction.weight(prepared.num_items) * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too
             if prepared.counts:
                 check_loss(loss)
@@ -297,7 +257,7 @@ def evaluate_loss(
                     prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
                 if not prepared.counts and not lockstep.runs_what_does_not_count:
                     continue
-                with lockstep.in_step(), labelled_rows(settings):
+                with labelled_rows(settings):
                     loss = settings.reduction.loss(compute_loss, model, prepared.batch).item()
                 if prepared.counts:
                     total += loss * settings.reduction.weight(prepared.num_items)

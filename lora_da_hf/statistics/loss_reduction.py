@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,7 +79,6 @@ def find_reduction(
     *,
     shifts_labels: bool,
     declared: Declared = "auto",
-    alike: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> LossReduction:
     """Find out how the loss of a batch is made of its samples'.
 
@@ -98,16 +96,14 @@ def find_reduction(
         samples: At least one sample; up to four of them are used.
         shifts_labels: Whether position t predicts label t + 1.
         declared: What the user says.
-        alike: Makes a block that fails on all of several processes if it does on one, for what comes before the loss.
     """
     if declared != "auto":
         return LossReduction(kind=declared, reason="declared by loss_reduction")
     if len(samples) < 2:
         return LossReduction(kind="unknown", reason="there is one sample only")
-    with alike():
-        first, *others = _unlike([_Single.of(sample, collate, shifts_labels) for sample in samples])
-        alone = collate([first.sample])
-        batches = [(collate([other.sample]), collate([first.sample, other.sample])) for other in others]
+    first, *others = _unlike([_Single.of(sample, collate, shifts_labels) for sample in samples])
+    alone = collate([first.sample])
+    batches = [(collate([other.sample]), collate([first.sample, other.sample])) for other in others]
 
     def value(batch: Mapping[str, Any], items: int | None) -> float:
         return compute(model, batch, None if items is None else _items(items, batch)).item()

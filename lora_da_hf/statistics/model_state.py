@@ -87,22 +87,6 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generator_states() -> dict[str, Any]:
-    """Return the states of Python's and numpy's global random number generators, as JSON values."""
-    numpy = np.random.get_state(legacy=False)
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
-    }
-
-
-def restore_generators(states: dict[str, Any]) -> None:
-    """Go on from what `generator_states` returned."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(states["numpy"])
-
-
 @contextlib.contextmanager
 def _frozen_parameters(model: nn.Module) -> Generator[None]:
     """Freeze everything; a loss that switches adapters on and off thaws them, so gradients are put back as well."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,29 +110,6 @@ class Taps:
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
-
-    def sums(self) -> dict[str, Tensor]:
-        """Return the sums themselves, no copies: ``<layer>.squares``, ``.weight_grad`` and, of leaders, ``.input``."""
-        found: dict[str, Tensor] = {}
-        for name, tap in self.taps.items():
-            found[f"{name}.squares"], found[f"{name}.weight_grad"] = tap.sums.squares, tap.sums.weight_grad
-            if tap.leader is None:
-                found[f"{name}.input"] = tap.input_sum.total
-        return found
-
-    def counts(self) -> dict[str, list[int]]:
-        """Return each layer's counts: tokens in its input sum and in its output sum, forward and backward calls."""
-        return {
-            name: [tap.input_sum.num_tokens, tap.sums.num_tokens, tap.forward_calls, tap.backward_calls]
-            for name, tap in self.taps.items()
-        }
-
-    def restore(self, sums: Mapping[str, Tensor], counts: Mapping[str, Sequence[int]]) -> None:
-        """Go on from what `sums` and `counts` returned of taps on the same layers."""
-        for name, total in self.sums().items():
-            total.copy_(sums[name])
-        for name, tap in self.taps.items():
-            tap.input_sum.num_tokens, tap.sums.num_tokens, tap.forward_calls, tap.backward_calls = counts[name]
 
     def _hook(self, tap: _LayerTap) -> Callable[..., Tensor]:
         anchors: dict[torch.device, Tensor] = {}

@@ -11,10 +11,10 @@ from transformers import LlamaConfig
 
 from lora_da_hf.cli.main import main
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.errors import PlanError
 from lora_da_hf.pipeline.memory import free_memory, linear_weights, usable_by_all
-from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
+from lora_da_hf.pipeline.plan import Group, Workload, make_plan
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.theory.solve import factorize, solve_layer
 
@@ -60,20 +60,17 @@ def test_a_byte_less_takes_another_pass():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize("schedule", ["samples", "layers"])
 @pytest.mark.parametrize("count", [1, 3, 16])
-def test_every_group_is_collected_once_by_processes_within_their_budget(size, schedule, count):
+def test_every_group_is_collected_once_by_processes_within_their_budget(size, count):
     work = make_work()
     budget = budget_for(work, count)
-    plan = make_plan(work, num_processes=size, budget=budget, schedule=schedule)
+    plan = make_plan(work, num_processes=size, budget=budget)
     assert sorted(leader for window in plan.windows for leader in window) == sorted(leaders(work))
     assert set(plan.owners) == set(leaders(work))
     assert set(plan.owners.values()) <= set(range(size))
     groups = {group.leader: group for group in work.groups}
     for window in plan.windows:
-        for rank in range(size):
-            mine = [groups[leader] for leader in window if plan.schedule == "samples" or plan.owners[leader] == rank]
-            assert all(taken <= budget[0] for taken in work.peak_bytes(mine).values())
+        assert all(taken <= budget[0] for taken in work.peak_bytes(groups[leader] for leader in window).values())
     assert plan.peak_bytes <= budget[0]
 
 
@@ -88,40 +85,18 @@ def test_each_device_has_a_budget_of_its_own():
 
 def test_processes_share_the_samples_where_memory_suffices():
     plan = make_plan(make_work(samples=7), num_processes=2, budget=UNLIMITED)
-    assert (plan.schedule, plan.sample_passes, len(plan.windows)) == ("samples", 4, 1)
-
-
-def test_processes_share_the_layers_where_that_takes_no_more_passes():
-    work = make_work()
-    plan = make_plan(work, num_processes=4, budget=budget_for(work, 4))
-    assert (plan.schedule, plan.sent_bytes) == ("layers", 0)
-    assert (
-        plan.sample_passes
-        <= make_plan(work, num_processes=4, budget=budget_for(work, 4), schedule="samples").sample_passes
-    )
-
-
-def test_one_sample_is_no_reason_to_share_the_layers():
-    assert make_plan(make_work(samples=1), num_processes=2, budget=UNLIMITED).schedule == "samples"
-
-
-def test_two_processes_that_share_the_layers_take_about_half_the_memory():
-    work = make_work(blocks=16)
-    whole, half = (
-        make_plan(work, num_processes=size, budget=UNLIMITED, schedule="layers").peak_bytes for size in (1, 2)
-    )
-    assert half <= 0.6 * whole
+    assert (plan.sample_passes, len(plan.windows)) == (4, 1)
 
 
 def test_statistics_that_are_stored_are_solved_by_the_first_process():
     work = make_work()
     plan = make_plan(work, num_processes=4, budget=budget_for(work, 4), solve_alone=True)
-    assert (plan.schedule, set(plan.owners.values())) == ("samples", {0})
+    assert set(plan.owners.values()) == {0}
 
 
 def test_the_owners_of_each_window_share_its_solve():
     work = make_work()
-    plan = make_plan(work, num_processes=2, budget=budget_for(work, 4), schedule="samples")
+    plan = make_plan(work, num_processes=2, budget=budget_for(work, 4))
     assert all({plan.owners[leader] for leader in window} == {0, 1} for window in plan.windows)
     alone = make_plan(work, budget=budget_for(work, 4)).solve_flops
     assert plan.solve_flops == pytest.approx(alone / 2, rel=0.2)
@@ -159,7 +134,7 @@ def test_layers_that_do_not_fit_alone_are_an_error_that_says_what_would_help():
         "The statistics do not fit: 0.q, 0.k, 0.v (input 64) take 0.31 MiB and there are 0.31 MiB."
     )
     assert f"Set memory_budget to at least {needed} bytes" in message
-    assert "neither more processes nor schedule='layers' helps" in message
+    assert "more processes do not help" in message
     assert message.endswith("accumulate_dtype='float32' halves the sums.")
     assert "float32" not in str(_error_of(make_work()))
 
@@ -184,7 +159,7 @@ def test_small_groups_are_solved_one_on_each_thread_if_there_is_memory():
 
 def test_a_plan_says_what_will_be_done():
     work = make_work()
-    plan = make_plan(work, num_processes=4, budget=budget_for(work, 4), schedule="samples")
+    plan = make_plan(work, num_processes=4, budget=budget_for(work, 4))
     text = plan.describe(1e6)
     assert text.startswith("4 processes that share the samples, 4 passes, each for a part of the layers, 64 samples")
     assert "sent by a process" in text
@@ -192,11 +167,6 @@ def test_a_plan_says_what_will_be_done():
     alone = make_plan(work, budget=UNLIMITED)
     assert alone.describe().startswith("one process, one pass, 64 samples forward and backward a process; at most")
     assert "sent" not in alone.describe()
-
-
-def test_a_plan_survives_json():
-    plan = make_plan(make_work(), num_processes=3, budget=budget_for(make_work(), 4))
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_linear_weights_are_counted_without_the_adapter(tiny_llama, lora_model):
@@ -234,7 +204,7 @@ def test_a_70b_in_four_bits_fits_on_80_gib(tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["peak_bytes"] < 28 * 2**30
 
 
-class TwoProcesses(Ranks):
+class TwoProcesses(Processes):
     """The first of two processes, the other of which says what it is told to."""
 
     def __init__(self, *answers):

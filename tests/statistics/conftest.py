@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_da_hf.distributed.ranks import Ranks
+from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.losses import is_encoder_decoder, longest_labels, make_labelled_head, model_loss, shifts_labels
 from lora_da_hf.records import LayerStatistics
@@ -113,7 +113,7 @@ def run_pass(
     groups = input_groups(shared)
     statistics = {}
     counts = {"num_samples": result.num_samples, "num_items": result.num_items}
-    for _, found in reduce_statistics(result.taps, groups, dict.fromkeys(groups, 0), Ranks(0, 1), **counts):
+    for _, found in reduce_statistics(result.taps, groups, dict.fromkeys(groups, 0), Processes(0, 1), **counts):
         statistics |= found
     return Collected(statistics=statistics, result=result, reduction=reduction, shared=shared)
 

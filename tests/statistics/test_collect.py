@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_passes_through_evaluation(tiny_llama, token_s
 def in_lockstep(samples):
     """Make the lockstep of a process with fewer batches than another, which has five."""
     free = contextlib.nullcontext
-    return Lockstep(most=lambda number: max(number, 5), filler=samples[0], alike=free, in_step=free)
+    return Lockstep(most=lambda number: max(number, 5), filler=samples[0], alike=free)
 
 
 def counting_loss():

@@ -1,0 +1,129 @@
+"""The few collective operations that an initialisation needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_da_hf.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the work. With one process every operation does nothing.
+
+    If one fails the others wait for it, until the launcher ends them or the process group's timeout does.
+
+    Attributes:
+        index: This process's number.
+        count: How many there are.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Return the processes of the default process group, or this one alone if there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls(0, 1)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return this process's share of the items: every count-th, from its index on."""
+        return list(items[self.index :: self.count])
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in order, on all of them: small objects, since they are pickled."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise sum over the processes, the same bits on all of them."""
+        return [sum(column) for column in zip(*self.gather(tuple(values)), strict=True)]
+
+    def reduce_sum_(self, tensor: Tensor, owner: int) -> None:
+        """Sum ``tensor`` over the processes into the owner's, in place; the others' is then undefined."""
+        if self.count > 1:
+            dist.reduce(tensor, dst=owner)
+
+    def broadcast(
+        self, tensors: Sequence[Tensor] | None, specs: Sequence[tuple[Sequence[int], torch.dtype]], source: int
+    ) -> list[Tensor]:
+        """Return the source's tensors on every process: all of them in one message.
+
+        Args:
+            tensors: At the source, the tensors, on one device; elsewhere None.
+            specs: Shape and dtype of each, known to all.
+            source: The process that has them.
+
+        Returns:
+            The tensors themselves at the source, and copies on the default device of the collectives elsewhere.
+        """
+        if self.count == 1 or not specs:
+            return list(tensors or [])
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
+        if tensors is not None:
+            flat = torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+            flat = flat.to(_collective_device())
+        else:
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_collective_device())
+        dist.broadcast(flat, src=source)
+        if tensors is not None:
+            return list(tensors)
+        parts = flat.split(sizes)  # cloned: a view of eight-byte numbers has to begin at a multiple of eight
+        return [part.clone().view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, specs, strict=True)]
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Verify that all processes have the same facts, small values by name.
+
+        Raises:
+            ConfigError: on all of them, naming what differs.
+        """
+        first, *others = self.gather(dict(facts))
+        for index, other in enumerate(others, start=1):
+            names = [name for name in dict.fromkeys((*first, *other)) if first.get(name) != other.get(name)]
+            if names:
+                raise ConfigError(
+                    f"The processes differ in {', '.join(names)}: process 0 has {names[0]}={first.get(names[0])!r}, "
+                    f"and process {index} has {other.get(names[0])!r}. Give all processes the same."
+                )
+
+
+def _collective_device() -> torch.device:
+    """Return a device that the process group can send from: NCCL's is this process's GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def balanced_owners(costs: dict[str, float], count: int) -> dict[str, int]:
+    """Assign items to processes so that the largest total cost is small: costliest first, to the least loaded.
+
+    Args:
+        costs: Cost of each item.
+        count: How many processes there are.
+
+    Returns:
+        The process of each item; the same on every process.
+    """
+    load = [0.0] * count
+    owners: dict[str, int] = {}
+    for name in sorted(costs, key=lambda n: (-costs[n], n)):
+        owners[name] = min(range(count), key=load.__getitem__)
+        load[owners[name]] += costs[name]
+    return owners
