@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,6 @@ def made_now() -> dict[str, Any]:
     """Return when and with which versions of the libraries a manifest is made."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"created": now, "versions": {package: importlib.metadata.version(package) for package in _PACKAGES}}
-
-
-def leaders_of(shared_inputs: Mapping[str, str], solutions: Collection[str]) -> dict[str, str]:
-    """Return the leader of each solved layer, which is the first solved one of its group."""
-    first: dict[str, str] = {}
-    for name, leader in shared_inputs.items():
-        if name in solutions:
-            first.setdefault(leader, name)
-    return {name: first[leader] for name, leader in shared_inputs.items() if name in solutions}
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
