@@ -87,7 +87,9 @@ def write_init(
         (partial / MANIFEST_FILE).write_bytes(make_manifest(entries).to_json().encode())
 
 
-def load_init(folder: str | Path, *, base_model: BaseModelFacts | None = None, statistics: bool = True) -> StoredInit:
+def load_init(
+    folder: str | Path, *, base_model: BaseModelFacts | None = None, statistics: bool = True, alone: bool = True
+) -> StoredInit:
     """Read an initialisation, checking everything before it is used.
 
     Size, hash, header and shapes of every file; finite values in all but stored statistics, whose numbers are looked at
@@ -98,6 +100,7 @@ def load_init(folder: str | Path, *, base_model: BaseModelFacts | None = None, s
         base_model: Facts of the model it will be used on; None: not compared.
         statistics: Whether full statistics that the manifest lists must be there; False: they may be missing, and are
             not looked at, as for `apply_init`, which uses none.
+        alone: Whether other files in the folder are refused; the Hub's cache may hold more of a repository.
 
     Raises:
         ArtifactError: naming the file that is missing, changed or not part of it, and the key.
@@ -107,7 +110,7 @@ def load_init(folder: str | Path, *, base_model: BaseModelFacts | None = None, s
     manifest = load_manifest(folder)
     notes = () if base_model is None else check_base_model(manifest, base_model)
     for path in sorted(folder.iterdir()):
-        if path.name not in (MANIFEST_FILE, *manifest.files) and not may_lie_beside(path):
+        if alone and path.name not in (MANIFEST_FILE, *manifest.files) and not may_lie_beside(path):
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it.")
     for name, entry in manifest.files.items():
         if statistics or not name.startswith(STATISTICS_PREFIX):

@@ -98,7 +98,7 @@ def pull_init(
     with hub_errors(doing):
         wanted = [name for name in manifest.files if statistics or not name.startswith(STATISTICS_PREFIX)]
         whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
-        stored = _read(whole, functools.partial(load_init, statistics=statistics), offline=offline)
+        stored = _read(whole, functools.partial(load_init, statistics=statistics, alone=False), offline=offline)
         if local_dir is not None:
             Path(local_dir).mkdir(parents=True, exist_ok=True)
             for name in (*wanted, MANIFEST_FILE):

@@ -1,5 +1,6 @@
 """Fetching: complete and checked, or not at all, whatever the network and the cache do."""
 
+import json
 import os
 import stat
 import subprocess
@@ -9,13 +10,13 @@ import threading
 import pytest
 import torch
 from conftest import make_lora_model, make_tiny_llama
-from harness import BASE_NAME, assert_same_tensors, written_adapter
-from local_hub import STATISTICS_FILE
+from harness import BASE_NAME, assert_same_tensors, forge_manifest, written_adapter
+from local_hub import STATISTICS_FILE, Repo
 from peft import PeftModel
 
 import lora_da_hf.hub
 from lora_da_hf import apply_init, load_init
-from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
 from lora_da_hf.training.init_source import find_init
@@ -100,6 +101,8 @@ def test_nothing_but_the_files_of_the_manifest_is_fetched(hub, push, pull):
     folder = pull().folder
     wanted = {MANIFEST_FILE, *load_init(folder).manifest.files}
     assert set(hub.downloads()) == wanted == {path.name for path in folder.iterdir()}
+    (folder / "modeling.py").write_bytes(b"fetched by somebody else")
+    assert pull().folder == folder
 
 
 # Who may read
@@ -230,6 +233,17 @@ def test_a_file_that_was_changed_on_the_hub_is_refused(hub, push, pull, tmp_path
     with pytest.raises(ArtifactError, match=name):
         pull(local_dir=tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_config_that_changes_the_base_is_refused_by_push_and_pull_alike(hub, init, push, pull):
+    path = init / ADAPTER_CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kasa_config": {}}))
+    forge_manifest(init)
+    hub.repos[REPO] = Repo(REPO, private=True)
+    hub.repos[REPO].commit(contents(init))
+    for refused in (push, pull):
+        with pytest.raises(ArtifactError, match=f"{ADAPTER_CONFIG_FILE}.*kasa_config"):
+            refused()
 
 
 def test_four_pulls_at_once(init, push, pull):
