@@ -127,7 +127,7 @@ def longest_labels(model: nn.Module) -> int:
 
 
 def max_sample_length(model: nn.Module) -> int | None:
-    """Return the longest sample, in tokens, that a model with a table of positions allows; None: there is no table.
+    """Return the longest sample, in tokens, that a model's table of positions allows; None without a table.
 
     Rotary and other computed positions have no end, whatever the config calls the longest one.
     """

@@ -29,7 +29,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
         super().__init__()
-        self._owner = (experts,)  # a tuple, so that it is no submodule
+        self._owner = (experts,)  # in a tuple, so that torch does not take it for a submodule
         self.parameter_name = parameter_name
         self.index = index
         self.routed_tokens: RoutedTokens | None = None

@@ -41,7 +41,7 @@ def read_of_checkpoint(path: Path) -> dict[str, Any]:
     That of a stored initialisation is read by `lora_da_hf.artifacts.adapter_config.check_adapter_config`.
 
     Raises:
-        ArtifactError: if it is no configuration of a LoRA adapter.
+        ArtifactError: if it is not the configuration of a LoRA adapter.
     """
     remedy = "Go on from another checkpoint"
     try:
@@ -49,7 +49,7 @@ def read_of_checkpoint(path: Path) -> dict[str, Any]:
         patterns = (values["rank_pattern"], values["alpha_pattern"])
         numbers = [values["r"], values["lora_alpha"], *(n for pattern in patterns for n in pattern.values())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no configuration of a LoRA adapter ({error!r}). {remedy}.") from error
+        raise ArtifactError(f"{path} is not the configuration of a LoRA adapter ({error!r}). {remedy}.") from error
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
         raise ArtifactError(f"{path}: a rank or an alpha is not positive. {remedy}.")
     return values

@@ -57,7 +57,7 @@ class Output:
         print(shown, file=self._stdout, flush=True)
 
     def message(self, text: str) -> None:
-        """Tell a person something that is no part of the result."""
+        """Tell a person something beside the result."""
         if not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
 

@@ -28,7 +28,9 @@ def check_data_file(path: str) -> None:
         DataError: if not.
     """
     if loader_of(path) is None:
-        raise DataError(f"{path} is no data file: the name must end in {', '.join(LOADERS)}, or one of these and .gz.")
+        raise DataError(
+            f"{path} is not a data file: the name must end in {', '.join(LOADERS)}, or one of these and .gz."
+        )
     if not Path(path).is_file():
         raise DataError(f"The file {path} does not exist.")
 

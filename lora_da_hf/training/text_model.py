@@ -23,7 +23,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     """Load the model and its tokenizer, and make sure that the tokenizer can pad.
 
     Raises:
-        ConfigError: if there is no such model, or no tokenizer, or not one for this model.
+        ConfigError: if the model or its tokenizer cannot be found, or they do not fit.
     """
     shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
     revision = {"revision": arguments.model_revision}

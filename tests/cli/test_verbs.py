@@ -91,7 +91,7 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         (["train.jsonl", "--lora_rank", "0"], "--lora_rank must be at least 1"),
         (["train.jsonl", "--lora_dropout", "2"], "--lora_dropout must be at least 0 and below 1"),
         (["empty.jsonl"], "empty.jsonl holds no rows"),
-        (["notes.md"], "notes.md is no data file: the name must end in .csv, .json, .jsonl"),
+        (["notes.md"], "notes.md is not a data file: the name must end in .csv, .json, .jsonl"),
         (["folder"], "folder cannot be loaded as data"),
         (["broken.parquet"], "broken.parquet cannot be loaded as data"),
         (["train.jsonl", *PAIRS, "--tokenizer_name", "bare"], "Name one with --tokenizer_name"),

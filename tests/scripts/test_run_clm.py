@@ -405,7 +405,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
     [
         ([], "nothing to do: give --do_train, --do_eval or both"),
         (["--do_train"], "--do_train needs data"),
-        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx is no data file: the name must end in .csv, .json"),
+        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx is not a data file: the name must end in .csv, .json"),
         (["--do_train", "--train_file", "missing.csv"], "missing.csv does not exist"),
         (["--do_train", "--dataset_name", "d", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
         (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
