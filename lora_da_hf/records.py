@@ -31,7 +31,7 @@ class LayerStatistics:
     num_input_tokens: int
     num_output_tokens: int
 
-    def to(self, device: torch.device | str) -> LayerStatistics:
+    def on(self, device: torch.device | str) -> LayerStatistics:
         """Return the statistics on a device."""
         return dataclasses.replace(
             self,
@@ -72,15 +72,6 @@ class LayerSolution:
     residual: float
     notes: tuple[str, ...] = ()
 
-    def to(self, device: torch.device | str) -> LayerSolution:
-        """Return the solution on a device."""
-        return dataclasses.replace(
-            self,
-            basis_A=self.basis_A.to(device),
-            basis_B=self.basis_B.to(device),
-            eigenvalues=self.eigenvalues.to(device),
-        )
-
     def in_unit(self, unit: float) -> LayerSolution:
         """Return the solution for a displacement that is divided by a number."""
         if unit == 1.0:
@@ -92,7 +83,7 @@ class LayerSolution:
         """The tensors, in the order of `SOLUTION_TENSORS`."""
         return tuple(getattr(self, name) for name in SOLUTION_TENSORS)
 
-    def on(self, device: str) -> LayerSolution:
+    def on(self, device: torch.device | str) -> LayerSolution:
         """Return the solution with its tensors on a device."""
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in SOLUTION_TENSORS})
 

@@ -119,7 +119,6 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         "sample_passes": plan.sample_passes,
         "weight_bytes": weights,
         "peak_bytes": plan.peak_bytes,
-        "sent_bytes": plan.sent_bytes,
         "statistics_seconds": round(collect, 1),
         "solve_seconds": round(solve, 1),
     }

@@ -71,7 +71,6 @@ def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, tok
         weights=all_weights(model, groups),
         num_samples=config.num_samples,
         num_tokens=config.num_samples * tokens,
-        itemsize=getattr(torch, config.accumulate_dtype).itemsize,
         threads=solver_threads([_device()]),
     )
 

@@ -31,21 +31,8 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
     Raises:
         PlanError: if a layer's statistics do not fit.
     """
-    return make_plan(
-        _workload(job, probe),
-        num_processes=job.processes.count,
-        budget=dict(enumerate(_budget(job))),
-        solve_alone=job.config.save_statistics,
-    )
-
-
-def _devices(job: Job) -> list[torch.device]:
-    return list(dict.fromkeys(target.device for target in job.scan.targets))
-
-
-def _workload(job: Job, probe: Probe) -> Workload:
-    devices = _devices(job)
-    groups = [
+    devices = list(dict.fromkeys(target.device for target in job.scan.targets))
+    groups = tuple(
         Group(
             members=tuple(members),
             d_in=job.targets[leader].in_features,
@@ -53,16 +40,25 @@ def _workload(job: Job, probe: Probe) -> Workload:
             device=devices.index(job.targets[leader].device),
         )
         for leader, members in input_groups(probe.shared).items()
-    ]
+    )
     samples = probe.splits.statistics
-    return Workload(
-        groups=tuple(groups),
+    work = Workload(
+        groups=groups,
         weights=all_weights(job.model, groups),
         num_samples=len(samples),
         num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
-        itemsize=getattr(torch, job.config.accumulate_dtype).itemsize,
         checkpointing=bool(checkpointing_modules(job.model)),
         threads=min(job.processes.gather(solver_threads(devices))),
+    )
+    if job.config.memory_budget is None:
+        budget = usable_by_all(devices, job.processes)
+    else:
+        budget = [budget_bytes(job.config.memory_budget)] * len(devices)
+    return make_plan(
+        work,
+        num_processes=job.processes.count,
+        budget=dict(enumerate(budget)),
+        solve_alone=job.config.save_statistics,
     )
 
 
@@ -87,14 +83,6 @@ def linear_weights(model: nn.Module) -> int:
     return total
 
 
-def _budget(job: Job) -> list[float]:
-    """Return what the sums may take on each device: what all processes have."""
-    devices = _devices(job)
-    if job.config.memory_budget is not None:
-        return [budget_bytes(job.config.memory_budget)] * len(devices)
-    return usable_by_all(devices, job.processes)
-
-
 def budget_bytes(budget: float | str) -> int:
     """Return `memory_budget` in bytes."""
     if isinstance(budget, str) and not budget.isdigit():
@@ -103,12 +91,7 @@ def budget_bytes(budget: float | str) -> int:
 
 
 def usable_by_all(devices: Sequence[torch.device], processes: Processes) -> list[float]:
-    """Return the bytes that sums may take on each device in every process: those that share one get equal parts.
-
-    Args:
-        devices: This process's, as many as every other has.
-        processes: Those that share the work.
-    """
+    """Return the bytes that sums may take on each device in every process: those that share one get equal parts."""
     places = [_place(device) for device in devices]
     sharers = Counter(place for of_process in processes.gather(places) for place in of_process)
     mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
@@ -116,7 +99,7 @@ def usable_by_all(devices: Sequence[torch.device], processes: Processes) -> list
 
 
 def _place(device: torch.device) -> str:
-    """Name a device so that no other has that name: each process may see other GPUs, and call its first cuda:0."""
+    """Name a device uniquely: each process may see other GPUs, and call its first cuda:0."""
     of_machine = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
     return f"{platform.node()} {of_machine}"
 

@@ -114,11 +114,11 @@ def solve_layer(
             ) from error
         missed = "overflowed"
     if missed:
-        on_cpu = statistics.to("cpu")
+        on_cpu = statistics.on("cpu")
         again = factorize(on_cpu, config, layer=layer, dtype=torch.float64)
         solution = solve_layer(on_cpu, again, config, layer=layer, rank=rank, population_size=population_size)
         notes = (*factorized_input.notes, f"float32 {missed}; solved again in float64", *solution.notes)
-        return dataclasses.replace(solution.to(cholesky.device), notes=notes)
+        return dataclasses.replace(solution.on(cholesky.device), notes=notes)
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     displacement = guidance.displacement
