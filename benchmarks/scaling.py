@@ -1,4 +1,4 @@
-"""What one and two processes take, with windows and without: seconds and memory. And what large models will.
+"""What one and two processes take, with windows and without: seconds and memory, beside what was planned.
 
 Each measurement starts processes of its own, with one thread each, on a random Llama with gradient checkpointing. Run
 it on a machine that does nothing else and has a core for each process:
@@ -6,16 +6,12 @@ it on a machine that does nothing else and has a core for each process:
     python benchmarks/scaling.py
 
 Every run is kept once it is done, in `outputs` or where `--output` says, and `--resume` adds those that are missing.
-
-The second table is computed for Llama-2-7B and 70B from the cost model of `lora_da_hf.pipeline.plan`, which the first
-table checks: the memory and the passes against what was measured, the seconds by the speed of one process in one pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import socket
@@ -37,14 +33,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_da_hf.pipeline.run as run_module
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.cli.planning import measure_speed
-from lora_da_hf.pipeline.plan import Group, Plan, Workload, gibibytes, make_plan
+from lora_da_hf.pipeline.plan import Plan
 
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
 MIB = 2**20
 WINDOW_MIB = 128
 MODEL_SEED, DATA_SEED = 0, 1
-SHARED_TIME = 0.6
-"""What two processes may take, of what one takes."""
 MODEL = {
     "vocab_size": 512,
     "hidden_size": 384,
@@ -272,19 +266,6 @@ def ratio(values: list[float], to: list[float]) -> float:
     return statistics.median(values) / statistics.median(to)
 
 
-def goals(rows: dict[str, Row]) -> list[str]:
-    """Compare with what two processes are to save."""
-    if "samples" not in rows:
-        return []
-    found = ratio(rows["samples"].whole, rows["one"].whole)
-    judged = "reached" if found <= SHARED_TIME else "missed"
-    return [
-        "| goal | measured | wanted | |",
-        "|---|---|---|---|",
-        f"| time of two that share the samples / one | {found:.2f} | at most {SHARED_TIME:.2f} | {judged} |",
-    ]
-
-
 def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row], speed: float) -> list[str]:
     """Say how far the cost model is from what was measured, and what would bring its constants there."""
     stages = {
@@ -309,54 +290,6 @@ def pass_speed(runs: list[list[dict[str, Any]]]) -> float:
     return runs[0][0]["plan"]["pass_flops"] / statistics.median(run[0]["stages"]["statistics"] for run in runs[:-1])
 
 
-def llama(blocks: int, hidden: int, intermediate: int, key_value: int, vocabulary: int = 32000) -> Workload:
-    """Make the workload of a Llama with adapters on all its linear layers: 256 samples of 512 tokens."""
-    groups = [
-        group
-        for n in range(blocks)
-        for group in (
-            Group(members=(f"{n}.q", f"{n}.k", f"{n}.v"), d_in=hidden, d_outs=(hidden, key_value, key_value)),
-            Group(members=(f"{n}.o",), d_in=hidden, d_outs=(hidden,)),
-            Group(members=(f"{n}.gate", f"{n}.up"), d_in=hidden, d_outs=(intermediate, intermediate)),
-            Group(members=(f"{n}.down",), d_in=intermediate, d_outs=(hidden,)),
-        )
-    ]
-    weights = sum(group.weights for group in groups) + hidden * vocabulary
-    return Workload(groups=tuple(groups), weights=weights, num_samples=256, num_tokens=256 * 512, checkpointing=True)
-
-
-LARGE = {
-    "Llama-2-7B": (llama(32, 4096, 11008, 4096), (10, 40)),
-    "Llama-2-70B": (llama(80, 8192, 28672, 1024), (30, 60)),
-}
-SPEED = 100e12
-
-
-def computed_table() -> list[str]:
-    """Plan large models on 1, 8 and 64 GPUs."""
-    columns = (
-        *("", "GPUs", "memory budget a GPU, GiB", "windows", "samples forward and backward a GPU"),
-        *("sums and solve at their peak", "statistics, s", "solve, s"),
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for model, (load, budgets) in LARGE.items():
-        for size, budget in itertools.product((1, 8, 64), budgets):
-            plan = make_plan(load, num_processes=size, budget={0: budget * 2**30})
-            collect, solve = plan.seconds(SPEED)
-            cells = (
-                *(model, size, budget, len(plan.windows), plan.sample_passes),
-                *(gibibytes(plan.peak_bytes), f"{collect:.0f}", f"{solve:.0f}"),
-            )
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [
-        *lines,
-        "",
-        "256 samples of 512 tokens, gradient checkpointing, float32 sums, adapters on all linear layers. Seconds "
-        f"without transfers, at an assumed {SPEED / 1e12:.0f} TFLOP/s in the pass, and in the solve the part of it "
-        "that plans take: not measured. Weights and activations come on top of the budget.",
-    ]
-
-
 def main() -> None:
     options = parse_arguments()
     if options.worker:
@@ -366,12 +299,7 @@ def main() -> None:
     found = measure(options)
     rows = {name: Row.of(runs) for name, runs in found.items()}
     speed = pass_speed(found["one"])
-    parts = (
-        measured_table(rows, speed, options),
-        goals(rows),
-        model_check(found["one"], rows, speed),
-        computed_table(),
-    )
+    parts = (measured_table(rows, speed, options), model_check(found["one"], rows, speed))
     text = "\n\n".join("\n".join(part) for part in parts)
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)

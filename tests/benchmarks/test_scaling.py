@@ -74,16 +74,6 @@ def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_w
         assert by_title["tensors at their peak, MiB"] == f"{memory / 2**20:.0f}"
 
 
-def test_the_goals_are_judged_by_what_was_measured(measured):
-    _, page, runs = measured
-    goals = tables(page)[1]
-    seconds = {name: max(process["seconds"] for process in of_case[0]) for name, of_case in runs.items()}
-    value = seconds["samples"] / seconds["one"]
-    (row,) = goals
-    assert dict(row)["measured"] == f"{value:.2f}"
-    assert row[-1][1] == ("reached" if value <= 0.6 else "missed")
-
-
 def test_the_plan_is_compared_with_what_was_measured(measured):
     _, page, runs = measured
     numbers = r"(\d+\.\d+) to (\d+\.\d+)"
@@ -95,9 +85,3 @@ def test_the_plan_is_compared_with_what_was_measured(measured):
     ]
     assert values[2:4] == [pytest.approx(min(peaks), abs=0.006), pytest.approx(max(peaks), abs=0.006)]
     assert 0 < values[0] <= values[1]
-
-
-def test_the_last_table_plans_the_large_models_on_1_8_and_64_gpus(measured):
-    last = tables(measured[1])[2]
-    sizes = {(row[0][1], row[1][1]) for row in last}
-    assert sizes == {(model, gpus) for model in ("Llama-2-7B", "Llama-2-70B") for gpus in ("1", "8", "64")}
