@@ -46,7 +46,7 @@ class DeviceCollator:
         """Make a batch.
 
         Raises:
-            DataError: if it is no mapping.
+            DataError: if it is not a mapping.
         """
         batch: Any = self._collate([_copied(sample) for sample in samples])
         if not isinstance(batch, Mapping):

@@ -101,7 +101,7 @@ def _first_error(error: ValidationError, names: Sequence[str]) -> str:
     place = first["loc"][:1]
     if first["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(str(place[0]), names, n=1)
-        return f"There is no setting {place[0]!r}." + (f" Do you mean {close[0]!r}?" if close else "")
+        return f"{place[0]!r} is not a setting." + (f" Do you mean {close[0]!r}?" if close else "")
     texts = [
         e["msg"].removeprefix("Value error, ").removeprefix("Input should ") for e in errors if e["loc"][:1] == place
     ]

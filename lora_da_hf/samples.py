@@ -64,7 +64,7 @@ def choose_samples(
         population_size: N; None: the length of ``samples``.
 
     Raises:
-        DataError: if there is no sample, too few for a line search, or the population size is not known.
+        DataError: if samples are missing or too few for a line search, or the population size is not known.
     """
     wanted = config.num_samples + 2 * config.search_samples
     if isinstance(samples, Mapping):
@@ -86,7 +86,7 @@ def choose_samples(
     else:
         raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
     if not drawn:
-        raise DataError("There is no sample to take statistics from. Check the training set and its filters.")
+        raise DataError("No samples to take statistics from. Check the training set and its filters.")
     if population_size is None:
         raise DataError(
             "The training data is a stream, so its size is not known. Give population_size: "
@@ -123,7 +123,7 @@ def _split(
     if config.searches_step:
         if available < 2:
             raise DataError(
-                "There is one sample only, and the line search needs one that the statistics did not see. Give more "
+                "Only one sample, and the line search needs one that the statistics did not see. Give more "
                 "samples, or a step_size."
             )
         search = min(config.search_samples, max(1, data_size // 8))
@@ -221,7 +221,7 @@ def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
         samples: Mappings of equal keys to numbers, lists of numbers or tensors.
 
     Raises:
-        DataError: if a sample is no mapping, a value is no number, or samples have a dimension for the batch.
+        DataError: if a sample is not a mapping of numbers, or has a dimension for the batch.
     """
     rows = [_tensors(sample) for sample in samples]
     if any(set(row) != set(rows[0]) for row in rows):

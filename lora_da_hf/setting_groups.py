@@ -17,7 +17,7 @@ SEARCH_SETTINGS = ("search_samples", "sample_selection", "batch_size", "loss_red
 """Settings of a search of the step, for which data is needed and no statistics."""
 
 PASS_SETTINGS = ("memory_budget",)
-"""How a pass over data is made on a machine, which changes nothing of what it finds: where there is none, they stay."""
+"""How a machine makes a pass over data, which changes nothing that it finds."""
 
 FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS})
 """What `refit_init` may change."""

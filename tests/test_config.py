@@ -68,9 +68,9 @@ def test_a_bad_value_is_an_error_that_says_what_to_give(name, value, asked):
 
 
 def test_a_misspelt_setting_is_an_error_that_suggests_the_right_one():
-    with pytest.raises(ConfigError, match=r"There is no setting 'num_sample'\. Do you mean 'num_samples'\?"):
+    with pytest.raises(ConfigError, match=r"'num_sample' is not a setting\. Do you mean 'num_samples'\?"):
         LoRADAConfig(num_sample=3)
-    with pytest.raises(ConfigError, match="There is no setting 'zeta'"):
+    with pytest.raises(ConfigError, match="'zeta' is not a setting"):
         LoRADAConfig.from_dict({"zeta": 1})
 
 

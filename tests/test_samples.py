@@ -138,12 +138,12 @@ def test_the_population_is_the_configs_or_the_arguments_or_the_length(argument, 
 
 @pytest.mark.parametrize("samples", [[], iter([])])
 def test_no_sample_at_all_is_an_error(samples):
-    with pytest.raises(DataError, match="There is no sample to take statistics from"):
+    with pytest.raises(DataError, match="No samples to take statistics from"):
         choose(samples, population_size=1)
 
 
 def test_one_sample_cannot_be_searched_on():
-    with pytest.raises(DataError, match=r"There is one sample only, .* Give more samples, or a step_size"):
+    with pytest.raises(DataError, match=r"Only one sample, .* Give more samples, or a step_size"):
         choose([1])
 
 

@@ -35,7 +35,7 @@ class Target:
         lora_A: ``[r, d_in]``.
         lora_B: ``[d_out, r]``.
         adapter_name: The adapter that the factors belong to.
-        magnitude: DoRA's magnitude of the layer; None: it has none.
+        magnitude: DoRA's magnitude of the layer; None without DoRA.
     """
 
     name: str
@@ -80,7 +80,7 @@ def active_adapter_name(model: nn.Module) -> str:
     """Return the name of the model's one active adapter.
 
     Raises:
-        TargetError: if there is none or more than one.
+        TargetError: unless exactly one is active.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
@@ -97,7 +97,7 @@ def active_adapter_name(model: nn.Module) -> str:
         )
     other = next((layer for layer in layers if any(isinstance(a, nn.Parameter) for a in layer.lora_A.values())), None)
     if other is not None:
-        raise TargetError(f"The adapter is no LoRA: its layers are {type(other).__name__}. Make it with LoraConfig.")
+        raise TargetError(f"The adapter is not LoRA: its layers are {type(other).__name__}. Make it with LoraConfig.")
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
         raise TargetError(
@@ -116,7 +116,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
         has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
 
     Raises:
-        TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
+        TargetError: if no LoRA layer can be initialised, or weights are on the meta device.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
             on Apple's GPUs.

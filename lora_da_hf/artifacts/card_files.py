@@ -19,7 +19,7 @@ def is_own_card(text: bytes) -> bool:
     block = REGEX_YAML_BLOCK.search(text.decode("utf-8", errors="replace"))
     try:
         metadata: Any = yaml.safe_load(block.group(2)) if block is not None else None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # as of a date that there is none of
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # such as a date that does not exist
         return False
     tags: Any = metadata.get("tags") if isinstance(metadata, dict) else None  # pyright: ignore[reportUnknownMemberType]
     return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]

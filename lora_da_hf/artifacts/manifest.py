@@ -50,7 +50,7 @@ class BaseModelFacts(_Strict):
     """What a base model is recognised by.
 
     Attributes:
-        name_or_path: On the Hub or on a disk; None: it has none.
+        name_or_path: On the Hub or on a disk; None: unknown.
         revision: The commit on the Hub, if it is known.
         config: Facts of its config (`lora_da_hf.artifacts.fingerprint.config_facts`).
         weights_sha256: Fingerprint of its weights; None if they are quantised.
@@ -111,7 +111,7 @@ class Manifest(_Strict):
 
     @property
     def largest_rank(self) -> int:
-        """Up to which any rank can be taken for all layers; one that is stored with all its directions is no limit."""
+        """The largest rank for all layers together; a layer that is stored with all its directions does not limit it."""
         limits = [layer.max_rank for layer in self.report.layers if layer.max_rank < layer.in_features]
         return min(limits) if limits else max(layer.max_rank for layer in self.report.layers)
 

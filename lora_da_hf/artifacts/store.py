@@ -133,7 +133,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder, and look at nothing else.
 
     Raises:
-        ArtifactError: if there is none, or it is not valid.
+        ArtifactError: if it is missing or not valid.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():

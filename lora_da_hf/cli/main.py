@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Output(as_json=arguments.json, quiet=arguments.quiet)
     debug = arguments.debug or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a library's output is no result
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a library's output is not a result
             if not debug:  # what a library plans to rename is of no use here
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.showwarning = _show_warning

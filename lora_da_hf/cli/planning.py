@@ -29,7 +29,7 @@ def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
     """Make a model with its adapter on the meta device, where tensors have no content.
 
     Raises:
-        ConfigError: if there is no such model.
+        ConfigError: if the model cannot be found.
         TargetError: if no layer has the name of a target.
     """
     trust = {"trust_remote_code": loading.trust_remote_code}

@@ -38,7 +38,7 @@ class _Plain:
             self.parameter.copy_(value)
 
     def read_master(self) -> Tensor | None:
-        """Return the optimizer's copy; None if it has none."""
+        """Return the optimizer's copy; None: it keeps no copy."""
         return None
 
 

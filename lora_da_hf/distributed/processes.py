@@ -32,7 +32,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """Return the processes of the default process group, or this one alone if there is none."""
+        """Return the processes of the default process group, or this one alone without a group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls(0, 1)

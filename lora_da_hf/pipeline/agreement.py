@@ -46,7 +46,7 @@ def choose_together(job: Job, samples: Any, population_size: int | None) -> Chos
 
     Raises:
         ConfigError: on all of them, if the samples or their order differ.
-        DataError: if there are none, or too few.
+        DataError: if they are too few.
     """
 
     def digest(sample: Any) -> str:

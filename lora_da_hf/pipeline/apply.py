@@ -57,7 +57,7 @@ def apply_init(
 
     Which step: the one given; or, where samples are given, the one that a new line search finds on them; or the
     stored one, for these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored
-    initialisation did, so that on the same data they are none that its statistics saw.
+    initialisation did, so that on the same data its statistics did not see them.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.

@@ -187,7 +187,7 @@ def make_job(
     """Find the layers of a fresh adapter, and check what is given beside the settings.
 
     Raises:
-        AdapterAlreadyTrainedError, TargetError: if there is no fresh adapter.
+        AdapterAlreadyTrainedError, TargetError: if the adapter is missing or not fresh.
         ConfigError: if a number is out of its range.
         UnsupportedSetupError: if the model is split in a way that leaves no whole layer.
     """

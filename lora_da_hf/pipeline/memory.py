@@ -68,7 +68,7 @@ def solver_threads(devices: list[torch.device]) -> int:
 
 
 def all_weights(model: nn.Module, groups: Sequence[Group]) -> int:
-    """Return about how many weights a pass goes through: those of linear layers, or of experts, which are none."""
+    """Return about how many weights a pass goes through: those of linear layers and of experts."""
     return max(linear_weights(model), sum(group.weights for group in groups))
 
 

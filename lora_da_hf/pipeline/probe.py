@@ -63,8 +63,8 @@ class Probe:
             unlike each other, alone and in pairs, which a loss may weigh unlike.
         num_tokens: Tokens of the first labelled sample.
         tokens_per_second: Speed of a forward pass, the best seen.
-        unlike: Two samples that are unlike each other, or one if there are no two.
-        other_modality: Whether samples have inputs that are no tokens.
+        unlike: Two samples that are unlike each other, or the only one.
+        other_modality: Whether samples have inputs other than tokens.
         notes: What a user should know.
     """
 

@@ -88,7 +88,7 @@ def initialize_lora_da(
         DataError: if the samples cannot be used.
         StatisticsError: if the pass fails, or no tap was called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
-        SolveError: if a layer cannot be solved, or there is none to solve.
+        SolveError: if no layer can be solved.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; if the adapter could not be stored and is to
             be.
         WriteError: if the adapter reads back differently from what was written.

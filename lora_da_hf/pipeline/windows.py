@@ -48,7 +48,7 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None
 
     Raises:
         TapNotCalledError: if no gradient came back to any layer.
-        SolveError: if a layer cannot be solved, or there is none to solve.
+        SolveError: if no layer can be solved.
     """
     outcomes: dict[str, Outcome] = {}
     counts: list[PassCounts] = []

@@ -44,7 +44,7 @@ def why_not_in_batches(
         lockstep: As for `collect`.
 
     Returns:
-        Why the samples have to be run one at a time; None: they have not.
+        Why the samples must run one at a time; None: they need not.
     """
     results = [
         collect(

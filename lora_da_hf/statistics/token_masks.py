@@ -23,7 +23,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the first tensor that a layer is called with.
 
     Raises:
-        StatisticsError: if there is none.
+        StatisticsError: without a tensor.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):

@@ -17,7 +17,7 @@ LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parque
 
 
 def loader_of(path: str) -> str | None:
-    """Return the loader of `datasets` for a file, which may be compressed, by its name; None: there is none."""
+    """Return the loader of `datasets` for a file, which may be compressed, by its name; None: unknown."""
     return LOADERS.get(Path(path.lower().removesuffix(".gz")).suffix)
 
 

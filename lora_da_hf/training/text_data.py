@@ -28,7 +28,7 @@ def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> R
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed.
 
     Raises:
-        DataError: if there is none, it cannot be read as what its name says, or it holds no rows.
+        DataError: if it is missing, cannot be read as what its name says, or holds no rows.
     """
     check_data_file(path)
     loader = loader_of(path) or ""

@@ -39,10 +39,10 @@ class LoRADATrainer(Trainer):
         trainer_kwargs: Keyword arguments of `Trainer`.
 
     Raises:
-        ConfigError: if ``peft_config`` is given for a model that has an adapter, is no `LoraConfig`, or has a start of
-            PEFT's that changes the base; if ``search_step`` is given without ``init_from``; or if there is a
-            `LoRADACallback` among the callbacks.
-        TargetError: if the model has no LoRA layer and there is no ``peft_config``.
+        ConfigError: if ``peft_config`` is given for a model that has an adapter, is not a `LoraConfig`, or has a start
+            of PEFT's that changes the base; if ``search_step`` is given without ``init_from``; or if the callbacks
+            hold a `LoRADACallback`.
+        TargetError: if the model has no LoRA layer and ``peft_config`` is not given.
     """
 
     def __init__(

@@ -265,7 +265,7 @@ def test_wilsons_interval(correct, total, low, high):
         ({"epochs": 3}, "epochs is not known"),
         ({"seeds": None}, "block 'all' lacks seeds"),
         ({"reads": "last"}, "last is not known"),
-        ({"settings": [{}, {"num_sample": 3}]}, "There is no setting 'num_sample'"),
+        ({"settings": [{}, {"num_sample": 3}]}, "'num_sample' is not a setting"),
         ({"settings": {"num_samples": 0}}, "num_samples=0 must be at least 1"),
         ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
         ({"evaluations": 0}, "block 'all' has evaluations 0: give 1 or more"),
