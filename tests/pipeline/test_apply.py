@@ -277,7 +277,7 @@ def test_a_layer_without_a_stored_basis_is_an_error_that_names_it(tmp_path, lora
 
 
 def test_a_layer_that_was_left_to_peft_is_left_to_peft_again(tmp_path, lora_model):
-    folder = store_init(tmp_path / "init", lora_model(rank_pattern={"o_proj": 50}))
+    folder = store_init(tmp_path / "init", lora_model(rank_pattern={"o_proj": 50}, alpha_pattern={"o_proj": 200}))
     model = lora_model(r=4)
     before = adapter_weights(model)
     report = apply_init(model, folder)

@@ -65,7 +65,7 @@ def test_statistics_are_those_of_autograd(tmp_path, lora_model, samples):
     assert_statistics_equal(stored_statistics(tmp_path / "init"), expected, 2e-5)
 
 
-@pytest.mark.parametrize("lora", [{}, {"alpha_pattern": {"up_proj": 2}}])
+@pytest.mark.parametrize("lora", [{}, {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 8}}])
 @pytest.mark.parametrize("settings", [{}, {"layer_steps": "equal"}, {"variance_weight": 0.5, "output_damping": 0.01}])
 def test_updates_are_those_of_a_dense_solve(tmp_path, lora_model, samples, settings, lora):
     model = lora_model(**lora)
@@ -241,13 +241,13 @@ def test_a_number_is_the_step(lora_model, samples):
 
 
 def test_stable_gamma_is_the_papers_way_to_say_the_step(tmp_path, lora_model, samples):
-    model = lora_model(alpha_pattern={"up_proj": 2})
+    model = lora_model(lora_alpha=8)
     report = initialize(model, samples, tmp_path / "init", step_size=None, stable_gamma=64.0)
     stored = load_init(tmp_path / "init")
     assert report.step_size is stored.report.step_size is None
     for name, update in written_updates(model).items():
-        scaling, basis = 0.5 if "up_proj" in name else 4.0, stored.bases[name]
-        assert relative_error(update, scaling / 64 * basis.basis_B @ basis.basis_A) < 1e-5
+        basis = stored.bases[name]
+        assert relative_error(update, 2 / 64 * basis.basis_B @ basis.basis_A) < 1e-5
 
 
 def test_the_papers_preset_splits_by_the_square_root_of_gamma(tmp_path, lora_model, samples):
