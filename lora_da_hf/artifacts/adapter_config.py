@@ -203,8 +203,8 @@ def refuse_unstorable(config: LoraConfig) -> None:
     used = sorted(key for key, value in values.items() if key not in kept and value and value != defaults.get(key))
     if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
         raise UnsupportedSetupError(
-            f"The adapter's config sets {', '.join(used) or 'init_lora_weights'}, which is not stored. Make the adapter "
-            "without it, or call initialize_lora_da without output_dir."
+            f"The adapter's config sets {', '.join(used) or 'init_lora_weights'}, which is not stored. Make the "
+            "adapter without it, or call initialize_lora_da without output_dir."
         )
 
 

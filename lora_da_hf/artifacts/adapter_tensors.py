@@ -93,8 +93,8 @@ def check_adapter(path: Path, bases: Mapping[str, StoredBasis], config: dict[str
         missed = _missed(factors[0], factors[1], bases[name], scaling=layer.peft_scaling, step=step)
         if not missed <= _TOLERANCE + 4 * max(torch.finfo(tensor.dtype).eps for tensor in factors):
             raise ArtifactError(
-                f"{path}: the adapter of {name} is not the step along the stored basis: it misses it by {missed:.1e} of "
-                "its size. Do not use it."
+                f"{path}: the adapter of {name} is not the step along the stored basis: it misses it by {missed:.1e} "
+                "of its size. Do not use it."
             )
 
 

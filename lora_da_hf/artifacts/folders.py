@@ -46,8 +46,8 @@ def check_replaceable(folder: Path) -> None:
         own.add(CARD_FILE)
     if names - own:
         raise ConfigError(
-            f"{folder} holds {min(names - own)}, which is not of an initialisation and would be lost. Move it, or name a "
-            "new folder."
+            f"{folder} holds {min(names - own)}, which is not of an initialisation and would be lost. Move it, or "
+            "name a new folder."
         )
 
 

@@ -145,8 +145,8 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     except ValidationError as error:
         if any(found["loc"] == ("schema_version",) for found in error.errors(include_url=False, include_input=False)):
             raise ArtifactError(
-                f"{source} does not have schema version {SCHEMA_VERSION}, which this version of lora_da_hf reads. Install "
-                "the version that wrote it, or compute the initialisation again."
+                f"{source} does not have schema version {SCHEMA_VERSION}, which this version of lora_da_hf reads. "
+                "Install the version that wrote it, or compute the initialisation again."
             ) from error
         raise ArtifactError(f"{source} is not a valid manifest ({explained(error)}). Do not use it.") from error
     if checksum is None or hashlib.sha256(rest[1:]).hexdigest().encode() != checksum[1]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
+import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from lora_da_hf.artifacts.manifest import (
     BaseModelFacts,
     FileEntry,
     Manifest,
+    RefittedFrom,
     parse_manifest,
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics
@@ -33,6 +37,8 @@ from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.report import LoRADAReport
 
 logger = logging.getLogger(__name__)
+
+_PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +71,40 @@ def write_init(
     folder: Path,
     *,
     bases: Mapping[str, StoredBasis],
+    report: LoRADAReport,
+    base_model: BaseModelFacts,
     save_adapter: Callable[[Path], None],
     save_statistics: Callable[[Path], None] | None,
-    make_manifest: Callable[[dict[str, FileEntry]], Manifest],
+    identity: Mapping[str, Any] | None = None,
+    refitted_from: RefittedFrom | None = None,
 ) -> None:
     """Write an initialisation: all of it, or nothing.
 
     Args:
         folder: Where. What is there is replaced.
         bases: By layer.
+        report: What was done.
+        base_model: The base that it was computed for.
         save_adapter: Writes the PEFT adapter into the folder that it is given.
         save_statistics: Writes the full statistics there; None: they are not stored.
-        make_manifest: Makes the manifest from the entries of all files.
+        identity: What a later run must have in common with this one to use it.
+        refitted_from: What it was refitted from; None: it was computed from data.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
         write_tensors(partial / BASIS_FILE, basis_tensors(bases))
         if save_statistics is not None:
             save_statistics(partial)
-        entries = {path.name: file_entry(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST_FILE).write_bytes(make_manifest(entries).to_json().encode())
+        manifest = Manifest(
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+            base_model=base_model,
+            identity=dict(identity or {}),
+            refitted_from=refitted_from,
+            files={path.name: file_entry(path) for path in sorted(partial.iterdir())},
+            report=dataclasses.replace(report, artifact=None),  # no local path
+        )
+        (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode())
 
 
 def load_init(
@@ -165,32 +185,28 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
     if stored.weights_sha256 and base_model.weights_sha256:
         if not found and stored.weights_sha256 != base_model.weights_sha256:
             found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
-    else:
-        found += _differences_of_names(stored, base_model)
-        notes = (
-            "the base's weights were not compared, since quantised or sharded ones have no fingerprint: that it is "
-            f"{stored.name_or_path!r} is taken from its name and revision",
+    elif stored.name_or_path and base_model.name_or_path:
+        by_name, of_model = (
+            {"name_or_path": str(facts.name_or_path).removeprefix("./"), "revision": facts.revision}
+            for facts in (stored, base_model)
         )
+        found += differences(by_name, of_model)
+        notes = (
+            f"the base was matched by its name, {stored.name_or_path!r}, and revision: quantised or sharded weights "
+            "have no fingerprint",
+        )
+    else:
+        which = "the model" if stored.name_or_path else "the base that it was computed for"
+        found.append(f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none")
     if found:
         name = repr(stored.name_or_path) if stored.name_or_path else "a base without a name"
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {name}, and the model differs: {'; '.join(found)}. Use that base, or "
-            "compute an initialisation for this one."
+            f"This initialisation was computed for {name}, and the model differs: {'; '.join(found)}. Use that base, "
+            "or compute an initialisation for this one."
         )
     for note in notes:
         logger.warning("LoRA-DA: %s", note)
     return notes
-
-
-def _differences_of_names(expected: BaseModelFacts, found: BaseModelFacts) -> list[str]:
-    if not expected.name_or_path or not found.name_or_path:
-        which = "the model" if expected.name_or_path else "the base that it was computed for"
-        return [f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none"]
-    by_name, of_model = (
-        {"name_or_path": str(facts.name_or_path).removeprefix("./"), "revision": facts.revision}
-        for facts in (expected, found)
-    )
-    return differences(by_name, of_model)
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from lora_da_hf.adapters.targets import TargetScan, base_name
 from lora_da_hf.artifacts.adapter_config import config_to_store, refuse_unstorable
 from lora_da_hf.artifacts.basis import StoredBasis
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts, Manifest
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts
 from lora_da_hf.artifacts.statistics_store import adopt_statistics
 from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
@@ -28,8 +25,6 @@ from lora_da_hf.report import LoRADAReport
 
 _BESIDE_AN_ADAPTER = ("README.md", "generation_config.json", "*.py")
 """What PEFT and transformers write with an adapter: a card as of a trained one, how the base generates, code."""
-
-_PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def save_init(
@@ -61,23 +56,13 @@ def save_init(
     """
     write_init(
         folder,
-        bases={layer: StoredBasis.of(solution) for layer, solution in solutions.items()},
+        bases={name: StoredBasis.of(solution) for name, solution in solutions.items()},
+        report=report,
+        base_model=base_model,
         save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, base_model),
         save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
-        make_manifest=lambda files: Manifest(
-            **made_now(),
-            base_model=base_model,
-            identity=dict(identity),
-            files=files,
-            report=dataclasses.replace(report, artifact=None),  # no local path
-        ),
+        identity=identity,
     )
-
-
-def made_now() -> dict[str, Any]:
-    """Return when and with which versions of the libraries a manifest is made."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"created": now, "versions": {package: importlib.metadata.version(package) for package in _PACKAGES}}
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:

@@ -339,7 +339,7 @@ def test_a_failure_leaves_what_was_there(stored_init, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_da_hf.pipeline.refit.write_tensors", fails)
+    monkeypatch.setattr("lora_da_hf.pipeline.refit_write.write_tensors", fails)
     with pytest.raises(OSError, match="no space"):
         refit_init(folder, folder, rank=2)
     assert contents(folder) == before
