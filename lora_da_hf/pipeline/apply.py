@@ -53,11 +53,11 @@ def apply_init(
 
     Each layer gets the first columns of its stored basis at the rank and the scaling that PEFT gives it, so that
     ``scaling * B A = step_size * D^ Q Q^T``. Modules that are trained beside the adapter, such as a classification
-    head, get their stored weights. In a run of several processes each must call this, with the same folder.
+    head, get their stored weights. With several processes, call this on each of them with the same folder.
 
-    Which step: the one given; or, where samples are given, the one that a new line search finds on them; or the
-    stored one, for these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored
-    initialisation did, so that on the same data its statistics did not see them.
+    The step is the given one; or, with samples, the one that a new line search finds on them; or the stored one for
+    these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored initialisation
+    did, so that on the same data they are samples which the statistics did not see.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
@@ -66,8 +66,8 @@ def apply_init(
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
         step_size: How far step 0 goes, whatever the config says.
-        samples: Samples to search the step on, or, with a step, to measure the loss on; None: neither. As many of them
-            as the statistics would take of these are left out, since they may be the ones that were taken.
+        samples: Samples to search the step on or, with a given step, to measure the loss on; None: neither. Those that
+            the statistics would take are left out.
         compute_loss: As for `initialize_lora_da`.
         data_collator: As for `initialize_lora_da`.
         batch_size: Used if the config gives none.
@@ -87,7 +87,7 @@ def apply_init(
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
         DataError, StatisticsError, WriteError: as `initialize_lora_da` has them.
 
-    Whatever is raised, the model and its adapter are as they were, but for what several processes have in parts.
+    If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
     """
     model = unwrapped(model)
     refuse_split_models(model)
@@ -156,10 +156,10 @@ def _settings(stored: StoredInit, given: Given, step_size: float | None, *, sear
 
 
 def _match(job: Job, stored: StoredInit) -> Solved:
-    """Find the stored solution of each layer, and list what has none.
+    """Find the stored solution of each layer, and list the layers without one.
 
     Raises:
-        TargetError: if a layer has none that fits, or none has one.
+        TargetError: if a layer's solution does not fit, or no layer has one.
     """
     solutions: dict[str, LayerSolution] = {}
     layers: dict[str, LayerReport] = {}

@@ -107,7 +107,7 @@ class Job:
         return tqdm(total=total, desc=text, disable=not (self.progress and self.processes.is_main), leave=False)
 
     def say(self, text: str) -> None:
-        """Tell what goes on: in the log or, if that takes no such news, beside the progress bars if they are shown."""
+        """Tell what goes on: in the log if it takes INFO, else beside the progress bars."""
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", text)
         elif self.progress and self.processes.is_main:

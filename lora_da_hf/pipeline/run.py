@@ -56,12 +56,12 @@ def initialize_lora_da(
 ) -> LoRADAReport:
     """Initialise a LoRA adapter from data, in place (arXiv 2510.24561).
 
-    The base weights are not touched. The adapter is an ordinary one afterwards, and not a no-op: its step was chosen to
-    lower the loss. In a run of several processes each must call this with the same samples, and they share the work.
+    The base weights are not touched. Afterwards the adapter is an ordinary one, but not a no-op: its step lowers the
+    loss. With several processes, call this on each of them with the same samples; they share the work.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
-            Of what ``torch.compile`` returned, the model inside is run, as it is written.
+            A compiled model is run as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
         population_size: N, how many samples training draws from; None: the number of samples.
@@ -69,9 +69,8 @@ def initialize_lora_da(
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
-        output_dir: Where to write the initialisation, as a folder of its own; None: nowhere. If one is there that was
-            made with the same model, adapter, samples and settings, it is used and nothing is computed; another one is
-            replaced, and anything else is an error.
+        output_dir: Folder for the initialisation; None: it is not stored. One that is there already is used if model,
+            adapter, samples and settings are the same, and replaced otherwise. Anything else there is an error.
         batch_size: Used if the config gives none; None: 8.
         seed: Of every random choice; None: 42.
         device: Where batches go; None: where the embeddings are.
@@ -81,7 +80,7 @@ def initialize_lora_da(
         What was done, layer by layer.
 
     Raises:
-        TargetError: if there is nothing that can be initialised.
+        TargetError: if no layer can be initialised.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
         ConfigError: if settings contradict each other, settings or samples differ between processes, gradients are off,
             or ``output_dir`` holds something else, or cannot be written.
@@ -89,11 +88,10 @@ def initialize_lora_da(
         StatisticsError: if the pass fails, or no tap was called.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
-        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism; if the adapter could not be stored and is to
-            be.
+        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism, or if the adapter cannot be stored.
         WriteError: if the adapter reads back differently from what was written.
 
-    Whatever is raised, the model and its adapter are as they were, but for what several processes have in parts.
+    If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
     """
     model, config = unwrapped(model), checked_config(config)
     folder = None if output_dir is None else Path(output_dir)

@@ -20,7 +20,7 @@ from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """The solution of each layer, in the model's order, however it was come by.
+    """The solution of each layer, in the model's order, computed or stored.
 
     Attributes:
         solutions: On the CPU, by layer.
