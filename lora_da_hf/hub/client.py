@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from lora_da_hf.errors import HubError, LoRADAError
 
+_UNREACHABLE = "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated. Accept its conditions on its page, and log in with `hf auth login`."),
     (
@@ -28,7 +29,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     ),
     (RevisionNotFoundError, "the repository has no such branch, tag or commit. Look at its history on its page."),
     (OfflineModeIsEnabled, "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."),
-    (HTTPError, "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."),
+    (HTTPError, _UNREACHABLE),
     (
         LocalEntryNotFoundError,
         "the cache does not hold all of it, and the network is off. Pull it once with the network on.",
@@ -38,12 +39,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def make_api(*, token: str | bool | None, endpoint: str | None) -> HfApi:
-    """Return a client.
-
-    Args:
-        token: A token; None: the one of the environment or the login; False: none.
-        endpoint: Where the Hub is; None: ``HF_ENDPOINT``, or huggingface.co.
-    """
+    """Return a client; None is the token of the environment or the login, and the endpoint of ``HF_ENDPOINT``."""
     return HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
 
 
@@ -66,20 +62,13 @@ def _reason(error: Exception) -> str:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    for kind, reason in _REASONS:
-        for cause in causes:
-            if isinstance(cause, HfHubHTTPError) and kind is HTTPError:
-                return _refusal(cause)
-            if isinstance(cause, kind):
-                return reason
-    return str(error).strip() or type(error).__name__
-
-
-def _refusal(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
+    known = next((reason for kind, reason in _REASONS if any(isinstance(cause, kind) for cause in causes)), None)
+    refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if refusal is None or known not in (None, _UNREACHABLE):
+        return known or str(error).strip() or type(error).__name__
+    status = refusal.response.status_code
     if status == 412:
         return "somebody else pushed meanwhile. Look at what changed, and push again on top of it."
     if status in (401, 403):
         return f"your token does not allow it ({status}). Log in with one that does: `hf auth login`."
-    said = f" ({error.server_message.strip().rstrip('.')})" if error.server_message else ""
-    return f"the Hub answered {status}{said}."
+    return f"the Hub answered {status} ({refusal.server_message})."

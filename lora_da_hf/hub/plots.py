@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
@@ -49,9 +49,9 @@ def draw_spectra(report: LoRADAReport) -> bytes:
         low, middle, high = zip(*quartiles, strict=True)
         left.plot(range(1, len(columns) + 1), middle, color=f"C{number}", label=kind, marker=".")
         left.fill_between(range(1, len(columns) + 1), low, high, color=f"C{number}", alpha=0.12, lw=0)
-        depths = _by_depth(layers)
-        heights = [statistics.median(map(directions_that_matter, depths[depth])) for depth in depths]
-        right.plot(list(depths), heights, color=f"C{number}", marker=".", lw=1)
+        depths = sorted(_grouped(layers, _depth).items())
+        heights = [statistics.median(map(directions_that_matter, group)) for _, group in depths]
+        right.plot([depth for depth, _ in depths], heights, color=f"C{number}", marker=".", lw=1)
     left.axhline(0, color="black", lw=0.8)
     left.set(title="Guidance spectra by module type", xlabel="direction", ylabel="gain relative to the first direction")
     right.set(title="Directions that matter, by layer", xlabel="layer", ylabel="sum of gains / largest gain")
@@ -100,31 +100,31 @@ def directions_that_matter(layer: LayerReport) -> float:
     return sum(gains) / max(gains) if gains else 0.0
 
 
-def _by_type(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+def _by_type(layers: list[LayerReport]) -> dict[Any, list[LayerReport]]:
     """Group layers by module type; types beyond the ninth are one group where there are more than ten."""
-    groups: dict[str, list[LayerReport]] = {}
+    kinds = list(dict.fromkeys(kind_of(layer.name) for layer in layers))
+    shown = kinds if len(kinds) <= _MOST_TYPES else kinds[: _MOST_TYPES - 1]
+    labels = {kind: _label(kind) if kind in shown else "all others" for kind in kinds}
+    return _grouped(layers, lambda layer: labels[kind_of(layer.name)])
+
+
+def _depth(layer: LayerReport) -> int:
+    """Return the first number in a layer's name, which is the block's in transformers; 0 without one."""
+    found = _NUMBER.search(layer.name)
+    return int(found[1]) if found else 0
+
+
+def _grouped(layers: list[LayerReport], key: Callable[[LayerReport], Any]) -> dict[Any, list[LayerReport]]:
+    groups: dict[Any, list[LayerReport]] = {}
     for layer in layers:
-        groups.setdefault(_label(kind_of(layer.name)), []).append(layer)
-    if len(groups) <= _MOST_TYPES:
-        return groups
-    kinds = list(groups)
-    rest = [layer for kind in kinds[_MOST_TYPES - 1 :] for layer in groups[kind]]
-    return {**{kind: groups[kind] for kind in kinds[: _MOST_TYPES - 1]}, "all others": rest}
+        groups.setdefault(key(layer), []).append(layer)
+    return groups
 
 
 def _label(name: str) -> str:
     """Return a name that matplotlib shows as it is: no formula, no hidden label, no character that its font lacks."""
     shown = clean(name).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown or "(no name)"
-
-
-def _by_depth(layers: Iterable[LayerReport]) -> dict[int, list[LayerReport]]:
-    """Group layers by the first number in their name, which is the block's in transformers; 0 without one."""
-    groups: dict[int, list[LayerReport]] = {}
-    for layer in layers:
-        found = _NUMBER.search(layer.name)
-        groups.setdefault(int(found[1]) if found else 0, []).append(layer)
-    return dict(sorted(groups.items()))
 
 
 def _figure(width: float) -> Any:
