@@ -13,6 +13,7 @@ from oracles import base_linear_layers as base_linear_layers
 from oracles import collate, expert_weights, lora_layers, relative_error
 from oracles import dense_updates as dense_updates
 from oracles import items_of as items_of
+from oracles import model_loss as model_loss
 from oracles import stored_statistics as stored_statistics
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer

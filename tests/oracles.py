@@ -24,6 +24,12 @@ def collate(samples, *, left=False):
     return {name: torch.tensor([padded(s[name], value) for s in samples]) for name, value in padding.items()}
 
 
+def model_loss(model, batch, num_items=None):
+    """Return the loss that the model computes; the sum over labels is divided by ``num_items`` if that is given."""
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    return model(**batch, **extra).loss
+
+
 def stored_statistics(folder):
     """Return the statistics of a stored initialisation, by layer."""
     stored = load_init(folder)

@@ -13,6 +13,7 @@ from harness import (
     make_args,
     make_config,
     make_lora_config,
+    model_loss,
     stored_statistics,
     train_from,
 )
@@ -20,7 +21,6 @@ from peft import PeftModel, get_peft_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.losses import model_loss, shifts_labels
 
 QUICK = ("Llama", "GPT-2", "Mixtral", "T5", "BERT, token", "ViT")
 ROWS = [
@@ -79,9 +79,9 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         expected = autograd_statistics(
             make_model(family),
             chosen(samples),
-            lambda model, batch: model_loss(model, batch, None),
+            model_loss,
             family.collate,
-            items_of(report, shifted=shifts_labels(trainer.model)),
+            items_of(report, shifted=family.shifted),
         )
         assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
     trainer.save_model(tmp_path / "trained")

@@ -319,6 +319,11 @@ class Family:
         )
         return "; ".join(remarks)
 
+    @property
+    def shifted(self):
+        """Tell whether position t predicts label t + 1."""
+        return any(part in self.model.__name__ for part in ("CausalLM", "LMHead", "Llava"))
+
     def make_model(self, *, seed=0):
         with torch.random.fork_rng():
             torch.manual_seed(seed)

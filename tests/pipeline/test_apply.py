@@ -22,6 +22,7 @@ from harness import (
     make_config,
     make_learnable_samples,
     make_lora_config,
+    model_loss,
     store_init,
     written_adapter,
     written_updates,
@@ -296,8 +297,7 @@ def fails_late(model, batch, num_items):
     """Raise once the adapter was written."""
     if any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
         raise RuntimeError("late")
-    extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    return model(**batch, **extra).loss
+    return model_loss(model, batch, num_items)
 
 
 def test_a_late_failure_puts_the_adapter_back(stored_init, lora_model, samples):

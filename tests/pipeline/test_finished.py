@@ -8,6 +8,7 @@ from harness import (
     collate,
     make_config,
     make_learnable_samples,
+    model_loss,
     written_adapter,
 )
 
@@ -27,11 +28,6 @@ class Counting:
     def __call__(self, model, batch, num_items):
         self.count += torch.is_grad_enabled()
         return model_loss(model, batch, num_items)
-
-
-def model_loss(model, batch, num_items):
-    extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    return model(**batch, **extra).loss
 
 
 def initialize(model, samples, folder, loss=None, **settings):

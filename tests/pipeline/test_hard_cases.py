@@ -16,6 +16,7 @@ from harness import (
     make_config,
     make_learnable_samples,
     make_lora_config,
+    model_loss,
     relative_error,
     turn_checkpointing_on,
 )
@@ -35,11 +36,6 @@ join = DataCollatorWithFlattening(return_flash_attn_kwargs=False)
 def rows(token_samples):
     """Return 24 samples without a mask."""
     return [{"input_ids": s["input_ids"], "labels": s["labels"]} for s in token_samples(24)]
-
-
-def model_loss(model, batch, num_items):
-    extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    return model(**batch, **extra).loss
 
 
 def products(model):

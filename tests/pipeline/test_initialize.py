@@ -19,6 +19,7 @@ from harness import (
     initialize,
     items_of,
     make_lora_config,
+    model_loss,
     relative_error,
     stored_statistics,
     written_updates,
@@ -194,11 +195,6 @@ def test_the_update_of_each_layer_is_the_step_times_the_stored_basis(tmp_path, l
     assert {layer.name: layer.update_norm for layer in report.layers} == norms
 
 
-def model_loss(model, batch, num_items):
-    extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    return model(**batch, **extra).loss
-
-
 def uphill(model, batch, num_items):
     """Compute the loss with its gradient negated."""
     loss = model_loss(model, batch, num_items)
@@ -228,6 +224,20 @@ def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model,
         torch.testing.assert_close(a.norm(dim=1), torch.full((4,), DEFAULT_ROW_NORM))
     assert token_loss(model, samples) == before
     assert load_init(tmp_path / "init").report.step_size == 0
+
+
+def in_bfloat16(*inputs):
+    return model_loss(*inputs).to(torch.bfloat16)
+
+
+def test_a_search_says_that_it_cannot_tell_steps_apart_and_guesses_none(lora_model, samples):
+    coarse, fine = (
+        initialize(lora_model(), samples, loss=loss, num_samples=8, search_samples=2) for loss in (in_bfloat16, None)
+    )
+    lowest = min(loss for _, loss in [*coarse.search, (0.0, coarse.search_loss_before)])
+    alike = [step for step, loss in coarse.search if loss <= lowest + 2**-7 * coarse.search_loss_before]
+    assert coarse.step_size in (0.0, min(alike))
+    assert [any("told apart" in note for note in report.notes) for report in (coarse, fine)] == [True, False]
 
 
 def test_a_number_is_the_step(lora_model, samples):

@@ -12,6 +12,7 @@ from harness import (
     initialize,
     make_config,
     measured_tensors,
+    model_loss,
     stored_statistics,
     turn_checkpointing_on,
 )
@@ -66,7 +67,7 @@ def test_the_plan_is_told_once_before_it_is_carried_out(lora_model, samples, cap
     def loss(model, batch, num_items):
         if torch.is_grad_enabled():
             told.append("LoRA-DA plan" in caplog.text)
-        return model(**batch, **({} if num_items is None else {"num_items_in_batch": num_items})).loss
+        return model_loss(model, batch, num_items)
 
     config = make_config(memory_budget=SMALL)
     report = initialize_lora_da(lora_model(), samples, config=config, compute_loss=loss)
