@@ -52,7 +52,7 @@ def loss_row(name, remark, *values):
     return pytest.param(*values, id=name, marks=pytest.mark.support("Losses", name, remark))
 
 
-MEANS = "its mean is measured, and weighted by sample"
+MEANS = "its mean is measured: over labels or over samples"
 KINDS = [
     loss_row("Causal language model", "a sum over labels divided by `num_items_in_batch`", "Llama", "sum"),
     loss_row("Sequence to sequence", MEANS, "T5", "token_mean"),
