@@ -113,7 +113,7 @@ def test_a_plan_says_in_a_line_what_will_be_done():
     text = make_plan(work, num_processes=4, budget=budget_for(work, 4)).describe(1e6)
     assert text.startswith("4 processes, 4 passes, 64 samples each; at most ")
     assert text.endswith(" s for the solve")
-    assert make_plan(work, budget=UNLIMITED).describe(1e6).startswith("1 process, 1 pass, 64 samples; at most ")
+    assert make_plan(work, budget=UNLIMITED).describe(1e6).startswith("one process, one pass, 64 samples; at most ")
 
 
 def test_linear_weights_are_counted_without_the_adapter(tiny_llama, lora_model):

@@ -50,7 +50,7 @@ def test_windows_give_the_same_bits_and_statistics(tmp_path, lora_model, samples
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_windows_give_the_same_bits_with_gradient_checkpointing(lora_model, samples, reentrant):
     found = []
-    for budget in (None, f"{SMALL}B"):
+    for budget in (None, str(SMALL)):
         model = lora_model()
         turn_checkpointing_on(model.get_base_model(), reentrant=reentrant)
         initialize(model.train(), samples, memory_budget=budget)
@@ -90,7 +90,7 @@ def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samp
             initialize(model, samples, batch_size=1, num_samples=4, step_size=0.1, **settings)
         return found[0]
 
-    rest = 2 * 2**20  # activations, solutions, copies of the adapter
+    rest = 2.5 * 2**20  # activations, solutions, copies of the adapter
     whole, parts = peak(), peak(memory_budget="4MiB")
     assert whole > 1.9 * parts
     assert parts < 4 * 2**20 + rest
