@@ -17,7 +17,7 @@ from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models
-from lora_da_hf.errors import TargetError
+from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts
@@ -78,12 +78,12 @@ def apply_init(
         What was done, with ``init_from`` and ``artifact`` saying where it came from.
 
     Raises:
-        ArtifactError: if the initialisation is damaged.
+        ArtifactError: if the initialisation is damaged, or differs between processes.
         BaseModelMismatchError: if it was computed for another base.
         TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if ``config`` asks for what only statistics can give, or processes differ in settings, samples or
-            the initialisation.
+        ConfigError: if ``config`` asks for what only statistics can give, or processes differ in settings or
+            samples.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
         DataError, StatisticsError, WriteError: as `initialize_lora_da` has them.
 
@@ -106,7 +106,9 @@ def apply_init(
         device=device,
         progress=progress,
     )
-    check_same_settings(job, init=stored.manifest.digest)
+    if len(set(job.processes.gather(stored.manifest.digest))) > 1:
+        raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
+    check_same_settings(job)
     with job.stage("read"):
         solved = _match(job, stored)
     given_step = step_size is not None or gives_step(config)

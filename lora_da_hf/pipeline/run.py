@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized
+from lora_da_hf.adapters.initialized import freeze_a, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
 from lora_da_hf.artifacts.store import load_init
@@ -95,7 +95,10 @@ def initialize_lora_da(
     """
     model, config = unwrapped(model), checked_config(config)
     folder = None if output_dir is None else Path(output_dir)
-    _check_call(config, population_size, folder)
+    if population_size is not None and population_size < 1:
+        raise ConfigError(f"population_size={population_size!r} must be at least 1.")
+    if not torch.is_grad_enabled():
+        raise ConfigError("Gradients are off. Call this outside of torch.no_grad() and torch.inference_mode().")
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
@@ -195,19 +198,10 @@ def hand_over(job: Job, report: LoRADAReport) -> None:
         freeze_a(job.model, job.scan.adapter_name)
 
 
-def _check_call(config: LoRADAConfig, population_size: int | None, folder: Path | None) -> None:
-    if population_size is not None and population_size < 1:
-        raise ConfigError(f"population_size={population_size!r} must be at least 1.")
-    if not torch.is_grad_enabled():
-        raise ConfigError(
-            "Gradients are off, and the statistics are made of them. Call this outside of torch.no_grad() and "
-            "torch.inference_mode()."
-        )
-    if folder is None and config.save_statistics:
-        raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
-
-
 def _check_adapter(job: Job, folder: Path | None) -> None:
+    """Verify what can be known before the samples are read."""
+    if folder is None and job.config.save_statistics:
+        raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
     least = min(target.rank for target in job.scan.targets)
     if job.config.max_rank is not None and job.config.max_rank < least:
         raise ConfigError(

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_da_hf.adapters.afterwards import freeze_a, mark_initialized, was_initialized
+from lora_da_hf.adapters.initialized import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
 from lora_da_hf.artifacts.store import load_manifest

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from lora_da_hf.adapters.afterwards import freeze_a
+from lora_da_hf.adapters.initialized import freeze_a
 from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError

@@ -2,7 +2,7 @@ import pytest
 import torch
 from harness import LINEAR_LAYERS, make_lora_config
 
-from lora_da_hf.adapters.afterwards import freeze_a
+from lora_da_hf.adapters.initialized import freeze_a
 from lora_da_hf.adapters.targets import active_adapter_name, base_name, find_targets, keep_weights_unpacked
 from lora_da_hf.errors import TargetError
 
