@@ -278,7 +278,7 @@ def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, outp
         "comparison": output_dir / "comparison.png",
         "loss curves": f"{lora.folder / 'loss_curve.png'}, {lora_da.folder / 'loss_curve.png'}",
         "adapters": f"{lora.folder}, {lora_da.folder}",
-        "initialisation": lora_da.folder / "lora_da" / "lora_da_report.json",
+        "initialisation": lora_da.folder / "lora_da" / "lora_da_manifest.json",
         "all numbers": output_dir / "summary.json",
     }
     for name, place in places.items():

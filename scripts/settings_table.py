@@ -14,28 +14,23 @@ BAR = "\\|"
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """# Settings, and the report
 
-`LoRADAConfig` has them all; on the command line (`lora-da init`, `lora-da plan`, `scripts/run_clm.py`) each is a flag,
-`--da_` before its name. `LoRADAConfig.paper()` has the settings of the paper's authors where these differ (in
-brackets); why they differ is in [decisions](decisions/0003-defaults.md). `python scripts/settings_table.py` writes
-this page.
+All fields of `LoRADAConfig`. On the command line each is a flag with `--da_` before its name. In brackets:
+`LoRADAConfig.paper()`, the settings of the paper's authors, where they differ ([why](decisions/0003-defaults.md)).
+`python scripts/settings_table.py` writes this page.
 
 """
 REPORT = """
 ## The report
 
-`trainer.lora_da_report`, `callback.report` and what `initialize_lora_da` returns print as a table, and are stored as
-`lora_da_report.json`; `lora-da show FOLDER` prints that of a stored one. Up to 32 layers have a line each; of more,
-those of a kind share one, with the range.
+Print `trainer.lora_da_report`, `callback.report` or what `initialize_lora_da` returns. `lora-da show FOLDER` prints the
+report of a stored initialisation. With more than 32 layers, those of a kind share a line, with the range.
 
 """
 EXPLAINED = {
-    "samples": "how many the statistics were taken from, and of how many; how the loss of a batch comes from its "
-    "samples, and how that is known",
-    "step size": "spectral norm that the displacement of the layer that goes farthest was brought to. 0: no step "
-    "lowered the loss, so B is zero",
-    "loss": "before and after, on the samples of the search and on samples that nothing has seen. The second pair is "
-    "the one to believe",
-    "tokens": "rows that the layer's input second moment was taken from",
+    "samples": "how many the statistics were taken from, and how the loss of a batch is made of its samples",
+    "step size": "spectral norm of the largest layer's displacement. 0: no step lowered the loss, so B is zero",
+    "loss": "before and after, on the samples of the search and on held-out samples. Believe the second pair",
+    "tokens": "rows in the layer's input second moment",
     "damping in": "what was added to the diagonal of the input second moment",
     "damping out": "the same for the output-gradient second moment",
     "displacement": "largest singular value of the damped natural gradient step, times its tokens",
