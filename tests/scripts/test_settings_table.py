@@ -24,7 +24,7 @@ def test_the_page_of_settings_is_what_the_settings_say(monkeypatch, tmp_path):
 def test_defaults_stand_beside_the_papers():
     lines = settings_table.page().splitlines()
     assert any(line.startswith('| `input_damping` | `"0.1*mean"` (`1e-06`) | Added to the diagonal') for line in lines)
-    assert any(line.startswith("| `num_samples` | `256` | Samples that") for line in lines)
+    assert any(line.startswith("| `num_samples` | `256` | Samples for the") for line in lines)
 
 
 def test_every_column_of_the_report_is_explained():
