@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import importlib.metadata
 import io
 import os
 import sys
@@ -24,71 +25,27 @@ class Verb(NamedTuple):
     name: str
     module: str
     summary: str
-    examples: tuple[str, ...]
+    example: str
 
 
 VERBS = (
-    Verb(
-        "init",
-        "compute",
-        "Compute an initialisation from data and store it in a folder.",
-        (
-            "lora-da init HuggingFaceTB/SmolLM2-135M train.jsonl my-init --prompt_column question "
-            "--completion_column answer --lora_rank 16 --da_num_samples 128",
-        ),
-    ),
-    Verb(
-        "plan",
-        "compute",
-        "Tell how much memory and time an initialisation will take. Only the model's config is read.",
-        ("lora-da plan meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB",),
-    ),
-    Verb(
-        "show",
-        "stored",
-        "Show what is in a stored initialisation: a table, and plots if asked for.",
-        ("lora-da show my-init --plots plots",),
-    ),
-    Verb(
-        "refit",
-        "stored",
-        "Make another initialisation from a stored one: a smaller rank, or other settings from its statistics.",
-        (
-            "lora-da refit my-init my-init-r4 --rank 4",
-            "lora-da refit my-init my-init-damped --da_input_damping 0.3*mean",
-        ),
-    ),
-    Verb(
-        "verify",
-        "stored",
-        "Check every file of a stored initialisation, and that it belongs to a base model.",
-        ("lora-da verify my-init --base_model HuggingFaceTB/SmolLM2-135M",),
-    ),
-    Verb(
-        "card",
-        "stored",
-        "Render the card of a stored initialisation.",
-        ("lora-da card my-init --license apache-2.0 --datasets gsm8k --language en --output card",),
-    ),
-    Verb(
-        "push",
-        "share",
-        "Publish a stored initialisation on the Hub, private unless asked otherwise.",
-        ("lora-da push my-init user/my-init", "lora-da push my-init user/my-init --public --create_pr"),
-    ),
-    Verb(
-        "pull",
-        "share",
-        "Fetch an initialisation from the Hub and check it.",
-        ("lora-da pull user/my-init", "lora-da pull user/my-init@v1 --quiet"),
-    ),
-    Verb(
-        "list",
-        "share",
-        "List the initialisations on the Hub.",
-        ("lora-da list --base_model HuggingFaceTB/SmolLM2-135M --limit 20",),
-    ),
-)
+    Verb("init", "compute", "Compute an initialisation from data and store it in a folder.",
+         "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16"),
+    Verb("plan", "compute", "Tell how much memory and time an initialisation will take, from the model's config.",
+         "meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB"),
+    Verb("show", "stored", "Show what is in a stored initialisation: a table, and plots if asked for.",
+         "my-init --plots plots"),
+    Verb("refit", "stored", "Make another initialisation: a smaller rank, or other settings from stored statistics.",
+         "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean"),
+    Verb("verify", "stored", "Check every file of a stored initialisation, and that it belongs to a base model.",
+         "my-init --base_model HuggingFaceTB/SmolLM2-135M"),
+    Verb("card", "stored", "Render the card of a stored initialisation.",
+         "my-init --license apache-2.0 --datasets gsm8k --language en --output card"),
+    Verb("push", "share", "Publish a stored initialisation on the Hub, private unless asked otherwise.",
+         "my-init user/my-init --create_pr"),
+    Verb("pull", "share", "Fetch an initialisation from the Hub and check it.", "user/my-init@v1 --quiet"),
+    Verb("list", "share", "List the initialisations on the Hub.", "--base_model HuggingFaceTB/SmolLM2-135M --limit 20"),
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,14 +105,14 @@ def make_parser(verb: Verb | None, module: Any) -> tuple[argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and leave")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("lora_da_hf"))
     verbs, flags = parser.add_subparsers(title="verbs", metavar="VERB"), parser
     for each in VERBS:
         one = verbs.add_parser(
             each.name,
             help=each.summary,
             description=each.summary,
-            epilog="\n".join(["examples:", *(f"  {example}" for example in each.examples)]),
+            epilog=f"example:\n  lora-da {each.name} {each.example}",
             formatter_class=_Help,
             allow_abbrev=False,
         )
@@ -190,11 +147,3 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if text and action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in text.lower():
             text += " (default: %(default)s)"
         return text
-
-
-class _ShowVersion(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        import importlib.metadata
-
-        print(importlib.metadata.version("lora_da_hf"))
-        parser.exit()

@@ -42,39 +42,32 @@ def run_show(arguments: argparse.Namespace, output: Output) -> None:
     init = load_init(arguments.folder)
     manifest, report, base = init.manifest, init.report, init.manifest.base_model
     written = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
+    modules = Counter(kind_of(layer.name) for layer in report.layers)
     values: dict[str, Any] = {
         "folder": str(arguments.folder),
         "base_model": base.name_or_path,
         "base_revision": base.revision,
         "created": manifest.created,
-        "ranks": sorted({layer.rank for layer in report.layers}),
         "max_rank": max(layer.max_rank for layer in report.layers),
-        "alpha": init.peft_config["lora_alpha"],
-        "modules": dict(Counter(kind_of(layer.name) for layer in report.layers)),
-        "num_samples": report.num_samples,
-        "seed": report.seed,
-        "step_size": report.step_size,
-        "step_size_by_rank": report.step_size_by_rank,
+        "modules": dict(modules),
         "has_statistics": bool(statistics_files(manifest)),
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "plots": written,
+        **report.to_dict(),
     }
+    ranks = ", ".join(map(str, sorted({layer.rank for layer in report.layers})))
     rows = [
         ("base model", f"{base.name_or_path or 'not recorded'} @ {base.revision or 'revision not recorded'}"),
         ("computed", manifest.created),
-        ("rank", f"{', '.join(map(str, values['ranks']))} of {values['max_rank']} stored"),
-        ("modules", ", ".join(f"{name} x {number}" for name, number in values["modules"].items())),
+        ("rank", f"{ranks} of {values['max_rank']} stored"),
+        ("modules", ", ".join(f"{name} x {number}" for name, number in modules.items())),
         ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
         ("statistics", "stored" if values["has_statistics"] else "not stored"),
         ("size", f"{values['bytes'] / 2**20:,.1f} MiB"),
         *[("plot", path) for path in written],
     ]
-    text = report.table(every_layer=True) if arguments.every_layer else str(report)
-    output.result(
-        {**values, "layers": [dataclasses.asdict(layer) for layer in report.layers], "kept": report.kept},
-        bare=[layer.name for layer in report.layers],
-        text=f"{aligned(rows)}\n\n{text}",
-    )
+    text = f"{aligned(rows)}\n\n{report.table() if arguments.every_layer else report}"
+    output.result(values, bare=[layer.name for layer in report.layers], text=text)
 
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:

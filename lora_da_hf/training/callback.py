@@ -138,10 +138,9 @@ class LoRADACallback(TrainerCallback):
                 "made; if you use model_init, use LoRADATrainer."
             )
         if state.global_step > 0:
-            logger.info("LoRA-DA: resuming at step %d, the adapter stays as it is", state.global_step)
             self._resume(args, model, name)
         elif was_initialized(model, name):
-            self._note_what_is_ignored()
+            self._keep()
         else:
             self.report = self._initialize(args, state, model, name, train_dataloader)
         if self.report is not None and self.report.init_from is not None:
@@ -255,24 +254,18 @@ class LoRADACallback(TrainerCallback):
         except (ArtifactError, OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("LoRA-DA: %s has no report to read (%s); training goes on without it", stored, error)
 
-    def _note_what_is_ignored(self) -> None:
-        """Say that the adapter stays as it is.
-
-        Raises:
-            ConfigError: if another callback initialised it and this one was to read an initialisation.
-        """
-        if self.report is not None:
-            logger.info("LoRA-DA: this model's adapter was initialised before, it stays as it is")
-            return
-        if self.init_from is not None:
+    def _keep(self) -> None:
+        """Leave the adapter of a model that was initialised before, and say so if it was not by this callback."""
+        if self.report is None and self.init_from is not None:
             raise ConfigError(
                 f"The model's adapter was initialised before in this process, so init_from={str(self.init_from)!r} "
                 "would not be used. Load the base anew, or leave init_from out to train the adapter as it is."
             )
-        logger.warning(
-            "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
-            "given now have no effect. Load the base anew to start again."
-        )
+        if self.report is None:
+            logger.warning(
+                "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
+                "given now have no effect. Load the base anew to start again."
+            )
 
 
 def summary(report: LoRADAReport) -> str:
