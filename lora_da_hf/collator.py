@@ -15,6 +15,8 @@ from accelerate.utils import send_to_device
 
 from lora_da_hf.errors import DataError
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
 RawCollate = Callable[[list[Any]], Mapping[str, Any]]
 
 
@@ -58,23 +60,22 @@ class DeviceCollator:
 
     @contextlib.contextmanager
     def generators_kept(self) -> Generator[None]:
-        """Put back the random generators that the collator has as attributes: it may make them at its first call."""
+        """Give the collator copies of the random generators that it has as attributes, and take them back at the end.
+
+        Those that it makes meanwhile, as at its first call, are taken away.
+        """
         holder = _innermost(self._collate)
-        before = {name: (value, _state(value)) for name, value in _attributes(holder)}
+        before = dict(getattr(holder, "__dict__", {}))
+        for name, generator in _generators(holder).items():
+            setattr(holder, name, copy.deepcopy(generator))
         try:
             yield
         finally:
-            for name, value in _attributes(holder):
-                if _state(value) is None:
-                    continue
-                if name not in before:
+            for name in _generators(holder):
+                if name in before:
+                    setattr(holder, name, before[name])
+                else:
                     delattr(holder, name)
-                    continue
-                first, state = before[name]
-                if value is not first:
-                    setattr(holder, name, first)
-                if state is not None:
-                    _set_state(first, state)
 
 
 def _innermost(collate: Any) -> Any:
@@ -88,25 +89,6 @@ def _innermost(collate: Any) -> Any:
             return getattr(collate, "__self__", collate)
 
 
-def _attributes(holder: Any) -> list[tuple[str, Any]]:
-    return list(getattr(holder, "__dict__", {}).items())
-
-
-def _state(generator: Any) -> Any:
-    """Return the state of a random generator, or None of anything else."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else None
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
+def _generators(holder: Any) -> dict[str, Any]:
+    attributes = getattr(holder, "__dict__", {})
+    return {name: value for name, value in attributes.items() if isinstance(value, _GENERATORS)}
