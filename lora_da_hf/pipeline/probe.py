@@ -35,14 +35,13 @@ from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import (
     DRAWS_AT_RANDOM,
     ComputeLoss,
-    choose_unlike,
-    draws_at_random,
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
 from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens, tell_sequences_apart
+from lora_da_hf.statistics.unlike import choose_unlike, draws_at_random
 
 LOSS = "loss"
 _PROBED_SAMPLES = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.errors import DataError
-from lora_da_hf.statistics.loss_reduction import Collate, named_tensors
+from lora_da_hf.statistics.unlike import Collate, named_tensors
 
 _LITTLE_PADDING = 16
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss, LossReduction
+from lora_da_hf.statistics.loss_reduction import ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps
 from lora_da_hf.statistics.token_masks import (
@@ -23,6 +23,7 @@ from lora_da_hf.statistics.token_masks import (
     num_rows,
     read_batch_tokens,
 )
+from lora_da_hf.statistics.unlike import Collate
 
 _HALF_PRECISION_SCALE = 2.0**12
 

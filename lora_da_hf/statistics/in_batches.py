@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_da_hf.statistics.batches import Lockstep
 from lora_da_hf.statistics.collect import PassSettings, collect
-from lora_da_hf.statistics.loss_reduction import Collate, ComputeLoss
+from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.taps import SizeTaps
+from lora_da_hf.statistics.unlike import Collate
 
 _TOLERANCE = 1e-2
 _TOLERANCE_IN_HALF = 0.1

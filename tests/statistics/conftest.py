@@ -18,6 +18,7 @@ from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpo
 from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs, input_groups
 from lora_da_hf.statistics.token_masks import read_batch_tokens, tell_sequences_apart
+from lora_da_hf.statistics.unlike import choose_unlike
 
 
 def linear_layers(model):
@@ -79,7 +80,8 @@ def run_pass(
 
         with without_checkpointing(model):
             shared = find_shared_inputs(layers, run_forward)
-            reduction = find_reduction(compute_loss, model, collate, samples, shifts_labels=shifts, declared=declared)
+            unlike = choose_unlike(samples, collate, shifts_labels=shifts)
+            reduction = find_reduction(compute_loss, model, collate, unlike, shifts_labels=shifts, declared=declared)
 
         def make_taps():
             return Taps(

@@ -12,6 +12,7 @@ from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample
 from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
+from lora_da_hf.statistics.unlike import choose_unlike
 
 
 def settings_of(kind):
@@ -222,9 +223,14 @@ def test_long_samples_come_first(tiny_llama, token_samples, collected):
     assert lengths == sorted(lengths, reverse=True)
 
 
+def measured(loss, model, collate, samples, **options):
+    unlike = choose_unlike(samples, collate, shifts_labels=False)
+    return find_reduction(loss, model, collate, unlike, shifts_labels=False, **options)
+
+
 def reduction_of(loss, samples, model=None, **options):
     model = model or torch.nn.Linear(1, 1)
-    return find_reduction(loss, model, pad_samples, samples, shifts_labels=False, **options)
+    return measured(loss, model, pad_samples, samples, **options)
 
 
 def toy(first, second, both, *, divides=False):
@@ -336,8 +342,8 @@ def mean_of_boxes(model, batch, num_items):
 def test_targets_in_lists_of_dictionaries_are_seen():
     samples = [{"x": float(number), "boxes": 1 + (number == 5)} for number in range(12)]
     model = torch.nn.Linear(1, 1)
-    assert find_reduction(mean_of_boxes, model, boxed, samples, shifts_labels=False).kind == "unknown"
-    assert find_reduction(mean_of_boxes, model, boxed, samples[6:], shifts_labels=False).kind == "sample_mean"
+    assert measured(mean_of_boxes, model, boxed, samples).kind == "unknown"
+    assert measured(mean_of_boxes, model, boxed, samples[6:]).kind == "sample_mean"
 
 
 def test_lengths_are_seen_where_there_is_no_mask():
@@ -350,8 +356,8 @@ def test_lengths_are_seen_where_there_is_no_mask():
 
     samples = [{"x": number, "frames": 12 if number == 5 else 6} for number in range(12)]
     model = torch.nn.Linear(1, 1)
-    assert find_reduction(mean_of_frames, model, pad_audio, samples, shifts_labels=False).kind == "unknown"
-    assert find_reduction(mean_of_frames, model, pad_audio, samples[6:], shifts_labels=False).kind == "sample_mean"
+    assert measured(mean_of_frames, model, pad_audio, samples).kind == "unknown"
+    assert measured(mean_of_frames, model, pad_audio, samples[6:]).kind == "sample_mean"
 
 
 def test_four_samples_are_measured_though_nothing_tells_them_apart():
@@ -362,7 +368,7 @@ def test_four_samples_are_measured_though_nothing_tells_them_apart():
         return batch["pixel_values"].mean()
 
     samples = [{"x": float(number), "boxes": 1} for number in range(12)]
-    assert find_reduction(loss, torch.nn.Linear(1, 1), boxed, samples, shifts_labels=False).kind == "sample_mean"
+    assert measured(loss, torch.nn.Linear(1, 1), boxed, samples).kind == "sample_mean"
     assert rows.count(2) == 3
 
 
@@ -390,7 +396,7 @@ def test_few_samples_are_measured_and_short_ones(tiny_llama, token_samples, coun
         return model_loss(model, batch, num_items)
 
     model = tiny_llama().eval()
-    assert find_reduction(watched, model, pad_samples, samples, shifts_labels=True).kind == "sum"
+    assert find_reduction(watched, model, pad_samples, samples[:4], shifts_labels=True).kind == "sum"
     assert sum(rows) == 2 + 3 * (min(count, 4) - 1)
 
 
