@@ -128,10 +128,6 @@ class LoRADAConfig:
         "Samples in one forward and backward pass; the statistics do not depend on it. None: the trainer's "
         "per-device training batch size, or 8 without a trainer.",
     )
-    sample_selection: Literal["head", "random"] = setting(
-        "random",
-        "Which samples: the first ones, or a random choice that the seed fixes. Streams are read from the head.",
-    )
     search_samples: Annotated[int, Field(ge=0)] = setting(
         16,
         "Samples for the line search, and as many held out to report the loss on. Each is at most an eighth of the "
@@ -148,7 +144,6 @@ class LoRADAConfig:
         "run one at a time. token_mean, sample_mean: a mean over labels, or over samples. batch: a loss of all samples "
         "together (contrastive); the statistics then depend on the batch size.",
     )
-    accumulate_dtype: Literal["float32", "float64"] = setting("float32", "Precision that statistics are summed in.")
 
     input_damping: DampingRule = setting(
         "0.1*mean",

@@ -73,9 +73,7 @@ def choose_samples(
         indexable: Any = samples
         length = len(samples)
         population_size = population_size or length
-        indices = list(range(min(wanted, length)))
-        if config.sample_selection == "random":
-            indices = random.Random(seed).sample(range(length), len(indices))
+        indices = random.Random(seed).sample(range(length), min(wanted, length))
         drawn = [indexable[index] for index in indices]
         data_size = length
     elif isinstance(samples, Iterable):

@@ -13,7 +13,7 @@ SOLVE_SETTINGS = (
 WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
 """Settings of what becomes of the solution, which the basis alone allows to change."""
 
-SEARCH_SETTINGS = ("search_samples", "sample_selection", "batch_size", "loss_reduction")
+SEARCH_SETTINGS = ("search_samples", "batch_size", "loss_reduction")
 """Settings of a search of the step, for which data is needed and no statistics."""
 
 PASS_SETTINGS = ("memory_budget",)

@@ -15,7 +15,7 @@ from lora_da_hf.statistics.collect import PassResult, collect
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.taps import Taps
 
-UNCALLED = "no sample goes through it"
+UNCALLED = "it is never called: no sample goes through it, or the model uses its weight in other code"
 UNROUTED = "no token is routed to it"
 NO_GRADIENT = "the loss does not depend on it"
 
@@ -97,7 +97,7 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> PassResult:
             widths={name: (job.targets[name].in_features, job.targets[name].out_features) for name in shared},
             shared_inputs=shared,
             devices={name: job.targets[name].device for name in shared},
-            dtype=getattr(torch, job.config.accumulate_dtype),
+            dtype=torch.promote_types(torch.float32, next(iter(job.targets.values())).lora_A.dtype),
         )
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before

@@ -15,6 +15,7 @@ from lora_da_hf.adapters.targets import Target
 from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.distributed.reduce import reduce_statistics
+from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.pipeline.gather import Gathered
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
@@ -98,13 +99,36 @@ def _solve_group(
             found[name] = "no token that counts goes through it"
         elif not layer.weight_grad.any():
             found[name] = "its gradient is zero"
+        elif not layer.output_grad_second_moment_diag.any():
+            found[name] = "its gradient is too small to be squared in float32"
     wanted = {name: layer for name, layer in statistics.items() if name not in found}
-    if wanted:
-        solutions = solve_group(wanted, job.config, ranks=job.max_ranks, population_size=population_size)
-        for name, solution in solutions.items():
-            report = _layer_report(job.targets[name], wanted[name], solution, leader=next(iter(solutions)))
-            found[name] = (solution.on("cpu"), report)
+    solved: dict[str, LayerSolution] = {}
+    for name, solution in _solve_each(job, wanted, population_size).items():
+        if isinstance(solution, str):
+            found[name] = solution
+        else:
+            solved[name] = solution
+    for name, solution in solved.items():
+        report = _layer_report(job.targets[name], wanted[name], solution, leader=next(iter(solved)))
+        found[name] = (solution.on("cpu"), report)
     return found
+
+
+def _solve_each(
+    job: Job, statistics: Mapping[str, LayerStatistics], population_size: int
+) -> dict[str, LayerSolution | str]:
+    """Solve layers that share an input: together, or one by one if one fails. Gives the solution, or why there is none."""
+    if not statistics:
+        return {}
+    try:
+        return {**solve_group(statistics, job.config, ranks=job.max_ranks, population_size=population_size)}
+    except (NonFiniteError, SolveError) as error:
+        if len(statistics) == 1:
+            return dict.fromkeys(statistics, f"it cannot be solved ({error})")
+        found: dict[str, LayerSolution | str] = {}
+        for name, layer in statistics.items():
+            found |= _solve_each(job, {name: layer}, population_size)
+        return found
 
 
 def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSolution, *, leader: str) -> LayerReport:

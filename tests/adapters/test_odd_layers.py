@@ -90,3 +90,33 @@ def test_a_parameter_that_is_named_without_its_module_makes_a_folder_that_can_be
 def test_a_router_that_returns_a_tuple_is_not_taken_for_a_quantised_layer(make):
     with pytest.raises(UnsupportedLayerError, match=r"router: .* returns a tuple.* Exclude it from target_modules"):
         initialize(wrapped(make, target_modules="all-linear"))
+
+
+def test_a_weight_that_the_model_uses_without_calling_its_layer_is_kept_with_that_reason():
+    def wavlm():
+        return tf.WavLMForSequenceClassification(
+            tf.WavLMConfig(
+                **SIZES, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(5, 4), num_conv_pos_embeddings=8,
+                num_conv_pos_embedding_groups=4, num_labels=2, classifier_proj_size=16, apply_spec_augment=False,
+            )
+        )  # fmt: skip
+
+    speech = torch.randn(24, 400, generator=torch.Generator().manual_seed(0))
+    samples = [{"input_values": row, "labels": number % 2} for number, row in enumerate(speech)]
+    report = initialize(wrapped(wavlm, target_modules=["q_proj", "out_proj", "output_dense"]), samples)
+    reasons = {reason for name, reason in report.kept.items() if name.endswith("q_proj")}
+    assert reasons == {"it is never called: no sample goes through it, or the model uses its weight in other code"}
+    assert any(layer.name.endswith("output_dense") for layer in report.layers)
+
+
+def test_a_layer_whose_gradient_underflows_keeps_its_start_and_the_rest_goes_on(lora_model):
+    model = lora_model()
+    sick_layers = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    name = sick_layers[-1]
+    sick = model.base_model.model.get_submodule(name)
+    sick.register_forward_hook(lambda _, args, output: output.detach() + (output - output.detach()) * 1e-33)
+    before = {which: value.detach().clone() for which, value in sick.named_parameters() if "lora_" in which}
+    report = initialize(model)
+    assert report.kept == dict.fromkeys(sick_layers, "its gradient is too small to be squared in float32")
+    assert len(report.layers) == 11
+    assert all(torch.equal(value, before[which]) for which, value in sick.named_parameters() if "lora_" in which)

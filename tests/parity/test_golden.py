@@ -97,7 +97,7 @@ def test_from_the_golden_model_and_samples_the_product_is_theirs(case, lora_mode
     report = initialize_lora_da(
         model,
         json.loads((GOLDEN / "samples.json").read_text()),
-        config=config_of(case, accumulate_dtype="float64"),
+        config=config_of(case),
         population_size=CASES[case]["population_size"],
         progress=False,
     )

@@ -58,7 +58,6 @@ def run_pass(
     on_samples=lambda count: None,
     lockstep=None,
     labelled_head=False,
-    store=None,
 ):
     layers = linear_layers(model)
     shifts = shifts_labels(model)
@@ -109,7 +108,6 @@ def run_pass(
             settings=settings,
             make_taps=make_taps,
             on_samples=on_samples,
-            store=store,
             lockstep=lockstep,
         )
     groups = input_groups(shared)
