@@ -214,7 +214,7 @@ class LoRADAReport:
         """Say how far the layers go beside each other."""
         steps = self.config.get("layer_steps")
         how = {"displacement": "each layer as far as its natural gradient step", "equal": "all layers equally far"}
-        return f"; {how.get(steps, f'layer_steps={steps!r}')}" if steps else ""
+        return f"; {how.get(str(steps), f'layer_steps={steps!r}')}" if steps else ""
 
     def _summary(self) -> list[str]:
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"

@@ -105,7 +105,7 @@ def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str,
 
     Which of its module's parameters an expert belongs to, its name does not tell.
     """
-    targets = set(config.get("target_modules") or ())
+    targets: set[str] = set(config.get("target_modules") or ())
     parameters: list[str] = config.get("target_parameters") or []
     found: dict[str, list[str]] = {}
     for name in layers:

@@ -156,8 +156,8 @@ def _new_tensors(
                 place.copy_(value)
         if peft_config["use_dora"]:
             key = f"{PEFT_PREFIX}{name}{MAGNITUDE}"
-            factors = (tensors[factor_key(name, factor)] for factor in ("A", "B"))
-            magnitude = dora_magnitude(modules[name], *factors, layer.peft_scaling)
+            written = [tensors[factor_key(name, factor)] for factor in ("A", "B")]
+            magnitude = dora_magnitude(modules[name], written[0], written[1], layer.peft_scaling)
             tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)
         norms[name] = layer.peft_scaling * (lora_B @ lora_A).norm().item()
     return tensors, norms
