@@ -13,15 +13,12 @@ from lora_da_hf.artifacts.tensors import TensorSpecs
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport
 
+_PARTS = ("basis_A", "basis_B")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBasis:
-    """The stored subspace of one layer. Its eigenvalues are in the report.
-
-    Attributes:
-        basis_A: ``[max_rank, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, what ``basis_A`` keeps of the displacement (`lora_da_hf.records.LayerSolution`).
-    """
+    """``basis_A [max_rank, d_in]`` and ``basis_B [d_out, max_rank]`` of a `LayerSolution`; the report has the rest."""
 
     basis_A: Tensor
     basis_B: Tensor
@@ -48,11 +45,8 @@ def stored_solution(basis: StoredBasis, report: LayerReport) -> LayerSolution:
 
 def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
     """Return the tensors of the basis file: ``<layer>.basis_A`` and ``<layer>.basis_B`` in float32."""
-    tensors: dict[str, Tensor] = {}
-    for name, basis in bases.items():
-        tensors[f"{name}.basis_A"] = basis.basis_A.to("cpu", torch.float32).contiguous()
-        tensors[f"{name}.basis_B"] = basis.basis_B.to("cpu", torch.float32).contiguous()
-    return tensors
+    named = {f"{name}.{part}": getattr(basis, part) for name, basis in bases.items() for part in _PARTS}
+    return {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
 
 
 def basis_specs(manifest: Manifest) -> TensorSpecs:

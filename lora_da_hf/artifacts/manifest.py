@@ -111,7 +111,7 @@ class Manifest(_Strict):
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank for all layers together; a layer that is stored with all its directions does not limit it."""
+        """The largest rank for all layers together; one that is stored with all its directions does not limit it."""
         limits = [layer.max_rank for layer in self.report.layers if layer.max_rank < layer.in_features]
         return min(limits) if limits else max(layer.max_rank for layer in self.report.layers)
 

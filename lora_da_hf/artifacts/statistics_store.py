@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from lora_da_hf.artifacts.folders import adopt
 from lora_da_hf.artifacts.manifest import STATISTICS_PREFIX, Manifest
-from lora_da_hf.artifacts.tensors import check_specs, open_tensors, tensor_specs, write_tensors
+from lora_da_hf.artifacts.tensors import check_specs, finite, tensor_specs, write_tensors
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import pack_upper, unpack_upper
@@ -70,14 +73,9 @@ def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatisti
 
 
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:
-    """Read the statistics of a stored initialisation, one at a time of the groups of layers that share an input.
+    """Yield the statistics of a folder that `load_init` checked: of one group of layers that share an input at a time.
 
-    Args:
-        folder: The initialisation's folder, checked by `load_init`.
-        manifest: Its manifest.
-
-    Yields:
-        By layer. All of them have the same tensor as the second moment of their input.
+    All of a group have the same tensor as the second moment of their input.
 
     Raises:
         ArtifactError: if they were not stored, or are not finite.
@@ -87,7 +85,16 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
         raise ArtifactError(
             f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
         )
-    with open_tensors(folder / file for file in files) as read:
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, Any]] = {}
+        for path in (folder / file for file in files):
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+            places |= dict.fromkeys(opened.keys(), (path, opened))
+
+        def read(name: str) -> Tensor:
+            path, opened = places[name]
+            return finite(path, name, opened.get_tensor(name))
+
         for leader, names in input_groups_of(manifest).items():
             moment = unpack_upper(read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features)
             yield {

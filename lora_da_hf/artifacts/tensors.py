@@ -1,13 +1,10 @@
-"""Safetensors files: written with a word on what is missing, read header first."""
+"""Safetensors files, read header first."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,10 +29,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        free = shutil.disk_usage(path.parent).free
         raise ArtifactError(
-            f"{path} could not be written ({error}). It takes {size / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
-            "free there: make room, or name a folder on another disk."
+            f"{path} could not be written ({error}). Make room for {size / 2**20:,.0f} MiB, or name another folder."
         ) from error
 
 
@@ -72,30 +67,19 @@ def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
     """
     if expected is not None:
         check_specs(path, tensor_specs(path, max_tensors=len(expected)), expected)
-    with open_tensors([path]) as read, safe_open(path, framework="pt") as file:
-        return {name: read(name) for name in file.keys()}
+    with safe_open(path, framework="pt") as file:
+        return {name: finite(path, name, file.get_tensor(name)) for name in file.keys()}
 
 
-@contextlib.contextmanager
-def open_tensors(paths: Iterable[Path]) -> Generator[Callable[[str], Tensor]]:
-    """Give a function that reads one tensor of files whose headers were checked.
+def finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file.
 
-    That function raises `ArtifactError` if the tensor holds NaN or infinity.
+    Raises:
+        ArtifactError: if it holds NaN or infinity.
     """
-    with contextlib.ExitStack() as stack:
-        places: dict[str, tuple[Path, Any]] = {}
-        for path in paths:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            places |= dict.fromkeys(file.keys(), (path, file))
-
-        def read(name: str) -> Tensor:
-            path, file = places[name]
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
-                raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
-            return tensor
-
-        yield read
+    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
+        raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
+    return tensor
 
 
 def check_specs(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:

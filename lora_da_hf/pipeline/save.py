@@ -39,20 +39,9 @@ def save_init(
     report: LoRADAReport,
     identity: Mapping[str, Any],
 ) -> None:
-    """Write adapter, basis, manifest and, if there are any, statistics: all of it or nothing.
+    """Write adapter, basis, manifest and, from the folder ``statistics``, statistics: all of it or nothing.
 
-    What takes all processes is done before: `base_model_facts` and `whole_adapter`.
-
-    Args:
-        folder: Where.
-        model: The model with its adapter.
-        base_model: What `base_model_facts` returned.
-        adapter_state: What `whole_adapter` returned.
-        scan: The adapter's layers.
-        solutions: By layer.
-        statistics: Folder that `save_statistics` wrote to; None: they are not stored.
-        report: What was done.
-        identity: What a later run must have in common with this one to use it.
+    What takes all processes is done before: `base_model_facts` and `whole_adapter`, which gives ``adapter_state``.
     """
     write_init(
         folder,

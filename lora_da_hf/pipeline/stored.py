@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_da_hf.artifacts.manifest import Manifest
@@ -39,25 +39,8 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
         ConfigError: if a setting that went into the stored solution is given otherwise.
     """
     stored = dataclasses.replace(manifest.config, freeze_a=False)
-    if given is None:
-        return stored
-    given, names = _merged(stored, given)
-    fixed = [name for name in names if name not in FREE_IN_USE and name in changed_settings(given, stored)]
-    if fixed:
-        raise ConfigError(
-            f"{_listed(given, fixed)}: the stored initialisation was computed with {_listed(stored, fixed)}. Leave "
-            "that out, or use refit_init first, or compute an initialisation anew."
-        )
-    return dataclasses.replace(stored, **{name: getattr(given, name) for name in names})
-
-
-def _merged(stored: LoRADAConfig, given: LoRADAConfig | Mapping[str, Any]) -> tuple[LoRADAConfig, list[str]]:
-    """Return what is given as a whole config, and what of it counts: of a config, what is not the default's."""
-    if isinstance(given, Mapping):
-        names, given = list(given), LoRADAConfig.from_dict({**stored.to_dict(), **given})
-    else:
-        names = changed_settings(given, LoRADAConfig())
-    return given, [name for name in names if name not in PASS_SETTINGS]
+    new, names = _allowed(stored, given, FREE_IN_USE, "use refit_init first, or compute an initialisation anew")
+    return dataclasses.replace(stored, **{name: getattr(new, name) for name in names})
 
 
 def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
@@ -70,40 +53,44 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
             default is not given.
     """
     stored = dataclasses.replace(manifest.config, save_statistics=False)
+    new, _ = _allowed(stored, given, FREE_IN_REFIT, "compute an initialisation anew")
+    values = {name: getattr(new, name) for name in FREE_IN_REFIT}
+    step = stored.step_size if new.searches_step else new.step_size
+    return dataclasses.replace(stored, **{**values, "step_size": step, "max_rank": new.max_rank or stored.max_rank})
+
+
+def _allowed(
+    stored: LoRADAConfig, given: Given, free: Collection[str], remedy: str
+) -> tuple[LoRADAConfig, Collection[str]]:
+    """Return what is given as a whole config, and the names of what counts of it.
+
+    Raises:
+        ConfigError: if that holds a setting that is not free.
+    """
     if given is None:
-        return stored
-    given, names = _merged(stored, given)
-    fixed = [name for name in names if name not in FREE_IN_REFIT and name in changed_settings(given, stored)]
+        return stored, ()
+    if isinstance(given, Mapping):
+        names, new = list(given), LoRADAConfig.from_dict({**stored.to_dict(), **given})
+    else:
+        names, new = changed_settings(given, LoRADAConfig()), given
+    names = [name for name in names if name not in PASS_SETTINGS]
+    fixed = [name for name in names if name not in free and getattr(new, name) != getattr(stored, name)]
     if fixed:
+        asked, was = (", ".join(f"{n}={getattr(config, n)!r}" for n in fixed) for config in (new, stored))
         raise ConfigError(
-            f"{_listed(given, fixed)}: the statistics were taken with {_listed(stored, fixed)}, which cannot be "
-            "changed without the data. Leave that out, or compute an initialisation anew."
+            f"{asked}: the stored initialisation was computed with {was}, which needs the data to change. Leave that "
+            f"out, or {remedy}."
         )
-    values = {name: getattr(given, name) for name in FREE_IN_REFIT}
-    if given.searches_step:
-        values["step_size"] = stored.step_size
-    values["max_rank"] = given.max_rank or stored.max_rank
-    return dataclasses.replace(stored, **values)
-
-
-def _listed(config: LoRADAConfig, names: list[str]) -> str:
-    return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+    return new, names
 
 
 def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
-    """Choose the step for an adapter of any ranks from those that are stored.
+    """Choose the step for layers of any ranks from those that are stored, and say where it is from.
 
     It is the stored one where all ranks are as stored, or where it was not searched. Otherwise it comes from the ladder
     of searched steps, at the geometric mean of the ranks: between two rungs the logarithm of the step is interpolated
     in the logarithm of the rank; beyond the ends the nearest rung counts, and beside a rung where no step helped it is
-    0.
-
-    Args:
-        manifest: Of the initialisation.
-        ranks: Of the layers that will be written.
-
-    Returns:
-        The step, or None if it follows from `stable_gamma` and the layer's scaling; and where it is from.
+    0. None: it follows from `stable_gamma` and the layer's scaling.
     """
     step, source = _stored_step(manifest, ranks)
     changed = manifest.refitted_from.changed if manifest.refitted_from else {}

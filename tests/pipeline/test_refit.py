@@ -208,8 +208,7 @@ def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
 
 
 def test_settings_of_the_pass_cannot_be_changed(stored_init, tmp_path):
-    message = "token_mask='labels': the statistics were taken with token_mask='attention', which cannot be changed"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="token_mask='labels'"):
         refit_init(stored_init, tmp_path / "new", config=LoRADAConfig(token_mask="labels"))
 
 
@@ -479,7 +478,7 @@ def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_
     whole = refit_init(folder, tmp_path / "whole", config=LoRADAConfig(variance_weight=0.1)).manifest.config
     assert (named.variance_weight, whole.variance_weight) == (0.1, 0.1)
     assert (named.input_damping, whole.input_damping) == (0.5, LoRADAConfig().input_damping)
-    with pytest.raises(ConfigError, match="num_samples=100: the statistics were taken with"):
+    with pytest.raises(ConfigError, match="num_samples=100"):
         refit_init(folder, tmp_path / "new", config={"num_samples": 100})
 
 
