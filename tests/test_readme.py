@@ -37,6 +37,7 @@ def test_the_first_example_runs_when_pasted(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     exec(snippet, {})
     assert "LoRA-DA initialisation" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "lora_da" / "adapter_model.safetensors").is_file()
 
 
