@@ -1,6 +1,5 @@
 import pytest
 import torch
-from families.zoo import FAMILIES
 from harness import collate, make_learnable_samples
 from transformers import (
     BertConfig,
@@ -17,9 +16,6 @@ from transformers import T5ForConditionalGeneration as T5
 
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
-    accepts_loss_kwargs,
-    base_model_of,
-    input_device,
     max_sample_length,
     model_loss,
     shifts_labels,
@@ -62,12 +58,6 @@ def make_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=1, n_head=2, n_positions=32))
 
 
-def test_the_base_is_the_model_inside_the_adapter(lora_model, tiny_llama):
-    model = tiny_llama()
-    assert base_model_of(model) is model
-    assert base_model_of(lora_model(model=model)) is model
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_models_loss_is_a_sum_over_labels_divided_by_the_number_of_items(lora_model, tiny_llama, wrapped):
     model = lora_model() if wrapped else tiny_llama()
@@ -77,26 +67,6 @@ def test_the_models_loss_is_a_sum_over_labels_divided_by_the_number_of_items(lor
     total = model_loss(model, batch, torch.tensor(1))
     torch.testing.assert_close(total, mean * labels)
     torch.testing.assert_close(model_loss(model, batch, torch.tensor(labels)), mean)
-
-
-def test_a_model_that_takes_no_number_of_items_gets_none():
-    class Strict(torch.nn.Module):
-        def forward(self, x):
-            return (x.sum(),)
-
-    assert not accepts_loss_kwargs(Strict())
-    assert model_loss(Strict(), {"x": torch.ones(3)}, torch.tensor(2)).item() == 3
-
-
-def test_a_model_may_declare_what_it_takes():
-    class Declared(torch.nn.Module):
-        accepts_loss_kwargs = False
-
-        def forward(self, x, **kwargs):
-            assert not kwargs
-            return (x.sum(),)
-
-    assert model_loss(Declared(), {"x": torch.ones(3)}, torch.tensor(2)).item() == 3
 
 
 def test_a_model_without_a_loss_is_an_error(tiny_llama):
@@ -123,16 +93,3 @@ def test_the_longest_sample_is_what_the_position_embeddings_allow(tiny_llama):
     assert max_sample_length(make_deberta()) is None  # relative ones, in a table of as many rows
     assert max_sample_length(make_roberta()) == 30  # from the row behind the padding's on
     assert max_sample_length(torch.nn.Linear(2, 2)) is None
-
-
-def test_batches_go_where_the_embeddings_are(tiny_llama):
-    model = tiny_llama()
-    model.model.embed_tokens.to("meta")
-    assert input_device(model).type == "meta"
-    assert input_device(torch.nn.Linear(2, 2)).type == "cpu"
-
-
-def test_a_model_without_embeddings_is_fed_where_its_first_parameter_is():
-    for name in ("Wav2Vec2 (audio, padded)", "CLIP (images and text, contrastive)"):
-        model = FAMILIES[name].make_model()
-        assert input_device(model) == next(model.parameters()).device

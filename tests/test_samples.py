@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
@@ -57,44 +56,6 @@ def test_the_search_takes_an_eighth_of_the_data_at_most(available, expected):
     assert sizes(splits) == expected
 
 
-@pytest.mark.parametrize(
-    ("available", "expected"), [(30, (10, 0, 4)), (12, (10, 0, 2)), (10, (10, 0, 0)), (1, (1, 0, 0))]
-)
-def test_without_a_search_what_is_left_over_is_unseen(available, expected):
-    splits = choose(list(range(available)), step_size=0.1)
-    assert sizes(splits) == expected
-    assert len(splits.indices) == sum(expected)
-
-
-def test_fewer_samples_than_asked_for_are_noted():
-    assert choose(list(range(7))).notes == ("6 samples for the statistics instead of 10: there are 7",)
-
-
-def test_a_random_choice_is_fixed_by_the_seed():
-    first, again, other = (choose(list(range(1000)), seed=seed) for seed in (1, 1, 2))
-    assert first == again
-    assert first.indices != other.indices
-    assert sorted(first.indices) != list(range(18))
-
-
-def test_only_what_is_used_is_read():
-    class Lazy:
-        def __init__(self):
-            self.read = []
-
-        def __len__(self):
-            return 10**9
-
-        def __getitem__(self, index):
-            self.read.append(index)
-            return index
-
-    lazy = Lazy()
-    splits = choose(lazy)
-    assert len(lazy.read) == 18
-    assert splits.population_size == 10**9
-
-
 def endless():
     number = 0
     while True:
@@ -118,24 +79,10 @@ def test_a_stream_without_a_population_size_is_an_error():
         choose(endless())
 
 
-def test_a_stream_that_ends_early_gives_what_it_has():
-    assert sizes(choose(iter(range(9)), population_size=9)) == (7, 1, 1)
-
-
-@pytest.mark.parametrize(("given", "expected"), [(7, 7), (None, 20)])
-def test_the_population_is_what_is_given_or_the_length(given, expected):
-    assert choose_samples(list(range(20)), LoRADAConfig(), seed=0, population_size=given).population_size == expected
-
-
 @pytest.mark.parametrize("samples", [[], iter([])])
 def test_no_sample_at_all_is_an_error(samples):
     with pytest.raises(DataError, match="No samples to take statistics from"):
         choose(samples, population_size=1)
-
-
-def test_one_sample_cannot_be_searched_on():
-    with pytest.raises(DataError, match=r"Only one sample, .* Give more samples, or a step_size"):
-        choose([1])
 
 
 def test_what_is_no_collection_is_an_error():
@@ -146,17 +93,6 @@ def test_what_is_no_collection_is_an_error():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(40))
-
-
-class SizedStream(Stream):
-    def __len__(self):
-        return 40
-
-
-def test_a_stream_that_knows_its_length_is_a_stream_all_the_same():
-    splits = choose(SizedStream())
-    assert splits.indices == tuple(range(18))
-    assert splits.population_size == 40
 
 
 class Sized(list):
@@ -192,11 +128,6 @@ def test_an_iterable_of_batches_gives_its_rows():
     ]
 
 
-@pytest.mark.parametrize("samples", [[1], {"input_ids": [1]}, iter([1]), Sized()])
-def test_samples_are_no_loader(samples):
-    assert not is_loader(samples)
-
-
 def test_padding_is_on_the_right_with_ignored_labels():
     batch = pad_samples(
         [
@@ -215,18 +146,6 @@ def test_samples_without_an_attention_mask_get_one_and_are_not_changed():
     samples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
     assert pad_samples(samples)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert samples == [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
-
-
-def test_numbers_and_tensors_of_one_shape_are_stacked():
-    batch = pad_samples(
-        [{"pixel_values": torch.ones(2, 3), "labels": 1}, {"pixel_values": torch.zeros(2, 3), "labels": 0}]
-    )
-    assert batch["pixel_values"].shape == (2, 2, 3)
-    assert batch["labels"].tolist() == [1, 0]
-
-
-def test_a_value_of_none_is_left_out():
-    assert set(pad_samples([{"input_ids": [1], "token_type_ids": None}])) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize(
@@ -283,11 +202,6 @@ def test_a_generator_of_a_collator_s_class_is_put_back():
     assert found == [random.Random(7).random()] * 2
 
 
-def test_a_collator_that_makes_no_mapping_is_an_error():
-    with pytest.raises(DataError, match="The data collator made a list; it must make a mapping of tensors"):
-        DeviceCollator(lambda samples: samples, "cpu")([1])
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -302,23 +216,6 @@ def test_a_loader_over_a_part_of_a_data_set_gives_no_sample_of_the_rest(settings
     splits = choose(samples)
     assert {*splits.statistics, *splits.search, *splits.unseen} == {1, 3, 5, 7}
     assert splits.population_size == 4
-
-
-def test_an_empty_row_is_padded_as_the_others_are():
-    batch = pad_samples([{"input_ids": [], "labels": []}, {"input_ids": [3, 4], "labels": [-100, 4]}])
-    assert batch["input_ids"].tolist() == [[0, 0], [3, 4]]
-    assert batch["labels"].tolist() == [[-100, -100], [-100, 4]]
-    assert batch["attention_mask"].tolist() == [[0, 0], [1, 1]]
-
-
-def test_rows_of_arrays_are_padded_as_lists_are():
-    rows = [{"input_ids": np.array(ids), "labels": np.array(ids)} for ids in ([3, 4], [5])]
-    assert pad_samples(rows)["input_ids"].tolist() == [[3, 4], [5, 0]]
-
-
-def test_a_number_for_the_whole_batch_belongs_to_no_sample():
-    samples, _ = samples_of_loader([{"num_items": torch.tensor(7), "input_ids": torch.tensor([[3, 4], [5, 6]])}])
-    assert [list(sample) for sample in samples] == [["input_ids"], ["input_ids"]]
 
 
 def test_a_sampler_that_is_not_followed_is_a_warning(caplog):

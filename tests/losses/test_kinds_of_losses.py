@@ -241,30 +241,3 @@ def test_weights_of_classes_do_not_mix_the_samples_of_a_batch(tmp_path, first):
         pad_samples,
     )
     assert_statistics_equal(statistics, expected, 1e-4)
-
-
-def test_a_class_that_only_late_samples_have_is_not_overlooked(tmp_path):
-    """The data set is sorted by class, and the last class is the one that weighs more."""
-
-    def of_last_class(model, batch, num_items):
-        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return cross_entropy(outputs.logits, batch["labels"], weight=torch.tensor([1.0, 1.0, 5.0]))
-
-    by_class = sorted(classification_samples(200), key=lambda sample: sample["labels"])
-    first = next(number for number, sample in enumerate(by_class) if sample["labels"] == 2)
-    samples = by_class[first - 70 : first + 50]
-    model = make_model("BERT, sequence classification")
-    report, _ = statistics_of(tmp_path, model, samples, compute_loss=of_last_class, num_samples=100, step_size=0.05)
-    assert report.batch_size == 1
-
-
-def test_samples_of_one_length_do_not_hide_what_padding_does_to_the_loss(tmp_path):
-    family = FAMILIES["BERT, question answering"]
-    by_length = sorted(family.samples(40), key=lambda sample: len(sample["input_ids"]))
-    samples = [*by_length[20:24], *by_length[:4], *by_length[24:]]
-    report, statistics = statistics_of(tmp_path, make_model("BERT, question answering"), samples)
-    expected = autograd_statistics(
-        make_model("BERT, question answering"), chosen(samples), lambda m, b: model_loss(m, b, None), pad_samples
-    )
-    assert report.batch_size == 1
-    assert_statistics_equal(statistics, expected, 1e-4)

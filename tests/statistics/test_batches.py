@@ -1,6 +1,5 @@
 """The statistics do not depend on how samples are batched, padded or ordered, whatever the loss is."""
 
-import random
 import re
 import weakref
 
@@ -13,7 +12,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.batches import digest_sample, whole_batches
 from lora_da_hf.statistics.taps import Taps
 
 
@@ -42,13 +40,6 @@ def test_batch_size_and_padding_do_not_matter(
     assert_equal_statistics(found.statistics, single.statistics, tolerance=3e-6)
 
 
-def test_order_does_not_matter(tiny_llama, token_samples, collected, assert_equal_statistics):
-    model, samples = tiny_llama(), token_samples(9)
-    expected = collected(model, samples, batch_size=4).statistics
-    random.Random(1).shuffle(samples)
-    assert_equal_statistics(collected(model, samples, batch_size=4).statistics, expected, tolerance=1e-6)
-
-
 def test_the_two_masks_differ_in_the_moments_and_not_in_the_gradient(tiny_llama, token_samples, collected):
     model, samples = tiny_llama(), token_samples(5)
     attention, labels = (collected(model, samples, token_mask=mask).statistics for mask in ("attention", "labels"))
@@ -70,13 +61,6 @@ def test_samples_without_labels_count_nowhere(
     found = collected(model, with_them, batch_size=batch_size, declared="token_mean")
     assert (found.result.num_samples, found.result.num_unlabelled) == (5, 2)
     assert_equal_statistics(found.statistics, expected.statistics)
-
-
-def test_a_label_in_first_place_predicts_nothing(tiny_llama, token_samples, collected):
-    samples = token_samples(3)
-    samples[1]["labels"] = [samples[1]["input_ids"][0]] + [-100] * (len(samples[1]["labels"]) - 1)
-    found = collected(tiny_llama(), samples)
-    assert (found.result.num_samples, found.result.num_unlabelled) == (2, 1)
 
 
 def per_token_losses(model, batch):
@@ -137,17 +121,6 @@ def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
     assert found.result.notes == ([note] if kind == "unknown" else [])
     mean_of = "labels" if kind in ("sum", "token_mean") else "samples"
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss, mean_of=mean_of))
-
-
-def test_a_wrong_declaration_is_taken_at_its_word(tiny_llama, token_samples, collected):
-    """What the user says is not checked: this pins down that it is used at all."""
-    model, samples = tiny_llama(), token_samples(7)
-    right, wrong = (
-        collected(model, samples, batch_size=4, compute_loss=token_mean, declared=declared).statistics
-        for declared in ("token_mean", "sample_mean")
-    )
-    name = next(iter(right))
-    assert not torch.allclose(right[name].weight_grad, wrong[name].weight_grad, rtol=1e-2)
 
 
 def fused(model, batch, num_items):
@@ -230,15 +203,6 @@ class FlatLayers(FlatHead):
         return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def test_a_head_that_forgets_which_row_is_whose_runs_in_batches(
-    token_samples, collected, stacked, assert_equal_statistics
-):
-    model, samples = FlatHead(), token_samples(6)
-    found = collected(model, samples, batch_size=3, compute_loss=own_loss)
-    assert (found.result.batch_size, found.result.notes) == (3, [])
-    assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
-
-
 def test_a_model_that_mixes_samples_is_run_one_at_a_time(token_samples, collected, stacked, assert_equal_statistics):
     model, samples = FlatLayers(), token_samples(6)
     found = collected(model, samples, batch_size=3, compute_loss=own_loss)
@@ -282,16 +246,6 @@ def sequence_pairs(*lengths):
         {"input_ids": list(range(3, 3 + n)), "attention_mask": [1] * n, "labels": list(range(40, 40 + m))}
         for n, m in lengths
     ]
-
-
-def test_an_encoder_decoder_counts_the_tokens_of_each_side(collected, assert_equal_statistics):
-    model, samples = tiny_t5(), sequence_pairs((5, 3), (7, 2), (4, 6))
-    single, together = (collected(model, samples, batch_size=size, declared="token_mean") for size in (1, 3))
-    assert together.result.batch_size == 3
-    for name, statistics in together.statistics.items():
-        reads_target = name.startswith("decoder") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-        assert statistics.num_input_tokens == statistics.num_output_tokens == (11 if reads_target else 16), name
-    assert_equal_statistics(together.statistics, single.statistics, tolerance=1e-4)
 
 
 def pad_to_eight(samples):
@@ -345,19 +299,3 @@ def test_an_encoder_decoder_whose_two_sides_are_as_long_is_told_apart(
         assert statistics.num_output_tokens == sum(part.num_output_tokens for part in alone), name
     together = collected(model, samples, batch_size=1, declared="token_mean")
     assert_equal_statistics(found.statistics, together.statistics, tolerance=1e-4)
-
-
-def test_what_is_nested_is_in_the_hash_of_a_sample():
-    def sample(box):
-        return {"pixel_values": torch.zeros(1, 3), "labels": [{"boxes": torch.tensor([box])}]}
-
-    assert digest_sample(sample([0.1, 0.2])) == digest_sample(sample([0.1, 0.2]))
-    assert digest_sample(sample([0.1, 0.2])) != digest_sample(sample([0.1, 0.3]))
-
-
-@pytest.mark.parametrize(
-    ("count", "batch_size", "sizes"),
-    [(5, 2, [2, 3]), (6, 2, [2, 2, 2]), (4, 3, [2, 2]), (9, 8, [4, 5]), (1, 8, [1]), (0, 8, []), (3, 1, [1, 1, 1])],
-)
-def test_no_sample_of_a_loss_of_the_batch_is_left_alone(count, batch_size, sizes):
-    assert [len(batch) for batch in whole_batches(list(range(count)), batch_size)] == sizes

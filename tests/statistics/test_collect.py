@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lora_da_hf.errors import DataError, NonFiniteError
-from lora_da_hf.losses import accepts_loss_kwargs, model_loss, shifts_labels
+from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.batches import Lockstep, check_lengths, digest_sample, sample_length
-from lora_da_hf.statistics.collect import PassSettings, check_loss, evaluate_loss
+from lora_da_hf.statistics.batches import Lockstep, check_lengths
+from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 from lora_da_hf.statistics.unlike import choose_unlike
 
 
@@ -92,18 +92,6 @@ def test_evaluation_leaves_out_samples_without_labels_and_takes_no_gradient(tiny
     assert seen == [False] * 3
 
 
-def test_a_loss_that_is_not_finite_passes_through_evaluation(tiny_llama, token_samples):
-    total, _ = evaluate_loss(
-        tiny_llama().eval(),
-        token_samples(3),
-        collate=pad_samples,
-        compute_loss=lambda *_: torch.tensor(torch.nan),
-        settings=settings_of("sum"),
-        batch_size=1,
-    )
-    assert total != total
-
-
 def in_lockstep(samples):
     """Make the lockstep of a process with fewer batches than another, which has five."""
     free = contextlib.nullcontext
@@ -166,27 +154,6 @@ def test_a_loss_that_is_not_finite_stops_the_pass(tiny_llama, token_samples, col
         collected(tiny_llama(), token_samples(3), compute_loss=bad)
 
 
-def test_a_finite_loss_is_returned_as_a_number():
-    assert check_loss(torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True)) == 2.5
-
-
-def test_digests_depend_on_content_names_types_and_shapes():
-    first = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[3, 4]])}
-    variants = [
-        {"labels": first["labels"], "input_ids": first["input_ids"], "text": "no tensor"},
-        {"input_ids": torch.tensor([[1, 3]]), "labels": first["labels"]},
-        {"input_ids": first["labels"], "labels": first["input_ids"]},
-        {"input_ids": first["input_ids"].int(), "labels": first["labels"]},
-        {"input_ids": torch.tensor([[1], [2]]), "labels": first["labels"]},
-        {"input_ids": first["input_ids"]},
-        {"input_ids": torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), "labels": first["labels"]},
-    ]
-    digests = [digest_sample(batch) for batch in (first, *variants)]
-    assert digests[0] == digests[1]
-    assert len(set(digests[1:])) == len(variants)
-    assert len(digests[0]) == 64
-
-
 def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_samples):
     samples = token_samples(3, min_length=9, max_length=9)
     check_lengths(samples, pad_samples, 9)
@@ -196,31 +163,6 @@ def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_sam
         DataError, match=r"A sample has 9 tokens and the model allows 8 .* Truncate samples to 8 tokens"
     ):
         check_lengths(samples, pad_samples, 8)
-
-
-def test_a_sample_that_the_collator_truncates_is_not_too_long(token_samples):
-    def truncate(samples):
-        return {name: value[:, :8] for name, value in pad_samples(samples).items()}
-
-    check_lengths(token_samples(3, min_length=9, max_length=9), truncate, 8)
-
-
-@pytest.mark.parametrize(("sample", "length"), [({"input_ids": [1, 2]}, 2), ({"pixels": [1]}, 0), ([1, 2, 3], 0)])
-def test_the_length_of_a_sample_is_its_number_of_tokens(sample, length):
-    assert sample_length(sample) == length
-
-
-def test_long_samples_come_first(tiny_llama, token_samples, collected):
-    lengths = []
-
-    def watching(model, batch, num_items):
-        if torch.is_grad_enabled():
-            lengths.append(batch["input_ids"].shape[1])
-        return model_loss(model, batch, num_items)
-
-    collected(tiny_llama(), token_samples(8), batch_size=2, compute_loss=watching)
-    assert len(lengths) == 4
-    assert lengths == sorted(lengths, reverse=True)
 
 
 def measured(loss, model, collate, samples, **options):
@@ -277,15 +219,6 @@ A_MEAN = "measured: the mean of its samples' losses"
 def test_the_reduction_is_measured_on_two_samples(loss, samples, kind, reason):
     found = reduction_of(loss, samples)
     assert (found.kind, found.reason) == (kind, reason)
-
-
-def test_samples_with_different_numbers_of_labels_are_measured_if_there_are_such():
-    def mean_of_labels(model, batch, num_items):
-        counts = (batch["labels"] == 1).sum(-1)
-        return (batch["x"].double() * counts).sum() / counts.sum()
-
-    samples = [{"x": 1.0, "labels": [1, 1]}, {"x": 1.0, "labels": [1, 1]}, {"x": 2.0, "labels": [1, 1, 1]}]
-    assert reduction_of(mean_of_labels, samples).kind == "token_mean"
 
 
 def per_sample(batch, weights=(1.0, 5.0, 1.0)):
@@ -346,32 +279,6 @@ def test_targets_in_lists_of_dictionaries_are_seen():
     assert measured(mean_of_boxes, model, boxed, samples[6:]).kind == "sample_mean"
 
 
-def test_lengths_are_seen_where_there_is_no_mask():
-    def mean_of_frames(model, batch, num_items):
-        return batch["input_values"].mean() + 1
-
-    def pad_audio(samples):
-        speech = [torch.full((sample["frames"],), 1.0 + sample["x"]) for sample in samples]
-        return {"input_values": torch.nn.utils.rnn.pad_sequence(speech, batch_first=True)}
-
-    samples = [{"x": number, "frames": 12 if number == 5 else 6} for number in range(12)]
-    model = torch.nn.Linear(1, 1)
-    assert measured(mean_of_frames, model, pad_audio, samples).kind == "unknown"
-    assert measured(mean_of_frames, model, pad_audio, samples[6:]).kind == "sample_mean"
-
-
-def test_four_samples_are_measured_though_nothing_tells_them_apart():
-    rows = []
-
-    def loss(model, batch, num_items):
-        rows.append(len(batch["labels"]))
-        return batch["pixel_values"].mean()
-
-    samples = [{"x": float(number), "boxes": 1} for number in range(12)]
-    assert measured(loss, torch.nn.Linear(1, 1), boxed, samples).kind == "sample_mean"
-    assert rows.count(2) == 3
-
-
 def test_pairs_that_agree_on_different_means_agree_on_none():
     """Of the first pair it is the mean over samples, of the second that over labels."""
 
@@ -384,36 +291,6 @@ def test_pairs_that_agree_on_different_means_agree_on_none():
     samples = [{"x": float(count), "labels": [1] * count} for count in (2, 3, 4)]
     assert reduction_of(fickle, samples[:2]).kind == "sample_mean"
     assert reduction_of(fickle, samples).kind == "unknown"
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 60])
-def test_few_samples_are_measured_and_short_ones(tiny_llama, token_samples, count):
-    samples = token_samples(count, max_length=40)
-    rows = []
-
-    def watched(model, batch, num_items):
-        rows.append(len(batch["labels"]))
-        return model_loss(model, batch, num_items)
-
-    model = tiny_llama().eval()
-    assert find_reduction(watched, model, pad_samples, samples[:4], shifts_labels=True).kind == "sum"
-    assert sum(rows) == 2 + 3 * (min(count, 4) - 1)
-
-
-def test_a_loss_without_countable_labels_is_no_sum_over_them():
-    samples = [{"x": 1.0}, {"x": 2.0}]
-    assert reduction_of(toy(1, 3, 4, divides=True), samples).kind == "unknown"
-    assert reduction_of(toy(1, 3, 2), samples).kind == "sample_mean"
-
-
-def test_one_sample_tells_nothing_about_the_reduction():
-    assert reduction_of(toy(1, 3, 2), pair()[:1]).reason == "there is one sample only"
-
-
-@pytest.mark.parametrize("declared", ["token_mean", "sample_mean", "batch"])
-def test_a_declared_reduction_is_not_measured(declared):
-    found = reduction_of(lambda *_: pytest.fail("measured"), pair(), declared=declared)
-    assert (found.kind, found.reason) == (declared, "declared by loss_reduction")
 
 
 def test_a_half_precision_model_is_measured_with_more_tolerance():
@@ -455,17 +332,3 @@ def test_a_batch_is_weighted_by_what_its_loss_is_a_mean_over(kind, counts, num_i
     else:
         assert reduction.num_items(tokens) == num_items
         assert reduction.weight(num_items) == weight
-
-
-def test_stock_losses_of_causal_models_shift_their_labels(tiny_llama):
-    model = tiny_llama()
-    assert shifts_labels(model)
-    assert accepts_loss_kwargs(model)
-    assert not shifts_labels(torch.nn.Linear(1, 1))
-    tokens = read_batch_tokens(pad_samples([{"input_ids": [5, 6], "labels": [5, -100]}]), shifts_labels=True)
-    assert tokens.num_labelled == 0
-
-
-def test_a_model_that_returns_no_loss_is_an_error(tiny_llama):
-    with pytest.raises(DataError, match=r"returned no loss from input_ids\. Add labels to the samples"):
-        model_loss(tiny_llama(), {"input_ids": torch.tensor([[5, 6]])}, None)

@@ -19,12 +19,6 @@ def masks(tokens):
     return [mask.int().tolist() for mask in tokens.masks]
 
 
-def test_attention_counts_what_is_attended_to():
-    tokens = read_batch_tokens(batch(input_ids=IDS, attention_mask=ATTENTION, labels=LABELS), shifts_labels=True)
-    assert masks(tokens) == [ATTENTION]
-    assert tokens.num_samples == tokens.num_labelled == 2
-
-
 def test_labels_count_the_positions_whose_next_token_is_a_label():
     tokens = read_batch_tokens(
         batch(input_ids=IDS, attention_mask=ATTENTION, labels=LABELS), shifts_labels=True, token_mask="labels"
@@ -33,79 +27,12 @@ def test_labels_count_the_positions_whose_next_token_is_a_label():
     assert tokens.label_counts.tolist() == [2, 1]  # the label in first place predicts nothing
 
 
-def test_labels_that_are_not_shifted_count_where_they_stand():
-    tokens = read_batch_tokens(
-        batch(input_ids=IDS, attention_mask=ATTENTION, labels=LABELS), shifts_labels=False, token_mask="labels"
-    )
-    assert masks(tokens)[0] == [[0, 0, 1, 1], [1, 1, 0, 0]]
-    assert tokens.label_counts.tolist() == [2, 2]
-
-
 def test_labels_that_the_collator_shifted_are_not_shifted_again():
     shifted = [[-100, 3, 4, -100], [6, -100, -100, -100]]
     tokens = read_batch_tokens(
         batch(input_ids=IDS, labels=LABELS, shift_labels=shifted), shifts_labels=True, token_mask="labels"
     )
     assert masks(tokens) == [[[0, 1, 1, 0], [1, 0, 0, 0]]]
-
-
-def test_without_an_attention_mask_every_token_counts():
-    tokens = read_batch_tokens(batch(input_ids=IDS), shifts_labels=True)
-    assert masks(tokens) == [[[1] * 4] * 2]
-    assert tokens.label_counts is None
-    assert tokens.num_labelled == 2
-
-
-def test_a_sample_without_labels_is_masked_out():
-    labels = [[-100, -100, 3, 4], [-100] * 4]
-    tokens = read_batch_tokens(batch(input_ids=IDS, attention_mask=ATTENTION, labels=labels), shifts_labels=True)
-    assert masks(tokens) == [[[1] * 4, [0] * 4]]
-    assert tokens.num_labelled == 1
-
-
-def test_an_encoder_decoder_has_a_mask_for_each_side():
-    tokens = read_batch_tokens(
-        batch(input_ids=IDS, attention_mask=ATTENTION, labels=[[7, 8], [9, -100]]),
-        shifts_labels=False,
-        encoder_decoder=True,
-    )
-    assert masks(tokens) == [ATTENTION, [[1, 1], [1, 0]]]
-    assert tokens.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 1, 2]
-
-
-def test_an_encoder_that_predicts_nothing_has_its_own_mask_where_labels_count():
-    labels = [[7, -100, 8, -100], [9, -100, -100, -100]]  # as long as the encoder's sequence
-    tokens = read_batch_tokens(
-        batch(input_ids=IDS, attention_mask=ATTENTION, labels=labels),
-        shifts_labels=False,
-        encoder_decoder=True,
-        token_mask="labels",
-    )
-    assert masks(tokens) == [ATTENTION, [[1, 0, 1, 0], [1, 0, 0, 0]]]
-
-
-def test_one_class_a_sample_is_one_label():
-    tokens = read_batch_tokens(batch(input_ids=IDS, labels=[1, -100]), shifts_labels=False)
-    assert tokens.label_counts.tolist() == [1, 0]
-
-
-def test_targets_of_a_regression_are_not_counted():
-    tokens = read_batch_tokens(batch(input_ids=IDS, labels=[0.5, 1.5]), shifts_labels=False)
-    assert tokens.label_counts is None
-    assert tokens.num_labelled == 2
-
-
-def test_rows_are_the_places_of_the_tokens_that_count_in_either_layout():
-    mask = torch.tensor([[True, False], [True, True]])
-    tokens = BatchTokens(num_samples=2, label_counts=None, masks=(mask,))
-    assert tokens.rows(torch.Size([2, 2]), layer="a").tolist() == [0, 2, 3]
-    assert tokens.rows(torch.Size([4]), layer="a").tolist() == [0, 2, 3]
-
-
-def test_where_every_token_counts_any_shape_will_do():
-    tokens = BatchTokens(num_samples=2, label_counts=None, masks=(torch.ones(2, 2, dtype=torch.bool),))
-    assert tokens.rows(torch.Size([2, 2]), layer="a") is None
-    assert tokens.rows(torch.Size([17]), layer="a") is None
 
 
 @pytest.mark.parametrize("tokens_count", [True, False])
@@ -135,12 +62,6 @@ def test_of_a_single_sample_rows_that_match_no_mask_count():
     assert tokens.rows(torch.Size([1, 16]), layer="a") is None
     unlabelled = BatchTokens(num_samples=1, label_counts=torch.tensor([0]), masks=(mask,))
     assert unlabelled.rows(torch.Size([1, 16]), layer="a").tolist() == []
-
-
-def test_rows_that_cannot_be_matched_need_single_samples():
-    tokens = BatchTokens(num_samples=2, label_counts=None, masks=(torch.tensor([[True, False], [True, True]]),))
-    with pytest.raises(SingleSamplesNeeded, match=r"rows of layers\.3, \[3\], do not match the token mask \[2, 2\]"):
-        tokens.rows(torch.Size([3]), layer="layers.3")
 
 
 @pytest.mark.parametrize("num_samples", [1, 2])
