@@ -79,7 +79,7 @@ class DataArguments(TextArguments):
     train_file: str | None = setting(None, "Training data: a csv, json, jsonl, parquet or txt file.")
     validation_file: str | None = setting(None, "Validation data: a csv, json, jsonl, parquet or txt file.")
     validation_split_percentage: int = setting(
-        5, "Share of the training rows that --do_eval holds out when there is no validation data."
+        5, "Percentage of the training rows that --do_eval holds out without validation data."
     )
     max_train_samples: int | None = setting(None, "Use this many training samples at most.")
     max_eval_samples: int | None = setting(None, "Use this many validation samples at most.")
