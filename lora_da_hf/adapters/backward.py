@@ -18,8 +18,8 @@ from lora_da_hf.errors import UnsupportedLayerError
 def checked_backward(targets: Sequence[Target]) -> Generator[None]:
     """Verify in the forward passes inside that layers of foreign kinds map a tensor to a tensor and have a backward.
 
-    Kernels for inference have none, and every layer before such a one would get no gradient. Such layers are run once
-    more on their input, with gradients; plain linear layers are left alone.
+    Kernels for inference have no backward, so every layer before them would get no gradient. Each such layer is run
+    once more on its input, with gradients; plain linear layers are left alone.
 
     Raises:
         UnsupportedLayerError: in the forward pass, naming layer and kind.

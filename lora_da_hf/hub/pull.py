@@ -52,7 +52,7 @@ def pull_init(
     Args:
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
-        statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none.
+        statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none of them.
         base_model: The model that you use it on, or its facts, or a function that loads it, given PEFT's configuration
             of the adapter; None: it is not compared.
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.

@@ -40,7 +40,7 @@ class PassSettings:
         reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
-        why_single: Why samples have to be run one at a time; None: they do not, as far as is known.
+        why_single: Why samples have to be run one at a time; None: batches will do, as far as is known.
     """
 
     batch_size: int

@@ -72,7 +72,7 @@ def find_reduction(
     shifts_labels: bool,
     declared: Declared = "auto",
 ) -> LossReduction:
-    """Find out how the loss of a batch is made of its samples'.
+    """Find out how the loss of a batch is made of its samples' losses.
 
     The first sample is run alone and together with each other one, and all pairs must agree. A *sum* over labels halves
     when the number of items that it is given doubles, and the loss of both together is the sum of the losses of each;

@@ -65,7 +65,7 @@ def _news(traits: Traits, known: Sequence[Traits]) -> int:
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch with their names: also those in lists and dictionaries, as of boxes they are."""
+    """Yield the tensors of a batch with their names, also those in lists and dictionaries."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
