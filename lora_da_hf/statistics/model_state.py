@@ -22,8 +22,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
     the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero.
     Caches for generation are off, and so are the auxiliary losses of routers, which belong to a batch as a whole
-    and not to the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks did
-    when it was traced. Random number generators are seeded, and restored too.
+    and not to the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks
+    did when it was traced. Random number generators are seeded, and restored too.
 
     Args:
         model: The model, with its adapter.

@@ -23,8 +23,8 @@ class _TapFunction(torch.autograd.Function):
     """Identity whose backward hands the layer's input and output gradient to a receiver.
 
     The input goes through ``save_for_backward``, so gradient checkpointing frees and recomputes it like any other
-    saved tensor. ``output.data`` keeps the result from being a view, so that in-place operations on it are allowed. The anchor
-    makes the graph start here although every parameter is frozen.
+    saved tensor. ``output.data`` keeps the result from being a view, so that in-place operations on it are allowed. The
+    anchor makes the graph start here although every parameter is frozen.
     """
 
     @staticmethod

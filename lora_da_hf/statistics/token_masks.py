@@ -229,7 +229,7 @@ def _is_sequences(value: Any) -> bool:
 
 
 def _masks_other_modality(batch: Mapping[str, Any]) -> bool:
-    """Tell by its length, in a batch without tokens, whether the attention mask ``[B, S]`` is one of audio or images."""
+    """Tell by its length, in a batch without tokens, whether the mask ``[B, S]`` is one of audio or images."""
     attention = batch.get("attention_mask")
     if not isinstance(attention, Tensor) or attention.dim() != 2 or "input_ids" in batch:
         return False
