@@ -123,8 +123,8 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         "solve_seconds": round(solve, 1),
     }
     text = (
-        f"{plan.describe(speed)} at this machine's speed; besides, {gibibytes(weights)} of weights, "
-        "and the activations of a pass"
+        f"{plan.describe()}; about {collect:.0f} s for the statistics and {solve:.0f} s for the solve at this "
+        f"machine's speed; besides, {gibibytes(weights)} of weights, and the activations of a pass"
     )
     if scan.kept:
         number = len(scan.targets) + len(scan.kept)

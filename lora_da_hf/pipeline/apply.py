@@ -25,9 +25,9 @@ from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.probe import Probe, probe
 from lora_da_hf.pipeline.run import hand_over, make_report
 from lora_da_hf.pipeline.saved_modules import take_over_saved_modules, trained_heads
+from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
-from lora_da_hf.pipeline.windows import Solved
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import is_loader, samples_of_loader
@@ -126,7 +126,6 @@ def apply_init(
         solved,
         step,
         layers,
-        found,
         num_samples=stored.report.num_samples,
         num_unlabelled=stored.report.num_unlabelled,
         population_size=stored.report.population_size,
@@ -210,10 +209,12 @@ def _step_without_data(job: Job, stored: StoredInit, solved: Solved, *, given_st
     """Return the step that was given, or the stored one."""
     by_rank = dict(stored.report.step_size_by_rank)
     if given_step:
-        return Step(size=None if job.config.step_size is None else float(job.config.step_size), by_rank=by_rank)
+        return Step(
+            step_size=None if job.config.step_size is None else float(job.config.step_size), step_size_by_rank=by_rank
+        )
     ranks = {name: job.targets[name].rank for name in solved.solutions}
     size, source = stored_step(stored.manifest, ranks)
-    return Step(size=size, by_rank=by_rank, notes=(source,))
+    return Step(step_size=size, step_size_by_rank=by_rank, notes=(source,))
 
 
 def _write_with_data(
@@ -230,6 +231,6 @@ def _write_with_data(
         with adapters_off(job.scan.targets), job.stage("probe"):
             found = probe(job, splits)
         step = find_step(job, solved, found, for_other_ranks=False)
-        if not step.by_rank:
-            step = dataclasses.replace(step, by_rank=dict(stored.report.step_size_by_rank))
+        if not step.step_size_by_rank:
+            step = dataclasses.replace(step, step_size_by_rank=dict(stored.report.step_size_by_rank))
         return *write_adapter(job, solved, step, found), found, notes + found.notes

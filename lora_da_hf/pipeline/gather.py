@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,14 @@ class PassCounts:
     num_unlabelled: int
     batch_size: int
     notes: tuple[str, ...]
+
+    @classmethod
+    def joined(cls, counts: Sequence[PassCounts]) -> PassCounts:
+        """Return what the passes over all windows counted, which each saw the same samples."""
+        notes = tuple(sorted({note for window in counts for note in window.notes}))
+        if counts[0].num_unlabelled:
+            notes += (f"{counts[0].num_unlabelled} samples have no label and were left out",)
+        return replace(counts[0], batch_size=min(window.batch_size for window in counts), notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,15 +147,14 @@ class Plan:
         """Return about how long passes and solve take at a speed of the forward pass, without the transfers."""
         return self.pass_flops / flops_per_second, self.solve_flops / (flops_per_second * _SOLVE_SPEED)
 
-    def describe(self, flops_per_second: float) -> str:
+    def describe(self) -> str:
         """Say in a line what will be done."""
         count, number = self.num_processes, len(self.windows)
         who = "one process" if count == 1 else f"{count} processes"
         passes = "one pass" if number == 1 else f"{number} passes"
-        collect, solve = self.seconds(flops_per_second)
         return (
-            f"{who}, {passes}, {self.sample_passes} samples{' each' * (count > 1)}; at most {gibibytes(self.peak_bytes)} "
-            f"for sums and solve on a device; about {collect:.0f} s for the statistics and {solve:.0f} s for the solve"
+            f"{who}, {passes}, {self.sample_passes} samples{' each' * (count > 1)}; at most "
+            f"{gibibytes(self.peak_bytes)} for sums and solve on a device"
         )
 
 
@@ -218,9 +217,9 @@ def _check_fits(work: Workload, budget: Mapping[int, float]) -> None:
         largest = max(too_large, key=lambda group: group.sum_bytes + group.work_bytes)
         needed = largest.sum_bytes + largest.work_bytes
         raise PlanError(
-            f"The statistics do not fit: {', '.join(largest.members)} (input {largest.d_in}) take {gibibytes(needed)}, and "
-            f"there are {gibibytes(budget[largest.device])}. Set memory_budget to at least {needed} bytes, free memory "
-            "on the device, or leave these layers out of target_modules."
+            f"The statistics do not fit: {', '.join(largest.members)} (input {largest.d_in}) take {gibibytes(needed)}, "
+            f"and there are {gibibytes(budget[largest.device])}. Set memory_budget to at least {needed} bytes, free "
+            "memory on the device, or leave these layers out of target_modules."
         )
 
 

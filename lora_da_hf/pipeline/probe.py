@@ -7,13 +7,12 @@ import dataclasses
 import itertools
 import math
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_da_hf.adapters.backward import checked_backward
 from lora_da_hf.adapters.trial import outputs_moved
@@ -34,7 +33,6 @@ from lora_da_hf.statistics.in_batches import why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import (
     DRAWS_AT_RANDOM,
-    ComputeLoss,
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
@@ -61,7 +59,6 @@ class Probe:
             (`outputs_moved`), since some losses are the same at the base whatever they ask for; and samples that are
             unlike each other, alone and in pairs, which a loss may weigh unlike.
         num_tokens: Tokens of the first labelled sample.
-        tokens_per_second: Speed of a forward pass, the best seen.
         unlike: Two samples that are unlike each other, or the only one.
         other_modality: Whether samples have inputs other than tokens.
         notes: What a user should know.
@@ -72,7 +69,6 @@ class Probe:
     shared: dict[str, str]
     losses: dict[str, float]
     num_tokens: int
-    tokens_per_second: float
     unlike: list[Any]
     other_modality: bool
     notes: tuple[str, ...]
@@ -99,19 +95,12 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         )
     splits = _with_labels(job, splits, shifts)
     first = job.collate(labelled[:1])
-    compute_loss = _TimedLoss(job.compute_loss)
     with without_checkpointing(job.model):
         unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
-        losses, shared, labelled_head = _run_first(job, compute_loss, first)
-        unlike_losses, sequences = _run_unlike(job, compute_loss, unlike, shifts)
-        reduction = find_reduction(
-            compute_loss,
-            job.model,
-            job.collate,
-            unlike,
-            shifts_labels=shifts,
-            declared=job.config.loss_reduction,
-        )
+        losses, shared, labelled_head = _run_first(job, first)
+        unlike_losses, sequences = _run_unlike(job, unlike, shifts)
+        options: dict[str, Any] = {"shifts_labels": shifts, "declared": job.config.loss_reduction}
+        reduction = find_reduction(job.compute_loss, job.model, job.collate, unlike, **options)
     settings = PassSettings(
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
@@ -130,16 +119,13 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         shared=shared,
         losses=losses | unlike_losses,
         num_tokens=_num_tokens(first),
-        tokens_per_second=min(job.processes.gather(compute_loss.tokens_per_second)),
         unlike=unlike[:2],
         other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
         notes=notes,
     )
 
 
-def _run_first(
-    job: Job, compute_loss: ComputeLoss, first: Mapping[str, Any]
-) -> tuple[dict[str, float], dict[str, str], LabelledHead | None]:
+def _run_first(job: Job, first: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str], LabelledHead | None]:
     """Run the first sample: its losses, the leader of each layer, and what runs the head on the rows of labels."""
     layers = {name: target.base_layer for name, target in job.targets.items()}
     head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
@@ -148,20 +134,16 @@ def _run_first(
     def run_forward() -> None:
         watched = contextlib.nullcontext() if head is None else head.watched()
         with torch.no_grad(), watched:
-            losses[LOSS] = compute_loss(job.model, first, None).item()
+            losses[LOSS] = job.compute_loss(job.model, first, None).item()
 
     with checked_backward(job.scan.targets):
         shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
     with torch.no_grad(), outputs_moved(job.scan.targets):
-        losses[f"{LOSS} of moved outputs"] = compute_loss(job.model, first, None).item()
-    if head is not None and not _loss_stays(job, compute_loss, head, first, losses[LOSS]):
-        head = None
-    return losses, shared, head
+        losses[f"{LOSS} of moved outputs"] = job.compute_loss(job.model, first, None).item()
+    return losses, shared, head if head is not None and _loss_stays(job, head, first, losses[LOSS]) else None
 
 
-def _run_unlike(
-    job: Job, compute_loss: ComputeLoss, unlike: list[Any], shifts: bool
-) -> tuple[dict[str, float], Mapping[str, frozenset[int]]]:
+def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, float], Mapping[str, frozenset[int]]]:
     """Run samples that are unlike each other, alone and in pairs: their losses, and the sequences of each layer."""
     layers = {name: target.base_layer for name, target in job.targets.items()}
     decodes = is_encoder_decoder(job.model)
@@ -172,7 +154,7 @@ def _run_unlike(
     rows: list[Any] = []
     for number, batch in enumerate((*singles, *pairs)):
         with torch.no_grad(), watched_rows(layers) as given:
-            losses[f"{LOSS} of unlike samples {number}"] = compute_loss(job.model, batch, None).item()
+            losses[f"{LOSS} of unlike samples {number}"] = job.compute_loss(job.model, batch, None).item()
         rows.append(given)
     return losses, followed_sequences(tokens, rows[: len(singles)])
 
@@ -209,31 +191,13 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
 
 
-def _loss_stays(
-    job: Job, compute_loss: ComputeLoss, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float
-) -> bool:
+def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:
     """Tell whether the loss of a sample is the same with the head on the rows of labels."""
     if labelled_head.seen_loss is None or not math.isclose(labelled_head.seen_loss, loss, rel_tol=1e-6):
         return False  # the loss is made elsewhere, or there is more to it
     with torch.no_grad(), labelled_head.rows_of_labels():
-        found = compute_loss(job.model, batch, None).item()
+        found = job.compute_loss(job.model, batch, None).item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-
-
-class _TimedLoss:
-    """A loss that notes how fast it was: the tokens per second of its fastest call."""
-
-    def __init__(self, compute_loss: ComputeLoss) -> None:
-        self._compute_loss = compute_loss
-        self.tokens_per_second = 0.0
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        start = time.perf_counter()
-        loss = self._compute_loss(model, batch, num_items)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        self.tokens_per_second = max(self.tokens_per_second, _num_tokens(batch) / (time.perf_counter() - start))
-        return loss
 
 
 def _num_tokens(batch: Mapping[str, Any]) -> int:
@@ -243,26 +207,22 @@ def _num_tokens(batch: Mapping[str, Any]) -> int:
 
 def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
     """Leave samples without a label out of the search and the final check; a search that loses all gets another one."""
-    unseen = _labelled(job, splits.unseen, shifts)
-    search = _labelled(job, splits.search, shifts)
-    statistics = splits.statistics
+
+    def labelled(samples: list[Any]) -> list[Any]:
+        return [sample for sample in samples if _has_label(job, sample, shifts)]
+
+    statistics, search, unseen = splits.statistics, labelled(splits.search), labelled(splits.unseen)
     if splits.search and not search and unseen:
         search, unseen = unseen[:1], unseen[1:]
     elif splits.search and not search:
-        spare = next((k for k in reversed(range(len(statistics))) if _labelled(job, [statistics[k]], shifts)), 0)
-        if len(_labelled(job, statistics, shifts, count=2)) < 2:
+        *others, spare = [place for place, sample in enumerate(statistics) if _has_label(job, sample, shifts)]
+        if not others:
             raise DataError(
-                "One sample alone has a label, and the line search needs one that the statistics did not see. Give "
-                "more labelled samples, or a step_size."
+                "Only one sample has a label, and the line search needs one that the statistics did not see. Give more "
+                "labelled samples, or a step_size."
             )
-        search = [statistics[spare]]
-        statistics = [*statistics[:spare], *statistics[spare + 1 :]]
+        search, statistics = [statistics[spare]], [*statistics[:spare], *statistics[spare + 1 :]]
     return dataclasses.replace(splits, statistics=statistics, search=search, unseen=unseen)
-
-
-def _labelled(job: Job, samples: list[Any], shifts: bool, count: int | None = None) -> list[Any]:
-    """Return the first ``count`` samples that have a label, or all of them."""
-    return list(itertools.islice((sample for sample in samples if _has_label(job, sample, shifts)), count))
 
 
 def _from_everywhere(job: Job, samples: list[Any], shifts: bool) -> list[Any]:

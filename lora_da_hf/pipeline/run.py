@@ -26,11 +26,11 @@ from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_to
 from lora_da_hf.pipeline.finished import take_over_finished
 from lora_da_hf.pipeline.identity import Identity, identify
 from lora_da_hf.pipeline.job import Job, make_job
-from lora_da_hf.pipeline.memory import linear_weights, plan_windows
-from lora_da_hf.pipeline.probe import Probe, compare_batch_with_samples, probe
+from lora_da_hf.pipeline.memory import plan_windows
+from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
 from lora_da_hf.pipeline.save import refuse_unsaveable, save_init, whole_adapter
+from lora_da_hf.pipeline.solve import Solved, solve_windows
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
-from lora_da_hf.pipeline.windows import Solved, solve_windows
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
@@ -140,8 +140,7 @@ def _run(job: Job, chosen: Chosen, folder: Path | None) -> LoRADAReport:
             statistics = _make_statistics_folder(job, folder, files)
             with adapters_off(job.scan.targets):
                 plan = plan_windows(job, found)
-                description = plan.describe(2 * linear_weights(job.model) * found.tokens_per_second)
-                job.say(f"LoRA-DA plan: {description}")
+                job.say(f"LoRA-DA plan: {plan.describe()}")
                 with job.stage("statistics"):
                     found = compare_batch_with_samples(job, found)
                 solved, counts = solve_windows(job, found, plan, statistics=statistics)
@@ -152,41 +151,29 @@ def _run(job: Job, chosen: Chosen, folder: Path | None) -> LoRADAReport:
             solved,
             step,
             layers,
-            found,
             num_samples=counts.num_samples,
             num_unlabelled=counts.num_unlabelled,
             population_size=found.splits.population_size,
             batch_size=counts.batch_size,
             loss_reduction=found.reduction,
             data_fingerprint=hashlib.sha256("".join(chosen.digests["statistics"]).encode()).hexdigest(),
-            plan=description,
+            plan=plan.describe(),
             notes=[*router_notes, *broken, *chosen.notes, *found.notes, *counts.notes, *solved.notes, *step.notes],
         )
         return report if folder is None else _save(job, folder, solved, statistics, identity, report)
 
 
-def make_report(
-    job: Job, solved: Solved, step: Step, layers: list[LayerReport], probe: Probe | None, **others: Any
-) -> LoRADAReport:
+def make_report(job: Job, solved: Solved, step: Step, layers: list[LayerReport], **others: Any) -> LoRADAReport:
     """Put together what was done."""
     return LoRADAReport(
+        **{**vars(step), **others},
         layers=layers,
         kept=solved.kept,
         adapter_name=job.scan.adapter_name,
         seed=job.seed,
-        num_search_samples=0 if probe is None else len(probe.splits.search),
-        num_unseen_samples=0 if probe is None else len(probe.splits.unseen),
         step_unit=solved.step_unit,
-        step_size=step.size,
-        step_size_by_rank=step.by_rank,
-        search=list(step.search),
-        search_loss_before=step.search_losses[0],
-        search_loss_after=step.search_losses[1],
-        unseen_loss_before=step.unseen_losses[0],
-        unseen_loss_after=step.unseen_losses[1],
         seconds=job.seconds,
         config=job.config.to_dict(),
-        **others,
     )
 
 

@@ -1,4 +1,4 @@
-"""The stage that solves each layer at the process that owns it, and gives the solution to everybody."""
+"""The stages that collect the statistics and solve each layer: all layers at once, or a part of them in each pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +17,122 @@ from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.errors import NonFiniteError, SolveError
-from lora_da_hf.pipeline.gather import Gathered
+from lora_da_hf.pipeline.gather import Gathered, PassCounts, check_any_gradient, gather_statistics
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
+from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.records import SOLUTION_TENSORS, LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.statistics.taps import input_groups
+from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 from lora_da_hf.theory.solve import solve_group
 
 Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution, on the CPU, and report; or why it keeps PEFT's own initialisation."""
 
 
-def solve_window(
-    job: Job, gathered: Gathered, plan: Plan, *, population_size: int, statistics: Path | None, number: int
-) -> dict[str, Outcome]:
-    """Reduce each group of layers to its owner, solve it there, and give the solution to everybody.
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """The solution of each layer in the model's order, computed or read.
 
-    All sums are reduced before any is solved, so that the owners solve at the same time.
+    Attributes:
+        solutions: On the CPU, by layer.
+        layers: What there is to report of each.
+        kept: Layers that keep PEFT's own initialisation, with the reason.
+        step_unit: What the displacements over tokens were divided by.
+        notes: What a user should know.
+    """
+
+    solutions: dict[str, LayerSolution]
+    layers: dict[str, LayerReport]
+    kept: dict[str, str]
+    step_unit: float
+    notes: tuple[str, ...]
+
+
+def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None) -> tuple[Solved, PassCounts]:
+    """Collect, reduce and solve the layers of each window; their sums are released before the next.
 
     Args:
         job: The job.
-        gathered: The sums.
-        plan: How many groups to solve at the same time.
-        population_size: N.
-        statistics: Folder that the process which solves writes the statistics to; None: they are not stored.
-        number: The window's.
+        probe: What the probe found.
+        plan: What is done when.
+        statistics: Where the first process, which then solves alone, writes the statistics; None: nowhere.
+
+    Raises:
+        TapNotCalledError: if no gradient came back to any layer.
+        SolveError: if no layer can be solved.
+    """
+    outcomes: dict[str, Outcome] = {}
+    counts: list[PassCounts] = []
+    for number, window in enumerate(plan.windows):
+        with job.stage("statistics"):
+            gathered = gather_statistics(job, probe, plan, window)
+        with job.stage("solve"):
+            mine, stored = _solve_window(
+                job, gathered, plan, probe.splits.population_size, keeps=statistics is not None
+            )
+            if statistics is not None and stored:
+                leaders = {name: o[1].shares_input_with for name, o in mine.items() if not isinstance(o, str)}
+                save_statistics(statistics, stored, leaders, part=number)
+            outcomes |= _share(job.processes, mine)
+        counts.append(gathered.counts)
+        del gathered, stored
+    kept = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+    check_any_gradient(kept, len(outcomes))
+    if len(kept) == len(outcomes):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
+        raise SolveError(f"No layer could be solved. {reasons}. Check the samples and the loss.")
+    return _in_one_unit(job, outcomes, kept), PassCounts.joined(counts)
+
+
+def _in_one_unit(job: Job, outcomes: Mapping[str, Outcome], kept: Mapping[str, str]) -> Solved:
+    """Divide all displacements by one number over their tokens, the same on every process."""
+    layer_steps = job.config.layer_steps
+    found = [(name, outcomes[name]) for name in job.targets]
+    solved = {name: outcome for name, outcome in found if not isinstance(outcome, str)}
+    layers = {name: layer for name, (_, layer) in solved.items()}
+    unit = job.processes.gather(step_unit(layers.values(), layer_steps=layer_steps))[0]
+    by_layer = divisors(layers.values(), unit, layer_steps=layer_steps)
+    solutions = {name: solution.in_unit(by_layer[name]) for name, (solution, _) in solved.items()}
+    return Solved(
+        solutions=solutions,
+        layers={n: dataclasses.replace(layers[n], eigenvalues=solutions[n].eigenvalues.tolist()) for n in layers},
+        kept={**job.scan.kept, **{name: kept[name] for name in job.targets if name in kept}},
+        step_unit=unit,
+        notes=tuple(rounding_notes(layers.values(), layer_steps=layer_steps)),
+    )
+
+
+def _solve_window(
+    job: Job, gathered: Gathered, plan: Plan, population_size: int, *, keeps: bool
+) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
+    """Reduce each group of layers to its owner, and solve those of this process.
+
+    All sums are reduced before any is solved, so that the owners solve at the same time.
+
+    Returns:
+        What came of this process's layers, and their statistics if they are kept.
     """
     groups = input_groups(gathered.shared)
     counts = {"num_samples": gathered.counts.num_samples, "num_items": gathered.counts.num_items}
     reduced = dict(reduce_statistics(gathered.taps, groups, gathered.owners, job.processes, **counts))
-    mine: dict[str, Outcome] = {}
-    stored: dict[str, LayerStatistics] = {}
+    outcomes: dict[str, Outcome] = {}
+    kept: dict[str, LayerStatistics] = {}
 
     def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
         layers = reduced.pop(leader)
         found = _solve_group(job, layers, gathered.kept, population_size)
-        kept = {} if statistics is None else {n: layers[n] for n in layers if not isinstance(found[n], str)}
-        return found, kept
+        return found, {n: layers[n] for n in layers if not isinstance(found[n], str)} if keeps else {}
 
     device = next(iter(job.targets.values())).device
     with job.bar(len(groups), "LoRA-DA solve") as bar, full_precision(device.type), _map_on_threads(plan) as each:
         for found, layers in each(solve_one, list(reduced)):
-            mine.update(found)
-            stored |= layers
+            outcomes.update(found)
+            kept |= layers
             bar.update(1)
-    if statistics is not None and stored:
-        shared = {name: o[1].shares_input_with for name, o in mine.items() if not isinstance(o, str)}
-        save_statistics(statistics, stored, shared, part=number)
-    outcomes = _share(job.processes, mine)
-    return {name: outcomes[name] for name in job.targets if name in outcomes}
+    return outcomes, kept
 
 
 @contextlib.contextmanager
@@ -117,7 +183,7 @@ def _solve_group(
 def _solve_each(
     job: Job, statistics: Mapping[str, LayerStatistics], population_size: int
 ) -> dict[str, LayerSolution | str]:
-    """Solve layers that share an input: together, or one by one if one fails. Gives the solution, or why there is none."""
+    """Solve layers that share an input, one by one if one fails: the solution of each, or why there is none."""
     if not statistics:
         return {}
     try:

@@ -17,7 +17,7 @@ from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.pipeline.windows import Solved
+from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.adapter_factors import factors_at_step
@@ -38,23 +38,22 @@ _FULL_PRECISION = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How far step 0 goes, and the losses that say so.
+    """How far step 0 goes, and the losses that say so, by the names that they have in the report."""
 
-    Attributes:
-        size: The step; 0 if none helps; None if each layer's follows from `stable_gamma`.
-        by_rank: The searched step for a ladder of ranks.
-        search: Steps tried, with their losses; None for one that is not finite.
-        search_losses: On the search samples, without the adapter and once it was written.
-        unseen_losses: The same on the unseen samples.
-        notes: What a user should know.
-    """
-
-    size: float | None
-    by_rank: dict[int, float] = field(default_factory=dict[int, float])
-    search: tuple[tuple[float, float | None], ...] = ()
-    search_losses: tuple[float | None, float | None] = (None, None)
-    unseen_losses: tuple[float | None, float | None] = (None, None)
+    step_size: float | None
+    step_size_by_rank: dict[int, float] = field(default_factory=dict[int, float])
+    search: list[tuple[float, float | None]] = field(default_factory=list[tuple[float, float | None]])
+    num_search_samples: int = 0
+    num_unseen_samples: int = 0
+    search_loss_before: float | None = None
+    search_loss_after: float | None = None
+    unseen_loss_before: float | None = None
+    unseen_loss_after: float | None = None
     notes: tuple[str, ...] = ()
+
+    def noting(self, note: str, **changes: Any) -> Step:
+        """Return the step with another note, and other values."""
+        return replace(self, notes=(*self.notes, note), **changes)
 
 
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
@@ -69,19 +68,23 @@ def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) 
     Raises:
         NonFiniteError: if a loss without the adapter is not finite.
     """
-    unseen = None
+    search, unseen = probe.splits.search, probe.splits.unseen
+    step = Step(
+        step_size=None if job.config.step_size is None or job.config.searches_step else float(job.config.step_size),
+        num_search_samples=len(search),
+        num_unseen_samples=len(unseen),
+    )
     with adapters_off(job.scan.targets):
-        if probe.splits.unseen:
+        if unseen:
             with job.stage("evaluate"):
-                unseen = _finite(job.loss(probe.splits.unseen, probe.settings), probe.splits.unseen, "unseen")
-        if not job.config.searches_step:
-            size = None if job.config.step_size is None else float(job.config.step_size)
-            return Step(size=size, unseen_losses=(unseen, None))
-        with job.stage("line search"):
-            return replace(_search_all(job, solved, probe, for_other_ranks), unseen_losses=(unseen, None))
+                step = replace(step, unseen_loss_before=_finite(job.loss(unseen, probe.settings), unseen, "unseen"))
+        if job.config.searches_step:
+            with job.stage("line search"):
+                step = _search(job, solved, probe, step, for_other_ranks=for_other_ranks)
+    return step
 
 
-def _search_all(job: Job, solved: Solved, probe: Probe, for_other_ranks: bool) -> Step:
+def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ranks: bool) -> Step:
     """Search the step at the ranks of the layers, and for a ladder of ranks if that is asked for."""
     samples = probe.splits.search
     watched = _WatchedLoss(job.compute_loss)
@@ -90,27 +93,42 @@ def _search_all(job: Job, solved: Solved, probe: Probe, for_other_ranks: bool) -
     resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}
     with TrialAdapters([job.targets[name] for name in bases], bases) as trial:
-        search = _Search(job, probe, trial, resolution)
-        found = search.at(None, samples, baseline, start=_first_step(job, solved))
-        by_rank = {rank: found.step_size for rank in _one_rank(job)}
-        if for_other_ranks:
-            by_rank = search.ladder(samples, found, by_rank)
-    notes: list[str] = []
+
+        def search_at(rank: int | None, samples: list[Any], baseline: float, start: float) -> LineSearchResult:
+            def evaluate(size: float) -> float:
+                trial.rank, trial.step_size = rank, size
+                return job.loss(samples, probe.settings)
+
+            factor = 10**0.5 if rank is None else 2.0
+            options: dict[str, Any] = {"start": start, "factor": factor, "refine": rank is None}
+            return line_search(evaluate, baseline=baseline, resolution=resolution, **options)
+
+        found = search_at(None, samples, baseline, _first_step(job, solved))
+        by_rank = dict.fromkeys(_one_rank(job), found.step_size)
+        part, rank = samples[:_LADDER_SAMPLES], max(job.max_ranks.values()) if for_other_ranks else 0
+        trial.step_size = 0.0
+        of_part = job.loss(part, probe.settings) if rank and len(part) < len(samples) else baseline
+        start = found.step_size or _first_step(job, solved)
+        while rank:  # each a quarter of the last, from its neighbour's step and on a few samples
+            if rank not in by_rank:
+                by_rank[rank] = search_at(rank, part, of_part, start).step_size
+            start, rank = by_rank[rank] or start, rank // _LADDER_RATIO
+    step = replace(
+        step,
+        step_size=found.step_size,
+        step_size_by_rank=dict(sorted(by_rank.items())),
+        search=[(size, loss if math.isfinite(loss) else None) for size, loss in found.evaluations],
+        search_loss_before=baseline,
+    )
     if len(found.alike) > 1 and resolution:
-        alike = ", ".join(f"{step:.3g}" for step in found.alike)
-        notes.append(
+        alike = ", ".join(f"{size:.3g}" for size in found.alike)
+        step = step.noting(
             f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline:.4g}: {alike} cannot be told apart, "
             "and the smallest was taken. Have compute_loss return float32"
         )
     if not found.helped:
-        notes.append("no step lowers the loss on the search samples: B is zero, training starts at the base")
-    return Step(
-        size=found.step_size,
-        by_rank=by_rank,
-        search=tuple((step, loss if math.isfinite(loss) else None) for step, loss in found.evaluations),
-        search_losses=(baseline, None),
-        notes=tuple(notes),
-    )
+        step = step.noting("no step lowers the loss on the search samples: B is zero, training starts at the base")
+    return step
 
 
 class _WatchedLoss:
@@ -143,45 +161,6 @@ def _first_step(job: Job, solved: Solved) -> float:
     return _FIRST_STEP / min(farthest / solved.step_unit, 1.0)
 
 
-@dataclass(frozen=True)
-class _Search:
-    """Line searches with trial adapters."""
-
-    job: Job
-    probe: Probe
-    trial: TrialAdapters
-    resolution: float
-
-    def at(self, rank: int | None, samples: list[Any], baseline: float, *, start: float) -> LineSearchResult:
-        """Search the step at a rank; None: at each layer's own, and more finely."""
-
-        def evaluate(step: float) -> float:
-            self.trial.rank, self.trial.step_size = rank, step
-            return self.job.loss(samples, self.probe.settings)
-
-        return line_search(
-            evaluate,
-            baseline=baseline,
-            start=start,
-            factor=10**0.5 if rank is None else 2.0,
-            refine=rank is None,
-            resolution=self.resolution,
-        )
-
-    def ladder(self, samples: list[Any], found: LineSearchResult, known: Mapping[int, float]) -> dict[int, float]:
-        """Search at ranks that are each a quarter of the last, from the neighbour's step and on a few samples."""
-        largest = max(self.job.max_ranks.values())
-        part = samples[:_LADDER_SAMPLES]
-        self.trial.step_size = 0.0
-        baseline = found.baseline if len(part) == len(samples) else self.job.loss(part, self.probe.settings)
-        by_rank, start = dict(known), found.step_size or found.evaluations[0][0]
-        while largest:
-            if largest not in by_rank:
-                by_rank[largest] = self.at(largest, part, baseline, start=start).step_size
-            start, largest = by_rank[largest] or start, largest // _LADDER_RATIO
-        return dict(sorted(by_rank.items()))
-
-
 def _one_rank(job: Job) -> set[int]:
     """Return the rank that all layers have, if they do: their step is then that of the ladder."""
     ranks = {target.rank for target in job.scan.targets}
@@ -205,22 +184,22 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
     Raises:
         WriteError: if a factor reads back differently.
     """
-    layers = _write(job, solved, step.size)
+    layers = _write(job, solved, step.step_size)
     if probe is None:
         return step, layers
     if probe.splits.search:
         with job.stage("line search"):
             after = job.loss(probe.splits.search, probe.settings)
-        before = step.search_losses[0]
-        if step.size and before is not None and not after <= before:
+        before = step.search_loss_before
+        if step.step_size and before is not None and not after <= before:
             note = (
-                f"step {step.size:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, above the "
-                f"base's {before:.6f}: B is zero instead"
+                f"step {step.step_size:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, "
+                f"above the base's {before:.6f}: B is zero instead"
             )
             layers, after = _write(job, solved, 0.0), before
-            by_rank = step.by_rank | dict.fromkeys(_one_rank(job), 0.0)
-            step = replace(step, size=0.0, by_rank=by_rank, notes=(*step.notes, note))
-        step = replace(step, search_losses=(before, after))
+            by_rank = step.step_size_by_rank | dict.fromkeys(_one_rank(job), 0.0)
+            step = step.noting(note, step_size=0.0, step_size_by_rank=by_rank)
+        step = replace(step, search_loss_after=after)
     return (_measure_unseen(job, step, probe) if probe.splits.unseen else step), layers
 
 
@@ -228,19 +207,18 @@ def _measure_unseen(job: Job, step: Step, probe: Probe) -> Step:
     """Add the loss on the unseen samples, and a warning if it rose."""
     with job.stage("evaluate"):
         after = job.loss(probe.splits.unseen, probe.settings)
-    before = step.unseen_losses[0]
+    before = step.unseen_loss_before
     if not math.isfinite(after):
-        return replace(step, notes=(*step.notes, f"with the adapter, the loss on the unseen samples is {after}"))
-    step = replace(step, unseen_losses=(before, after))
+        return step.noting(f"with the adapter, the loss on the unseen samples is {after}")
     if before is None or after <= before:
-        return step
+        return replace(step, unseen_loss_after=after)
     note = (
         f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the start was "
         "computed from may be too few, or unlike them"
     )
     if job.processes.is_main:
         logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", note)
-    return replace(step, notes=(*step.notes, note))
+    return step.noting(note, unseen_loss_after=after)
 
 
 def _write(job: Job, solved: Solved, size: float | None) -> list[LayerReport]:
