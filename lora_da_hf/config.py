@@ -72,7 +72,7 @@ def _memory(value: float | str) -> float | str:
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DampingRule = Annotated[float | str, AfterValidator(_damping)]
-Class = TypeVar("Class", bound=type[Any])
+Settings = TypeVar("Settings")
 
 
 def setting(default: Any, help_text: str) -> Any:
@@ -80,7 +80,7 @@ def setting(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
-def in_words(cls: Class) -> Class:
+def in_words(cls: type[Settings]) -> type[Settings]:
     """Have a pydantic dataclass raise ConfigError, which says in one line which value to change and how."""
     validated = cls.__init__
 
@@ -89,9 +89,9 @@ def in_words(cls: Class) -> Class:
         try:
             validated(self, **settings)
         except ValidationError as error:
-            raise ConfigError(_first_error(error, [f.name for f in dataclasses.fields(cls)])) from None
+            raise ConfigError(_first_error(error, list(cls.__annotations__))) from None
 
-    cls.__init__ = init
+    cls.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 

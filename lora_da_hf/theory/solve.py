@@ -100,24 +100,23 @@ def solve_layer(
         )
     cholesky = factorized_input.cholesky
     guidance, output_damping = _pose(statistics, factorized_input, config, layer, population_size)
-    narrow, missed = cholesky.dtype != torch.float64, ""
+    narrow = cholesky.dtype != torch.float64
     try:
         pairs = lowest_subspace(guidance, rank)
         residual = _residual_in_float64(statistics, guidance, pairs) if narrow else pairs.residual
-        if narrow and not residual <= _FLOAT32_RESIDUAL:
-            missed = f"left a residual of {residual:.1e}" if math.isfinite(residual) else "overflowed"
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         if not narrow:
             raise SolveError(
                 f"The eigenproblem of {layer} cannot be solved in float64: {error} Raise input_damping and "
                 "output_damping."
             ) from error
-        missed = "overflowed"
-    if missed:
+        pairs, residual = None, math.nan
+    if pairs is None or (narrow and not residual <= _FLOAT32_RESIDUAL):
+        why = f"left a residual of {residual:.1e}" if math.isfinite(residual) else "overflowed"
         on_cpu = statistics.on("cpu")
         again = factorize(on_cpu, config, layer=layer, dtype=torch.float64)
         solution = solve_layer(on_cpu, again, config, layer=layer, rank=rank, population_size=population_size)
-        notes = (*factorized_input.notes, f"float32 {missed}; solved again in float64", *solution.notes)
+        notes = (*factorized_input.notes, f"float32 {why}; solved again in float64", *solution.notes)
         return dataclasses.replace(solution.on(cholesky.device), notes=notes)
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
