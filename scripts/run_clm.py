@@ -103,6 +103,12 @@ class AdapterArguments(LoraArguments):
     )
 
 
+def refuse(is_wrong: Any, message: str) -> None:
+    """Raise a ConfigError if flags contradict each other."""
+    if is_wrong:
+        raise ConfigError(message)
+
+
 @dataclass
 class Arguments:
     """Everything the command line says.
@@ -119,41 +125,26 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.da.to_config()
-        data, training = self.data, self.training
-        for is_wrong, message in (
-            (
-                self.adapter.init_from and self.adapter.init != "lora_da",
-                "--init_from starts from a stored LoRA-DA initialisation: leave --init lora out",
-            ),
-            (
-                self.adapter.search_step and not self.adapter.init_from,
-                "--search_step needs --init_from: without it --da_step_size says how the step is found",
-            ),
-            (not self.model.model_name_or_path, "--model_name_or_path is missing"),
-            (not (training.do_train or training.do_eval), "nothing to do: give --do_train, --do_eval or both"),
-            (
-                data.dataset_name and (data.train_file or data.validation_file),
-                "give either --dataset_name or --train_file and --validation_file, not both",
-            ),
-            (
-                training.do_train and not (data.dataset_name or data.train_file),
-                "--do_train needs data: give --dataset_name or --train_file",
-            ),
-            (
-                training.do_eval and not (data.dataset_name or data.train_file or data.validation_file),
-                "--do_eval needs data: give --dataset_name, --validation_file or --train_file",
-            ),
-            (
-                not 1 <= data.validation_split_percentage <= 99,
-                f"--validation_split_percentage must be 1 to 99, got {data.validation_split_percentage}",
-            ),
-            (
-                data.streaming and training.do_train and training.max_steps <= 0,
-                "--streaming has no length: give --max_steps",
-            ),
-        ):
-            if is_wrong:
-                raise ConfigError(message)
+        data, training, has_rows = self.data, self.training, self.data.dataset_name or self.data.train_file
+        refuse(self.adapter.init_from and self.adapter.init != "lora_da", "leave --init lora out, or --init_from")
+        refuse(self.adapter.search_step and not self.adapter.init_from, "--search_step needs --init_from")
+        refuse(not self.model.model_name_or_path, "--model_name_or_path is missing")
+        refuse(not (training.do_train or training.do_eval), "nothing to do: give --do_train, --do_eval or both")
+        refuse(
+            data.dataset_name and (data.train_file or data.validation_file),
+            "give either --dataset_name or --train_file and --validation_file, not both",
+        )
+        refuse(training.do_train and not has_rows, "--do_train needs data: give --dataset_name or --train_file")
+        refuse(
+            training.do_eval and not (has_rows or data.validation_file),
+            "--do_eval needs data: give --dataset_name, --validation_file or --train_file",
+        )
+        percentage = data.validation_split_percentage
+        refuse(not 1 <= percentage <= 99, f"--validation_split_percentage must be 1 to 99, got {percentage}")
+        refuse(
+            data.streaming and training.do_train and training.max_steps <= 0,
+            "--streaming has no length: give --max_steps",
+        )
         for path in (data.train_file, data.validation_file):
             if path is not None:
                 check_data_file(path)

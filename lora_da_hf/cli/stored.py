@@ -88,7 +88,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         for note in check_base_model(manifest, base_model_facts(model)):
             output.message(f"Note: {note}.")
         against = f"it belongs to {arguments.base_model}"
-    values = {
+    values: dict[str, Any] = {
         "ok": True,
         "folder": str(arguments.folder),
         "files": len(manifest.files),

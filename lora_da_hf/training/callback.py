@@ -200,11 +200,9 @@ class LoRADACallback(TrainerCallback):
             )
         samples, collator = samples_of_loader(loader) if loader is not None else (None, None)
         population_size = None
-        if has_positions(samples):
-            population_size = len(samples)
-        elif samples is not None:
+        if samples is not None:
             total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            population_size = max(1, state.max_steps * total)
+            population_size = len(samples) if has_positions(samples) else max(1, state.max_steps * total)
         if self.train_dataset is not None:
             samples = self.train_dataset if self.data_collator else with_columns_of(self.train_dataset, samples)
         elif samples is None:

@@ -417,7 +417,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
         (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
         (["--do_train", "--dataset_name", "d", "--da_num_samples", "0"], "num_samples"),
-        (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out"),
+        (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out, or --init_from"),
         (["--do_train", "--dataset_name", "d", "--search_step"], "--search_step needs --init_from"),
         (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),
