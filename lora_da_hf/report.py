@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import FailFast, Field
 
 _FULL_TABLE_UP_TO = 32
 _COLUMNS: tuple[str, ...] = (
@@ -25,14 +27,15 @@ _COLUMNS: tuple[str, ...] = (
 )
 
 
-_STRICT: dict[str, Any] = {
-    "strict": True,
+_CHECKED: dict[str, Any] = {
     "extra": "forbid",
     "allow_inf_nan": False,
     "str_max_length": 4096,
     "revalidate_instances": "always",
 }
 """How pydantic checks a report that goes into a manifest, or comes from one."""
+
+_Few = Field(max_length=1000)
 
 
 @dataclass(kw_only=True)
@@ -58,7 +61,7 @@ class LayerReport:
         notes: What had to be done beyond the ordinary.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CHECKED
 
     name: str
     in_features: int
@@ -70,12 +73,12 @@ class LayerReport:
     num_grad_tokens: int
     input_damping: float
     output_damping: float
-    eigenvalues: list[float]
+    eigenvalues: Annotated[list[float], FailFast()]
     displacement_norm: float
     solver: str
     residual: float
     update_norm: float = 0.0
-    notes: list[str] = field(default_factory=list)
+    notes: Annotated[list[str], _Few] = field(default_factory=list)
 
     @property
     def max_rank(self) -> int:
@@ -119,10 +122,10 @@ class LoRADAReport:
         plan: How the statistics were collected.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = _CHECKED
 
-    layers: list[LayerReport] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
+    layers: Annotated[list[LayerReport], FailFast()] = field(default_factory=list)
+    kept: Annotated[dict[str, str], Field(max_length=100_000)] = field(default_factory=dict)
     adapter_name: str = "default"
     seed: int = 0
     num_samples: int = 0
@@ -134,16 +137,16 @@ class LoRADAReport:
     loss_reduction: str = ""
     step_unit: float = 1.0
     step_size: float | None = None
-    step_size_by_rank: dict[int, float] = field(default_factory=dict)
-    search: list[tuple[float, float | None]] = field(default_factory=list)
+    step_size_by_rank: Annotated[dict[int, float], _Few] = field(default_factory=dict)
+    search: Annotated[list[tuple[float, float | None]], _Few] = field(default_factory=list)
     search_loss_before: float | None = None
     search_loss_after: float | None = None
     unseen_loss_before: float | None = None
     unseen_loss_after: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    config: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    seconds: Annotated[dict[str, float], _Few] = field(default_factory=dict)
+    config: Annotated[dict[str, bool | int | float | str | None], _Few] = field(default_factory=dict)
     data_fingerprint: str = ""
-    notes: list[str] = field(default_factory=list)
+    notes: Annotated[list[str], _Few] = field(default_factory=list)
     artifact: str | None = None
     init_from: str | None = None
     plan: str = ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
@@ -29,24 +29,23 @@ MAX_MANIFEST_BYTES = 32 << 20
 _MAX_VALUES = 2_000_000
 """More than 30,000 layers of rank 16 have. Parsed, a value can take 150 bytes."""
 
-_CHECKSUM = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",')
-
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Few = Field(max_length=1000)
 Setting = bool | int | float | str | None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=4096)
+class _Checked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=4096)
 
 
-class FileEntry(_Strict):
+class FileEntry(_Checked):
     """Size in bytes and SHA-256 of one file."""
 
     size: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
 
-class BaseModelFacts(_Strict):
+class BaseModelFacts(_Checked):
     """What a base model is recognised by.
 
     Attributes:
@@ -58,11 +57,11 @@ class BaseModelFacts(_Strict):
 
     name_or_path: str | None = None
     revision: str | None = None
-    config: dict[str, bool | int | float | str] = {}
+    config: Annotated[dict[str, bool | int | float | str], _Few] = {}
     weights_sha256: Sha256 | None = None
 
 
-class RefittedFrom(_Strict):
+class RefittedFrom(_Checked):
     """Where a refitted initialisation comes from.
 
     Attributes:
@@ -71,10 +70,10 @@ class RefittedFrom(_Strict):
     """
 
     manifest: str
-    changed: dict[str, Setting] = {}
+    changed: Annotated[dict[str, Setting], _Few] = {}
 
 
-class Manifest(_Strict):
+class Manifest(_Checked):
     """Everything of an initialisation that is not a tensor.
 
     Attributes:
@@ -92,11 +91,11 @@ class Manifest(_Strict):
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["lora-da-init"] = "lora-da-init"
     created: Annotated[str, Field(pattern=r"^[0-9T:.+-]{10,40}$")]
-    versions: dict[str, str]
+    versions: Annotated[dict[str, str], _Few]
     base_model: BaseModelFacts
-    identity: dict[str, str | float] = {}
+    identity: Annotated[dict[str, str | float], _Few] = {}
     refitted_from: RefittedFrom | None = None
-    files: dict[str, FileEntry]
+    files: Annotated[dict[str, FileEntry], Field(max_length=100_000)]
     report: LoRADAReport
 
     @cached_property
@@ -122,7 +121,7 @@ class Manifest(_Strict):
 
     def to_json(self) -> str:
         """Return the manifest as JSON text, with a checksum of everything else in it."""
-        rest = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False)[1:] + "\n"
+        rest = self.model_dump_json(indent=1)[1:] + "\n"
         return f'{{\n "checksum": "{hashlib.sha256(rest.encode()).hexdigest()}",{rest}'
 
 
@@ -138,10 +137,10 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_BYTES or data.count(b",") > _MAX_VALUES:
         raise ArtifactError(f"{source} is larger than any manifest can be. Do not use it.")
-    checksum = _CHECKSUM.match(data)
-    rest = data if checksum is None else b"{" + data[checksum.end() :]
     try:
-        manifest = Manifest.model_validate_json(rest)
+        values = from_json(data, allow_inf_nan=False)
+        values.pop("checksum", None)
+        manifest = Manifest.model_validate(values)
     except ValidationError as error:
         if any(found["loc"] == ("schema_version",) for found in error.errors(include_url=False, include_input=False)):
             raise ArtifactError(
@@ -149,7 +148,9 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
                 "Install the version that wrote it, or compute the initialisation again."
             ) from error
         raise ArtifactError(f"{source} is not a valid manifest ({explained(error)}). Do not use it.") from error
-    if checksum is None or hashlib.sha256(rest[1:]).hexdigest().encode() != checksum[1]:
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f"{source} is not a JSON object ({error}). Get a new copy.") from error
+    if manifest.to_json().encode() != data:  # which has the checksum in it, and each value to the letter
         raise ArtifactError(f"{source} was changed after it was written: its checksum is wrong. Get a new copy.")
     problem = _problem(manifest)
     if problem:

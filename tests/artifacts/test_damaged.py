@@ -59,10 +59,10 @@ def refuses(folder, hub, tmp_path, lora_model, tiny_llama, capsys):
 
     def check(file, *words):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start = peak(), time.perf_counter()
+        before, start = peak(), time.process_time()
         with pytest.raises(ArtifactError) as caught:
             load_init(folder)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
         assert peak() - before < 500 * MEGABYTES
         text = str(caught.value)
         for word in (str(folder / file), *words):
