@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lora_da_hf.statistics.token_masks import RoutedTokens
+from lora_da_hf.statistics.rows import RoutedTokens
 
 
 class ExpertLinear(nn.Module):

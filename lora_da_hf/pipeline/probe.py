@@ -36,9 +36,9 @@ from lora_da_hf.statistics.loss_reduction import (
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
-from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
+from lora_da_hf.statistics.rows import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import is_packed, read_batch_tokens, tell_sequences_apart
+from lora_da_hf.statistics.token_masks import read_batch_tokens, tell_sequences_apart
 from lora_da_hf.statistics.unlike import choose_unlike, draws_at_random
 
 LOSS = "loss"
@@ -110,9 +110,6 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         labelled_head=labelled_head,
         sequences=sequences,
     )
-    notes = splits.notes
-    if any(is_packed(job.collate([sample])) for sample in labelled):
-        notes += ("a sample of the data set is a packed row of several sequences, which count as one sample",)
     return Probe(
         splits=splits,
         settings=settings,
@@ -121,7 +118,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         num_tokens=_num_tokens(first),
         unlike=unlike[:2],
         other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
-        notes=notes,
+        notes=splits.notes,
     )
 
 

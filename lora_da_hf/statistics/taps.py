@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, full_precision
-from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded, first_tensor
+from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
 
 class _TapFunction(torch.autograd.Function):
@@ -155,10 +156,7 @@ class Taps:
         tap.backward_calls += 1
         sequences = self.sequences.get(tap.name)
         try:
-            if routed is None:
-                kept = self.tokens.rows(grad.shape[:-1], layer=tap.name, sequences=sequences)
-            else:
-                kept = self.tokens.routed_rows(routed, layer=tap.name, sequences=sequences)
+            kept = rows_that_count(self.tokens, grad.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
         except SingleSamplesNeeded as reason:
             self._unmatched = self._unmatched or reason
             return

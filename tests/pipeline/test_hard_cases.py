@@ -178,15 +178,6 @@ def test_a_collator_that_masks_at_random_is_named_as_the_reason_for_single_sampl
     assert any("draws at random" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("packed", [[], [5]])
-def test_a_packed_row_is_noted_wherever_it_is(lora_model, token_samples, packed):
-    samples = [{**sample, "position_ids": list(range(len(sample["input_ids"])))} for sample in token_samples(12)]
-    for index in packed:
-        samples[index]["position_ids"] = [0, 1, *range(len(samples[index]["input_ids"]) - 2)]
-    report = initialize(lora_model(), samples, collator=None, **FIXED)
-    assert any("packed row" in note for note in report.notes) == bool(packed)
-
-
 # Half precision
 
 
@@ -342,7 +333,7 @@ LENGTHS = [(7, 2), (4, 7), (7, 3), (5, 7), (6, 5), (7, 4), (6, 7), (5, 4)]
 
 
 @pytest.mark.parametrize("case", ["weights", "positions"])
-def test_where_a_longer_sequence_could_do_harm_samples_are_run_one_at_a_time(case):
+def test_two_sides_that_are_as_long_in_a_batch_are_told_apart(case):
     samples = [
         {"input_ids": list(range(3, 3 + n)), "attention_mask": [1] * n, "labels": list(range(20, 20 + m))}
         for n, m in LENGTHS
@@ -353,9 +344,10 @@ def test_where_a_longer_sequence_could_do_harm_samples_are_run_one_at_a_time(cas
     found = []
     for batch_size in (1, 4):
         model = family_model("T5") if case == "weights" else family_model("BART", max_position_embeddings=7)
-        assert initialize(model, samples, batch_size=batch_size, **settings).batch_size == 1
+        report = initialize(model, samples, batch_size=batch_size, **settings)
+        assert report.batch_size == (1 if case == "weights" else batch_size)
         found.append(products(model))
-    assert_close(found[1], found[0], 1e-6)
+    assert_close(found[1], found[0], 1e-4)
 
 
 # A trainer

@@ -15,7 +15,7 @@ from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.collect import PassResult, PassSettings, collect
 from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.model_state import prepared_for_pass, without_checkpointing
-from lora_da_hf.statistics.sequences import followed_sequences, watched_rows
+from lora_da_hf.statistics.rows import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import Taps, find_shared_inputs, input_groups
 from lora_da_hf.statistics.token_masks import read_batch_tokens, tell_sequences_apart
 from lora_da_hf.statistics.unlike import choose_unlike
