@@ -29,21 +29,18 @@ is left and about how long it takes, by what was measured so far. `report.py` ma
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cells import LastStart, Subject, run_cell
-from designs import PRODUCT, chosen_blocks, key_of, pending, rates_of, read_design, shared_settings
+from designs import PRODUCT, chosen_blocks, key_of, pending, read_design, shared_settings
 from inits import READ_SAMPLES, made_by, why_missing
 from lines import add_line, of_subject, read_lines
 from measuring import machine, package_digest
@@ -73,7 +70,6 @@ class CompareArguments:
     blocks: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "Run these blocks of the design alone."}
     )
-    hours: float | None = setting(None, "Start no cell after this many hours.")
     max_cells: int | None = setting(None, "Run this many cells at most.")
     held_out: str | None = setting(
         None,
@@ -126,7 +122,7 @@ def show_plan(
 
 def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> None:
     """Run what is left, a cell at a time; each line names the command that it was run with."""
-    design, output, begin = read_design(arguments.design), Path(arguments.output), time.perf_counter()
+    design, output = read_design(arguments.design), Path(arguments.output)
     check_samples(design, arguments.blocks, subject)
     missing = say_what_is_missing(design, arguments.blocks, subject)
     last, num_run = LastStart(), 0
@@ -136,8 +132,7 @@ def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> No
             show_plan(design, records, subject.facts, arguments.blocks, missing)
             return
         found = next(pending(design, records, subject.facts, arguments.blocks, missing), None)
-        if found is None or num_run == arguments.max_cells or is_over(begin, arguments.hours):
-            name_the_diverged(design, records, arguments.blocks, missing)
+        if found is None or num_run == arguments.max_cells:
             return
         block, cell = found
         result = run_cell(cell, subject, last)
@@ -195,21 +190,6 @@ def say_what_is_missing(design: dict[str, Any], blocks: list[str], subject: Subj
     return {method for method, reason in reasons.items() if reason is not None}
 
 
-def name_the_diverged(
-    design: dict[str, Any], records: list[dict[str, Any]], blocks: list[str], without: Collection[str]
-) -> None:
-    """Say which methods have no cells in a block, since they diverged where it takes its rates from."""
-    for block in chosen_blocks(design, blocks):
-        rates = block["learning_rates"]
-        if not isinstance(rates, dict):
-            continue
-        for method in set(block["methods"]) - set(without):
-            with contextlib.suppress(ConfigError):  # not known yet: the run was stopped before
-                if not rates_of(method, design, block, records):
-                    about = f"it diverged at every learning rate of {rates['best_of']}"
-                    print(f"{method} has no cells in {block['name']}: {about}", file=sys.stderr, flush=True)
-
-
 def code() -> dict[str, str | None]:
     """Return what identifies the code that a cell was run with: the digests count where the commit differs."""
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
@@ -222,31 +202,16 @@ def code() -> dict[str, str | None]:
     }
 
 
-def is_over(begin: float, hours: float | None) -> bool:
-    """Tell whether the hours since a time are used up."""
-    return hours is not None and time.perf_counter() - begin > hours * 3600
-
-
-def run_apart(argv: list[str], output: Path, hours: float | None, max_cells: int | None) -> None:
+def run_apart(argv: list[str], output: Path, max_cells: int | None) -> None:
     """Run the command again and again for one cell each, until it adds none."""
-    begin, first, before = time.perf_counter(), len(read_lines(output)), -1
-    while (now := len(read_lines(output))) > before and not is_over(begin, hours):
+    first, before = len(read_lines(output)), -1
+    while (now := len(read_lines(output))) > before:
         if max_cells is not None and now - first >= max_cells:
             return
         before = now
         one = [sys.executable, __file__, *argv, "--isolate", "false", "--max_cells", "1"]  # the last of each counts
         if (code := subprocess.run(one, check=False).returncode) != 0:
             sys.exit(code)
-
-
-def keep_lines(path: Path, lines: list[str]) -> Path:
-    """Write a file in one move, unless it is there as it should be."""
-    content = "".join(lines).encode()
-    if not path.exists() or path.read_bytes() != content:
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(path)
-    return path
 
 
 def take_those_of_the_demo(model: run_clm.NamedModelArguments, data: run_clm.DataArguments, held_out: str) -> None:
@@ -257,8 +222,9 @@ def take_those_of_the_demo(model: run_clm.NamedModelArguments, data: run_clm.Dat
     train, validation = demo.make_data(model.model_name_or_path)
     if held_out == "functions":
         lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
-        train = keep_lines(train.with_name("most.jsonl"), [one for place, one in enumerate(lines, 1) if place % 20])
-        validation = keep_lines(train.with_name("every_20th.jsonl"), lines[19::20])
+        train, validation = train.with_name("most.jsonl"), train.with_name("every_20th.jsonl")
+        train.write_text("".join(one for place, one in enumerate(lines, 1) if place % 20), encoding="utf-8")
+        validation.write_text("".join(lines[19::20]), encoding="utf-8")
     data.train_file, data.validation_file, data.max_eval_samples = str(train), str(validation), 128
     data.prompt_column, data.completion_column, data.block_size = "prompt", "completion", demo.MAX_TOKENS
 
@@ -284,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     run_clm.check_columns_and_sizes(parser.error, data)
     command = sys.argv[1:] if argv is None else argv
     if arguments.isolate:
-        run_apart(command, Path(arguments.output), arguments.hours, arguments.max_cells)
+        run_apart(command, Path(arguments.output), arguments.max_cells)
         return
     set_verbosity_error()
     disable_progress_bar()

@@ -331,17 +331,6 @@ def movement_table(records: Sequence[Record]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def late_training_table(records: Sequence[Record]) -> list[str]:
-    """Compare the losses of the training batches in the second half of the steps, each method at its best rate."""
-    lines = ["| method | loss of the training batches, second half | less plain LoRA's, same seeds |", "|---" * 3 + "|"]
-    found = {name: [*map(with_late_loss, at_best_rate(runs)[1])] for name, runs in variants(records).items()}
-    for name, runs in found.items():
-        plain = found.get(partner_of(name), []) if name != partner_of(name) else []
-        difference = paired_difference(runs, plain, "late_loss")
-        lines.append(f"| {name} | {spread([run['late_loss'] for run in runs])} | {difference} |")
-    return lines
-
-
 def along_table(records: Sequence[Record]) -> list[str]:
     """Compare the losses of single training batches, which are the same for all methods, as the steps go on.
 
@@ -362,13 +351,6 @@ def with_losses_of_steps(record: Record) -> Record:
     """Add the loss of the batch of each step under the step's number; None where the run had diverged."""
     losses = dict(enumerate(record.get("train_losses", []), start=1))
     return {**record, **{str(step): losses.get(step) for step in range(1, record["cell"]["steps"] + 1)}}
-
-
-def with_late_loss(record: Record) -> Record:
-    """Add the mean loss of the training batches in the second half of the steps; None if the run diverged."""
-    late = record.get("train_losses", [])[record["cell"]["steps"] // 2 :]
-    is_whole = bool(late) and None not in late and record["final_loss"] is not None
-    return {**record, "late_loss": statistics.fmean(late) if is_whole else None}
 
 
 def first_loss(record: Record) -> float | None:
@@ -460,22 +442,20 @@ def pictured(records: Sequence[Record]) -> list[Record]:
 
 
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
-    """Draw final losses over the learning rate, losses over the steps at each method's best one, and training's own.
+    """Draw final losses over the learning rate, and losses over the steps at each method's best one.
 
     Means, with the standard deviation where there are several runs; over the learning rate, of the seeds that all rates
     of a method have. Final losses far above the lowest lie outside. Losses over the steps are left out where no run has
-    any between the first and the last. The last picture is that of `along_table`: the loss of each training batch less
-    plain LoRA's of the same one.
+    any between the first and the last.
     """
     from matplotlib.figure import Figure
 
     shown = variants(pictured(records))
     has_curves = any(len(steps_of_all(at_best_rate(runs)[1])) > 2 for runs in shown.values())
-    figure = Figure(figsize=(15 if has_curves else 10, 6), layout="constrained")
-    rates_axes, *curve_axes, batches_axes = figure.subplots(1, 3 if has_curves else 2)
+    figure = Figure(figsize=(10 if has_curves else 6, 6), layout="constrained")
+    rates_axes, *curve_axes = figure.subplots(1, 1 + has_curves, squeeze=False)[0]
     lowest = min(min(rate_losses(runs).values()) for runs in shown.values())
     highest = lowest
-    batches = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in shown.items()}
     for number, (name, of_method) in enumerate(shown.items()):
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
         rate, runs = at_best_rate(of_method)
@@ -485,40 +465,21 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
         curves = [dict(run["losses"]) for run in runs]
         for axes in curve_axes:
             draw(axes, {step: [curve[step] for curve in curves] for step in steps_of_all(runs)}, **style)
-        plain = batches.get(partner_of(name), [])
-        leads = lead_over_steps(batches[name], plain) if name != partner_of(name) else []
-        batches_axes.plot(range(1, len(leads) + 1), leads, color=style["color"])
     if math.isfinite(highest):
         room = 0.05 * (highest - lowest) or 0.01 * lowest
         rates_axes.set_ylim(lowest - 2 * room, highest + 2 * room)
     rates_axes.set(xscale="log", xlabel="learning rate", ylabel="final loss on unseen data", title=title)
     for axes in curve_axes:
         axes.set(xlabel="step", ylabel="loss on unseen data", title="each at its best learning rate")
-    batches_axes.set(xlabel="step", ylabel="less plain LoRA's, mean of 5 steps", title="loss of the training batches")
-    batches_axes.axhline(0.0, color="black", linewidth=0.8)
-    for axes in (rates_axes, *curve_axes, batches_axes):
+    for axes in (rates_axes, *curve_axes):
         axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3 if has_curves else 2)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2 if has_curves else 1)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def steps_of_all(runs: Sequence[Record]) -> list[int]:
     """Return the steps at which all of some runs were evaluated."""
     return sorted(set.intersection(*({step for step, _ in run["losses"]} for run in runs)))
-
-
-def lead_over_steps(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
-    """Return the mean difference of each batch's losses over the seeds that both have, smoothed over five steps.
-
-    Empty where they have no seed in common, or a run diverged.
-    """
-    by_seed = {record["cell"]["seed"]: record for record in theirs}
-    pairs = [(record, by_seed[seed]) for record in ours if (seed := record["cell"]["seed"]) in by_seed]
-    steps = range(1, ours[0]["cell"]["steps"] + 1)
-    if not pairs or any(one[str(step)] is None for pair in pairs for one in pair for step in steps):
-        return []
-    each = [statistics.fmean(a[str(step)] - b[str(step)] for a, b in pairs) for step in steps]
-    return [statistics.fmean(each[max(0, place - 2) : place + 3]) for place in range(len(each))]
 
 
 def draw(axes: Any, points: dict[Any, list[float | None]], **style: Any) -> None:
@@ -572,7 +533,6 @@ def report(records: Sequence[Record], path: Path) -> str:
             if num_train is not None:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
-            lines += ["The batches that were trained on:", "", *late_training_table(found), ""]
             along = along_table(found)
             lines += [ALONG, "", *along, ""] if along else []
             moved = movement_table(found)
