@@ -247,7 +247,6 @@ def main(argv: list[str] | None = None) -> None:
     chosen_blocks(read_design(arguments.design), arguments.blocks)  # before model and data are loaded
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
-    run_clm.check_columns_and_sizes(parser.error, data)
     command = sys.argv[1:] if argv is None else argv
     if arguments.isolate:
         run_apart(command, Path(arguments.output), arguments.max_cells)
