@@ -14,7 +14,7 @@ IGNORED_LABEL = -100
 
 _OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
-"""What transformers calls the inputs that are no tokens; names begin with these."""
+"""How transformers' names for inputs other than tokens begin."""
 
 
 class SingleSamplesNeeded(Exception):
