@@ -152,10 +152,6 @@ def read_full(parameter: Tensor) -> Tensor:
 def write_full(parameter: Tensor, value: Tensor) -> bool:
     """Overwrite a parameter, and the copy of it that its optimizer will write back, in place.
 
-    Args:
-        parameter: The parameter.
-        value: The same on all processes, in the parameter's shape, dtype and device.
-
     Returns:
         Whether both, read back, are what was written, on every process.
     """
@@ -201,13 +197,8 @@ def outputs_not_rounded(model: nn.Module) -> Generator[None]:
         return
     returned: list[Any] = []
 
-    def keep(_: nn.Module, args: Any, output: Any) -> None:
-        returned.append(output)
-
-    def hand_on(_: nn.Module, args: Any, output: Any) -> Any:
-        return returned.pop()
-
-    with root.register_forward_hook(keep, prepend=True), root.register_forward_hook(hand_on):
+    first = root.register_forward_hook(lambda _, args, output: returned.append(output), prepend=True)
+    with first, root.register_forward_hook(lambda *_: returned.pop()):
         yield
 
 
@@ -215,32 +206,28 @@ def refuse_split_models(model: nn.Module) -> None:
     """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name.
 
     Raises:
-        UnsupportedSetupError: for FSDP1 and FSDP's own checkpointing, tensor and pipeline parallelism, and for modules
-            inside the model that ``torch.compile`` wrapped.
+        UnsupportedSetupError: saying what the model is split or wrapped by.
     """
     modules = list(model.modules())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        raise UnsupportedSetupError(
-            "LoRA-DA does not work with FSDP1, which joins the parameters of a layer in one and leaves no adapter to "
-            "write. Use FSDP2: fsdp_version: 2 in accelerate's config."
-        )
-    if any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
-        raise UnsupportedSetupError(
-            "FSDP's own activation checkpointing renames the layers, and PEFT stores no weight of an adapter then, "
-            "not even those of the finished training. Turn it off in fsdp_config and use gradient_checkpointing=True."
-        )
-    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
-        raise UnsupportedSetupError(
-            "torch.compile wrapped modules inside the model, which renames the layers. Compile them in place, with "
-            "module.compile(), or after the initialisation."
-        )
-    if any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules):
-        raise UnsupportedSetupError(NOT_SPLIT.format("pipeline parallelism"))
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    by_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in modules)
+    by_fsdp2 = any(isinstance(module, FSDPModule) for module in modules)
     by_tensor = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)
-    if not any(isinstance(module, FSDPModule) for module in modules):
-        by_tensor = by_tensor or any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if by_tensor:
-        raise UnsupportedSetupError(NOT_SPLIT.format("tensor parallelism"))
+    by_tensor = by_tensor or (not by_fsdp2 and any(isinstance(parameter, DTensor) for parameter in model.parameters()))
+    by_pipeline = any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules)
+    reasons = {
+        "LoRA-DA does not work with FSDP1, which joins the parameters of a layer and leaves no adapter to write. Use "
+        "FSDP2: fsdp_version: 2 in accelerate's config.": by_fsdp1,
+        "FSDP's own activation checkpointing renames the layers, so PEFT stores no weight of an adapter. Turn it off "
+        "in fsdp_config and use gradient_checkpointing=True.": "_checkpoint_wrapped_module" in parts,
+        "torch.compile wrapped modules inside the model, which renames the layers. Compile them in place, with "
+        "module.compile(), or after the initialisation.": "_orig_mod" in parts,
+        NOT_SPLIT.format("pipeline parallelism"): by_pipeline,
+        NOT_SPLIT.format("tensor parallelism"): by_tensor,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedSetupError(reason)
 
 
 NOT_SPLIT = (

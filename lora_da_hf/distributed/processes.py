@@ -66,15 +66,9 @@ class Processes:
     def broadcast(
         self, tensors: Sequence[Tensor] | None, specs: Sequence[tuple[Sequence[int], torch.dtype]], source: int
     ) -> list[Tensor]:
-        """Return the source's tensors on every process: all of them in one message.
+        """Return the source's tensors, which it alone gives, on every process: all of them in one message.
 
-        Args:
-            tensors: At the source, the tensors, on one device; elsewhere None.
-            specs: Shape and dtype of each, known to all.
-            source: The process that has them.
-
-        Returns:
-            The tensors themselves at the source, and copies on the default device of the collectives elsewhere.
+        Shapes and dtypes are known to all. Copies are on the default device of the collectives.
         """
         if self.count == 1 or not specs:
             return list(tensors or [])
@@ -112,15 +106,7 @@ def _collective_device() -> torch.device:
 
 
 def balanced_owners(costs: dict[str, float], count: int) -> dict[str, int]:
-    """Assign items to processes so that the largest total cost is small: costliest first, to the least loaded.
-
-    Args:
-        costs: Cost of each item.
-        count: How many processes there are.
-
-    Returns:
-        The process of each item; the same on every process.
-    """
+    """Assign items to processes so that the largest total cost is small: costliest first, to the least loaded."""
     load = [0.0] * count
     owners: dict[str, int] = {}
     for name in sorted(costs, key=lambda n: (-costs[n], n)):

@@ -24,22 +24,14 @@ def reduce_statistics(
 ) -> Iterator[tuple[str, dict[str, LayerStatistics]]]:
     """Sum each group of layers over the processes and give the means to the group's owner.
 
-    Every process must run the iteration to its end. The input moment travels as a packed triangle. The sums of a
-    group are overwritten or released as it is reduced.
-
-    Args:
-        taps: This process's sums.
-        groups: Layers that share an input, by leader, in the same order on all processes.
-        owners: The owner of each group.
-        processes: Those that share the samples.
-        num_samples: Samples that have a label, over all processes.
-        num_items: Labels or samples that the training objective averages over, over all processes.
+    Every process must run the iteration to its end. The input moment travels as a packed triangle. The sums of a group
+    are overwritten or released as it is reduced.
 
     Yields:
         The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
     """
-    counts = processes.sum([float(n) for name in taps.taps for n in _token_counts(taps, name)])
-    tokens = {name: (int(counts[2 * i]), int(counts[2 * i + 1])) for i, name in enumerate(taps.taps)}
+    fed = dict(zip(taps.taps, processes.sum([tap.input_sum.num_tokens for tap in taps.taps.values()]), strict=True))
+    put_out = dict(zip(taps.taps, processes.sum([tap.sums.num_tokens for tap in taps.taps.values()]), strict=True))
     per_sample = num_items / num_samples if num_samples else 1.0
     for leader, members in groups.items():
         owner = owners[leader]
@@ -50,17 +42,17 @@ def reduce_statistics(
             mirror_upper_(moment)
         statistics: dict[str, LayerStatistics] = {}
         if processes.index == owner:
-            moment /= max(tokens[leader][0], 1)
+            moment /= max(fed[leader], 1)
         for name in members:
             sums = taps.taps[name].sums
             processes.reduce_sum_(sums.weight_grad, owner)
             if processes.index == owner:
                 statistics[name] = LayerStatistics(
                     input_second_moment=moment,
-                    output_grad_second_moment_diag=sums.squares.div_(max(tokens[name][1], 1) * per_sample**2),
+                    output_grad_second_moment_diag=sums.squares.div_(max(put_out[name], 1) * per_sample**2),
                     weight_grad=sums.weight_grad.div_(max(num_items, 1)),
-                    num_input_tokens=tokens[leader][0],
-                    num_output_tokens=tokens[name][1],
+                    num_input_tokens=int(fed[leader]),
+                    num_output_tokens=int(put_out[name]),
                 )
         yield leader, statistics
         _release(taps, leader, members)
@@ -78,10 +70,6 @@ def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, proce
     for sums, total in zip(squares, reduced, strict=True):
         sums.copy_(total)
     return unpack_upper(triangle, moment.shape[0])
-
-
-def _token_counts(taps: Taps, name: str) -> tuple[int, int]:
-    return taps.taps[name].input_sum.num_tokens, taps.taps[name].sums.num_tokens
 
 
 def _release(taps: Taps, leader: str, members: list[str]) -> None:

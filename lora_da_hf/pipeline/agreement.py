@@ -24,10 +24,6 @@ class Chosen:
 def check_same_settings(job: Job, **others: Any) -> None:
     """Verify that all processes have the same settings and the same adapter.
 
-    Args:
-        job: The job.
-        others: What else has to be the same.
-
     Raises:
         ConfigError: on all of them, naming what differs.
     """

@@ -41,15 +41,7 @@ class PassCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """What a window's pass leaves in this process.
-
-    Attributes:
-        taps: This process's sums.
-        shared: The leader of each layer that was collected.
-        owners: Which process solves each leader's group.
-        counts: What all processes counted.
-        kept: Layers that cannot be initialised, with the reason.
-    """
+    """What a window's pass leaves in this process."""
 
     taps: Taps
     shared: dict[str, str]
@@ -63,12 +55,6 @@ def gather_statistics(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...
 
     The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
     its leader, the pass is repeated with those layers apart.
-
-    Args:
-        job: The job.
-        probe: What the probe found.
-        plan: Who solves what.
-        window: The leaders of the groups to collect.
     """
     shared = {name: leader for name, leader in probe.shared.items() if leader in window}
     result = _run_pass(job, probe, shared)
@@ -149,10 +135,6 @@ def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:
 
 def check_any_gradient(kept: Mapping[str, str], count: int) -> None:
     """Verify that a gradient came back to some layer, once all windows are done.
-
-    Args:
-        kept: Why layers are kept.
-        count: How many layers there are.
 
     Raises:
         TapNotCalledError: if no layer was called, or no gradient came back to any.

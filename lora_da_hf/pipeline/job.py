@@ -48,20 +48,7 @@ DEFAULT_SEED = 42
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One initialisation: what it works on, and how.
-
-    Attributes:
-        model: The model with its adapter.
-        config: The settings.
-        processes: Those that share the work.
-        scan: The adapter's layers.
-        compute_loss: The loss.
-        collate: Makes batches on the model's device.
-        seed: Of every random choice.
-        batch_size: Samples run together.
-        progress: Whether to show progress bars.
-        seconds: Time of each stage, which `stage` adds to.
-    """
+    """What one initialisation works on, and how; `stage` notes the seconds that each stage takes."""
 
     model: nn.Module
     config: LoRADAConfig
@@ -184,13 +171,7 @@ def make_job(
     device: torch.device | None,
     progress: bool,
 ) -> Job:
-    """Find the layers of a fresh adapter, and check what is given beside the settings.
-
-    Raises:
-        AdapterAlreadyTrainedError, TargetError: if the adapter is missing or not fresh.
-        ConfigError: if a number is out of its range.
-        UnsupportedSetupError: if the model is split in a way that leaves no whole layer.
-    """
+    """Find the layers of a fresh adapter, and check what is given beside the settings."""
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
     if seed is not None and not 0 <= seed < 2**32:

@@ -53,15 +53,10 @@ class Probe:
 
     Attributes:
         splits: The samples, with labelled ones alone for the search and the final check.
-        settings: The settings of the pass.
         shared: The leader of each layer, in the order in which they are called.
-        losses: By what they are of: the first labelled sample, at the base and while an adapter's outputs are moved
-            (`outputs_moved`), since some losses are the same at the base whatever they ask for; and samples that are
-            unlike each other, alone and in pairs, which a loss may weigh unlike.
-        num_tokens: Tokens of the first labelled sample.
+        losses: Of a sample, at the base and while outputs are moved (`outputs_moved`), since some losses are the same
+            at the base whatever they ask for; and of unlike samples, alone and in pairs, which a loss may weigh unlike.
         unlike: Two samples that are unlike each other, or the only one.
-        other_modality: Whether samples have inputs other than tokens.
-        notes: What a user should know.
     """
 
     splits: SampleSplits

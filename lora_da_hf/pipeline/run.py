@@ -23,8 +23,7 @@ from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_together
-from lora_da_hf.pipeline.finished import take_over_finished
-from lora_da_hf.pipeline.identity import Identity, identify
+from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.memory import plan_windows
 from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe

@@ -34,15 +34,7 @@ Outcome = tuple[LayerSolution, LayerReport] | str
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """The solution of each layer in the model's order, computed or read.
-
-    Attributes:
-        solutions: On the CPU, by layer.
-        layers: What there is to report of each.
-        kept: Layers that keep PEFT's own initialisation, with the reason.
-        step_unit: What the displacements over tokens were divided by.
-        notes: What a user should know.
-    """
+    """The solution of each layer on the CPU, in the model's order, computed or read, and what there is to report."""
 
     solutions: dict[str, LayerSolution]
     layers: dict[str, LayerReport]
@@ -53,12 +45,6 @@ class Solved:
 
 def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None) -> tuple[Solved, PassCounts]:
     """Collect, reduce and solve the layers of each window; their sums are released before the next.
-
-    Args:
-        job: The job.
-        probe: What the probe found.
-        plan: What is done when.
-        statistics: Where the first process, which then solves alone, writes the statistics; None: nowhere.
 
     Raises:
         TapNotCalledError: if no gradient came back to any layer.

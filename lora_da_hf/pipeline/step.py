@@ -59,12 +59,6 @@ class Step:
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
     """Decide the step: the config's, or the one of the lowest loss on the search samples. Nothing is written.
 
-    Args:
-        job: The job.
-        solved: The solutions.
-        probe: The samples, and the settings of passes over them.
-        for_other_ranks: Whether to search for a ladder of ranks, too.
-
     Raises:
         NonFiniteError: if a loss without the adapter is not finite.
     """
@@ -171,12 +165,6 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
     """Write the factors, and measure the losses with what was written, in the dtype that is stored.
 
     If the loss on the search samples is above the base's after all, B is zero instead.
-
-    Args:
-        job: The job.
-        solved: The solutions.
-        step: The step.
-        probe: The samples; None: no loss is measured.
 
     Returns:
         The step that was written, with the losses, and what there is to report of each layer.
