@@ -9,11 +9,10 @@ from harness import (
     make_config,
     make_learnable_samples,
     model_loss,
-    written_adapter,
 )
 
 from lora_da_hf import initialize_lora_da, load_init
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError
+from lora_da_hf.errors import AdapterAlreadyTrainedError
 
 
 class Counting:
@@ -63,16 +62,6 @@ def test_a_second_start_with_the_same_facts_skips_the_pass(tmp_path, lora_model,
     assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_A" in name)
     with pytest.raises(AdapterAlreadyTrainedError):
         initialize(model, samples, tmp_path / "init")
-
-
-def test_what_a_killed_process_left_beside_the_folder_is_cleared(tmp_path, lora_model, samples):
-    initialize(lora_model(), samples, tmp_path / "init")
-    expected = written_adapter(tmp_path / "init")
-    (tmp_path / "_init.partial-abc").mkdir()
-    (tmp_path / "_init.partial-abc" / "adapter_model.safetensors").write_bytes(b"half")
-    initialize(lora_model(), samples, tmp_path / "init")
-    assert_same_tensors(written_adapter(tmp_path / "init"), expected)
-    assert [path.name for path in tmp_path.iterdir()] == ["init"]
 
 
 def preference(sign):
@@ -183,21 +172,6 @@ def test_the_same_base_under_another_path_finds_it(tmp_path, lora_model, samples
 
     initialized_at(tmp_path / "here")
     assert was_found(initialized_at(tmp_path / "there"))
-
-
-def test_two_jobs_do_not_share_a_folder(tmp_path, lora_model, samples):
-    refused = []
-
-    def loss(model, batch, items):
-        if not refused:
-            refused.append(True)
-            with torch.enable_grad(), pytest.raises(ConfigError, match="init"):
-                initialize(lora_model(), samples, tmp_path / "init")
-        return model_loss(model, batch, items)
-
-    initialize(lora_model(), samples, tmp_path / "init", loss)
-    assert refused
-    assert [path.name for path in tmp_path.iterdir()] == ["init"]
 
 
 def test_a_broken_one_is_replaced_and_that_is_said(tmp_path, lora_model, samples, caplog):
