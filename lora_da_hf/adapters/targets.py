@@ -87,23 +87,17 @@ def active_adapter_name(model: nn.Module) -> str:
         configs = getattr(model, "peft_config", {}).values()
         others = sorted({type(config).__name__ for config in configs if not isinstance(config, LoraConfig)})
         if others:
-            raise TargetError(
-                f"The model's adapter was made with {', '.join(others)}, and LoRA-DA initialises LoRA. Load the base "
-                "anew, and wrap it with get_peft_model and a LoraConfig."
-            )
+            raise TargetError(f"The adapter was made with {', '.join(others)}. Make it with a LoraConfig.")
         raise TargetError(
-            "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)) first, or give "
-            "LoRADATrainer a peft_config. If there is a peft_config, check its target_modules."
+            "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)), or give "
+            "LoRADATrainer a peft_config, and check its target_modules."
         )
     other = next((layer for layer in layers if any(isinstance(a, nn.Parameter) for a in layer.lora_A.values())), None)
     if other is not None:
         raise TargetError(f"The adapter is not LoRA: its layers are {type(other).__name__}. Make it with LoraConfig.")
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
-        raise TargetError(
-            f"Active adapters are {sorted(names)}, and exactly one can be initialised. Activate that one alone with "
-            "set_adapter."
-        )
+        raise TargetError(f"Active adapters are {sorted(names)}. Activate exactly one with set_adapter.")
     return names.pop()
 
 
@@ -116,33 +110,21 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
         has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
 
     Raises:
-        TargetError: if no LoRA layer can be initialised, or weights are on the meta device.
+        TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
         UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
             on Apple's GPUs.
     """
-    active = active_adapter_name(model)
-    adapter_name = adapter_name or active
-    if not any(isinstance(m, LoraLayer) and adapter_name in m.r for m in model.modules()):
-        known = sorted({name for m in model.modules() if isinstance(m, LoraLayer) for name in m.r})
-        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}. It has {known}.")
-    if adapter_name != active:
-        raise TargetError(
-            f"Adapter {adapter_name!r} is not the active one, {active!r} is: statistics and losses would be "
-            f"those of the other one. Call model.set_adapter({adapter_name!r}) first."
-        )
-    targets: list[Target] = []
-    kept: dict[str, str] = {}
+    adapter_name = _checked_name(model, adapter_name)
     peft_config = getattr(model, "peft_config", {}).get(adapter_name)
     tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
     elsewhere = _base_layers_elsewhere(model)
+    targets: list[Target] = []
+    kept: dict[str, str] = {}
     for full_name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
             continue
-        name = base_name(full_name)
-        if adapter_name not in layer.r:
-            continue
-        reason = _why_kept(layer, adapter_name)
+        name, reason = base_name(full_name), _why_kept(layer, adapter_name)
         if reason is None and name in tied:
             reason = "its adapter is the one of the embeddings (ensure_weight_tying)"
         if reason is None and layer.get_base_layer() in elsewhere:
@@ -150,25 +132,33 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
         if reason:
             kept[name] = reason
             continue
-        found = _expert_targets(name, layer, adapter_name) or [_target(name, layer, adapter_name)]
-        for target in found:
+        for target in _expert_targets(name, layer, adapter_name) or [_target(name, layer, adapter_name)]:
             if target.rank > target.in_features:
                 kept[target.name] = f"rank {target.rank} is above its input size {target.in_features}"
             else:
                 targets.append(_checked(target, has_values=has_values))
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
-        raise TargetError(
-            f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Name linear layers as target_modules, "
-            "at ranks that they have room for."
-        )
+        raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers.")
     if any(target.device.type == "mps" for target in targets):
         raise UnsupportedSetupError(
-            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU, with "
-            "initialize_lora_da(..., output_dir=...), and load that adapter with PeftModel.from_pretrained(base, "
-            "output_dir, is_trainable=True)."
+            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU with an output_dir, "
+            "and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
         )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
+
+
+def _checked_name(model: nn.Module, adapter_name: str | None) -> str:
+    """Return the name of the active adapter, which is the one that is asked for."""
+    active = active_adapter_name(model)
+    if adapter_name in (None, active):
+        return active
+    known = sorted({name for module in model.modules() if isinstance(module, LoraLayer) for name in module.r})
+    if adapter_name not in known:
+        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}. It has {known}.")
+    raise TargetError(
+        f"Adapter {adapter_name!r} is not the active one, {active!r} is. Call set_adapter({adapter_name!r}) first."
+    )
 
 
 def _base_layers_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
@@ -227,9 +217,8 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
     whole = _target(name, layer, adapter_name)
     if not (is_whole(whole.lora_A) and is_whole(whole.lora_B)):
         raise UnsupportedSetupError(
-            f"{name}: the experts of target_parameters share an adapter that DeepSpeed or FSDP keeps in parts or in "
-            "copies, and it cannot be written by expert. Use DDP, or initialise in one process with "
-            "initialize_lora_da(..., output_dir=...) and load that adapter with PeftModel.from_pretrained."
+            f"{name}: DeepSpeed or FSDP keeps the experts' shared adapter in parts or in copies, which cannot be "
+            "written by expert. Use DDP, or initialise in one process with an output_dir and load that adapter."
         )
     targets: list[Target] = []
     for index in range(layer.num_experts):
@@ -249,9 +238,8 @@ def _checked(target: Target, *, has_values: bool) -> Target:
     for what, weight in weights.items():
         if has_values and weight is not None and weight.device.type == "meta":
             raise TargetError(
-                f"{target.name}: {what} is on the meta device, so it has no values. Load the model's weights (without "
-                "offloading layers to the CPU or the disk) before the "
-                "initialisation, and make the adapter without low_cpu_mem_usage=True."
+                f"{target.name}: {what} is on the meta device, so it has no values. Load the model without offloading, "
+                "and make the adapter without low_cpu_mem_usage=True."
             )
     base: Any = target.base_layer
     if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
@@ -260,19 +248,13 @@ def _checked(target: Target, *, has_values: bool) -> Target:
         )
     if _is_packed(target.base_layer):
         raise UnsupportedLayerError(
-            f"{target.name}: its 4-bit weight is packed for inference on the CPU, which lets no gradient through: the "
-            "model ran in evaluation mode before. Load it again, and initialise before any evaluation."
+            f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
+            "Load the model again, and initialise before any evaluation."
         )
     if not target.peft_scaling > 0:
-        raise TargetError(
-            f"{target.name}: its adapter is scaled by {target.peft_scaling:g}, with which no step can be written. Give "
-            "a lora_alpha above 0."
-        )
+        raise TargetError(f"{target.name}: its adapter is scaled by {target.peft_scaling:g}. Raise lora_alpha.")
     if target.layer.disable_adapters:
-        raise TargetError(
-            f"{target.name}: its adapter is disabled, so no step would change the loss. Call enable_adapter_layers() "
-            "first, and initialise outside of disable_adapter()."
-        )
+        raise TargetError(f"{target.name}: its adapter is disabled. Call enable_adapter_layers() first.")
     if target.layer.merged:
         raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
     return target
