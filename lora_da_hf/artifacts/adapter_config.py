@@ -68,7 +68,7 @@ class _Config(BaseModel):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: _NAMES | None = None
-    target_parameters: _FEW_NAMES | None = None
+    target_parameters: _NAMES | None = None
     modules_to_save: _FEW_NAMES | None = None
     trainable_token_indices: _TOKENS | Annotated[dict[_TEXT, _TOKENS], Field(max_length=64)] | None = None
     ensure_weight_tying: bool = False
@@ -106,15 +106,17 @@ def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str,
     Which of its module's parameters an expert belongs to, its name does not tell.
     """
     targets: set[str] = set(config.get("target_modules") or ())
-    parameters: list[str] = config.get("target_parameters") or []
+    parameters: dict[str, list[str]] = {}
+    for target in config.get("target_parameters") or ():
+        parent, _, parameter = target.rpartition(".")
+        parameters.setdefault(parent, []).append(parameter)
     found: dict[str, list[str]] = {}
     for name in layers:
         if any(end in targets for end in _ends_of(name)):
             found[name] = [name]
         else:
             module = holder_of(name).replace(".base_layer", "")
-            named = {f"{module}.{target.rpartition('.')[2]}": target for target in parameters}
-            found[name] = [key for key, target in named.items() if f".{key}".endswith(f".{target}")]
+            found[name] = [f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ())]
     return found
 
 
@@ -180,15 +182,16 @@ def config_to_store(
     """
     config = {key: value for key, value in saved.items() if key in _Config.model_fields}
     targets: Any = config.get("target_modules")
-    is_plain = not isinstance(targets, str) and not any(saved.get(key) for key in _MORE_THAN_NAMES)
+    is_plain = not isinstance(targets, str) and all(saved.get(key) in (None, [], "") for key in _MORE_THAN_NAMES)
     found = {end for name in modules for end in _ends_of(name.replace(".base_layer", ""))}
     try:
         _AutoMapping.model_validate(config.get("auto_mapping") or {})
     except ValidationError:  # a class that is not one of transformers: PEFT would import other code
         config["auto_mapping"] = None
     config["target_modules"] = targets and (sorted(found & set(targets)) if is_plain else sorted(modules))
+    config["revision"] = base.revision
     if base.name_or_path:  # which the manifest marks where it is a folder's
-        config |= {"base_model_name_or_path": base.name_or_path.removeprefix("./"), "revision": base.revision}
+        config["base_model_name_or_path"] = base.name_or_path.removeprefix("./")
     return with_ranks(config, ranks, scaling)
 
 
@@ -200,7 +203,7 @@ def refuse_unstorable(config: LoraConfig) -> None:
     """
     kept = {*_Config.model_fields, *_MORE_THAN_NAMES, "init_lora_weights", "eva_config", "runtime_config"}
     values, defaults = config.to_dict(), LoraConfig().to_dict()
-    used = sorted(key for key, value in values.items() if key not in kept and value and value != defaults.get(key))
+    used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
     if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
         raise UnsupportedSetupError(
             f"The adapter's config sets {', '.join(used) or 'init_lora_weights'}, which is not stored. Make the "
@@ -242,14 +245,15 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _problem(config: dict[str, Any], manifest: Manifest) -> str | None:
     """Say what in a configuration is not as the manifest has it; None if all is."""
-    base, named = manifest.base_model, config["base_model_name_or_path"]
-    if named and base.name_or_path and named.removeprefix("./") != base.name_or_path.removeprefix("./"):
-        return f"base_model_name_or_path is {named!r}, and the manifest says {base.name_or_path!r}"
+    base, name = manifest.base_model, config["base_model_name_or_path"]
+    if name and base.name_or_path and name.removeprefix("./") != base.name_or_path.removeprefix("./"):
+        return f"base_model_name_or_path is {name!r}, and the manifest says {base.name_or_path!r}"
     if config["revision"] not in (None, base.revision):
         return f"revision is {config['revision']!r}, and the manifest says {base.revision!r}"
     layers, kept = manifest.layers, manifest.report.kept
-    known = {end for name in (*layers, *kept, *(config["modules_to_save"] or ())) for end in _ends_of(name)}
-    unused = set(config["target_modules"] or ()) - known
+    targets: set[str] = set(config["target_modules"] or ())
+    named = (*layers, *kept, *(config["modules_to_save"] or ()))
+    unused = targets - {end for name in named for end in _ends_of(name) if end in targets}
     if unused:
         return f"target_modules has {min(unused)!r}, and the manifest no layer of that name"
     names = pattern_names(config, (*layers, *kept))

@@ -264,10 +264,18 @@ def test_layers_of_several_scalings_are_refused_before_any_work(tmp_path, lora_m
     assert len(initialize(lora_model(**pattern), samples).layers) == LINEAR_LAYERS
 
 
-def test_what_peft_matches_by_expressions_is_stored_by_names(tmp_path, tiny_llama, lora_model, samples):
-    model = lora_model(target_modules=r".*layers\.1.*(q|v)_proj")
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": r".*layers\.0.*(q|v)_proj"},
+        {"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": 0, "exclude_modules": ["o_proj"]},
+    ],
+)
+def test_what_peft_matches_by_more_than_names_is_stored_by_names(tmp_path, tiny_llama, lora_model, samples, lora):
+    model = lora_model(**lora, revision="main")
     initialize(model, samples, tmp_path / "init")
-    names = [f"model.layers.1.self_attn.{which}_proj" for which in "qv"]
+    assert load_init(tmp_path / "init").peft_config["revision"] is None
+    names = [f"model.layers.0.self_attn.{which}_proj" for which in "qv"]
     assert sorted(PeftConfig.from_pretrained(tmp_path / "init").target_modules) == names
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
     assert torch.equal(logits(loaded, samples), logits(model, samples))
@@ -277,8 +285,11 @@ def test_what_cannot_be_stored_is_refused_before_any_work(tmp_path, lora_model, 
     inner = lora_model().get_base_model()
     with pytest.raises(TargetError, match=r"adapter of a LlamaForCausalLM cannot be stored"):
         initialize(inner, samples, tmp_path / "init")
-    with pytest.raises(UnsupportedSetupError, match="layer_replication"):
-        initialize(lora_model(layer_replication=[[0, 2]]), samples, tmp_path / "init")
+    for name, value in (("layer_replication", [[0, 2]]), ("loftq_config", {"a": 1})):
+        model = lora_model()
+        setattr(model.peft_config["default"], name, value)
+        with pytest.raises(UnsupportedSetupError, match=name):
+            initialize(model, samples, tmp_path / "init")
     assert not (tmp_path / "init").exists()
 
 
