@@ -12,7 +12,6 @@ from conftest import make_tiny_llama
 from harness import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import cells
 import compare_inits
 import designs
 import inits
@@ -208,17 +207,6 @@ def test_a_design_is_planned_before_and_after_some_of_it_is_run(compare, tmp_pat
     assert shown in capsys.readouterr().out
 
 
-def test_methods_see_the_same_batches_in_an_order_that_the_seed_decides():
-    samples = list(range(10))
-
-    def order(seed):
-        batches = cells.batches_of(samples, seed, 4)
-        return [next(batches) for _ in range(5)]
-
-    assert order(0) == order(0) != order(1)
-    assert sorted(index for batch in order(0) for index in batch) == sorted(samples * 2)
-
-
 def test_the_best_rate_of_a_block_is_where_the_next_begins(compare, capsys):
     coarse = {**BLOCK, "name": "coarse", "methods": ["lora", "lora_fa"], "learning_rates": [1e-5, 1e-2], "steps": [6]}
     fine = {**coarse, "name": "fine", "learning_rates": {"best_of": "coarse", "times": [0.5, 1]}, "seeds": [0, 1]}
@@ -249,13 +237,6 @@ def test_exact_answers_are_counted(compare, monkeypatch):
     (record,) = compare({**BLOCK, "methods": ["lora"]}, accuracy_samples=5, answer_pattern=r"(w\d+)", max_new_tokens=4)
     assert record["accuracy"]["total"] == 5
     assert 0 <= record["accuracy"]["low"] <= record["accuracy"]["correct"] / 5 <= record["accuracy"]["high"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (90, 100, 0.8256, 0.9448)]
-)
-def test_wilsons_interval(correct, total, low, high):
-    assert report.wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,6 @@ def test_with_few_samples_the_lowest_losses_are_compared_too(tmp_path, capsys):
     assert "| lora | 0.001 (edge) | 2.0000 ± 0.0000 (2) | 1.3000 ± 0.0000 (2) |" in text
 
 
-def test_settings_that_differ_are_rows_of_their_own(records):
-    other = record_of("lora_da", 1e-3, 0, [[0, 1.5], [4, 0.8]], settings={"metric": "fisher"})
-    assert list(report.variants([*records, other])) == ["lora", "lora_da", 'lora_da {"metric": "fisher"}']
-
-
 def test_a_rate_is_chosen_on_the_seeds_that_all_rates_have():
     lucky = [record_of("lora", 1e-3, 0, [[0, 2.0], [4, 0.9]]), record_of("lora", 1e-3, 1, [[0, 2.0], [4, 1.3]])]
     other = record_of("lora", 1e-2, 0, [[0, 2.0], [4, 1.0]])
@@ -140,16 +135,6 @@ def test_ranks_are_compared_with_plain_lora_of_the_same_rank():
         "| 4 | lora_da | 64 | 0.001 (alone), 0.001 (alone) | +0.0500 ± 0.0000 (2) |",
     ]
     assert report.ranks_table(records[:4]) == []
-
-
-def test_starts_are_compared_with_that_of_the_default_settings():
-    def start(seed, loss, **settings):
-        return record_of("lora_da", 1e-3, seed, [[0, loss]], steps=0, settings=settings)
-
-    records = [start(0, 1.2), start(1, 1.3), start(0, 1.1, metric="fisher"), start(1, 1.15, metric="fisher")]
-    table = report.start_table(records)
-    assert table[2] == '| lora_da {"metric": "fisher"} | 1.1250 ± 0.0354 (2) | -0.1250 ± 0.0250 (2) | 2 |'
-    assert table[3] == "| lora_da | 1.2500 ± 0.0707 (2) |  | 2 |"
 
 
 def pair(seed, plain, ours, method="lora", **changes):

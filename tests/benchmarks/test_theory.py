@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import theory
@@ -81,30 +80,6 @@ def test_with_a_trained_to_the_end_the_start_does_not_matter():
         assert max(early) / min(early) > 1.1
         half_the_parameters = theory.RANK * (theory.D_OUT + theory.D_IN - theory.RANK) / 2
         assert statistics.fmean(late) == pytest.approx(half_the_parameters / 1024, rel=0.7)
-
-
-def test_gradients_are_those_of_the_negative_log_likelihood():
-    for model in theory.MODELS:
-        problem = theory.make_problem(model, 0)
-        generator = torch.Generator().manual_seed(0)
-        x = problem.inputs(5, generator)
-        y = problem.labels(x, problem.target, generator)
-        outputs = (x @ problem.base.mT).requires_grad_()
-        if model == "linear":
-            loss = (outputs - y).square().sum() / (2 * theory.NOISE**2)
-        else:
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs, y, reduction="sum")
-        loss.backward()
-        torch.testing.assert_close(problem.output_grads(x, y), outputs.grad)
-
-
-def test_the_excess_loss_of_linear_regression_is_a_kullback_leibler_divergence():
-    problem = theory.make_problem("linear", 1)
-    assert problem.excess(problem.target) == 0
-    x = problem.test_inputs
-    mean_square = ((x @ problem.delta.mT).square().sum(dim=1) / (2 * theory.NOISE**2)).mean().item()
-    assert problem.excess(problem.base) == pytest.approx(mean_square, rel=0.1)
-    assert problem.excess(problem.base) == pytest.approx(theory.D_OUT / 4)
 
 
 def test_the_command_writes_results_table_and_plot(tmp_path, monkeypatch, capsys):

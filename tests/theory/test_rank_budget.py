@@ -52,11 +52,6 @@ def test_with_other_widths_the_best_is_better_by_less_than_one_direction(spectra
     assert best - decrease(spectra, ranks) <= max(largest, 0) + 1e-12
 
 
-def test_a_direction_that_adds_more_variance_than_it_takes_bias_away_is_not_bought():
-    spectra = {"a": [-0.5, 0.0, 0.2], "b": [0.1, 0.2]}
-    assert allocate_ranks(spectra, {"a": (1, 1), "b": (1, 1)}, 1000) == {"a": 1, "b": 1}
-
-
 def test_equal_layers_share_in_their_order():
     spectra = {name: [-1.0, -0.5] for name in "abc"}
     assert allocate_ranks(spectra, SQUARE, 40) == {"a": 2, "b": 1, "c": 1}

@@ -165,13 +165,6 @@ def test_a_statistic_that_is_not_finite_is_named(problem, config, field, message
         solve(dataclasses.replace(statistics, **{field: value}), config())
 
 
-def test_no_output_damping_and_a_dead_output_is_an_error(problem, config):
-    statistics = problem()
-    statistics.output_grad_second_moment_diag[2] = 0.0
-    with pytest.raises(SolveError, match="Raise output_damping"):
-        solve(statistics, config(output_damping=0.0))
-
-
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(512, 1, 8), (768, 4, 32)])
 def test_directions_beyond_the_rank_of_the_displacement_are_the_exact_ones(d_in, d_out, rank):
     """Only the small variance term tells them apart, which a residual relative to the largest eigenvalue does not."""
