@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TESTS := $(BIN)/python -m pytest -n 2
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-all support check format benchmark compare clean

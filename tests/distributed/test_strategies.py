@@ -45,8 +45,13 @@ WRAPPED = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
 
 
 def params(strategies, names=lambda strategy: [None]):
+    """Return the cases of each strategy, which one worker of pytest gets together, so that it launches them once."""
+
+    def marks(strategy):
+        return [pytest.mark.xdist_group(strategy), *([needs_deepspeed] if "zero" in strategy else [])]
+
     return [
-        pytest.param(*[strategy, name][: 1 + (name is not None)], marks=needs_deepspeed if "zero" in strategy else ())
+        pytest.param(*([strategy] if name is None else [strategy, name]), marks=marks(strategy))
         for strategy in strategies
         for name in names(strategy)
     ]
@@ -121,6 +126,7 @@ def test_what_a_cell_writes_is_trained_on_as_if_it_was_loaded_from_disk(launched
         assert ("one pass" in found["report"]["plan"]) != cell.startswith("windows")
 
 
+@pytest.mark.xdist_group("fsdp2")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_fsdp2_in_bf16_finds_the_step_of_one_process(launched, one_process, checkpointing):
     for process in range(2):
@@ -161,6 +167,7 @@ def test_a_resumed_run_keeps_the_checkpoints_adapter(launched, strategy):
         assert found == {"steps": 2, "start": 0.0, "layers_recalled": LINEAR_LAYERS, "untouched": True}
 
 
+@pytest.mark.xdist_group("ddp")
 def test_under_ddp_a_stream_is_read_from_its_head(launched, one_process):
     found = [result(launched("ddp"), "stream", process)["report"] for process in range(2)]
     report, single = one_process(found[0], "fp32", population_size=found[0]["population_size"])
@@ -169,6 +176,7 @@ def test_under_ddp_a_stream_is_read_from_its_head(launched, one_process):
     assert_statistics_equal(statistics, stored_statistics(single), TOLERANCES["fp32"])
 
 
+@pytest.mark.xdist_group("ddp")
 def test_under_ddp_a_smaller_batch_and_a_frozen_a_are_trained_on(launched):
     for process in range(2):
         assert result(launched("ddp"), "greedy", process)["batch_size"] <= 2

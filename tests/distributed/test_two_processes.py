@@ -23,7 +23,7 @@ from worker import CELLS, DIFFERING, SEVEN
 
 from lora_da_hf import apply_init, refit_init
 
-pytestmark = pytest.mark.multi_rank
+pytestmark = [pytest.mark.multi_rank, pytest.mark.xdist_group("two processes")]
 
 
 @pytest.fixture(scope="module")
