@@ -270,7 +270,7 @@ def make_trainer(folder, strategy, *, config=None, lora=None, base=None, kind=No
 def run_cell(folder, strategy, name, *, compared, place=None, **cell):
     trainer, reporter = make_trainer(folder / (place or name), strategy, **cell)
     base_weights = [p for n, p in trainer.model.named_parameters() if "lora_" not in n]
-    loaded_in_parts = in_parts(trainer.model.base_model) and not any(p.numel() for p in base_weights)
+    loaded_in_parts = all(hasattr(p, "ds_id") and not p.numel() for p in base_weights)
     watch = train(trainer)
     written = load_file(folder / (place or name) / "lora_da" / "adapter_model.safetensors")
     found = {
