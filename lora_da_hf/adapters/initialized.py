@@ -17,13 +17,7 @@ _initialized: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictio
 
 
 def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:
-    """Remember that an adapter was initialised, for as long as its modules live.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-        may_be_zero: Whether B may be zero all the same, since no step helped or training goes on from a checkpoint.
-    """
+    """Remember that an adapter was initialised, for as long as its modules live; B may be zero if no step helped."""
     _initialized.update({layer.lora_A[adapter_name]: may_be_zero for layer in _layers_of(model, adapter_name)})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,56 +36,43 @@ def adapters_off(targets: Sequence[Target]) -> Generator[None]:
             layer._active_adapter = active
 
 
-class TrialAdapters:
-    """Adds ``step_size * basis_B[:, :rank] basis_A[:rank] x`` to the outputs of the base layers, inside the context.
+@dataclass
+class Trial:
+    """The step being tried, and the rank; None: each layer's own."""
 
-    The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. One forward pass costs
-    what a pass with the adapter costs; changing the step or the rank costs nothing, and no parameter is touched,
-    however it is partitioned. Passes with the adapters disabled or another one active, as reference models make them,
-    are left alone.
+    step_size: float = 0.0
+    rank: int | None = None
 
-    Attributes:
-        step_size: The step being tried.
-        rank: The rank being tried; None: each layer's own.
+
+@contextlib.contextmanager
+def trial_adapters(targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, Tensor]]) -> Generator[Trial]:
+    """Add ``step_size * basis_B[:, :rank] basis_A[:rank] x`` to the outputs of the base layers, inside the context.
+
+    The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. One forward pass costs what a
+    pass with the adapter costs; changing the step or the rank costs nothing, and no parameter is touched, however it is
+    partitioned. Passes without this adapter, as reference models make them, are left alone.
 
     Args:
         targets: The layers.
         bases: ``basis_A [R, d_in]`` and ``basis_B [d_out, R]`` of each, with R at least its rank.
     """
+    trial = Trial()
 
-    def __init__(self, targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self.step_size = 0.0
-        self.rank: int | None = None
-        self._targets = targets
-        self._bases = {
-            target.name: tuple(basis.to(target.device, target.lora_A.dtype) for basis in bases[target.name])
-            for target in targets
-        }
-        self._hooks = contextlib.ExitStack()
-
-    def __enter__(self) -> TrialAdapters:
-        with contextlib.ExitStack() as hooks:
-            for target in self._targets:
-                hook = target.base_layer.register_forward_hook(self._hook(target), with_kwargs=True)
-                hooks.enter_context(hook)
-            self._hooks = hooks.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
-
-    def _hook(self, target: Target) -> Any:
-        basis_A, basis_B = self._bases[target.name]
+    def add_offset(target: Target) -> Any:
+        basis_A, basis_B = (basis.to(target.device, target.lora_A.dtype) for basis in bases[target.name])
 
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if self.step_size == 0.0 or _asks_another_model(target):
+            if trial.step_size == 0.0 or _asks_another_model(target):
                 return output
             layer_input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            rank = min(self.rank or target.rank, basis_A.shape[0])
+            rank = min(trial.rank or target.rank, basis_A.shape[0])
             offset = linear(linear(layer_input.to(basis_A.dtype), basis_A[:rank]), basis_B[:, :rank])
-            return (output + offset * self.step_size).to(output.dtype)
+            return (output + offset * trial.step_size).to(output.dtype)
 
         return on_forward
+
+    with _hooked(targets, add_offset):
+        yield trial
 
 
 @contextlib.contextmanager
@@ -96,18 +84,24 @@ def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def hook(target: Target) -> Any:
+    def move(target: Target) -> Any:
         signs = torch.randint(0, 2, (target.out_features,), generator=generator) * 2 - 1
         factors = (1 + _MOVE * signs).to(target.device)
 
-        def on_forward(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def on_forward(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             return output if _asks_another_model(target) else (output * factors).to(output.dtype)
 
         return on_forward
 
+    with _hooked(targets, move):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(targets: Sequence[Target], make_hook: Callable[[Target], Any]) -> Generator[None]:
     with contextlib.ExitStack() as hooks:
         for target in targets:
-            hooks.enter_context(target.base_layer.register_forward_hook(hook(target)))
+            hooks.enter_context(target.base_layer.register_forward_hook(make_hook(target), with_kwargs=True))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import unwrapped
-from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
+from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.probe import Probe, probe
@@ -116,11 +117,18 @@ def apply_init(
     with job.restored_on_failure(list(others)), job.collate.generators_kept():
         with job.stage("write"):
             notes = take_over_saved_modules(model, job.scan.adapter_name, stored)
-        if samples is None:
-            step, found, measured = _step_without_data(job, stored, solved, given_step=given_step), None, ()
-            step, layers = write_adapter(job, solved, step, None)
-        else:
-            step, layers, found, measured = _write_with_data(job, stored, solved, samples)
+        with contextlib.ExitStack() as passes:
+            found: Probe | None = None
+            if samples is None:
+                step = _step_without_data(job, stored, solved, given_step=given_step)
+            else:
+                chosen = choose_together(job, samples, stored.report.population_size)
+                passes.enter_context(job.prepared())
+                found, seen = _probe(job, chosen)
+                step = find_step(job, solved, found, for_other_ranks=False)
+                notes = (*notes, *seen)
+            step, layers = write_adapter(job, solved, step, found)
+    by_rank = step.step_size_by_rank or stored.report.step_size_by_rank
     report = make_report(
         job,
         solved,
@@ -132,7 +140,8 @@ def apply_init(
         batch_size=stored.report.batch_size,
         loss_reduction=stored.report.loss_reduction if found is None else found.reduction,
         data_fingerprint=stored.report.data_fingerprint,
-        notes=[*stored.notes, *solved.notes, *notes, *measured, *step.notes],
+        notes=[*stored.notes, *solved.notes, *notes, *step.notes],
+        step_size_by_rank=dict(by_rank),
         artifact=str(stored.folder),
         init_from=stored.source,
     )
@@ -207,30 +216,20 @@ def _check_fits(target: Target, basis: StoredBasis) -> None:
 
 def _step_without_data(job: Job, stored: StoredInit, solved: Solved, *, given_step: bool) -> Step:
     """Return the step that was given, or the stored one."""
-    by_rank = dict(stored.report.step_size_by_rank)
     if given_step:
-        return Step(
-            step_size=None if job.config.step_size is None else float(job.config.step_size), step_size_by_rank=by_rank
-        )
+        return Step(step_size=None if job.config.step_size is None else float(job.config.step_size))
     ranks = {name: job.targets[name].rank for name in solved.solutions}
     size, source = stored_step(stored.manifest, ranks)
-    return Step(step_size=size, step_size_by_rank=by_rank, notes=(source,))
+    return Step(step_size=size, notes=(source,))
 
 
-def _write_with_data(
-    job: Job, stored: StoredInit, solved: Solved, samples: Any
-) -> tuple[Step, list[LayerReport], Probe, tuple[str, ...]]:
-    """Search the step on samples, or measure the loss on them, and write."""
-    chosen = choose_together(job, samples, stored.report.population_size)
+def _probe(job: Job, chosen: Chosen) -> tuple[Probe, tuple[str, ...]]:
+    """Probe the samples that the statistics did not take, and return what to note."""
     notes = chosen.notes
     if not chosen.splits.search and not chosen.splits.unseen:
         seen = len(chosen.splits.indices)
         notes += (f"no loss was measured: the statistics may have seen all of the {seen} samples",)
     splits = dataclasses.replace(chosen.splits, notes=())  # they would speak of statistics, which are not taken
-    with job.prepared():
-        with adapters_off(job.scan.targets), job.stage("probe"):
-            found = probe(job, splits)
-        step = find_step(job, solved, found, for_other_ranks=False)
-        if not step.step_size_by_rank:
-            step = dataclasses.replace(step, step_size_by_rank=dict(stored.report.step_size_by_rank))
-        return *write_adapter(job, solved, step, found), found, notes + found.notes
+    with adapters_off(job.scan.targets), job.stage("probe"):
+        found = probe(job, splits)
+    return found, (*notes, *found.notes)

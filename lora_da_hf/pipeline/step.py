@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.trial import TrialAdapters, adapters_off
+from lora_da_hf.adapters.trial import adapters_off, trial_adapters
 from lora_da_hf.adapters.write import update_norm, write_factors
 from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import NonFiniteError
@@ -86,7 +86,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
     dtype = max(job.processes.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
     resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}
-    with TrialAdapters([job.targets[name] for name in bases], bases) as trial:
+    with trial_adapters([job.targets[name] for name in bases], bases) as trial:
 
         def search_at(rank: int | None, samples: list[Any], baseline: float, start: float) -> LineSearchResult:
             def evaluate(size: float) -> float:

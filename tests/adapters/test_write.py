@@ -5,7 +5,7 @@ import torch
 from harness import adapter_weights, assert_same_tensors, collate, make_learnable_samples
 
 from lora_da_hf.adapters.targets import find_targets
-from lora_da_hf.adapters.trial import TrialAdapters
+from lora_da_hf.adapters.trial import trial_adapters
 from lora_da_hf.adapters.write import read_factors, update_norm, write_factors
 from lora_da_hf.errors import WriteError
 from lora_da_hf.theory.adapter_factors import split_factors
@@ -76,7 +76,7 @@ def test_a_trial_gives_what_the_written_adapter_gives_and_writes_nothing(lora_mo
     targets = find_targets(model).targets
     bases = random_bases(targets)
     before, base = adapter_weights(model), logits(model)
-    with TrialAdapters(targets, bases) as trial:
+    with trial_adapters(targets, bases) as trial:
         assert torch.equal(logits(model), base)
         trial.step_size = 0.7
         tried = logits(model)
@@ -94,7 +94,7 @@ def test_a_trial_at_a_rank_gives_what_an_adapter_of_that_rank_gives(lora_model):
     model, small = lora_model(r=4), lora_model(r=2)
     targets = find_targets(model).targets
     bases = random_bases(targets)
-    with TrialAdapters(targets, bases) as trial:
+    with trial_adapters(targets, bases) as trial:
         trial.rank, trial.step_size = 2, 0.7
         tried = logits(model)
     write(find_targets(small).targets, bases, 0.7)
@@ -104,7 +104,7 @@ def test_a_trial_at_a_rank_gives_what_an_adapter_of_that_rank_gives(lora_model):
 def test_a_trial_leaves_no_hook_behind_though_it_fails(lora_model):
     model = lora_model()
     targets = find_targets(model).targets
-    with contextlib.suppress(KeyboardInterrupt), TrialAdapters(targets, random_bases(targets)):
+    with contextlib.suppress(KeyboardInterrupt), trial_adapters(targets, random_bases(targets)):
         assert all(target.base_layer._forward_hooks for target in targets)
         raise KeyboardInterrupt
     assert not any(target.base_layer._forward_hooks for target in targets)
