@@ -21,13 +21,9 @@ _MOST_SOLVERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Layers that are fed the same tensor, which are summed and solved together.
+    """Layers that are fed the same tensor, which are summed and solved together; the leader is the first.
 
-    Attributes:
-        members: Their names, the leader first.
-        d_in: Width of what they are fed.
-        d_outs: Width of what each puts out.
-        device: Number of the device that their sums live on, in the order of the layers.
+    ``device`` is the number of the device that their sums live on, in the order of the layers.
     """
 
     members: tuple[str, ...]
@@ -165,7 +161,7 @@ def make_plan(
 
     Args:
         work: What has to be done.
-        num_processes: How many processes there are.
+        num_processes: How many processes share the samples.
         budget: Bytes that the sums and the solve may take in a process, by number of the device.
         solve_alone: Whether the first process gets all the sums.
 

@@ -52,8 +52,8 @@ def build_guidance(
         displacement: D.
         inverse_output: ``[d_out]``, inverse of the damped output factor.
         population_size: N, the number of samples that training draws from.
-        bias_weight: Weight of the bias term; only its ratio to ``variance_weight`` matters.
-        variance_weight: Weight of the variance term.
+        bias_weight: Of the bias term; only the ratio of the weights matters.
+        variance_weight: Of the variance term.
         normalize_terms: Bring ``Z^-1`` to the Frobenius norm of ``D^T D`` first; c then drops out.
     """
     variance = variance_weight * inverse_output.sum().item() / population_size

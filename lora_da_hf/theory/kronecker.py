@@ -61,11 +61,8 @@ def factorize_input(
     A factorisation counts as failed if LAPACK says so, or if a solve with it misses its right-hand side by more than
     1e-3 relative, which is how an ill-conditioned factor fails silently.
 
-    Args:
-        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over tokens; symmetrised here.
-        damping: How much to add to the diagonal.
-        layer: The layer's name, for messages.
-        dtype: Precision to try first; float64 follows where it fails.
+    ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens and is symmetrised here. Where a narrower
+    ``dtype`` fails, float64 follows on the CPU, so that its copies take no memory on the device.
 
     Raises:
         NonFiniteError: if the moment is not finite.
@@ -83,7 +80,8 @@ def factorize_input(
     tries += [(torch.float64, floor * _RAISE**k) for k in range(1, _MAX_DAMPING_RAISES + 1)]
     pivot = 0
     for tried_dtype, tried_amount in tries:
-        damped = _damped(input_second_moment, tried_amount, tried_dtype)
+        moment = input_second_moment if tried_dtype == dtype else input_second_moment.cpu()
+        damped = _damped(moment, tried_amount, tried_dtype)
         cholesky, info = torch.linalg.cholesky_ex(damped)
         pivot = int(info.item())
         factorized = FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
@@ -122,15 +120,7 @@ def _solves(factorized: FactorizedInput, damped: Tensor) -> bool:
 def inverse_output_factor(
     output_grad_second_moment_diag: Tensor, damping: Damping, *, layer: str
 ) -> tuple[Tensor, float]:
-    """Invert the damped diagonal output factor.
-
-    Args:
-        output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over tokens.
-        damping: How much to add.
-        layer: The layer's name, for messages.
-
-    Returns:
-        ``1 / (diagonal + damping)``, ``[d_out]``, and the damping that was added.
+    """Return ``1 / (diagonal + damping)``, ``[d_out]``, and the damping that was added.
 
     Raises:
         NonFiniteError: if the diagonal is not finite.

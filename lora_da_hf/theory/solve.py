@@ -30,10 +30,7 @@ def solve_dtype(input_width: int) -> torch.dtype:
 def factorize(
     statistics: LayerStatistics, config: LoRADAConfig, *, layer: str, dtype: torch.dtype | None = None
 ) -> FactorizedInput:
-    """Factorise the damped input second moment of a layer, in the dtype of its width unless another one is given.
-
-    Layers that are fed the same tensor have the same input second moment, so one factorisation serves them all.
-    """
+    """Factorise the damped input second moment of a layer, in the dtype of its width unless another one is given."""
     return factorize_input(
         statistics.input_second_moment,
         Damping.parse(config.input_damping),
@@ -49,14 +46,7 @@ def solve_group(
     ranks: Mapping[str, int],
     population_size: int,
 ) -> dict[str, LayerSolution]:
-    """Solve layers that share an input, and so the factorisation of its second moment, as `solve_layer` does.
-
-    Args:
-        statistics: By layer; the first lends its name to messages about the input.
-        config: As for `solve_layer`.
-        ranks: To solve up to, by layer.
-        population_size: N of the variance term.
-    """
+    """Solve layers that share an input, and so the factorisation of its second moment, as `solve_layer` does."""
     first = next(iter(statistics))
     factorized = factorize(statistics[first], config, layer=first)
     return {
@@ -86,7 +76,7 @@ def solve_layer(
 
     Returns:
         The solution, in the dtype and on the device of the factorisation. Where float32 is not accurate enough, the
-        layer is solved again in float64 on the CPU, so that its copies take no memory on the device.
+        layer is solved again in float64 on the CPU.
 
     Raises:
         NonFiniteError: if a statistic is not finite.
@@ -98,9 +88,9 @@ def solve_layer(
         raise SolveError(
             f"The weight gradient of {layer} is zero: no sample's loss depends on it. Leave it out of target_modules."
         )
-    cholesky = factorized_input.cholesky
+    statistics = statistics.on(factorized_input.cholesky.device)
     guidance, output_damping = _pose(statistics, factorized_input, config, layer, population_size)
-    narrow = cholesky.dtype != torch.float64
+    narrow = factorized_input.cholesky.dtype != torch.float64
     try:
         pairs = lowest_subspace(guidance, rank)
         residual = _residual_in_float64(statistics, guidance, pairs) if narrow else pairs.residual
@@ -117,7 +107,7 @@ def solve_layer(
         again = factorize(on_cpu, config, layer=layer, dtype=torch.float64)
         solution = solve_layer(on_cpu, again, config, layer=layer, rank=rank, population_size=population_size)
         notes = (*factorized_input.notes, f"float32 {why}; solved again in float64", *solution.notes)
-        return dataclasses.replace(solution.on(cholesky.device), notes=notes)
+        return dataclasses.replace(solution, notes=notes)
     if not torch.isfinite(pairs.vectors).all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
     displacement = guidance.displacement
