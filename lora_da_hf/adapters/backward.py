@@ -45,7 +45,7 @@ def _check(target: Target) -> Any:
             try:
                 output = layer.forward(leaf)
                 _check_output(target, output, (*leaf.shape[:-1], target.out_features))
-                gradient = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
+                gradient: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
             except (RuntimeError, NotImplementedError) as error:
                 raise _unsupported(target, f"cannot be differentiated ({error})", _OTHER_KERNEL) from error
         if gradient is None:

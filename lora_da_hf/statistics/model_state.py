@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
         stack.enter_context(random_state(seed))
         stack.enter_context(_uncompiled(model))
         stack.enter_context(_frozen_parameters(model))
-        stack.enter_context(_evaluation_mode(model))
-        stack.enter_context(_switched_off(model, "use_cache"))
-        stack.enter_context(_switched_off(model, ROUTER_LOSS))
+        stack.enter_context(_changed(_evaluation_mode(model)))
+        for option in ("use_cache", ROUTER_LOSS):
+            stack.enter_context(_changed([(config, option, False) for config in configs_with(model, option)]))
         stack.enter_context(_checkpoints_start_a_graph(model))
         yield
 
@@ -137,51 +138,33 @@ def apart_by_checkpoint(
     return {name: found.setdefault((leader, checkpoint_of.get(layers[name])), name) for name, leader in leaders.items()}
 
 
+def _evaluation_mode(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """Return what to change for evaluation mode, but for modules that checkpoint, which have their dropout at zero."""
+    checkpoints = dict.fromkeys(checkpointing_modules(model))
+    changes: list[tuple[Any, str, Any]] = [(m, "training", m in checkpoints) for m in model.modules()]
+    for module in checkpoints:
+        for holder in (module, getattr(module, "config", None)):  # Wav2Vec2 reads layerdrop from its config
+            values = vars(holder) if holder is not None else {}
+            changes += [(holder, k, 0.0) for k, v in values.items() if isinstance(v, float) and "drop" in k]
+    return changes
+
+
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    dropouts: list[tuple[Any, str, float]] = []
+def _changed(changes: Sequence[tuple[Any, str, Any]]) -> Generator[None]:
+    """Set attributes, ``(holder, name, value)``, and put back what they were."""
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in changes]
     try:
-        model.eval()
-        for module in checkpointing_modules(model):
-            module.training = True  # not .train(), which would reach the children
-            for holder in (module, getattr(module, "config", None)):  # Wav2Vec2 reads layerdrop from its config
-                values = vars(holder) if holder is not None else {}
-                dropouts += [(holder, k, v) for k, v in values.items() if isinstance(v, float) and "drop" in k]
-        for module, name, _ in dropouts:
-            setattr(module, name, 0.0)
+        for holder, name, value in changes:
+            setattr(holder, name, value)
         yield
     finally:
-        for module, name, value in dropouts:
-            setattr(module, name, value)
-        for module, mode in modes:
-            module.training = mode
+        for holder, name, value in reversed(before):
+            setattr(holder, name, value)
 
 
-@contextlib.contextmanager
-def without_checkpointing(model: nn.Module) -> Generator[None]:
+def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Turn gradient checkpointing off for passes without gradients, inside `prepared_for_pass`."""
-    modules = [module for module in checkpointing_modules(model) if module.training]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module in modules:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _switched_off(model: nn.Module, option: str) -> Generator[None]:
-    """Set an option of the model's config, and of the configs inside it, to False where it is on."""
-    before = [(config, getattr(config, option)) for config in configs_with(model, option)]
-    for config, _ in before:
-        setattr(config, option, False)
-    try:
-        yield
-    finally:
-        for config, value in before:
-            setattr(config, option, value)
+    return _changed([(module, "training", False) for module in checkpointing_modules(model) if module.training])
 
 
 def configs_with(model: nn.Module, option: str) -> list[Any]:

@@ -169,8 +169,9 @@ def _attended_positions(batch: Mapping[str, Any], read_labels: Tensor | None) ->
     if isinstance(attention, Tensor) and attention.dim() == 2:
         found.append(attention.bool())
     elif isinstance(ids, Tensor):
-        has_mask = isinstance(attention, Tensor) and attention.shape == ids.shape
-        mask = attention.bool() if has_mask else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(attention, Tensor) and attention.shape == ids.shape:
+            mask = attention.bool()
         found.append(mask.flatten(0, 1) if mask.dim() == 3 else mask)
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         found.append(decoder.bool())
