@@ -230,24 +230,6 @@ def test_a_loss_that_is_no_scalar_tensor_is_an_error(tmp_path, lora_model, sampl
         make_trainer(tmp_path, lora_model(), samples, NoScalar).train()
 
 
-def test_gradient_accumulation_and_averaging_over_devices_do_not_change_the_statistics(tmp_path, lora_model, samples):
-    found = []
-    for number, arguments in enumerate(
-        [
-            {},
-            {"gradient_accumulation_steps": 3, "average_tokens_across_devices": True},
-            {"per_device_train_batch_size": 1, "average_tokens_across_devices": False},
-        ]
-    ):
-        folder = tmp_path / str(number)
-        make_trainer(
-            folder, lora_model(), samples, da_config=make_config(save_statistics=True), arguments=arguments
-        ).train()
-        found.append(stored_statistics(folder / "lora_da"))
-    assert_statistics_equal(found[1], found[0], 1e-5)
-    assert_statistics_equal(found[2], found[0], 1e-5)
-
-
 # The first step
 
 
@@ -408,21 +390,6 @@ def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisati
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     assert_same_tensors(adapter_weights(trainer.model), written_adapter(tmp_path / "lora_da"))
     assert [e["step"] for e in trainer.state.log_history if "lora_da_step_size" in e] == [0]
-
-
-def test_running_out_of_memory_in_the_statistics_tries_a_smaller_batch_size_there(
-    tmp_path, lora_model, samples, count_initializations
-):
-    class Greedy(LoRADATrainer):
-        def compute_loss(self, model, inputs, **kwargs):
-            if len(inputs["input_ids"]) > 3:
-                raise RuntimeError("CUDA out of memory.")
-            return super().compute_loss(model, inputs, **kwargs)
-
-    trainer = make_trainer(tmp_path, lora_model(), samples, Greedy, arguments={"auto_find_batch_size": True})
-    trainer.train()
-    assert len(count_initializations) == 2
-    assert 1 < trainer.lora_da_report.batch_size <= 3
 
 
 # A frozen A
