@@ -19,12 +19,7 @@ from lora_da_hf.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Damping:
-    """A damping rule: an absolute amount, or a multiple of a statistic of the factor's diagonal.
-
-    Attributes:
-        amount: What is added to the diagonal, or the multiple of ``reference`` that is added.
-        reference: ``"absolute"``, or the statistic of the diagonal (``"mean"`` or ``"median"``) to multiply.
-    """
+    """What is added to a factor's diagonal: an absolute amount, or a multiple of the diagonal's mean or median."""
 
     amount: float
     reference: Literal["absolute", "mean", "median"] = "absolute"

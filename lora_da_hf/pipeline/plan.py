@@ -64,8 +64,6 @@ class Workload:
     Attributes:
         groups: All layers, in the order in which they are called.
         weights: Entries of all the weights that a token is multiplied with, those of other layers included.
-        num_samples: Samples of the statistics.
-        num_tokens: Their tokens.
         checkpointing: Whether the backward pass runs the forward pass again.
         threads: Of a process's CPU; 1 where layers are solved on another device.
     """
@@ -120,13 +118,10 @@ class Plan:
     Attributes:
         windows: Leaders of the groups that are collected in each pass.
         owners: The process that solves each group.
-        num_processes: How many processes there are.
         sample_passes: Forward and backward passes of one sample that the busiest process makes.
         peak_bytes: What the sums and the solve take at most, on one device of one process.
-        pass_flops: Arithmetic of the busiest process in the passes.
-        solve_flops: Arithmetic of the busiest process in the solve.
-        solvers: How many groups a process solves at the same time.
-        one_thread_each: Whether a group is solved on one thread.
+        pass_flops, solve_flops: Arithmetic of the busiest process.
+        solvers: How many groups a process solves at the same time, each on one thread if ``one_thread_each``.
     """
 
     windows: tuple[tuple[str, ...], ...]
