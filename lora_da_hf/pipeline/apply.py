@@ -35,6 +35,12 @@ from lora_da_hf.samples import is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.layer_scales import rounding_notes
 
+_OF_THE_STATISTICS = (
+    *("num_samples", "num_unlabelled", "population_size", "batch_size"),
+    *("loss_reduction", "data_fingerprint"),
+)
+"""What the report takes over from the stored one."""
+
 
 def apply_init(
     model: nn.Module,
@@ -113,8 +119,7 @@ def apply_init(
     with job.stage("read"):
         solved = _match(job, stored)
     given_step = step_size is not None or gives_step(config)
-    others = trained_heads(model, job.scan.adapter_name).values()
-    with job.restored_on_failure(list(others)), job.collate.generators_kept():
+    with job.restored_on_failure(trained_heads(model, job.scan.adapter_name)), job.collate.generators_kept():
         with job.stage("write"):
             notes = take_over_saved_modules(model, job.scan.adapter_name, stored)
         with contextlib.ExitStack() as passes:
@@ -128,23 +133,13 @@ def apply_init(
                 step = find_step(job, solved, found, for_other_ranks=False)
                 notes = (*notes, *seen)
             step, layers = write_adapter(job, solved, step, found)
-    by_rank = step.step_size_by_rank or stored.report.step_size_by_rank
-    report = make_report(
-        job,
-        solved,
-        step,
-        layers,
-        num_samples=stored.report.num_samples,
-        num_unlabelled=stored.report.num_unlabelled,
-        population_size=stored.report.population_size,
-        batch_size=stored.report.batch_size,
-        loss_reduction=stored.report.loss_reduction if found is None else found.reduction,
-        data_fingerprint=stored.report.data_fingerprint,
-        notes=[*stored.notes, *solved.notes, *notes, *step.notes],
-        step_size_by_rank=dict(by_rank),
-        artifact=str(stored.folder),
-        init_from=stored.source,
-    )
+    facts: dict[str, Any] = {name: getattr(stored.report, name) for name in _OF_THE_STATISTICS}
+    if found is not None:
+        facts["loss_reduction"] = found.reduction
+    facts["step_size_by_rank"] = dict(step.step_size_by_rank if step.search else stored.report.step_size_by_rank)
+    notes = (*stored.notes, *solved.notes, *notes, *step.notes)
+    facts |= {"notes": list(notes), "artifact": str(stored.folder), "init_from": stored.source}
+    report = make_report(job, solved, step, layers, **facts)
     hand_over(job, report)
     return report
 

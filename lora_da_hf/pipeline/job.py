@@ -7,7 +7,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +137,7 @@ class Job:
             yield
 
     @contextlib.contextmanager
-    def restored_on_failure(self, others: Collection[nn.Parameter] = ()) -> Generator[None]:
+    def restored_on_failure(self, others: Mapping[str, nn.Parameter] | None = None) -> Generator[None]:
         """Put the adapter, and other parameters, back as they were if the block fails.
 
         What takes several processes, the parts and copies that DeepSpeed and FSDP2 keep, is left.
@@ -146,7 +146,11 @@ class Job:
         targets = [t for t in self.scan.targets if alone or (is_whole(t.lora_A) and is_whole(t.lora_B))]
         before = [(target, *read_factors(target)) for target in targets]
         beside = [target.magnitude.weight for target in targets if target.magnitude is not None]
-        kept = [(parameter, read_full(parameter)) for parameter in (*beside, *others) if alone or is_whole(parameter)]
+        kept = [
+            (parameter, read_full(parameter))
+            for parameter in (*beside, *(others or {}).values())
+            if alone or is_whole(parameter)
+        ]
         try:
             yield
         except BaseException:
