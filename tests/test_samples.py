@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
 from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
@@ -85,16 +85,6 @@ def test_no_sample_at_all_is_an_error(samples):
         choose(samples, population_size=1)
 
 
-def test_what_is_no_collection_is_an_error():
-    with pytest.raises(DataError, match="samples is a int; give a list, a data set or a data loader"):
-        choose(3)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(range(40))
-
-
 class Sized(list):
     """A map-style data set."""
 
@@ -106,15 +96,6 @@ def test_a_loader_gives_its_data_set_and_its_collator():
     samples, collate = samples_of_loader(loader)
     assert samples is data
     assert collate is pad_samples
-
-
-def test_a_loader_over_a_stream_gives_the_stream_even_if_it_is_sharded():
-    stream = Stream()
-    shard = type("IterableDatasetShard", (Stream,), {"dataset": stream})()
-    for dataset in (stream, shard):
-        samples, _ = samples_of_loader(DataLoader(dataset, batch_size=2))
-        assert samples is stream
-        assert choose(samples, population_size=40).statistics == list(range(10))
 
 
 def test_an_iterable_of_batches_gives_its_rows():
@@ -140,12 +121,6 @@ def test_padding_is_on_the_right_with_ignored_labels():
         "attention_mask": [[1, 1, 1], [1, 0, 0]],
         "labels": [[-100, 2, 3], [4, -100, -100]],
     }
-
-
-def test_samples_without_an_attention_mask_get_one_and_are_not_changed():
-    samples = [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
-    assert pad_samples(samples)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert samples == [{"input_ids": [1, 2, 3]}, {"input_ids": [4]}]
 
 
 @pytest.mark.parametrize(

@@ -128,23 +128,6 @@ def test_batches_that_only_keep_the_processes_in_step_do_not_count(tiny_llama, t
         assert tap.backward_calls == expected.result.taps.taps[name].backward_calls
 
 
-@pytest.mark.parametrize("own", [0, 3])
-def test_an_evaluation_keeps_in_step_too(tiny_llama, token_samples, own):
-    model, samples = tiny_llama().eval(), token_samples(3)
-    loss, sizes = counting_loss()
-    found = evaluate_loss(
-        model,
-        samples[:own],
-        collate=pad_samples,
-        compute_loss=loss,
-        settings=settings_of("sum"),
-        batch_size=2,
-        lockstep=in_lockstep(samples),
-    )
-    assert len(sizes) == 5
-    assert found == pytest.approx(mean_of_labels(model, samples[:own]), rel=1e-5)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_loss_that_is_not_finite_stops_the_pass(tiny_llama, token_samples, collected, value):
     def bad(model, batch, num_items):
@@ -250,16 +233,6 @@ def test_weights_of_classes_show_though_most_samples_are_of_one_class(loss, kind
     assert reduction_of(loss, samples).kind == kind
 
 
-def test_a_loss_that_padding_changes_shows_though_most_samples_are_of_one_length():
-    def padded(model, batch, num_items):
-        return (batch["input_ids"].double() + 1).log().sum(-1).mean() / batch["input_ids"].shape[1]
-
-    lengths = [6, 6, 6, 6, 12, 6]
-    samples = [{"input_ids": list(range(k, k + length))} for k, length in enumerate(lengths)]
-    assert reduction_of(padded, samples).kind == "unknown"
-    assert reduction_of(padded, samples[:4]).kind == "sample_mean"
-
-
 def boxed(samples):
     return {
         "pixel_values": torch.tensor([[sample["x"]] for sample in samples]),
@@ -277,20 +250,6 @@ def test_targets_in_lists_of_dictionaries_are_seen():
     model = torch.nn.Linear(1, 1)
     assert measured(mean_of_boxes, model, boxed, samples).kind == "unknown"
     assert measured(mean_of_boxes, model, boxed, samples[6:]).kind == "sample_mean"
-
-
-def test_pairs_that_agree_on_different_means_agree_on_none():
-    """Of the first pair it is the mean over samples, of the second that over labels."""
-
-    def fickle(model, batch, num_items):
-        counts = (batch["labels"] != -100).sum(-1)
-        return (batch["x"].double() * (counts if 4 in counts else 1)).sum() / (
-            counts if 4 in counts else counts > 0
-        ).sum()
-
-    samples = [{"x": float(count), "labels": [1] * count} for count in (2, 3, 4)]
-    assert reduction_of(fickle, samples[:2]).kind == "sample_mean"
-    assert reduction_of(fickle, samples).kind == "unknown"
 
 
 def test_a_half_precision_model_is_measured_with_more_tolerance():

@@ -6,8 +6,6 @@ import functools
 import pytest
 import torch
 from harness import (
-    assert_statistics_equal,
-    autograd_statistics,
     chosen,
     make_args,
     make_config,
@@ -22,9 +20,6 @@ from transformers import (
 )
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
-from lora_da_hf.artifacts.statistics_store import load_statistics
-from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.losses import make_labelled_head, model_loss
 from lora_da_hf.samples import pad_samples
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -90,18 +85,6 @@ def test_the_statistics_are_those_of_all_logits(
     assert_equal_statistics(found.statistics, stacked(model, samples))
 
 
-def test_passes_without_labels_or_with_a_selection_of_their_own_are_left_alone(tiny_llama, token_samples):
-    model, batch = tiny_llama(), pad_samples(token_samples(2))
-    labels = batch.pop("labels")
-    head = make_labelled_head(model)
-    with head.rows_of_labels():
-        assert model(**batch).logits.shape[:2] == labels.shape
-        assert model(**batch, labels=labels[:, -2:], logits_to_keep=2).logits.shape[:2] == (2, 2)
-        assert model(**batch, labels=labels, shift_labels=labels).logits.shape[:2] == labels.shape
-        assert model(**batch, labels=torch.full_like(labels, -100)).logits.shape[:2] == labels.shape
-        assert head.num_calls == 0
-
-
 # ---- the whole initialisation
 
 
@@ -118,14 +101,6 @@ def initialize(model, folder=None, **arguments):
 
 def of_labels(seen):
     return [rows for rows in seen if rows % LENGTH]
-
-
-def test_the_stored_statistics_are_those_of_autograd(lora_model, tmp_path):
-    used, seen = initialize(lora_model(), tmp_path / "init")
-    assert len(of_labels(seen)) > len(seen) / 3
-    stored = load_init(tmp_path / "init")
-    expected = autograd_statistics(lora_model(), used, lambda model, batch: model_loss(model, batch, None))
-    assert_statistics_equal(load_statistics(stored.folder, stored.manifest), expected, 1e-5)
 
 
 class OwnLoss(LlamaForCausalLM):

@@ -110,32 +110,6 @@ def test_a_run_that_fails_in_the_middle_leaves_nothing_behind(disturbed, token_s
         assert torch.equal(value, adapter[name])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_parameter_ever_has_or_asks_for_a_gradient(disturbed, token_samples, checkpointing):
-    model = disturbed(checkpointing=checkpointing)
-    seen = []
-
-    def watching(model, batch, num_items):
-        seen.append([p.requires_grad or p.grad is not None for p in model.parameters()])
-        return model_loss(model, batch, num_items)
-
-    run(model, token_samples(16), compute_loss=watching)
-    seen.append([p.grad is not None for p in model.parameters()])
-    assert len(seen) > 10
-    assert not any(any(flags) for flags in seen)
-
-
-def test_two_runs_give_the_same_bits_whatever_the_random_state(lora_model, token_samples):
-    factors = []
-    for seed in (1, 2):
-        model = lora_model()
-        torch.manual_seed(seed)
-        random.seed(seed)
-        run(model, token_samples(16))
-        factors.append(adapter_of(model))
-    assert all(torch.equal(value, factors[1][name]) for name, value in factors[0].items())
-
-
 def test_what_a_loss_thaws_is_frozen_again_and_keeps_the_gradient_that_it_had(lora_model):
     """Losses that ask a reference model switch adapters on and off, which sets what is trained."""
     model = lora_model()

@@ -206,16 +206,3 @@ def test_small_gradients_survive_float16(token_samples, toy_collected, assert_eq
     samples = token_samples(4, min_length=12)
     found, exact = (toy_collected(Faint().to(dtype), samples).statistics for dtype in (torch.float16, torch.float64))
     assert_equal_statistics(found, exact, tolerance=0.1)
-
-
-def test_autocast_around_the_pass_does_not_reach_the_sums(tiny_llama, token_samples, collected):
-    samples = token_samples(12)
-    model = tiny_llama()
-    exact = collected(model, samples).statistics
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = collected(model, samples).statistics
-        moments = captured_moments(model, samples)
-    for name, moment in moments.items():
-        torch.testing.assert_close(found[name].input_second_moment.double(), moment, rtol=1e-5, atol=1e-5)
-        error = (found[name].weight_grad - exact[name].weight_grad).norm() / exact[name].weight_grad.norm()
-        assert 1e-5 < error.item() < 0.1  # autocast did change the model, and no more than bfloat16 does
