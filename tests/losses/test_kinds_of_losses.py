@@ -18,6 +18,7 @@ from harness import (
     stored_statistics,
     train_from,
 )
+from oracles import relative_error
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy, normalize
 
@@ -74,6 +75,18 @@ def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family,
         report, statistics = statistics_of(tmp_path / name, make_model(family), samples, collate)
         assert (report.batch_size, report.loss_reduction.split()[0]) == (4, kind)
         assert_statistics_equal(statistics, single_statistics, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "T5", "BERT, token classification", "BERT, sequence classification"])
+def test_the_gradient_is_that_of_the_loss_of_all_samples_in_one_batch(tmp_path, family):
+    """That is what Trainer minimises: of samples with unlike numbers of labels, the mean over all of the labels."""
+    samples = FAMILIES[family].samples(16)
+    _, statistics = statistics_of(tmp_path, make_model(family), samples, FAMILIES[family].collate, batch_size=3)
+    plain = FAMILIES[family].make_model().eval()
+    model_loss(plain, FAMILIES[family].collate(chosen(samples)), None).backward()
+    for name, layer in statistics.items():
+        gradient = plain.get_submodule(name).weight.grad
+        assert relative_error(layer.weight_grad, gradient) < 1e-4, name
 
 
 @pytest.mark.support("Losses", "Multiple choice", "a mean over samples: measured; each sample is several sequences")
