@@ -26,6 +26,7 @@ from lora_da_hf.statistics.token_masks import (
 from lora_da_hf.statistics.unlike import Collate
 
 _HALF_PRECISION_SCALE = 2.0**12
+_MOST_IN_FLOAT16 = 2.0**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +199,11 @@ def _add_batch(
     with taps, labelled_rows(settings):
         loss = settings.reduction.loss(compute_loss, model, prepared.batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
-        # float16 has too small a range for the gradients of a mean, and for those of a sum
-        taps.gradient_scale = _HALF_PRECISION_SCALE / max(prepared.num_items, 1) if taps.saw_float16 else 1.0
+        if taps.saw_float16:  # which has too small a range for the gradients of a mean, and for those of a sum
+            scale = min(_HALF_PRECISION_SCALE * prepared.tokens.num_samples, _MOST_IN_FLOAT16)
+            taps.gradient_scale = scale / max(prepared.num_items, 1)
+        else:
+            taps.gradient_scale = 1.0
         if loss.requires_grad:
             (loss * (settings.reduction.weight(prepared.num_items) * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too
