@@ -74,6 +74,12 @@ class LoRADATrainer(Trainer):
         """Make a model as `Trainer` does, with an adapter."""
         return self._with_adapter(super().call_model_init(*args, **kwargs))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer as `Trainer` does, after freezing A, which PEFT's load of a checkpoint may have thawed."""
+        if self._lora_da.config.freeze_a:
+            freeze_a(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
     def _with_adapter(self, model: object) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"The model is a {type(model).__name__}. Load it first, with from_pretrained.")
@@ -90,8 +96,6 @@ class LoRADATrainer(Trainer):
             config = copy.deepcopy(self._peft_config)
             config.inference_mode = False  # which PEFT sets in a config that it stores
             model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
-        if self._lora_da.config.freeze_a:
-            freeze_a(model)
         return model
 
 

@@ -395,10 +395,10 @@ def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisati
 # A frozen A
 
 
-def make_frozen_a_trainer(folder, model, samples, with_callback, **settings):
-    config = make_config(freeze_a=True)
+def make_frozen_a_trainer(folder, model, samples, with_callback=False, **settings):
+    config, arguments = make_config(freeze_a=True), {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     kind, own = (Trainer, {"callbacks": [LoRADACallback(config)]}) if with_callback else (LoRADATrainer, {})
-    return make_trainer(folder, model, samples, kind, config, {"max_steps": 3}, **own, **settings)
+    return make_trainer(folder, model, samples, kind, config, arguments, **own, **settings)
 
 
 def assert_b_alone_is_trained(trainer):
@@ -418,10 +418,21 @@ def test_a_frozen_a_is_not_in_the_optimizer_and_does_not_change(tmp_path, lora_m
     assert all(not torch.equal(end[name], start[name]) for name in factors(start, "B"))
 
 
+def test_a_frozen_a_of_an_adapter_with_another_name_stays_frozen_in_a_resumed_run(tmp_path, tiny_llama, samples):
+    whole, resumed = (
+        make_frozen_a_trainer(tmp_path, PeftModel(tiny_llama(), make_lora_config(), adapter_name="mine"), samples)
+        for _ in range(2)
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_b_alone_is_trained(resumed)
+    assert_same_tensors(adapter_weights(resumed.model), adapter_weights(whole.model))
+
+
 def test_a_of_a_model_from_model_init_is_frozen_by_our_trainer_and_too_late_for_the_callback(
     tmp_path, lora_model, samples
 ):
-    trainer = make_frozen_a_trainer(tmp_path, None, samples, False, model_init=lambda: lora_model())
+    trainer = make_frozen_a_trainer(tmp_path, None, samples, model_init=lambda: lora_model())
     trainer.train()
     assert_b_alone_is_trained(trainer)
     with pytest.raises(ConfigError, match="freeze_a came too late"):
