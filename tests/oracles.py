@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import load_init
-from lora_da_hf.artifacts.statistics_store import load_statistics
+from lora_da_hf.artifacts.statistics_store import iterate_statistics
 
 
 def collate(samples, *, left=False):
@@ -33,7 +33,7 @@ def model_loss(model, batch, num_items=None):
 def stored_statistics(folder):
     """Return the statistics of a stored initialisation, by layer."""
     stored = load_init(folder)
-    return load_statistics(stored.folder, stored.manifest)
+    return {n: layer for g in iterate_statistics(stored.folder, stored.manifest) for n, layer in g.items()}
 
 
 def lora_layers(model):

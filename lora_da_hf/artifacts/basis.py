@@ -13,8 +13,6 @@ from lora_da_hf.artifacts.tensors import TensorSpecs
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport
 
-_PARTS = ("basis_A", "basis_B")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBasis:
@@ -22,11 +20,6 @@ class StoredBasis:
 
     basis_A: Tensor
     basis_B: Tensor
-
-    @classmethod
-    def of(cls, solution: LayerSolution) -> StoredBasis:
-        """Return what is stored of a solution's tensors."""
-        return cls(basis_A=solution.basis_A, basis_B=solution.basis_B)
 
 
 def stored_solution(basis: StoredBasis, report: LayerReport) -> LayerSolution:
@@ -43,9 +36,9 @@ def stored_solution(basis: StoredBasis, report: LayerReport) -> LayerSolution:
     )
 
 
-def basis_tensors(bases: Mapping[str, StoredBasis]) -> dict[str, Tensor]:
+def basis_tensors(bases: Mapping[str, StoredBasis | LayerSolution]) -> dict[str, Tensor]:
     """Return the tensors of the basis file: ``<layer>.basis_A`` and ``<layer>.basis_B`` in float32."""
-    named = {f"{name}.{part}": getattr(basis, part) for name, basis in bases.items() for part in _PARTS}
+    named = {f"{name}.{part}": getattr(basis, part) for name, basis in bases.items() for part in ("basis_A", "basis_B")}
     return {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lora_da_hf.artifacts.folders import adopt
 from lora_da_hf.artifacts.manifest import STATISTICS_PREFIX, Manifest
 from lora_da_hf.artifacts.tensors import check_specs, finite, tensor_specs, write_tensors
 from lora_da_hf.errors import ArtifactError
@@ -27,7 +26,7 @@ _GRAD = "weight_grad"
 def save_statistics(
     folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int = 0
 ) -> None:
-    """Write statistics as safetensors of at most about 2 GiB each, in an order that `adopt_statistics` reads.
+    """Write statistics as safetensors of at most about 2 GiB each, whose names sort in their order.
 
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
     layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means, in the
@@ -37,7 +36,7 @@ def save_statistics(
         folder: Where, made if need be.
         statistics: By layer. Layers that share an input come together.
         shared_inputs: The leader of each layer.
-        part: Number of this part, where a folder gets them in several.
+        part: Number of this call, where a folder gets them in several.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -59,23 +58,8 @@ def save_statistics(
         write_tensors(folder / f"{part:05d}-{number:05d}.safetensors", shard)
 
 
-def adopt_statistics(folder: Path, source: Path) -> None:
-    """Give a folder what `save_statistics` wrote, as ``lora_da_statistics-xxxxx-of-yyyyy.safetensors``."""
-    shards = sorted(source.glob("*.safetensors"))
-    for number, shard in enumerate(shards, start=1):
-        adopt(shard, folder / f"{STATISTICS_PREFIX}{number:05d}-of-{len(shards):05d}.safetensors")
-
-
-def load_statistics(folder: Path, manifest: Manifest) -> dict[str, LayerStatistics]:
-    """Read the statistics of a stored initialisation; layers that share an input share its second moment."""
-    loaded = {name: layer for group in iterate_statistics(folder, manifest) for name, layer in group.items()}
-    return {name: loaded[name] for name in manifest.layers}
-
-
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:
-    """Yield the statistics of a folder that `load_init` checked: of one group of layers that share an input at a time.
-
-    All of a group have the same tensor as the second moment of their input.
+    """Yield the statistics of a folder that `load_init` checked, by groups of layers that share an input's moment.
 
     Raises:
         ArtifactError: if they were not stored, or are not finite.
@@ -120,11 +104,7 @@ def statistics_files(manifest: Manifest) -> list[str]:
 
 
 def check_statistics(folder: Path, manifest: Manifest) -> None:
-    """Verify keys, shapes and dtypes of the stored statistics, if there are any.
-
-    Raises:
-        ArtifactError: naming the first tensor that is missing, unknown or another one.
-    """
+    """Verify keys, shapes and dtypes of the stored statistics, if there are any."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in manifest.layers.items():
         shapes[f"{name}.{_GRAD}"] = (layer.out_features, layer.in_features)

@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.adapter_tensors import check_adapter
 from lora_da_hf.artifacts.basis import StoredBasis, basis_specs, basis_tensors
 from lora_da_hf.artifacts.fingerprint import differences
-from lora_da_hf.artifacts.folders import atomic_folder, may_lie_beside
+from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -34,6 +34,7 @@ from lora_da_hf.artifacts.manifest import (
 from lora_da_hf.artifacts.statistics_store import check_statistics
 from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
+from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LoRADAReport
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,7 @@ class StoredInit:
     """An initialisation that was read from a folder and passed every check.
 
     Attributes:
-        folder: Where it is.
         manifest: Everything about it that is not a tensor.
-        bases: By layer.
         peft_config: PEFT's configuration of the adapter.
         source: How it is cited: ``repo@commit``, or ``sha256:`` and the hash of its manifest.
         notes: What the checks could not make sure of.
@@ -70,11 +69,11 @@ class StoredInit:
 def write_init(
     folder: Path,
     *,
-    bases: Mapping[str, StoredBasis],
+    bases: Mapping[str, StoredBasis | LayerSolution],
     report: LoRADAReport,
     base_model: BaseModelFacts,
     save_adapter: Callable[[Path], None],
-    save_statistics: Callable[[Path], None] | None,
+    statistics: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     refitted_from: RefittedFrom | None = None,
 ) -> None:
@@ -86,15 +85,15 @@ def write_init(
         report: What was done.
         base_model: The base that it was computed for.
         save_adapter: Writes the PEFT adapter into the folder that it is given.
-        save_statistics: Writes the full statistics there; None: they are not stored.
+        statistics: Files of the full statistics, in order.
         identity: What a later run must have in common with this one to use it.
         refitted_from: What it was refitted from; None: it was computed from data.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
         write_tensors(partial / BASIS_FILE, basis_tensors(bases))
-        if save_statistics is not None:
-            save_statistics(partial)
+        for number, path in enumerate(statistics, start=1):
+            adopt(path.resolve(), partial / f"{STATISTICS_PREFIX}{number:05d}-of-{len(statistics):05d}.safetensors")
         manifest = Manifest(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             versions={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -150,11 +149,7 @@ def load_init(
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder, and look at nothing else.
-
-    Raises:
-        ArtifactError: if it is missing or not valid.
-    """
+    """Read the manifest of a folder, and look at nothing else."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         remedy = "Name another folder."
@@ -170,11 +165,7 @@ def load_manifest(folder: Path) -> Manifest:
 def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[str, ...]:
     """Compare the base that an initialisation was computed for with the one it will be used on.
 
-    Bases are compared by config and by the fingerprint of their weights. A quantised base has no fingerprint: it is
-    compared by name and revision instead, which is logged as a warning.
-
-    Returns:
-        What could not be made sure of.
+    A quantised base has no fingerprint and is compared by name and revision, which is logged and returned as a note.
 
     Raises:
         BaseModelMismatchError: naming every difference.
@@ -210,7 +201,7 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Return the size and hash of a file."""
+    """Hash a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -219,11 +210,7 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def check_file(path: Path, entry: FileEntry) -> None:
-    """Compare a file with what the manifest says of it.
-
-    Raises:
-        ArtifactError: if it is missing, or of another size or hash.
-    """
+    """Compare a file with what the manifest says of it."""
     if not path.is_file():
         hint = "`lora-da pull` fetches all of it. " if path.name.startswith(STATISTICS_PREFIX) else ""
         raise ArtifactError(f"{path} is listed in the manifest and missing. {hint}Get a new copy.")

@@ -10,7 +10,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.adapter_config import alpha_divisor, expert_of
-from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
 from lora_da_hf.artifacts.store import StoredInit, load_init
@@ -149,7 +148,7 @@ def _notes_on_step(
 
 def _solve_again(
     stored: StoredInit, config: LoRADAConfig, *, progress: bool
-) -> tuple[dict[str, StoredBasis], dict[str, LayerReport], float]:
+) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
     """Solve every layer from its statistics, and return bases, reports and the unit of the step."""
     layers = dict(stored.manifest.layers)
     solutions: dict[str, LayerSolution] = {}
@@ -166,8 +165,7 @@ def _solve_again(
     unit = step_unit(layers.values(), layer_steps=config.layer_steps)
     by_layer = divisors(layers.values(), unit, layer_steps=config.layer_steps)
     scaled = {name: solutions[name].in_unit(by_layer[name]) for name in layers}
-    bases = {name: StoredBasis.of(solution) for name, solution in scaled.items()}
-    return bases, {n: dataclasses.replace(layers[n], **reported(solution)) for n, solution in scaled.items()}, unit
+    return scaled, {n: dataclasses.replace(layers[n], **reported(solution)) for n, solution in scaled.items()}, unit
 
 
 def _possible_rank(layer: LayerReport, rank: int) -> int:

@@ -15,13 +15,13 @@ from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, pattern_names, rank_of, with_ranks
 from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
 from lora_da_hf.artifacts.basis import StoredBasis
-from lora_da_hf.artifacts.folders import adopt
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit, write_init
 from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.base_model import base_modules
+from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.theory.adapter_factors import factors_at_step
 from lora_da_hf.theory.layer_scales import rounding_notes
@@ -45,7 +45,7 @@ class Refit:
     stored: StoredInit
     config: LoRADAConfig
     changed: list[str]
-    bases: Mapping[str, StoredBasis]
+    bases: Mapping[str, StoredBasis] | Mapping[str, LayerSolution]
     layers: Mapping[str, LayerReport]
     step_unit: float
     step: float | None
@@ -53,26 +53,17 @@ class Refit:
 
 
 def write_refit(refit: Refit, output_dir: Path, base_model: nn.Module | None) -> None:
-    """Write the new initialisation: all of it, or nothing.
-
-    Args:
-        refit: What it is made of.
-        output_dir: Where.
-        base_model: The base, which the magnitudes of DoRA follow from.
-    """
+    """Write the new initialisation: all of it, or nothing. The magnitudes of DoRA follow from the base model."""
     manifest = refit.stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
     changed = {**before, **{name: getattr(refit.config, name) for name in refit.changed}}
     peft_config = _new_peft_config(refit)
     tensors, norms = _new_tensors(refit, peft_config, base_model)
+    statistics = statistics_files(manifest) if refit.config.save_statistics else []
 
     def save_adapter(path: Path) -> None:
         write_tensors(path / ADAPTER_FILE, tensors)
         (path / ADAPTER_CONFIG_FILE).write_text(json.dumps(peft_config, indent=2, sort_keys=True), encoding="utf-8")
-
-    def take_statistics(path: Path) -> None:
-        for name in statistics_files(manifest):
-            adopt((refit.stored.folder / name).resolve(), path / name)
 
     write_init(
         output_dir,
@@ -80,7 +71,7 @@ def write_refit(refit: Refit, output_dir: Path, base_model: nn.Module | None) ->
         report=_new_report(refit, norms),
         base_model=manifest.base_model,
         save_adapter=save_adapter,
-        save_statistics=take_statistics if refit.config.save_statistics else None,
+        statistics=[refit.stored.folder / name for name in statistics],
         refitted_from=RefittedFrom(manifest=manifest.digest, changed=changed),
     )
 

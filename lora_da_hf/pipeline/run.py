@@ -16,7 +16,7 @@ from torch import nn
 from lora_da_hf.adapters.initialized import freeze_a, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
-from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.store import load_init, write_init
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import settle
@@ -27,7 +27,7 @@ from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.memory import plan_windows
 from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
-from lora_da_hf.pipeline.save import refuse_unsaveable, save_init, whole_adapter
+from lora_da_hf.pipeline.save import refuse_unsaveable, save_adapter, whole_adapter
 from lora_da_hf.pipeline.solve import Solved, solve_windows
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.report import LayerReport, LoRADAReport
@@ -227,15 +227,13 @@ def _save(
         report = dataclasses.replace(report, artifact=str(folder))
         if not job.processes.is_main:
             return report
-        save_init(
+        write_init(
             folder,
-            model=job.model,
-            base_model=job.base_model,
-            adapter_state=adapter_state,
-            scan=job.scan,
-            solutions=solved.solutions,
-            statistics=statistics,
+            bases=solved.solutions,
             report=report,
+            base_model=job.base_model,
+            save_adapter=lambda to: save_adapter(job.model, to, job.scan.adapter_name, adapter_state, job.base_model),
+            statistics=sorted(statistics.iterdir()) if statistics else (),
             identity=identity,
         )
         try:

@@ -1,4 +1,4 @@
-"""From a finished initialisation to its folder."""
+"""The adapter of a model, as PEFT saves it and with a config that names its layers."""
 
 from __future__ import annotations
 
@@ -12,46 +12,14 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.targets import TargetScan, base_name
+from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.artifacts.adapter_config import config_to_store, refuse_unstorable
-from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts
-from lora_da_hf.artifacts.statistics_store import adopt_statistics
-from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
 from lora_da_hf.errors import TargetError
-from lora_da_hf.records import LayerSolution
-from lora_da_hf.report import LoRADAReport
 
 _BESIDE_AN_ADAPTER = ("README.md", "generation_config.json", "*.py")
 """What PEFT and transformers write with an adapter: a card as of a trained one, how the base generates, code."""
-
-
-def save_init(
-    folder: Path,
-    *,
-    model: nn.Module,
-    base_model: BaseModelFacts,
-    adapter_state: dict[str, Tensor] | None,
-    scan: TargetScan,
-    solutions: Mapping[str, LayerSolution],
-    statistics: Path | None,
-    report: LoRADAReport,
-    identity: Mapping[str, Any],
-) -> None:
-    """Write adapter, basis, manifest and, from the folder ``statistics``, statistics: all of it or nothing.
-
-    What takes all processes is done before: `base_model_facts` and `whole_adapter`, which gives ``adapter_state``.
-    """
-    write_init(
-        folder,
-        bases={name: StoredBasis.of(solution) for name, solution in solutions.items()},
-        report=report,
-        base_model=base_model,
-        save_adapter=lambda path: save_adapter(model, path, scan.adapter_name, adapter_state, base_model),
-        save_statistics=None if statistics is None else (lambda path: adopt_statistics(path, statistics)),
-        identity=identity,
-    )
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
@@ -76,8 +44,8 @@ def save_adapter(
         model: The model.
         folder: Where.
         adapter_name: The adapter.
-        state: Its parameters, if the model's own are partitioned.
-        base_model: What its configuration is to call the base.
+        state: What `whole_adapter` returned.
+        base_model: What the configuration is to call the base.
     """
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
@@ -90,10 +58,7 @@ def save_adapter(
 
 
 def _layers_by_pattern_name(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return the layers of an adapter by the names that PEFT matches its patterns with.
-
-    That is a layer's name, or that of the parameter that it adapts.
-    """
+    """Return the layers of an adapter by what PEFT matches its patterns with: their names, or their parameters'."""
     found: dict[str, LoraLayer] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.r:
@@ -121,11 +86,7 @@ def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float
 
 
 def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Refuse an adapter that `save_adapter` cannot save, before there is anything to save.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter; None: only the kind of model is looked at.
+    """Refuse an adapter that `save_adapter` cannot save; without a name, only the kind of model is looked at.
 
     Raises:
         TargetError: if it is neither in a PEFT model nor in one of transformers', or its layers differ in scaling.

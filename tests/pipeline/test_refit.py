@@ -18,11 +18,11 @@ from harness import (
     written_factors,
     written_updates,
 )
+from oracles import stored_statistics
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, RefittedFrom
-from lora_da_hf.artifacts.statistics_store import load_statistics
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError
 from lora_da_hf.theory.rank_budget import num_adapter_parameters
@@ -292,8 +292,7 @@ def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
     assert load_init(tmp_path / "bare").manifest.config.save_statistics is False
     config = changed(stored_init, save_statistics=True)
     refit_init(stored_init, tmp_path / "new", rank=2, config=config)
-    stored = [load_init(folder) for folder in (stored_init, tmp_path / "new")]
-    old, new = (load_statistics(init.folder, init.manifest) for init in stored)
+    old, new = map(stored_statistics, (stored_init, tmp_path / "new"))
     for name, layer in old.items():
         assert torch.equal(layer.input_second_moment, new[name].input_second_moment)
         assert torch.equal(layer.weight_grad, new[name].weight_grad)
