@@ -32,7 +32,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_hf.pipeline.run as run_module
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.cli.planning import measure_speed
 from lora_da_hf.pipeline.plan import Plan
 
 SETTINGS = ("num_samples", "blocks", "length", "batch_size")
@@ -135,7 +134,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "tensor_bytes": tensors,
         "plan": dataclasses.asdict(plans[0]),
         "printed": report.plan,
-        "matrix_speed": measure_speed(torch.float32),
     }
 
 
@@ -206,7 +204,7 @@ class Row:
 
     Attributes:
         whole: Seconds of the initialisation.
-        stages: Seconds of statistics and solve, of which the plan speaks.
+        stages: Seconds of statistics and solve.
         tensors: Bytes of tensors at their peak, activations included.
         resident: MiB of resident memory at its peak, over what was there before.
         plan: The plan.
@@ -235,17 +233,17 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def measured_table(rows: dict[str, Row], speed: float, options: argparse.Namespace) -> list[str]:
+def measured_table(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
     """Compare what was measured with the plan."""
     columns = (
-        *("", "whole, s, median (range)", "x one", "statistics and solve, s", "planned", "passes"),
+        *("", "whole, s, median (range)", "x one", "statistics and solve, s", "passes"),
         *("tensors at their peak, MiB", "planned", "resident, MiB"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
         cells = (
             *(CASES[name].title, spread(row.whole), f"{ratio(row.whole, rows['one'].whole):.2f}", spread(row.stages)),
-            *(f"{sum(row.plan.seconds(speed)):.2f}", row.plan.sample_passes),
+            row.plan.sample_passes,
             *(f"{row.tensors / MIB:.0f}", f"{row.plan.peak_bytes / MIB:.0f}", f"{row.resident:.0f}"),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -257,7 +255,7 @@ def measured_table(rows: dict[str, Row], speed: float, options: argparse.Namespa
         f"gradient checkpointing, {options.num_samples} samples of {options.length} tokens, batch size "
         f"{options.batch_size}, rank 8, float32, one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} "
         f"runs, seeds {MODEL_SEED} (model) and {DATA_SEED} (samples). Passes: samples forward and backward in the "
-        "busiest process. Planned seconds: at the speed of the pass of one process. Tensors: by torch's allocator in a "
+        "busiest process. Tensors: by torch's allocator in a "
         f"run of its own, activations included. {facts}.",
     ]
 
@@ -266,28 +264,17 @@ def ratio(values: list[float], to: list[float]) -> float:
     return statistics.median(values) / statistics.median(to)
 
 
-def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row], speed: float) -> list[str]:
-    """Say how far the cost model is from what was measured, and what would bring its constants there."""
+def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row]) -> list[str]:
+    """Say how far the planned memory is from what was measured."""
     stages = {
         stage: statistics.median(run[0]["stages"][stage] for run in runs[:-1]) for stage in ("statistics", "solve")
     }
-    solve = rows["one"].plan.seconds(speed)[1] / stages["solve"]
-    matrix = statistics.median(run[0]["matrix_speed"] for run in runs[:-1])
-    time_off = [sum(row.plan.seconds(speed)) / statistics.median(row.stages) for row in rows.values()]
-    memory_off = [row.plan.peak_bytes / row.tensors for row in rows.values()]
-    ranges = {"seconds": time_off, "peak of tensors": memory_off}
-    texts = [f"{what} {min(found):.2f} to {max(found):.2f}" for what, found in ranges.items()]
+    found = [row.plan.peak_bytes / row.tensors for row in rows.values()]
     return [
-        f"Planned / measured, least and most of all cases: {', '.join(texts)}. The speed of the solve as part of the "
-        f"pass's is {solve:.2f} times what the plan takes for it, and that of the pass {speed / matrix:.2f} times what "
-        f'`lora-da plan` takes for it. The plan that one process printed: "{runs[0][0]["printed"]}"; it took '
-        f"{stages['statistics']:.1f} s and {stages['solve']:.1f} s.",
+        f"Planned / measured peak of tensors, least and most of all cases: {min(found):.2f} to {max(found):.2f}. The "
+        f'plan that one process printed: "{runs[0][0]["printed"]}"; it took {stages["statistics"]:.1f} s and '
+        f"{stages['solve']:.1f} s.",
     ]
-
-
-def pass_speed(runs: list[list[dict[str, Any]]]) -> float:
-    """Return the arithmetic a second of the pass of one process in one pass."""
-    return runs[0][0]["plan"]["pass_flops"] / statistics.median(run[0]["stages"]["statistics"] for run in runs[:-1])
 
 
 def main() -> None:
@@ -298,8 +285,7 @@ def main() -> None:
         os._exit(0)  # gloo sometimes aborts in its teardown
     found = measure(options)
     rows = {name: Row.of(runs) for name, runs in found.items()}
-    speed = pass_speed(found["one"])
-    parts = (measured_table(rows, speed, options), model_check(found["one"], rows, speed))
+    parts = (measured_table(rows, options), model_check(found["one"], rows))
     text = "\n\n".join("\n".join(part) for part in parts)
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)

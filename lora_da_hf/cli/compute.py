@@ -86,7 +86,6 @@ def _load_rows(arguments: argparse.Namespace) -> Any:
 def plan_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da plan`."""
     parser.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
-    add(parser, "tokens", "tokens of a sample, at most", type=positive, default=1024)
     add(parser, "world_size", "processes that share the work", type=positive, default=1)
     add_dataclasses(parser, LoraArguments, ModelArguments, LoRADAArguments)
 
@@ -96,20 +95,18 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     settings = read(LoRADAArguments, arguments).to_config()
     lora, loading = read(LoraArguments, arguments).to_peft(), read(ModelArguments, arguments)
     from lora_da_hf.adapters.targets import find_targets
-    from lora_da_hf.cli.planning import counted, empty_model, measure_speed, usable_bytes, workload
+    from lora_da_hf.cli.planning import counted, empty_model, usable_bytes, workload
     from lora_da_hf.pipeline.plan import gibibytes, make_plan
 
     output.hide_progress()
     model = empty_model(arguments.model, loading, lora)
     scan = find_targets(model, has_values=False)
     plan = make_plan(
-        workload(model, scan.targets, settings, tokens=arguments.tokens),
+        workload(model, scan.targets, settings),
         num_processes=arguments.world_size,
         budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
         solve_alone=settings.save_statistics,
     )
-    speed = measure_speed(model.dtype)
-    collect, solve = plan.seconds(speed)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     values = {
         "layers": len(scan.targets),
@@ -119,13 +116,8 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
         "sample_passes": plan.sample_passes,
         "weight_bytes": weights,
         "peak_bytes": plan.peak_bytes,
-        "statistics_seconds": round(collect, 1),
-        "solve_seconds": round(solve, 1),
     }
-    text = (
-        f"{plan.describe()}; about {collect:.0f} s for the statistics and {solve:.0f} s for the solve at this "
-        f"machine's speed; besides, {gibibytes(weights)} of weights, and the activations of a pass"
-    )
+    text = f"{plan.describe()}; besides, {gibibytes(weights)} of weights, and the activations of a pass"
     if scan.kept:
         number = len(scan.targets) + len(scan.kept)
         text += f"\n{len(scan.kept)} of {number} layers keep PEFT's own initialisation: {counted(scan.kept)}"

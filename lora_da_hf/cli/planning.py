@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +14,11 @@ from lora_da_hf.adapters.experts import experts_skipped
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.pipeline.memory import all_weights, budget_bytes, solver_threads, usable_memory
-from lora_da_hf.pipeline.plan import Group, Workload
-from lora_da_hf.statistics.taps import find_shared_inputs, input_groups
+from lora_da_hf.pipeline.memory import budget_bytes, groups_of, solver_threads, usable_memory
+from lora_da_hf.pipeline.plan import Workload
+from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments
 from lora_da_hf.training.text_model import naming_model, with_adapter
-
-_SPEED_OF_A_PASS = 0.68
-"""Speed of a forward and backward pass as a part of that of large matrix products."""
 
 
 def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
@@ -48,31 +44,17 @@ def counted(kept: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in reasons.items())
 
 
-def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, tokens: int) -> Workload:
-    """Return what has to be done for samples of so many tokens.
+def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig) -> Workload:
+    """Return what has to be done.
 
     A forward pass without content shows which layers are fed the same tensor.
     """
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    by_name = {target.name: target for target in targets}
-    layers = {name: target.base_layer for name, target in by_name.items()}
+    layers = {target.name: target.base_layer for target in targets}
     with torch.no_grad(), adapters_off(targets), experts_skipped(model):
         leaders = find_shared_inputs(layers, lambda: model(input_ids=ids))
-    groups = tuple(
-        Group(
-            members=tuple(members),
-            d_in=by_name[leader].in_features,
-            d_outs=tuple(by_name[name].out_features for name in members),
-        )
-        for leader, members in input_groups(leaders).items()
-    )
-    return Workload(
-        groups=groups,
-        weights=all_weights(model, groups),
-        num_samples=config.num_samples,
-        num_tokens=config.num_samples * tokens,
-        threads=solver_threads([_device()]),
-    )
+    threads = solver_threads([_device()])
+    return Workload(groups=groups_of(targets, leaders), num_samples=config.num_samples, threads=threads)
 
 
 def _device() -> torch.device:
@@ -86,14 +68,3 @@ def usable_bytes(config: LoRADAConfig, *, num_processes: int) -> float:
         return budget_bytes(config.memory_budget)
     device = _device()
     return usable_memory(device) / (num_processes if device.type == "cpu" else 1)
-
-
-def measure_speed(dtype: torch.dtype) -> float:
-    """Return about how many floating-point operations a second a pass does on this machine."""
-    left, right = (torch.randn(1024, 1024, device=_device()).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for an accelerator
-        best = min(best, time.perf_counter() - start)
-    return _SPEED_OF_A_PASS * 2 * 1024**3 / best

@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import convert_file_size_to_int
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from lora_da_hf.adapters.targets import Target
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Group, Plan, Workload, make_plan
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.statistics.batches import sample_length
-from lora_da_hf.statistics.model_state import checkpointing_modules
 from lora_da_hf.statistics.taps import input_groups
 
 _USABLE = 2 / 3
@@ -32,22 +29,9 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
         PlanError: if a layer's statistics do not fit.
     """
     devices = list(dict.fromkeys(target.device for target in job.scan.targets))
-    groups = tuple(
-        Group(
-            members=tuple(members),
-            d_in=job.targets[leader].in_features,
-            d_outs=tuple(job.targets[name].out_features for name in members),
-            device=devices.index(job.targets[leader].device),
-        )
-        for leader, members in input_groups(probe.shared).items()
-    )
-    samples = probe.splits.statistics
     work = Workload(
-        groups=groups,
-        weights=all_weights(job.model, groups),
-        num_samples=len(samples),
-        num_tokens=sum(sample_length(sample) or probe.num_tokens for sample in samples),
-        checkpointing=bool(checkpointing_modules(job.model)),
+        groups=groups_of(job.scan.targets, probe.shared),
+        num_samples=len(probe.splits.statistics),
         threads=min(job.processes.gather(solver_threads(devices))),
     )
     if job.config.memory_budget is None:
@@ -62,25 +46,24 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
     )
 
 
+def groups_of(targets: Sequence[Target], shared: Mapping[str, str]) -> tuple[Group, ...]:
+    """Group layers by the leader whose input each shares."""
+    devices = list(dict.fromkeys(target.device for target in targets))
+    by_name = {target.name: target for target in targets}
+    return tuple(
+        Group(
+            members=tuple(members),
+            d_in=by_name[leader].in_features,
+            d_outs=tuple(by_name[name].out_features for name in members),
+            device=devices.index(by_name[leader].device),
+        )
+        for leader, members in input_groups(shared).items()
+    )
+
+
 def solver_threads(devices: list[torch.device]) -> int:
     """Return on how many threads of this process layers that live on these devices are solved."""
     return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
-
-
-def all_weights(model: nn.Module, groups: Sequence[Group]) -> int:
-    """Return about how many weights a pass goes through: those of linear layers and of experts."""
-    return max(linear_weights(model), sum(group.weights for group in groups))
-
-
-def linear_weights(model: nn.Module) -> int:
-    """Count the entries of a base model's linear weights, however they are stored."""
-    total = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name:
-            total += module.in_features * module.out_features
-        elif isinstance(module, Conv1D):
-            total += module.nx * module.nf
-    return total
 
 
 def budget_bytes(budget: float | str) -> int:

@@ -1,4 +1,4 @@
-"""What the statistics and the solve take, in memory and arithmetic, and how the layers are spread over passes."""
+"""What the statistics and the solve take in memory, and how the layers are spread over passes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from lora_da_hf.theory.solve import solve_dtype
 
 _ITEM = 4
 """Bytes of an entry of the sums, which are in float32."""
-_SOLVE_SPEED = 0.11
-"""Speed of the solve, in float64, as a part of the pass's: measured on a CPU, see benchmarks/results."""
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
@@ -52,8 +50,8 @@ class Group:
         return solve_dtype(self.d_in).itemsize * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
 
     @property
-    def solve_flops(self) -> float:
-        """What the solve costs: a Cholesky factor, and for each member the solves and the eigenvectors."""
+    def solve_cost(self) -> float:
+        """Arithmetic of the solve: a Cholesky factor, and for each member the solves and the eigenvectors."""
         return self.d_in**3 / 3 + 4 * self.d_in * self.weights
 
 
@@ -63,16 +61,11 @@ class Workload:
 
     Attributes:
         groups: All layers, in the order in which they are called.
-        weights: Entries of all the weights that a token is multiplied with, those of other layers included.
-        checkpointing: Whether the backward pass runs the forward pass again.
         threads: Of a process's CPU; 1 where layers are solved on another device.
     """
 
     groups: tuple[Group, ...]
-    weights: int
     num_samples: int
-    num_tokens: int
-    checkpointing: bool = False
     threads: int = 1
 
     @property
@@ -98,18 +91,6 @@ class Workload:
         """Tell whether some groups can be collected and solved at once."""
         return all(size <= budget[device] for device, size in self.peak_bytes(groups).items())
 
-    def pass_flops(self, window: Iterable[Group]) -> float:
-        """Return the arithmetic for a token of a pass that collects some groups.
-
-        The backward pass ends at the first of them, unless it runs the forward pass again. The sums take all of
-        ``g x^T`` and half of ``x x^T``.
-        """
-        collected = list(window)
-        before = self.groups[: self.groups.index(collected[0])]
-        reached = self.weights - sum(group.weights for group in before)
-        backward = 4.0 * self.weights if self.checkpointing else 2.0 * reached
-        return 2.0 * self.weights + backward + sum(2.0 * group.weights + group.d_in**2 for group in collected)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -120,7 +101,6 @@ class Plan:
         owners: The process that solves each group.
         sample_passes: Forward and backward passes of one sample that the busiest process makes.
         peak_bytes: What the sums and the solve take at most, on one device of one process.
-        pass_flops, solve_flops: Arithmetic of the busiest process.
         solvers: How many groups a process solves at the same time, each on one thread if ``one_thread_each``.
     """
 
@@ -129,14 +109,8 @@ class Plan:
     num_processes: int
     sample_passes: int
     peak_bytes: int
-    pass_flops: float
-    solve_flops: float
     solvers: int = 1
     one_thread_each: bool = False
-
-    def seconds(self, flops_per_second: float) -> tuple[float, float]:
-        """Return about how long passes and solve take at a speed of the forward pass, without the transfers."""
-        return self.pass_flops / flops_per_second, self.solve_flops / (flops_per_second * _SOLVE_SPEED)
 
     def describe(self) -> str:
         """Say in a line what will be done."""
@@ -171,21 +145,15 @@ def make_plan(
         windows = _windows(work, budget)
     owners: dict[str, int] = {}
     for window in windows:  # all processes solve at the same time, after each window
-        costs = {group.leader: group.solve_flops for group in window}
+        costs = {group.leader: group.solve_cost for group in window}
         owners |= balanced_owners(costs, 1 if solve_alone else num_processes)
     share = -(-work.num_samples // num_processes)
-    tokens = work.num_tokens * share / max(work.num_samples, 1)
-    solved = [0.0] * num_processes
-    for group in work.groups:
-        solved[owners[group.leader]] += group.solve_flops
     return Plan(
         windows=tuple(tuple(group.leader for group in window) for window in windows),
         owners=owners,
         num_processes=num_processes,
         sample_passes=share * len(windows),
         peak_bytes=max(max(work.peak_bytes(window).values()) for window in windows),
-        pass_flops=tokens * sum(work.pass_flops(window) for window in windows),
-        solve_flops=max(solved),
         solvers=work.solvers,
         one_thread_each=work.small,
     )

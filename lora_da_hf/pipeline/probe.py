@@ -63,7 +63,6 @@ class Probe:
     settings: PassSettings
     shared: dict[str, str]
     losses: dict[str, float]
-    num_tokens: int
     unlike: list[Any]
     other_modality: bool
     notes: tuple[str, ...]
@@ -110,7 +109,6 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         settings=settings,
         shared=shared,
         losses=losses | unlike_losses,
-        num_tokens=_num_tokens(first),
         unlike=unlike[:2],
         other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
         notes=splits.notes,
@@ -190,11 +188,6 @@ def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any],
     with torch.no_grad(), labelled_head.rows_of_labels():
         found = job.compute_loss(job.model, batch, None).item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-
-
-def _num_tokens(batch: Mapping[str, Any]) -> int:
-    masks = read_batch_tokens(batch, shifts_labels=True).masks
-    return max((mask.numel() for mask in masks), default=1)
 
 
 def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:

@@ -67,9 +67,7 @@ def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_w
         by_title = dict(row)
         plan = runs[name][0][0]["plan"]
         assert by_title["passes"] == str({"one": 4, "samples": 2}[name])
-        assert [title for title, _ in row].count("planned") == 2
-        planned = [cell for title, cell in row if title == "planned"]
-        assert planned[1] == f"{plan['peak_bytes'] / 2**20:.0f}"
+        assert by_title["planned"] == f"{plan['peak_bytes'] / 2**20:.0f}"
         memory = max(process["tensor_bytes"] for process in runs[name][1])
         assert by_title["tensors at their peak, MiB"] == f"{memory / 2**20:.0f}"
 
@@ -77,11 +75,10 @@ def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_w
 def test_the_plan_is_compared_with_what_was_measured(measured):
     _, page, runs = measured
     numbers = r"(\d+\.\d+) to (\d+\.\d+)"
-    pattern = f"Planned / measured.*: seconds {numbers}, peak of tensors {numbers}"
+    pattern = f"Planned / measured peak of tensors.*: {numbers}"
     values = [float(value) for value in re.search(pattern, page).groups()]
     peaks = [
         of_case[0][0]["plan"]["peak_bytes"] / max(process["tensor_bytes"] for process in of_case[1])
         for of_case in runs.values()
     ]
-    assert values[2:4] == [pytest.approx(min(peaks), abs=0.006), pytest.approx(max(peaks), abs=0.006)]
-    assert 0 < values[0] <= values[1]
+    assert values == [pytest.approx(min(peaks), abs=0.006), pytest.approx(max(peaks), abs=0.006)]
