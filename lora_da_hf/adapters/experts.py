@@ -18,13 +18,7 @@ class ExpertLinear(nn.Module):
     """One expert's slice of a parameter ``[experts, d_out, d_in]`` (or transposed), as a layer of its own.
 
     Attributes:
-        index: Which expert.
         routed_tokens: The tokens that the last call was given.
-
-    Args:
-        experts: The module that holds the parameter.
-        parameter_name: Its name there.
-        index: See above.
     """
 
     def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
@@ -88,8 +82,6 @@ def resize_factors(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: 
     Args:
         lora_A: ``[experts * old, d_in]``, in the order of `slice_factors`.
         lora_B: ``[d_out, old * experts]``.
-        old: The rank.
-        new: The rank asked for.
         seed: Of the further rows of A, drawn as PEFT does; those of B are zero.
     """
     count, d_in = lora_A.shape[0] // old, lora_A.shape[1]

@@ -26,15 +26,9 @@ class Target:
 
     Attributes:
         name: The base layer's name in the base model, such as ``model.layers.0.self_attn.q_proj``.
-        layer: PEFT's layer.
-        base_layer: What it wraps.
-        rank: Its rank.
         peft_scaling: What PEFT multiplies ``B A`` with.
-        in_features: d_in.
-        out_features: d_out.
         lora_A: ``[r, d_in]``.
         lora_B: ``[d_out, r]``.
-        adapter_name: The adapter that the factors belong to.
         magnitude: DoRA's magnitude of the layer; None without DoRA.
     """
 
@@ -68,7 +62,6 @@ class TargetScan:
     Attributes:
         targets: Layers that can be initialised, in the model's order.
         kept: Layers that keep PEFT's own initialisation, each with the reason.
-        adapter_name: The adapter looked at.
     """
 
     targets: list[Target]
@@ -105,7 +98,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
     """Find the LoRA layers of an adapter that can be initialised.
 
     Args:
-        model: A PEFT model, or any model with LoRA layers.
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
 

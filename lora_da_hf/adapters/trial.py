@@ -53,7 +53,6 @@ def trial_adapters(targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, 
     partitioned. Passes without this adapter, as reference models make them, are left alone.
 
     Args:
-        targets: The layers.
         bases: ``basis_A [R, d_in]`` and ``basis_B [d_out, R]`` of each, with R at least its rank.
     """
     trial = Trial()

@@ -24,7 +24,6 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     keep of them in parts and copies is overwritten too; every process must take part.
 
     Args:
-        target: The layer.
         lora_A: ``[r, d_in]``, in any floating dtype.
         lora_B: ``[d_out, r]``.
 
@@ -49,12 +48,7 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
-    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``.
-
-    Raises:
-        UnsupportedSetupError: if a base weight in parts is a quantised one.
-        WriteError: if the magnitude reads back differently.
-    """
+    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``."""
     lora_A, lora_B = read_factors(target)
     parameter: Any = magnitude.weight
     with torch.no_grad(), _whole_weight(target) as weight:
@@ -89,7 +83,6 @@ def dora_magnitude(base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scalin
         base_layer: What holds W, quantised or not.
         lora_A: ``[r, d_in]``.
         lora_B: ``[d_out, r]``.
-        scaling: PEFT's.
     """
     with torch.no_grad():
         weight = _as_linear(base_layer, dequantize_module_weight(base_layer))

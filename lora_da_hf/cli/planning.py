@@ -22,12 +22,7 @@ from lora_da_hf.training.text_model import naming_model, with_adapter
 
 
 def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
-    """Make a model with its adapter on the meta device, where tensors have no content.
-
-    Raises:
-        ConfigError: if the model cannot be found.
-        TargetError: if no layer has the name of a target.
-    """
+    """Make a model with its adapter on the meta device, where tensors have no content."""
     trust = {"trust_remote_code": loading.trust_remote_code}
     with torch.device("meta"), naming_model(name):
         config = AutoConfig.from_pretrained(name, revision=loading.model_revision, cache_dir=loading.cache_dir, **trust)

@@ -21,10 +21,6 @@ class Processes:
     """The processes that share the work. With one process every operation does nothing.
 
     If one fails the others wait for it, until the launcher ends them or the process group's timeout does.
-
-    Attributes:
-        index: This process's number.
-        count: How many there are.
     """
 
     index: int

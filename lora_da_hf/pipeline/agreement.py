@@ -22,11 +22,7 @@ class Chosen:
 
 
 def check_same_settings(job: Job, **others: Any) -> None:
-    """Verify that all processes have the same settings and the same adapter.
-
-    Raises:
-        ConfigError: on all of them, naming what differs.
-    """
+    """Verify that all processes have the same settings and the same adapter."""
     adapter = {
         f"adapter of {t.name}": (t.rank, t.in_features, t.out_features, t.peft_scaling) for t in job.scan.targets
     }
@@ -39,10 +35,6 @@ def choose_together(job: Job, samples: Any, population_size: int | None) -> Chos
 
     Each is hashed as the collator makes it, from the same state of the generators. Of a collator that draws from a
     generator of its own the processes cannot be compared, and a note says so.
-
-    Raises:
-        ConfigError: on all of them, if the samples or their order differ.
-        DataError: if they are too few.
     """
 
     def digest(sample: Any) -> str:

@@ -161,11 +161,7 @@ def _settings(stored: StoredInit, given: Given, step_size: float | None, *, sear
 
 
 def _match(job: Job, stored: StoredInit) -> Solved:
-    """Find the stored solution of each layer, and list the layers without one.
-
-    Raises:
-        TargetError: if a layer's solution does not fit, or no layer has one.
-    """
+    """Find the stored solution of each layer, and list the layers without one."""
     solutions: dict[str, LayerSolution] = {}
     layers: dict[str, LayerReport] = {}
     kept = dict(job.scan.kept)

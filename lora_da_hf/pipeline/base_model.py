@@ -45,9 +45,7 @@ def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = 
     Nothing else knows it later: the cache may hold several, and be elsewhere.
 
     Args:
-        model: Just loaded.
         revision: The branch, tag or commit that was asked for.
-        cache_dir: Where it is kept; None: in the Hub's cache.
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)

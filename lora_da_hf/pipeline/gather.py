@@ -134,11 +134,7 @@ def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:
 
 
 def check_any_gradient(kept: Mapping[str, str], count: int) -> None:
-    """Verify that a gradient came back to some layer, once all windows are done.
-
-    Raises:
-        TapNotCalledError: if no layer was called, or no gradient came back to any.
-    """
+    """Verify that a gradient came back to some layer, once all windows are done."""
     if sum(reason == UNCALLED for reason in kept.values()) == count:
         raise TapNotCalledError(
             f"No sample went through any of the {count} layers ({next(iter(kept))} first): their code is compiled or "

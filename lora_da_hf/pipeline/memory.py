@@ -23,11 +23,7 @@ _USABLE = 2 / 3
 
 
 def plan_windows(job: Job, probe: Probe) -> Plan:
-    """Make the plan, the same on all processes.
-
-    Raises:
-        PlanError: if a layer's statistics do not fit.
-    """
+    """Make the plan, the same on all processes."""
     devices = list(dict.fromkeys(target.device for target in job.scan.targets))
     work = Workload(
         groups=groups_of(job.scan.targets, probe.shared),

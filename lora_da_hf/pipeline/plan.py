@@ -129,8 +129,6 @@ def make_plan(
     """Cut the groups into as few passes as fit into the memory, and share their solves.
 
     Args:
-        work: What has to be done.
-        num_processes: How many processes share the samples.
         budget: Bytes that the sums and the solve may take in a process, by number of the device.
         solve_alone: Whether the first process gets all the sums.
 

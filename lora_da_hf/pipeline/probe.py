@@ -74,11 +74,7 @@ class Probe:
 
 
 def probe(job: Job, splits: SampleSplits) -> Probe:
-    """Learn from a few samples how the loss is made and which layers share an input.
-
-    Raises:
-        DataError: if no sample has a label, or one is too long.
-    """
+    """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
     check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
     labelled = _from_everywhere(job, splits.statistics, shifts)

@@ -111,11 +111,7 @@ def refit_init(
 
 
 def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in_place: bool) -> LoRADAConfig:
-    """Return the settings of the new initialisation; in its own folder it keeps the statistics, which would be lost.
-
-    Raises:
-        ArtifactError: if statistics are to be taken along and there are none.
-    """
+    """Return the settings of the new initialisation; in its own folder it keeps the statistics, which would be lost."""
     config = config_for_refit(stored.manifest, given)
     has_statistics = bool(statistics_files(stored.manifest))
     drops = isinstance(given, Mapping) and given.get("save_statistics") is False
@@ -129,11 +125,7 @@ def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in
 def _notes_on_step(
     stored: StoredInit, new: LoRADAConfig, given: Given, changed: list[str], step_size: float | None
 ) -> list[str]:
-    """Note that the stored step was found with other settings, if it is used.
-
-    Raises:
-        ConfigError: if it was found for other lengths of the layers.
-    """
+    """Note that the stored step was found with other settings, if it is used."""
     is_given = step_size is not None or (isinstance(given, Mapping) and gives_step(given))
     if is_given or new.step_size != stored.manifest.config.step_size:
         return []
@@ -169,11 +161,7 @@ def _solve_again(
 
 
 def _possible_rank(layer: LayerReport, rank: int) -> int:
-    """Return a rank that a layer can have: the one asked for, or all directions that it has.
-
-    Raises:
-        ConfigError: if more are asked for than were solved.
-    """
+    """Return a rank that a layer can have: the one asked for, or all directions that it has."""
     if rank <= layer.max_rank or layer.max_rank == layer.in_features:
         return min(rank, layer.max_rank)
     raise ConfigError(
@@ -192,11 +180,7 @@ def _share_out(layers: Mapping[str, LayerReport], budget: int) -> tuple[dict[str
 
 
 def _check_experts(ranks: Mapping[str, int]) -> None:
-    """Verify that all experts have one rank, as PEFT has it.
-
-    Raises:
-        ConfigError: if not.
-    """
+    """Verify that all experts have one rank, as PEFT has it."""
     experts = [name for name in ranks if expert_of(name) is not None]
     found = {ranks[name] for name in experts}
     if len(found) > 1:

@@ -32,14 +32,10 @@ class Refit:
     """What a new initialisation is made of.
 
     Attributes:
-        stored: What it comes from.
-        config: The new settings.
         changed: Those of the solve that are others now.
-        bases: By layer, stored or solved anew.
         layers: Reports of the layers, with the new rank and the scaling of all.
         step_unit: What the displacements over tokens are divided by.
         step: How far step 0 goes; None: each layer's follows from `stable_gamma`.
-        notes: What a user should know.
     """
 
     stored: StoredInit

@@ -41,11 +41,7 @@ def save_adapter(
     Its configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
 
     Args:
-        model: The model.
-        folder: Where.
-        adapter_name: The adapter.
         state: What `whole_adapter` returned.
-        base_model: What the configuration is to call the base.
     """
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
@@ -69,11 +65,7 @@ def _layers_by_pattern_name(model: nn.Module, adapter_name: str) -> dict[str, Lo
 
 
 def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float:
-    """Return the scaling that all layers have, since some programs that run adapters read `r` and `lora_alpha` alone.
-
-    Raises:
-        TargetError: naming a layer that has another one.
-    """
+    """Return the scaling that all layers have: some programs that run adapters read `r` and ``lora_alpha`` alone."""
     first, scaling = next((name, layer.scaling[adapter_name]) for name, layer in layers.items())
     for name, layer in layers.items():
         if not math.isclose(layer.scaling[adapter_name], scaling, rel_tol=1e-9):

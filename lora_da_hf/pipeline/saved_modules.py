@@ -28,9 +28,6 @@ def take_over_saved_modules(model: nn.Module, adapter_name: str, stored: StoredI
 
     Returns:
         Which modules got them, and which could not.
-
-    Raises:
-        WriteError: if what is read back is not what was written.
     """
     infix = f".modules_to_save.{adapter_name}."
     heads = head_parameters(model)

@@ -44,12 +44,7 @@ class Solved:
 
 
 def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None) -> tuple[Solved, PassCounts]:
-    """Collect, reduce and solve the layers of each window; their sums are released before the next.
-
-    Raises:
-        TapNotCalledError: if no gradient came back to any layer.
-        SolveError: if no layer can be solved.
-    """
+    """Collect, reduce and solve the layers of each window; their sums are released before the next."""
     outcomes: dict[str, Outcome] = {}
     counts: list[PassCounts] = []
     for number, window in enumerate(plan.windows):

@@ -57,11 +57,7 @@ class Step:
 
 
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
-    """Decide the step: the config's, or the one of the lowest loss on the search samples. Nothing is written.
-
-    Raises:
-        NonFiniteError: if a loss without the adapter is not finite.
-    """
+    """Decide the step: the config's, or the one of the lowest loss on the search samples. Nothing is written."""
     search, unseen = probe.splits.search, probe.splits.unseen
     step = Step(
         step_size=None if job.config.step_size is None or job.config.searches_step else float(job.config.step_size),
@@ -168,9 +164,6 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
 
     Returns:
         The step that was written, with the losses, and what there is to report of each layer.
-
-    Raises:
-        WriteError: if a factor reads back differently.
     """
     layers = _write(job, solved, step.step_size)
     if probe is None:

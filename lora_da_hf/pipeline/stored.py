@@ -34,9 +34,6 @@ def config_for_use(manifest: Manifest, given: Given) -> LoRADAConfig:
     """Return the stored settings, with those that are given in their place: of a config, what is not the default's.
 
     ``freeze_a`` concerns training, so it is always that of ``given``.
-
-    Raises:
-        ConfigError: if a setting that went into the stored solution is given otherwise.
     """
     stored = dataclasses.replace(manifest.config, freeze_a=False)
     new, names = _allowed(stored, given, FREE_IN_USE, "use refit_init first, or compute an initialisation anew")
@@ -47,10 +44,6 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
     """Return the stored settings, with those of the solve and of the write that are given in their place.
 
     What cannot be had offline stays as stored: a step that is to be searched, and a rank of None.
-
-    Raises:
-        ConfigError: if a setting of the pass over the data is given that is not the stored one; in a config, one at its
-            default is not given.
     """
     stored = dataclasses.replace(manifest.config, save_statistics=False)
     new, _ = _allowed(stored, given, FREE_IN_REFIT, "compute an initialisation anew")
@@ -62,11 +55,7 @@ def config_for_refit(manifest: Manifest, given: Given) -> LoRADAConfig:
 def _allowed(
     stored: LoRADAConfig, given: Given, free: Collection[str], remedy: str
 ) -> tuple[LoRADAConfig, Collection[str]]:
-    """Return what is given as a whole config, and the names of what counts of it.
-
-    Raises:
-        ConfigError: if that holds a setting that is not free.
-    """
+    """Return what is given as a whole config, and the names of what counts of it."""
     if given is None:
         return stored, ()
     if isinstance(given, Mapping):
