@@ -5,28 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field
+from pydantic import FailFast, Field, TypeAdapter
 
 _FULL_TABLE_UP_TO = 32
-_COLUMNS: tuple[str, ...] = (
-    "layer",
-    "rank",
-    "tokens",
-    "damping in",
-    "damping out",
-    "displacement",
-    "lowest eigenvalue",
-    "solver",
-    "residual",
-    "|sBA|",
-)
-
-
 _CHECKED: dict[str, Any] = {
     "extra": "forbid",
     "allow_inf_nan": False,
@@ -43,22 +29,17 @@ class LayerReport:
     """What was done to one layer.
 
     Attributes:
-        name: The layer.
-        in_features: d_in.
-        out_features: d_out.
-        rank: Its rank.
+        rank: Of the adapter, at most that of the stored basis (`max_rank`).
         peft_scaling: What PEFT multiplies ``B A`` with.
         shares_input_with: The layer whose input second moment it shares: itself if it shares none.
         num_tokens: Tokens in its input second moment.
         num_grad_tokens: Tokens in its output-gradient second moment.
-        input_damping: Damping added to the input second moment.
-        output_damping: Damping added to the output diagonal.
+        input_damping: What was added to the diagonal of the input second moment.
+        output_damping: What was added to that of the output gradients.
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
-        solver: The eigensolver used.
-        residual: Its residual, relative to the largest eigenvalue.
+        residual: Of the eigensolver, relative to the largest eigenvalue.
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
-        notes: What had to be done beyond the ordinary.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _CHECKED
@@ -91,34 +72,22 @@ class LoRADAReport:
     """What an initialisation did.
 
     Attributes:
-        layers: One record for each layer that was initialised.
         kept: Layers that keep PEFT's own initialisation, with the reason.
-        adapter_name: The adapter's name in PEFT.
-        seed: Of every random choice.
-        num_samples: Samples in the statistics.
         num_unlabelled: Samples left out because they have no label.
-        num_search_samples: Samples of the line search.
-        num_unseen_samples: Samples that nothing but the two losses below saw.
+        num_unseen_samples: Samples that nothing but the two losses on them saw.
         population_size: N of the variance term.
-        batch_size: Samples run together.
         loss_reduction: What the loss of a batch is, and where that is known from.
-        step_unit: What the displacements over tokens were divided by once all were known, so that a step is the
-            spectral norm that the displacement of the layer that goes farthest is brought to; 1 with
-            ``layer_steps="equal"``.
+        step_unit: What the displacements over tokens were divided by, so that a step is the spectral norm that the
+            displacement of the layer that goes farthest is brought to; 1 with ``layer_steps="equal"``.
         step_size: How far step 0 goes; 0 if no step helped; None if the layers' steps differ (`stable_gamma`).
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.
-        search_loss_before: Loss of the base model on the search samples.
-        search_loss_after: Loss there after the write, in the dtype that is stored.
-        unseen_loss_before: Loss of the base model on the unseen samples.
-        unseen_loss_after: Loss there after the write.
+        search_loss_after: After the write, in the dtype that is stored.
         seconds: Time of each stage.
-        config: The settings.
         data_fingerprint: SHA-256 over the samples of the statistics.
-        notes: What a user should know.
         artifact: The folder that the initialisation was written to or read from, on this machine.
-        init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of the
-            manifest of a folder that is not known to be on the Hub. None if it was computed.
+        init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of its
+            manifest. None if it was computed.
         plan: How the statistics were collected.
     """
 
@@ -167,11 +136,7 @@ class LoRADAReport:
     @classmethod
     def load(cls, path: str | Path) -> LoRADAReport:
         """Read what `save` wrote."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        values["layers"] = [LayerReport(**layer) for layer in values["layers"]]
-        values["step_size_by_rank"] = {int(rank): step for rank, step in values["step_size_by_rank"].items()}
-        values["search"] = [tuple(pair) for pair in values["search"]]
-        return cls(**values)
+        return TypeAdapter(cls).validate_json(Path(path).read_bytes())
 
     def metrics(self) -> dict[str, float]:
         """Return the few numbers that belong in a training log."""
@@ -191,19 +156,12 @@ class LoRADAReport:
         return self.table(every_layer=len(self.layers) <= _FULL_TABLE_UP_TO)
 
     def table(self, *, every_layer: bool = True) -> str:
-        """Return the report as text.
-
-        Args:
-            every_layer: One row a layer; otherwise one row for the layers of each kind, with ranges.
-        """
-        header = list(_COLUMNS)
-        rows = [_row(group) for group in ([[layer] for layer in self.layers] if every_layer else _kinds(self.layers))]
-        parts = [
-            "LoRA-DA initialisation",
-            *(f"  {line}" for line in self._summary()),
-            "",
-            *in_columns(header, rows),
-        ]
+        """Return the report as text, with one row a layer, or one for all layers of a kind, with ranges."""
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)
+        table = in_columns(["layer", *COLUMNS], [_row(kind, group) for kind, group in kinds.items()])
+        parts = ["LoRA-DA initialisation", *(f"  {line}" for line in self._summary()), "", *table]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
             parts += [f"  {name}: {reason}" for name, reason in self.kept.items()]
@@ -213,20 +171,15 @@ class LoRADAReport:
             parts += [f"  ... and {len(noted) - 20} more in the manifest"] if len(noted) > 20 else []
         return "\n".join(parts)
 
-    def _of_layers(self) -> str:
-        """Say how far the layers go beside each other."""
-        steps = self.config.get("layer_steps")
-        how = {"displacement": "each layer as far as its natural gradient step", "equal": "all layers equally far"}
-        return f"; {how.get(str(steps), f'layer_steps={steps!r}')}" if steps else ""
-
     def _summary(self) -> list[str]:
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
+        how = {"displacement": "; each layer as far as its natural gradient step", "equal": "; all layers equally far"}
         lines = [
             f"init from   {self.init_from}{f' ({self.artifact})' if self.artifact else ''}" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
             f"plan        {self.plan}" if self.plan else "",
-            f"step size   {step}{self._of_layers()}",
+            f"step size   {step}{how.get(str(self.config.get('layer_steps')), '')}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),
             "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
@@ -254,32 +207,25 @@ def kind_of(name: str) -> str:
     return f"{start.rpartition('.')[2]}.{last}" if last == "base_layer" else last
 
 
-def _kinds(layers: list[LayerReport]) -> list[list[LayerReport]]:
-    kinds: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        kinds.setdefault(kind_of(layer.name), []).append(layer)
-    return list(kinds.values())
+def _span(values: list[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} .. {high}"
 
 
-def _row(group: list[LayerReport]) -> list[str]:
-    name = group[0].name if len(group) == 1 else f"{kind_of(group[0].name)} ({len(group)} layers)"
+COLUMNS: dict[str, Callable[[list[LayerReport]], str]] = {
+    "rank": lambda layers: _span([layer.rank for layer in layers], "d"),
+    "tokens": lambda layers: _span([layer.num_tokens for layer in layers], "d"),
+    "displacement": lambda layers: _span([layer.displacement_norm for layer in layers], ".1e"),
+    "lowest eigenvalue": lambda layers: _span([layer.eigenvalues[0] for layer in layers], ".2g"),
+    "residual": lambda layers: f"{max(layer.residual for layer in layers):.0e}",
+    "|sBA|": lambda layers: _span([layer.update_norm for layer in layers], ".3g"),
+}
+"""What the table says of the layers of a row; the manifest has the rest."""
 
-    def span(values: list[float], form: str) -> str:
-        low, high = format(min(values), form), format(max(values), form)
-        return low if low == high else f"{low} .. {high}"
 
-    return [
-        name,
-        span([layer.rank for layer in group], "d"),
-        span([layer.num_tokens for layer in group], "d"),
-        span([layer.input_damping for layer in group], ".1e"),
-        span([layer.output_damping for layer in group], ".1e"),
-        span([layer.displacement_norm for layer in group], ".1e"),
-        span([layer.eigenvalues[0] for layer in group], ".2g"),
-        "/".join(sorted({layer.solver for layer in group})),
-        f"{max(layer.residual for layer in group):.0e}",
-        span([layer.update_norm for layer in group], ".3g"),
-    ]
+def _row(name: str, layers: list[LayerReport]) -> list[str]:
+    title = layers[0].name if len(layers) == 1 else f"{name} ({len(layers)} layers)"
+    return [title, *(column(layers) for column in COLUMNS.values())]
 
 
 def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -31,12 +31,9 @@ EXPLAINED = {
     "step size": "spectral norm of the largest layer's displacement. 0: no step lowered the loss, so B is zero",
     "loss": "before and after, on the samples of the search and on held-out samples. Believe the second pair",
     "tokens": "rows in the layer's input second moment",
-    "damping in": "what was added to the diagonal of the input second moment",
-    "damping out": "the same for the output-gradient second moment",
     "displacement": "largest singular value of the damped natural gradient step, times its tokens",
     "lowest eigenvalue": "of the guidance matrix: the more negative, the more the first direction is worth",
-    "solver": "how the eigenproblem was solved",
-    "residual": "how exactly, relative to the largest eigenvalue",
+    "residual": "how exactly the eigenproblem was solved, relative to the largest eigenvalue",
     "|sBA|": "Frobenius norm of what the adapter adds to the weight at step 0",
     "kept": "layers that keep PEFT's own initialisation, and why",
 }
