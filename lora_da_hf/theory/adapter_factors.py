@@ -18,14 +18,9 @@ def split_factors(
 ) -> tuple[Tensor, Tensor]:
     """Split ``peft_scaling * lora_B @ lora_A = step_size * basis_B @ basis_A`` into two factors.
 
-    Args:
-        basis_A: ``[r, d_in]``, the transposed input basis.
-        basis_B: ``[d_out, r]``, the displacement, scaled, times the input basis.
-        peft_scaling: The scaling that PEFT multiplies the product with.
-        step_size: How far step 0 goes.
-        factor_split: ``"default_norm"``: rows of A at PEFT's default norm, everything else in B;
-            ``"orthonormal"``: both bases times ``sqrt(step_size / peft_scaling)``; ``"balanced"``: by the singular
-            value decomposition of ``basis_B``, each factor taking the square roots.
+    ``basis_A [r, d_in]`` is the transposed input basis, ``basis_B [d_out, r]`` the scaled displacement times it.
+    ``"default_norm"`` puts everything but PEFT's default norm in B, ``"orthonormal"`` multiplies both bases with
+    ``sqrt(step_size / peft_scaling)``, and ``"balanced"`` shares out the singular values of ``basis_B`` by their roots.
     """
     product_scale = step_size / peft_scaling
     if factor_split == "default_norm":
@@ -45,10 +40,7 @@ def factors_at_step(
 ) -> tuple[Tensor, Tensor]:
     """Split a basis as the config says: without a step as `stable_gamma` says; at step 0, A spans it and B is zero."""
     if step_size == 0.0:
-        lora_A, lora_B = split_factors(
-            basis_A, basis_B, peft_scaling=peft_scaling, step_size=1.0, factor_split="default_norm"
-        )
-        return lora_A, torch.zeros_like(lora_B)
+        return basis_A * DEFAULT_ROW_NORM, torch.zeros_like(basis_B)
     if step_size is None:
         step_size = paper_step_size(peft_scaling, config.stable_gamma)
     return split_factors(

@@ -22,8 +22,7 @@ class Displacement:
     D itself takes a solve for each of its d_out rows; its products with the few vectors of a subspace do not need it.
 
     Attributes:
-        scaled_gradient: ``[d_out, d_in]``, ``diag(inverse_output) weight_grad``: the mean over samples of the gradient
-            of each sample's mean label loss, its rows divided by the damped output factor.
+        scaled_gradient: ``[d_out, d_in]``, ``diag(inverse_output) weight_grad``.
         factorized_input: The Cholesky factor of Z.
     """
 

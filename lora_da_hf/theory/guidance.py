@@ -13,22 +13,15 @@ from lora_da_hf.theory.subspace import Eigenpairs, complete_basis, leading_eigen
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """``G = - bias_coefficient * D^T D + variance_coefficient * Z^-1``, kept as its parts.
-
-    Attributes:
-        displacement: D, which has the factor of Z.
-        bias_coefficient: Weight of the bias term.
-        variance_coefficient: Weight of the variance term, with everything multiplied in.
-    """
+    """``G = - D^T D + variance_coefficient * Z^-1``, kept as its parts."""
 
     displacement: Displacement
-    bias_coefficient: float
     variance_coefficient: float
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V [d_in, k]`` without forming G."""
         solved = self.displacement.solve_input(vectors)
-        product = self.displacement.transposed_times_apply(solved) * -self.bias_coefficient
+        product = self.displacement.transposed_times_apply(solved).neg_()
         if self.variance_coefficient:
             product += solved * self.variance_coefficient
         return product
@@ -39,22 +32,15 @@ def build_guidance(
     inverse_output: Tensor,
     *,
     population_size: int,
-    bias_weight: float = 1.0,
     variance_weight: float,
     normalize_terms: bool = False,
 ) -> Guidance:
     """Weigh bias against variance (arXiv 2510.24561, the guidance matrix).
 
-    ``G = - bias_weight D^T D + variance_weight c Z^-1`` with ``c = sum(inverse_output) / population_size``. Dividing D
-    by a number, as ``layer_steps`` does, divides G by its square and leaves its eigenvectors alone.
-
-    Args:
-        displacement: D.
-        inverse_output: ``[d_out]``, inverse of the damped output factor.
-        population_size: N, the number of samples that training draws from.
-        bias_weight: Of the bias term; only the ratio of the weights matters.
-        variance_weight: Of the variance term.
-        normalize_terms: Bring ``Z^-1`` to the Frobenius norm of ``D^T D`` first; c then drops out.
+    ``G = - D^T D + variance_weight c Z^-1`` with ``c = sum(inverse_output) / population_size``. Dividing D by a number,
+    as ``layer_steps`` does, divides G by its square and leaves its eigenvectors alone. ``normalize_terms`` brings
+    ``Z^-1`` to the Frobenius norm of ``D^T D``, so that c drops out. ``inverse_output [d_out]`` is that of the damped
+    output factor.
     """
     variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
@@ -63,7 +49,7 @@ def build_guidance(
         narrow = (dense if dense.shape[0] >= dense.shape[1] else dense.mT) / scale
         inverse_norm = displacement.factorized_input.inverse().norm().item()
         variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm * scale * scale
-    return Guidance(displacement=displacement, bias_coefficient=bias_weight, variance_coefficient=variance)
+    return Guidance(displacement=displacement, variance_coefficient=variance)
 
 
 def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
@@ -84,6 +70,6 @@ def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
     singular, found = guidance.displacement.singular_pairs(pairs.vectors)
     vectors = complete_basis(found, rank)
     eigenvalues = torch.zeros_like(pairs.eigenvalues)
-    eigenvalues[: singular.shape[0]] = -guidance.bias_coefficient * singular.square()
+    eigenvalues[: singular.shape[0]] = -singular.square()
     residual = relative_residual(guidance.apply(vectors), vectors, eigenvalues)
     return replace(pairs, eigenvalues=eigenvalues, vectors=vectors, residual=residual)

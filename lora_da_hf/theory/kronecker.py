@@ -30,13 +30,7 @@ def damping_value(damping: Damping, diagonal: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizedInput:
-    """The Cholesky factor of ``Z = input_second_moment + damping * I``, and how it was obtained.
-
-    Attributes:
-        cholesky: ``[d_in, d_in]``, lower triangular.
-        damping: The damping that was added in the end.
-        notes: What had to be done beyond the first try, in words, for the report.
-    """
+    """The lower Cholesky factor ``[d_in, d_in]`` of ``Z = input_second_moment + damping * I``, and how it was obtained."""
 
     cholesky: Tensor
     damping: float

@@ -25,10 +25,6 @@ def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[
     pooler see different numbers of tokens. A displacement goes as one over the gradient, so a layer whose gradient is
     only rounding, such as the router of a mixture that picks one expert, would go farthest of all. What is more than a
     hundred times the median is taken for that and gets a thousandth of the median.
-
-    Args:
-        layers: All of them, with the norm of the displacement, and T.
-        layer_steps: As in the config.
     """
     if layer_steps == "equal":
         return {layer.name: 1.0 for layer in layers}

@@ -13,19 +13,15 @@ _SMALLEST = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class LineSearchResult:
-    """The best step found.
+    """The best step found, 0 if none is below the loss of no step.
 
     Attributes:
-        step_size: The step with the lowest loss; 0 if none is below the loss of no step.
-        loss: Its loss.
-        baseline: The loss of no step.
         evaluations: Every step tried with its loss, in the order they were tried.
         alike: The steps whose losses cannot be told from the lowest one, 0 for no step; the smallest is `step_size`.
     """
 
     step_size: float
     loss: float
-    baseline: float
     evaluations: tuple[tuple[float, float], ...] = field(default=())
     alike: tuple[float, ...] = ()
 
@@ -48,18 +44,8 @@ def line_search(
 
     From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below that of
     its right neighbour or of no step. A bracketed minimum is refined once, at the vertex of the parabola through the
-    three points in the logarithm of the step. A loss that is not finite counts as a rise.
-
-    Args:
-        evaluate: The loss at a step.
-        baseline: The loss of no step.
-        start: The first step tried.
-        factor: Ratio of neighbouring steps.
-        refine: Whether to add the step at the vertex.
-        resolution: Losses no farther apart than this are equal, and the smallest of steps with equal losses is taken.
-
-    Returns:
-        The best of all that was tried, no step included.
+    three points in the logarithm of the step. A loss that is not finite counts as a rise. Losses no farther apart than
+    ``resolution`` are equal, and the smallest of steps with equal losses is taken, no step included.
     """
     losses: dict[float, float] = {}
 
@@ -91,7 +77,6 @@ def line_search(
     return LineSearchResult(
         step_size=alike[0],
         loss=readings[alike[0]],
-        baseline=baseline,
         evaluations=tuple(losses.items()),
         alike=alike,
     )

@@ -29,15 +29,8 @@ def allocate_ranks(
 
     Eigenvalues compare across layers with ``layer_steps="displacement"``: the sum is the paper's expected distance of
     the weights. With ``"equal"`` each layer is measured by its own largest singular value, and with
-    ``normalize_guidance_terms`` the variance is relative to each layer's bias.
-
-    Args:
-        eigenvalues: Of each layer's guidance matrix, ascending, up to the rank that was solved.
-        widths: d_in and d_out of each layer.
-        budget: Parameters of all A and B together, ``sum r (d_in + d_out)``.
-
-    Returns:
-        The rank of each layer, from 1 up, in the order of ``eigenvalues``. Equal decreases go to the earlier layer.
+    ``normalize_guidance_terms`` the variance is relative to each layer's bias. Equal decreases go to the earlier layer,
+    and each layer gets rank 1 at least.
 
     Raises:
         ConfigError: if the budget does not buy rank 1 in each layer.

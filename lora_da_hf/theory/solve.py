@@ -64,19 +64,10 @@ def solve_layer(
     rank: int,
     population_size: int,
 ) -> LayerSolution:
-    """Find the subspace that minimises bias plus variance for one layer.
+    """Find the subspace of ``rank`` that minimises bias plus variance for one layer.
 
-    Args:
-        statistics: Of this layer.
-        factorized_input: What `factorize` returned for it, or for a layer that shares its input.
-        config: Weights, dampings, and how layers step beside each other.
-        layer: The layer's name, for messages.
-        rank: Rank to solve up to, at most d_in.
-        population_size: N of the variance term.
-
-    Returns:
-        The solution, in the dtype and on the device of the factorisation. Where float32 is not accurate enough, the
-        layer is solved again in float64 on the CPU.
+    ``factorized_input`` is what `factorize` returned for it, or for a layer that shares its input, and the solution has
+    its dtype and device. Where float32 is not accurate enough, the layer is solved again in float64 on the CPU.
 
     Raises:
         NonFiniteError: if a statistic is not finite.
@@ -151,10 +142,9 @@ def _pose(
 
 
 def _residual_in_float64(statistics: LayerStatistics, guidance: Guidance, pairs: Eigenpairs) -> float:
-    """Measure in float64 what a float32 solve misses, by blocks of rows: no statistic is copied whole.
+    """Return the largest relative residual of ``Z^-1 V``, ``D^T D V`` and V as eigenvectors of G, measured in float64.
 
-    Returns:
-        The largest of three relative residuals: of ``Z^-1 V``, of ``D^T D V``, and of V as eigenvectors of G.
+    It is done by blocks of rows: no statistic is copied whole.
     """
     displacement = guidance.displacement
     factorized = displacement.factorized_input
@@ -169,6 +159,6 @@ def _residual_in_float64(statistics: LayerStatistics, guidance: Guidance, pairs:
         for found, expected in ((solved, pairs.vectors.double()), (gram, squares))
     ]
     basis = torch.linalg.qr(pairs.vectors.double()).Q
-    image = solved * guidance.variance_coefficient - gram * guidance.bias_coefficient
+    image = solved * guidance.variance_coefficient - gram
     outside = (image - basis @ (basis.mT @ image)).norm(dim=0).max() / pairs.eigenvalues.abs().max()
     return torch.stack([outside, *missed]).max().item()  # NaN if one of them is

@@ -27,11 +27,8 @@ class Eigenpairs:
     """Some eigenpairs of a symmetric matrix.
 
     Attributes:
-        eigenvalues: ``[k]``.
         vectors: ``[d, k]``, orthonormal columns, the entry of largest magnitude of each being positive.
         residual: Largest ``||M v - lambda v||``, relative to the largest magnitude among the eigenvalues found.
-        solver: ``"eigh"`` or ``"krylov"``.
-        converged: Whether the residual met the solver's tolerance.
     """
 
     eigenvalues: Tensor
@@ -50,22 +47,11 @@ def leading_eigenpairs(
     tolerance: float = _KRYLOV_TOLERANCE,
     start: Tensor | None = None,
 ) -> Eigenpairs:
-    """Find the algebraically largest eigenpairs of a symmetric operator, in descending order.
+    """Find the algebraically largest eigenpairs of a symmetric operator on ``[d, k]``, in descending order.
 
     By `block_krylov` where that is faster, and by `exact_eigenpairs` elsewhere, where the residual stays above the
-    tolerance, and where an eigenvalue is too small to be told by it.
-
-    Args:
-        apply: Maps ``[d, k]`` to ``M [d, k]``.
-        dimension: d.
-        count: How many pairs, at most d.
-        like: A tensor whose dtype and device the work is done in.
-        tolerance: Largest relative residual of Krylov.
-        start: ``[d, k]``, orthonormal vectors that Krylov may start from.
-
-    Returns:
-        The pairs, with the sign convention of `Eigenpairs`. Within a repeated eigenvalue the basis is arbitrary but
-        deterministic.
+    tolerance, and where an eigenvalue is too small to be told by it. The work has the dtype and device of ``like``.
+    Within a repeated eigenvalue the basis is arbitrary but deterministic.
     """
     if dimension > _DENSE_BELOW and 8 * count < dimension:
         found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
@@ -105,10 +91,8 @@ def block_krylov(
     """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
 
     The start block is random with a fixed seed, so the same operator gives the same bits. The basis grows until the
-    residual meets the tolerance or it spans half of the space, where an exact solver is cheaper.
-
-    Arguments and result are those of `leading_eigenpairs`; ``converged`` says whether the tolerance was met, which is
-    raised to what the dtype can resolve.
+    residual meets the tolerance, raised to what the dtype can resolve, or it spans half of the space, where an exact
+    solver is cheaper. ``start [d, k]`` are orthonormal vectors close to those that are sought.
     """
     tolerance = max(tolerance, 100 * torch.finfo(like.dtype).eps)
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
@@ -187,10 +171,7 @@ def complete_basis(basis: Tensor, count: int) -> Tensor:
     """Add directions to an orthonormal basis until there are ``count``: those that any solver would have to make up.
 
     Each is the coordinate axis that lies farthest from the span so far (the first of equals), made orthogonal to it.
-
-    Args:
-        basis: ``[d, k]``, orthonormal columns; k may be 0, and is at most ``count``.
-        count: At most d.
+    ``basis [d, k]`` has orthonormal columns, and may have none.
     """
     dimension = basis.shape[0]
     while basis.shape[1] < count:

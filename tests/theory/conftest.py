@@ -40,7 +40,6 @@ def make_guidance(statistics, *, damping=1e-2, variance_weight=0.1, population_s
         Displacement.of(statistics.weight_grad, y_inv, factorized),
         y_inv,
         population_size=population_size,
-        bias_weight=overrides.pop("bias_weight", 1.0),
         variance_weight=variance_weight,
         **overrides,
     )

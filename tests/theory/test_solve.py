@@ -64,19 +64,6 @@ def test_with_relative_damping_the_scale_does_not_matter(problem, config, what, 
     torch.testing.assert_close(after.eigenvalues, before.eigenvalues)
 
 
-def test_smaller_ranks_are_slices(problem, config):
-    large, small = (solve(problem(), config(), rank=rank) for rank in (8, 3))
-    lora_A, lora_B = large.at_rank(3)
-    torch.testing.assert_close(lora_A, small.basis_A, rtol=0, atol=1e-9)
-    torch.testing.assert_close(lora_B, small.basis_B, rtol=0, atol=1e-9)
-
-
-def test_the_same_statistics_give_the_same_bits(problem, config):
-    first, second = (solve(problem(60, 420, samples=30), config(), rank=8) for _ in range(2))
-    assert torch.equal(first.basis_A, second.basis_A)
-    assert torch.equal(first.basis_B, second.basis_B)
-
-
 @pytest.mark.parametrize(("width", "expected"), [(8192, torch.float64), (8193, torch.float32)])
 def test_wide_layers_are_solved_in_float32(width, expected):
     assert solve_dtype(width) == expected
