@@ -22,10 +22,6 @@ class AdapterAlreadyTrainedError(TargetError):
     """The adapter is not a fresh one: overwriting it would lose training."""
 
 
-class UnsupportedLayerError(TargetError):
-    """A base layer cannot be tapped, so no statistics can be taken for it."""
-
-
 class UnsupportedSetupError(LoRADAError, RuntimeError):
     """The training run is of a kind that an initialisation cannot be made in."""
 
@@ -36,10 +32,6 @@ class DataError(LoRADAError, ValueError):
 
 class StatisticsError(LoRADAError, RuntimeError):
     """The statistics pass gave something that cannot be used."""
-
-
-class TapNotCalledError(StatisticsError):
-    """A layer's tap saw no forward or no backward pass: compiled, fused or unused code."""
 
 
 class NonFiniteError(StatisticsError):

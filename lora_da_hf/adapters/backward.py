@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.targets import Target
-from lora_da_hf.errors import UnsupportedLayerError
+from lora_da_hf.errors import TargetError
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def checked_backward(targets: Sequence[Target]) -> Generator[None]:
     once more on its input, with gradients; plain linear layers are left alone.
 
     Raises:
-        UnsupportedLayerError: in the forward pass, naming layer and kind.
+        TargetError: in the forward pass, naming layer and kind.
     """
     with contextlib.ExitStack() as hooks:
         for target in targets:
@@ -68,8 +68,8 @@ _OTHER_KERNEL = (
 )
 
 
-def _unsupported(target: Target, what: str, advice: str) -> UnsupportedLayerError:
+def _unsupported(target: Target, what: str, advice: str) -> TargetError:
     kind = type(target.base_layer)
-    return UnsupportedLayerError(
+    return TargetError(
         f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. {advice}"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
 from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
-from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedLayerError, UnsupportedSetupError
+from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedSetupError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
-        UnsupportedLayerError: if a base layer is quantised in a way that cannot be tapped.
+        TargetError: if a base layer is quantised in a way that cannot be tapped.
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
             on Apple's GPUs.
     """
@@ -239,7 +239,7 @@ def _checked(target: Target, *, has_values: bool) -> Target:
             f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
         )
     if _is_packed(target.base_layer):
-        raise UnsupportedLayerError(
+        raise TargetError(
             f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
             "Load the model again, and initialise before any evaluation."
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_da_hf.errors import TapNotCalledError
+from lora_da_hf.errors import StatisticsError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.probe import Probe
@@ -136,12 +136,12 @@ def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:
 def check_any_gradient(kept: Mapping[str, str], count: int) -> None:
     """Verify that a gradient came back to some layer, once all windows are done."""
     if sum(reason == UNCALLED for reason in kept.values()) == count:
-        raise TapNotCalledError(
+        raise StatisticsError(
             f"No sample went through any of the {count} layers ({next(iter(kept))} first): their code is compiled or "
             "fused and goes around the modules. Initialise before torch.compile, and without fused kernels."
         )
     if sum(reason in (UNCALLED, UNROUTED, NO_GRADIENT) for reason in kept.values()) == count:
-        raise TapNotCalledError(
+        raise StatisticsError(
             "No gradient came back to any tapped layer: the loss is cut off from the model (a detach, no_grad, or "
             "gradient checkpointing that starts from inputs without gradients). Check compute_loss."
         )

@@ -30,7 +30,7 @@ def damping_value(damping: Damping, diagonal: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizedInput:
-    """The lower Cholesky factor ``[d_in, d_in]`` of ``Z = input_second_moment + damping * I``, and how it was obtained."""
+    """The lower Cholesky factor ``[d_in, d_in]`` of the damped ``Z = moment + damping * I``, and how it came about."""
 
     cholesky: Tensor
     damping: float

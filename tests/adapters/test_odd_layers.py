@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import UnsupportedLayerError
+from lora_da_hf.errors import TargetError
 
 SIZES = {
     "vocab_size": 96,
@@ -88,7 +88,7 @@ def test_a_parameter_that_is_named_without_its_module_makes_a_folder_that_can_be
 
 @pytest.mark.parametrize("make", [llama4, phimoe])
 def test_a_router_that_returns_a_tuple_is_not_taken_for_a_quantised_layer(make):
-    with pytest.raises(UnsupportedLayerError, match=r"router: .* returns a tuple.* Exclude it from target_modules"):
+    with pytest.raises(TargetError, match=r"router: .* returns a tuple.* Exclude it from target_modules"):
         initialize(wrapped(make, target_modules="all-linear"))
 
 

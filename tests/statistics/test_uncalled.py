@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.errors import NonFiniteError, TapNotCalledError, UnsupportedSetupError
+from lora_da_hf.errors import NonFiniteError, StatisticsError, UnsupportedSetupError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.pipeline.gather import UNCALLED
 
@@ -46,7 +46,7 @@ def test_where_no_layer_at_all_is_called_it_is_an_error(lora_model, token_sample
     model = lora_model(target_modules=["gate_proj"], layers_to_transform=[1])
     mlp = model.base_model.model.model.layers[1].mlp
     mlp.forward = lambda x: functional.linear(functional.linear(x, mlp.gate_proj.weight), mlp.down_proj.weight)
-    with pytest.raises(TapNotCalledError, match="any of the 1 layers"):
+    with pytest.raises(StatisticsError, match="any of the 1 layers"):
         run(model, token_samples(6))
 
 
@@ -103,7 +103,7 @@ def test_compiled_modules_with_other_names_are_refused(tiny_llama, token_samples
     ],
 )
 def test_a_loss_that_is_cut_off_is_an_error(lora_model, token_samples, cut):
-    with pytest.raises(TapNotCalledError, match=r"No gradient came back .* the loss is cut off .* Check compute_loss"):
+    with pytest.raises(StatisticsError, match=r"No gradient came back .* the loss is cut off .* Check compute_loss"):
         run(lora_model(), token_samples(6), compute_loss=lambda *inputs: cut(model_loss(*inputs)))
 
 
