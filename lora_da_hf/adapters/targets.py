@@ -103,7 +103,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
 
     Raises:
         TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
-        TargetError: if a base layer is quantised in a way that cannot be tapped.
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
             on Apple's GPUs.
     """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import Lockstep, batches_by_length, whole_batches
@@ -17,12 +18,7 @@ from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps
-from lora_da_hf.statistics.token_masks import (
-    BatchTokens,
-    SingleSamplesNeeded,
-    num_rows,
-    read_batch_tokens,
-)
+from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, num_rows, read_batch_tokens
 from lora_da_hf.statistics.unlike import Collate
 
 _HALF_PRECISION_SCALE = 2.0**12
@@ -34,11 +30,9 @@ class PassSettings:
     """What the pass does with each batch.
 
     Attributes:
-        batch_size: Samples in a forward and backward pass.
         token_mask: Which tokens the second moments count.
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
-        reduction: What the loss of a batch is.
         labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
         why_single: Why samples have to be run one at a time; None: batches will do, as far as is known.
@@ -53,13 +47,16 @@ class PassSettings:
     sequences: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     why_single: str | None = None
 
+    def labelled_rows(self) -> AbstractContextManager[None]:
+        """Run the head on the rows of labels inside, if the pass does."""
+        return contextlib.nullcontext() if self.labelled_head is None else self.labelled_head.rows_of_labels()
+
 
 @dataclass(kw_only=True)
 class PassResult:
     """The sums that a pass leaves, and its counts.
 
     Attributes:
-        taps: The sums of each layer.
         num_samples: Samples that have a label.
         num_items: Labels, or samples, that the training objective averages over.
         num_unlabelled: Samples that have none, and count nowhere.
@@ -89,31 +86,21 @@ def collect(
     lockstep: Lockstep | None = None,
     by_length: bool = True,
 ) -> PassResult:
-    """Run the pass, one sample at a time if the loss or the model cannot be run in batches.
+    """Run the pass on this process's samples, one at a time if the loss or the model cannot be run in batches.
 
     The sums are those of a loss that is summed over labels or samples, whichever the training objective averages over,
     so they depend neither on the batch size nor on the order. A loss of the batch as a whole is the exception.
-
-    Args:
-        model: In the state of `prepared_for_pass`.
-        samples: This process's share.
-        collate: Makes batches.
-        compute_loss: The loss.
-        settings: How.
-        make_taps: Makes the taps, with sums at zero.
-        on_samples: Called with the number of samples after each batch, and with a negative one when they start over.
-        lockstep: Several processes that wait for each other in each pass; None: this one waits for nobody.
-        by_length: Whether samples of similar length are put together; else they are in their order.
+    The model is in the state of `prepared_for_pass`. ``on_samples`` gets the number of samples after each batch, and a
+    negative one when they start over.
 
     Raises:
         NonFiniteError: if a loss is not finite.
         StatisticsError: if even single samples do not fit the settings.
     """
     lockstep = lockstep or Lockstep.of_one()
-    batch_size, notes = settings.batch_size, []
-    why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
-    if batch_size == 1:
-        why_single = None
+    batch_size, why_single, notes = settings.batch_size, None, list[str]()
+    if batch_size > 1:
+        why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
     if why_single is not None:
         batch_size, notes = 1, [_single_note(why_single)]
     if settings.reduction.kind == "batch":
@@ -121,21 +108,21 @@ def collect(
             f"the loss is one of {batch_size} samples together and cannot be split: the statistics depend on the batch "
             "size"
         )
-    make_batches = batches_by_length if by_length and settings.reduction.kind != "batch" else whole_batches
     while True:
         result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, notes=notes)
         result.taps.sequences = settings.sequences
         done = 0
         try:
-            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
-                with lockstep.alike():
-                    prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
-                if prepared.counts or lockstep.runs_what_does_not_count:
-                    _add_batch(model, prepared, compute_loss, settings, result.taps, lockstep)
-                if counts:
-                    _count_batch(prepared, result)
-                    done += len(batch_samples)
-                    on_samples(len(batch_samples))
+            for read in _read_batches(samples, batch_size, collate, settings, lockstep, by_length=by_length):
+                if read.counts or lockstep.runs_what_does_not_count:
+                    _add_batch(model, read, compute_loss, settings, result.taps, lockstep)
+                if not read.is_filler:
+                    tokens = read.tokens
+                    result.num_samples += tokens.num_labelled
+                    result.num_items += read.num_items
+                    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
+                    done += tokens.num_samples
+                    on_samples(tokens.num_samples)
         except SingleSamplesNeeded as reason:
             if batch_size == 1:
                 raise StatisticsError(
@@ -155,83 +142,71 @@ def _single_note(reason: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class _Read:
     """A batch, its tokens, how many items its loss averages over, and whether it counts."""
 
     batch: Mapping[str, Any]
     tokens: BatchTokens
     num_items: int
     counts: bool
+    is_filler: bool
 
 
-def _prepare(batch: Mapping[str, Any], samples: Sequence[Any], settings: PassSettings, *, counts: bool) -> _Prepared:
-    num_samples = len(samples)
-    if num_rows(batch) % num_samples:
-        raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {num_samples} samples")
-    tokens = read_batch_tokens(
-        batch,
-        shifts_labels=settings.shifts_labels,
-        encoder_decoder=settings.encoder_decoder,
-        token_mask=settings.token_mask,
-        num_samples=num_samples,
-    )
-    if not counts or tokens.num_labelled == 0:
-        return _Prepared(batch=batch, tokens=tokens, num_items=0, counts=False)
-    return _Prepared(batch=batch, tokens=tokens, num_items=settings.reduction.num_items(tokens), counts=True)
-
-
-def _count_batch(prepared: _Prepared, result: PassResult) -> None:
-    tokens = prepared.tokens
-    result.num_samples += tokens.num_labelled
-    result.num_items += prepared.num_items
-    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
+def _read_batches(
+    samples: Sequence[Any],
+    batch_size: int,
+    collate: Collate,
+    settings: PassSettings,
+    lockstep: Lockstep,
+    *,
+    by_length: bool = True,
+) -> Iterator[_Read]:
+    make_batches = batches_by_length if by_length and settings.reduction.kind != "batch" else whole_batches
+    for chosen, is_own in lockstep.batches(make_batches(samples, batch_size)):
+        with lockstep.alike():
+            batch = collate(chosen)
+            if num_rows(batch) % len(chosen):
+                raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {len(chosen)} samples")
+            tokens = read_batch_tokens(
+                batch,
+                shifts_labels=settings.shifts_labels,
+                encoder_decoder=settings.encoder_decoder,
+                token_mask=settings.token_mask,
+                num_samples=len(chosen),
+            )
+            counts = is_own and tokens.num_labelled > 0
+            num_items = settings.reduction.num_items(tokens) if counts else 0
+        yield _Read(batch=batch, tokens=tokens, num_items=num_items, counts=counts, is_filler=not is_own)
 
 
 def _add_batch(
     model: nn.Module,
-    prepared: _Prepared,
+    read: _Read,
     compute_loss: ComputeLoss,
     settings: PassSettings,
     taps: Taps,
     lockstep: Lockstep,
 ) -> None:
-    taps.tokens, taps.muted = prepared.tokens, not prepared.counts
-    with taps, labelled_rows(settings):
-        loss = settings.reduction.loss(compute_loss, model, prepared.batch)
+    taps.tokens, taps.muted = read.tokens, not read.counts
+    with taps, settings.labelled_rows():
+        loss = settings.reduction.loss(compute_loss, model, read.batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
+        taps.gradient_scale = 1.0
         if taps.saw_float16:  # which has too small a range for the gradients of a mean, and for those of a sum
-            scale = min(_HALF_PRECISION_SCALE * prepared.tokens.num_samples, _MOST_IN_FLOAT16)
-            taps.gradient_scale = scale / max(prepared.num_items, 1)
-        else:
-            taps.gradient_scale = 1.0
+            scale = min(_HALF_PRECISION_SCALE * read.tokens.num_samples, _MOST_IN_FLOAT16)
+            taps.gradient_scale = scale / max(read.num_items, 1)
         if loss.requires_grad:
-            (loss * (settings.reduction.weight(prepared.num_items) * taps.gradient_scale)).backward()
+            (loss * (settings.reduction.weight(read.num_items) * taps.gradient_scale)).backward()
         with lockstep.alike():  # after the backward pass, which the others are in too
-            if prepared.counts:
-                check_loss(loss)
+            if read.counts:
+                value = float(loss.detach().item())
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"The loss of a batch is {value}. Check the samples (labels inside the vocabulary, at least "
+                        "one label) and the model's dtype: float16 overflows where bfloat16 does not."
+                    )
                 taps.check()
     taps.tokens = None
-
-
-def check_loss(loss: Tensor) -> float:
-    """Return the loss as a number.
-
-    Raises:
-        NonFiniteError: if it is NaN or infinite.
-    """
-    value = float(loss.detach().item())
-    if not torch.isfinite(torch.tensor(value)):
-        raise NonFiniteError(
-            f"The loss of a batch is {value}. Check the samples (labels inside the vocabulary, at least one label) "
-            "and the model's dtype: float16 overflows where bfloat16 does not."
-        )
-    return value
-
-
-def labelled_rows(settings: PassSettings) -> AbstractContextManager[None]:
-    """Run the head on the rows of labels inside, if the pass does."""
-    head = settings.labelled_head
-    return contextlib.nullcontext() if head is None else head.rows_of_labels()
 
 
 def evaluate_loss(
@@ -253,20 +228,17 @@ def evaluate_loss(
     lockstep = lockstep or Lockstep.of_one()
     if settings.reduction.kind == "unknown" or settings.why_single is not None:
         batch_size = 1
-    make_batches = whole_batches if settings.reduction.kind == "batch" else batches_by_length
     total, num_items = 0.0, 0
     try:
         with torch.no_grad(), without_checkpointing(model):
-            for batch_samples, counts in lockstep.batches(make_batches(samples, batch_size)):
-                with lockstep.alike():
-                    prepared = _prepare(collate(batch_samples), batch_samples, settings, counts=counts)
-                if not prepared.counts and not lockstep.runs_what_does_not_count:
+            for read in _read_batches(samples, batch_size, collate, settings, lockstep):
+                if not read.counts and not lockstep.runs_what_does_not_count:
                     continue
-                with labelled_rows(settings):
-                    loss = settings.reduction.loss(compute_loss, model, prepared.batch).item()
-                if prepared.counts:
-                    total += loss * settings.reduction.weight(prepared.num_items)
-                    num_items += prepared.num_items
+                with settings.labelled_rows():
+                    loss = settings.reduction.loss(compute_loss, model, read.batch).item()
+                if read.counts:
+                    total += loss * settings.reduction.weight(read.num_items)
+                    num_items += read.num_items
     except SingleSamplesNeeded:
         if batch_size == 1:
             raise

@@ -33,16 +33,7 @@ def why_not_in_batches(
 
     A layer whose rows are taken for the wrong tokens, padding that is taken for tokens, a loss of another kind than it
     looks like, or one that goes around what is taken for the head: all of them show here. What depends on a coincidence
-    of lengths in a later batch does not.
-
-    Args:
-        model: In the state of `prepared_for_pass`.
-        samples: A few, as unlike as possible.
-        collate: Makes batches.
-        compute_loss: The loss.
-        settings: Those of the pass.
-        make_taps: Makes taps on the layers to compare.
-        lockstep: As for `collect`.
+    of lengths in a later batch does not. The samples are a few that are as unlike as possible.
 
     Returns:
         Why the samples must run one at a time; None: they need not.

@@ -23,10 +23,6 @@ class LabelledHead:
         num_calls: Passes of the head on rows of labels, since the context was entered.
         seen_loss: What the loss function made of all logits in the pass inside `watched`; None if it was not called
             once, on the head's own rows and the labels of all of them.
-
-    Args:
-        model: The model whose ``loss_function`` is transformers' for causal models.
-        head: Its output layer.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:

@@ -31,7 +31,6 @@ class LossReduction:
             mean over the batch's labels. ``"sample_mean"``: the mean over its samples. ``"even_mean"``: either of the
             two, which are the same as long as the samples have equally many labels. ``"batch"``: a loss of the batch
             as a whole, that cannot be split. ``"unknown"``: samples must be run one at a time.
-        reason: Where that is known from, for the report.
     """
 
     kind: Literal["sum", "token_mean", "sample_mean", "even_mean", "batch", "unknown"]
@@ -80,13 +79,7 @@ def find_reduction(
     both may be the *mean* of the two, over samples or over labels. If no sample has a loss alone, it is one of the
     whole batch (contrastive). Anything else is run one sample at a time unless the user declares what it is.
 
-    Args:
-        compute: The loss.
-        model: The model, in evaluation mode.
-        collate: Makes batches.
-        samples: At least one, and a few that are as unlike as possible.
-        shifts_labels: Whether position t predicts label t + 1.
-        declared: What the user says.
+    The samples are a few that are as unlike as possible, and the model is in evaluation mode.
     """
     if declared != "auto":
         return LossReduction(kind=declared, reason="declared by loss_reduction")
@@ -138,9 +131,9 @@ class _Pair:
             return math.inf
         mean = sum(weight * loss for weight, loss in zip(weights, self.losses, strict=True)) / sum(weights)
         difference = abs(self.whole - mean)
-        if not math.isfinite(difference) or (difference and not self.whole):
-            return math.inf
-        return difference / abs(self.whole) if difference else 0.0
+        if difference == 0:
+            return 0.0
+        return difference / abs(self.whole) if math.isfinite(difference) and self.whole else math.inf
 
     def is_only_together(self, tolerance: float) -> bool:
         """Tell whether neither sample has a loss alone, and both together have one."""
@@ -157,8 +150,7 @@ def _mean_of(pairs: Sequence[_Pair], tolerance: float) -> LossReduction:
     if all(pair.counts == (1, 1) for pair in pairs):
         off_labels = math.inf
     if min(off_mean, off_labels) > tolerance:
-        reason = "the loss of two samples is neither the sum nor a mean of theirs"
-        return LossReduction(kind="unknown", reason=reason)
+        return LossReduction(kind="unknown", reason="the loss of two samples is neither the sum nor a mean of theirs")
     if off_labels > 10 * off_mean:
         return LossReduction(kind="sample_mean", reason="measured: the mean of its samples' losses")
     if off_mean > 10 * off_labels:

@@ -25,10 +25,6 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     Caches for generation are off, and so are the auxiliary losses of routers, which belong to a batch as a whole
     and not to the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks
     did when it was traced. Random number generators are seeded, and restored too.
-
-    Args:
-        model: The model, with its adapter.
-        seed: What the generators start from inside.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(seed))
@@ -43,16 +39,13 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
 
 @contextlib.contextmanager
 def _uncompiled(model: nn.Module) -> Generator[None]:
-    if not any(map(_is_compiled, model.modules())):
+    is_compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return in_place or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 @contextlib.contextmanager
@@ -119,15 +112,7 @@ def apart_by_checkpoint(
     """Let layers share an input only with those that reentrant gradient checkpointing runs again together with them.
 
     Each checkpoint gives its layers another tensor of its own then, also of what all were fed, such as the encoder's
-    output in a decoder's layers.
-
-    Args:
-        model: The model.
-        layers: Modules by name.
-        leaders: What `find_shared_inputs` returned for them.
-
-    Returns:
-        The same, in the same order, with a leader of its own for each checkpoint.
+    output in a decoder's layers. ``leaders`` is what `find_shared_inputs` returned; its order stays.
     """
     checkpoint_of: dict[nn.Module, int] = {}
     for number, module in enumerate(checkpointing_modules(model)):  # outer ones come first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +14,17 @@ _BLOCK = 256
 _WIDE = 1024
 
 
+@dataclass
 class InputMomentSum:
-    """A running sum of ``x x^T``, of which only the upper block triangle is computed.
+    """A running sum of ``x x^T``, ``[d_in, d_in]``; below the diagonal blocks it stays zero until `mirror_upper_`."""
 
-    Attributes:
-        total: ``[d_in, d_in]``; the part below the diagonal blocks stays zero until `mirror_upper_`.
-        num_tokens: Rows added so far.
-    """
-
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, dtype=dtype, device=device)
-        self.num_tokens = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add ``rows^T rows`` for ``rows [tokens, d_in]``."""
-        add_symmetric_product_(self.total, rows)
-        self.num_tokens += rows.shape[0]
+    total: Tensor
+    num_tokens: int = 0
 
 
+@dataclass
 class OutputMomentSum:
-    """Running sums of ``g**2`` over tokens and of ``g x^T`` over tokens and samples.
+    """Running sums of a layer's output gradients g.
 
     Attributes:
         squares: ``[d_out]``, sum of ``g**2`` over the tokens that the mask keeps.
@@ -40,19 +32,13 @@ class OutputMomentSum:
         num_tokens: Tokens in ``squares``.
     """
 
-    def __init__(self, out_width: int, in_width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.squares = torch.zeros(out_width, dtype=dtype, device=device)
-        self.weight_grad = torch.zeros(out_width, in_width, dtype=dtype, device=device)
-        self.num_tokens = 0
+    squares: Tensor
+    weight_grad: Tensor
+    num_tokens: int = 0
 
 
 def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to the upper block triangle of ``total``, in place, at about half the cost of all of it.
-
-    Args:
-        total: ``[d, d]``.
-        rows: ``[tokens, d]``, in the dtype of ``total``.
-    """
+    """Add ``rows^T rows`` to the upper block triangle of ``total [d, d]``, at about half the cost of all of it."""
     width = total.shape[0]
     block = _BLOCK if width >= _WIDE else _BLOCK // 2
     for start in range(0, width, block):

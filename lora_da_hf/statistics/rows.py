@@ -16,23 +16,14 @@ from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedTokens:
-    """Which tokens of a batch a layer is given.
-
-    Attributes:
-        indices: ``[rows]``, the place of each row's token among all of them.
-        count: How many there are.
-    """
+    """Which of a batch's ``count`` tokens a layer is given: the place ``[rows]`` of each row's token among them."""
 
     indices: Tensor
     count: int
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the first tensor that a layer is called with.
-
-    Raises:
-        StatisticsError: if there is none.
-    """
+    """Return the first tensor that a layer is called with."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value
@@ -51,14 +42,8 @@ def rows_that_count(
 
     Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
     samples that have a label count. Of a single sample they all do, as the rows of relative positions that some models
-    project by the layers of the tokens.
-
-    Args:
-        tokens: Of the batch.
-        leading_shape: The layer's, before the last dimension, as ``[B, S]``.
-        layer: The layer's name, for messages.
-        sequences: Those that its rows may be of, by number (`followed_sequences`); None: any.
-        routed: The tokens that it is given, if not all.
+    project by the layers of the tokens. ``sequences`` are those that the rows may be of (`followed_sequences`), and
+    ``routed`` the tokens that the layer is given, if not all.
 
     Raises:
         SingleSamplesNeeded: if the rows are not those of the samples in their order, if they cannot be matched to the
@@ -140,10 +125,6 @@ def followed_sequences(
     """Return for each layer the sequences that had as many tokens as it had rows, in every one of some single samples.
 
     A layer of images or audio follows none, so no mask of the text is its own if their numbers coincide in a batch.
-
-    Args:
-        samples: The tokens of each sample, by itself.
-        rows: The rows that each layer was given for it.
     """
     followed: dict[str, frozenset[int]] = {}
     for tokens, given in zip(samples, rows, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
-from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, full_precision
+from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, add_symmetric_product_, full_precision
 from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
@@ -56,22 +56,17 @@ class _LayerTap:
 
 
 class Taps:
-    """Taps on a set of layers, as a context manager: hooks exist only inside it.
+    """Taps on layers that map ``[..., d_in]`` to ``[..., d_out]``, as a context manager: hooks exist only inside it.
+
+    A layer that is given some of the tokens only says which by its attribute ``routed_tokens``.
 
     Args:
-        layers: The modules to tap by name: each maps ``[..., d_in]`` to ``[..., d_out]``. One that is given some of the
-            tokens only says which by its attribute ``routed_tokens``.
         widths: ``(d_in, d_out)`` of each, since a partitioned weight does not tell.
-        shared_inputs: For each layer the name of the layer whose input it shares (its own name if none), as
-            `find_shared_inputs` gives it.
-        devices: Where each layer's sums live.
-        dtype: What is accumulated in.
+        shared_inputs: For each layer the name of the layer whose input it shares, as `find_shared_inputs` gives it.
 
     Attributes:
         tokens: Those of the batch that runs.
         gradient_scale: What its loss is multiplied with.
-        saw_float16: Whether a layer puts out float16.
-        saw_half: Whether a layer puts out float16 or bfloat16.
         muted: Whether the batch counts for nothing.
         sequences: Which of the model's sequences the rows of a layer are of; any, if it is not in it.
     """
@@ -93,13 +88,13 @@ class Taps:
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
-        self._hooks = contextlib.ExitStack()
         self.taps: dict[str, _LayerTap] = {}
         for name in layers:
             d_in, d_out = widths[name]
             leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
-            input_sum = leader.input_sum if leader else InputMomentSum(d_in, dtype, devices[name])
-            sums = OutputMomentSum(d_out, d_in, dtype, devices[name])
+            zeros = functools.partial(torch.zeros, dtype=dtype, device=devices[name])
+            input_sum = leader.input_sum if leader else InputMomentSum(zeros(d_in, d_in))
+            sums = OutputMomentSum(zeros(d_out), zeros(d_out, d_in))
             self.taps[name] = _LayerTap(name=name, sums=sums, input_sum=input_sum, leader=leader)
 
     def __enter__(self) -> Taps:
@@ -137,12 +132,9 @@ class Taps:
         return on_forward
 
     def check(self) -> None:
-        """Verify that the rows of every layer could be matched to the tokens of the batch.
+        """Raise `SingleSamplesNeeded` if the rows of a layer could not be matched to the tokens of the batch.
 
         Not done in the backward pass itself, which other processes may be in the middle of too.
-
-        Raises:
-            SingleSamplesNeeded: if not.
         """
         unmatched, self._unmatched = self._unmatched, None
         if unmatched is not None:
@@ -177,7 +169,8 @@ class Taps:
         tap.sums.squares += g.square().sum(dim=0)
         tap.sums.num_tokens += g.shape[0]
         if sums_input:
-            tap.input_sum.add(x)
+            add_symmetric_product_(tap.input_sum.total, x)
+            tap.input_sum.num_tokens += x.shape[0]
 
 
 class SizeTaps(Taps):
@@ -209,16 +202,10 @@ class SizeTaps(Taps):
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:
-    """Run one forward pass and find which layers are fed the same tensor.
+    """Run one forward pass and find for each layer the name of the first layer that was fed the same tensor.
 
-    Args:
-        layers: Modules by name.
-        run_forward: Runs the model once, without gradients.
-
-    Returns:
-        For each layer the name of the first layer that was fed the same tensor: itself if none was, or if it was
-        not called, or called more than once. Keys are in the order of the first calls, so a leader comes before
-        those that follow it.
+    That is the layer itself if none was, or if it was not called, or called more than once. Keys are in the order of
+    the first calls, so a leader comes before those that follow it.
     """
     inputs: dict[str, list[int]] = {}
     current: dict[int, tuple[weakref.ref[Tensor], int]] = {}

@@ -26,7 +26,6 @@ class BatchTokens:
     """The tokens of one batch.
 
     Attributes:
-        num_samples: B.
         label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels, or they
             cannot be told apart by sample.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
@@ -68,9 +67,6 @@ def read_batch_tokens(
     Samples without a label do not count anywhere: their tokens are masked out.
 
     Args:
-        batch: What the collator made: tensors with the samples in their first dimension.
-        shifts_labels: Whether position t predicts label t + 1, as causal language models do.
-        encoder_decoder: Whether a decoder reads the labels as a second sequence.
         token_mask: ``"attention"``: tokens that are attended to. ``"labels"``: positions whose prediction is a label;
             of an encoder's sequence those that are attended to.
         num_samples: Samples in the batch, each of which may be several rows; None: one for each row.
@@ -99,11 +95,7 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
     """Pad the decoder's sequence by one position, if it is as long as the encoder's and other tokens of it count.
 
     What is added has no label, and no other position attends to it. A batch with anything else than tokens, masks and
-    labels is left alone, since that may have to be as long as the labels.
-
-    Args:
-        batch: Any.
-        longest: How long the labels may be made; 0 if no decoder reads them.
+    labels is left alone, since that may have to be as long as the labels, which become no longer than ``longest``.
     """
     labels, known = batch.get("labels"), ("input_ids", "attention_mask", "labels", *_OF_DECODER)
     if labels is None or any(name not in known or not _is_sequences(value) for name, value in batch.items()):
