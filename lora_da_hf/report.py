@@ -207,18 +207,19 @@ def kind_of(name: str) -> str:
     return f"{start.rpartition('.')[2]}.{last}" if last == "base_layer" else last
 
 
-def _span(values: list[float], form: str) -> str:
+def span(values: Sequence[float], form: str, to: str = " .. ") -> str:
+    """Return the lowest and the highest of some numbers, or the one that all are."""
     low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} .. {high}"
+    return low if low == high else f"{low}{to}{high}"
 
 
 COLUMNS: dict[str, Callable[[list[LayerReport]], str]] = {
-    "rank": lambda layers: _span([layer.rank for layer in layers], "d"),
-    "tokens": lambda layers: _span([layer.num_tokens for layer in layers], "d"),
-    "displacement": lambda layers: _span([layer.displacement_norm for layer in layers], ".1e"),
-    "lowest eigenvalue": lambda layers: _span([layer.eigenvalues[0] for layer in layers], ".2g"),
+    "rank": lambda layers: span([layer.rank for layer in layers], "d"),
+    "tokens": lambda layers: span([layer.num_tokens for layer in layers], "d"),
+    "displacement": lambda layers: span([layer.displacement_norm for layer in layers], ".1e"),
+    "lowest eigenvalue": lambda layers: span([layer.eigenvalues[0] for layer in layers], ".2g"),
     "residual": lambda layers: f"{max(layer.residual for layer in layers):.0e}",
-    "|sBA|": lambda layers: _span([layer.update_norm for layer in layers], ".3g"),
+    "|sBA|": lambda layers: span([layer.update_norm for layer in layers], ".3g"),
 }
 """What the table says of the layers of a row; the manifest has the rest."""
 

@@ -24,7 +24,7 @@ from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError, MissingDependencyError
 from lora_da_hf.hub.markdown import Markdown, code, escape, python_literal
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
-from lora_da_hf.report import kind_of
+from lora_da_hf.report import kind_of, span
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ def render_card(
 
     Args:
         init: The initialisation.
-        repo_id: Where it is published; None: it is not.
+        repo_id: Where it is published, if it is.
         commit: The commit there that the lines of use name.
-        base_license: The base model's licence, as the Hub has it; None: the card says that it is not known.
+        base_license: The base model's licence, as the Hub has it.
         plots: Names of the plots that lie beside the card.
         facts: See `CardFacts`.
 
@@ -147,10 +147,7 @@ def render_card(
 
 
 def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
-    """Render the card, with ``facts`` as for `render_card`, and draw its plots; return files by name.
-
-    Without matplotlib the plots are left out, with a warning.
-    """
+    """Return the card, with ``facts`` as for `render_card`, and its plots by file name: none without matplotlib."""
     try:
         plots = draw_plots(init.manifest.report)
     except MissingDependencyError as error:
@@ -160,11 +157,9 @@ def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
 
 
 def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
-    """Return the name on the Hub of a base model; None if it is a local folder or has no name.
+    """Return the name on the Hub of a base model, or the one given for a local copy; None for other folders.
 
-    Args:
-        base: What was recorded. A name has a commit or one slash; a folder's begins with ``./`` where it looks alike.
-        given: The name, if a local copy was used.
+    A recorded name has a commit or one slash; a folder's begins with ``./`` where it looks alike.
     """
     name = base.name_or_path
     is_on_hub = name and is_repo_id(name) and (base.revision or ("/" in name and not Path(name).is_dir()))
@@ -172,12 +167,7 @@ def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
 
 
 def base_class_name(task_type: str | None, noted: str | None) -> str:
-    """Return the name of the class of transformers that loads the base model of an adapter.
-
-    Args:
-        task_type: PEFT's task type.
-        noted: The class that PEFT noted, which counts where the task type is missing.
-    """
+    """Return the class of transformers that loads a base: that of PEFT's task type, or else the one that PEFT noted."""
     found = getattr(transformers, noted, None) if noted and not task_type else None
     if noted and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return noted
@@ -185,11 +175,7 @@ def base_class_name(task_type: str | None, noted: str | None) -> str:
 
 
 def check_facts(said: Mapping[str, Any]) -> None:
-    """Check the form of what `render_card` is given.
-
-    Raises:
-        CardError: naming the fact that is malformed.
-    """
+    """Refuse what does not have the form that the Hub demands, naming the fact."""
     for name, (_, expected) in _FORMS.items():
         values = said.get(name) if name == "language" else [said.get(name)]
         for value in values or ():
@@ -241,13 +227,8 @@ def _environment() -> jinja2.Environment:
         "verbatim": Markdown,
         "number": lambda value, form: Markdown(format(value, form)),
         "change": lambda new, old: Markdown(f"{100 * (new - old) / abs(old):+.1f} %" if old else "no change"),
-        "span": _span,
+        "span": lambda values, form="d": Markdown(span(values, form, " to ")),
         "directions_that_matter": directions_that_matter,
     }
     environment.filters.update(filters)  # pyright: ignore[reportCallIssue, reportArgumentType] - jinja2 names its own
     return environment
-
-
-def _span(values: Sequence[float], form: str = "d") -> Markdown:
-    low, high = format(min(values), form), format(max(values), form)
-    return Markdown(low if low == high else f"{low} to {high}")

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Generator
 
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -38,18 +37,9 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
 """What the client raises, most specific first."""
 
 
-def make_api(*, token: str | bool | None, endpoint: str | None) -> HfApi:
-    """Return a client; None is the token of the environment or the login, and the endpoint of ``HF_ENDPOINT``."""
-    return HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
-
-
 @contextlib.contextmanager
 def hub_errors(doing: str) -> Generator[None]:
-    """Turn what the client raises into a `HubError` that says what failed, why, and what you can do.
-
-    Args:
-        doing: Such as ``"Pulling user/repo"``.
-    """
+    """Turn what the client raises while ``doing`` something into a `HubError` that says why, and what you can do."""
     try:
         yield
     except (LoRADAError, torch.OutOfMemoryError):

@@ -5,25 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelInfo
+from huggingface_hub import HfApi, ModelInfo
 
-from lora_da_hf.hub.client import hub_errors, make_api
-
-INIT_TAGS = ("lora-da", "lora-init")
+from lora_da_hf.artifacts.card_files import TAGS
+from lora_da_hf.hub.client import hub_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitInfo:
-    """What the Hub and the card's metadata say of an initialisation; nothing of it has been checked.
-
-    Attributes:
-        repo_id: Owner and name.
-        commit: The newest one.
-        private: Whether the repo is private.
-        base_model: As the card names it.
-        rank: The largest rank that the card offers.
-        tags: Of the repo.
-    """
+    """What the Hub and the card's metadata say of an initialisation, such as its largest rank; nothing is checked."""
 
     repo_id: str
     commit: str | None
@@ -41,20 +31,13 @@ def list_inits(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> list[InitInfo]:
-    """List the initialisations on the Hub that the token may see.
-
-    Args:
-        base_model: Only those for this base, by its name on the Hub.
-        author: Only those of this user or organisation.
-        limit: At most this many.
-        token: None: the one of the environment or of `hf auth login`.
-        endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
+    """List the initialisations on the Hub that the token may see: all, or those for a base, or of an author.
 
     Raises:
         HubError: if the Hub refuses or cannot be reached.
     """
-    tags = [*INIT_TAGS, *([f"base_model:adapter:{base_model}"] if base_model else [])]
-    api = make_api(token=token, endpoint=endpoint)
+    tags = [*TAGS[-2:], *([f"base_model:adapter:{base_model}"] if base_model else [])]
+    api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors("Listing initialisations"):
         found = api.list_models(filter=tags, author=author, limit=limit, full=True, cardData=True)
         return [_init_info(info) for info in found]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-import statistics
-from collections.abc import Callable
+from collections import defaultdict
 from typing import Any
+
+import numpy as np
 
 from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
@@ -15,6 +17,7 @@ from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
 
 _MOST_TYPES = 10
 _NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
+"""The first number in a layer's name is that of its block."""
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
@@ -34,24 +37,26 @@ def draw_spectra(report: LoRADAReport) -> bytes:
 
     Left, for each module type, the gain ``-eigenvalue`` of each stored direction, relative to the layer's first: the
     median over the layers, and their middle half. Right, for each layer, how many directions matter.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
     """
     figure = _figure(11)
     left, right = figure.subplots(1, 2)
-    groups = _by_type(report.layers)
-    for number, (kind, layers) in enumerate(groups.items()):
+    kinds = list(dict.fromkeys(kind_of(layer.name) for layer in report.layers))
+    shown = kinds if len(kinds) <= _MOST_TYPES else kinds[: _MOST_TYPES - 1]
+    groups: dict[str, list[LayerReport]] = defaultdict(list)
+    for layer in report.layers:
+        groups[_label(kind_of(layer.name)) if kind_of(layer.name) in shown else "all others"].append(layer)
+    for number, (label, layers) in enumerate(groups.items()):
         rows = [[-value / (abs(layer.eigenvalues[0]) or 1.0) for value in layer.eigenvalues] for layer in layers]
-        columns = [[row[k] for row in rows if k < len(row)] for k in range(max(map(len, rows)))]
-        # each value twice, since one value has no quartiles
-        quartiles = [statistics.quantiles(column * 2, n=4, method="inclusive") for column in columns]
-        low, middle, high = zip(*quartiles, strict=True)
-        left.plot(range(1, len(columns) + 1), middle, color=f"C{number}", label=kind, marker=".")
+        columns = np.array(list(itertools.zip_longest(*rows, fillvalue=np.nan)))
+        low, middle, high = np.nanquantile(columns, [0.25, 0.5, 0.75], axis=1)
+        left.plot(range(1, len(columns) + 1), middle, color=f"C{number}", label=label, marker=".")
         left.fill_between(range(1, len(columns) + 1), low, high, color=f"C{number}", alpha=0.12, lw=0)
-        depths = sorted(_grouped(layers, _depth).items())
-        heights = [statistics.median(map(directions_that_matter, group)) for _, group in depths]
-        right.plot([depth for depth, _ in depths], heights, color=f"C{number}", marker=".", lw=1)
+        depths: dict[int, list[float]] = defaultdict(list)
+        for layer in layers:
+            found = _NUMBER.search(layer.name)
+            depths[int(found[1]) if found else 0].append(directions_that_matter(layer))
+        heights = [np.median(depths[depth]) for depth in sorted(depths)]
+        right.plot(sorted(depths), heights, color=f"C{number}", marker=".", lw=1)
     left.axhline(0, color="black", lw=0.8)
     left.set(title="Guidance spectra by module type", xlabel="direction", ylabel="gain relative to the first direction")
     right.set(title="Directions that matter, by layer", xlabel="layer", ylabel="sum of gains / largest gain")
@@ -64,11 +69,7 @@ def draw_spectra(report: LoRADAReport) -> bytes:
 
 
 def draw_search(report: LoRADAReport) -> bytes:
-    """Draw the losses of the steps that the line search tried as a PNG.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
-    """
+    """Draw the losses of the steps that the line search tried as a PNG."""
     figure = _figure(7)
     axes = figure.subplots()
     tried = sorted((step, loss) for step, loss in report.search if loss is not None)
@@ -98,27 +99,6 @@ def directions_that_matter(layer: LayerReport) -> float:
     """Return the sum of a layer's positive gains over the largest; 0 if no direction gains."""
     gains = [-value for value in layer.eigenvalues if value < 0]
     return sum(gains) / max(gains) if gains else 0.0
-
-
-def _by_type(layers: list[LayerReport]) -> dict[Any, list[LayerReport]]:
-    """Group layers by module type; types beyond the ninth are one group where there are more than ten."""
-    kinds = list(dict.fromkeys(kind_of(layer.name) for layer in layers))
-    shown = kinds if len(kinds) <= _MOST_TYPES else kinds[: _MOST_TYPES - 1]
-    labels = {kind: _label(kind) if kind in shown else "all others" for kind in kinds}
-    return _grouped(layers, lambda layer: labels[kind_of(layer.name)])
-
-
-def _depth(layer: LayerReport) -> int:
-    """Return the first number in a layer's name, which is the block's in transformers; 0 without one."""
-    found = _NUMBER.search(layer.name)
-    return int(found[1]) if found else 0
-
-
-def _grouped(layers: list[LayerReport], key: Callable[[LayerReport], Any]) -> dict[Any, list[LayerReport]]:
-    groups: dict[Any, list[LayerReport]] = {}
-    for layer in layers:
-        groups.setdefault(key(layer), []).append(layer)
-    return groups
 
 
 def _label(name: str) -> str:

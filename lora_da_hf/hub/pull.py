@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import HfApi
 from huggingface_hub.constants import is_offline_mode
 from torch import nn
 
@@ -22,7 +23,7 @@ from lora_da_hf.artifacts.manifest import (
 )
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
-from lora_da_hf.hub.client import hub_errors, make_api
+from lora_da_hf.hub.client import hub_errors
 from lora_da_hf.pipeline.base_model import base_model_facts
 
 LoadBase = Callable[[dict[str, Any]], nn.Module]
@@ -61,9 +62,6 @@ def pull_init(
         token: None: the one of the environment or of `hf auth login`.
         endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
 
-    Returns:
-        The initialisation, whose ``source`` is ``repo_id@commit``.
-
     Raises:
         HubError: if the repository or revision cannot be read, or the network is off and the cache incomplete.
         ArtifactError: if anything in it is not as the manifest says.
@@ -77,7 +75,7 @@ def pull_init(
     if local_dir is not None and any(Path(local_dir).glob("*")):
         raise ConfigError(f"{local_dir} holds something already. Name a new folder.")
     offline = local_files_only or is_offline_mode()
-    api = make_api(token=token, endpoint=endpoint)
+    api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     fetch = functools.partial(api.snapshot_download, repo_id, cache_dir=cache_dir, local_files_only=offline)
     doing = f"Pulling {repo_id}{f'@{revision}' if revision else ''}"
     with hub_errors(doing):
@@ -113,7 +111,7 @@ def _read_small(folder: Path) -> tuple[Path, Manifest, dict[str, Any]]:
 
 
 def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:
-    """Fetch files and read them; fetch them once more if the cache holds a damaged copy."""
+    """Fetch files and read them; once more if the cache holds a damaged copy."""
     try:
         return read(Path(fetch()))
     except ArtifactError:

@@ -20,7 +20,7 @@ from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_SHARD
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError
 from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, is_well_formed, render_page
-from lora_da_hf.hub.client import hub_errors, make_api
+from lora_da_hf.hub.client import hub_errors
 from lora_da_hf.hub.plots import draw_plots
 
 _NEUTRAL = (".gitattributes", ".gitignore", *LICENSE_FILES)
@@ -29,16 +29,7 @@ _NEUTRAL = (".gitattributes", ".gitignore", *LICENSE_FILES)
 
 @dataclass(frozen=True, kw_only=True)
 class PushedInit:
-    """Where an initialisation was published.
-
-    Attributes:
-        repo_id: Owner and name.
-        url: Of the commit, for a browser.
-        commit: Its hash.
-        pull_request_url: If a pull request was asked for.
-        changed: Whether there was anything to commit.
-        private: Whether the repository is private.
-    """
+    """Where an initialisation was published, as which commit, and whether there was anything to commit."""
 
     repo_id: str
     url: str
@@ -94,7 +85,7 @@ def push_init(
         raise ConfigError(f"repo_id={repo_id!r} cannot be the name of a repository. Give one such as user/name.")
     check_facts(facts)
     stored = load_init(folder)
-    api = make_api(token=token, endpoint=endpoint)
+    api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         base_id = base_id_of(stored.manifest.base_model, facts.get("base_model"))
@@ -106,7 +97,11 @@ def push_init(
         head = api.model_info(repo_id, revision=revision)
         names = {sibling.rfilename for sibling in head.siblings or ()}
         _check_visibility(head, private=private)
-        _check_ours(repo_id, names)
+        others = sorted(names - set(_NEUTRAL))
+        if others and MANIFEST_FILE not in names:
+            raise HubError(
+                f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another."
+            )
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)} | page
         stale = [name for name in names - set(files) if STATISTICS_SHARD.fullmatch(name) or name in PLOTS]
@@ -161,7 +156,7 @@ def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str
 
 
 def _licence_of_base(api: HfApi, stored: StoredInit, base_id: str | None) -> Mapping[str, str]:
-    """Return what the Hub says of the base model's licence: ``license``, ``license_name`` and ``license_link``."""
+    """Return the card's facts about the licence as the base model's own card has them."""
     recorded = stored.manifest.base_model
     if recorded.name_or_path and base_id_of(recorded) is None:
         _warn(f"The files call the base model {recorded.name_or_path!r}, by which nobody else finds it.")
@@ -185,18 +180,8 @@ def _warn(text: str) -> None:
 
 
 def _check_visibility(info: ModelInfo, *, private: bool, left: str = "") -> None:
-    if bool(info.private) == private:
-        return
-    found, wanted = ("public", "private=True") if private else ("private", "private=False (--public)")
-    raise HubError(
-        f"{info.id} is {found}, and you asked for {wanted}. Change that in its settings, or ask for {found}.{left}"
-    )
-
-
-def _check_ours(repo_id: str, names: set[str]) -> None:
-    """Refuse a repository that holds anything but an initialisation: a trained adapter, a model, or somebody's card."""
-    others = sorted(names - set(_NEUTRAL))
-    if others and MANIFEST_FILE not in names:
+    if bool(info.private) != private:
+        found, wanted = ("public", "private=True") if private else ("private", "private=False (--public)")
         raise HubError(
-            f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another one."
+            f"{info.id} is {found}, and you asked for {wanted}. Change that in its settings, or ask for {found}.{left}"
         )
