@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import add, add_dataclasses, new_folder, positive, read
+from lora_da_hf.cli.flags import add, add_dataclasses, add_model, check_new, positive, read
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
@@ -14,12 +14,9 @@ from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelA
 
 def init_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da init`."""
-    parser.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="a csv, json, jsonl, parquet or txt file, or a data set: a name on the Hub or a folder",
-    )
+    add_model(parser)
+    about = "a csv, json, jsonl, parquet or txt file, or a data set: a name on the Hub or a folder"
+    parser.add_argument("data", metavar="DATA", help=about)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the initialisation")
     add(parser, "overwrite", "replace an initialisation that is there")
     add(parser, "dataset_config_name", "configuration of a data set on the Hub", metavar="NAME")
@@ -30,7 +27,7 @@ def init_flags(parser: argparse.ArgumentParser) -> None:
 def run_init(arguments: argparse.Namespace, output: Output) -> None:
     """Compute an initialisation without a trainer."""
     text, settings = read(TextArguments, arguments), read(LoRADAArguments, arguments).to_config()
-    folder = new_folder(arguments.output, overwrite=arguments.overwrite)
+    check_new(arguments.output, overwrite=arguments.overwrite)
     lora = read(LoraArguments, arguments).to_peft()
 
     from accelerate import PartialState
@@ -41,7 +38,6 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.training.text_data import tokenize, used_columns
     from lora_da_hf.training.text_model import choose_block_size, load_model, with_adapter
 
-    output.hide_progress()
     output.message(f"Reading {arguments.data}")
     rows = _load_rows(arguments)
     output.message(f"Training on {' and '.join(used_columns('training', rows, text))}")
@@ -53,24 +49,23 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
         with_adapter(model, lora).to(PartialState().device),
         samples,
         config=settings,
-        output_dir=folder,
+        output_dir=arguments.output,
         progress=output.shows_progress,
     )
     if not PartialState().is_main_process:
         return
-    names = ("num_samples", "step_size", "unseen_loss_before", "unseen_loss_after")
+    names, folder = ("num_samples", "step_size", "unseen_loss_before", "unseen_loss_after"), str(arguments.output)
     values = {
-        "folder": str(folder),
+        "folder": folder,
         **{name: getattr(report, name) for name in names},
         "layers": len(report.layers),
         "kept": len(report.kept),
         "seconds": round(report.total_seconds, 3),
     }
-    output.result(values, bare=str(folder), text=f"{report}\n\nWritten to {folder}")
+    output.result(values, bare=folder, text=f"{report}\n\nWritten to {folder}")
 
 
 def _load_rows(arguments: argparse.Namespace) -> Any:
-    """Load the data: a file if it is one or is named like one, or else a data set."""
     from lora_da_hf.training.text_data import load_data_set, load_file
 
     data = Path(arguments.data)
@@ -85,7 +80,7 @@ def _load_rows(arguments: argparse.Namespace) -> Any:
 
 def plan_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da plan`."""
-    parser.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
+    add_model(parser)
     add(parser, "world_size", "processes that share the work", type=positive, default=1)
     add_dataclasses(parser, LoraArguments, ModelArguments, LoRADAArguments)
 
@@ -98,7 +93,6 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.cli.planning import counted, empty_model, usable_bytes, workload
     from lora_da_hf.pipeline.plan import gibibytes, make_plan
 
-    output.hide_progress()
     model = empty_model(arguments.model, loading, lora)
     scan = find_targets(model, has_values=False)
     plan = make_plan(

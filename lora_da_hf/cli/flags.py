@@ -24,14 +24,18 @@ def add_dataclasses(parser: argparse.ArgumentParser, *kinds: Any) -> None:
     """Add the flags that `transformers.HfArgumentParser` makes of dataclasses."""
     from transformers.hf_argparser import HfArgumentParser  # without torch
 
-    made = HfArgumentParser(kinds, add_help=False)
-    for action in made._actions:
+    for action in HfArgumentParser(kinds, add_help=False)._actions:
         parser._add_action(action)
 
 
 def read(kind: Any, arguments: argparse.Namespace) -> Any:
     """Make a dataclass of flags from what was parsed."""
     return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model, whose flags are those of `ModelArguments`."""
+    parser.add_argument("model", metavar="MODEL", help="causal language model: a name on the Hub or a local folder")
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +76,14 @@ def positive(text: str) -> int:
     return number
 
 
-positive.__name__ = "int"  # what argparse calls it
-
-
-def new_folder(path: Path, *, overwrite: bool) -> Path:
-    """Check that an initialisation may be written to a folder, all of whose content would be replaced.
-
-    Raises:
-        ConfigError: if there is something else there, or an initialisation that was not to be replaced.
-    """
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Check that an initialisation may be written to a folder, all of whose content would be replaced."""
     from lora_da_hf.artifacts.folders import check_replaceable
     from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 
     check_replaceable(path)
     if (path / MANIFEST_FILE).is_file() and not overwrite:
         raise ConfigError(f"{path} holds an initialisation already. Name a new folder, or give --overwrite.")
-    return path
 
 
 def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:
@@ -98,7 +94,6 @@ def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mappin
     from lora_da_hf.pipeline.base_model import remember_commit
     from lora_da_hf.training.text_model import naming_model
 
-    output.hide_progress()
     output.message(f"Loading {arguments.base_model}")
     task, noted = peft_config.get("task_type"), (peft_config.get("auto_mapping") or {}).get("base_model_class")
     kind = getattr(transformers, base_class_name(task if task or noted else "CAUSAL_LM", noted))

@@ -49,14 +49,7 @@ VERBS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The command line without the program's name; None: the process's own.
-
-    Returns:
-        The exit code: 0, or 1 if it failed. A command line that cannot be parsed leaves with 2, as argparse does.
-    """
+    """Run one command, and return its exit code. A command line that cannot be parsed leaves with 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # redirected output is UTF-8 on every system
             stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace")
@@ -77,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():  # a library's output is not a result
             if not debug:  # what a library plans to rename is of no use here
                 warnings.simplefilter("ignore", FutureWarning)
-                warnings.showwarning = _show_warning
+                warnings.showwarning = lambda message, *_, **__: print(
+                    printable(f"Warning: {message}"), file=sys.stderr
+                )
+            output.hide_progress()
             getattr(module, f"run_{verb.name}")(arguments, output)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -127,18 +123,10 @@ def make_parser(verb: Verb | None, module: Any) -> tuple[argparse.ArgumentParser
 
 
 def _not_known(words: list[str], flags: argparse.ArgumentParser) -> str:
-    """Say which words mean nothing, and what was probably meant by the first."""
     known = [option for action in flags._actions for option in action.option_strings]
-    flag = words[0].partition("=")[0]
-    close = difflib.get_close_matches(flag, known, n=1)
-    advice = f"Did you mean {close[0]}?" if close else f"`{flags.prog} --help` lists all."
-    if flag in known:
-        advice = f"Flags come behind the verb: {flags.prog} {flag}"
+    close = difflib.get_close_matches(words[0].partition("=")[0], known, n=1)
+    advice = f"Did you mean {flags.prog} {close[0]}?" if close else f"`{flags.prog} --help` lists all."
     return f"unrecognized arguments: {' '.join(words)}. {advice}"
-
-
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(printable(f"Warning: {message}"), file=sys.stderr)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -12,17 +12,10 @@ from lora_da_hf.errors import LoRADAError
 
 
 class Output:
-    """Prints in one of three forms, to what is stdout when it is made.
-
-    Args:
-        as_json: Print a result as one compact JSON object.
-        quiet: Print the bare value of a result, and no messages.
-    """
+    """Prints in one of three forms, to what is stdout when it is made."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        self.quiet = quiet
-        self._stdout = sys.stdout
+        self.as_json, self.quiet, self._stdout = as_json, quiet, sys.stdout
 
     @property
     def shows_progress(self) -> bool:
@@ -41,13 +34,7 @@ class Output:
             logging.disable_progress_bar()
 
     def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str) -> None:
-        """Print the result of a command.
-
-        Args:
-            values: For JSON.
-            bare: For `--quiet`: one value, or one for each line.
-            text: For people.
-        """
+        """Print the result of a command: ``values`` as JSON, ``bare`` for `--quiet`, ``text`` for people."""
         if self.as_json:
             shown = json.dumps(values, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         elif self.quiet:

@@ -28,13 +28,17 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
     """Publish a stored initialisation."""
     from lora_da_hf.hub import push_init
 
-    output.hide_progress()
-    names = ("create_pr", "revision", "parent_commit", "commit_message")
+    names, card = ("create_pr", "revision", "parent_commit", "commit_message"), None
+    if arguments.card is not None:
+        try:
+            card = arguments.card.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--card {arguments.card} cannot be read: {error}. Name a Markdown file.") from error
     pushed = push_init(
         arguments.folder,
         arguments.repo_id,
         private=not arguments.public,
-        card=_read_card(arguments.card) if arguments.card is not None else None,
+        card=card,
         **{name: getattr(arguments, name) for name in names},
         **card_of(arguments),
     )
@@ -44,13 +48,6 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         output.message("The repository holds these files already, so nothing was committed.")
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
     output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))
-
-
-def _read_card(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--card {file} cannot be read: {error}. Name a Markdown file in UTF-8.") from error
 
 
 def pull_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +64,6 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     """Fetch and check an initialisation."""
     from lora_da_hf.hub import pull_init
 
-    output.hide_progress()
     repo_id, at, behind = arguments.repo_id.partition("@")
     if at and arguments.revision is not None:
         raise ConfigError(f"{arguments.repo_id} and --revision both name a revision. Give one of them.")
@@ -97,15 +93,9 @@ def run_list(arguments: argparse.Namespace, output: Output) -> None:
     found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
     names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
     items = [{name: getattr(item, name) for name in names} for item in found]
+    seen = {True: "private", False: "public"}
     rows = [
-        [
-            each.repo_id,
-            (each.commit or "")[:12],
-            "private" if each.private else "public",
-            each.base_model or "",
-            str(each.rank or ""),
-        ]
-        for each in found
+        [e.repo_id, (e.commit or "")[:12], seen[bool(e.private)], e.base_model or "", str(e.rank or "")] for e in found
     ]
     text = "\n".join(in_columns(["repository", "commit", "", "base model", "rank"], rows)) if rows else "Nothing found."
     output.result({"initialisations": items}, bare=[each.repo_id for each in found], text=text)

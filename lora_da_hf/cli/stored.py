@@ -15,8 +15,8 @@ from lora_da_hf.cli.flags import (
     add_dataclasses,
     add_folder,
     card_of,
+    check_new,
     load_base,
-    new_folder,
     positive,
 )
 from lora_da_hf.cli.output import Output, aligned
@@ -88,15 +88,10 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         for note in check_base_model(manifest, base_model_facts(model)):
             output.message(f"Note: {note}.")
         against = f"it belongs to {arguments.base_model}"
-    values: dict[str, Any] = {
-        "ok": True,
-        "folder": str(arguments.folder),
-        "files": len(manifest.files),
-        "bytes": sum(entry.size for entry in manifest.files.values()),
-        "layers": len(manifest.layers),
-        "base_model_checked": arguments.base_model is not None,
-    }
-    text = f"OK: {values['files']} files, {values['bytes'] / 2**20:,.1f} MiB, {values['layers']} layers; {against}"
+    files, layers, size = len(manifest.files), len(manifest.layers), sum(file.size for file in manifest.files.values())
+    values = {"ok": True, "folder": str(arguments.folder), "files": files, "bytes": size, "layers": layers}
+    values["base_model_checked"] = arguments.base_model is not None
+    text = f"OK: {files} files, {size / 2**20:,.1f} MiB, {layers} layers; {against}"
     output.result(values, bare="ok", text=text)
 
 
@@ -161,14 +156,14 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.pipeline.refit import refit_init
 
-    folder = new_folder(arguments.output, overwrite=arguments.overwrite)
-    base = None
+    check_new(arguments.output, overwrite=arguments.overwrite)
+    base, folder = None, str(arguments.output)
     if arguments.base_model is not None:
         base = load_base(arguments, output, load_init(arguments.folder, statistics=False).peft_config)
     given = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items() if name.startswith(PREFIX)}
     refit_init(
         arguments.folder,
-        folder,
+        arguments.output,
         config={name: setting_of_flag(name, value) for name, value in given.items()} or None,
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
@@ -176,4 +171,4 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
         base_model=base,
         progress=output.shows_progress,
     )
-    output.result({"folder": str(folder)}, bare=str(folder), text=f"Written to {folder}")
+    output.result({"folder": folder}, bare=folder, text=f"Written to {folder}")

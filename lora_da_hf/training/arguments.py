@@ -22,11 +22,7 @@ def loader_of(path: str) -> str | None:
 
 
 def check_data_file(path: str) -> None:
-    """Check that a data file exists and is of a kind that can be read.
-
-    Raises:
-        DataError: if not.
-    """
+    """Raise a DataError if a data file does not exist or is not of a kind that can be read."""
     if loader_of(path) is None:
         raise DataError(
             f"{path} is not a data file: the name must end in {', '.join(LOADERS)}, or one of these and .gz."
@@ -50,11 +46,7 @@ class ModelArguments:
 
 @dataclass
 class TextArguments:
-    """How a row of data becomes a sample.
-
-    Raises:
-        ConfigError: if flags contradict each other.
-    """
+    """How a row of data becomes a sample."""
 
     block_size: int | None = setting(
         None,
@@ -89,11 +81,7 @@ class TextArguments:
 
 @dataclass
 class LoraArguments:
-    """The LoRA adapter.
-
-    Raises:
-        ConfigError: if a value is out of range, or all-linear is not the only target.
-    """
+    """The LoRA adapter."""
 
     lora_rank: int = setting(8, "Rank of the adapter.")
     lora_alpha: int = setting(16, "The adapter's output is multiplied by alpha / rank.")
@@ -105,11 +93,8 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        for flag in ("lora_rank", "lora_alpha"):
-            if getattr(self, flag) < 1:
-                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+        if self.lora_rank < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError("--lora_rank and --lora_alpha must be at least 1, --lora_dropout from 0 to below 1.")
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             raise ConfigError(f"--target_modules: {ALL_LINEAR} stands for all linear layers. Give it alone.")
 
@@ -131,11 +116,7 @@ class _ToConfig:
     """What the generated dataclass can do."""
 
     def to_config(self) -> LoRADAConfig:
-        """Return the settings.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Return the checked settings."""
         names = [entry.name for entry in dataclasses.fields(LoRADAConfig)]
         return LoRADAConfig(**{name: setting_of_flag(name, getattr(self, PREFIX + name)) for name in names})
 

@@ -5,33 +5,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lora_da_hf.adapters.initialized import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
-from lora_da_hf.artifacts.store import load_manifest
+from lora_da_hf.artifacts.store import StoredInit, load_manifest
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
-from lora_da_hf.errors import ArtifactError, ConfigError, DataError, UnsupportedSetupError
-from lora_da_hf.losses import input_device
+from lora_da_hf.errors import ArtifactError, ConfigError, DataError, HubError, UnsupportedSetupError
+from lora_da_hf.losses import base_model_of, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import has_positions, reads_once, samples_of_loader, with_columns_of
-from lora_da_hf.training.init_source import find_init, tag_with_init
 from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 from lora_da_hf.training.trainer_loss import as_in_training_alone, loss_of
 
 logger = logging.getLogger(__name__)
 
 START_FILE = "lora_da_init_from.json"
-"""The report of a run that started from a stored initialisation, in the trainer's output_dir."""
 
+_REPO = re.compile(r"\w[\w.-]*/[\w.-]+(@[^@\s]+)?")
 _OF_ONLINE_RL = "num_generations"
 _LOSSES_OF_THE_MODEL = ("nll", "dft")
 """TRL's names for the model's own loss, and for a surrogate of it whose value may rise as training goes on."""
@@ -40,26 +47,19 @@ _LOSSES_OF_THE_MODEL = ("nll", "dft")
 class LoRADACallback(TrainerCallback):
     """Initialises the LoRA adapter from the training data when training begins, before the first step.
 
-    It runs once for each model object: not on a resumed run, not on a second ``train()``, but again for a new
-    model from ``model_init``. The initialisation is written to ``output_dir/lora_da``.
+    It runs once for each model object, and not on a resumed run. The initialisation is written to
+    ``output_dir/lora_da``, and ``report`` says what it did.
 
-    With ``init_from`` the adapter starts from a stored initialisation without a pass over data, the report is
-    written to ``output_dir/lora_da_init_from.json``, and the model gets a tag ``lora_da_init:<repo@commit>``, which
-    Trainer, TRL and PEFT put on its card.
-
-    Trainers do not tell their callbacks who they are. ``callback.attach(trainer)``, in place of
-    ``callbacks=[callback]``, takes the trainer's own loss and sends the metrics to all of its loggers; without it the
-    loss is the one that the model returns.
-
-    Attributes:
-        report: What the last initialisation did; None before.
+    ``callback.attach(trainer)``, in place of ``callbacks=[callback]``, takes the trainer's own loss and sends the
+    metrics to all of its loggers; without it the loss is the one that the model returns.
 
     Args:
         config: The settings; None: ``LoRADAConfig()``.
         train_dataset: Where samples come from; None: the data set of the trainer's data loader.
         data_collator: Makes batches; None: the data loader's.
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
-        init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub.
+        init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub. The report
+            is then written to ``output_dir/lora_da_init_from.json``, and the model's cards cite the initialisation.
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
@@ -88,14 +88,7 @@ class LoRADACallback(TrainerCallback):
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> LoRADACallback:
-        """Join a trainer, and use its loss and its loggers.
-
-        Returns:
-            The callback.
-
-        Raises:
-            ConfigError: if the trainer has another `LoRADACallback`.
-        """
+        """Join a trainer, which may have no other `LoRADACallback`, and use its loss and its loggers."""
         others = [c for c in trainer.callback_handler.callbacks if isinstance(c, LoRADACallback) and c is not self]
         if others:
             raise ConfigError("The trainer has a LoRADACallback already. Give it one, with all its settings.")
@@ -105,29 +98,20 @@ class LoRADACallback(TrainerCallback):
         self._freeze(trainer.model)
         return self
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Freeze A, if that is asked for, before the trainer makes its optimizer."""
-        self._freeze(model)
+        self._freeze(kwargs.get("model"))
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
-        if model is None:
-            raise DataError("The trainer handed no model to its callbacks. Use initialize_lora_da before training.")
         refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
         frozen = {id(parameter) for parameter in self._freeze(model)}
@@ -144,7 +128,7 @@ class LoRADACallback(TrainerCallback):
         else:
             self.report = self._initialize(args, state, model, name, train_dataloader)
         if self.report is not None and self.report.init_from is not None:
-            tag_with_init(model, self.report.init_from)
+            _tag_with_init(model, self.report.init_from)
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
 
@@ -153,9 +137,8 @@ class LoRADACallback(TrainerCallback):
         return freeze_a(model, self.adapter_name) if self.config.freeze_a and model is not None else []
 
     def _initialize(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, name: str, train_dataloader: Any
+        self, args: TrainingArguments, state: TrainerState, model: Any, name: str, train_dataloader: Any
     ) -> LoRADAReport:
-        """Compute the initialisation, or start from the stored one."""
         if INIT_FOLDER in getattr(model, "peft_config", {}):
             raise ConfigError(
                 f"An adapter is called {INIT_FOLDER!r}, so the trainer would save it over the initialisation. Give "
@@ -176,8 +159,7 @@ class LoRADACallback(TrainerCallback):
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
             if self.init_from is None:
                 settings |= {"population_size": population_size, "seed": args.seed}
-        alone = contextlib.nullcontext() if self._trainer is None else as_in_training_alone(self._trainer)
-        with alone:
+        with contextlib.nullcontext() if self._trainer is None else as_in_training_alone(self._trainer):
             if self.init_from is None:
                 return initialize_lora_da(
                     model, samples, output_dir=Path(args.output_dir or ".") / INIT_FOLDER, **settings
@@ -189,24 +171,18 @@ class LoRADACallback(TrainerCallback):
             dataclasses.replace(report, artifact=None).save(start)  # no local path
         return report
 
-    def _data(
-        self, args: TrainingArguments, state: TrainerState, loader: Any
-    ) -> tuple[Any, RawCollate | None, int | None]:
+    def _data(self, args: TrainingArguments, state: TrainerState, loader: Any) -> tuple[Any, RawCollate | None, int]:
         """Return samples, collator and N: the size of the training set, or of what training draws from a stream."""
         if self.init_from is None and self.train_dataset is None and hasattr(args, _OF_ONLINE_RL):
             raise UnsupportedSetupError(
                 "This trainer makes its completions itself (GRPO, RLOO), so its data has no loss. Give "
                 "LoRADACallback a train_dataset of samples with labels and a data_collator, or init_from."
             )
-        samples, collator = samples_of_loader(loader) if loader is not None else (None, None)
-        population_size = None
-        if samples is not None:
-            total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            population_size = len(samples) if has_positions(samples) else max(1, state.max_steps * total)
+        samples, collator = samples_of_loader(loader)
+        total = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        population_size = len(samples) if has_positions(samples) else max(1, state.max_steps * total)
         if self.train_dataset is not None:
             samples = self.train_dataset if self.data_collator else with_columns_of(self.train_dataset, samples)
-        elif samples is None:
-            raise DataError("The trainer has no train_dataloader. Give LoRADACallback a train_dataset.")
         elif reads_once(samples):
             raise DataError(
                 "The training data is a stream that can be read only once: training would miss what the "
@@ -220,22 +196,18 @@ class LoRADACallback(TrainerCallback):
         if self._trainer is not None and not hasattr(args, _OF_ONLINE_RL):
             return loss_of(self._trainer)
         loss_type = getattr(args, "loss_type", _LOSSES_OF_THE_MODEL[0])  # of TRL
-        unseen = "label smoothing" if args.label_smoothing_factor else None
-        if loss_type not in _LOSSES_OF_THE_MODEL and not hasattr(args, _OF_ONLINE_RL):
-            unseen = f"loss_type {loss_type}"
-        if unseen:
+        is_own = loss_type not in _LOSSES_OF_THE_MODEL and not hasattr(args, _OF_ONLINE_RL)
+        if is_own or args.label_smoothing_factor:
+            unseen = f"loss_type {loss_type}" if is_own else "label smoothing"
             logger.warning(
-                "LoRA-DA uses the loss that the model returns, without %s. Call callback.attach(trainer) to use the "
-                "trainer's.",
-                unseen,
+                "LoRA-DA uses the model's loss, without %s. Call callback.attach(trainer) for yours.", unseen
             )
         return None
 
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:
-        """Say what was done: a line on the console, and the metrics in the log."""
         logger.info("%s", report)
         if state.is_local_process_zero:
-            tqdm.write(summary(report))
+            tqdm.write(_summary(report))
         if self._trainer is not None:
             self._trainer.log(report.metrics())
         else:
@@ -266,8 +238,7 @@ class LoRADACallback(TrainerCallback):
             )
 
 
-def summary(report: LoRADAReport) -> str:
-    """Say in one line what an initialisation did."""
+def _summary(report: LoRADAReport) -> str:
     name, before, after = "held-out", report.unseen_loss_before, report.unseen_loss_after
     if before is None:
         name, before, after = "search", report.search_loss_before, report.search_loss_after
@@ -290,3 +261,32 @@ def _unload_init(model: Any, name: str, output_dir: Path) -> None:
         model.delete_adapter(INIT_FOLDER)
         if (output_dir / ADAPTER_FILE).is_file():
             model.load_adapter(str(output_dir), name, is_trainable=True)
+
+
+def find_init(init_from: str | Path) -> Path | StoredInit:
+    """Return the folder of that name or, if there is none, what the Hub has under ``user/repo`` or with ``@revision``.
+
+    Raises:
+        ConfigError: if it is neither a folder nor the name of a repository.
+        HubError: if the repository cannot be fetched.
+    """
+    if Path(init_from).is_dir():
+        return Path(init_from)
+    if not isinstance(init_from, str) or not _REPO.fullmatch(init_from):
+        raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
+    repo_id, _, revision = init_from.partition("@")
+    from lora_da_hf.hub import pull_init  # needed for this alone
+
+    try:
+        return pull_init(repo_id, revision=revision or None, statistics=False)
+    except HubError as error:
+        raise HubError(f"{error} {init_from} is not a folder in {Path.cwd()} either.") from error
+
+
+def _tag_with_init(model: nn.Module, init_from: str) -> None:
+    """Tag a model, as transformers and PEFT put a model's tags on every card that they write for it."""
+    base: Any = base_model_of(model)
+    if isinstance(base, PreTrainedModel):
+        base.add_model_tags([f"lora_da_init:{init_from}"])
+    else:
+        logger.info("LoRA-DA: cards of a %s have no tags, so they will not cite %s", type(base).__name__, init_from)

@@ -13,13 +13,7 @@ from lora_da_hf.errors import UnsupportedSetupError
 
 
 def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
-    """Refuse runs in which statistics would be of parts, or the initialisation would be undone.
-
-    A process may see neither a part of a sample nor one of a layer's width: data parallelism alone is left.
-
-    Raises:
-        UnsupportedSetupError: naming the kind of parallelism; or under DeepSpeed in half precision without ZeRO.
-    """
+    """Refuse all but data parallelism, and DeepSpeed in half precision without ZeRO."""
     state: Any = AcceleratorState() if AcceleratorState._shared_state else None
     deepspeed: dict[str, Any] = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None) or {}
     if getattr(state, "distributed_type", None) == DistributedType.MEGATRON_LM:

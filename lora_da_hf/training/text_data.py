@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
-from pandas.errors import EmptyDataError
 from transformers import PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError
@@ -25,11 +23,7 @@ Rows = Dataset | IterableDataset
 
 
 def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
-    """Load one csv, json, jsonl, parquet or txt file, which may be compressed.
-
-    Raises:
-        DataError: if it is missing, cannot be read as what its name says, or holds no rows.
-    """
+    """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
     check_data_file(path)
     loader = loader_of(path) or ""
     options = {"keep_linebreaks": True} if loader == "text" else {}
@@ -39,33 +33,25 @@ def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> R
 def load_data_set(
     name: str, configuration: str | None, *, cache_dir: str | None, split: str | None = None, streaming: bool = False
 ) -> Any:
-    """Load a data set from the Hub or a folder, or one split of it.
-
-    Raises:
-        DataError: if it cannot be loaded, or holds no rows.
-    """
+    """Load a data set from the Hub or a folder, or one split of it."""
     source = str(Path(name).resolve()) if Path(name).is_dir() else name
     return _load(name, source, configuration, split=split, cache_dir=cache_dir, streaming=streaming)
 
 
 def _load(name: str, *source: Any, **options: Any) -> Any:
-    no_rows = f"{name} holds no rows. Give data with samples."
     try:
         rows: Any = load_dataset(*source, **options)
-        if options["split"]:
-            next(iter(rows))
-    except StopIteration as error:
-        raise DataError(no_rows) from error
-    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
+        is_empty = bool(options["split"]) and next(iter(rows), None) is None
+    except (StopIteration, DatasetsError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the operating system
             raise
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        if isinstance(cause, (SchemaInferenceError, EmptyDataError)) or "corresponds to no data" in str(error):
-            raise DataError(no_rows) from error
         raise DataError(
-            f"{name} cannot be loaded as data: {one_sentence(cause)} Check the name, the connection and the files; a "
-            "private or gated data set needs `hf auth login`."
+            f"{name} cannot be loaded as data, or holds no rows: {one_sentence(cause)} Check the name, the connection "
+            "and the files; a private or gated data set needs `hf auth login`."
         ) from error
+    if is_empty:
+        raise DataError(f"{name} holds no rows. Give data with samples.")
     return rows
 
 
@@ -101,11 +87,7 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
 
 
 def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
-    """Return the column that is read as plain text, or those of prompts and completions.
-
-    Raises:
-        DataError: if one is missing, or it is not clear which column is the text.
-    """
+    """Return the column that is read as plain text, or those of prompts and completions."""
     columns = _column_names(rows)
     shown = ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
     if not columns:

