@@ -95,12 +95,12 @@ class LoRADACallback(TrainerCallback):
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
-        self._freeze(trainer.model)
+        self.freeze(trainer.model)
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Freeze A, if that is asked for, before the trainer makes its optimizer."""
-        self._freeze(kwargs.get("model"))
+        self.freeze(kwargs.get("model"))
 
     def on_train_begin(
         self,
@@ -114,7 +114,7 @@ class LoRADACallback(TrainerCallback):
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
         refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
-        frozen = {id(parameter) for parameter in self._freeze(model)}
+        frozen = {id(parameter) for parameter in self.freeze(model)}
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
         if any(id(parameter) in frozen for group in groups for parameter in group["params"]):
             raise ConfigError(
@@ -132,7 +132,7 @@ class LoRADACallback(TrainerCallback):
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
 
-    def _freeze(self, model: Any) -> list[nn.Parameter]:
+    def freeze(self, model: Any) -> list[nn.Parameter]:
         """Freeze A, if that is asked for, and return what was not frozen before."""
         return freeze_a(model, self.adapter_name) if self.config.freeze_a and model is not None else []
 

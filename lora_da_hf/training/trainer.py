@@ -11,7 +11,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from lora_da_hf.adapters.initialized import freeze_a
 from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError
@@ -73,8 +72,7 @@ class LoRADATrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer as `Trainer` does, after freezing A, which PEFT's load of a checkpoint may have thawed."""
-        if self._lora_da.config.freeze_a:
-            freeze_a(self.model)
+        self._lora_da.freeze(self.model)
         return super().create_optimizer(*args, **kwargs)
 
     def _with_adapter(self, model: object) -> nn.Module:
