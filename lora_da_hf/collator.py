@@ -32,24 +32,14 @@ def _copied(sample: Any) -> Any:
 
 
 class DeviceCollator:
-    """A collator whose tensors are on a device, and that leaves the samples as they are.
-
-    Args:
-        collate: Makes a batch of a list of samples, which it may change in place: they are copied, with the lists and
-            mappings in them.
-        device: Where the tensors go.
-    """
+    """A collator whose tensors are on a device, and that leaves the samples as they are: it gets copies of them."""
 
     def __init__(self, collate: RawCollate, device: Any) -> None:
         self._collate = collate
         self._device = device
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """Make a batch.
-
-        Raises:
-            DataError: if it is not a mapping.
-        """
+        """Make a batch."""
         batch: Any = self._collate([_copied(sample) for sample in samples])
         if not isinstance(batch, Mapping):
             raise DataError(

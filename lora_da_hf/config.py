@@ -26,11 +26,7 @@ class Damping:
 
     @classmethod
     def parse(cls, value: float | str) -> Damping:
-        """Read ``1e-6``, ``"0.1*mean"`` or ``"0.1*median"``.
-
-        Raises:
-            ValueError: if the text has another form, or the amount is negative or not finite.
-        """
+        """Read ``1e-6``, ``"0.1*mean"`` or ``"0.1*median"``; anything else is a ValueError."""
         amount, star, reference = str(value).partition("*")
         reference = reference.strip() if star else "absolute"
         try:
@@ -97,9 +93,7 @@ def _first_error(error: ValidationError, names: Sequence[str]) -> str:
     if first["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(str(place[0]), names, n=1)
         return f"{place[0]!r} is not a setting." + (f" Do you mean {close[0]!r}?" if close else "")
-    texts = [
-        e["msg"].removeprefix("Value error, ").removeprefix("Input should ") for e in errors if e["loc"][:1] == place
-    ]
+    texts = [re.sub("^(Value error, |Input should )", "", e["msg"]) for e in errors if e["loc"][:1] == place]
     asked = " or ".join(texts).replace("greater than or equal to", "at least").replace("or be ", "or ")
     return f"{place[0]}={first['input']!r} must {asked}." if place else asked
 
@@ -110,11 +104,7 @@ class LoRADAConfig:
     """How LoRA adapters are initialised from data.
 
     ``LoRADAConfig()`` is this project's preset: damping relative to each factor, a line search over the step, and
-    rows of A at the norm that PEFT's default initialisation gives them. `LoRADAConfig.paper` is the preset of
-    the authors of arXiv 2510.24561.
-
-    Raises:
-        ConfigError: if a value is out of range, has the wrong type, or contradicts another one.
+    rows of A at the norm that PEFT's default initialisation gives them. A bad value is a ConfigError.
     """
 
     num_samples: Count = setting(256, "Samples for the statistics; all of them if you have fewer.")
@@ -229,13 +219,7 @@ class LoRADAConfig:
 
 
 def checked_config(config: object) -> LoRADAConfig:
-    """Return the settings; the default ones for None.
-
-    Raises:
-        ConfigError: if it is something else, such as a dict.
-    """
-    if config is None:
-        return LoRADAConfig()
-    if not isinstance(config, LoRADAConfig):
+    """Return the settings, the default ones for None; anything else, such as a dict, is a ConfigError."""
+    if config is not None and not isinstance(config, LoRADAConfig):
         raise ConfigError(f"The settings are a {type(config).__name__}. Give a LoRADAConfig.")
-    return config
+    return config or LoRADAConfig()

@@ -37,11 +37,7 @@ def base_model_of(model: nn.Module) -> Any:
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-    """Compute the loss that the model returns, divided by ``num_items`` if the model can do that.
-
-    Raises:
-        DataError: if the model returns no loss.
-    """
+    """Compute the loss that the model returns, divided by ``num_items`` if the model can do that."""
     extra = {} if num_items is None or not accepts_loss_kwargs(model) else {"num_items_in_batch": num_items}
     outputs: Any = model(**batch, **extra)
     if isinstance(outputs, Mapping):

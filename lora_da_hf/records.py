@@ -21,8 +21,6 @@ class LayerStatistics:
             labels that a sample has.
         weight_grad: ``[d_out, d_in]``, gradient of the training objective over the samples: the mean over their labels,
             or over samples, of the loss.
-        num_input_tokens: Tokens in the input mean.
-        num_output_tokens: Tokens in the output mean.
     """
 
     input_second_moment: Tensor
@@ -55,11 +53,7 @@ class LayerSolution:
             by a number for each layer (`in_unit`; `lora_da_hf.theory.layer_scales.divisors`).
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
-        input_damping: Damping that was added to the input second moment.
-        output_damping: Damping that was added to the output diagonal.
-        solver: Name of the eigensolver that gave the basis.
-        residual: Its residual, relative to the largest eigenvalue.
-        notes: What had to be done beyond the ordinary.
+        residual: That of the eigensolver, relative to the largest eigenvalue.
     """
 
     basis_A: Tensor

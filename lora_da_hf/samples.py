@@ -38,7 +38,6 @@ class SampleSplits:
         unseen: For nothing but the loss before and after.
         population_size: N, the number of samples that training draws from.
         indices: Position in the data set of each sample used, in the order statistics, search, unseen.
-        notes: What differs from what the config asks for.
     """
 
     statistics: list[Any]
@@ -55,13 +54,7 @@ def choose_samples(
     """Draw disjoint sets of samples for the statistics, the line search and the final check.
 
     The search and the unseen set get at most an eighth of the data each, and the search one sample in any case. With
-    fewer samples than asked, the statistics get the rest.
-
-    Args:
-        samples: A sequence or map-style data set, or a stream, which is read from its head.
-        config: How many, and how they are chosen.
-        seed: Of the random choice.
-        population_size: N; None: the length of ``samples``.
+    fewer samples than asked, the statistics get the rest. A stream is read from its head.
 
     Raises:
         DataError: if samples are missing or too few for a line search, or the population size is not known.
@@ -71,11 +64,10 @@ def choose_samples(
         raise DataError("samples is a mapping; give a list of samples, each a mapping of its own.")
     if has_positions(samples):
         indexable: Any = samples
-        length = len(samples)
-        population_size = population_size or length
-        indices = random.Random(seed).sample(range(length), min(wanted, length))
+        data_size = len(samples)
+        population_size = population_size or data_size
+        indices = random.Random(seed).sample(range(data_size), min(wanted, data_size))
         drawn = [indexable[index] for index in indices]
-        data_size = length
     elif isinstance(samples, Iterable):
         drawn = list(itertools.islice(iter(samples), wanted))
         indices = list(range(len(drawn)))
@@ -94,12 +86,7 @@ def choose_samples(
 
 
 def with_columns_of(samples: Any, others: Any) -> Any:
-    """Drop the columns that another data set lacks, if it has a part of the same ones: a trainer drops some of its own.
-
-    Args:
-        samples: A data set; anything without columns stays as it is.
-        others: What a trainer trains on, without the columns that its model does not take.
-    """
+    """Drop the columns that another data set lacks, if it has a part of the same: a trainer drops some of its own."""
     columns, kept = (getattr(one, "column_names", None) for one in (samples, others))
     if not isinstance(columns, list) or not isinstance(kept, list) or not set(kept) < set(columns):
         return samples
@@ -116,7 +103,6 @@ def _split(
     drawn: list[Any], indices: list[int], config: LoRADAConfig, population_size: int, data_size: int
 ) -> SampleSplits:
     available = len(drawn)
-    notes = []
     search = unseen = 0
     if config.searches_step:
         if available < 2:
@@ -129,16 +115,15 @@ def _split(
     elif available > config.num_samples:
         unseen = min(config.search_samples, available - config.num_samples)
     statistics = min(config.num_samples, available - search - unseen)
-    if statistics < config.num_samples:
-        notes.append(f"{statistics} samples for the statistics instead of {config.num_samples}: there are {available}")
-    ends = [statistics, statistics + search, statistics + search + unseen]
+    note = f"{statistics} samples for the statistics instead of {config.num_samples}: there are {available}"
+    end = statistics + search + unseen
     return SampleSplits(
-        statistics=drawn[: ends[0]],
-        search=drawn[ends[0] : ends[1]],
-        unseen=drawn[ends[1] : ends[2]],
+        statistics=drawn[:statistics],
+        search=drawn[statistics : statistics + search],
+        unseen=drawn[statistics + search : end],
         population_size=population_size,
-        indices=tuple(indices[: ends[2]]),
-        notes=tuple(notes),
+        indices=tuple(indices[:end]),
+        notes=(note,) if statistics < config.num_samples else (),
     )
 
 
@@ -210,13 +195,9 @@ class _Rows:
 
 
 def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
-    """Collate samples of token lists by padding on the right.
+    """Collate samples of token lists by padding on the right, labels with -100 and everything else with 0.
 
-    Labels are padded with -100 and everything else with 0. Samples without an attention mask get one, of
-    ``input_ids`` with one dimension.
-
-    Args:
-        samples: Mappings of equal keys to numbers, lists of numbers or tensors.
+    Samples without an attention mask get one, of ``input_ids`` with one dimension.
 
     Raises:
         DataError: if a sample is not a mapping of numbers, or has a dimension for the batch.
@@ -239,20 +220,16 @@ def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
         values = [row[name] for row in rows]
         if values[0].dim() == 0 or all(v.shape == values[0].shape for v in values):
             batch[name] = torch.stack(values)
-        else:
-            padding = IGNORED_LABEL if "labels" in name else 0
-            batch[name] = _padded(name, values, padding)
+            continue
+        if any(value.shape[1:] != values[0].shape[1:] for value in values):
+            shapes = ", ".join(str(list(value.shape)) for value in values[:3])
+            raise DataError(
+                f"The samples' {name!r} differ in more than their length ({shapes}), and cannot be padded to one "
+                "batch. Give a data_collator that can."
+            )
+        padding = IGNORED_LABEL if "labels" in name else 0
+        batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     return batch
-
-
-def _padded(name: str, values: list[Tensor], padding: int) -> Tensor:
-    if any(value.shape[1:] != values[0].shape[1:] for value in values):
-        shapes = ", ".join(str(list(value.shape)) for value in values[:3])
-        raise DataError(
-            f"The samples' {name!r} differ in more than their length ({shapes}), and cannot be padded to one batch. "
-            "Give a data_collator that can."
-        )
-    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
 
 
 def _tensors(sample: Any) -> dict[str, Tensor]:
