@@ -39,18 +39,14 @@ MEMORY = 'must be a number of bytes, or text such as "8GiB" or "500MB".'
     [
         ("num_samples", 0, "must be at least 1."),
         ("num_samples", 2.5, "must be a valid integer."),
-        ("num_samples", "8", "must be a valid integer."),
         ("num_samples", True, "must be a valid integer."),
         ("batch_size", 0, "must be at least 1."),
-        ("max_rank", -1, "must be at least 1."),
         ("search_samples", -1, "must be at least 0."),
         ("variance_weight", -1.0, "must be at least 0."),
         ("variance_weight", math.nan, "must be a finite number."),
-        ("variance_weight", "1", "must be a valid number."),
         ("stable_gamma", 0.0, "must be greater than 0."),
         ("freeze_a", 1, "must be a valid boolean."),
         ("token_mask", "prompt", "must be 'attention' or 'labels'."),
-        ("factor_split", None, "must be 'default_norm', 'orthonormal' or 'balanced'."),
         *(("step_size", v, 'must be a positive number, "line_search" or None.') for v in (0.0, -1, math.nan, "auto")),
         ("step_size", True, "must be a valid number or a valid string."),
         *(

@@ -82,6 +82,15 @@ def label_smoothing(model, batch, num_items):
     return functional.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=0.1)
 
 
+def fused(model, batch, num_items):
+    """A loss that goes around the model's output layer, as fused ones do."""
+    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    logits = functional.linear(hidden, model.lm_head.weight)
+    targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+    return loss / ((targets != -100).sum() if num_items is None else num_items)
+
+
 def root_of_mean(model, batch, num_items):
     return sample_mean(model, batch, num_items).sqrt()
 
@@ -91,13 +100,12 @@ def root_of_mean(model, batch, num_items):
     [
         (model_loss, "auto", 4, "sum"),
         (honest_sum, "auto", 4, "sum"),
+        (fused, "auto", 4, "sum"),
         (token_mean, "auto", 4, "token_mean"),
         (sample_mean, "auto", 4, "sample_mean"),
         (label_smoothing, "auto", 4, "token_mean"),
         (root_of_mean, "auto", 1, "unknown"),
         (token_mean, "token_mean", 4, "token_mean"),
-        (label_smoothing, "token_mean", 4, "token_mean"),
-        (sample_mean, "sample_mean", 4, "sample_mean"),
     ],
 )
 def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
@@ -110,24 +118,6 @@ def test_every_kind_of_loss_gives_the_gradients_of_single_samples(
     assert found.result.notes == ([note] if kind == "unknown" else [])
     mean_of = "labels" if kind in ("sum", "token_mean") else "samples"
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=loss, mean_of=mean_of))
-
-
-def fused(model, batch, num_items):
-    """A loss that goes around the model's output layer, as fused ones do."""
-    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    logits = functional.linear(hidden, model.lm_head.weight)
-    targets = functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    loss = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
-    return loss / ((targets != -100).sum() if num_items is None else num_items)
-
-
-def test_a_loss_that_goes_around_the_head_runs_in_batches(
-    tiny_llama, token_samples, collected, stacked, assert_equal_statistics
-):
-    model, samples = tiny_llama(), token_samples(5)
-    found = collected(model, samples, batch_size=3, compute_loss=fused)
-    assert (found.result.batch_size, found.result.notes) == (3, [])
-    assert_equal_statistics(found.statistics, stacked(model, samples))
 
 
 def test_a_pass_starts_over_where_a_later_batch_does_not_tell_what_its_loss_is(
@@ -154,8 +144,8 @@ def test_a_pass_starts_over_where_a_later_batch_does_not_tell_what_its_loss_is(
     ]
 
 
-class FlatHead(nn.Module):
-    """A model that forgets which row is whose before it makes the logits."""
+class FlatLayers(nn.Module):
+    """A model that drops padding before its layers, so that rows cannot be matched to tokens."""
 
     def __init__(self):
         super().__init__()
@@ -168,20 +158,6 @@ class FlatHead(nn.Module):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def forward(self, input_ids, labels, attention_mask=None, num_items_in_batch=None):
-        logits = self.lm_head(self.first(self.embed(input_ids)).reshape(-1, 6))
-        targets = functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-        loss = functional.cross_entropy(logits, targets, reduction="sum")
-        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-def own_loss(model, batch, num_items):
-    return model(**batch, num_items_in_batch=num_items)
-
-
-class FlatLayers(FlatHead):
-    """A model that drops padding before its layers, so that rows cannot be matched to tokens."""
-
     def forward(self, input_ids, labels, attention_mask, num_items_in_batch=None):
         kept = attention_mask.bool()
         hidden = self.embed(input_ids).new_zeros(*input_ids.shape, 6)
@@ -192,26 +168,22 @@ class FlatLayers(FlatHead):
         return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def test_a_model_that_mixes_samples_is_run_one_at_a_time(token_samples, collected, stacked, assert_equal_statistics):
+def own_loss(model, batch, num_items):
+    return model(**batch, num_items_in_batch=num_items)
+
+
+@pytest.mark.parametrize("collate", [pad_samples, pad_far])
+def test_a_model_that_mixes_samples_is_run_one_at_a_time(
+    token_samples, collected, stacked, assert_equal_statistics, collate
+):
     model, samples = FlatLayers(), token_samples(6)
-    found = collected(model, samples, batch_size=3, compute_loss=own_loss)
+    found = collected(model, samples, batch_size=3, compute_loss=own_loss, collate=collate)
     assert found.reduction.kind == "sum"
     assert found.result.batch_size == 1
     (note,) = found.result.notes
     assert note.startswith("run one sample at a time: ")
     assert re.search(r"the rows of first, \[\d+\], do not match the token mask \[3, \d+\]", note)
     assert_equal_statistics(found.statistics, stacked(model, samples, compute_loss=own_loss))
-
-
-def test_a_model_that_drops_the_padding_of_single_samples_counts_the_rest(
-    token_samples, collected, stacked, assert_equal_statistics
-):
-    samples = token_samples(3)
-    found = collected(FlatLayers(), samples, batch_size=2, collate=pad_far, compute_loss=own_loss)
-    assert found.result.batch_size == 1
-    expected = stacked(FlatLayers(), samples, compute_loss=own_loss)["first"]
-    assert found.statistics["first"].num_input_tokens == sum(len(sample["input_ids"]) for sample in samples)
-    assert_equal_statistics({"first": found.statistics["first"]}, {"first": expected})
 
 
 def tiny_t5():

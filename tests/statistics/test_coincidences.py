@@ -71,26 +71,6 @@ def qwen2_vl():
     )
 
 
-def qwen3_vl():
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
-    return tf.Qwen3VLForConditionalGeneration(
-        tf.Qwen3VLConfig(
-            text_config={**TEXT, **MROPE, "head_dim": 8},
-            vision_config={
-                **vision,
-                "out_hidden_size": 32,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
-                "initializer_range": 0.2,
-            },
-            image_token_id=IMAGE,
-            video_token_id=62,
-            vision_start_token_id=START,
-            vision_end_token_id=63,
-        )
-    )
-
-
 def pictured(count):
     """Make samples of one image, of 16 patches and four tokens, and a text: 11 to 16 tokens together."""
     generator = random.Random(0)
@@ -119,7 +99,6 @@ def join_images(samples):
 CASES = {
     "VisionEncoderDecoder": (vision_encoder_decoder, captions, pad_samples, ["query", "key", "value"]),
     "Qwen2-VL": (qwen2_vl, pictured, join_images, ["q_proj", "v_proj", "qkv", "proj", "fc1", "fc2"]),
-    "Qwen3-VL": (qwen3_vl, pictured, join_images, ["q_proj", "v_proj", "qkv", "proj", "linear_fc1", "linear_fc2"]),
 }
 
 

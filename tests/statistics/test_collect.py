@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from lora_da_hf.errors import DataError, NonFiniteError
+from lora_da_hf.errors import DataError
 from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import Lockstep, check_lengths
@@ -128,15 +128,6 @@ def test_batches_that_only_keep_the_processes_in_step_do_not_count(tiny_llama, t
         assert tap.backward_calls == expected.result.taps.taps[name].backward_calls
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_loss_that_is_not_finite_stops_the_pass(tiny_llama, token_samples, collected, value):
-    def bad(model, batch, num_items):
-        return model_loss(model, batch, num_items) * value
-
-    with pytest.raises(NonFiniteError, match=r"The loss of a batch is -?(nan|inf)\. Check the samples"):
-        collected(tiny_llama(), token_samples(3), compute_loss=bad)
-
-
 def test_a_sample_that_is_too_long_is_an_error_that_gives_both_lengths(token_samples):
     samples = token_samples(3, min_length=9, max_length=9)
     check_lengths(samples, pad_samples, 9)
@@ -195,7 +186,6 @@ A_MEAN = "measured: the mean of its samples' losses"
         (toy(0, 0, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
         (toy(NAN, NAN, 0.7), pair(), "batch", "measured: samples have a loss together and none alone"),
         (toy(1, 3, 5), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
-        (toy(1, 3, 4), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
         (toy(NAN, NAN, NAN), pair(), "unknown", "the loss of two samples is neither the sum nor a mean of theirs"),
     ],
 )
@@ -269,7 +259,6 @@ def test_a_half_precision_model_is_measured_with_more_tolerance():
     [
         ("sum", [2, 4], 6, 1.0),
         ("token_mean", [2, 4], 6, 6.0),
-        ("token_mean", [0, 4], 4, 4.0),
         ("sample_mean", [2, 4], 2, 2.0),
         ("batch", [2, 4], 2, 2.0),
         ("even_mean", [3, 3], 2, 2.0),

@@ -5,24 +5,12 @@ import functools
 
 import pytest
 import torch
-from harness import (
-    chosen,
-    make_args,
-    make_config,
-    make_lora_config,
-    pad_left,
-)
+from harness import make_args, make_config, make_lora_config, pad_left
 from torch.nn.functional import cross_entropy
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lora_da_hf import LoRADATrainer, initialize_lora_da
 from lora_da_hf.samples import pad_samples
-
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def make_gpt2():
@@ -56,13 +44,7 @@ def num_labels(samples):
 
 
 @pytest.mark.parametrize(
-    ("make", "batch_size", "collate"),
-    [
-        (None, 1, pad_samples),
-        (None, 4, pad_samples),
-        (None, 4, pad_left),
-        (make_gpt2, 4, pad_samples),
-    ],
+    ("make", "batch_size", "collate"), [(None, 1, pad_samples), (None, 4, pad_left), (make_gpt2, 4, pad_samples)]
 )
 @pytest.mark.parametrize("declared", ["auto", "token_mean"])
 def test_the_statistics_are_those_of_all_logits(
@@ -83,20 +65,6 @@ def test_the_statistics_are_those_of_all_logits(
         )
     assert sum(seen[batches[0] - 1 :]) == num_labels(samples)
     assert_equal_statistics(found.statistics, stacked(model, samples))
-
-
-# ---- the whole initialisation
-
-
-def initialize(model, folder=None, **arguments):
-    """Initialise; return the samples of the statistics, and the rows that the head was given in each pass."""
-    samples = alike_samples(20)
-    config = make_config(save_statistics=folder is not None, batch_size=4)
-    with rows_seen_by(model.get_base_model().get_output_embeddings()) as seen:
-        report = initialize_lora_da(
-            model, samples, config=config, data_collator=pad_samples, output_dir=folder, progress=False, **arguments
-        )
-    return chosen(samples, report.num_samples, 20), seen
 
 
 def of_labels(seen):
@@ -126,20 +94,12 @@ class OwnTerm(LlamaForCausalLM):
 def test_a_model_whose_loss_is_not_the_loss_function_s_gets_all_logits(tiny_llama, lora_model, kind):
     base = tiny_llama()
     base.__class__ = kind
-    _, seen = initialize(lora_model(model=base))
+    with rows_seen_by(base.lm_head) as seen:
+        initialize_lora_da(
+            lora_model(model=base), alike_samples(20), config=make_config(), data_collator=pad_samples, progress=False
+        )
     assert seen
     assert not of_labels(seen)
-
-
-def trainer_of(kind, model, folder, **args):
-    return kind(
-        model=model,
-        args=make_args(folder, **args),
-        train_dataset=alike_samples(20),
-        data_collator=pad_samples,
-        peft_config=make_lora_config(),
-        da_config=make_config(save_statistics=True, batch_size=4),
-    )
 
 
 class ReadsLogits(LoRADATrainer):
@@ -157,7 +117,14 @@ class ReadsLogits(LoRADATrainer):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_trainer_uses_it_unless_its_loss_may_read_the_logits(tiny_llama, tmp_path, kind, args, selects, replaced):
     model = tiny_llama()
-    trainer = trainer_of(kind, model, tmp_path, **args)
+    trainer = kind(
+        model=model,
+        args=make_args(tmp_path, **args),
+        train_dataset=alike_samples(20),
+        data_collator=pad_samples,
+        peft_config=make_lora_config(),
+        da_config=make_config(batch_size=4),
+    )
     if replaced:
         trainer.compute_loss, selects = functools.partial(trainer.compute_loss), False
     with rows_seen_by(model.lm_head) as seen:

@@ -89,7 +89,7 @@ def test_a_run_that_succeeds_leaves_nothing_behind(disturbed, token_samples, che
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", [1, 3, 18, 21, 25])
+@pytest.mark.parametrize("call", [1, 18, 25])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_that_fails_in_the_middle_leaves_nothing_behind(disturbed, token_samples, checkpointing, call, error):
     model = disturbed(checkpointing=checkpointing)

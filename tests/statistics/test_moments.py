@@ -38,21 +38,6 @@ def test_packing_and_unpacking_gives_the_matrix_back(width):
     assert torch.equal(unpack_upper(packed, width), matrix)
 
 
-NEWER_FLAGS = """
-import torch
-from lora_da_hf.statistics.moments import full_precision
-
-flags = [torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-{setting}
-before = [flag.fp32_precision for flag in flags]
-with full_precision("cpu"):
-    assert [flag.fp32_precision for flag in flags[1:]] == ["ieee", "ieee"]
-assert [flag.fp32_precision for flag in flags] == before
-torch.backends.fp32_precision = "ieee"
-assert ([flag.fp32_precision for flag in flags[1:]] == ["ieee", "ieee"]) == {follows}
-"""
-
-
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 def test_full_precision_is_on_inside_and_restored_even_after_an_error(before, float32_products):
     def check_and_fail():

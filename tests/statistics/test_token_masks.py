@@ -16,24 +16,12 @@ ATTENTION = [[1, 1, 1, 1], [1, 1, 1, 0]]
 LABELS = [[-100, -100, 3, 4], [5, 6, -100, -100]]
 
 
-def masks(tokens):
-    return [mask.int().tolist() for mask in tokens.masks]
-
-
-def test_labels_count_the_positions_whose_next_token_is_a_label():
-    tokens = read_batch_tokens(
-        batch(input_ids=IDS, attention_mask=ATTENTION, labels=LABELS), shifts_labels=True, token_mask="labels"
-    )
-    assert masks(tokens) == [[[0, 1, 1, 0], [1, 0, 0, 0]]]
+@pytest.mark.parametrize("more", [{}, {"shift_labels": [[-100, 3, 4, -100], [6, -100, -100, -100]]}])
+def test_labels_count_the_positions_whose_next_token_is_a_label_and_are_shifted_once(more):
+    values = batch(input_ids=IDS, attention_mask=ATTENTION, labels=LABELS, **more)
+    tokens = read_batch_tokens(values, shifts_labels=True, token_mask="labels")
+    assert [mask.int().tolist() for mask in tokens.masks] == [[[0, 1, 1, 0], [1, 0, 0, 0]]]
     assert tokens.label_counts.tolist() == [2, 1]  # the label in first place predicts nothing
-
-
-def test_labels_that_the_collator_shifted_are_not_shifted_again():
-    shifted = [[-100, 3, 4, -100], [6, -100, -100, -100]]
-    tokens = read_batch_tokens(
-        batch(input_ids=IDS, labels=LABELS, shift_labels=shifted), shifts_labels=True, token_mask="labels"
-    )
-    assert masks(tokens) == [[[0, 1, 1, 0], [1, 0, 0, 0]]]
 
 
 @pytest.mark.parametrize("tokens_count", [True, False])

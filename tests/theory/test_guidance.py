@@ -79,17 +79,6 @@ def test_on_a_wide_layer_krylov_converges_to_what_eigh_finds(problem, guidance_o
     assert objective(guidance, krylov.vectors) == pytest.approx(objective(guidance, exact.vectors), rel=1e-9)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 10])
-def test_without_variance_it_is_the_truncated_svd_of_the_displacement(problem, guidance_of, projector, rank):
-    guidance = guidance_of(problem(), variance_weight=0.0)
-    basis = lowest_subspace(guidance, rank).vectors
-    displacement = guidance.displacement.dense()
-    left, singular, right = torch.linalg.svd(displacement, full_matrices=False)
-    truncated = left[:, :rank] * singular[:rank] @ right[:rank]
-    torch.testing.assert_close(projector(basis), projector(right[:rank].mT), rtol=0, atol=1e-8)
-    torch.testing.assert_close(displacement @ projector(basis), truncated, rtol=0, atol=1e-9)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 9), weight=st.sampled_from(WEIGHTS))
 def test_no_random_frame_scores_lower(problem, guidance_of, seed, rank, weight):
