@@ -8,13 +8,13 @@ SOLVE_SETTINGS = (
     "layer_steps",
     "max_rank",
 )
-"""Settings of the solve, which full statistics allow to change."""
+"""Full statistics allow to change these."""
 
 WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
-"""Settings of what becomes of the solution, which the basis alone allows to change."""
+"""The basis alone allows to change these."""
 
 SEARCH_SETTINGS = ("search_samples", "batch_size", "loss_reduction")
-"""Settings of a search of the step, for which data is needed and no statistics."""
+"""For these, data is needed and no statistics."""
 
 PASS_SETTINGS = ("memory_budget",)
 """How a machine makes a pass over data, which changes nothing that it finds."""

@@ -37,7 +37,7 @@ _TOKENS = Annotated[list[int], Field(max_length=500_000)]
 
 
 class _AutoMapping(BaseModel):
-    """The class that PEFT notes for an adapter without a task type, which it imports."""
+    """The class that PEFT notes for an adapter without a task type, and imports."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     base_model_class: _CLASS | None = None
@@ -75,18 +75,18 @@ class _Config(BaseModel):
 
 
 def holder_of(name: str) -> str:
-    """Return the name under which PEFT stores a layer: an expert's factors lie in those of all experts."""
+    """Return the name under which PEFT stores a layer, without the number of an expert."""
     return _EXPERT.sub("", name)
 
 
 def expert_of(name: str) -> int | None:
-    """Return the number of the expert whose name it is; None if it is another layer."""
+    """Return the number of the expert whose name it is, if it is one."""
     found = _EXPERT.search(name)
     return None if found is None else int(found[1])
 
 
 def is_saved(config: Mapping[str, Any], name: str) -> bool:
-    """Tell whether PEFT trains a module in full: if its name ends with one to save, at a dot or not, or lies in one."""
+    """Tell whether PEFT trains a module in full: its name ends with one to save, at a dot or not, or lies in one."""
     saved: Collection[str] = config.get("modules_to_save") or ()
     return any(name.endswith(part) or f".{part}." in f".{name}." for part in saved)
 
@@ -101,10 +101,7 @@ def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:
 
 
 def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names by which PEFT looks up the rank of each layer: its own, or those of its experts' parameters.
-
-    Which of its module's parameters an expert belongs to, its name does not tell.
-    """
+    """Return what PEFT may look up the rank of each layer by: its name, or those of its experts' parameters."""
     targets: set[str] = set(config.get("target_modules") or ())
     parameters: dict[str, list[str]] = {}
     for target in config.get("target_parameters") or ():
@@ -127,7 +124,7 @@ def _ends_of(name: str) -> Iterator[str]:
 
 
 def _exactly(name: str) -> str:
-    """Return the pattern that PEFT matches with this layer alone."""
+    """Return the pattern that matches this layer alone."""
     return "^" + re.escape(name)
 
 
@@ -142,30 +139,24 @@ def alpha_divisor(config: Mapping[str, Any], rank: int) -> float:
 
 
 def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
-    """Return the configuration for other ranks, at one scaling of all layers.
+    """Return the configuration for other ranks (by the names of `pattern_names`), at one scaling of all layers.
 
     `r` is the largest rank, so that ``lora_alpha`` and `r` alone tell the scaling to those who read no patterns.
-
-    Args:
-        config: What to start from.
-        ranks: By the names of `pattern_names`.
-        scaling: What PEFT is to multiply ``B A`` with.
     """
+
+    def alpha_for(rank: int) -> float:  # an integer, as PEFT has it, but for rounding
+        alpha = scaling * alpha_divisor(config, rank)
+        return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
     largest = max(ranks.values())
     smaller = {_exactly(name): rank for name, rank in ranks.items() if rank != largest}
     return {
         **config,
         "r": largest,
-        "lora_alpha": _alpha_for(config, largest, scaling),
+        "lora_alpha": alpha_for(largest),
         "rank_pattern": smaller,
-        "alpha_pattern": {key: _alpha_for(config, rank, scaling) for key, rank in smaller.items()},
+        "alpha_pattern": {key: alpha_for(rank) for key, rank in smaller.items()},
     }
-
-
-def _alpha_for(config: Mapping[str, Any], rank: int, scaling: float) -> float:
-    """Return PEFT's alpha for a scaling: an integer, as PEFT has it, but for rounding."""
-    alpha = scaling * alpha_divisor(config, rank)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def config_to_store(
@@ -177,8 +168,8 @@ def config_to_store(
         saved: What PEFT saved.
         base: The base model.
         modules: The modules that PEFT adapts.
-        ranks: Of all that it adapts, by the names of `pattern_names`.
-        scaling: Of all of them.
+        ranks: As in `with_ranks`.
+        scaling: As in `with_ranks`.
     """
     config = {key: value for key, value in saved.items() if key in _Config.model_fields}
     targets: Any = config.get("target_modules")
@@ -212,14 +203,7 @@ def refuse_unstorable(config: LoraConfig) -> None:
 
 
 def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Verify ``adapter_config.json``: each key is one that is written, as the manifest has it, or has PEFT's default.
-
-    Args:
-        path: The file, whose hash was compared already.
-        manifest: Of its folder.
-
-    Returns:
-        Its values.
+    """Read ``adapter_config.json``: each key is one that is written, as the manifest has it, or has PEFT's default.
 
     Raises:
         ArtifactError: naming the file and the key.
@@ -269,9 +253,7 @@ def _problem(config: dict[str, Any], manifest: Manifest) -> str | None:
     for name, layer in layers.items():
         found = [rank_of(config, key) for key in names[name]]
         if layer.rank not in found:
-            return (
-                f"target_modules and rank_pattern give {name} {found or 'no rank'}, and the manifest says {layer.rank}"
-            )
+            return f"target_modules, rank_pattern give {name} {found or 'no rank'}, and the manifest says {layer.rank}"
         if not math.isclose(layer.peft_scaling, scaling, rel_tol=1e-9):
             return f"lora_alpha gives {name} the scaling {scaling:.6g}, and the manifest says {layer.peft_scaling:.6g}"
         if is_saved(config, name):

@@ -31,15 +31,9 @@ def factor_key(name: str, factor: str) -> str:
 
 
 def stored_factor(tensors: Mapping[str, Tensor], name: str, factor: str, rank: int) -> Tensor | None:
-    """Return a layer's A or B out of the tensors of an adapter's file; None if it is not there.
+    """Return a layer's ``"A"`` or ``"B"`` out of the tensors of an adapter's file; None if it is not there.
 
     Of experts, PEFT stores all rows of one A together, and the columns of one B apart.
-
-    Args:
-        tensors: Of the file.
-        name: The layer.
-        factor: ``"A"`` or ``"B"``.
-        rank: Of the layer.
     """
     tensor, index = tensors.get(factor_key(name, factor)), expert_of(name)
     if tensor is None or index is None:
@@ -53,12 +47,6 @@ def check_adapter(path: Path, bases: Mapping[str, StoredBasis], config: dict[str
     """Verify that ``s B A`` of each layer is the step times the basis at its rank, and that nothing else is there.
 
     PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
-
-    Args:
-        path: The adapter's file.
-        bases: By layer.
-        config: The checked adapter config.
-        manifest: Of the folder.
 
     Raises:
         ArtifactError: naming the tensor.
@@ -113,10 +101,9 @@ def _is_named(key: str, layers: Collection[str], kept: Collection[str], config: 
         return False
     name = key.removeprefix(PEFT_PREFIX)
     ends = (*([MAGNITUDE] if config["use_dora"] else []), *([".lora_B.bias"] if config["lora_bias"] else []))
-    if any(name.endswith(end) and name.removesuffix(end) in kept for end in (*_FACTORS, *ends)):
-        return True
-    if any(name.endswith(end) and name.removesuffix(end) in layers for end in ends):
-        return True
+    for owners, allowed in ((kept, (*_FACTORS, *ends)), (layers, ends)):
+        if any(name.endswith(end) and name.removesuffix(end) in owners for end in allowed):
+            return True
     if ".lora_" in name:
         return False
     if name.endswith(_DELTA):

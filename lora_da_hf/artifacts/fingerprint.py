@@ -33,14 +33,7 @@ def config_facts(config: Any) -> dict[str, Any]:
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Hash a sample of up to 1,024 entries of each weight, rounded to bfloat16.
-
-    It is each ``n``th entry of a weight of ``1024 n`` entries and fewer than 1,024 more, of which the last ones are in
-    no sample. A bfloat16 copy of float32 weights has the same fingerprint. Weights that were trained on have another,
-    unless they changed by less than bfloat16 resolves in every entry sampled.
-
-    Args:
-        weights: Names and weights, in a fixed order.
+    """Hash 1,024 entries of each weight (or all), rounded to bfloat16, so that a bfloat16 copy has the same.
 
     Returns:
         A SHA-256, or None if a weight is quantised, so that its entries are not those of the original.

@@ -8,11 +8,19 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
-from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS, is_own_card
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REQUIRED_FILES, STATISTICS_SHARD
 from lora_da_hf.errors import ConfigError
 
+CARD_FILE = "README.md"
+TAGS = ("lora", "peft", "lora-da", "lora-init")
+SPECTRA_PLOT = "guidance_spectra.png"
+SEARCH_PLOT = "step_search.png"
+PLOTS = (SPECTRA_PLOT, SEARCH_PLOT)
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _LEFT_BY_TOOLS = (
     ".cache",
@@ -30,12 +38,19 @@ def may_lie_beside(path: Path) -> bool:
     return path.name in (CARD_FILE, ".git", *LICENSE_FILES, *_LEFT_BY_TOOLS) or path.suffix == ".png"
 
 
-def check_replaceable(folder: Path) -> None:
-    """Verify that nothing but an initialisation would be replaced at a folder.
+def is_own_card(text: bytes) -> bool:
+    """Tell whether a file is a card of an initialisation, by the tags in its metadata."""
+    block = REGEX_YAML_BLOCK.search(text.decode("utf-8", errors="replace"))
+    try:
+        metadata: Any = yaml.safe_load(block.group(2)) if block is not None else None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # such as a date that does not exist
+        return False
+    tags: Any = metadata.get("tags") if isinstance(metadata, dict) else None  # pyright: ignore[reportUnknownMemberType]
+    return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]
 
-    Raises:
-        ConfigError: naming what would be lost.
-    """
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder at which anything but an initialisation would be replaced."""
     if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{str(folder)!r} is not a folder for an initialisation. Name a new one.")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
@@ -52,11 +67,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Verify that `atomic_folder` can write a folder, before hours are spent on what goes into it.
-
-    Raises:
-        ConfigError: if it cannot.
-    """
+    """Refuse a folder that `atomic_folder` cannot write, before hours are spent on what goes into it."""
     target = folder.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +80,9 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Generator[Path]:
-    """Give a temporary folder that takes the place of ``folder`` if the block ends well; else nothing is left of it.
+    """Give a temporary folder that takes the place of ``folder``, or of what it links to, if the block ends well.
 
-    It lies beside it, under a name that a trainer does not upload. Behind a link, what it leads to is replaced.
+    It lies beside it, under a name that a trainer does not upload.
     """
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

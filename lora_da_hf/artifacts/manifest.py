@@ -46,14 +46,7 @@ class FileEntry(_Checked):
 
 
 class BaseModelFacts(_Checked):
-    """What a base model is recognised by.
-
-    Attributes:
-        name_or_path: On the Hub or on a disk; None: unknown.
-        revision: The commit on the Hub, if it is known.
-        config: Facts of its config (`lora_da_hf.artifacts.fingerprint.config_facts`).
-        weights_sha256: Fingerprint of its weights; None if they are quantised.
-    """
+    """What a base model is recognised by: its config, and the fingerprint of weights that are not quantised."""
 
     name_or_path: str | None = None
     revision: str | None = None
@@ -62,12 +55,7 @@ class BaseModelFacts(_Checked):
 
 
 class RefittedFrom(_Checked):
-    """Where a refitted initialisation comes from.
-
-    Attributes:
-        manifest: ``sha256:`` and the hash of the manifest that it was made from.
-        changed: Settings of the solve that changed after the step was found, with their values now.
-    """
+    """The digest of the manifest that it was made from, and the settings that changed after the step was found."""
 
     manifest: str
     changed: Annotated[dict[str, Setting], _Few] = {}
@@ -77,15 +65,10 @@ class Manifest(_Checked):
     """Everything of an initialisation that is not a tensor.
 
     Attributes:
-        schema_version: Version of this layout.
-        kind: Always ``"lora-da-init"``.
         created: When, in ISO 8601, UTC.
-        versions: Of the libraries.
-        base_model: The base that it was computed for.
         identity: What a later run must have in common with this one to use it; empty if it was refitted.
-        refitted_from: What it was refitted from; None: it was computed from data.
+        refitted_from: None if it was computed from data.
         files: By name, all files of the folder but the manifest.
-        report: What was done, layer by layer.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -100,13 +83,18 @@ class Manifest(_Checked):
 
     @cached_property
     def layers(self) -> dict[str, LayerReport]:
-        """The report's layers by name."""
+        """By name."""
         return {layer.name: layer for layer in self.report.layers}
 
     @cached_property
     def config(self) -> LoRADAConfig:
         """The settings."""
         return LoRADAConfig.from_dict(self.report.config)
+
+    @property
+    def statistics_files(self) -> list[str]:
+        """The names of the files of the full statistics, in order; none if they were not stored."""
+        return sorted(name for name in self.files if name.startswith(STATISTICS_PREFIX))
 
     @property
     def largest_rank(self) -> int:
@@ -126,11 +114,7 @@ class Manifest(_Checked):
 
 
 def parse_manifest(data: bytes, *, source: str) -> Manifest:
-    """Read and check a manifest.
-
-    Args:
-        data: JSON in UTF-8.
-        source: Where it comes from, for messages.
+    """Read and check a manifest; messages name its ``source``.
 
     Raises:
         ArtifactError: if it was changed, has another schema, or says something that cannot be.

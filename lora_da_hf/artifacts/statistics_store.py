@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lora_da_hf.artifacts.manifest import STATISTICS_PREFIX, Manifest
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.tensors import check_specs, finite, tensor_specs, write_tensors
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerStatistics
@@ -64,7 +64,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
     Raises:
         ArtifactError: if they were not stored, or are not finite.
     """
-    files = statistics_files(manifest)
+    files = manifest.statistics_files
     if not files:
         raise ArtifactError(
             f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
@@ -98,11 +98,6 @@ def input_groups_of(manifest: Manifest) -> dict[str, list[str]]:
     return input_groups({name: layer.shares_input_with for name, layer in manifest.layers.items()})
 
 
-def statistics_files(manifest: Manifest) -> list[str]:
-    """Return the names of the files that hold statistics, in order; none if they were not stored."""
-    return sorted(name for name in manifest.files if name.startswith(STATISTICS_PREFIX))
-
-
 def check_statistics(folder: Path, manifest: Manifest) -> None:
     """Verify keys, shapes and dtypes of the stored statistics, if there are any."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -111,9 +106,9 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
         shapes[f"{name}.{_OUTPUT}"] = (layer.out_features,)
         if layer.shares_input_with == name:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
-    for path in (folder / file for file in statistics_files(manifest)):
+    for path in (folder / file for file in manifest.statistics_files):
         found = tensor_specs(path, max_tensors=len(shapes))
         dtype = "F64" if any(dtype == "F64" for _, dtype in found.values()) else "F32"
         check_specs(path, found, {name: (shapes.pop(name, ()), dtype) for name in found})
-    if shapes and statistics_files(manifest):
+    if shapes and manifest.statistics_files:
         raise ArtifactError(f"{folder}: the statistics lack {min(shapes)!r}. Do not use it.")

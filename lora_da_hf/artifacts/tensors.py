@@ -20,11 +20,7 @@ _HEADER_BYTES_PER_TENSOR = 1 << 10
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors.
-
-    Raises:
-        ArtifactError: if the disk takes no more of them.
-    """
+    """Write safetensors, and say how much room they take if the disk has none."""
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -35,11 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
-    """Return what the header of a safetensors file announces.
-
-    Raises:
-        ArtifactError: if it is not a safetensors file, or announces more tensors than ``max_tensors``.
-    """
+    """Return what the header of a safetensors file announces, of at most ``max_tensors``."""
     limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors
     with path.open("rb") as file:
         if int.from_bytes(file.read(8), "little") > limit:
@@ -56,11 +48,7 @@ def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
 
 
 def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Args:
-        path: The file.
-        expected: Shape and dtype of each key; None: the header was checked.
+    """Read a safetensors file, whose header was checked if nothing is ``expected``.
 
     Raises:
         ArtifactError: if its keys, shapes or dtypes are others, or a value is not finite.
@@ -72,22 +60,14 @@ def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
 
 
 def finite(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a file.
-
-    Raises:
-        ArtifactError: if it holds NaN or infinity.
-    """
+    """Return a tensor of a file, unless it holds NaN or infinity."""
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
         raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
     return tensor
 
 
 def check_specs(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
-    """Verify that a file holds exactly the tensors that the manifest says.
-
-    Raises:
-        ArtifactError: naming the first that is missing, unknown or another one.
-    """
+    """Refuse a file whose tensors are not exactly those of the manifest, naming the first that differs."""
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             says, holds = expected.get(name, "not there"), found.get(name, "not there")

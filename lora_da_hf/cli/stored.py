@@ -34,7 +34,6 @@ def show_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_show(arguments: argparse.Namespace, output: Output) -> None:
     """Print what is in a stored initialisation."""
-    from lora_da_hf.artifacts.statistics_store import statistics_files
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.plots import draw_plots
     from lora_da_hf.report import kind_of
@@ -50,7 +49,7 @@ def run_show(arguments: argparse.Namespace, output: Output) -> None:
         "created": manifest.created,
         "max_rank": max(layer.max_rank for layer in report.layers),
         "modules": dict(modules),
-        "has_statistics": bool(statistics_files(manifest)),
+        "has_statistics": bool(manifest.statistics_files),
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "plots": written,
         **report.to_dict(),
@@ -107,7 +106,7 @@ def card_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation."""
-    from lora_da_hf.artifacts.card_files import CARD_FILE, is_own_card
+    from lora_da_hf.artifacts.folders import CARD_FILE, is_own_card
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import render_card, render_page
 

@@ -17,9 +17,9 @@ from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from typing_extensions import Unpack
 
-from lora_da_hf.artifacts.card_files import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.manifest import ADAPTER_FILE, STATISTICS_PREFIX, BaseModelFacts
+from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError, MissingDependencyError
 from lora_da_hf.hub.markdown import Markdown, code, escape, python_literal
@@ -120,7 +120,7 @@ def render_card(
             base_license=base_license,
             kinds=list(Counter(kind_of(layer.name) for layer in manifest.report.layers).items()),
             num_bytes=sum(entry.size for entry in manifest.files.values()),
-            has_statistics=any(name.startswith(STATISTICS_PREFIX) for name in manifest.files),
+            has_statistics=bool(manifest.statistics_files),
             auto_class=base_class_name(task, (adapter.get("auto_mapping") or {}).get("base_model_class")),
             num_labels=_num_labels(init.folder / ADAPTER_FILE),
             lora_arguments=_lora_arguments(adapter),

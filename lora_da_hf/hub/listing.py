@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 
-from lora_da_hf.artifacts.card_files import TAGS
+from lora_da_hf.artifacts.folders import TAGS
 from lora_da_hf.hub.client import hub_errors
 
 

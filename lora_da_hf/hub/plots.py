@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of

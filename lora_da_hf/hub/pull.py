@@ -17,7 +17,6 @@ from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
     MANIFEST_FILE,
-    STATISTICS_PREFIX,
     BaseModelFacts,
     Manifest,
 )
@@ -94,7 +93,7 @@ def pull_init(
     facts = base_model_facts(base_model) if isinstance(base_model, nn.Module) else base_model
     notes = () if facts is None else check_base_model(manifest, facts)
     with hub_errors(doing):
-        wanted = [name for name in manifest.files if statistics or not name.startswith(STATISTICS_PREFIX)]
+        wanted = sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))
         whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
         stored = _read(whole, functools.partial(load_init, statistics=statistics, alone=False), offline=offline)
         if local_dir is not None:

@@ -13,9 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import RepositoryNotFoundError
 from typing_extensions import Unpack
 
-from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.folders import LICENSE_FILES
+from lora_da_hf.artifacts.folders import CARD_FILE, LICENSE_FILES, PLOTS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_SHARD
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError

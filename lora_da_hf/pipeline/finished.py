@@ -19,7 +19,6 @@ from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.adapter_tensors import stored_factor
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
-from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
@@ -134,7 +133,7 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
         logger.warning("LoRA-DA: the initialisation in %s cannot be used and is replaced (%s)", folder, error)
         return None, ("an initialisation that was there before could not be used and was replaced",)
     differing = changes(stored.manifest.identity, identity)
-    has_statistics = bool(statistics_files(stored.manifest))
+    has_statistics = bool(stored.manifest.statistics_files)
     if job.config.save_statistics and not has_statistics:
         differing.append("save_statistics")
     if differing:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.adapter_config import alpha_divisor, expert_of
 from lora_da_hf.artifacts.folders import check_replaceable
-from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics, statistics_files
+from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
@@ -91,7 +91,13 @@ def refit_init(
     elif rank_budget is not None:
         ranks, note = _share_out(layers, rank_budget)
         notes.append(note)
-    _check_experts(ranks)
+    experts = [name for name in ranks if expert_of(name) is not None]
+    found = {ranks[name] for name in experts}
+    if len(found) > 1:
+        raise ConfigError(
+            f"The experts ({experts[0]} first) would get ranks {min(found)} to {max(found)}, and PEFT has one for all. "
+            "Give a rank that each can have, and no budget."
+        )
     step = None if new.step_size is None or new.searches_step else float(new.step_size)
     if new.searches_step:
         step, source = stored_step(stored.manifest, ranks)
@@ -113,7 +119,7 @@ def refit_init(
 def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in_place: bool) -> LoRADAConfig:
     """Return the settings of the new initialisation; in its own folder it keeps the statistics, which would be lost."""
     config = config_for_refit(stored.manifest, given)
-    has_statistics = bool(statistics_files(stored.manifest))
+    has_statistics = bool(stored.manifest.statistics_files)
     drops = isinstance(given, Mapping) and given.get("save_statistics") is False
     if config.save_statistics and not has_statistics:
         raise ArtifactError(f"{stored.folder} has no statistics to take along. Leave save_statistics out.")
@@ -177,14 +183,3 @@ def _share_out(layers: Mapping[str, LayerReport], budget: int) -> tuple[dict[str
     spent = num_adapter_parameters(ranks, widths)
     lowest, highest = min(ranks.values()), max(ranks.values())
     return ranks, f"ranks {lowest} to {highest}, which take {spent} of {budget} parameters"
-
-
-def _check_experts(ranks: Mapping[str, int]) -> None:
-    """Verify that all experts have one rank, as PEFT has it."""
-    experts = [name for name in ranks if expert_of(name) is not None]
-    found = {ranks[name] for name in experts}
-    if len(found) > 1:
-        raise ConfigError(
-            f"The experts ({experts[0]} first) would get ranks {min(found)} to {max(found)}, and PEFT has one for all. "
-            "Give a rank that each can have, and no budget."
-        )

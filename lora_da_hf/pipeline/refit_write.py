@@ -16,7 +16,6 @@ from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_o
 from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
 from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
-from lora_da_hf.artifacts.statistics_store import statistics_files
 from lora_da_hf.artifacts.store import StoredInit, write_init
 from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
 from lora_da_hf.config import LoRADAConfig
@@ -55,7 +54,7 @@ def write_refit(refit: Refit, output_dir: Path, base_model: nn.Module | None) ->
     changed = {**before, **{name: getattr(refit.config, name) for name in refit.changed}}
     peft_config = _new_peft_config(refit)
     tensors, norms = _new_tensors(refit, peft_config, base_model)
-    statistics = statistics_files(manifest) if refit.config.save_statistics else []
+    statistics = manifest.statistics_files if refit.config.save_statistics else []
 
     def save_adapter(path: Path) -> None:
         write_tensors(path / ADAPTER_FILE, tensors)

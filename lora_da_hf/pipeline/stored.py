@@ -76,10 +76,9 @@ def _allowed(
 def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
     """Choose the step for layers of any ranks from those that are stored, and say where it is from.
 
-    It is the stored one where all ranks are as stored, or where it was not searched. Otherwise it comes from the ladder
-    of searched steps, at the geometric mean of the ranks: between two rungs the logarithm of the step is interpolated
-    in the logarithm of the rank; beyond the ends the nearest rung counts, and beside a rung where no step helped it is
-    0. None: it follows from `stable_gamma` and the layer's scaling.
+    It is the stored one where all ranks are as stored, or where it was not searched. Otherwise it is interpolated in
+    the ladder of searched steps, at the geometric mean of the ranks and in logarithms of both; beyond the ends the
+    nearest rung counts, and beside a rung where no step helped it is 0. None: it follows from `stable_gamma`.
     """
     step, source = _stored_step(manifest, ranks)
     changed = manifest.refitted_from.changed if manifest.refitted_from else {}

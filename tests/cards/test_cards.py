@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lora_da_hf import LoRADAConfig
-from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.artifacts.manifest import RefittedFrom
 from lora_da_hf.errors import CardError
 from lora_da_hf.hub.cards import render_card, render_page

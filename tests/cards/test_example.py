@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.image import imread
 
-from lora_da_hf.artifacts.card_files import CARD_FILE, PLOTS
+from lora_da_hf.artifacts.folders import CARD_FILE, PLOTS
 from lora_da_hf.hub.cards import render_page
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

@@ -8,7 +8,7 @@ from card_facts import LAYERS, make_report
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lora_da_hf.artifacts.card_files import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots, draw_search, draw_spectra
 
