@@ -20,31 +20,29 @@ def checked_backward(targets: Sequence[Target]) -> Generator[None]:
 
     Kernels for inference have no backward, so every layer before them would get no gradient. Each such layer is run
     once more on its input, with gradients; plain linear layers are left alone.
-
-    Raises:
-        TargetError: in the forward pass, naming layer and kind.
     """
     with contextlib.ExitStack() as hooks:
         for target in targets:
-            if not _is_plain(target.base_layer):
-                hooks.enter_context(target.base_layer.register_forward_pre_hook(_check(target), with_kwargs=True))
+            layer: Any = target.base_layer
+            if type(layer) not in (nn.Linear, Conv1D) or type(layer.weight) is not nn.Parameter:
+                hooks.enter_context(layer.register_forward_pre_hook(_check(target), with_kwargs=True))
         yield
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter
 
 
 def _check(target: Target) -> Any:
     def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer_input = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if layer_input is None:
-            raise _unsupported(target, "is called without a tensor", "Exclude it from target_modules.")
+            raise _unsupported(target, "is called without a tensor", _EXCLUDE)
         with torch.enable_grad():
             leaf = layer_input.detach().requires_grad_(True)
             try:
                 output = layer.forward(leaf)
-                _check_output(target, output, (*leaf.shape[:-1], target.out_features))
+                if not isinstance(output, Tensor):
+                    what = f"returns a {type(output).__name__}, to which PEFT cannot add an adapter's output"
+                    raise _unsupported(target, what, _EXCLUDE)
+                if output.shape != (shape := (*leaf.shape[:-1], target.out_features)):
+                    raise _unsupported(target, f"returns {list(output.shape)} in place of {list(shape)}", _EXCLUDE)
                 gradient: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
             except (RuntimeError, NotImplementedError) as error:
                 raise _unsupported(target, f"cannot be differentiated ({error})", _OTHER_KERNEL) from error
@@ -54,15 +52,7 @@ def _check(target: Target) -> Any:
     return on_forward
 
 
-def _check_output(target: Target, output: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(output, Tensor):
-        what = f"returns a {type(output).__name__}, to which PEFT cannot add an adapter's output"
-        raise _unsupported(target, what, "Exclude it from target_modules.")
-    if output.shape != shape:
-        what = f"returns {list(output.shape)} in place of {list(shape)}"
-        raise _unsupported(target, what, "Exclude it from target_modules.")
-
-
+_EXCLUDE = "Exclude it from target_modules."
 _OTHER_KERNEL = (
     "Load the model in another quantisation or with a kernel for training, or exclude it from target_modules."
 )

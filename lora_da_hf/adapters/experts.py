@@ -15,11 +15,7 @@ from lora_da_hf.statistics.rows import RoutedTokens
 
 
 class ExpertLinear(nn.Module):
-    """One expert's slice of a parameter ``[experts, d_out, d_in]`` (or transposed), as a layer of its own.
-
-    Attributes:
-        routed_tokens: The tokens that the last call was given.
-    """
+    """One expert's slice of a parameter ``[experts, d_out, d_in]`` (or transposed), as a layer of its own."""
 
     def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
         super().__init__()
@@ -58,13 +54,6 @@ def why_not_apart(layer: ParamWrapper) -> str | None:
     if getattr(layer, "_did_swap_in_out_features", False) == base.is_transposed:  # older versions of PEFT
         return f"A of {what} is given by PEFT to the side of its outputs"
     return None
-
-
-def expert_factors(layer: ParamWrapper, adapter_name: str, index: int) -> tuple[Tensor, Tensor]:
-    """Return the views of A ``[r, d_in]`` and B ``[d_out, r]`` of one expert in what PEFT stores for all of them."""
-    factors: Any = layer
-    lora_A, lora_B = factors.lora_A[adapter_name].weight.data, factors.lora_B[adapter_name].weight.data
-    return slice_factors(lora_A, lora_B, rank=layer.r[adapter_name], index=index)
 
 
 def slice_factors(lora_A: Tensor, lora_B: Tensor, *, rank: int, index: int) -> tuple[Tensor, Tensor]:
@@ -109,16 +98,13 @@ def experts_apart(layers: Iterable[nn.Module]) -> Generator[None]:
 @contextlib.contextmanager
 def experts_skipped(model: nn.Module) -> Generator[None]:
     """Have experts return what they are fed: on the meta device no token can be sent to one of them."""
-    with _other_forwards({module: _as_fed for module in model.modules() if _holds_experts(module)}):
+
+    def as_fed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    holders = [module for module in model.modules() if hasattr(module, "num_experts")]
+    with _other_forwards({m: as_fed for m in holders if any(p.dim() == 3 for p in m.parameters(recurse=False))}):
         yield
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    return hasattr(module, "num_experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
-
-
-def _as_fed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
 
 
 @contextlib.contextmanager

@@ -40,13 +40,10 @@ _kept_frozen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made, for as long as the adapter lives.
+    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made, and return what was not frozen before.
 
     PEFT thaws all of an adapter that is switched on again, as losses do that look at the base model between
     (``disable_adapter``): each layer freezes its A again before it runs.
-
-    Returns:
-        The parameters that were not frozen before.
     """
     adapter_name = adapter_name or active_adapter_name(model)
     frozen: list[nn.Parameter] = []

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from lora_da_hf.adapters.experts import ExpertLinear, expert_factors, why_not_apart
+from lora_da_hf.adapters.experts import ExpertLinear, slice_factors, why_not_apart
 from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedSetupError
 
@@ -57,12 +57,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScan:
-    """What `find_targets` found.
-
-    Attributes:
-        targets: Layers that can be initialised, in the model's order.
-        kept: Layers that keep PEFT's own initialisation, each with the reason.
-    """
+    """Layers that can be initialised, in the model's order, and those that keep PEFT's start, with the reason."""
 
     targets: list[Target]
     kept: dict[str, str]
@@ -70,11 +65,7 @@ class TargetScan:
 
 
 def active_adapter_name(model: nn.Module) -> str:
-    """Return the name of the model's one active adapter.
-
-    Raises:
-        TargetError: unless exactly one is active.
-    """
+    """Return the name of the model's one active adapter; none or several are a TargetError."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         configs = getattr(model, "peft_config", {}).values()
@@ -213,7 +204,7 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
         )
     targets: list[Target] = []
     for index in range(layer.num_experts):
-        lora_A, lora_B = expert_factors(layer, adapter_name, index)
+        lora_A, lora_B = slice_factors(whole.lora_A.data, whole.lora_B.data, rank=whole.rank, index=index)
         base_layer = ExpertLinear(whole.base_layer, layer.parameter_name, index)
         named = f"{name}[{index}]"
         targets.append(dataclasses.replace(whole, name=named, base_layer=base_layer, lora_A=lora_A, lora_B=lora_B))
@@ -237,7 +228,7 @@ def _checked(target: Target, *, has_values: bool) -> Target:
         raise UnsupportedSetupError(
             f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
         )
-    if _is_packed(target.base_layer):
+    if getattr(getattr(weights["its weight"], "quant_state", None), "packing_format_for_cpu", False) is True:
         raise TargetError(
             f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
             "Load the model again, and initialise before any evaluation."
@@ -249,11 +240,6 @@ def _checked(target: Target, *, has_values: bool) -> Target:
     if target.layer.merged:
         raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
     return target
-
-
-def _is_packed(layer: nn.Module) -> bool:
-    state = getattr(getattr(layer, "weight", None), "quant_state", None)
-    return getattr(state, "packing_format_for_cpu", False) is True
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -268,11 +254,7 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 
 
 def check_fresh(targets: Sequence[Target]) -> None:
-    """Verify that an adapter is a fresh one. Under ZeRO-3 and FSDP2 all processes look at each layer together.
-
-    Raises:
-        AdapterAlreadyTrainedError: if a B is not zero.
-    """
+    """Verify that every B is zero. Under ZeRO-3 and FSDP2 all processes look at each layer together."""
     used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
     if used:
         raise AdapterAlreadyTrainedError(

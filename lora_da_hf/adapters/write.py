@@ -18,14 +18,10 @@ from lora_da_hf.errors import UnsupportedSetupError, WriteError
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Overwrite A and B of one layer in place: the Parameter objects stay, so an optimizer keeps its references.
+    """Overwrite A ``[r, d_in]`` and B ``[d_out, r]`` of one layer in place: an optimizer keeps its references.
 
     The magnitude of a DoRA layer follows, so that its output is that of ``W + scaling * B A``. What DeepSpeed and FSDP2
     keep of them in parts and copies is overwritten too; every process must take part.
-
-    Args:
-        lora_A: ``[r, d_in]``, in any floating dtype.
-        lora_B: ``[d_out, r]``.
 
     Raises:
         WriteError: if the shapes differ, or what is read back is not what was written.
@@ -51,8 +47,8 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
     """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``."""
     lora_A, lora_B = read_factors(target)
     parameter: Any = magnitude.weight
-    with torch.no_grad(), _whole_weight(target) as weight:
-        norm = _row_norms(_as_linear(target.base_layer, weight), lora_A, lora_B, target.peft_scaling)
+    with _whole_weight(target) as weight:
+        norm = dora_magnitude(target.base_layer, lora_A, lora_B, target.peft_scaling, weight)
     if not write_full(parameter, norm.to(parameter.device, parameter.dtype)):
         raise WriteError(
             f"{target.name}: DoRA's magnitude reads back differently from what was written. Something else owns this "
@@ -61,11 +57,11 @@ def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
 
 
 @contextlib.contextmanager
-def _whole_weight(target: Target) -> Generator[Tensor]:
-    """Give the base layer's weight inside the context, in floating point."""
+def _whole_weight(target: Target) -> Generator[Tensor | None]:
+    """Give the base layer's weight inside the context, in floating point; None: the layer has it as a whole."""
     parameter: Any = target.base_layer.weight
     if is_whole(parameter):
-        yield dequantize_module_weight(target.base_layer)
+        yield None
         return
     with gathered(parameter) as whole:
         if not whole.is_floating_point() or whole.numel() != target.in_features * target.out_features:
@@ -76,27 +72,14 @@ def _whole_weight(target: Target) -> Generator[Tensor]:
         yield whole
 
 
-def dora_magnitude(base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``, which is DoRA's magnitude at step 0.
-
-    Args:
-        base_layer: What holds W, quantised or not.
-        lora_A: ``[r, d_in]``.
-        lora_B: ``[d_out, r]``.
-    """
-    with torch.no_grad():
-        weight = _as_linear(base_layer, dequantize_module_weight(base_layer))
-        return _row_norms(weight, lora_A, lora_B, scaling)
-
-
-def _as_linear(base_layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return a layer's weight as ``[d_out, d_in]``."""
-    return weight.mT if isinstance(base_layer, Conv1D) else weight
-
-
-def _row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``, as DoRA's forward pass computes it."""
+@torch.no_grad()
+def dora_magnitude(
+    base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Tensor | None = None
+) -> Tensor:
+    """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``: DoRA's magnitude at step 0."""
+    weight = dequantize_module_weight(base_layer) if weight is None else weight
     product = lora_B @ lora_A
+    weight = weight.mT if isinstance(base_layer, Conv1D) else weight
     return torch.linalg.norm(weight.to(product) + scaling * product, dim=1)
 
 

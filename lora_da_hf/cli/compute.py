@@ -90,17 +90,12 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     settings = read(LoRADAArguments, arguments).to_config()
     lora, loading = read(LoraArguments, arguments).to_peft(), read(ModelArguments, arguments)
     from lora_da_hf.adapters.targets import find_targets
-    from lora_da_hf.cli.planning import counted, empty_model, usable_bytes, workload
-    from lora_da_hf.pipeline.plan import gibibytes, make_plan
+    from lora_da_hf.cli.planning import counted, empty_model, plan_of
+    from lora_da_hf.pipeline.plan import gibibytes
 
     model = empty_model(arguments.model, loading, lora)
     scan = find_targets(model, has_values=False)
-    plan = make_plan(
-        workload(model, scan.targets, settings),
-        num_processes=arguments.world_size,
-        budget={0: usable_bytes(settings, num_processes=arguments.world_size)},
-        solve_alone=settings.save_statistics,
-    )
+    plan = plan_of(model, scan.targets, settings, num_processes=arguments.world_size)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     values = {
         "layers": len(scan.targets),

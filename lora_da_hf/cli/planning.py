@@ -15,7 +15,7 @@ from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.memory import budget_bytes, groups_of, solver_threads, usable_memory
-from lora_da_hf.pipeline.plan import Workload
+from lora_da_hf.pipeline.plan import Plan, Workload, make_plan
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments
 from lora_da_hf.training.text_model import naming_model, with_adapter
@@ -39,27 +39,21 @@ def counted(kept: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in reasons.items())
 
 
-def workload(model: Any, targets: Sequence[Target], config: LoRADAConfig) -> Workload:
-    """Return what has to be done.
+def plan_of(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, num_processes: int) -> Plan:
+    """Make the plan that `lora-da init` would make on this machine.
 
     A forward pass without content shows which layers are fed the same tensor.
     """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     layers = {target.name: target.base_layer for target in targets}
     with torch.no_grad(), adapters_off(targets), experts_skipped(model):
-        leaders = find_shared_inputs(layers, lambda: model(input_ids=ids))
-    threads = solver_threads([_device()])
-    return Workload(groups=groups_of(targets, leaders), num_samples=config.num_samples, threads=threads)
-
-
-def _device() -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
-def usable_bytes(config: LoRADAConfig, *, num_processes: int) -> float:
-    """Return what the sums of a process may take: the budget, or what `lora-da init` would take on this machine."""
-    if config.memory_budget is not None:
-        return budget_bytes(config.memory_budget)
-    device = _device()
-    return usable_memory(device) / (num_processes if device.type == "cpu" else 1)
+        shared = find_shared_inputs(layers, lambda: model(input_ids=ids))
+    if config.memory_budget is None:
+        budget = usable_memory(device) / (num_processes if device.type == "cpu" else 1)
+    else:
+        budget = budget_bytes(config.memory_budget)
+    groups, threads = groups_of(targets, shared), solver_threads([device])
+    work = Workload(groups=groups, num_samples=config.num_samples, threads=threads)
+    return make_plan(work, num_processes=num_processes, budget={0: budget}, solve_alone=config.save_statistics)

@@ -150,11 +150,7 @@ def read_full(parameter: Tensor) -> Tensor:
 
 
 def write_full(parameter: Tensor, value: Tensor) -> bool:
-    """Overwrite a parameter, and the copy of it that its optimizer will write back, in place.
-
-    Returns:
-        Whether both, read back, are what was written, on every process.
-    """
+    """Overwrite a parameter and its optimizer's copy; tell whether both read back the same on every process."""
     kind = _kind_of(parameter)
     kind.write(value)
     master = kind.read_master()
@@ -203,11 +199,7 @@ def outputs_not_rounded(model: nn.Module) -> Generator[None]:
 
 
 def refuse_split_models(model: nn.Module) -> None:
-    """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name.
-
-    Raises:
-        UnsupportedSetupError: saying what the model is split or wrapped by.
-    """
+    """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name."""
     modules = list(model.modules())
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
     by_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in modules)

@@ -81,11 +81,7 @@ class Processes:
         return [part.clone().view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, specs, strict=True)]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Verify that all processes have the same facts, small values by name.
-
-        Raises:
-            ConfigError: on all of them, naming what differs.
-        """
+        """Raise ConfigError on all processes if one has other facts, naming what differs."""
         first, *others = self.gather(dict(facts))
         for index, other in enumerate(others, start=1):
             names = [name for name in dict.fromkeys((*first, *other)) if first.get(name) != other.get(name)]

@@ -55,7 +55,9 @@ def reduce_statistics(
                     num_output_tokens=int(put_out[name]),
                 )
         yield leader, statistics
-        _release(taps, leader, members)
+        taps.taps[leader].input_sum.total = torch.empty(0)
+        for name in members:
+            taps.taps[name].sums.squares = taps.taps[name].sums.weight_grad = torch.empty(0)
 
 
 def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, processes: Processes) -> Tensor:
@@ -70,10 +72,3 @@ def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, proce
     for sums, total in zip(squares, reduced, strict=True):
         sums.copy_(total)
     return unpack_upper(triangle, moment.shape[0])
-
-
-def _release(taps: Taps, leader: str, members: list[str]) -> None:
-    taps.taps[leader].input_sum.total = torch.empty(0)
-    for name in members:
-        taps.taps[name].sums.squares = torch.empty(0)
-        taps.taps[name].sums.weight_grad = torch.empty(0)

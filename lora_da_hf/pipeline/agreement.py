@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from lora_da_hf.errors import ConfigError
@@ -10,15 +9,6 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits, choose_samples, has_positions
 from lora_da_hf.statistics.batches import digest_sample
 from lora_da_hf.statistics.model_state import random_state, seed_generators
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The samples, and a hash of each, by what it is used for."""
-
-    splits: SampleSplits
-    digests: dict[str, list[str]]
-    notes: tuple[str, ...] = ()
 
 
 def check_same_settings(job: Job, **others: Any) -> None:
@@ -30,11 +20,13 @@ def check_same_settings(job: Job, **others: Any) -> None:
     job.processes.check_same({**settings, **others, **adapter, "order of the layers": list(job.targets)})
 
 
-def choose_together(job: Job, samples: Any, population_size: int | None) -> Chosen:
-    """Choose the samples, the same on every process. A stream is read by the first one, for all.
+def choose_together(
+    job: Job, samples: Any, population_size: int | None
+) -> tuple[SampleSplits, dict[str, list[str]], tuple[str, ...]]:
+    """Choose the samples, the same on every process, with a hash of each by its use, and what to note.
 
-    Each is hashed as the collator makes it, from the same state of the generators. Of a collator that draws from a
-    generator of its own the processes cannot be compared, and a note says so.
+    A stream is read by the first process, for all. Samples are hashed as the collator makes them, from the same state of
+    the generators; if it draws from one of its own, the processes cannot be compared.
     """
 
     def digest(sample: Any) -> str:
@@ -53,10 +45,10 @@ def choose_together(job: Job, samples: Any, population_size: int | None) -> Chos
         draws = any(digest(sample) != digests["statistics"][0] for sample in splits.statistics[:1])
     everywhere = job.processes.gather((digests, draws))
     if all(found == digests for found, _ in everywhere):
-        return Chosen(splits=splits, digests=digests)
+        return splits, digests, ()
     if any(drawing for _, drawing in everywhere):
         note = "the collator draws at random, so the samples of the processes were not compared"
-        return Chosen(splits=splits, digests=digests, notes=(note,))
+        return splits, digests, (note,)
     sets = [sorted(hash for part in found.values() for hash in part) for found, _ in everywhere]
     raise ConfigError(
         f"The processes differ in the {'order of the samples' if all(s == sets[0] for s in sets) else 'samples'}. Give "

@@ -20,7 +20,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import unwrapped
-from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_together
+from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.probe import Probe, probe
@@ -31,7 +31,7 @@ from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.samples import is_loader, samples_of_loader
+from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.layer_scales import rounding_notes
 
@@ -127,11 +127,11 @@ def apply_init(
             if samples is None:
                 step = _step_without_data(job, stored, solved, given_step=given_step)
             else:
-                chosen = choose_together(job, samples, stored.report.population_size)
+                splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
                 passes.enter_context(job.prepared())
-                found, seen = _probe(job, chosen)
+                found = _probe(job, splits)
                 step = find_step(job, solved, found, for_other_ranks=False)
-                notes = (*notes, *seen)
+                notes = (*notes, *of_samples, *found.notes)
             step, layers = write_adapter(job, solved, step, found)
     facts: dict[str, Any] = {name: getattr(stored.report, name) for name in _OF_THE_STATISTICS}
     if found is not None:
@@ -214,13 +214,10 @@ def _step_without_data(job: Job, stored: StoredInit, solved: Solved, *, given_st
     return Step(step_size=size, notes=(source,))
 
 
-def _probe(job: Job, chosen: Chosen) -> tuple[Probe, tuple[str, ...]]:
-    """Probe the samples that the statistics did not take, and return what to note."""
-    notes = chosen.notes
-    if not chosen.splits.search and not chosen.splits.unseen:
-        seen = len(chosen.splits.indices)
-        notes += (f"no loss was measured: the statistics may have seen all of the {seen} samples",)
-    splits = dataclasses.replace(chosen.splits, notes=())  # they would speak of statistics, which are not taken
+def _probe(job: Job, splits: SampleSplits) -> Probe:
+    """Probe the samples that the statistics did not take."""
+    notes: tuple[str, ...] = ()  # those of the samples speak of statistics, which are not taken
+    if not splits.search and not splits.unseen:
+        notes = (f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples",)
     with adapters_off(job.scan.targets), job.stage("probe"):
-        found = probe(job, splits)
-    return found, (*notes, *found.notes)
+        return probe(job, dataclasses.replace(splits, notes=notes))

@@ -43,9 +43,6 @@ def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = 
     """Note on the config of a model from the Hub the commit that it came from, as older versions of transformers did.
 
     Nothing else knows it later: the cache may hold several, and be elsewhere.
-
-    Args:
-        revision: The branch, tag or commit that was asked for.
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)

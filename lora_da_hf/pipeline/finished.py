@@ -22,7 +22,6 @@ from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
-from lora_da_hf.pipeline.agreement import Chosen
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import LOSS, Probe
 from lora_da_hf.report import LoRADAReport
@@ -45,7 +44,7 @@ _COMPARED_BY_LAYER = {
 _NO_MATTER_OF_ADAPTER = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"}
 
 
-def identify(job: Job, chosen: Chosen, probe: Probe) -> Identity:
+def identify(job: Job, digests: Mapping[str, list[str]], probe: Probe) -> Identity:
     """Return a hash of each thing that an initialisation depends on, and losses of a few samples.
 
     The losses stand for what cannot be hashed: the loss function, and weights that the base's fingerprint does not
@@ -66,7 +65,7 @@ def identify(job: Job, chosen: Chosen, probe: Probe) -> Identity:
             sorted({str(parameter.dtype) for parameter in job.model.parameters()}),
         ],
         "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
-        "samples": list(chosen.digests.values()),
+        "samples": list(digests.values()),
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
     hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
@@ -98,9 +97,7 @@ def _same(before: Any, now: str | float) -> bool:
 
 
 def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRADAReport | None, tuple[str, ...]]:
-    """Write to the adapter what a folder holds, if it is what would be computed.
-
-    The first process reads it and gives it to the others.
+    """Write to the adapter what a folder holds, if it is what would be computed; the first process reads it for all.
 
     Returns:
         The stored report with this run's times, or None if that is not what would be computed; and what to note.

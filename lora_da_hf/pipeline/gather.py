@@ -65,12 +65,20 @@ def gather_statistics(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...
         del result  # the sums go before the next ones are there
         shared = {name: name if leader in apart else leader for name, leader in shared.items()}
         result = _run_pass(job, probe, shared)
-    counts = _count(job, result)
+    mine = (result.num_samples, result.num_items, result.num_unlabelled, result.batch_size, {*notes, *result.notes})
+    samples, items, unlabelled, sizes, of_each = zip(*job.processes.gather(mine), strict=True)
+    counts = PassCounts(
+        num_samples=sum(samples),
+        num_items=sum(items),
+        num_unlabelled=sum(unlabelled),
+        batch_size=min(sizes),
+        notes=tuple(set[str]().union(*of_each)),
+    )
     return Gathered(
         taps=result.taps,
         shared=shared,
         owners={leader: plan.owners[probe.shared[leader]] for leader in shared.values()},
-        counts=replace(counts, notes=(*notes, *counts.notes)),
+        counts=counts,
         kept=_without_gradient(job, result.taps),
     )
 
@@ -106,18 +114,6 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> PassResult:
             on_samples=bar.update,
             lockstep=job.lockstep(probe.splits.statistics),
         )
-
-
-def _count(job: Job, result: PassResult) -> PassCounts:
-    mine = (result.num_samples, result.num_items, result.num_unlabelled, result.batch_size, result.notes)
-    samples, items, unlabelled, sizes, notes = zip(*job.processes.gather(mine), strict=True)
-    return PassCounts(
-        num_samples=sum(samples),
-        num_items=sum(items),
-        num_unlabelled=sum(unlabelled),
-        batch_size=min(sizes),
-        notes=tuple(sorted({note for of_one in notes for note in of_one})),
-    )
 
 
 def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:

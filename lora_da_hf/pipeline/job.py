@@ -77,11 +77,6 @@ class Job:
         """What `base_model_facts` finds, by all processes together the first time."""
         return base_model_facts(self.model)
 
-    @functools.cached_property
-    def runs_in_lockstep(self) -> bool:
-        """Whether the processes have to run the model in step, since each holds a part of its parameters."""
-        return self.processes.count > 1 and is_partitioned(self.model)
-
     @contextlib.contextmanager
     def stage(self, name: str) -> Generator[None]:
         """Time the block."""
@@ -102,7 +97,7 @@ class Job:
 
     def lockstep(self, samples: list[Any]) -> Lockstep:
         """Return how the processes keep in step over samples that they share, where they need to."""
-        if not self.runs_in_lockstep or not samples:
+        if self.processes.count == 1 or not samples or not is_partitioned(self.model):
             return Lockstep.of_one()
         return Lockstep(
             most=lambda number: max(self.processes.gather(number)),
@@ -111,10 +106,7 @@ class Job:
         )
 
     def loss(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> float:
-        """Return the mean loss over samples, shared by the processes and the same on all of them.
-
-        A collator that draws at random makes the same batches at each call.
-        """
+        """Return the mean loss over samples, which the processes share; the batches are the same at each call."""
         seed_generators(self.seed)
         with self.collate.generators_kept():
             mine = evaluate_loss(

@@ -57,12 +57,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What has to be done, whoever does it.
-
-    Attributes:
-        groups: All layers, in the order in which they are called.
-        threads: Of a process's CPU; 1 where layers are solved on another device.
-    """
+    """What has to be done; ``threads`` are those of a process's CPU, or 1 where another device solves."""
 
     groups: tuple[Group, ...]
     num_samples: int
@@ -98,7 +93,6 @@ class Plan:
 
     Attributes:
         windows: Leaders of the groups that are collected in each pass.
-        owners: The process that solves each group.
         sample_passes: Forward and backward passes of one sample that the busiest process makes.
         peak_bytes: What the sums and the solve take at most, on one device of one process.
         solvers: How many groups a process solves at the same time, each on one thread if ``one_thread_each``.

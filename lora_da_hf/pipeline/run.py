@@ -22,7 +22,7 @@ from lora_da_hf.config import LoRADAConfig, checked_config
 from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import unwrapped
-from lora_da_hf.pipeline.agreement import Chosen, check_same_settings, choose_together
+from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.memory import plan_windows
@@ -31,7 +31,7 @@ from lora_da_hf.pipeline.save import refuse_unsaveable, save_adapter, whole_adap
 from lora_da_hf.pipeline.solve import Solved, solve_windows
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.samples import is_loader, samples_of_loader
+from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import ROUTER_LOSS, configs_with
 
@@ -114,9 +114,9 @@ def initialize_lora_da(
     )
     _check_adapter(job, folder)
     check_same_settings(job, population_size=population_size, output_dir=folder is not None)
-    chosen = choose_together(job, samples, population_size)
+    splits, digests, notes = choose_together(job, samples, population_size)
     with job.restored_on_failure(), job.collate.generators_kept():
-        report = _run(job, chosen, folder)
+        report = _run(job, splits, digests, folder, list(notes))
     if report.kept and job.processes.is_main:
         (name, why), *others = report.kept.items()
         more = f", and so do {len(others)} more" if others else ""
@@ -125,14 +125,19 @@ def initialize_lora_da(
     return report
 
 
-def _run(job: Job, chosen: Chosen, folder: Path | None) -> LoRADAReport:
+def _run(
+    job: Job, splits: SampleSplits, digests: dict[str, list[str]], folder: Path | None, notes: list[str]
+) -> LoRADAReport:
     """Compute the initialisation, unless the folder has it, and write it to adapter and folder."""
-    router_notes = _router_notes(job)
+    if configs_with(job.model, ROUTER_LOSS):
+        notes += [
+            "the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"
+        ]
     with contextlib.ExitStack() as files:
         with job.prepared():
             with adapters_off(job.scan.targets), job.stage("probe"):
-                found = probe(job, chosen.splits)
-                identity = identify(job, chosen, found)
+                found = probe(job, splits)
+                identity = identify(job, digests, found)
             finished, broken = (None, ()) if folder is None else take_over_finished(job, folder, identity)
             if finished is not None:
                 return finished
@@ -155,9 +160,9 @@ def _run(job: Job, chosen: Chosen, folder: Path | None) -> LoRADAReport:
             population_size=found.splits.population_size,
             batch_size=counts.batch_size,
             loss_reduction=found.reduction,
-            data_fingerprint=hashlib.sha256("".join(chosen.digests["statistics"]).encode()).hexdigest(),
+            data_fingerprint=hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest(),
             plan=plan.describe(),
-            notes=[*router_notes, *broken, *chosen.notes, *found.notes, *counts.notes, *solved.notes, *step.notes],
+            notes=[*notes, *broken, *found.notes, *counts.notes, *solved.notes, *step.notes],
         )
         return report if folder is None else _save(job, folder, solved, statistics, identity, report)
 
@@ -209,12 +214,6 @@ def _make_statistics_folder(job: Job, folder: Path | None, files: contextlib.Exi
     target = folder.resolve()
     beside = tempfile.TemporaryDirectory(prefix=f"_{target.name}.", dir=target.parent)
     return Path(files.enter_context(beside))
-
-
-def _router_notes(job: Job) -> list[str]:
-    if not configs_with(job.model, ROUTER_LOSS):
-        return []
-    return ["the routers' auxiliary loss is left out of statistics and search, unless the loss asks for it itself"]
 
 
 def _save(

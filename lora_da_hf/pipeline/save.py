@@ -39,9 +39,6 @@ def save_adapter(
     """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
 
     Its configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
-
-    Args:
-        state: What `whole_adapter` returned.
     """
     _save_as_peft_does(model, folder, adapter_name, state)
     path = folder / ADAPTER_CONFIG_FILE
@@ -78,12 +75,7 @@ def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float
 
 
 def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Refuse an adapter that `save_adapter` cannot save; without a name, only the kind of model is looked at.
-
-    Raises:
-        TargetError: if it is neither in a PEFT model nor in one of transformers', or its layers differ in scaling.
-        UnsupportedSetupError: if its configuration sets what is not stored.
-    """
+    """Refuse an adapter that `save_adapter` cannot save; without a name, only the kind of model is looked at."""
     if isinstance(model, PeftMixedModel):
         raise TargetError(
             "An adapter made with mixed=True cannot be stored. Make it without: get_peft_model(base, ...)."

@@ -24,10 +24,7 @@ def take_over_saved_modules(model: nn.Module, adapter_name: str, stored: StoredI
     """Give heads that are trained beside the adapter their stored weights, as PEFT does when it loads an adapter.
 
     The statistics are those of the model with these: a head that is drawn at random is another one each time the base
-    is loaded. What the base has weights of its own for keeps those.
-
-    Returns:
-        Which modules got them, and which could not.
+    is loaded. What the base has weights of its own for keeps those. Return notes on what got them and what could not.
     """
     infix = f".modules_to_save.{adapter_name}."
     heads = head_parameters(model)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lora_da_hf.adapters.targets import Target
 from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.distributed.reduce import reduce_statistics
@@ -89,12 +88,9 @@ def _in_one_unit(job: Job, outcomes: Mapping[str, Outcome], kept: Mapping[str, s
 def _solve_window(
     job: Job, gathered: Gathered, plan: Plan, population_size: int, *, keeps: bool
 ) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
-    """Reduce each group of layers to its owner, and solve those of this process.
+    """Reduce each group of layers to its owner, then solve those of this process and keep their statistics if asked.
 
     All sums are reduced before any is solved, so that the owners solve at the same time.
-
-    Returns:
-        What came of this process's layers, and their statistics if they are kept.
     """
     groups = input_groups(gathered.shared)
     counts = {"num_samples": gathered.counts.num_samples, "num_items": gathered.counts.num_items}
@@ -149,14 +145,23 @@ def _solve_group(
         elif not layer.output_grad_second_moment_diag.any():
             found[name] = "its gradient is too small to be squared in float32"
     wanted = {name: layer for name, layer in statistics.items() if name not in found}
-    solved: dict[str, LayerSolution] = {}
+    leader: str | None = None
     for name, solution in _solve_each(job, wanted, population_size).items():
         if isinstance(solution, str):
             found[name] = solution
-        else:
-            solved[name] = solution
-    for name, solution in solved.items():
-        report = _layer_report(job.targets[name], wanted[name], solution, leader=next(iter(solved)))
+            continue
+        target, leader = job.targets[name], leader or name
+        report = LayerReport(
+            name=name,
+            in_features=target.in_features,
+            out_features=target.out_features,
+            shares_input_with=leader,
+            rank=target.rank,
+            peft_scaling=target.peft_scaling,
+            num_tokens=wanted[name].num_input_tokens,
+            num_grad_tokens=wanted[name].num_output_tokens,
+            **reported(solution),
+        )
         found[name] = (solution.on("cpu"), report)
     return found
 
@@ -176,20 +181,6 @@ def _solve_each(
         for name, layer in statistics.items():
             found |= _solve_each(job, {name: layer}, population_size)
         return found
-
-
-def _layer_report(target: Target, statistics: LayerStatistics, solution: LayerSolution, *, leader: str) -> LayerReport:
-    return LayerReport(
-        name=target.name,
-        in_features=target.in_features,
-        out_features=target.out_features,
-        shares_input_with=leader,
-        rank=target.rank,
-        peft_scaling=target.peft_scaling,
-        num_tokens=statistics.num_input_tokens,
-        num_grad_tokens=statistics.num_output_tokens,
-        **reported(solution),
-    )
 
 
 def reported(solution: LayerSolution) -> dict[str, Any]:

@@ -161,9 +161,6 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
     """Write the factors, and measure the losses with what was written, in the dtype that is stored.
 
     If the loss on the search samples is above the base's after all, B is zero instead.
-
-    Returns:
-        The step that was written, with the losses, and what there is to report of each layer.
     """
     layers = _write(job, solved, step.step_size)
     if probe is None:
