@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     settings = read(LoRADAArguments, arguments).to_config()
     lora, loading = read(LoraArguments, arguments).to_peft(), read(ModelArguments, arguments)
     from lora_da_hf.adapters.targets import find_targets
-    from lora_da_hf.cli.planning import counted, empty_model, plan_of
+    from lora_da_hf.cli.planning import empty_model, plan_of
     from lora_da_hf.pipeline.plan import gibibytes
 
     model = empty_model(arguments.model, loading, lora)
@@ -109,5 +110,7 @@ def run_plan(arguments: argparse.Namespace, output: Output) -> None:
     text = f"{plan.describe()}; besides, {gibibytes(weights)} of weights, and the activations of a pass"
     if scan.kept:
         number = len(scan.targets) + len(scan.kept)
-        text += f"\n{len(scan.kept)} of {number} layers keep PEFT's own initialisation: {counted(scan.kept)}"
+        reasons = Counter(scan.kept.values()).items()
+        why = "; ".join(f"{reason} ({count} layer{'s' * (count > 1)})" for reason, count in reasons)
+        text += f"\n{len(scan.kept)} of {number} layers keep PEFT's own initialisation: {why}"
     output.result(values, bare=str(plan.peak_bytes), text=text)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +30,6 @@ def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
     with torch.device("meta"):
         return with_adapter(model, lora)
-
-
-def counted(kept: Mapping[str, str]) -> str:
-    """Return each reason why layers are kept, with their number."""
-    reasons = Counter(kept.values())
-    return "; ".join(f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in reasons.items())
 
 
 def plan_of(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, num_processes: int) -> Plan:

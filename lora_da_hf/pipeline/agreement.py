@@ -25,8 +25,8 @@ def choose_together(
 ) -> tuple[SampleSplits, dict[str, list[str]], tuple[str, ...]]:
     """Choose the samples, the same on every process, with a hash of each by its use, and what to note.
 
-    A stream is read by the first process, for all. Samples are hashed as the collator makes them, from the same state of
-    the generators; if it draws from one of its own, the processes cannot be compared.
+    A stream is read by the first process, for all. Samples are hashed as the collator makes them, from the same state
+    of the generators; if it draws from one of its own, the processes cannot be compared.
     """
 
     def digest(sample: Any) -> str:

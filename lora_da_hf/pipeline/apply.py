@@ -75,11 +75,7 @@ def apply_init(
         step_size: How far step 0 goes, whatever the config says.
         samples: Samples to search the step on or, with a given step, to measure the loss on; None: neither. Those that
             the statistics would take are left out.
-        compute_loss: As for `initialize_lora_da`.
-        data_collator: As for `initialize_lora_da`.
-        batch_size: Used if the config gives none.
-        device: Where batches go; None: where the embeddings are.
-        progress: Whether to show progress bars.
+        compute_loss, data_collator, batch_size, device, progress: As for `initialize_lora_da`.
 
     Returns:
         What was done, with ``init_from`` and ``artifact`` saying where it came from.
