@@ -60,6 +60,4 @@ _OTHER_KERNEL = (
 
 def _unsupported(target: Target, what: str, advice: str) -> TargetError:
     kind = type(target.base_layer)
-    return TargetError(
-        f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. {advice}"
-    )
+    return TargetError(f"{target.name}: its base layer, a {kind.__module__}.{kind.__name__}, {what}. {advice}")
