@@ -15,11 +15,7 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from lora_da_hf.errors import DataError
-from lora_da_hf.losses import (
-    max_sample_length,
-    model_loss,
-    shifts_labels,
-)
+from lora_da_hf.losses import max_sample_length, model_loss, shifts_labels
 
 ENCODER = {
     "vocab_size": 96,
@@ -44,14 +40,8 @@ def make_roberta():
 
 
 def make_deberta():
-    return DebertaV2ForSequenceClassification(
-        DebertaV2Config(
-            **ENCODER,
-            relative_attention=True,
-            position_buckets=16,
-            position_biased_input=False,
-        )
-    )
+    relative = {"relative_attention": True, "position_buckets": 16, "position_biased_input": False}
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**ENCODER, **relative))
 
 
 def make_gpt2():

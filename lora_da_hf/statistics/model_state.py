@@ -29,7 +29,9 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(seed))
         stack.enter_context(_uncompiled(model))
-        stack.enter_context(_frozen_parameters(model))
+        # a loss that switches adapters on and off thaws them; a gradient added to in place could not be put back
+        for name, value in (("requires_grad", False), ("grad", None)):
+            stack.enter_context(_changed([(parameter, name, value) for parameter in model.parameters()]))
         stack.enter_context(_changed(_evaluation_mode(model)))
         for option in ("use_cache", ROUTER_LOSS):
             stack.enter_context(_changed([(config, option, False) for config in configs_with(model, option)]))
@@ -79,21 +81,6 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _frozen_parameters(model: nn.Module) -> Generator[None]:
-    """Freeze everything; a loss that switches adapters on and off thaws them, so gradients are put back as well."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    for parameter, _, _ in before:
-        parameter.requires_grad_(False)
-        parameter.grad = None  # one that is added to in place could not be put back
-    try:
-        yield
-    finally:
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
 
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:

@@ -75,29 +75,15 @@ def unpack_upper(packed: Tensor, width: int) -> Tensor:
 @contextlib.contextmanager
 def full_precision(device_type: str) -> Generator[None]:
     """Turn autocast and reduced-precision float32 products (TF32, bf16) off, and restore both."""
-    with torch.autocast(device_type, enabled=False), _full_products():
-        yield
-
-
-@contextlib.contextmanager
-def _full_products() -> Generator[None]:
     flags: Any = torch.backends
-    if not hasattr(flags, "fp32_precision"):  # torch before 2.9: one setting for all
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
-    # each by itself: torch.set_float32_matmul_precision sets both, so it cannot restore one that is set apart
-    backends = (flags.cuda.matmul, flags.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+    with torch.autocast(device_type, enabled=False), contextlib.ExitStack() as after:
+        if hasattr(flags, "fp32_precision"):
+            # each by itself: torch.set_float32_matmul_precision sets both, so it cannot restore one that is set apart
+            for backend in (flags.cuda.matmul, flags.mkldnn.matmul):
+                follows = backend.fp32_precision == flags.fp32_precision
+                after.callback(setattr, backend, "fp32_precision", "none" if follows else backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:  # torch before 2.9: one setting for all
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        general = flags.fp32_precision
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = "none" if precision == general else precision  # none: follows the general one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,18 +106,27 @@ def watched_rows(layers: Mapping[str, nn.Module]) -> Generator[dict[str, set[int
     """Note for each layer how many rows it is given in each call inside."""
     rows: dict[str, set[int]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
-            given = first_tensor(args, kwargs).shape[:-1].numel() if routed is None else routed.count
-            rows.setdefault(name, set()).add(given)
+    def see(name: str, layer_input: Tensor) -> None:
+        routed: RoutedTokens | None = getattr(layers[name], "routed_tokens", None)
+        given = layer_input.shape[:-1].numel() if routed is None else routed.count
+        rows.setdefault(name, set()).add(given)
 
-        return on_forward
+    with watched_inputs(layers, see):
+        yield rows
+
+
+@contextlib.contextmanager
+def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Generator[None]:
+    """Call ``see`` with the name and the input of each layer that is called inside."""
+
+    def on_forward(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(name, first_tensor(args, kwargs))
 
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
-        yield rows
+            hook = functools.partial(on_forward, name)
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
 
 
 def followed_sequences(

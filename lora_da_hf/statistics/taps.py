@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, add_symmetric_product_, full_precision
-from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count
+from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count, watched_inputs
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
 
@@ -211,19 +211,13 @@ def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[]
     current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     numbers = itertools.count()
 
-    def watch(name: str) -> Callable[..., None]:
-        def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer_input = first_tensor(args, kwargs)
-            known = current.get(id(layer_input))
-            if known is None or known[0]() is not layer_input:  # an id is used again once its tensor is gone
-                known = current[id(layer_input)] = (weakref.ref(layer_input), next(numbers))
-            inputs.setdefault(name, []).append(known[1])
+    def see(name: str, layer_input: Tensor) -> None:
+        known = current.get(id(layer_input))
+        if known is None or known[0]() is not layer_input:  # an id is used again once its tensor is gone
+            known = current[id(layer_input)] = (weakref.ref(layer_input), next(numbers))
+        inputs.setdefault(name, []).append(known[1])
 
-        return on_forward
-
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(watch(name), with_kwargs=True))
+    with watched_inputs(layers, see):
         run_forward()
     leaders: dict[str, str] = {}
     first_fed: dict[int, str] = {}

@@ -98,7 +98,11 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
     labels is left alone, since that may have to be as long as the labels, which become no longer than ``longest``.
     """
     labels, known = batch.get("labels"), ("input_ids", "attention_mask", "labels", *_OF_DECODER)
-    if labels is None or any(name not in known or not _is_sequences(value) for name, value in batch.items()):
+    are_sequences = all(
+        name in known and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+        for name, value in batch.items()
+    )
+    if labels is None or not are_sequences:
         return batch
     masks = _attended_positions(batch, labels)
     are_alike = len(masks) < 2 or masks[0].shape != masks[1].shape or torch.equal(*masks)
@@ -106,10 +110,6 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
         return batch
     longer = {name: torch.nn.functional.pad(batch[name], (0, 1)) for name in _OF_DECODER if name in batch}
     return {**batch, **longer, "labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
-
-
-def _is_sequences(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def _masks_other_modality(batch: Mapping[str, Any]) -> bool:

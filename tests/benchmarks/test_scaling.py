@@ -19,10 +19,8 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measure(output):
     """Return what the script printed, the file beside it, and the runs."""
-    output = tmp_path_factory.mktemp("scaling") / "scaling.json"
     root = SCRIPT.parents[1]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *TINY, "--cases", "samples", "--output", str(output)],
@@ -47,8 +45,8 @@ def tables(text):
     return found
 
 
-def test_each_case_is_measured_once_for_time_and_once_for_memory_by_each_of_its_processes(measured):
-    _, _, runs = measured
+def test_each_case_is_measured_by_each_of_its_processes_and_compared_with_the_plan(tmp_path):
+    printed, page, runs = measure(tmp_path / "scaling.json")
     assert {name: [len(run) for run in of_case] for name, of_case in runs.items()} == {
         "one": [1, 1],
         "samples": [2, 2],
@@ -56,10 +54,6 @@ def test_each_case_is_measured_once_for_time_and_once_for_memory_by_each_of_its_
     for timed, memory in runs.values():
         assert all(process["tensor_bytes"] is None and process["seconds"] > 0 for process in timed)
         assert all(process["tensor_bytes"] > 0 for process in memory)
-
-
-def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_what_was_planned(measured):
-    printed, page, runs = measured
     assert printed.strip() == page.strip()
     first = tables(page)[0]
     assert [row[0][1] for row in first] == list(CASES.values())
@@ -70,10 +64,6 @@ def test_the_first_table_has_a_row_for_each_case_with_what_was_measured_beside_w
         assert by_title["planned"] == f"{plan['peak_bytes'] / 2**20:.0f}"
         memory = max(process["tensor_bytes"] for process in runs[name][1])
         assert by_title["tensors at their peak, MiB"] == f"{memory / 2**20:.0f}"
-
-
-def test_the_plan_is_compared_with_what_was_measured(measured):
-    _, page, runs = measured
     numbers = r"(\d+\.\d+) to (\d+\.\d+)"
     pattern = f"Planned / measured peak of tensors.*: {numbers}"
     values = [float(value) for value in re.search(pattern, page).groups()]

@@ -14,71 +14,30 @@ from lora_da_hf.statistics.loss_reduction import LossReduction, find_reduction
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 from lora_da_hf.statistics.unlike import choose_unlike
 
+UNLABELLED = {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [-100] * 3}
 
-def settings_of(kind):
-    return PassSettings(
+
+def evaluate(model, samples, compute_loss, kind, batch_size):
+    settings = PassSettings(
         batch_size=4,
         token_mask="attention",
         shifts_labels=True,
         encoder_decoder=False,
         reduction=LossReduction(kind=kind, reason=""),
     )
+    options = {"collate": pad_samples, "compute_loss": compute_loss, "settings": settings}
+    return evaluate_loss(model, samples, batch_size=batch_size, **options)
 
 
-def mean_of_labels(model, samples):
-    total = count = 0.0
-    for sample in samples:
-        labels = sum(label != -100 for label in sample["labels"][1:])
-        with torch.no_grad():
-            total += model_loss(model, pad_samples([sample]), None).item() * labels
-        count += labels
-    return total, count
+def losses_of(model, samples):
+    with torch.no_grad():
+        return [model_loss(model, pad_samples([sample]), None).item() for sample in samples]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["sum", "token_mean"])
-def test_the_evaluated_loss_is_the_mean_over_labels_at_any_batch_size(tiny_llama, token_samples, kind, batch_size):
+def test_the_evaluated_loss_is_summed_over_labels_at_any_batch_size(tiny_llama, token_samples, kind, batch_size):
     model, samples = tiny_llama().eval(), token_samples(7)
-    total, count = evaluate_loss(
-        model,
-        samples,
-        collate=pad_samples,
-        compute_loss=model_loss,
-        settings=settings_of(kind),
-        batch_size=batch_size,
-    )
-    expected, labels = mean_of_labels(model, samples)
-    assert count == labels
-    assert total == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["unknown", "sample_mean"])
-def test_a_loss_of_another_kind_is_averaged_over_samples(tiny_llama, token_samples, kind):
-    model, samples = tiny_llama().eval(), token_samples(7)
-    losses = [model_loss(model, pad_samples([sample]), None).item() for sample in samples]
-    sizes = []
-
-    def mean_of_samples(model, batch, num_items):
-        rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(batch["labels"]))]
-        sizes.append(len(rows))
-        return sum(model_loss(model, row, None) for row in rows) / len(rows)
-
-    total, count = evaluate_loss(
-        model,
-        samples,
-        collate=pad_samples,
-        compute_loss=mean_of_samples,
-        settings=settings_of(kind),
-        batch_size=4,
-    )
-    assert count == 7
-    assert total == pytest.approx(sum(losses), rel=1e-5)
-    assert max(sizes) == (1 if kind == "unknown" else 4)
-
-
-def test_evaluation_leaves_out_samples_without_labels_and_takes_no_gradient(tiny_llama, token_samples):
-    model, samples = tiny_llama().eval(), token_samples(3)
-    samples.append({"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [-100] * 3})
     seen = []
 
     def watching(model, batch, num_items):
@@ -86,37 +45,40 @@ def test_evaluation_leaves_out_samples_without_labels_and_takes_no_gradient(tiny
         seen.append(loss.requires_grad)
         return loss
 
-    options = {"collate": pad_samples, "settings": settings_of("sum"), "batch_size": 1}
-    with_it = evaluate_loss(model, samples, compute_loss=watching, **options)
-    assert with_it == evaluate_loss(model, samples[:3], compute_loss=model_loss, **options)
-    assert seen == [False] * 3
+    counts = [sum(label != -100 for label in sample["labels"][1:]) for sample in samples]
+    expected = sum(count * loss for count, loss in zip(counts, losses_of(model, samples), strict=True))
+    total, count = evaluate(model, [*samples, UNLABELLED], watching, kind, batch_size)
+    assert (total, count) == (pytest.approx(expected, rel=1e-5), sum(counts))
+    assert not any(seen)
 
 
-def in_lockstep(samples):
-    """Make the lockstep of a process with fewer batches than another, which has five."""
-    free = contextlib.nullcontext
-    return Lockstep(most=lambda number: max(number, 5), filler=samples[0], alike=free)
-
-
-def counting_loss():
+@pytest.mark.parametrize("kind", ["unknown", "sample_mean"])
+def test_a_loss_of_another_kind_is_averaged_over_samples(tiny_llama, token_samples, kind):
+    model, samples = tiny_llama().eval(), token_samples(7)
     sizes = []
+
+    def mean_of_samples(model, batch, num_items):
+        rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(len(batch["labels"]))]
+        sizes.append(len(rows))
+        return sum(model_loss(model, row, None) for row in rows) / len(rows)
+
+    total, count = evaluate(model, samples, mean_of_samples, kind, 4)
+    assert (total, count) == (pytest.approx(sum(losses_of(model, samples)), rel=1e-5), 7)
+    assert max(sizes) == (1 if kind == "unknown" else 4)
+
+
+def test_batches_that_only_keep_the_processes_in_step_do_not_count(tiny_llama, token_samples, collected):
+    samples = [*token_samples(3), UNLABELLED]
+    options = {"declared": "token_mean", "batch_size": 2}
+    expected = collected(tiny_llama(), samples, **options)
+    sizes, seen = [], []
 
     def loss(model, batch, num_items):
         sizes.append(len(batch["labels"]))
         return model_loss(model, batch, num_items)
 
-    return loss, sizes
-
-
-def test_batches_that_only_keep_the_processes_in_step_do_not_count(tiny_llama, token_samples, collected):
-    samples = [*token_samples(3), {"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [-100] * 3}]
-    options = {"declared": "token_mean", "batch_size": 2}
-    expected = collected(tiny_llama(), samples, **options)
-    loss, sizes = counting_loss()
-    seen = []
-    found = collected(
-        tiny_llama(), samples, lockstep=in_lockstep(samples), compute_loss=loss, on_samples=seen.append, **options
-    )
+    lockstep = Lockstep(most=lambda number: max(number, 5), filler=samples[0], alike=contextlib.nullcontext)
+    found = collected(tiny_llama(), samples, lockstep=lockstep, compute_loss=loss, on_samples=seen.append, **options)
     assert sizes[-5:] == [2, 2, 1, 1, 1]
     assert seen == [2, 2]
     assert (found.result.num_samples, found.result.num_unlabelled) == (3, 1)

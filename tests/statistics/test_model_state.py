@@ -59,12 +59,7 @@ def disturbed(lora_model, tiny_llama):
         base.model.layers[1].mlp.gate_proj.lora_A["default"].weight.requires_grad_(False)
         base.config.use_cache = True
         if checkpointing:
-            for module in base.modules():
-                if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = True
-                    module._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
-                        f, *args, use_reentrant=False
-                    )
+            turn_checkpointing_on(base, reentrant=False)
         if grads:
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
