@@ -16,7 +16,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.targets import Target, TargetScan, check_fresh, find_targets, keep_weights_unpacked
-from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
@@ -135,20 +134,14 @@ class Job:
         What takes several processes, the parts and copies that DeepSpeed and FSDP2 keep, is left.
         """
         alone = self.processes.count == 1
-        targets = [t for t in self.scan.targets if alone or (is_whole(t.lora_A) and is_whole(t.lora_B))]
-        before = [(target, *read_factors(target)) for target in targets]
-        beside = [target.magnitude.weight for target in targets if target.magnitude is not None]
-        kept = [
-            (parameter, read_full(parameter))
-            for parameter in (*beside, *(others or {}).values())
-            if alone or is_whole(parameter)
-        ]
+        factors = [factor for target in self.scan.targets for factor in (target.lora_A, target.lora_B)]
+        magnitudes = [target.magnitude.weight for target in self.scan.targets if target.magnitude is not None]
+        written = (*factors, *magnitudes, *(others or {}).values())
+        before = [(parameter, read_full(parameter)) for parameter in written if alone or is_whole(parameter)]
         try:
             yield
         except BaseException:
-            for target, lora_A, lora_B in before:
-                write_factors(target, lora_A, lora_B)
-            for parameter, value in kept:
+            for parameter, value in before:
                 write_full(parameter, value)
             if alone:
                 settle(self.model)

@@ -185,15 +185,9 @@ def _solve_each(
 
 def reported(solution: LayerSolution) -> dict[str, Any]:
     """Return what a layer's report says of its solution."""
-    return {
-        "input_damping": solution.input_damping,
-        "output_damping": solution.output_damping,
-        "eigenvalues": solution.eigenvalues.tolist(),
-        "displacement_norm": solution.displacement_norm,
-        "solver": solution.solver,
-        "residual": solution.residual,
-        "notes": list(solution.notes),
-    }
+    numbers = ("input_damping", "output_damping", "displacement_norm", "solver", "residual")
+    found = {name: getattr(solution, name) for name in numbers}
+    return {**found, "eigenvalues": solution.eigenvalues.tolist(), "notes": list(solution.notes)}
 
 
 def _share(processes: Processes, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
