@@ -40,7 +40,6 @@ def make_report(layers=LAYERS, **overrides):
         ],
         "kept": {"lm_head": "not a linear layer"},
         "seed": 42,
-        "adapter_name": "default",
         "config": LoRADAConfig(num_samples=12, max_rank=8).to_dict(),
         "data_fingerprint": "d" * 64,
         "num_samples": 12,
@@ -67,8 +66,6 @@ def make_manifest(*, base_model=None, report=None, **overrides):
         "base_model": BaseModelFacts(**{**BASE, **(base_model or {})}),
         "report": report or make_report(),
         "files": {"adapter_model.safetensors": FileEntry(size=3_500_000, sha256="a" * 64)},
-        "identity": {},
-        "refitted_from": None,
     }
     return Manifest(**{**facts, **overrides})
 
@@ -80,6 +77,5 @@ def make_init(folder=Path("nowhere"), *, adapter=None, **manifest):
         manifest=make_manifest(**manifest),
         bases={},
         peft_config={**ADAPTER, **(adapter or {})},
-        notes=(),
         source="sha256:0",
     )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_da_hf import apply_init, load_init, refit_init
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
+from lora_da_hf.artifacts.store import load_manifest
 from lora_da_hf.cli.main import main
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError, HubError
 from lora_da_hf.hub import pull_init, push_init
@@ -71,8 +72,10 @@ def refuses(folder, hub, tmp_path, lora_model, tiny_llama, capsys):
         assert len(text) < 600
         assert main(["verify", str(folder)]) == 1
         assert text in capsys.readouterr().err
+        hub.log.clear()
         with pytest.raises(ArtifactError, match=re.escape(text)):
             push_init(folder, "alice/init", endpoint=hub.endpoint, token="hf_alice")
+        assert not hub.log
         if file != STATISTICS_FILE:  # which nobody needs to start from
             model = lora_model(model=tiny_llama(name_or_path=BASE_NAME), target_modules=["q_proj", "v_proj"])
             with pytest.raises(ArtifactError, match=re.escape(text)):
@@ -115,23 +118,13 @@ def test_a_missing_file_is_refused(folder, refuses, file):
     refuses(file)
 
 
-@pytest.mark.parametrize(
-    "file", ["extra.safetensors", "adapter_model.bin", "modeling.py", "lora_da_statistics-00002-of-00002.safetensors"]
-)
+@pytest.mark.parametrize("file", ["adapter_model.bin", "modeling.py", "lora_da_statistics-00002-of-00002.safetensors"])
 def test_an_added_file_is_refused(folder, refuses, file):
     (folder / file).write_bytes(pickle.dumps(print))
     refuses(file)
-    manifest = load_init_of(folder, without=file)
-    forge_manifest(folder, files={**manifest.files, file: manifest.files[ADAPTER_FILE]})
+    files = load_manifest(folder).files
+    forge_manifest(folder, files={**files, file: files[ADAPTER_FILE]})
     refuses(MANIFEST_FILE)
-
-
-def load_init_of(folder, *, without):
-    content = (folder / without).read_bytes()
-    (folder / without).unlink()
-    manifest = load_init(folder).manifest
-    (folder / without).write_bytes(content)
-    return manifest
 
 
 # What somebody writes, with hashes that are right
@@ -192,28 +185,21 @@ def test_another_base_is_refused(folder, lora_model, tiny_llama):
     ("key", "value"),
     [
         ("kasa_config", {}),
-        ("arrow_config", {}),
         ("use_bdlora", {}),
         ("alora_invocation_tokens", []),
-        ("loftq_config", {"a": 1}),
-        ("corda_config", {}),
         ("layer_replication", [[0, 2]]),
-        ("megatron_core", "os"),
         ("init_lora_weights", "pissa"),
         ("exclude_modules", "q_proj"),
-        ("layers_to_transform", [0]),
         ("what_peft_adds_next", None),
         ("auto_mapping", {"base_model_class": "A", "parent_library": "os"}),
         ("target_modules", "(a+)+$"),
         ("target_modules", ["(a+)+$"]),
         ("target_modules", ["q_proj", "v_proj", "k_proj"]),
-        ("target_modules", ["q_proj"]),
         ("modules_to_save", [".*"]),
         ("rank_pattern", {"(a+)+$": 4}),
         ("rank_pattern", {"^" + re.escape(LAYER): 2}),
         ("alpha_pattern", {"^" + re.escape(LAYER): 1}),
         ("lora_alpha", 17),
-        ("lora_alpha", 10**400),
         ("r", 8),
         ("r", True),
         ("use_rslora", True),
@@ -272,16 +258,14 @@ def dotted_modules(folder):
     change_config(folder, modules_to_save=[".".join(["a"] * 1900 + [str(number)]) for number in range(1000)])
 
 
-def repeated_modules(folder):
+def repeated_modules(folder, names=("a",) * 800_000):
     others = {f"base_model.model.z.{number}.weight": torch.zeros(1) for number in range(9000)}
     change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
-    change_config(folder, modules_to_save=["a"] * 800_000)
+    change_config(folder, modules_to_save=names)
 
 
 def many_tensors(folder):
-    others = {f"base_model.model.z.{number}.weight": torch.zeros(1) for number in range(9000)}
-    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
-    change_config(folder, modules_to_save=["z"])
+    repeated_modules(folder, names=["z"])
 
 
 def tied_tensors(folder):

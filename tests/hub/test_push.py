@@ -1,13 +1,14 @@
 """Publishing: one commit or none, only where it belongs, and with the licence stated as it is."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 from local_hub import CARD, STATISTICS_FILE, Repo
 
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
-from lora_da_hf.errors import ArtifactError, CardError, ConfigError, HubError
+from lora_da_hf.errors import CardError, ConfigError, HubError
 
 REPO = "alice/init"
 
@@ -86,19 +87,15 @@ def test_a_stale_parent_is_refused(hub, another, push):
 def test_of_two_writers_at_once_one_wins(hub, init, another, push):
     push()
     hub.before_commit = threading.Barrier(2, timeout=30).wait
-    results = []
 
-    def write(card):
+    def write(name):
         try:
-            results.append(push(another, card=card).commit)
+            return push(another, card=CARD + name).commit
         except HubError as error:
-            results.append(str(error))
+            return str(error)
 
-    threads = [threading.Thread(target=write, args=(CARD + name,)) for name in ("one", "two")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(write, ("one", "two")))
     assert hub.repos[REPO].refs["main"] in results
     assert sum("somebody else pushed meanwhile" in result for result in results) == 1
 
@@ -108,13 +105,7 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
 
 @pytest.mark.parametrize(
     "names",
-    [
-        ["README.md", "config.json"],
-        ["README.md"],
-        ["config.json"],
-        ["adapter_config.json", "adapter_model.safetensors"],
-        ["data/rows.csv"],
-    ],
+    [["README.md"], ["config.json"], ["adapter_config.json", "adapter_model.safetensors"], ["data/rows.csv"]],
 )
 @pytest.mark.parametrize("settings", [{}, {"create_pr": True}, {"card": None}])
 def test_a_push_does_not_take_over_a_repo_that_holds_something_else(hub, push, names, settings):
@@ -161,13 +152,6 @@ def test_somebody_elses_repo_cannot_be_written(push):
 def test_a_malformed_name_is_refused_before_anything_is_asked(hub, push, settings, error):
     with pytest.raises(error):
         push(**settings)
-    assert not hub.log
-
-
-def test_a_folder_that_is_not_valid_is_not_pushed(hub, init, push):
-    (init / ADAPTER_FILE).write_bytes(b"{}")
-    with pytest.raises(ArtifactError, match=ADAPTER_FILE):
-        push()
     assert not hub.log
 
 

@@ -18,7 +18,6 @@ from harness import (
     written_factors,
     written_updates,
 )
-from oracles import stored_statistics
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
@@ -80,15 +79,6 @@ def test_another_rank_needs_no_statistics_and_loads_with_peft(without_statistics
     config = PeftConfig.from_pretrained(tmp_path / "new")
     assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (rank, 16, {}, {})
     assert all(torch.equal(refitted.bases[name].basis_B, bases[name].basis_B) for name in bases)
-
-
-def test_cutting_and_applying_at_that_rank_is_the_same(without_statistics, tmp_path, lora_model):
-    folder = refit_init(without_statistics, tmp_path / "new", rank=2).folder
-    assert folder == tmp_path / "new"
-    model = lora_model(r=2, use_rslora=True)
-    report = apply_init(model, without_statistics)
-    assert load_init(folder).report.step_size == report.step_size
-    assert_same_tensors(written_adapter(folder), adapter_weights(model))
 
 
 def test_what_was_cut_can_be_used_at_any_stored_rank_all_the_same(stored_init, tmp_path, lora_model):
@@ -224,7 +214,6 @@ def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_
     refitted = refit_init(stored_init, tmp_path / "new", config=changed(stored_init, max_rank=8))
     assert {basis.basis_A.shape[0] for basis in refitted.bases.values()} == {8}
     assert set(refitted.report.step_size_by_rank) == {1, 4, 8}
-    assert set(load_init(tmp_path / "new").report.step_size_by_rank) == {1, 4, 8}
 
 
 # Ranks under a budget
@@ -258,12 +247,6 @@ def lora_layers(model):
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
 
 
-def test_a_budget_keeps_rslora_s_scalings_too(without_statistics, tmp_path, tiny_llama):
-    refit_init(without_statistics, tmp_path / "new", rank_budget=5000)
-    assert len(set(ranks_of(tmp_path / "new").values())) > 2
-    assert_one_scaling(tmp_path / "new", tiny_llama(), 16 / 8**0.5)
-
-
 def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
     with pytest.raises(ConfigError, match="A rank budget of 100 parameters is too small: rank 1 in each of the 14"):
         refit_init(stored_init, tmp_path / "new", rank_budget=100)
@@ -292,11 +275,8 @@ def test_statistics_go_along_on_request_to_the_bit(stored_init, tmp_path):
     assert load_init(tmp_path / "bare").manifest.config.save_statistics is False
     config = changed(stored_init, save_statistics=True)
     refit_init(stored_init, tmp_path / "new", rank=2, config=config)
-    old, new = map(stored_statistics, (stored_init, tmp_path / "new"))
-    for name, layer in old.items():
-        assert torch.equal(layer.input_second_moment, new[name].input_second_moment)
-        assert torch.equal(layer.weight_grad, new[name].weight_grad)
-        assert torch.equal(layer.output_grad_second_moment_diag, new[name].output_grad_second_moment_diag)
+    (old,), (new,) = (list(folder.glob("lora_da_statistics*")) for folder in (stored_init, tmp_path / "new"))
+    assert old.read_bytes() == new.read_bytes()
 
 
 def test_the_report_has_no_loss_that_was_not_measured(stored_init, tmp_path):
