@@ -226,16 +226,12 @@ class LoRADACallback(TrainerCallback):
 
     def _keep(self) -> None:
         """Leave the adapter of a model that was initialised before, and say so if it was not by this callback."""
-        if self.report is None and self.init_from is not None:
-            raise ConfigError(
-                f"The model's adapter was initialised before in this process, so init_from={str(self.init_from)!r} "
-                "would not be used. Load the base anew, or leave init_from out to train the adapter as it is."
-            )
         if self.report is None:
-            logger.warning(
-                "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
-                "given now have no effect. Load the base anew to start again."
-            )
+            text = "The model's adapter was initialised before in this process and stays as it is; the settings given "
+            text += "now have no effect. Load the base anew to start again."
+            if self.init_from is not None:
+                raise ConfigError(f"init_from={str(self.init_from)!r}: {text}")
+            logger.warning("LoRA-DA: %s", text)
 
 
 def _summary(report: LoRADAReport) -> str:
@@ -288,5 +284,3 @@ def _tag_with_init(model: nn.Module, init_from: str) -> None:
     base: Any = base_model_of(model)
     if isinstance(base, PreTrainedModel):
         base.add_model_tags([f"lora_da_init:{init_from}"])
-    else:
-        logger.info("LoRA-DA: cards of a %s have no tags, so they will not cite %s", type(base).__name__, init_from)

@@ -74,10 +74,10 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
         desc=f"Tokenising {name}",
     )
     if len(samples) == 0:
-        advice = "there is less text in it, or in 1,000 of its rows, which are joined at a time, so lower it"
-        if data.has_pairs:
-            advice = "prompts leave no room, so raise it, or no row has a completion"
-        raise DataError(f"The {name} data gives no sample at --block_size {block_size}: {advice}.")
+        advice = (
+            "Raise it, so that prompts leave room" if data.has_pairs else "Lower it: 1,000 rows are joined"
+        )
+        raise DataError(f"The {name} data gives no sample at --block_size {block_size}. {advice}.")
     if data.has_pairs and len(samples) < len(rows):
         logger.warning(
             "Left out: %d of %d %s rows, which have no completion, or none after cutting to %d tokens (--block_size).",
@@ -96,13 +96,11 @@ def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
     if wanted == ["text"] and len(columns) == 1:
         return columns
     missing = [column for column in wanted if column not in columns]
-    if missing == ["text"] and not data.text_column:
-        raise DataError(
-            f"The {name} data has the columns {shown}, and none called 'text'. Say what to train on: pairs with "
-            "--prompt_column and --completion_column, or plain text with --text_column."
-        )
     if missing:
-        raise DataError(f"The {name} data has no column {missing[0]!r}, only {shown}.")
+        raise DataError(
+            f"The {name} data has no column {missing[0]!r}, only {shown}. Name pairs with --prompt_column and "
+            "--completion_column, or plain text with --text_column."
+        )
     return [column for column in wanted if column is not None]
 
 

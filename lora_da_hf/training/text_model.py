@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.errors import ConfigError, TargetError
 from lora_da_hf.pipeline.base_model import remember_commit
@@ -48,10 +46,6 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
 @contextlib.contextmanager
 def naming_model(name: str, what: str = "model", advice: str = "Check the name and the connection.") -> Generator[None]:
     """Raise a ConfigError, when something cannot be loaded in the block, that names it."""
-    path = Path(name)
-    if path.is_file() or (what == "model" and path.is_dir() and not (path / CONFIG_NAME).is_file()):
-        kind = "file" if path.is_file() else f"folder without a {CONFIG_NAME}"
-        raise ConfigError(f"{name} is a {kind}, not a model. Name a model on the Hub or the folder of one.")
     try:
         yield
     except (ValueError, OSError) as error:

@@ -27,29 +27,17 @@ NAMES = [verb.name for verb in VERBS]
         (["show", "a", "b", "c"], r"lora-da show: error: unrecognized arguments: .* `lora-da show --help` lists all"),
         (["--json", "list"], "lora-da list: error: .*--json. Did you mean lora-da list --json"),
         (["--jsn"], "lora-da: error: unrecognized arguments: --jsn. `lora-da --help` lists all"),
+        (["no-such-verb"], "(?s).*invalid choice"),
+        (["show"], "(?s).*arguments are required: FOLDER"),
+        (["plan", "a", "--world_size", "0"], "(?s).*must be at least 1, got 0"),
+        (["show", "a", "--json", "--quiet"], "(?s).*not allowed with"),
+        (["init", "model", "data.jsonl", "out", "--da_factor_split", "magic"], "(?s).*invalid choice"),
     ],
 )
-def test_words_that_mean_nothing_are_told_with_what_was_meant(lora_da, words, told):
+def test_mistakes_in_the_command_line_leave_with_2_and_say_what_was_meant(lora_da, words, told):
     code, out, err = lora_da(*words)
     assert (code, out) == (2, "")
     assert re.match(told, err)
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["no-such-verb"],
-        ["show"],
-        ["plan", "a", "--world_size", "0"],
-        ["show", "a", "--json", "--quiet"],
-        ["init", "model", "data.jsonl", "out", "--da_factor_split", "magic"],
-    ],
-)
-def test_mistakes_in_the_command_line_leave_with_2(lora_da, words):
-    code, out, err = lora_da(*words)
-    assert (code, out) == (2, "")
-    assert "error: " in err
 
 
 @pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in NAMES]], ids=["all", *NAMES])

@@ -80,10 +80,9 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
     ("words", "message"),
     [
         (["missing.jsonl"], "missing.jsonl does not exist"),
-        (["missing.JSONL.gz"], "missing.JSONL.gz does not exist"),
         (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
         (["train.jsonl", "--da_num_samples", "0"], "num_samples"),
-        (["train.jsonl"], "has the columns 'prompt', 'completion', and none called 'text'"),
+        (["train.jsonl"], "no column 'text', only 'prompt', 'completion'. Name pairs"),
         (["train.jsonl", "--text_column", "nothing"], "no column 'nothing'"),
         (["train.jsonl", "--split", "train[:3]"], "--split is for a data set on the Hub"),
         (["train.jsonl", *PAIRS, "--target_modules", "nope"], "--target_modules: Target modules {'nope'} not found"),
@@ -115,8 +114,8 @@ def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path,
     ("model", "data", "message"),
     [
         ("no/such/model", "train.jsonl", "The model no/such/model cannot be loaded"),
-        ("folder", "train.jsonl", "folder is a folder without a config.json, not a model"),
-        ("train.jsonl", "train.jsonl", "train.jsonl is a file, not a model"),
+        ("folder", "train.jsonl", "The model folder cannot be loaded"),
+        ("train.jsonl", "train.jsonl", "The model train.jsonl cannot be loaded"),
         ("folder", "org/data", "org/data cannot be loaded as data"),
     ],
 )
@@ -278,17 +277,9 @@ def test_the_help_of_refit_shows_the_settings_that_it_takes(lora_da):
 def calls(monkeypatch, tmp_path, stored):
     """Stand in for the Hub, and list the calls."""
     found = []
-    pushed = SimpleNamespace(
-        url="https://hub.example/user/name",
-        repo_id="user/name",
-        commit="c" * 40,
-        pull_request_url=None,
-        private=True,
-        changed=False,
-    )
-    item = SimpleNamespace(
-        repo_id="user/name", commit="c" * 40, private=True, base_model="org/base", rank=8, tags=["lora-da"]
-    )
+    both = {"repo_id": "user/name", "commit": "c" * 40, "private": True}
+    pushed = SimpleNamespace(**both, url="https://hub.example/user/name", pull_request_url=None, changed=False)
+    item = SimpleNamespace(**both, base_model="org/base", rank=8, tags=["lora-da"])
     results = {
         "push_init": pushed,
         "pull_init": dataclasses.replace(load_init(stored), source=f"user/name@{'c' * 40}"),
@@ -312,27 +303,17 @@ def test_push_is_private_unless_asked_otherwise_and_hands_on_every_flag(lora_da,
     assert calls[0][0] == (tmp_path, "user/name")
     assert {name: value for name, value in calls[0][1].items() if value} == {"private": True}
     (tmp_path / "card.md").write_text("# card", encoding="utf-8")
-    given = {
-        "create_pr": True,
-        "parent_commit": "d" * 40,
-        "revision": "next",
-        "commit_message": "Add",
-        "license": "other",
-        "license_name": "own",
-        "license_link": "LICENSE",
-        "base_model": "org/base",
-        "datasets": ["a/b", "some notes"],
-        "language": ["en", "de"],
-        "hardware": "a laptop",
-        "notes": ["Short."],
-    }
+    names = ("parent_commit", "revision", "commit_message", "license", "license_name", "license_link", "base_model")
+    single = {name: f"its {name}" for name in (*names, "hardware")}
+    several = {"datasets": ["a/b", "some notes"], "language": ["en", "de"], "notes": ["Short."]}
     words = ["--public", "--create-pr", "--card", tmp_path / "card.md", "-q"]
-    for name, value in given.items():
-        if value is not True:
-            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    for name, value in single.items():
+        words += [f"--{name}", value]
+    for name, values in several.items():
+        words += [f"--{name}", *values]
     _, out, _ = lora_da("push", tmp_path, "user/name", *words)
     assert out == f"user/name@{'c' * 40}\n"
-    assert calls[1][1] == {"private": False, "card": "# card", **given}
+    assert calls[1][1] == {"private": False, "card": "# card", "create_pr": True, **single, **several}
 
 
 @pytest.mark.parametrize("words", [["user/name@v1"], ["user/name", "--revision", "v1"]])

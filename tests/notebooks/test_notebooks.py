@@ -11,10 +11,6 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def test_there_are_three():
-    assert [path.stem for path in PATHS] == ["compute_and_share", "look_into_one", "quickstart"]
-
-
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_is_a_notebook_of_format_4_without_outputs(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))

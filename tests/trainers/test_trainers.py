@@ -39,7 +39,7 @@ from lora_da_hf import LoRADACallback, LoRADATrainer
 
 
 def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **settings):
-    if kind is LoRADATrainer:
+    if issubclass(kind, LoRADATrainer):
         settings.setdefault("da_config", make_config())
     return kind(
         model=model,
@@ -79,9 +79,7 @@ def test_a_sequence_to_sequence_trainer(tmp_path):
     collator = DataCollatorForSeq2Seq(make_tokenizer(), model=model)
     trainer = Seq2SeqTrainer(
         model=model,
-        args=make_args(
-            tmp_path, Seq2SeqTrainingArguments, max_steps=3, label_smoothing_factor=0.2, predict_with_generate=True
-        ),
+        args=make_args(tmp_path, Seq2SeqTrainingArguments, max_steps=3, label_smoothing_factor=0.2),
         train_dataset=samples,
         data_collator=collator,
     )
@@ -138,12 +136,8 @@ def test_a_trainer_that_inherits_from_ours_and_another(tmp_path):
 )
 def test_a_compiled_run_starts_where_another_does(tmp_path, lora_model, samples, backend):
     try:
-        compiled = make_trainer(
-            tmp_path / "compiled",
-            lora_model(),
-            samples,
-            arguments={"torch_compile": True, "torch_compile_backend": backend},
-        )
+        arguments = {"torch_compile": True, "torch_compile_backend": backend}
+        compiled = make_trainer(tmp_path / "compiled", lora_model(), samples, arguments=arguments)
         start = train_from(compiled)
     finally:
         torch.compiler.reset()
@@ -202,16 +196,8 @@ def test_each_trial_of_a_search_is_initialised_anew(tmp_path, tiny_llama, sample
             if "lora_da_step_size" in logs:
                 models.append(self.model)
 
-    trainer = Watching(
-        model_init=lambda: tiny_llama(),
-        args=make_args(tmp_path, max_steps=3),
-        train_dataset=samples,
-        eval_dataset=samples[:8],
-        data_collator=collate,
-        peft_config=make_lora_config(),
-        da_config=make_config(),
-        callbacks=[starts],
-    )
+    settings = {"model_init": lambda: tiny_llama(), "eval_dataset": samples[:8], "callbacks": [starts]}
+    trainer = make_trainer(tmp_path, None, samples, Watching, peft_config=make_lora_config(), **settings)
     best = trainer.hyperparameter_search(hp_space=lambda trial: trial.params, n_trials=2, backend="optuna")
     assert best.hyperparameters == {"learning_rate": 1e-2}
     assert len(starts.found) == 2
@@ -236,14 +222,7 @@ class InFloat16(LoRADATrainer):
 )
 def test_half_precision_in_the_trainer(tmp_path, lora_model, samples):
     half, full = (
-        kind(
-            model=lora_model(),
-            args=make_args(tmp_path / kind.__name__, max_steps=3),
-            train_dataset=samples,
-            data_collator=collate,
-            da_config=make_config(),
-        )
-        for kind in (InFloat16, LoRADATrainer)
+        make_trainer(tmp_path / kind.__name__, lora_model(), samples, kind) for kind in (InFloat16, LoRADATrainer)
     )
     for trainer in (half, full):
         start = train_from(trainer)

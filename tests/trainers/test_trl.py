@@ -153,10 +153,7 @@ def make_dpo(folder, model, callback, peft_config=None, **arguments):
 )
 def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama):
     callback = make_callback()
-    trainer = make_dpo(tmp_path, tiny_llama(), callback, make_lora_config())
-    expected = expected_of(trainer, trainer.model)
-    start, report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, start, report, trainer, expected)
+    check_dpo(tmp_path, make_dpo(tmp_path, tiny_llama(), callback, make_lora_config()), callback)
 
 
 @pytest.mark.support(
@@ -168,17 +165,17 @@ def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
     callback = make_callback()
     trainer = make_dpo(tmp_path, lora_model(), callback)
     assert "ref" in trainer.model.peft_config
-    expected = expected_of(trainer, trainer.model)
-    start, report = train_with_its_loss(trainer, callback)
-    check_dpo(tmp_path, start, report, trainer, expected)
+    check_dpo(tmp_path, trainer, callback)
     reference = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
     assert reference
     assert not any(p.any() for name, p in reference.items() if "lora_B" in name)
     assert not any(p.requires_grad for p in reference.values())
 
 
-def check_dpo(folder, start, report, trainer, expected):
+def check_dpo(folder, trainer, callback):
     """The search must move the policy and not the reference: only then does the loss leave log 2."""
+    expected = expected_of(trainer, trainer.model)
+    start, report = train_with_its_loss(trainer, callback)
     assert_initialized(folder / "lora_da", start, report)
     assert_statistics_equal(stored_statistics(folder / "lora_da"), expected, 1e-4)
     assert report.search_loss_before == pytest.approx(0.693147, abs=1e-4)
@@ -194,16 +191,8 @@ def check_dpo(folder, start, report, trainer, expected):
 @pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback(...).attach(trainer)`")
 def test_a_reward_model(tmp_path):
     def make_model():
-        config = LlamaConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            pad_token_id=0,
-            num_labels=1,
-            initializer_range=0.2,
-        )
+        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, num_labels=1, initializer_range=0.2)
         torch.manual_seed(0)
         return LlamaForSequenceClassification(config)
 

@@ -24,13 +24,8 @@ from lora_da_hf.training.arguments import LoRADAArguments
 
 
 def make_trainer(folder, model, samples, callback=None, **arguments):
-    return Trainer(
-        model=model,
-        args=make_args(folder, **arguments),
-        train_dataset=samples,
-        data_collator=collate,
-        callbacks=[callback] if callback else [],
-    )
+    callbacks = [callback] if callback else []
+    return Trainer(model, make_args(folder, **arguments), collate, samples, callbacks=callbacks)
 
 
 def logged_metrics(trainer):
@@ -44,13 +39,8 @@ def test_a_plain_trainer_with_the_callback_does_what_our_trainer_does(tmp_path, 
     if attached:
         assert callback.attach(trainer) is callback
     trainer.train()
-    ours = LoRADATrainer(
-        model=lora_model(),
-        args=make_args(tmp_path / "b", max_steps=2),
-        train_dataset=samples,
-        data_collator=collate,
-        da_config=make_config(),
-    )
+    settings = {"train_dataset": samples, "data_collator": collate, "da_config": make_config()}
+    ours = LoRADATrainer(lora_model(), make_args(tmp_path / "b", max_steps=2), **settings)
     ours.train()
     assert_same_tensors(written_adapter(tmp_path / "a" / "lora_da"), written_adapter(tmp_path / "b" / "lora_da"))
     assert_same_tensors(adapter_weights(trainer.model), adapter_weights(ours.model))

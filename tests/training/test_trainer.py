@@ -296,16 +296,6 @@ def test_an_adapter_that_would_be_saved_over_the_initialisation_is_an_error(tmp_
     assert not (tmp_path / "lora_da").exists()
 
 
-def test_a_second_train_goes_on_from_the_first(tmp_path, lora_model, samples, count_initializations):
-    trainer = make_trainer(tmp_path, lora_model(), samples, arguments={"learning_rate": 0.0})
-    trainer.train()
-    report, weights = trainer.lora_da_report, adapter_weights(trainer.model)
-    trainer.train()
-    assert len(count_initializations) == 1
-    assert trainer.lora_da_report is report
-    assert_same_tensors(adapter_weights(trainer.model), weights)
-
-
 def test_an_adapter_that_was_reset_is_initialised_again(tmp_path, lora_model, samples, count_initializations):
     model = lora_model()
     make_trainer(tmp_path / "first", model, samples).train()
@@ -332,13 +322,8 @@ class RunsOutOfMemory(LoRADATrainer):
 def test_a_smaller_batch_size_after_running_out_of_memory_keeps_the_initialisation(
     tmp_path, lora_model, samples, count_initializations
 ):
-    trainer = make_trainer(
-        tmp_path,
-        lora_model(),
-        samples,
-        RunsOutOfMemory,
-        arguments={"auto_find_batch_size": True, "learning_rate": 0.0},
-    )
+    arguments = {"auto_find_batch_size": True, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, lora_model(), samples, RunsOutOfMemory, arguments=arguments)
     start = train_from(trainer)
     assert trainer.sizes[0] == 4
     assert trainer.sizes[-1] < 4
@@ -447,16 +432,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, lora_model, samples, u
     model = lora_model()
     if use_reentrant:
         model.enable_input_require_grads()  # what Trainer asks for with this kind of checkpointing
-    checkpointed = make_trainer(
-        tmp_path / "checkpointed",
-        model,
-        samples,
-        da_config=config,
-        arguments={
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-        },
-    )
+    kind = {"use_reentrant": use_reentrant}
+    arguments = {"activation_checkpointing": True, "activation_checkpointing_kwargs": kind}
+    folder = tmp_path / "checkpointed"
+    checkpointed = make_trainer(folder, model, samples, da_config=config, arguments=arguments)
     checkpointed.train()
     found, expected = (stored_statistics(tmp_path / which / "lora_da") for which in ("checkpointed", "plain"))
     assert_statistics_equal(found, expected, 1e-6)
@@ -487,14 +466,8 @@ def test_the_pass_has_the_batch_size_of_one_of_several_gpus(tmp_path, lora_model
         def on_train_begin(self, args, state, control, **kwargs):
             args._n_gpu = 4
 
-    trainer = make_trainer(
-        tmp_path,
-        lora_model(),
-        samples,
-        callbacks=[FourGPUs()],
-        compute_loss_func=loss_by_items,
-        arguments={"per_device_train_batch_size": 8},
-    )
+    settings = {"callbacks": [FourGPUs()], "compute_loss_func": loss_by_items}
+    trainer = make_trainer(tmp_path, lora_model(), samples, arguments={"per_device_train_batch_size": 8}, **settings)
     trainer.train()
     assert [call["batch_size"] for call in count_initializations] == [2]
     assert trainer.lora_da_report.loss_reduction.startswith("sum")
@@ -546,16 +519,6 @@ def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, sample
     assert next(iter(stream)) == samples[0]
 
 
-def test_a_list_of_batches_as_data_loader(tmp_path, lora_model, samples):
-    class OfBatches(LoRADATrainer):
-        def get_train_dataloader(self):
-            return [collate(samples[start : start + 4]) for start in range(0, 24, 4)]
-
-    trainer = make_trainer(tmp_path, lora_model(), samples, OfBatches, make_config(step_size=0.01))
-    trainer.train()
-    assert trainer.lora_da_report.num_samples == 12
-
-
 def test_training_goes_on_with_the_random_numbers_of_its_collator(tmp_path, lora_model, samples):
     class Drawing:
         def __init__(self):
@@ -592,16 +555,14 @@ def test_columns_that_the_model_does_not_take_are_left_out(tmp_path, lora_model,
     assert plain.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_random_choice_of_samples_follows_the_trainers_seed(tmp_path, lora_model, seed):
-    samples = make_learnable_samples(80)
+def test_the_random_choice_of_samples_follows_the_trainers_seed(tmp_path, lora_model):
     prints = []
-    for trainer_seed in (1, seed):
-        folder = tmp_path / f"{len(prints)}"
-        trainer = make_trainer(folder, lora_model(), samples, arguments={"seed": trainer_seed})
+    for number, seed in enumerate((1, 1, 2)):
+        folder = tmp_path / str(number)
+        trainer = make_trainer(folder, lora_model(), make_learnable_samples(80), arguments={"seed": seed})
         trainer.train()
         prints.append(trainer.lora_da_report.data_fingerprint)
-    assert (prints[0] == prints[1]) == (seed == 1)
+    assert prints[0] == prints[1] != prints[2]
 
 
 # Errors
@@ -649,16 +610,17 @@ def test_a_second_trainer_says_that_its_settings_have_no_effect(tmp_path, lora_m
     model = lora_model()
     first = make_trainer(tmp_path / "first", model, samples)
     first.train()
+    report = first.lora_da_report
     caplog.clear()
     first.train()
+    assert first.lora_da_report is report
     assert "settings given now" not in caplog.text
     before = adapter_weights(model)
     second = make_trainer(tmp_path / "second", model, samples, arguments={"learning_rate": 0.0})
     second.train()
     assert "was initialised before in this process and stays as it is; the settings given now have no" in caplog.text
     assert second.lora_da_report is None
-    for name, weight in adapter_weights(model).items():
-        assert torch.equal(weight, before[name])
+    assert_same_tensors(adapter_weights(model), before)
     with pytest.raises(ConfigError, match="no/such"):
         make_trainer(tmp_path / "third", model, samples, init_from="no/such").train()
 
