@@ -116,7 +116,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
             f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline:.4g}: {alike} cannot be told apart, "
             "and the smallest was taken. Have compute_loss return float32"
         )
-    if not found.helped:
+    if not found.step_size:
         step = step.noting("no step lowers the loss on the search samples: B is zero, training starts at the base")
     return step
 

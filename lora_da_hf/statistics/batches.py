@@ -91,11 +91,7 @@ def digest_sample(batch: Mapping[str, Any]) -> str:
 
 
 def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -> None:
-    """Verify that no sample is longer than the model allows, once the collator had the chance to truncate it.
-
-    Raises:
-        DataError: naming the length of the longest one.
-    """
+    """Verify that no sample is longer than the model allows, once the collator had the chance to truncate it."""
     sample = max(samples, key=sample_length, default=None)
     if limit is None or sample_length(sample) <= limit:
         return

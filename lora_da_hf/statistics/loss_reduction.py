@@ -41,11 +41,7 @@ class LossReduction:
         return compute(model, batch, _items(1, batch) if self.kind == "sum" else None)
 
     def num_items(self, tokens: BatchTokens) -> int:
-        """Return how many labels or samples the training objective averages over in a batch.
-
-        Raises:
-            SingleSamplesNeeded: if this batch does not tell.
-        """
+        """Return how many labels or samples the training objective averages over in a batch, if that can be told."""
         if self.kind in ("sum", "token_mean") and tokens.num_labels is not None:
             return tokens.num_labels
         if tokens.num_samples == 1 or self.kind == "batch":
@@ -168,15 +164,12 @@ def _items(number: int, batch: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def _watched_precision() -> Generator[set[tuple[torch.dtype, str]]]:
-    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device.
-
-    An int8 layer rounds its input too, whatever it puts out.
-    """
+    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device."""
     seen: set[tuple[torch.dtype, str]] = set()
 
     def on_forward(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            rounded = getattr(getattr(module, "weight", None), "dtype", None) == torch.int8
+            rounded = getattr(getattr(module, "weight", None), "dtype", None) == torch.int8  # its input too
             seen.add((torch.int8 if rounded else output.dtype, output.device.type))
 
     with nn.modules.module.register_module_forward_hook(on_forward):

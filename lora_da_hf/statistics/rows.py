@@ -45,10 +45,6 @@ def rows_that_count(
     samples that have a label count. Of a single sample they all do, as the rows of relative positions that some models
     project by the layers of the tokens. ``sequences`` are those that the rows may be of (`followed_sequences`), and
     ``routed`` the tokens that the layer is given, if not all.
-
-    Raises:
-        SingleSamplesNeeded: if the rows are not those of the samples in their order, if they cannot be matched to the
-            tokens and some tokens do not count, or if they match two sequences of which different tokens count.
     """
     if routed is None:
         return _rows(tokens, leading_shape, layer, sequences)

@@ -75,7 +75,8 @@ def factorize_input(
     pivot = 0
     for tried_dtype, tried_amount in tries:
         moment = input_second_moment if tried_dtype == dtype else input_second_moment.cpu()
-        damped = _damped(moment, tried_amount, tried_dtype)
+        damped = (moment + moment.mT).mul_(0.5).to(tried_dtype)
+        damped.diagonal().add_(tried_amount)
         cholesky, info = torch.linalg.cholesky_ex(damped)
         pivot = int(info.item())
         factorized = FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
@@ -87,12 +88,6 @@ def factorize_input(
         f"Cholesky failed for {layer}, input second moment {list(input_second_moment.shape)}, even with damping "
         f"{tries[-1][1]:.2g} (pivot {pivot}). Raise input_damping or collect more samples."
     )
-
-
-def _damped(moment: Tensor, amount: float, dtype: torch.dtype) -> Tensor:
-    damped = (moment + moment.mT).mul_(0.5).to(dtype)
-    damped.diagonal().add_(amount)
-    return damped
 
 
 def damped_product(moment: Tensor, amount: float, vectors: Tensor) -> Tensor:

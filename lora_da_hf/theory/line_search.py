@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _MAX_EVALUATIONS = 24
 _SMALLEST = 1e-5
@@ -22,13 +22,8 @@ class LineSearchResult:
 
     step_size: float
     loss: float
-    evaluations: tuple[tuple[float, float], ...] = field(default=())
-    alike: tuple[float, ...] = ()
-
-    @property
-    def helped(self) -> bool:
-        """Whether some step is better than none."""
-        return self.step_size > 0
+    evaluations: tuple[tuple[float, float], ...]
+    alike: tuple[float, ...]
 
 
 def line_search(

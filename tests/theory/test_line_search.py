@@ -29,7 +29,7 @@ def test_whatever_the_loss_does_the_result_is_never_above_the_baseline(losses, b
     result = line_search(evaluate, baseline=baseline, refine=refine)
     assert len(tried) == len(set(tried)) == len(result.evaluations) <= 25
     assert min(tried) >= 1e-5
-    if result.helped:
+    if result.step_size:
         assert result.loss < baseline
         assert (result.step_size, result.loss) in result.evaluations
         assert result.loss == min(loss for _, loss in result.evaluations)
@@ -68,7 +68,6 @@ def test_a_search_that_rises_for_ever_ends_above_the_smallest_step():
     result = line_search(lambda step: 2 + step, baseline=1.0)
     assert result.step_size == 0.0
     assert result.loss == 1.0
-    assert not result.helped
     assert 1e-5 <= min(step for step, _ in result.evaluations) < 1e-5 * FACTOR
 
 
