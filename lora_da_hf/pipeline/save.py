@@ -40,7 +40,21 @@ def save_adapter(
 
     Its configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
     """
-    _save_as_peft_does(model, folder, adapter_name, state)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(
+            str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
+        )
+        inner = folder / adapter_name
+        if inner.is_dir():
+            for path in inner.iterdir():
+                path.replace(folder / path.name)
+            inner.rmdir()
+    else:
+        saveable: Any = model
+        saveable.save_pretrained(str(folder), state_dict=state)
+    for pattern in _BESIDE_AN_ADAPTER:
+        for path in folder.glob(pattern):
+            path.unlink()
     path = folder / ADAPTER_CONFIG_FILE
     layers = _layers_by_pattern_name(model, adapter_name)
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
@@ -91,21 +105,3 @@ def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None
         return
     refuse_unstorable(model.peft_config[adapter_name])  # pyright: ignore[reportArgumentType, reportIndexIssue]
     _common_scaling(_layers_by_pattern_name(model, adapter_name), adapter_name)
-
-
-def _save_as_peft_does(model: nn.Module, folder: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(
-            str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
-        )
-        inner = folder / adapter_name
-        if inner.is_dir():
-            for path in inner.iterdir():
-                path.replace(folder / path.name)
-            inner.rmdir()
-    else:
-        saveable: Any = model
-        saveable.save_pretrained(str(folder), state_dict=state)
-    for pattern in _BESIDE_AN_ADAPTER:
-        for path in folder.glob(pattern):
-            path.unlink()
