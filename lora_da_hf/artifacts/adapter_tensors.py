@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved, trained_tokens
-from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.tensors import read_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
+from lora_da_hf.records import LayerSolution
 from lora_da_hf.theory.adapter_factors import paper_step_size
 
 MAGNITUDE = ".lora_magnitude_vector"
@@ -43,7 +43,7 @@ def stored_factor(tensors: Mapping[str, Tensor], name: str, factor: str, rank: i
     return tensor[:, index :: max(tensor.shape[-1] // rank, 1)]
 
 
-def check_adapter(path: Path, bases: Mapping[str, StoredBasis], config: dict[str, Any], manifest: Manifest) -> None:
+def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[str, Any], manifest: Manifest) -> None:
     """Verify that ``s B A`` of each layer is the step times the basis at its rank, and that nothing else is there.
 
     PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
@@ -112,7 +112,7 @@ def _is_named(key: str, layers: Collection[str], kept: Collection[str], config: 
     return (parameter == "bias" and config["bias"] != "none") or is_saved(config, module)
 
 
-def _missed(lora_A: Tensor, lora_B: Tensor, basis: StoredBasis, *, scaling: float, step: float) -> float:
+def _missed(lora_A: Tensor, lora_B: Tensor, basis: LayerSolution, *, scaling: float, step: float) -> float:
     """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter.
 
     Of a step of 0, any B that is not zero misses it wholly, and so does an A outside of the basis at every step.

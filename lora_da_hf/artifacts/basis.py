@@ -1,54 +1,39 @@
-"""The stored subspace of each layer, and the file that holds it."""
+"""The file that holds the subspace of each layer; the manifest has the rest of its solution."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_da_hf.artifacts.manifest import Manifest
-from lora_da_hf.artifacts.tensors import TensorSpecs
+from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.report import LayerReport
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredBasis:
-    """``basis_A [max_rank, d_in]`` and ``basis_B [d_out, max_rank]`` of a `LayerSolution`; the report has the rest."""
-
-    basis_A: Tensor
-    basis_B: Tensor
-
-
-def stored_solution(basis: StoredBasis, report: LayerReport) -> LayerSolution:
-    """Put the solution of a layer together from what is stored of it."""
-    return LayerSolution(
-        basis_A=basis.basis_A,
-        basis_B=basis.basis_B,
-        eigenvalues=torch.tensor(report.eigenvalues, dtype=torch.float64, device=basis.basis_A.device),
-        displacement_norm=report.displacement_norm,
-        input_damping=report.input_damping,
-        output_damping=report.output_damping,
-        solver=report.solver,
-        residual=report.residual,
-    )
-
-
-def basis_tensors(bases: Mapping[str, StoredBasis | LayerSolution]) -> dict[str, Tensor]:
+def basis_tensors(solutions: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
     """Return the tensors of the basis file: ``<layer>.basis_A`` and ``<layer>.basis_B`` in float32."""
-    named = {f"{name}.{part}": getattr(basis, part) for name, basis in bases.items() for part in ("basis_A", "basis_B")}
+    named = {f"{n}.{part}": getattr(layer, part) for n, layer in solutions.items() for part in ("basis_A", "basis_B")}
     return {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
 
 
-def basis_specs(manifest: Manifest) -> TensorSpecs:
-    """Return shape and dtype of each tensor that the basis file of a manifest holds."""
+def read_solutions(path: Path, manifest: Manifest) -> dict[str, LayerSolution]:
+    """Put the solutions together from the basis file and the manifest."""
+    shapes = {f"{name}.basis_A": (layer.max_rank, layer.in_features) for name, layer in manifest.layers.items()}
+    shapes |= {f"{name}.basis_B": (layer.out_features, layer.max_rank) for name, layer in manifest.layers.items()}
+    tensors = read_tensors(path, {key: (shape, "F32") for key, shape in shapes.items()})
     return {
-        key: (shape, "F32")
-        for name, layer in manifest.layers.items()
-        for key, shape in (
-            (f"{name}.basis_A", (layer.max_rank, layer.in_features)),
-            (f"{name}.basis_B", (layer.out_features, layer.max_rank)),
+        name: LayerSolution(
+            basis_A=tensors[f"{name}.basis_A"],
+            basis_B=tensors[f"{name}.basis_B"],
+            eigenvalues=torch.tensor(layer.eigenvalues, dtype=torch.float64),
+            displacement_norm=layer.displacement_norm,
+            input_damping=layer.input_damping,
+            output_damping=layer.output_damping,
+            solver=layer.solver,
+            residual=layer.residual,
         )
+        for name, layer in manifest.layers.items()
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.adapter_tensors import check_adapter
-from lora_da_hf.artifacts.basis import StoredBasis, basis_specs, basis_tensors
+from lora_da_hf.artifacts.basis import basis_tensors, read_solutions
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.manifest import (
@@ -32,7 +32,7 @@ from lora_da_hf.artifacts.manifest import (
     parse_manifest,
 )
 from lora_da_hf.artifacts.statistics_store import check_statistics
-from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
+from lora_da_hf.artifacts.tensors import write_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LoRADAReport
@@ -55,7 +55,7 @@ class StoredInit:
 
     folder: Path
     manifest: Manifest
-    bases: dict[str, StoredBasis]
+    bases: dict[str, LayerSolution]
     peft_config: dict[str, Any]
     source: str
     notes: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class StoredInit:
 def write_init(
     folder: Path,
     *,
-    bases: Mapping[str, StoredBasis | LayerSolution],
+    bases: Mapping[str, LayerSolution],
     report: LoRADAReport,
     base_model: BaseModelFacts,
     save_adapter: Callable[[Path], None],
@@ -135,11 +135,7 @@ def load_init(
         if statistics or not name.startswith(STATISTICS_PREFIX):
             check_file(folder / name, entry)
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
-    tensors = read_tensors(folder / BASIS_FILE, basis_specs(manifest))
-    bases = {
-        name: StoredBasis(basis_A=tensors[f"{name}.basis_A"], basis_B=tensors[f"{name}.basis_B"])
-        for name in manifest.layers
-    }
+    bases = read_solutions(folder / BASIS_FILE, manifest)
     check_adapter(folder / ADAPTER_FILE, bases, config, manifest)
     if statistics:
         check_statistics(folder, manifest)

@@ -13,7 +13,6 @@ from torch import nn
 
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
-from lora_da_hf.artifacts.basis import StoredBasis, stored_solution
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
@@ -166,7 +165,7 @@ def _match(job: Job, stored: StoredInit) -> Solved:
         if name in stored.bases:
             _check_fits(target, stored.bases[name])
             layer = stored.manifest.layers[name]
-            solutions[name] = stored_solution(stored.bases[name], layer)
+            solutions[name] = stored.bases[name]
             layers[name] = dataclasses.replace(
                 layer, rank=target.rank, peft_scaling=target.peft_scaling, notes=list(layer.notes)
             )
@@ -187,7 +186,7 @@ def _match(job: Job, stored: StoredInit) -> Solved:
     return Solved(solutions=solutions, layers=layers, kept=kept, step_unit=stored.report.step_unit, notes=tuple(notes))
 
 
-def _check_fits(target: Target, basis: StoredBasis) -> None:
+def _check_fits(target: Target, basis: LayerSolution) -> None:
     widths = (basis.basis_A.shape[1], basis.basis_B.shape[0])
     if widths != (target.in_features, target.out_features):
         raise TargetError(

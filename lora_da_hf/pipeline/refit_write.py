@@ -14,7 +14,6 @@ from lora_da_hf.adapters.experts import resize_factors
 from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, pattern_names, rank_of, with_ranks
 from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
-from lora_da_hf.artifacts.basis import StoredBasis
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, write_init
 from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
@@ -40,7 +39,7 @@ class Refit:
     stored: StoredInit
     config: LoRADAConfig
     changed: list[str]
-    bases: Mapping[str, StoredBasis] | Mapping[str, LayerSolution]
+    bases: Mapping[str, LayerSolution]
     layers: Mapping[str, LayerReport]
     step_unit: float
     step: float | None
