@@ -93,7 +93,7 @@ def run_list(arguments: argparse.Namespace, output: Output) -> None:
     found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
     names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
     items = [{name: getattr(item, name) for name in names} for item in found]
-    seen = {True: "private", False: "public"}
+    seen = ("public", "private")
     rows = [
         [e.repo_id, (e.commit or "")[:12], seen[bool(e.private)], e.base_model or "", str(e.rank or "")] for e in found
     ]

@@ -112,13 +112,9 @@ class LoraArguments:
         )
 
 
-class _ToConfig:
-    """What the generated dataclass can do."""
-
-    def to_config(self) -> LoRADAConfig:
-        """Return the checked settings."""
-        names = [entry.name for entry in dataclasses.fields(LoRADAConfig)]
-        return LoRADAConfig(**{name: setting_of_flag(name, getattr(self, PREFIX + name)) for name in names})
+def _to_config(flags: Any) -> LoRADAConfig:
+    names = [entry.name for entry in dataclasses.fields(LoRADAConfig)]
+    return LoRADAConfig(**{name: setting_of_flag(name, getattr(flags, PREFIX + name)) for name in names})
 
 
 def setting_of_flag(name: str, value: Any) -> Any:
@@ -147,7 +143,6 @@ LoRADAArguments: Any = dataclasses.make_dataclass(
         (PREFIX + entry.name, _flag_type(_HINTS[entry.name]), setting(entry.default, entry.metadata["help"]))
         for entry in dataclasses.fields(LoRADAConfig)
     ],
-    bases=(_ToConfig,),
+    namespace={"to_config": _to_config, "__doc__": "The settings of LoRA-DA, each as a flag with the prefix da_."},
 )
 LoRADAArguments.__module__ = __name__
-LoRADAArguments.__doc__ = "The settings of LoRA-DA, each as a flag with the prefix da_."

@@ -74,9 +74,7 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
         desc=f"Tokenising {name}",
     )
     if len(samples) == 0:
-        advice = (
-            "Raise it, so that prompts leave room" if data.has_pairs else "Lower it: 1,000 rows are joined"
-        )
+        advice = "Raise it, so that prompts leave room" if data.has_pairs else "Lower it: 1,000 rows are joined"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}. {advice}.")
     if data.has_pairs and len(samples) < len(rows):
         logger.warning(

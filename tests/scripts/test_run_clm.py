@@ -208,13 +208,14 @@ def test_streaming(model_dir, tmp_path):
 # --------------------------------------------------------------------------------------- prompt and completion
 
 
-def test_only_the_completion_has_labels(model_dir, tmp_path, samples, pairs_file):
-    run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *PAIR_FLAGS, "--do_train"))
-    tokenizer = make_tokenizer()
-    assert len(samples["train"]) == len(PAIRS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_only_the_completion_has_labels(model_dir, tmp_path, samples, pairs_file, chat):
+    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--use_chat_template", chat]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    ids = make_tokenizer().convert_tokens_to_ids
+    before, behind = (["user"], ["</s>", "assistant"]) if chat else (["<s>"], [])
     for sample, row in zip(samples["train"], PAIRS, strict=True):
-        prompt = [1, *tokenizer.convert_tokens_to_ids(row["question"].split())]
-        completion = [*tokenizer.convert_tokens_to_ids(row["answer"].split()), 2]
+        prompt, completion = ids([*before, *row["question"].split(), *behind]), ids([*row["answer"].split(), "</s>"])
         assert sample["input_ids"] == prompt + completion
         assert sample["attention_mask"] == [1] * len(prompt + completion)
         assert sample["labels"] == [-100] * len(prompt) + completion
@@ -234,17 +235,6 @@ def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path
     assert samples["train"]["input_ids"][:] == [[1, *ids], [1, ids[2], 2]]
     assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]], [-100, ids[2], 2]]
     assert "Left out: 2 of 4 train rows" in caplog.text
-
-
-def test_chat_template(model_dir, tmp_path, samples, pairs_file):
-    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--use_chat_template", "--do_train"]
-    run_clm.main(flags(model_dir, tmp_path / "out", *more))
-    ids = make_tokenizer().convert_tokens_to_ids
-    for sample, row in zip(samples["train"], PAIRS, strict=True):
-        prompt = ids(["user", *row["question"].split(), "</s>", "assistant"])
-        completion = ids([*row["answer"].split(), "</s>"])
-        assert sample["input_ids"] == prompt + completion
-        assert sample["labels"] == [-100] * len(prompt) + completion
 
 
 # ----------------------------------------------------------------------------------------------------- results

@@ -222,21 +222,6 @@ def test_training_goes_on_from_the_written_weights_as_trainer_would(tmp_path, ti
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_no_gradient_is_left_for_the_first_step(tmp_path, lora_model, samples):
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            self.gradients = [name for name, p in model.named_parameters() if p.grad is not None]
-            self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-            self.training = model.training
-
-    watch = Watch()
-    trainer = make_trainer(tmp_path, lora_model(), samples, callbacks=[watch])
-    trainer.train()
-    assert watch.gradients == []
-    assert watch.trainable == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
-    assert watch.training
-
-
 # Once
 
 
