@@ -10,17 +10,14 @@ SOLVE_SETTINGS = (
 )
 """Full statistics allow to change these."""
 
-WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a", "save_statistics")
+_WRITE_SETTINGS = ("step_size", "stable_gamma", "factor_split", "freeze_a")
 """The basis alone allows to change these."""
-
-SEARCH_SETTINGS = ("search_samples", "batch_size", "loss_reduction")
-"""For these, data is needed and no statistics."""
 
 PASS_SETTINGS = ("memory_budget",)
 """How a machine makes a pass over data, which changes nothing that it finds."""
 
-FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *WRITE_SETTINGS})
+FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *_WRITE_SETTINGS, "save_statistics"})
 """What `refit_init` may change."""
 
-FREE_IN_USE = frozenset({*WRITE_SETTINGS, *SEARCH_SETTINGS} - {"save_statistics"})
-"""What `apply_init` may change."""
+FREE_IN_USE = frozenset({*_WRITE_SETTINGS, "search_samples", "batch_size", "loss_reduction"})
+"""What `apply_init` may change: the write, and the search of a step, which needs data and no statistics."""

@@ -77,17 +77,10 @@ def write_init(
     identity: Mapping[str, Any] | None = None,
     refitted_from: RefittedFrom | None = None,
 ) -> None:
-    """Write an initialisation: all of it, or nothing.
+    """Write an initialisation in place of what is in the folder: all of it, or nothing.
 
-    Args:
-        folder: Where. What is there is replaced.
-        bases: By layer.
-        report: What was done.
-        base_model: The base that it was computed for.
-        save_adapter: Writes the PEFT adapter into the folder that it is given.
-        statistics: Files of the full statistics, in order.
-        identity: What a later run must have in common with this one to use it.
-        refitted_from: What it was refitted from; None: it was computed from data.
+    ``save_adapter`` writes the PEFT adapter into the folder that it is given; ``statistics`` are the files of the full
+    ones, in order; ``identity`` is what a later run must have in common with this one to use it.
     """
     with atomic_folder(folder) as partial:
         save_adapter(partial)
