@@ -6,6 +6,7 @@ for ever to match.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,8 @@ INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
 """How PEFT may have made a fresh adapter whose B is zero and whose base is untouched."""
 
 _MAX_BYTES = 4 << 20
+_MOST_PARAMETERS = 16
+"""Of one module. Experts have two or four, and a file from outside could name 100,000."""
 _EXPERT = re.compile(r"\[(\d+)\]$")
 _MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
 _TEXT = Annotated[str, Field(max_length=4096)]
@@ -68,7 +71,7 @@ class _Config(BaseModel):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: _NAMES | None = None
-    target_parameters: _NAMES | None = None
+    target_parameters: Annotated[_NAMES, Field(max_length=1024)] | None = None
     modules_to_save: _FEW_NAMES | None = None
     trainable_token_indices: _TOKENS | Annotated[dict[_TEXT, _TOKENS], Field(max_length=64)] | None = None
     ensure_weight_tying: bool = False
@@ -113,7 +116,8 @@ def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str,
             found[name] = [name]
         else:
             module = holder_of(name).replace(".base_layer", "")
-            found[name] = [f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ())]
+            every = (f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ()))
+            found[name] = list(itertools.islice(every, _MOST_PARAMETERS))
     return found
 
 
@@ -232,7 +236,7 @@ def _problem(config: dict[str, Any], manifest: Manifest) -> str | None:
     base, name = manifest.base_model, config["base_model_name_or_path"]
     if name and base.name_or_path and name.removeprefix("./") != base.name_or_path.removeprefix("./"):
         return f"base_model_name_or_path is {name!r}, and the manifest says {base.name_or_path!r}"
-    if config["revision"] not in (None, base.revision):
+    if config["revision"] != base.revision:
         return f"revision is {config['revision']!r}, and the manifest says {base.revision!r}"
     layers, kept = manifest.layers, manifest.report.kept
     targets: set[str] = set(config["target_modules"] or ())

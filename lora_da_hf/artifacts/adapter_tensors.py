@@ -69,6 +69,9 @@ def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[s
     # of tied weights PEFT names one and stores both
     if any(".lora_" in key or _digest(tensors[key]) not in saved for key in others - named):
         raise _foreign(path, others - named)
+    moved = [key for key in others if key.endswith(".lora_B.bias") and tensors[key].any()]
+    if moved:
+        raise ArtifactError(f"{path}: {min(moved)!r} is not zero, as an untrained adapter's is. Do not use it.")
     for name, layer in layers.items():
         factors: list[Tensor] = []
         for factor, shape in (("A", (layer.rank, layer.in_features)), ("B", (layer.out_features, layer.rank))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_da_hf.errors import ConfigError
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits, choose_samples, has_positions
 from lora_da_hf.statistics.batches import digest_sample
@@ -34,10 +34,19 @@ def choose_together(
         return digest_sample(job.collate([sample]))
 
     alike = has_positions(samples)
+    job.processes.check_same({"kind of samples": "with positions" if alike else "a stream"})
+    mine, problem = None, None
     with random_state(job.seed):
-        reads = alike or job.processes.is_main
-        mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size) if reads else None
-    splits = mine if alike else job.processes.gather(mine)[0]
+        try:
+            if alike or job.processes.is_main:
+                mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size)
+        except DataError as error:
+            problem = str(error)
+    found = job.processes.gather((None if alike else mine, problem))
+    problems = [text for _, text in found if text is not None]
+    if problems:
+        raise DataError(problems[0])
+    splits = mine if alike else found[0][0]
     assert splits is not None  # the first process reads in any case
     parts = {"statistics": splits.statistics, "search": splits.search, "unseen": splits.unseen}
     with random_state(job.seed), job.collate.generators_kept():

@@ -38,7 +38,7 @@ from lora_da_hf.statistics.loss_reduction import (
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.rows import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
-from lora_da_hf.statistics.token_masks import read_batch_tokens, tell_sequences_apart
+from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens, tell_sequences_apart
 from lora_da_hf.statistics.unlike import choose_unlike, draws_at_random
 
 LOSS = "loss"
@@ -135,7 +135,10 @@ def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, fl
     decodes = is_encoder_decoder(job.model)
     singles = [tell_sequences_apart(job.collate([sample]), longest_labels(job.model)) for sample in unlike]
     pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
-    tokens = [read_batch_tokens(b, shifts_labels=shifts, encoder_decoder=decodes, num_samples=1) for b in singles]
+    options: dict[str, Any] = {"shifts_labels": shifts, "encoder_decoder": decodes, "num_samples": 1}
+    if read_batch_tokens(singles[0], **options).other_modality:
+        singles.append(lengthened(singles[0], max_sample_length(job.model)))
+    tokens = [read_batch_tokens(batch, **options) for batch in singles]
     losses: dict[str, float] = {}
     rows: list[Any] = []
     for number, batch in enumerate((*singles, *pairs)):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_da_hf.artifacts.statistics_store import save_statistics
 from lora_da_hf.distributed.processes import Processes
@@ -29,6 +30,10 @@ from lora_da_hf.theory.solve import solve_group
 
 Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution, on the CPU, and report; or why it keeps PEFT's own initialisation."""
+
+
+_DIGITS = 1e3
+"""Times the smallest normal number: squares below that lose digits, and then all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +136,11 @@ def _map_on_threads(plan: Plan) -> Generator[Callable[..., Iterator[Any]]]:
         torch.set_num_threads(threads)
 
 
+def _is_subnormal(squares: Tensor) -> bool:
+    """Tell whether squares are so small that some have lost their digits."""
+    return bool(squares.mean() < _DIGITS * torch.finfo(squares.dtype).tiny)
+
+
 def _solve_group(
     job: Job, statistics: Mapping[str, LayerStatistics], kept: Mapping[str, str], population_size: int
 ) -> dict[str, Outcome]:
@@ -142,7 +152,7 @@ def _solve_group(
             found[name] = "no token that counts goes through it"
         elif not layer.weight_grad.any():
             found[name] = "its gradient is zero"
-        elif not layer.output_grad_second_moment_diag.any():
+        elif _is_subnormal(layer.output_grad_second_moment_diag):
             found[name] = "its gradient is too small to be squared in float32"
     wanted = {name: layer for name, layer in statistics.items() if name not in found}
     leader: str | None = None

@@ -98,11 +98,7 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
     labels is left alone, since that may have to be as long as the labels, which become no longer than ``longest``.
     """
     labels, known = batch.get("labels"), ("input_ids", "attention_mask", "labels", *_OF_DECODER)
-    are_sequences = all(
-        name in known and isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
-        for name, value in batch.items()
-    )
-    if labels is None or not are_sequences:
+    if labels is None or not all(name in known and _is_sequences(value) for name, value in batch.items()):
         return batch
     masks = _attended_positions(batch, labels)
     are_alike = len(masks) < 2 or masks[0].shape != masks[1].shape or torch.equal(*masks)
@@ -110,6 +106,23 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
         return batch
     longer = {name: torch.nn.functional.pad(batch[name], (0, 1)) for name in _OF_DECODER if name in batch}
     return {**batch, **longer, "labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
+
+
+def lengthened(batch: Mapping[str, Any], longest: int | None) -> Mapping[str, Any]:
+    """Pad the text of a batch by one position that does not count: rows that are no more than before are not of it."""
+    text: Any = batch.get("input_ids", batch.get("labels"))
+    if not _is_sequences(text) or (longest is not None and text.shape[1] >= longest):
+        return batch
+    padding = {
+        name: IGNORED_LABEL if "labels" in name else 0
+        for name, value in batch.items()
+        if _is_sequences(value) and value.shape == text.shape and name.endswith(("_ids", "_mask", "labels"))
+    }
+    return {**batch, **{name: torch.nn.functional.pad(batch[name], (0, 1), value=v) for name, v in padding.items()}}
+
+
+def _is_sequences(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 def _masks_other_modality(batch: Mapping[str, Any]) -> bool:

@@ -109,12 +109,13 @@ def test_a_weight_that_the_model_uses_without_calling_its_layer_is_kept_with_tha
     assert any(layer.name.endswith("output_dense") for layer in report.layers)
 
 
-def test_a_layer_whose_gradient_underflows_keeps_its_start_and_the_rest_goes_on(lora_model):
+@pytest.mark.parametrize("scale", [1e-20, 1e-33])
+def test_a_layer_whose_gradient_underflows_keeps_its_start_and_the_rest_goes_on(lora_model, scale):
     model = lora_model()
     sick_layers = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
     name = sick_layers[-1]
     sick = model.base_model.model.get_submodule(name)
-    sick.register_forward_hook(lambda _, args, output: output.detach() + (output - output.detach()) * 1e-33)
+    sick.register_forward_hook(lambda _, args, output: output.detach() + (output - output.detach()) * scale)
     before = {which: value.detach().clone() for which, value in sick.named_parameters() if "lora_" in which}
     report = initialize(model)
     assert report.kept == dict.fromkeys(sick_layers, "its gradient is too small to be squared in float32")

@@ -185,6 +185,7 @@ def test_another_base_is_refused(folder, lora_model, tiny_llama):
     ("key", "value"),
     [
         ("kasa_config", {}),
+        ("arrow_config", {}),
         ("use_bdlora", {}),
         ("alora_invocation_tokens", []),
         ("layer_replication", [[0, 2]]),
@@ -224,8 +225,20 @@ def test_the_revision_of_the_base_is_that_of_the_manifest(folder, refuses):
     forge_manifest(folder, base_model=base)
     change_config(folder, revision="a" * 40)
     load_init(folder)
-    change_config(folder, revision="b" * 40)
-    refuses(ADAPTER_CONFIG_FILE, "revision")
+    for other in ("b" * 40, None):
+        change_config(folder, revision=other)
+        refuses(ADAPTER_CONFIG_FILE, "revision")
+
+
+def test_a_bias_that_an_untrained_adapter_does_not_have_is_refused(folder, refuses):
+    biases = {f"base_model.model.{LAYER}.lora_B.bias": torch.zeros(32)}
+    change_config(folder, lora_bias=True)
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(biases))
+    forge_manifest(folder)
+    load_init(folder)
+    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors[f"base_model.model.{LAYER}.lora_B.bias"].add_(5))
+    forge_manifest(folder)
+    refuses(ADAPTER_FILE, LAYER)
 
 
 def test_another_schema_is_refused_and_says_what_to_do(folder, refuses):
@@ -280,6 +293,10 @@ def many_targets(folder):
     change_config(folder, target_modules=[f"z{number}" for number in range(300_000)])
 
 
+def many_parameters(folder):
+    change_config(folder, target_parameters=[f"z{number}" for number in range(99_000)])
+
+
 def long_header(folder):
     header = json.dumps({"__metadata__": {"a": "x" * (64 << 20)}}).encode()
     (folder / ADAPTER_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
@@ -295,6 +312,7 @@ def long_header(folder):
         (many_tensors, ADAPTER_FILE, "tensors"),
         (tied_tensors, ADAPTER_FILE, "base_model.model.y."),
         (many_targets, ADAPTER_CONFIG_FILE, "target_modules"),
+        (many_parameters, ADAPTER_CONFIG_FILE, "target_parameters"),
         (long_header, ADAPTER_FILE, "header"),
     ],
 )

@@ -34,10 +34,21 @@ DIFFERING = {
     "input_damping": {"input_damping": 1e-2},
     "order of the samples": {"samples": slice(8, None, -1)},
     "samples": {"samples": slice(9, 18)},
+    "kind of samples": {"stream": True},
     "batch_size": {"batch_size": 3},
     "adapter": {"r": 3},
 }
 """What the second process has otherwise, by the name that the error must give."""
+
+
+class Stream:
+    """Samples without positions."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
 
 
 def write(folder, name, value):
@@ -70,6 +81,7 @@ def differ(folder):
     for name, other in DIFFERING.items():
         settings = {"num_samples": 7, "search_samples": 1, "batch_size": 2, "seed": 42, **(other if PROCESS else {})}
         samples = make_learnable_samples(40)[settings.pop("samples", slice(0, 9))]
+        samples = Stream(samples) if settings.pop("stream", False) else samples
         model = make_lora_model(r=settings.pop("r", 4))
         attempt(folder, name, model, lambda it, given=(samples, settings): initialize(it, given[0], **given[1]))
     attempt(folder, "stored", make_lora_model(r=4), lambda it: apply_init(it, folder / f"stored_{PROCESS}"))
