@@ -109,7 +109,7 @@ def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str,
 
 
 def lengthened(batch: Mapping[str, Any], longest: int | None) -> Mapping[str, Any]:
-    """Pad the text of a batch by one position that does not count: rows that are no more than before are not of it."""
+    """Pad the text of a batch by one position that does not count: a layer that gets the same rows does not read it."""
     text: Any = batch.get("input_ids", batch.get("labels"))
     if not _is_sequences(text) or (longest is not None and text.shape[1] >= longest):
         return batch
