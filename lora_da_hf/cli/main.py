@@ -31,7 +31,7 @@ class Verb(NamedTuple):
 VERBS = (
     Verb("init", "compute", "Compute an initialisation from data and store it in a folder.",
          "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16"),
-    Verb("plan", "compute", "Tell how much memory and time an initialisation will take, from the model's config.",
+    Verb("plan", "compute", "Tell the passes and the memory that an initialisation takes, from the model's config.",
          "meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB"),
     Verb("show", "stored", "Show what is in a stored initialisation: a table, and plots if asked for.",
          "my-init --plots plots"),
