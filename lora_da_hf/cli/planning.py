@@ -13,8 +13,7 @@ from lora_da_hf.adapters.experts import experts_skipped
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.pipeline.memory import budget_bytes, groups_of, solver_threads, usable_memory
-from lora_da_hf.pipeline.plan import Plan, Workload, make_plan
+from lora_da_hf.pipeline.plan import Plan, budget_bytes, groups_of, make_plan, solver_threads, usable_memory
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments
 from lora_da_hf.training.text_model import naming_model, with_adapter
@@ -47,6 +46,11 @@ def plan_of(model: Any, targets: Sequence[Target], config: LoRADAConfig, *, num_
         budget = usable_memory(device) / (num_processes if device.type == "cpu" else 1)
     else:
         budget = budget_bytes(config.memory_budget)
-    groups, threads = groups_of(targets, shared), solver_threads([device])
-    work = Workload(groups=groups, num_samples=config.num_samples, threads=threads)
-    return make_plan(work, num_processes=num_processes, budget={0: budget}, solve_alone=config.save_statistics)
+    return make_plan(
+        groups_of(targets, shared),
+        num_samples=config.num_samples,
+        budget=[budget],
+        num_processes=num_processes,
+        threads=solver_threads([device]),
+        solve_alone=config.save_statistics,
+    )

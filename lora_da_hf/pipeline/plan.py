@@ -1,13 +1,24 @@
-"""What the statistics and the solve take in memory, and how the layers are spread over passes."""
+"""Which layers are collected and solved when: what that takes in memory, and what is free on the devices."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from lora_da_hf.distributed.processes import balanced_owners
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from lora_da_hf.adapters.targets import Target
+from lora_da_hf.distributed.processes import Processes, balanced_owners
 from lora_da_hf.errors import PlanError
+from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.probe import Probe
+from lora_da_hf.statistics.taps import input_groups
 from lora_da_hf.theory.solve import solve_dtype
 
 _ITEM = 4
@@ -15,6 +26,8 @@ _ITEM = 4
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
+_USABLE = 2 / 3
+"""Part of the free memory that sums may take: the rest is for the activations of the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +48,9 @@ class Group:
         return self.members[0]
 
     @property
-    def weights(self) -> int:
-        """Entries of the members' weights."""
-        return self.d_in * sum(self.d_outs)
-
-    @property
     def sum_bytes(self) -> int:
         """Size of the sums."""
-        return _ITEM * (self.d_in**2 + self.weights + sum(self.d_outs))
+        return _ITEM * (self.d_in**2 + (self.d_in + 1) * sum(self.d_outs))
 
     @property
     def work_bytes(self) -> int:
@@ -52,39 +60,7 @@ class Group:
     @property
     def solve_cost(self) -> float:
         """Arithmetic of the solve: a Cholesky factor, and for each member the solves and the eigenvectors."""
-        return self.d_in**3 / 3 + 4 * self.d_in * self.weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What has to be done; ``threads`` are those of a process's CPU, or 1 where another device solves."""
-
-    groups: tuple[Group, ...]
-    num_samples: int
-    threads: int = 1
-
-    @property
-    def small(self) -> bool:
-        """Whether each group is solved on one thread: a matter of sizes alone, so that the bits are too."""
-        return all(group.work_bytes <= _SMALL_WORK for group in self.groups)
-
-    @property
-    def solvers(self) -> int:
-        """How many groups a process solves at the same time."""
-        return min(self.threads, _MOST_SOLVERS) if self.small else 1
-
-    def peak_bytes(self, groups: Iterable[Group]) -> dict[int, int]:
-        """Return what collecting and solving some groups at once takes at most, by device."""
-        sums: dict[int, int] = {}
-        work: dict[int, list[int]] = {}
-        for group in groups:
-            sums[group.device] = sums.get(group.device, 0) + group.sum_bytes
-            work.setdefault(group.device, []).append(group.work_bytes)
-        return {device: size + sum(sorted(work[device])[-self.solvers :]) for device, size in sums.items()}
-
-    def fits(self, groups: Iterable[Group], budget: Mapping[int, float]) -> bool:
-        """Tell whether some groups can be collected and solved at once."""
-        return all(size <= budget[device] for device, size in self.peak_bytes(groups).items())
+        return self.d_in**3 / 3 + 4 * self.d_in**2 * sum(self.d_outs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +79,8 @@ class Plan:
     num_processes: int
     sample_passes: int
     peak_bytes: int
-    solvers: int = 1
-    one_thread_each: bool = False
+    solvers: int
+    one_thread_each: bool
 
     def describe(self) -> str:
         """Say in a line what will be done."""
@@ -117,53 +93,65 @@ class Plan:
         )
 
 
+def plan_windows(job: Job, probe: Probe) -> Plan:
+    """Make the plan, the same on all processes."""
+    devices = list(dict.fromkeys(target.device for target in job.scan.targets))
+    if job.config.memory_budget is None:
+        budget = usable_by_all(devices, job.processes)
+    else:
+        budget = [budget_bytes(job.config.memory_budget)] * len(devices)
+    return make_plan(
+        groups_of(job.scan.targets, probe.shared),
+        num_samples=len(probe.splits.statistics),
+        budget=budget,
+        num_processes=job.processes.count,
+        threads=min(job.processes.gather(solver_threads(devices))),
+        solve_alone=job.config.save_statistics,
+    )
+
+
+def groups_of(targets: Sequence[Target], shared: Mapping[str, str]) -> list[Group]:
+    """Group layers by the leader whose input each shares."""
+    devices = list(dict.fromkeys(target.device for target in targets))
+    by_name = {target.name: target for target in targets}
+    return [
+        Group(
+            members=tuple(members),
+            d_in=by_name[leader].in_features,
+            d_outs=tuple(by_name[name].out_features for name in members),
+            device=devices.index(by_name[leader].device),
+        )
+        for leader, members in input_groups(shared).items()
+    ]
+
+
 def make_plan(
-    work: Workload, *, num_processes: int = 1, budget: Mapping[int, float], solve_alone: bool = False
+    groups: Sequence[Group],
+    *,
+    num_samples: int,
+    budget: Sequence[float],
+    num_processes: int = 1,
+    threads: int = 1,
+    solve_alone: bool = False,
 ) -> Plan:
     """Cut the groups into as few passes as fit into the memory, and share their solves.
 
     Args:
-        budget: Bytes that the sums and the solve may take in a process, by number of the device.
+        groups: Of layers that share an input.
+        num_samples: Of all processes.
+        budget: Bytes that the sums and the solve may take in a process, on each device.
+        num_processes: That share the samples and the solves.
+        threads: Those of a process's CPU, or 1 where another device solves.
         solve_alone: Whether the first process gets all the sums.
 
     Raises:
         PlanError: if a group does not fit alone.
     """
-    one_by_one = dataclasses.replace(work, threads=1)
-    _check_fits(one_by_one, budget)
-    windows = _windows(work, budget)
-    if len(windows) > 1:  # where memory is short, another pass is dearer than solving one after the other
-        work = one_by_one
-        windows = _windows(work, budget)
-    owners: dict[str, int] = {}
-    for window in windows:  # all processes solve at the same time, after each window
-        costs = {group.leader: group.solve_cost for group in window}
-        owners |= balanced_owners(costs, 1 if solve_alone else num_processes)
-    share = -(-work.num_samples // num_processes)
-    return Plan(
-        windows=tuple(tuple(group.leader for group in window) for window in windows),
-        owners=owners,
-        num_processes=num_processes,
-        sample_passes=share * len(windows),
-        peak_bytes=max(max(work.peak_bytes(window).values()) for window in windows),
-        solvers=work.solvers,
-        one_thread_each=work.small,
-    )
 
+    def fits(some: Iterable[Group], solvers: int = 1) -> bool:
+        return all(size <= budget[device] for device, size in peak_bytes(some, solvers).items())
 
-def _windows(work: Workload, budget: Mapping[int, float]) -> list[list[Group]]:
-    windows: list[list[Group]] = []
-    for group in work.groups:
-        if windows and work.fits([*windows[-1], group], budget):
-            windows[-1].append(group)
-        else:
-            windows.append([group])
-    return windows
-
-
-def _check_fits(work: Workload, budget: Mapping[int, float]) -> None:
-    """Raise PlanError if a group does not fit alone, naming the largest."""
-    too_large = [group for group in work.groups if not work.fits([group], budget)]
+    too_large = [group for group in groups if not fits([group])]
     if too_large:
         largest = max(too_large, key=lambda group: group.sum_bytes + group.work_bytes)
         needed = largest.sum_bytes + largest.work_bytes
@@ -172,8 +160,90 @@ def _check_fits(work: Workload, budget: Mapping[int, float]) -> None:
             f"and there are {gibibytes(budget[largest.device])}. Set memory_budget to at least {needed} bytes, free "
             "memory on the device, or leave these layers out of target_modules."
         )
+    # whether a group is solved on one thread depends on sizes alone, so that the bits do, too
+    small = all(group.work_bytes <= _SMALL_WORK for group in groups)
+    solvers = min(threads, _MOST_SOLVERS) if small else 1
+    if not fits(groups, solvers):
+        solvers = 1  # another pass would be dearer than solving one after the other
+    windows: list[list[Group]] = []
+    for group in groups:
+        if windows and fits([*windows[-1], group], solvers):
+            windows[-1].append(group)
+        else:
+            windows.append([group])
+    owners: dict[str, int] = {}
+    for window in windows:  # all processes solve at the same time, after each window
+        costs = {group.leader: group.solve_cost for group in window}
+        owners |= balanced_owners(costs, 1 if solve_alone else num_processes)
+    return Plan(
+        windows=tuple(tuple(group.leader for group in window) for window in windows),
+        owners=owners,
+        num_processes=num_processes,
+        sample_passes=-(-num_samples // num_processes) * len(windows),
+        peak_bytes=max(max(peak_bytes(window, solvers).values()) for window in windows),
+        solvers=solvers,
+        one_thread_each=small,
+    )
+
+
+def peak_bytes(groups: Iterable[Group], solvers: int = 1) -> dict[int, int]:
+    """Return what it takes at most, by device, to collect groups at once and to solve as many of them at a time."""
+    by_device: dict[int, list[Group]] = {}
+    for group in groups:
+        by_device.setdefault(group.device, []).append(group)
+    return {
+        device: sum(group.sum_bytes for group in found) + sum(sorted(group.work_bytes for group in found)[-solvers:])
+        for device, found in by_device.items()
+    }
 
 
 def gibibytes(size: float) -> str:
     """Return a size for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def solver_threads(devices: Sequence[torch.device]) -> int:
+    """Return on how many threads of this process layers that live on these devices are solved."""
+    return torch.get_num_threads() if all(device.type == "cpu" for device in devices) else 1
+
+
+def budget_bytes(budget: float | str) -> int:
+    """Return `memory_budget` in bytes."""
+    if isinstance(budget, str) and not budget.isdigit():
+        return convert_file_size_to_int(budget.replace(" ", ""))
+    return int(budget)
+
+
+def usable_by_all(devices: Sequence[torch.device], processes: Processes) -> list[float]:
+    """Return the bytes that sums may take on each device in every process: those that share one get equal parts."""
+    places = [_place(device) for device in devices]
+    sharers = Counter(place for of_process in processes.gather(places) for place in of_process)
+    mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
+    return [min(of_device) for of_device in zip(*processes.gather(mine), strict=True)]
+
+
+def _place(device: torch.device) -> str:
+    """Name a device uniquely: each process may see other GPUs, and call its first cuda:0."""
+    of_machine = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
+    return f"{platform.node()} {of_machine}"
+
+
+def usable_memory(device: torch.device) -> float:
+    """Return the bytes that sums may take on a device if no budget is given: infinity if it does not tell."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) * _USABLE
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available, _free_in_container(Path("/sys/fs/cgroup"))) * _USABLE
+    return math.inf
+
+
+def _free_in_container(group: Path) -> float:
+    """Return what the limit of a control group (version 2) leaves; file pages that can be dropped are free."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        details = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used + int(details.get("inactive_file", 0))

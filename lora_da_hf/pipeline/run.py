@@ -25,7 +25,7 @@ from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.job import Job, make_job
-from lora_da_hf.pipeline.memory import plan_windows
+from lora_da_hf.pipeline.plan import plan_windows
 from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
 from lora_da_hf.pipeline.save import refuse_unsaveable, save_adapter, whole_adapter
 from lora_da_hf.pipeline.solve import Solved, solve_windows

@@ -13,12 +13,11 @@ from lora_da_hf.cli.main import main
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.errors import PlanError
-from lora_da_hf.pipeline.memory import budget_bytes, free_memory, usable_by_all
-from lora_da_hf.pipeline.plan import Group, Workload, make_plan
+from lora_da_hf.pipeline.plan import Group, budget_bytes, make_plan, peak_bytes, usable_by_all, usable_memory
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.theory.solve import factorize, solve_layer
 
-UNLIMITED = {0: float("inf")}
+UNLIMITED = [float("inf")]
 
 
 def attention(number):
@@ -29,81 +28,75 @@ def attention(number):
     )
 
 
-def make_work(blocks=8, *, samples=64, groups=None, **overrides):
-    groups = groups or tuple(group for number in range(blocks) for group in attention(number))
-    return Workload(groups=groups, num_samples=samples, **overrides)
+GROUPS = [group for number in range(8) for group in attention(number)]
 
 
-def budget_for(work, count):
-    """Return a budget that the first ``count`` groups just fit in."""
-    return work.peak_bytes(work.groups[:count])
+def plan(*, budget, groups=GROUPS, **options):
+    return make_plan(groups, num_samples=64, budget=budget, **options)
+
+
+def needs(count, groups=GROUPS):
+    """Return what the first ``count`` groups just fit in."""
+    return peak_bytes(groups[:count])[0]
 
 
 def test_what_fits_is_collected_in_one_pass_and_a_byte_less_takes_another():
-    work = make_work()
-    peak = work.peak_bytes(work.groups)[0]
-    plan = make_plan(work, budget={0: peak})
-    assert plan.windows == (tuple(group.leader for group in work.groups),)
-    assert (plan.sample_passes, plan.peak_bytes) == (64, peak)
-    plan = make_plan(work, budget={0: peak - 1})
-    assert [len(window) for window in plan.windows] == [15, 1]
-    assert plan.sample_passes == 128
+    peak = needs(16)
+    found = plan(budget=[peak])
+    assert found.windows == (tuple(group.leader for group in GROUPS),)
+    assert (found.sample_passes, found.peak_bytes) == (64, peak)
+    found = plan(budget=[peak - 1])
+    assert [len(window) for window in found.windows] == [15, 1]
+    assert found.sample_passes == 128
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_every_group_is_collected_once_within_the_budget_and_the_processes_share_samples_and_solves(size, count):
-    work = make_work()
-    budget = budget_for(work, count)
-    plan = make_plan(work, num_processes=size, budget=budget)
-    groups = {group.leader: group for group in work.groups}
-    assert sorted(leader for window in plan.windows for leader in window) == sorted(groups)
-    assert set(plan.owners) == set(groups)
-    peaks = [work.peak_bytes([groups[leader] for leader in window])[0] for window in plan.windows]
-    assert max(peaks) == plan.peak_bytes <= budget[0]
-    assert plan.sample_passes == -(-64 // size) * len(plan.windows)
-    for window in plan.windows:  # all processes solve after each window
-        assert len({plan.owners[leader] for leader in window}) == min(size, len(window))
+    found = plan(num_processes=size, budget=[needs(count)])
+    groups = {group.leader: group for group in GROUPS}
+    assert sorted(leader for window in found.windows for leader in window) == sorted(groups)
+    assert set(found.owners) == set(groups)
+    peaks = [peak_bytes([groups[leader] for leader in window])[0] for window in found.windows]
+    assert max(peaks) == found.peak_bytes <= needs(count)
+    assert found.sample_passes == -(-64 // size) * len(found.windows)
+    for window in found.windows:  # all processes solve after each window
+        assert len({found.owners[leader] for leader in window}) == min(size, len(window))
 
 
 def test_each_device_has_a_budget_of_its_own():
-    groups = tuple(Group(members=(f"{n}",), d_in=32, d_outs=(32,), device=n % 2) for n in range(6))
-    work = make_work(groups=groups)
-    each = work.peak_bytes(groups[:1])[0]
-    assert len(make_plan(work, budget={0: 10 * each, 1: 10 * each}).windows) == 1
-    plan = make_plan(work, budget={0: 10 * each, 1: each})
-    assert [len(window) for window in plan.windows] == [3, 2, 1]
+    groups = [Group(members=(f"{n}",), d_in=32, d_outs=(32,), device=n % 2) for n in range(6)]
+    each = needs(1, groups)
+    assert len(plan(groups=groups, budget=[10 * each, 10 * each]).windows) == 1
+    assert [len(window) for window in plan(groups=groups, budget=[10 * each, each]).windows] == [3, 2, 1]
 
 
 def test_statistics_that_are_stored_are_solved_by_the_first_process():
-    work = make_work()
-    assert set(make_plan(work, num_processes=4, budget=UNLIMITED, solve_alone=True).owners.values()) == {0}
+    assert set(plan(num_processes=4, budget=UNLIMITED, solve_alone=True).owners.values()) == {0}
 
 
 def test_a_group_that_does_not_fit_alone_is_an_error_that_says_what_would_help():
-    work = make_work()
-    needed = work.peak_bytes(work.groups[:1])[0]
+    needed = needs(1)
     with pytest.raises(PlanError, match=rf"0\.q, 0\.k, 0\.v \(input 64\) .* memory_budget to at least {needed} bytes"):
-        make_plan(work, num_processes=2, budget={0: needed - 1})
+        plan(num_processes=2, budget=[needed - 1])
 
 
 def test_small_groups_are_solved_one_on_each_thread_if_there_is_memory():
-    work, alone = make_work(threads=4), make_work()
-    plenty = make_plan(work, budget=UNLIMITED)
+    plenty = plan(budget=UNLIMITED, threads=4)
     assert plenty.solvers == 4
-    assert plenty.peak_bytes - make_plan(alone, budget=UNLIMITED).peak_bytes == 3 * work.groups[0].work_bytes
-    assert make_plan(work, budget={0: plenty.peak_bytes - 1}) == make_plan(alone, budget={0: plenty.peak_bytes - 1})
+    assert plenty.peak_bytes - plan(budget=UNLIMITED).peak_bytes == 3 * GROUPS[0].work_bytes
+    less = [plenty.peak_bytes - 1]
+    assert plan(budget=less, threads=4) == plan(budget=less)
     large = Group(members=("wide",), d_in=4096, d_outs=(4096,))
-    assert make_plan(make_work(threads=4, groups=(*work.groups, large)), budget=UNLIMITED).solvers == 1
-    assert make_plan(make_work(threads=64), budget=UNLIMITED).solvers == 8
+    assert plan(groups=[*GROUPS, large], budget=UNLIMITED, threads=4).solvers == 1
+    assert plan(budget=UNLIMITED, threads=64).solvers == 8
 
 
 def test_a_plan_says_in_a_line_what_will_be_done():
-    work = make_work()
-    text = make_plan(work, num_processes=4, budget=budget_for(work, 4)).describe()
+    text = plan(num_processes=4, budget=[needs(4)]).describe()
     assert text.startswith("4 processes, 4 passes, 64 samples each; at most ")
     assert text.endswith(" for sums and solve on a device")
-    assert make_plan(work, budget=UNLIMITED).describe().startswith("one process, one pass, 64 samples; at most ")
+    assert plan(budget=UNLIMITED).describe().startswith("one process, one pass, 64 samples; at most ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -151,18 +144,18 @@ def test_a_gpu_is_shared_by_the_processes_that_see_the_same_one_whatever_they_ca
     monkeypatch, uuid_of_other, sharers
 ):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
-    monkeypatch.setattr("lora_da_hf.pipeline.memory.free_memory", lambda device: 24.0)
+    monkeypatch.setattr("lora_da_hf.pipeline.plan.usable_memory", lambda device: 16.0)
     processes = TwoProcesses([f"{platform.node()} {uuid_of_other}"], [16.0])
     assert usable_by_all([torch.device("cuda", 0)], processes) == [16.0 / sharers]
 
 
 @pytest.mark.parametrize(("other", "free", "expected"), [("this cpu", 16.0, 8.0), ("another cpu", 32.0, 16.0)])
 def test_processes_of_a_machine_share_its_memory_and_all_get_the_least_that_one_has(monkeypatch, other, free, expected):
-    monkeypatch.setattr("lora_da_hf.pipeline.memory.free_memory", lambda device: 24.0)
+    monkeypatch.setattr("lora_da_hf.pipeline.plan.usable_memory", lambda device: 16.0)
     place = f"{platform.node()} cpu" if other == "this cpu" else other
     assert usable_by_all([torch.device("cpu")], TwoProcesses([place], [free])) == [expected]
 
 
 def test_memory_is_known_and_read():
-    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+    assert 2**20 < usable_memory(torch.device("cpu")) < 2**50
     assert [budget_bytes(b) for b in (1024.0, "1024", "8GiB", "1.5 KiB", "8GB")] == [1024, 1024, 2**33, 1536, 8 * 10**9]
