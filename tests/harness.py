@@ -191,6 +191,9 @@ def assert_statistics_equal(found, expected, tolerance):
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
+    for name, layer in expected.items():
+        assert found[name].num_input_tokens == layer.num_input_tokens, name
+        assert found[name].num_output_tokens == layer.num_output_tokens, name
 
 
 STORED_RANK = 8

@@ -53,12 +53,14 @@ class Reference:
     weight_grad: torch.Tensor
     input_second_moment: torch.Tensor
     output_grad_second_moment_diag: torch.Tensor
+    num_input_tokens: int
+    num_output_tokens: int
 
     @classmethod
     def of(cls, weight_grad, rows):
         """Take the means over rows of inputs and of output gradients, each a list of ``[rows, features]``."""
         x, g = (torch.cat(parts).double() for parts in rows)
-        return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0))
+        return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0), len(x), len(g))
 
 
 def items_of(report, *, shifted=True):
@@ -73,7 +75,7 @@ def items_of(report, *, shifted=True):
     return lambda batch: int((batch["labels"][..., int(shifted) :] != -100).sum())
 
 
-def autograd_statistics(model, samples, loss_of, collate=collate, items_of=lambda batch: 1):
+def autograd_statistics(model, samples, loss_of, collate=collate, items_of=lambda batch: 1, token_mask="attention"):
     """Compute the statistics of every layer from autograd's own gradients.
 
     Args:
@@ -83,6 +85,7 @@ def autograd_statistics(model, samples, loss_of, collate=collate, items_of=lambd
         collate: Makes batches. Of a batch's rows, one for each place of its attention mask, those that are attended to
             count in the second moments.
         items_of: Maps the batch of one sample to what its mean loss weighs: its number of labels, or 1.
+        token_mask: ``"labels"``: the rows that predict a label count, of a causal model.
     """
     weighs = [items_of(collate([sample])) for sample in samples]
     parts = [weight * len(samples) / sum(weighs) for weight in weighs]
@@ -118,6 +121,8 @@ def autograd_statistics(model, samples, loss_of, collate=collate, items_of=lambd
             for sample, part in zip(samples, parts, strict=True):
                 batch = collate([sample])
                 attended = batch.get("attention_mask", torch.ones(0)).bool().flatten()
+                if token_mask == "labels":
+                    attended = torch.cat([batch["labels"][0, 1:] != -100, torch.tensor([False])])
                 part_of(sample, part).backward()
                 for name, x, y in calls:
                     if y.grad is not None:

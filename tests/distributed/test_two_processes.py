@@ -59,9 +59,6 @@ def test_statistics_and_adapter_are_those_of_one_process(launched, tmp_path, lor
     report = initialize(model, make_learnable_samples(count), tmp_path / "single", **SEVEN, **settings)
     found, expected = stored_statistics(launched / name), stored_statistics(tmp_path / "single")
     assert_statistics_equal(found, expected, 1e-5)
-    for layer, statistics in expected.items():
-        assert found[layer].num_input_tokens == statistics.num_input_tokens
-        assert found[layer].num_output_tokens == statistics.num_output_tokens
     for process in range(2):
         theirs = result(launched, name, process)
         assert theirs["num_samples"] == report.num_samples == count

@@ -236,14 +236,16 @@ def test_no_layer_that_is_called_is_an_error(tiny_llama, lora_model, samples):
     ("change", "kind", "match"),
     [
         (lambda loss: loss.detach(), StatisticsError, "cut off"),
+        (lambda loss: loss.detach().requires_grad_(), StatisticsError, "cut off"),
         (lambda loss: loss.detach() + 0 * loss, SolveError, "gradient is zero"),
         (lambda loss: loss * float("nan"), NonFiniteError, "nan"),
+        (lambda loss: loss * (float("nan") if torch.is_grad_enabled() else 1), NonFiniteError, "nan"),
         (lambda loss: loss * float("inf"), NonFiniteError, "inf"),
         (lambda loss: 1.0, DataError, "float"),
         (lambda loss: (loss, None), DataError, "tuple"),
         (lambda loss: loss.expand(3), DataError, r"\[3\]"),
     ],
-    ids=["detached", "flat", "nan", "inf", "float", "tuple", "vector"],
+    ids=["detached", "a leaf", "flat", "nan", "nan in the pass", "inf", "float", "tuple", "vector"],
 )
 def test_a_loss_that_cannot_be_used(lora_model, samples, change, kind, match):
     def loss(*inputs):

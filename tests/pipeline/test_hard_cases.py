@@ -218,6 +218,7 @@ def test_a_leader_without_gradient_does_not_starve_the_layers_that_share_its_inp
     report = initialize(model, samples, loss=cut, **FIXED)
     initialize(alone, samples, loss=uniform, **FIXED)
     assert {name.rsplit(".", 1)[-1] for name in report.kept} == {"q_proj", "k_proj"}
+    assert set(report.kept.values()) == {"the loss does not depend on it"}
     assert all(layer.num_tokens > 0 for layer in report.layers)
     found = products(model)
     assert_close({name: found[name] for name in products(alone)}, products(alone), 1e-4)

@@ -5,17 +5,12 @@ import functools
 
 import pytest
 import torch
-from harness import make_args, make_config, make_lora_config, pad_left
+from families.zoo import FAMILIES
+from harness import assert_statistics_equal, collate, initialize, make_args, make_config, make_lora_config, pad_left
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from lora_da_hf import LoRADATrainer, initialize_lora_da
-from lora_da_hf.samples import pad_samples
-
-
-def make_gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+from lora_da_hf import LoRADATrainer
 
 
 @contextlib.contextmanager
@@ -34,41 +29,25 @@ LENGTH, NUM_LABELS = 12, 5
 
 def alike_samples(count):
     """Make samples of one length and one number of labels, so that the rows of a batch tell which they are."""
-    ids = torch.randint(3, 96, (count, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(3, 60, (count, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     masked = LENGTH - NUM_LABELS
     return [{"input_ids": i, "attention_mask": [1] * LENGTH, "labels": [-100] * masked + i[masked:]} for i in ids]
 
 
-def num_labels(samples):
-    return sum(label != -100 for sample in samples for label in sample["labels"][1:])
+def of_labels(seen):
+    return [rows for rows in seen if rows % LENGTH]
 
 
 @pytest.mark.parametrize(
-    ("make", "batch_size", "collate"), [(None, 1, pad_samples), (None, 4, pad_left), (make_gpt2, 4, pad_samples)]
+    ("name", "size", "collator"), [("Llama", 1, collate), ("Llama", 4, pad_left), ("GPT-2 (Conv1D)", 4, collate)]
 )
 @pytest.mark.parametrize("declared", ["auto", "token_mean"])
-def test_the_statistics_are_those_of_all_logits(
-    tiny_llama, token_samples, collected, stacked, assert_equal_statistics, make, batch_size, collate, declared
-):
-    model, samples = make() if make else tiny_llama(), token_samples(9)
-    head = model.get_output_embeddings()
-    batches = []
-    with rows_seen_by(head) as seen:
-        found = collected(
-            model,
-            samples,
-            batch_size=batch_size,
-            collate=collate,
-            declared=declared,
-            labelled_head=True,
-            on_samples=lambda count: batches.append(len(seen)),
-        )
-    assert sum(seen[batches[0] - 1 :]) == num_labels(samples)
-    assert_equal_statistics(found.statistics, stacked(model, samples))
-
-
-def of_labels(seen):
-    return [rows for rows in seen if rows % LENGTH]
+def test_the_statistics_are_those_of_all_logits(collected, by_autograd, name, size, collator, declared):
+    model, samples = FAMILIES[name].make_model(), alike_samples(8)
+    with rows_seen_by(model.get_output_embeddings()) as seen:
+        _, found = collected(model, samples, batch_size=size, collator=collator, loss_reduction=declared)
+    assert of_labels(seen)[-8 // size :] == [size * NUM_LABELS] * (8 // size)
+    assert_statistics_equal(found, by_autograd(model, samples), 1e-5)
 
 
 class OwnLoss(LlamaForCausalLM):
@@ -95,9 +74,7 @@ def test_a_model_whose_loss_is_not_the_loss_function_s_gets_all_logits(tiny_llam
     base = tiny_llama()
     base.__class__ = kind
     with rows_seen_by(base.lm_head) as seen:
-        initialize_lora_da(
-            lora_model(model=base), alike_samples(20), config=make_config(), data_collator=pad_samples, progress=False
-        )
+        initialize(lora_model(model=base), alike_samples(20))
     assert seen
     assert not of_labels(seen)
 
@@ -121,7 +98,7 @@ def test_a_trainer_uses_it_unless_its_loss_may_read_the_logits(tiny_llama, tmp_p
         model=model,
         args=make_args(tmp_path, **args),
         train_dataset=alike_samples(20),
-        data_collator=pad_samples,
+        data_collator=collate,
         peft_config=make_lora_config(),
         da_config=make_config(batch_size=4),
     )

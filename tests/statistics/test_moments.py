@@ -11,39 +11,31 @@ from lora_da_hf.statistics.moments import (
     unpack_upper,
 )
 
-WIDTHS = [1, 5, 256, 257, 600]
 
-
-def rows_of(tokens, width, *, seed=0, dtype=torch.float64):
-    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_half_product_mirrored_is_the_product(width):
-    rows = rows_of(7, width)
+@pytest.mark.parametrize("width", [1, 5, 256, 257, 600])
+def test_the_half_product_mirrored_is_the_product_and_can_be_packed(width):
+    rows = torch.randn(7, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total = torch.zeros(width, width, dtype=torch.float64)
     add_symmetric_product_(total, rows)
     torch.testing.assert_close(total.triu(), (rows.mT @ rows).triu())
     torch.testing.assert_close(mirror_upper_(total), rows.mT @ rows)
     assert torch.equal(total, total.mT)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_packing_and_unpacking_gives_the_matrix_back(width):
-    rows = rows_of(3, width)
-    matrix = rows.mT @ rows
-    matrix = (matrix + matrix.mT) / 2
-    packed = pack_upper(matrix)
+    packed = pack_upper(total)
     assert packed.shape == (width * (width + 1) // 2,)
-    assert torch.equal(unpack_upper(packed, width), matrix)
+    assert torch.equal(unpack_upper(packed, width), total)
+
+
+def products_on_cpu():
+    if hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.mkldnn.matmul.fp32_precision
+    return {"highest": "ieee"}.get(torch.get_float32_matmul_precision(), "reduced")  # torch before 2.9
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_full_precision_is_on_inside_and_restored_even_after_an_error(before, float32_products):
+def test_full_precision_is_on_inside_and_restored_even_after_an_error(before):
     def check_and_fail():
         with full_precision("cpu"):
-            assert float32_products() == "ieee"
-            assert not torch.is_autocast_enabled("cpu")
+            assert products_on_cpu() == "ieee"
             assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
             raise RuntimeError("inside")
 
