@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lora_da_hf.artifacts.adapter_config import alpha_divisor, expert_of
+from lora_da_hf.adapters.experts import resize_factors
+from lora_da_hf.adapters.write import dora_magnitude
+from lora_da_hf.artifacts.adapter_config import (
+    PEFT_PREFIX,
+    alpha_divisor,
+    expert_of,
+    holder_of,
+    pattern_names,
+    rank_of,
+    with_ranks,
+)
+from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
 from lora_da_hf.artifacts.folders import check_replaceable
+from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics
-from lora_da_hf.artifacts.store import StoredInit, load_init
+from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
+from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.pipeline.base_model import base_model_facts
-from lora_da_hf.pipeline.refit_write import Refit, write_refit
+from lora_da_hf.pipeline.base_model import base_model_facts, base_modules
 from lora_da_hf.pipeline.solve import reported
 from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.report import LayerReport
+from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.theory.layer_scales import divisors, step_unit
+from lora_da_hf.theory.adapter_factors import factors_at_step, paper_step_size
+from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import solve_group
 
@@ -41,36 +56,33 @@ def refit_init(
 ) -> StoredInit:
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
 
-    The step is the one given; or, if the ranks or the settings are others, what the stored steps say for them
-    (`lora_da_hf.pipeline.stored.stored_step`): nothing is measured here, and the report says so. All layers have one
-    scaling. A rank changes it as it does in PEFT where `lora_alpha` stays, and the step makes up for that; under a rank
-    budget it stays. Layers that PEFT initialised keep their tensors; all experts have one rank, so theirs is cut, or
-    longer by what PEFT starts with.
+    Nothing is measured. All layers have one scaling, which a rank changes as it does in PEFT where `lora_alpha` stays;
+    under a rank budget it stays. Layers that PEFT initialised keep their tensors; all experts have one rank, so theirs
+    is cut, or longer by what PEFT starts with.
 
     Args:
         folder: A stored initialisation.
         output_dir: Where the new one goes: all of it or nothing. An initialisation that is there is replaced.
         config: The settings to solve and write with: all of them as a config, or by name those that are not as stored.
-            Those of the pass over the data stay. None: as stored.
+            Those of the pass over the data stay.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
         rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`, instead of ``rank``.
-        step_size: How far step 0 goes, whatever the config says.
+        step_size: How far step 0 goes; None: what the config or the stored steps say (`stored_step`).
         base_model: The base model. DoRA needs it, whose magnitudes follow from its weights; else it is only compared.
         progress: Whether to show a progress bar while layers are solved.
 
     Returns:
-        The new initialisation, read back with every check. Statistics are taken along if ``config.save_statistics``;
-        without a config they stay where they are, in ``folder`` itself too.
+        The new initialisation, read back with every check. Statistics are taken along if ``config.save_statistics``,
+        and stay in ``folder`` itself unless that is False by name.
 
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
-        ConfigError: if a rank is above the stored one, a budget too small, or ``config`` asks for another pass over
-            data, or for other ``layer_steps`` without a step; if ``output_dir`` holds something else; if a DoRA adapter
-            comes without its base, or experts would get different ranks.
+        ConfigError: if a rank, a budget or a setting cannot be had offline; if ``output_dir`` holds something else.
         BaseModelMismatchError: if it was computed for another base.
         SolveError: if a layer cannot be solved with these settings.
     """
-    check_replaceable(Path(output_dir))
+    folder, output_dir = Path(folder), Path(output_dir)
+    check_replaceable(output_dir)
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
     stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
@@ -78,70 +90,48 @@ def refit_init(
         raise ConfigError(
             f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
         )
-    new = _new_config(stored, config, step_size, in_place=Path(folder).resolve() == Path(output_dir).resolve())
+    new = _new_config(stored, config, step_size, in_place=folder.resolve() == output_dir.resolve())
     changed = [name for name in changed_settings(new, stored.manifest.config) if name in SOLVE_SETTINGS]
     bases, layers, unit = stored.bases, stored.manifest.layers, stored.report.step_unit
-    notes: list[str] = []
     if changed:
-        notes += _notes_on_step(stored, new, config, changed, step_size)
         bases, layers, unit = _solve_again(stored, new, progress=progress)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    if rank is not None:
-        ranks = {name: _possible_rank(layer, rank) for name, layer in layers.items()}
-    elif rank_budget is not None:
-        ranks, note = _share_out(layers, rank_budget)
-        notes.append(note)
-    experts = [name for name in ranks if expert_of(name) is not None]
-    found = {ranks[name] for name in experts}
-    if len(found) > 1:
-        raise ConfigError(
-            f"The experts ({experts[0]} first) would get ranks {min(found)} to {max(found)}, and PEFT has one for all. "
-            "Give a rank that each can have, and no budget."
-        )
+    ranks, notes = _new_ranks(layers, rank, rank_budget)
     step = None if new.step_size is None or new.searches_step else float(new.step_size)
     if new.searches_step:
-        step, source = stored_step(stored.manifest, ranks)
+        step, source = stored_step(stored.manifest, ranks, changed)
         notes.append(source)
     scaling = next(iter(layers.values())).peft_scaling
     if rank is not None:
         before = max(layer.rank for layer in layers.values())
         scaling *= alpha_divisor(stored.peft_config, before) / alpha_divisor(stored.peft_config, max(ranks.values()))
-    layers = {
-        name: dataclasses.replace(layer, rank=ranks[name], peft_scaling=scaling) for name, layer in layers.items()
-    }
-    refit = Refit(
-        stored=stored, config=new, changed=changed, bases=bases, layers=layers, step_unit=unit, step=step, notes=notes
-    )
-    write_refit(refit, Path(output_dir), base_model)
+    length = paper_step_size(scaling, new.stable_gamma) if step is None else step
+    norms = {name: length * bases[name].basis_B[:, :rank].norm().item() for name, rank in ranks.items()}
+    new_layers = [
+        dataclasses.replace(layer, rank=ranks[name], peft_scaling=scaling, update_norm=norms[name])
+        for name, layer in layers.items()
+    ]
+    report = _new_report(stored.report, new, new_layers, step_unit=unit, step_size=step, notes=notes)
+    _write(stored, output_dir, report, bases, base_model, changed)
     return load_init(output_dir)
 
 
 def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in_place: bool) -> LoRADAConfig:
     """Return the settings of the new initialisation; in its own folder it keeps the statistics, which would be lost."""
-    config = config_for_refit(stored.manifest, given)
+    config, before = config_for_refit(stored.manifest, given), stored.manifest.config
     has_statistics = bool(stored.manifest.statistics_files)
-    drops = isinstance(given, Mapping) and given.get("save_statistics") is False
     if config.save_statistics and not has_statistics:
         raise ArtifactError(f"{stored.folder} has no statistics to take along. Leave save_statistics out.")
-    keeps = config.save_statistics or (has_statistics and in_place and not drops)
+    by_name: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    keeps = config.save_statistics or (has_statistics and in_place and by_name.get("save_statistics", True))
     step = config.step_size if step_size is None else step_size
-    return dataclasses.replace(config, save_statistics=keeps, step_size=step)
-
-
-def _notes_on_step(
-    stored: StoredInit, new: LoRADAConfig, given: Given, changed: list[str], step_size: float | None
-) -> list[str]:
-    """Note that the stored step was found with other settings, if it is used."""
-    is_given = step_size is not None or (isinstance(given, Mapping) and gives_step(given))
-    if is_given or new.step_size != stored.manifest.config.step_size:
-        return []
-    if "layer_steps" in changed and new.step_size is not None:
+    new = dataclasses.replace(config, save_statistics=keeps, step_size=step)
+    is_given = step_size is not None or gives_step(by_name) or new.step_size != before.step_size
+    if new.layer_steps != before.layer_steps and new.step_size is not None and not is_given:
         raise ConfigError(
             "layer_steps changes how far the layers go beside each other, so the stored step means nothing. "
             "Give a step_size."
         )
-    note = f"the step was searched before {', '.join(changed)} changed: apply_init searches it anew if given samples"
-    return [note] if new.searches_step else []
+    return new
 
 
 def _solve_again(
@@ -150,10 +140,8 @@ def _solve_again(
     """Solve every layer from its statistics, and return bases, reports and the unit of the step."""
     layers = dict(stored.manifest.layers)
     solutions: dict[str, LayerSolution] = {}
-    ranks = {
-        name: min(max(config.max_rank or layer.max_rank, layer.rank), layer.in_features)
-        for name, layer in layers.items()
-    }
+    most = {name: max(config.max_rank or layer.max_rank, layer.rank) for name, layer in layers.items()}
+    ranks = {name: min(most[name], layer.in_features) for name, layer in layers.items()}
     number = len(input_groups_of(stored.manifest))
     groups = iterate_statistics(stored.folder, stored.manifest)
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
@@ -166,20 +154,148 @@ def _solve_again(
     return scaled, {n: dataclasses.replace(layers[n], **reported(solution)) for n, solution in scaled.items()}, unit
 
 
-def _possible_rank(layer: LayerReport, rank: int) -> int:
-    """Return a rank that a layer can have: the one asked for, or all directions that it has."""
-    if rank <= layer.max_rank or layer.max_rank == layer.in_features:
-        return min(rank, layer.max_rank)
-    raise ConfigError(
-        f"{layer.name}: rank {rank} is above the stored {layer.max_rank}. Ask for a smaller one; or, if the full "
-        f"statistics are stored, give a config with max_rank={rank} (--da_max_rank {rank})."
+def _new_ranks(
+    layers: Mapping[str, LayerReport], rank: int | None, budget: int | None
+) -> tuple[dict[str, int], list[str]]:
+    """Choose the rank of each layer, and say what was spent under a budget."""
+    ranks, notes = {name: layer.rank for name, layer in layers.items()}, list[str]()
+    if rank is not None:
+        for layer in layers.values():
+            if layer.max_rank < min(rank, layer.in_features):
+                raise ConfigError(
+                    f"{layer.name}: rank {rank} is above the stored {layer.max_rank}. Ask for a smaller one; or, if "
+                    f"the full statistics are stored, give a config with max_rank={rank} (--da_max_rank {rank})."
+                )
+        ranks = {name: min(rank, layer.max_rank) for name, layer in layers.items()}
+    elif budget is not None:
+        widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+        ranks = allocate_ranks({name: layer.eigenvalues for name, layer in layers.items()}, widths, budget)
+        spent = num_adapter_parameters(ranks, widths)
+        lowest, highest = min(ranks.values()), max(ranks.values())
+        notes = [f"ranks {lowest} to {highest}, which take {spent} of {budget} parameters"]
+    if len({ranks[name] for name in ranks if expert_of(name) is not None}) > 1:
+        raise ConfigError(
+            "The experts would get different ranks, and PEFT has one for all. Give a rank that each can have, and no "
+            "budget."
+        )
+    return ranks, notes
+
+
+def _new_report(
+    stored: LoRADAReport, config: LoRADAConfig, layers: list[LayerReport], *, notes: list[str], **others: Any
+) -> LoRADAReport:
+    """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
+    largest = max(layer.max_rank for layer in layers)
+    steps = stored.step_size_by_rank if config.searches_step else {}
+    unmeasured = ("search_loss_before", "search_loss_after", "unseen_loss_before", "unseen_loss_after")
+    return dataclasses.replace(
+        stored,
+        **others,
+        **dict.fromkeys(unmeasured),
+        layers=layers,
+        step_size_by_rank={rank: step for rank, step in steps.items() if rank <= largest},
+        search=[],
+        num_unseen_samples=0,
+        seconds={},
+        plan="",
+        config=config.to_dict(),
+        notes=[
+            *notes,
+            *rounding_notes(layers, layer_steps=config.layer_steps),
+            "refitted from a stored initialisation: no loss was measured with this adapter",
+        ],
     )
 
 
-def _share_out(layers: Mapping[str, LayerReport], budget: int) -> tuple[dict[str, int], str]:
-    """Choose the rank of each layer under a budget, and say what was spent."""
-    widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    ranks = allocate_ranks({name: layer.eigenvalues for name, layer in layers.items()}, widths, budget)
-    spent = num_adapter_parameters(ranks, widths)
-    lowest, highest = min(ranks.values()), max(ranks.values())
-    return ranks, f"ranks {lowest} to {highest}, which take {spent} of {budget} parameters"
+def _write(
+    stored: StoredInit,
+    output_dir: Path,
+    report: LoRADAReport,
+    bases: Mapping[str, LayerSolution],
+    base_model: nn.Module | None,
+    changed: list[str],
+) -> None:
+    """Write the new initialisation: all of it, or nothing."""
+    manifest = stored.manifest
+    before = manifest.refitted_from.changed if manifest.refitted_from else {}
+    peft_config = _new_peft_config(stored, report.layers)
+    tensors = _new_tensors(stored, report, bases, peft_config, base_model)
+
+    def save_adapter(path: Path) -> None:
+        write_tensors(path / ADAPTER_FILE, tensors)
+        (path / ADAPTER_CONFIG_FILE).write_text(json.dumps(peft_config, indent=2, sort_keys=True), encoding="utf-8")
+
+    write_init(
+        output_dir,
+        bases=bases,
+        report=report,
+        base_model=manifest.base_model,
+        save_adapter=save_adapter,
+        statistics=[stored.folder / name for name in manifest.statistics_files]
+        if report.config["save_statistics"]
+        else [],
+        refitted_from=RefittedFrom(
+            manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
+        ),
+    )
+
+
+def _new_peft_config(stored: StoredInit, layers: list[LayerReport]) -> dict[str, Any]:
+    """Return PEFT's configuration for the new ranks; what PEFT initialised keeps its own, at the scaling of all.
+
+    Parameters get the rank of the experts: PEFT warns of patterns for them.
+    """
+    config, kept = stored.peft_config, stored.report.kept
+    names = pattern_names(config, (*kept, *(layer.name for layer in layers)))
+    of_experts = next((layer.rank for layer in layers if expert_of(layer.name) is not None), None)
+    ranks = {
+        key: rank_of(config, key) if key == name or of_experts is None else of_experts
+        for name in kept
+        for key in names[name]
+    }
+    ranks |= {key: layer.rank for layer in layers for key in names[layer.name]}
+    return with_ranks(config, ranks, layers[0].peft_scaling)
+
+
+def _new_tensors(
+    stored: StoredInit,
+    report: LoRADAReport,
+    bases: Mapping[str, LayerSolution],
+    peft_config: dict[str, Any],
+    base_model: nn.Module | None,
+) -> dict[str, Tensor]:
+    """Return the stored adapter's tensors with the new factors in place of the old ones."""
+    config = LoRADAConfig.from_dict(report.config)
+    tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
+    _resize_parameters(stored, peft_config, tensors)
+    modules = {} if base_model is None else base_modules(base_model)
+    for layer in report.layers:
+        basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))
+        keys = [factor_key(layer.name, factor) for factor in "AB"]
+        values = factors_at_step(basis_A, basis_B, config, peft_scaling=layer.peft_scaling, step_size=report.step_size)
+        for key, factor, value in zip(keys, "AB", values, strict=True):
+            place = stored_factor(tensors, layer.name, factor, layer.rank)
+            if place is None or expert_of(layer.name) is None:
+                tensors[key] = value.to(tensors[key].dtype).contiguous()
+            else:
+                place.copy_(value)
+        if peft_config["use_dora"]:
+            key = f"{PEFT_PREFIX}{layer.name}{MAGNITUDE}"
+            lora_A, lora_B = (tensors[key] for key in keys)
+            magnitude = dora_magnitude(modules[layer.name], lora_A, lora_B, layer.peft_scaling)
+            tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)
+    return tensors
+
+
+def _resize_parameters(stored: StoredInit, peft_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Cut the factors of parameters, which all experts share, or lengthen them by what PEFT starts with."""
+    holders = {holder_of(name) for name in (*stored.manifest.layers, *stored.report.kept)}
+    for name, keys in pattern_names(peft_config, sorted(holders)).items():
+        if keys in ([], [name]):
+            continue
+        old, new = (rank_of(config, keys[0]) for config in (stored.peft_config, peft_config))
+        if old != new:
+            both = [factor_key(name, factor) for factor in "AB"]
+            lora_A, lora_B = (tensors[key] for key in both)
+            resized = resize_factors(lora_A, lora_B, old=old, new=new, seed=stored.report.seed)
+            tensors.update(zip(both, resized, strict=True))

@@ -12,15 +12,13 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.setting_groups import FREE_IN_REFIT, FREE_IN_USE, PASS_SETTINGS
 
+Given = LoRADAConfig | Mapping[str, Any] | None
+"""Settings that replace stored ones: by name, or a whole config."""
+
 
 def changed_settings(config: LoRADAConfig, other: LoRADAConfig) -> list[str]:
     """Return the names of the settings that differ."""
-    names = [setting.name for setting in dataclasses.fields(LoRADAConfig)]
-    return [name for name in names if getattr(config, name) != getattr(other, name)]
-
-
-Given = LoRADAConfig | Mapping[str, Any] | None
-"""Settings that replace stored ones: by name, or a whole config."""
+    return [name for name, value in vars(config).items() if value != getattr(other, name)]
 
 
 def gives_step(given: Given) -> bool:
@@ -56,12 +54,10 @@ def _allowed(
     stored: LoRADAConfig, given: Given, free: Collection[str], remedy: str
 ) -> tuple[LoRADAConfig, Collection[str]]:
     """Return what is given as a whole config, and the names of what counts of it."""
-    if given is None:
-        return stored, ()
-    if isinstance(given, Mapping):
-        names, new = list(given), LoRADAConfig.from_dict({**stored.to_dict(), **given})
-    else:
+    if isinstance(given, LoRADAConfig):
         names, new = changed_settings(given, LoRADAConfig()), given
+    else:
+        names, new = list(given or ()), LoRADAConfig.from_dict({**stored.to_dict(), **(given or {})})
     names = [name for name in names if name not in PASS_SETTINGS]
     fixed = [name for name in names if name not in free and getattr(new, name) != getattr(stored, name)]
     if fixed:
@@ -73,36 +69,31 @@ def _allowed(
     return new, names
 
 
-def stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
+def stored_step(
+    manifest: Manifest, ranks: Mapping[str, int], changed: Collection[str] = ()
+) -> tuple[float | None, str]:
     """Choose the step for layers of any ranks from those that are stored, and say where it is from.
 
     It is the stored one where all ranks are as stored, or where it was not searched. Otherwise it is interpolated in
     the ladder of searched steps, at the geometric mean of the ranks and in logarithms of both; beyond the ends the
     nearest rung counts, and beside a rung where no step helped it is 0. None: it follows from `stable_gamma`.
     """
-    step, source = _stored_step(manifest, ranks)
-    changed = manifest.refitted_from.changed if manifest.refitted_from else {}
-    if changed and manifest.report.step_size_by_rank:
-        source += f"; it was searched before {', '.join(changed)} changed"
-    return step, source
-
-
-def _stored_step(manifest: Manifest, ranks: Mapping[str, int]) -> tuple[float | None, str]:
     step, steps = manifest.report.step_size, dict(sorted(manifest.report.step_size_by_rank.items()))
     if step is None:
         return None, "the step follows from stable_gamma and each layer's scaling"
     if not steps:
         return step, f"step {step:.4g}, which was given"
+    changed = list(dict.fromkeys((*(manifest.refitted_from.changed if manifest.refitted_from else ()), *changed)))
+    since = f"; it was searched before {', '.join(changed)} changed" if changed else ""
     if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
-        return step, f"step {step:.4g}, as {'stored' if manifest.refitted_from else 'searched'} for these ranks"
+        where = "stored" if manifest.refitted_from else "searched"
+        return step, f"step {step:.4g}, as {where} for these ranks{since}"
     rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
     low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
     high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))
-    if low == high:
-        same = math.isclose(low, rank)
-        return steps[low], f"step {steps[low]:.4g}, searched for rank {low}" + ("" if same else f", not {rank:.3g}")
     if not steps[low] or not steps[high]:
-        return 0.0, f"step 0: for rank {low} or rank {high} no step helped"
-    share = math.log(rank / low) / math.log(high / low)
+        return 0.0, f"step 0: for rank {low} or rank {high} no step helped{since}"
+    share = math.log(rank / low) / math.log(high / low) if high != low else 0.0
     between = steps[low] ** (1 - share) * steps[high] ** share
-    return between, f"step {between:.4g}, interpolated for rank {rank:.3g} between those of ranks {low} and {high}"
+    rungs = f"searched for rank {low}" if high == low else f"interpolated between those of ranks {low} and {high}"
+    return between, f"step {between:.4g} for rank {rank:.3g}, {rungs}{since}"
