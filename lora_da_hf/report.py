@@ -10,18 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field, TypeAdapter
+from pydantic import ConfigDict, FailFast, Field, TypeAdapter
 
 _FULL_TABLE_UP_TO = 32
-_CHECKED: dict[str, Any] = {
-    "extra": "forbid",
-    "allow_inf_nan": False,
-    "str_max_length": 4096,
-    "revalidate_instances": "always",
-}
+CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=4096, revalidate_instances="always")
 """How pydantic checks a report that goes into a manifest, or comes from one."""
-
-_Few = Field(max_length=1000)
+FEW = Field(max_length=1000)
+Setting = bool | int | float | str | None
+_Name = Annotated[str, Field(max_length=512)]
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
+_Step = Annotated[float, Field(ge=0)]
 
 
 @dataclass(kw_only=True)
@@ -42,24 +41,24 @@ class LayerReport:
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CHECKED
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
-    name: str
-    in_features: int
-    out_features: int
-    rank: int
-    peft_scaling: float
+    name: _Name
+    in_features: _Count
+    out_features: _Count
+    rank: _Count
+    peft_scaling: _Positive
     shares_input_with: str
-    num_tokens: int
-    num_grad_tokens: int
+    num_tokens: _Count
+    num_grad_tokens: _Count
     input_damping: float
     output_damping: float
     eigenvalues: Annotated[list[float], FailFast()]
-    displacement_norm: float
+    displacement_norm: _Positive
     solver: str
     residual: float
     update_norm: float = 0.0
-    notes: Annotated[list[str], _Few] = field(default_factory=list)
+    notes: Annotated[list[str], FEW] = field(default_factory=list)
 
     @property
     def max_rank(self) -> int:
@@ -91,10 +90,10 @@ class LoRADAReport:
         plan: How the statistics were collected.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _CHECKED
+    __pydantic_config__: ClassVar[ConfigDict] = CHECKED
 
     layers: Annotated[list[LayerReport], FailFast()] = field(default_factory=list)
-    kept: Annotated[dict[str, str], Field(max_length=100_000)] = field(default_factory=dict)
+    kept: Annotated[dict[_Name, str], Field(max_length=100_000)] = field(default_factory=dict)
     adapter_name: str = "default"
     seed: int = 0
     num_samples: int = 0
@@ -104,18 +103,18 @@ class LoRADAReport:
     population_size: int = 0
     batch_size: int = 1
     loss_reduction: str = ""
-    step_unit: float = 1.0
-    step_size: float | None = None
-    step_size_by_rank: Annotated[dict[int, float], _Few] = field(default_factory=dict)
-    search: Annotated[list[tuple[float, float | None]], _Few] = field(default_factory=list)
+    step_unit: _Step = 1.0
+    step_size: _Step | None = None
+    step_size_by_rank: Annotated[dict[_Count, _Step], FEW] = field(default_factory=dict)
+    search: Annotated[list[tuple[float, float | None]], FEW] = field(default_factory=list)
     search_loss_before: float | None = None
     search_loss_after: float | None = None
     unseen_loss_before: float | None = None
     unseen_loss_after: float | None = None
-    seconds: Annotated[dict[str, float], _Few] = field(default_factory=dict)
-    config: Annotated[dict[str, bool | int | float | str | None], _Few] = field(default_factory=dict)
+    seconds: Annotated[dict[str, float], FEW] = field(default_factory=dict)
+    config: Annotated[dict[str, Setting], FEW] = field(default_factory=dict)
     data_fingerprint: str = ""
-    notes: Annotated[list[str], _Few] = field(default_factory=list)
+    notes: Annotated[list[str], FEW] = field(default_factory=list)
     artifact: str | None = None
     init_from: str | None = None
     plan: str = ""
@@ -160,7 +159,7 @@ class LoRADAReport:
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)
-        table = in_columns(["layer", *COLUMNS], [_row(kind, group) for kind, group in kinds.items()])
+        table = in_columns([_row(kind, group) for kind, group in kinds.items()], ["layer", *COLUMNS])
         parts = ["LoRA-DA initialisation", *(f"  {line}" for line in self._summary()), "", *table]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
@@ -229,8 +228,10 @@ def _row(name: str, layers: list[LayerReport]) -> list[str]:
     return [title, *(column(layers) for column in COLUMNS.values())]
 
 
-def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table: rows of text in columns under a header."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+def in_columns(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> list[str]:
+    """Return the lines of a table: rows of text in columns, under a header if there is one."""
+    cells = [*([header] if header else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if header:
+        cells.insert(1, ["-" * width for width in widths])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REQUIRED_FILES, STATISTICS_SHARD
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REQUIRED_FILES, STATISTICS_FILE
 from lora_da_hf.errors import ConfigError
 
 CARD_FILE = "README.md"
@@ -56,7 +56,7 @@ def check_replaceable(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     own = {*_LEFT_BY_TOOLS}
     if MANIFEST_FILE in names:
-        own |= {MANIFEST_FILE, *REQUIRED_FILES, *PLOTS, *filter(STATISTICS_SHARD.fullmatch, names)}
+        own |= {MANIFEST_FILE, *REQUIRED_FILES, *PLOTS, *filter(STATISTICS_FILE.fullmatch, names)}
     if CARD_FILE in names and is_own_card((folder / CARD_FILE).read_bytes()):
         own.add(CARD_FILE)
     if names - own:

@@ -24,7 +24,7 @@ from lora_da_hf.artifacts.manifest import (
     INIT_FOLDER,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
-    STATISTICS_PREFIX,
+    STATISTICS_FILE,
     BaseModelFacts,
     FileEntry,
     Manifest,
@@ -86,7 +86,7 @@ def write_init(
         save_adapter(partial)
         write_tensors(partial / BASIS_FILE, basis_tensors(bases))
         for number, path in enumerate(statistics, start=1):
-            adopt(path.resolve(), partial / f"{STATISTICS_PREFIX}{number:05d}-of-{len(statistics):05d}.safetensors")
+            adopt(path.resolve(), partial / f"lora_da_statistics-{number:05d}-of-{len(statistics):05d}.safetensors")
         manifest = Manifest(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             versions={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -125,7 +125,7 @@ def load_init(
         if alone and path.name not in (MANIFEST_FILE, *manifest.files) and not may_lie_beside(path):
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it.")
     for name, entry in manifest.files.items():
-        if statistics or not name.startswith(STATISTICS_PREFIX):
+        if statistics or not STATISTICS_FILE.fullmatch(name):
             check_file(folder / name, entry)
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     bases = read_solutions(folder / BASIS_FILE, manifest)
@@ -141,11 +141,8 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder, and look at nothing else."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        remedy = "Name another folder."
-        if (folder / INIT_FOLDER / MANIFEST_FILE).is_file():
-            remedy = f"The initialisation of this training is {folder / INIT_FOLDER}."
-        elif not folder.exists():
-            remedy = "Name another folder; `lora-da pull` fetches one from the Hub."
+        inner = folder / INIT_FOLDER
+        remedy = f"The initialisation of this training is {inner}." if inner.is_dir() else "Name another folder."
         raise ArtifactError(f"{path} does not exist. {remedy}")
     with path.open("rb") as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), source=str(path))
@@ -201,10 +198,6 @@ def file_entry(path: Path) -> FileEntry:
 def check_file(path: Path, entry: FileEntry) -> None:
     """Compare a file with what the manifest says of it."""
     if not path.is_file():
-        hint = "`lora-da pull` fetches all of it. " if path.name.startswith(STATISTICS_PREFIX) else ""
-        raise ArtifactError(f"{path} is listed in the manifest and missing. {hint}Get a new copy.")
-    size = path.stat().st_size
-    if size != entry.size:
-        raise ArtifactError(f"{path} has {size} bytes, and the manifest says {entry.size}. Get a new copy.")
-    if file_entry(path).sha256 != entry.sha256:
-        raise ArtifactError(f"{path} was changed: its SHA-256 is not the manifest's. Get a new copy.")
+        raise ArtifactError(f"{path} is listed in the manifest and missing. Get a new copy.")
+    if file_entry(path) != entry:
+        raise ArtifactError(f"{path} was changed: its size or SHA-256 is not the manifest's. Get a new copy.")

@@ -11,8 +11,6 @@ from typing import Any
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 
-OF_CARD = ("license", "license_name", "license_link", "base_model", "datasets", "language", "hardware", "notes")
-
 
 def add(parser: argparse.ArgumentParser, name: str, help_text: str, **options: Any) -> None:
     """Add ``--name``, and its form with dashes; a switch, unless it has options."""
@@ -65,7 +63,9 @@ def add_card(parser: argparse.ArgumentParser) -> None:
 
 def card_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what `add_card` parsed, as keyword arguments."""
-    return {name: getattr(arguments, name) for name in OF_CARD}
+    from lora_da_hf.hub.cards import CardFacts
+
+    return {name: getattr(arguments, name) for name in CardFacts.__annotations__}
 
 
 def positive(text: str) -> int:
@@ -76,14 +76,12 @@ def positive(text: str) -> int:
     return number
 
 
-def check_new(path: Path, *, overwrite: bool) -> None:
-    """Check that an initialisation may be written to a folder, all of whose content would be replaced."""
-    from lora_da_hf.artifacts.folders import check_replaceable
+def check_new(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds an initialisation already."""
     from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 
-    check_replaceable(path)
-    if (path / MANIFEST_FILE).is_file() and not overwrite:
-        raise ConfigError(f"{path} holds an initialisation already. Name a new folder, or give --overwrite.")
+    if (folder / MANIFEST_FILE).is_file() and not overwrite:
+        raise ConfigError(f"{folder} holds an initialisation already. Name a new folder, or give --overwrite.")
 
 
 def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:

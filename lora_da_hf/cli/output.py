@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_da_hf.errors import LoRADAError
+from lora_da_hf.report import in_columns
 
 
 class Output:
@@ -33,19 +34,19 @@ class Output:
             datasets.disable_progress_bars()
             logging.disable_progress_bar()
 
-    def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str) -> None:
-        """Print the result of a command: ``values`` as JSON, ``bare`` for `--quiet`, ``text`` for people."""
+    def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str | None = None) -> None:
+        """Print the result: ``values`` as JSON, ``bare`` for `--quiet`, and for people ``text``, or else the values."""
         if self.as_json:
-            shown = json.dumps(values, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+            shown = json.dumps(values, separators=(",", ":"), allow_nan=False)
         elif self.quiet:
             shown = printable(bare if isinstance(bare, str) else "\n".join(bare))
         else:
-            shown = printable(text)
+            shown = printable(in_lines(values) if text is None else text)
         print(shown, file=self._stdout, flush=True)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str, *, always: bool = False) -> None:
         """Tell a person something beside the result."""
-        if not self.quiet:
+        if always or not self.quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -66,13 +67,10 @@ def explain(error: Exception) -> str:
 
 def printable(text: str) -> str:
     """Replace control characters, which names from elsewhere may hold to take over a terminal."""
-    return "".join(
-        character if character == "\n" or not unicodedata.category(character).startswith("C") else "�"
-        for character in text
-    )
+    return "".join("�" if c != "\n" and unicodedata.category(c).startswith("C") else c for c in text)
 
 
-def aligned(rows: Sequence[tuple[str, str]]) -> str:
-    """Return names and values in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in rows)
+def in_lines(values: Mapping[str, Any]) -> str:
+    """Return names and values in two columns, without those that are None."""
+    rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
+    return "\n".join(in_columns(rows))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lora_da_hf.cli.flags import add, add_base_model, add_card, add_folder, card_of, load_base, positive
-from lora_da_hf.cli.output import Output, aligned
+from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import in_columns
 
@@ -25,29 +25,23 @@ def push_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_push(arguments: argparse.Namespace, output: Output) -> None:
-    """Publish a stored initialisation."""
+    """Publish a stored initialisation on the Hub, private unless asked otherwise."""
     from lora_da_hf.hub import push_init
 
-    names, card = ("create_pr", "revision", "parent_commit", "commit_message"), None
-    if arguments.card is not None:
-        try:
-            card = arguments.card.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--card {arguments.card} cannot be read: {error}. Name a Markdown file.") from error
     pushed = push_init(
         arguments.folder,
         arguments.repo_id,
         private=not arguments.public,
-        card=card,
-        **{name: getattr(arguments, name) for name in names},
+        card=arguments.card.read_text(encoding="utf-8") if arguments.card else None,
+        create_pr=arguments.create_pr,
+        revision=arguments.revision,
+        parent_commit=arguments.parent_commit,
+        commit_message=arguments.commit_message,
         **card_of(arguments),
     )
-    names = ("url", "repo_id", "commit", "pull_request_url", "private", "changed")
-    values = {name: getattr(pushed, name) for name in names}
     if not pushed.changed:
         output.message("The repository holds these files already, so nothing was committed.")
-    rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
-    output.result(values, bare=f"{pushed.repo_id}@{pushed.commit}", text=aligned(rows))
+    output.result(vars(pushed), bare=f"{pushed.repo_id}@{pushed.commit}")
 
 
 def pull_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +55,7 @@ def pull_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pull(arguments: argparse.Namespace, output: Output) -> None:
-    """Fetch and check an initialisation."""
+    """Fetch an initialisation from the Hub and check it."""
     from lora_da_hf.hub import pull_init
 
     repo_id, at, behind = arguments.repo_id.partition("@")
@@ -75,8 +69,8 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
         local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
     )
-    values = {"folder": str(pulled.folder), "repo_id": repo_id, "commit": pulled.source.rpartition("@")[2]}
-    output.result(values, bare=str(pulled.folder), text=aligned(list(values.items())))
+    folder = str(pulled.folder)
+    output.result({"folder": folder, "repo_id": repo_id, "commit": pulled.source.rpartition("@")[2]}, bare=folder)
 
 
 def list_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,15 +81,14 @@ def list_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_list(arguments: argparse.Namespace, output: Output) -> None:
-    """List initialisations on the Hub."""
+    """List the initialisations on the Hub."""
     from lora_da_hf.hub import list_inits
 
     found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
-    names = ("repo_id", "commit", "private", "base_model", "rank", "tags")
-    items = [{name: getattr(item, name) for name in names} for item in found]
-    seen = ("public", "private")
     rows = [
-        [e.repo_id, (e.commit or "")[:12], seen[bool(e.private)], e.base_model or "", str(e.rank or "")] for e in found
+        [e.repo_id, (e.commit or "")[:12], "private" if e.private else "public", e.base_model or "", str(e.rank or "")]
+        for e in found
     ]
-    text = "\n".join(in_columns(["repository", "commit", "", "base model", "rank"], rows)) if rows else "Nothing found."
-    output.result({"initialisations": items}, bare=[each.repo_id for each in found], text=text)
+    text = "\n".join(in_columns(rows, ["repository", "commit", "", "base model", "rank"])) if rows else "Nothing found."
+    values = {"initialisations": [vars(each) for each in found]}
+    output.result(values, bare=[each.repo_id for each in found], text=text)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from lora_da_hf.cli.flags import (
     add,
@@ -19,8 +18,9 @@ from lora_da_hf.cli.flags import (
     load_base,
     positive,
 )
-from lora_da_hf.cli.output import Output, aligned
+from lora_da_hf.cli.output import Output, in_lines
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.report import kind_of
 from lora_da_hf.setting_groups import FREE_IN_REFIT
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
 
@@ -33,39 +33,36 @@ def show_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_show(arguments: argparse.Namespace, output: Output) -> None:
-    """Print what is in a stored initialisation."""
+    """Show what is in a stored initialisation: a table, and plots if asked for."""
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.plots import draw_plots
-    from lora_da_hf.report import kind_of
 
-    init = load_init(arguments.folder)
-    manifest, report, base = init.manifest, init.report, init.manifest.base_model
-    written = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
+    manifest = load_init(arguments.folder).manifest
+    report, base = manifest.report, manifest.base_model
+    plots = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
     modules = Counter(kind_of(layer.name) for layer in report.layers)
-    values: dict[str, Any] = {
+    facts = {"base_model": base.name_or_path, "base_revision": base.revision, "created": manifest.created}
+    rank = max(layer.max_rank for layer in report.layers)
+    values = {
         "folder": str(arguments.folder),
-        "base_model": base.name_or_path,
-        "base_revision": base.revision,
-        "created": manifest.created,
-        "max_rank": max(layer.max_rank for layer in report.layers),
+        **facts,
+        "max_rank": rank,
         "modules": dict(modules),
         "has_statistics": bool(manifest.statistics_files),
-        "bytes": sum(entry.size for entry in manifest.files.values()),
-        "plots": written,
+        "bytes": manifest.num_bytes,
+        "plots": plots,
         **report.to_dict(),
     }
-    ranks = ", ".join(map(str, sorted({layer.rank for layer in report.layers})))
-    rows = [
-        ("base model", f"{base.name_or_path or 'not recorded'} @ {base.revision or 'revision not recorded'}"),
-        ("computed", manifest.created),
-        ("rank", f"{ranks} of {values['max_rank']} stored"),
-        ("modules", ", ".join(f"{name} x {number}" for name, number in modules.items())),
-        ("steps by rank", ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or "none"),
-        ("statistics", "stored" if values["has_statistics"] else "not stored"),
-        ("size", f"{values['bytes'] / 2**20:,.1f} MiB"),
-        *[("plot", path) for path in written],
-    ]
-    text = f"{aligned(rows)}\n\n{report.table() if arguments.every_layer else report}"
+    shown = {
+        **facts,
+        "rank": f"{', '.join(map(str, sorted({layer.rank for layer in report.layers})))} of {rank} stored",
+        "modules": ", ".join(f"{name} x {number}" for name, number in modules.items()),
+        "steps_by_rank": ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or None,
+        "statistics": "stored" if manifest.statistics_files else "not stored",
+        "size": f"{manifest.num_bytes / 2**20:,.1f} MiB",
+        "plots": ", ".join(plots) or None,
+    }
+    text = f"{in_lines(shown)}\n\n{report.table() if arguments.every_layer else report}"
     output.result(values, bare=[layer.name for layer in report.layers], text=text)
 
 
@@ -76,7 +73,7 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
-    """Check a stored initialisation."""
+    """Check every file of a stored initialisation, and that it belongs to a base model."""
     from lora_da_hf.artifacts.store import check_base_model, load_init
     from lora_da_hf.pipeline.base_model import base_model_facts
 
@@ -87,7 +84,7 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         for note in check_base_model(manifest, base_model_facts(model)):
             output.message(f"Note: {note}.")
         against = f"it belongs to {arguments.base_model}"
-    files, layers, size = len(manifest.files), len(manifest.layers), sum(file.size for file in manifest.files.values())
+    files, layers, size = len(manifest.files), len(manifest.layers), manifest.num_bytes
     values = {"ok": True, "folder": str(arguments.folder), "files": files, "bytes": size, "layers": layers}
     values["base_model_checked"] = arguments.base_model is not None
     text = f"OK: {files} files, {size / 2**20:,.1f} MiB, {layers} layers; {against}"
@@ -100,7 +97,6 @@ def card_flags(parser: argparse.ArgumentParser) -> None:
     add(parser, "output", "write card and plots there (default: the card to stdout)", type=Path, metavar="FOLDER")
     add(parser, "overwrite", "replace a README.md there that is not a card of lora-da")
     add(parser, "repo_id", "where it is published", metavar="USER/NAME")
-    add(parser, "commit", "the commit there that the card names", metavar="SHA")
     add_card(parser)
 
 
@@ -110,16 +106,15 @@ def run_card(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import render_card, render_page
 
-    facts = {**card_of(arguments), "repo_id": arguments.repo_id, "commit": arguments.commit}
-    init = load_init(arguments.folder)
+    facts, init = card_of(arguments), load_init(arguments.folder)
     if arguments.output is None:
-        card = render_card(init, **facts).rstrip("\n")
+        card = render_card(init, repo_id=arguments.repo_id, **facts).rstrip("\n")
         output.result({"card": card}, bare=card, text=card)
         return
     readme = arguments.output / CARD_FILE
     if readme.exists() and not arguments.overwrite and not is_own_card(readme.read_bytes()):
         raise ConfigError(f"{readme} is not a card of lora-da. Name another folder, or give --overwrite to replace it.")
-    written = _write(arguments.output, render_page(init, **facts))
+    written = _write(arguments.output, render_page(init, repo_id=arguments.repo_id, **facts))
     output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
 
 
@@ -142,7 +137,7 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
     free = [
         (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
         for field in dataclasses.fields(LoRADAArguments)
-        if field.name.removeprefix(PREFIX) in FREE_IN_REFIT - {"rank_budget", "step_size"}
+        if field.name.removeprefix(PREFIX) in FREE_IN_REFIT - {"step_size"}
     ]
     add_dataclasses(parser, dataclasses.make_dataclass("FreeInRefit", free))
     for action in parser._actions:
@@ -151,7 +146,7 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_refit(arguments: argparse.Namespace, output: Output) -> None:
-    """Make another initialisation from a stored one."""
+    """Make another initialisation: a smaller rank, or other settings from stored statistics."""
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.pipeline.refit import refit_init
 

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import CARD_FILE, LICENSE_FILES, PLOTS
-from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_SHARD
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import CardError, ConfigError, HubError
 from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, is_well_formed, render_page
@@ -103,7 +103,7 @@ def push_init(
             )
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)} | page
-        stale = [name for name in names - set(files) if STATISTICS_SHARD.fullmatch(name) or name in PLOTS]
+        stale = [name for name in names - set(files) if STATISTICS_FILE.fullmatch(name) or name in PLOTS]
         commit = api.create_commit(
             repo_id,
             [

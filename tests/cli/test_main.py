@@ -9,24 +9,20 @@ import warnings
 import pytest
 from safetensors import SafetensorError
 
-from lora_da_hf.cli.main import DEBUG_VARIABLE, VERBS
+from lora_da_hf.cli.main import VERBS
 from lora_da_hf.cli.output import Output, explain, printable
 from lora_da_hf.errors import ConfigError
 
-NAMES = [verb.name for verb in VERBS]
+NAMES = list(VERBS)
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (
-            ["init", "a", "b", "--da_num_sample", "16"],
-            "lora-da init: error: .* Did you mean lora-da init --da_num_samples",
-        ),
-        (["refit", "a", "b", "--da_num_samples=4"], "lora-da refit: error: .*--da_num_samples=4. "),
-        (["show", "a", "b", "c"], r"lora-da show: error: unrecognized arguments: .* `lora-da show --help` lists all"),
-        (["--json", "list"], "lora-da list: error: .*--json. Did you mean lora-da list --json"),
-        (["--jsn"], "lora-da: error: unrecognized arguments: --jsn. `lora-da --help` lists all"),
+        (["init", "a", "b", "c", "--da_num_sample", "16"], "(?s).*unrecognized arguments: --da_num_sample"),
+        (["refit", "a", "b", "--da_num_samples=4"], "(?s).*unrecognized arguments: --da_num_samples=4"),
+        (["show", "a", "b", "c"], "(?s).*unrecognized arguments: b c"),
+        (["--json", "list"], "(?s).*unrecognized arguments: --json"),
         (["no-such-verb"], "(?s).*invalid choice"),
         (["show"], "(?s).*arguments are required: FOLDER"),
         (["plan", "a", "--world_size", "0"], "(?s).*must be at least 1, got 0"),
@@ -34,7 +30,7 @@ NAMES = [verb.name for verb in VERBS]
         (["init", "model", "data.jsonl", "out", "--da_factor_split", "magic"], "(?s).*invalid choice"),
     ],
 )
-def test_mistakes_in_the_command_line_leave_with_2_and_say_what_was_meant(lora_da, words, told):
+def test_mistakes_in_the_command_line_leave_with_2(lora_da, words, told):
     code, out, err = lora_da(*words)
     assert (code, out) == (2, "")
     assert re.match(told, err)
@@ -68,18 +64,14 @@ def test_help_and_mistakes_do_not_import_torch(words):
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("how", ["plain", "flag", "variable"])
-def test_an_error_is_one_line_and_leaves_with_1_and_the_traceback_is_shown_if_asked_for(
-    lora_da, tmp_path, monkeypatch, how
-):
-    if how == "variable":
-        monkeypatch.setenv(DEBUG_VARIABLE, "1")
-    code, out, err = lora_da("show", tmp_path, *(["--debug"] if how == "flag" else []))
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_is_one_line_and_leaves_with_1_and_the_traceback_is_shown_if_asked_for(lora_da, tmp_path, debug):
+    code, out, err = lora_da("show", tmp_path, *(["--debug"] if debug else []))
     assert (code, out) == (1, "")
     assert str(tmp_path) in err
     assert err.splitlines()[-1].startswith("Error: ")
-    assert ("Traceback" in err) == (how != "plain")
-    assert how != "plain" or err.count("\n") == 1
+    assert ("Traceback" in err) == debug
+    assert debug or err.count("\n") == 1
 
 
 def test_an_interruption_leaves_with_130(lora_da, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_every_block_of_the_document_runs(environment, folder):
 def test_the_lines_of_the_readme_run(environment, folder):
     steps, others = blocks_of_readme(REPOSITORY / "README.md")
     assert [words[0] for kind, words in steps if kind == "lora-da"] == ["init", "push"]
-    assert {"init", "push", *others} <= {verb.name for verb in VERBS}
+    assert {"init", "push", *others} <= set(VERBS)
     given = "model=model, args=args, train_dataset=train_dataset, data_collator=data_collator"
     model = f"""
 from peft import LoraConfig
