@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.records import LayerStatistics
@@ -30,45 +29,32 @@ def reduce_statistics(
     Yields:
         The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
     """
-    fed = dict(zip(taps.taps, processes.sum([tap.input_sum.num_tokens for tap in taps.taps.values()]), strict=True))
-    put_out = dict(zip(taps.taps, processes.sum([tap.sums.num_tokens for tap in taps.taps.values()]), strict=True))
+    every = taps.taps.values()
+    fed = dict(zip(taps.taps, processes.sum([tap.num_inputs for tap in every]), strict=True))
+    put_out = dict(zip(taps.taps, processes.sum([tap.num_tokens for tap in every]), strict=True))
     per_sample = num_items / num_samples if num_samples else 1.0
     for leader, members in groups.items():
         owner = owners[leader]
-        moment = taps.taps[leader].input_sum.total
+        moment = taps.taps[leader].input_moment
         if processes.count > 1:
-            moment = _reduce_small(taps, leader, members, owner, processes)
+            packed = pack_upper(moment)
+            processes.reduce_sum_(packed, owner)
+            moment = unpack_upper(packed, moment.shape[0]) if processes.index == owner else moment
         else:
             mirror_upper_(moment)
+        moment /= max(fed[leader], 1)
         statistics: dict[str, LayerStatistics] = {}
-        if processes.index == owner:
-            moment /= max(fed[leader], 1)
         for name in members:
-            sums = taps.taps[name].sums
-            processes.reduce_sum_(sums.weight_grad, owner)
+            tap = taps.taps[name]
+            processes.reduce_sum_(tap.squares, owner)
+            processes.reduce_sum_(tap.weight_grad, owner)
             if processes.index == owner:
                 statistics[name] = LayerStatistics(
                     input_second_moment=moment,
-                    output_grad_second_moment_diag=sums.squares.div_(max(put_out[name], 1) * per_sample**2),
-                    weight_grad=sums.weight_grad.div_(max(num_items, 1)),
+                    output_grad_second_moment_diag=tap.squares.div_(max(put_out[name], 1) * per_sample**2),
+                    weight_grad=tap.weight_grad.div_(max(num_items, 1)),
                     num_input_tokens=int(fed[leader]),
                     num_output_tokens=int(put_out[name]),
                 )
+            tap.input_moment = tap.squares = tap.weight_grad = torch.empty(0)
         yield leader, statistics
-        taps.taps[leader].input_sum.total = torch.empty(0)
-        for name in members:
-            taps.taps[name].sums.squares = taps.taps[name].sums.weight_grad = torch.empty(0)
-
-
-def _reduce_small(taps: Taps, leader: str, members: list[str], owner: int, processes: Processes) -> Tensor:
-    """Reduce a group's input moment, as a triangle, and its sums of ``g**2`` in one message; return the moment."""
-    moment = taps.taps[leader].input_sum.total
-    squares = [taps.taps[name].sums.squares for name in members]
-    packed = torch.cat([pack_upper(moment), *squares])
-    processes.reduce_sum_(packed, owner)
-    if processes.index != owner:
-        return moment
-    triangle, *reduced = packed.split([packed.numel() - sum(map(len, squares)), *map(len, squares)])
-    for sums, total in zip(squares, reduced, strict=True):
-        sums.copy_(total)
-    return unpack_upper(triangle, moment.shape[0])

@@ -27,9 +27,8 @@ from lora_da_hf.losses import (
 )
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
-from lora_da_hf.statistics.batches import check_lengths
-from lora_da_hf.statistics.collect import PassSettings
-from lora_da_hf.statistics.in_batches import why_not_in_batches
+from lora_da_hf.statistics.batches import check_lengths, choose_unlike, draws_at_random
+from lora_da_hf.statistics.collect import PassSettings, why_not_in_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import (
     DRAWS_AT_RANDOM,
@@ -37,9 +36,8 @@ from lora_da_hf.statistics.loss_reduction import (
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.rows import followed_sequences, watched_rows
-from lora_da_hf.statistics.taps import SizeTaps, find_shared_inputs
+from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens, tell_sequences_apart
-from lora_da_hf.statistics.unlike import choose_unlike, draws_at_random
 
 LOSS = "loss"
 _PROBED_SAMPLES = 64
@@ -166,10 +164,11 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     reason = why_not_in_batches(
         job.model,
         found.unlike,
+        layers=layers,
+        devices=devices,
         collate=job.collate,
         compute_loss=job.compute_loss,
         settings=settings,
-        make_taps=lambda: SizeTaps(layers, devices=devices),
         lockstep=job.lockstep(found.unlike),
     )
     reasons = [text for text in job.processes.gather(reason) if text is not None]

@@ -1,4 +1,4 @@
-"""How samples are put together in batches, and what a single one is."""
+"""How samples are put together in batches, which are unlike each other, and what a single one is."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.errors import DataError
-from lora_da_hf.statistics.unlike import Collate, named_tensors
+from lora_da_hf.statistics.token_masks import read_batch_tokens
+
+Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
+"""Makes a batch, on the model's device, of a list of samples."""
+
+Traits = set[tuple[str, float]]
+"""What tells a sample from others: numbers with what they are."""
 
 _LITTLE_PADDING = 16
+_MOST_UNLIKE = 4
+_MOST_TARGETS = 4096
+_INPUTS = ("input", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "audio")
+"""Beginnings of the names of what a model reads and no loss compares with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +112,58 @@ def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -
             f"A sample has {longest} tokens and the model allows {limit} (max_position_embeddings). Truncate samples "
             f"to {limit} tokens when you tokenise them."
         )
+
+
+def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool) -> list[Any]:
+    """Return the shortest sample and up to three that differ from it and each other, the shortest such.
+
+    They differ in length, number of labels, and whatever else is compared with the model's outputs, as far as any do.
+    """
+    lengths, traits = zip(*(_describe(collate([sample]), shifts_labels) for sample in samples), strict=True)
+    first, *left = sorted(range(len(samples)), key=lengths.__getitem__)
+    chosen = [first]
+
+    def news(number: int) -> int:
+        """Count in how many respects a sample is unlike all those that were chosen."""
+        length, known = lengths[number], set[tuple[str, float]]().union(*(traits[other] for other in chosen))
+        is_far = all(2 * abs(length - lengths[other]) > min(length, lengths[other]) for other in chosen)
+        return is_far + len({name for name, _ in traits[number] - known})
+
+    while left and len(chosen) < _MOST_UNLIKE:
+        best = max(left, key=news)
+        left.remove(best)
+        chosen.append(best)
+    return [samples[number] for number in chosen]
+
+
+def _describe(batch: Mapping[str, Any], shifts_labels: bool) -> tuple[float, Traits]:
+    """Return the length of a sample, in numbers if it has no tokens, and its traits."""
+    tokens = read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1)
+    tensors = list(named_tensors(batch))
+    targets = [(name, tensor) for name, tensor in tensors if not name.startswith(_INPUTS)]
+    length = max((float(mask.sum()) for mask in tokens.masks), default=float(sum(t.numel() for _, t in tensors)))
+    traits: Traits = {("length", length), ("size of targets", sum(tensor.numel() for _, tensor in targets))}
+    if tokens.num_labels is not None:
+        traits.add(("number of labels", tokens.num_labels))
+    for name, tensor in targets:
+        values: list[float] = tensor.detach().flatten()[:_MOST_TARGETS].double().tolist()
+        traits.update((f"target {name}", value) for value in values)
+    return length, traits
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch with their names, also those in lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        inside: Mapping[Any, Any] = value
+        for key, item in inside.items():
+            yield from named_tensors(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for item in list[Any](value):
+            yield from named_tensors(item, name)
+
+
+def draws_at_random(collate: Collate, samples: Sequence[Any]) -> bool:
+    """Tell whether a collator makes another batch each time, as one that masks tokens does."""
+    return digest_sample(collate(samples)) != digest_sample(collate(samples))

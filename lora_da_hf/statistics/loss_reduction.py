@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_da_hf.statistics.batches import Collate, draws_at_random
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
-from lora_da_hf.statistics.unlike import Collate, draws_at_random
 
 ComputeLoss = Callable[[nn.Module, Mapping[str, Any], Tensor | None], Tensor]
 """Maps model, batch and the number of items to divide by (None: the loss's own mean) to a scalar loss."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +11,6 @@ from torch import Tensor
 
 _BLOCK = 256
 _WIDE = 1024
-
-
-@dataclass
-class InputMomentSum:
-    """A running sum of ``x x^T``, ``[d_in, d_in]``; below the diagonal blocks it stays zero until `mirror_upper_`."""
-
-    total: Tensor
-    num_tokens: int = 0
-
-
-@dataclass
-class OutputMomentSum:
-    """Running sums of a layer's output gradients g.
-
-    Attributes:
-        squares: ``[d_out]``, sum of ``g**2`` over the tokens that the mask keeps.
-        weight_grad: ``[d_out, d_in]``, sum of ``g x^T`` over all tokens.
-        num_tokens: Tokens in ``squares``.
-    """
-
-    squares: Tensor
-    weight_grad: Tensor
-    num_tokens: int = 0
 
 
 def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
-from lora_da_hf.statistics.moments import InputMomentSum, OutputMomentSum, add_symmetric_product_, full_precision
+from lora_da_hf.statistics.moments import add_symmetric_product_, full_precision
 from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count, watched_inputs
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 
@@ -43,13 +43,24 @@ class _TapFunction(torch.autograd.Function):
 
 
 @dataclass
-class _LayerTap:
-    """The state of one tapped layer."""
+class LayerTap:
+    """The sums of one tapped layer; below the diagonal blocks ``input_moment`` stays zero until `mirror_upper_`.
+
+    Attributes:
+        input_moment: ``[d_in, d_in]``, sum of ``x x^T`` over the rows that count: the leader's own, for all of a group.
+        squares: ``[d_out]``, sum of ``g**2`` over the rows that count.
+        weight_grad: ``[d_out, d_in]``, sum of ``g x^T`` over all rows.
+        num_inputs: Rows in ``input_moment``, counted by the leader.
+        num_tokens: Rows in ``squares``.
+    """
 
     name: str
-    sums: OutputMomentSum
-    input_sum: InputMomentSum
-    leader: _LayerTap | None = None
+    input_moment: Tensor
+    squares: Tensor
+    weight_grad: Tensor
+    leader: LayerTap | None = None
+    num_inputs: int = 0
+    num_tokens: int = 0
     last_input: weakref.ref[Tensor] | None = None
     forward_calls: int = 0
     backward_calls: int = 0
@@ -63,11 +74,12 @@ class Taps:
     Args:
         widths: ``(d_in, d_out)`` of each, since a partitioned weight does not tell.
         shared_inputs: For each layer the name of the layer whose input it shares, as `find_shared_inputs` gives it.
+        of_norms: Whether each row is replaced by its norm, so that all widths are 1: sums that cannot cancel.
 
     Attributes:
-        tokens: Those of the batch that runs.
+        tokens: Those of the batch that runs; None: it counts for nothing.
         gradient_scale: What its loss is multiplied with.
-        muted: Whether the batch counts for nothing.
+        dtypes: Those of the layers' outputs.
         sequences: Which of the model's sequences the rows of a layer are of; any, if it is not in it.
     """
 
@@ -79,23 +91,23 @@ class Taps:
         shared_inputs: Mapping[str, str],
         devices: Mapping[str, torch.device],
         dtype: torch.dtype = torch.float32,
+        of_norms: bool = False,
     ) -> None:
         self.tokens: BatchTokens | None = None
         self.gradient_scale = 1.0
-        self.saw_float16 = self.saw_half = False
-        self.muted = False
+        self.dtypes: set[torch.dtype] = set()
         self.sequences: Mapping[str, frozenset[int]] = {}
         self._unmatched: SingleSamplesNeeded | None = None
         self._layers = dict(layers)
         self._dtype = dtype
-        self.taps: dict[str, _LayerTap] = {}
+        self._of_norms = of_norms
+        self.taps: dict[str, LayerTap] = {}
         for name in layers:
             d_in, d_out = widths[name]
             leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
             zeros = functools.partial(torch.zeros, dtype=dtype, device=devices[name])
-            input_sum = leader.input_sum if leader else InputMomentSum(zeros(d_in, d_in))
-            sums = OutputMomentSum(zeros(d_out), zeros(d_out, d_in))
-            self.taps[name] = _LayerTap(name=name, sums=sums, input_sum=input_sum, leader=leader)
+            moment = leader.input_moment if leader else zeros(d_in, d_in)
+            self.taps[name] = LayerTap(name, moment, zeros(d_out), zeros(d_out, d_in), leader)
 
     def __enter__(self) -> Taps:
         with contextlib.ExitStack() as hooks:
@@ -107,15 +119,14 @@ class Taps:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def _hook(self, tap: _LayerTap) -> Callable[..., Tensor]:
+    def _hook(self, tap: LayerTap) -> Callable[..., Tensor]:
         anchors: dict[torch.device, Tensor] = {}
 
         def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             layer_input = first_tensor(args, kwargs)
             routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
-            tap.forward_calls += not self.muted
-            self.saw_float16 = self.saw_float16 or output.dtype == torch.float16
-            self.saw_half = self.saw_half or output.dtype in (torch.float16, torch.bfloat16)
+            tap.forward_calls += self.tokens is not None
+            self.dtypes.add(output.dtype)
             tap.last_input = weakref.ref(layer_input)
             if tap.leader is not None:
                 expected = tap.leader.last_input
@@ -140,11 +151,9 @@ class Taps:
         if unmatched is not None:
             raise unmatched
 
-    def _add(self, tap: _LayerTap, layer_input: Tensor, grad: Tensor, *, routed: RoutedTokens | None = None) -> None:
-        if self.muted:
-            return
+    def _add(self, tap: LayerTap, layer_input: Tensor, grad: Tensor, *, routed: RoutedTokens | None = None) -> None:
         if self.tokens is None:
-            raise StatisticsError("A backward pass reached a tap outside of the statistics pass.")
+            return
         tap.backward_calls += 1
         sequences = self.sequences.get(tap.name)
         try:
@@ -152,53 +161,22 @@ class Taps:
         except SingleSamplesNeeded as reason:
             self._unmatched = self._unmatched or reason
             return
-        device = tap.sums.squares.device
+        device = tap.squares.device
         with torch.no_grad(), full_precision(device.type):
             x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device, self._dtype)
             g = grad.reshape(-1, grad.shape[-1]).to(device, self._dtype)
+            if self._of_norms:
+                x, g = x.norm(dim=1, keepdim=True), g.norm(dim=1, keepdim=True)
             if self.gradient_scale != 1.0:
                 g = g / self.gradient_scale
-            self._sum(tap, x, g, None if kept is None else kept.to(device))
-
-    def _sum(self, tap: _LayerTap, x: Tensor, g: Tensor, kept: Tensor | None) -> None:
-        """Add rows ``x [tokens, d_in]`` and ``g [tokens, d_out]``; the second moments count those at ``kept`` alone."""
-        tap.sums.weight_grad.addmm_(g.mT, x)
-        sums_input = tap.leader is None
-        if kept is not None:
-            g, x = g.index_select(0, kept), x.index_select(0, kept) if sums_input else x
-        tap.sums.squares += g.square().sum(dim=0)
-        tap.sums.num_tokens += g.shape[0]
-        if sums_input:
-            add_symmetric_product_(tap.input_sum.total, x)
-            tap.input_sum.num_tokens += x.shape[0]
-
-
-class SizeTaps(Taps):
-    """Taps that sum three numbers a layer and nothing else, to compare passes by.
-
-    They are the squared norms of the inputs and of the output gradients of the rows that count, and of all output
-    gradients. None can cancel, so each takes the rounding of the pass and no more.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], *, devices: Mapping[str, torch.device]) -> None:
-        super().__init__(
-            layers, widths=dict.fromkeys(layers, (1, 1)), shared_inputs={n: n for n in layers}, devices=devices
-        )
-
-    def sizes(self) -> dict[str, Tensor]:
-        """Return the three numbers of each layer, ``[3]``."""
-        return {
-            name: torch.stack([tap.input_sum.total.sum(), tap.sums.squares.sum(), tap.sums.weight_grad.sum()]).cpu()
-            for name, tap in self.taps.items()
-        }
-
-    def _sum(self, tap: _LayerTap, x: Tensor, g: Tensor, kept: Tensor | None) -> None:
-        tap.sums.weight_grad += g.square().sum()
-        if kept is not None:
-            g, x = g.index_select(0, kept), x.index_select(0, kept)
-        tap.sums.squares += g.square().sum()
-        tap.input_sum.total += x.square().sum()
-        tap.sums.num_tokens += g.shape[0]
+            tap.weight_grad.addmm_(g.mT, x)
+            g = g if kept is None else g.index_select(0, kept.to(device))
+            tap.squares += g.square().sum(dim=0)
+            tap.num_tokens += g.shape[0]
+            if tap.leader is None:
+                x = x if kept is None else x.index_select(0, kept.to(device))
+                add_symmetric_product_(tap.input_moment, x)
+                tap.num_inputs += x.shape[0]
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lora_da_hf.samples import pad_samples
+from lora_da_hf.statistics.batches import choose_unlike
 from lora_da_hf.statistics.loss_reduction import find_reduction
-from lora_da_hf.statistics.unlike import choose_unlike
 
 
 def measured(loss, samples, collate=pad_samples):
