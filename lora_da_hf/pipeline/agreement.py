@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits, choose_samples, has_positions
 from lora_da_hf.statistics.batches import digest_sample
@@ -35,18 +35,11 @@ def choose_together(
 
     alike = has_positions(samples)
     job.processes.check_same({"kind of samples": "with positions" if alike else "a stream"})
-    mine, problem = None, None
+    mine = None
     with random_state(job.seed):
-        try:
-            if alike or job.processes.is_main:
-                mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size)
-        except DataError as error:
-            problem = str(error)
-    found = job.processes.gather((None if alike else mine, problem))
-    problems = [text for _, text in found if text is not None]
-    if problems:
-        raise DataError(problems[0])
-    splits = mine if alike else found[0][0]
+        if alike or job.processes.is_main:
+            mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size)
+    splits = mine if alike else job.processes.gather(mine)[0]
     assert splits is not None  # the first process reads in any case
     parts = {"statistics": splits.statistics, "search": splits.search, "unseen": splits.unseen}
     with random_state(job.seed), job.collate.generators_kept():
@@ -56,10 +49,8 @@ def choose_together(
     if all(found == digests for found, _ in everywhere):
         return splits, digests, ()
     if any(drawing for _, drawing in everywhere):
-        note = "the collator draws at random, so the samples of the processes were not compared"
-        return splits, digests, (note,)
-    sets = [sorted(hash for part in found.values() for hash in part) for found, _ in everywhere]
+        return splits, digests, ("the collator draws at random, so the samples of the processes were not compared",)
     raise ConfigError(
-        f"The processes differ in the {'order of the samples' if all(s == sets[0] for s in sets) else 'samples'}. Give "
-        "all processes the same data in the same order, without a shard for each: they share the work by themselves."
+        "The processes differ in the samples, or in the order of the samples. Give all processes the same data in the "
+        "same order, without a shard for each: they share the work by themselves."
     )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import RawCollate
-from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import refuse_split_models
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import unwrapped
@@ -28,16 +24,12 @@ from lora_da_hf.pipeline.saved_modules import take_over_saved_modules, trained_h
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
-from lora_da_hf.records import LayerSolution
-from lora_da_hf.report import LayerReport, LoRADAReport
+from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.layer_scales import rounding_notes
 
-_OF_THE_STATISTICS = (
-    *("num_samples", "num_unlabelled", "population_size", "batch_size"),
-    *("loss_reduction", "data_fingerprint"),
-)
+_OF_THE_STATISTICS = ("num_samples", "num_unlabelled", "population_size", "batch_size", "data_fingerprint")
 """What the report takes over from the stored one."""
 
 
@@ -46,7 +38,7 @@ def apply_init(
     init: str | Path | StoredInit,
     *,
     adapter_name: str | None = None,
-    config: LoRADAConfig | Mapping[str, Any] | None = None,
+    config: Given = None,
     step_size: float | None = None,
     samples: Any = None,
     compute_loss: ComputeLoss | None = None,
@@ -58,12 +50,8 @@ def apply_init(
     """Initialise a LoRA adapter from a stored initialisation, in place and without statistics.
 
     Each layer gets the first columns of its stored basis at the rank and the scaling that PEFT gives it, so that
-    ``scaling * B A = step_size * D^ Q Q^T``. Modules that are trained beside the adapter, such as a classification
-    head, get their stored weights. With several processes, call this on each of them with the same folder.
-
-    The step is the given one; or, with samples, the one that a new line search finds on them; or the stored one for
-    these ranks (`lora_da_hf.pipeline.stored.stored_step`). A new search draws its samples as the stored initialisation
-    did, so that on the same data they are samples which the statistics did not see.
+    ``scaling * B A = step_size * D^ Q Q^T``. A head that is trained beside the adapter gets its stored weights. With
+    several processes, call this on each of them with the same folder.
 
     Args:
         model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
@@ -71,9 +59,9 @@ def apply_init(
         adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
-        step_size: How far step 0 goes, whatever the config says.
-        samples: Samples to search the step on or, with a given step, to measure the loss on; None: neither. Those that
-            the statistics would take are left out.
+        step_size: How far step 0 goes, whatever the config says; None, without samples: as stored for these ranks.
+        samples: Samples to search the step on or, with a given step, to measure the loss on. Those that the statistics
+            would take of them are left out.
         compute_loss, data_collator, batch_size, device, progress: As for `initialize_lora_da`.
 
     Returns:
@@ -97,9 +85,14 @@ def apply_init(
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
+    settings, is_given = config_for_use(stored.manifest, config), step_size is not None or gives_step(config)
+    if step_size is not None:
+        settings = dataclasses.replace(settings, step_size=step_size)
+    elif samples is not None and not is_given:
+        settings = dataclasses.replace(settings, step_size="line_search")
     job = make_job(
         model,
-        _settings(stored, config, step_size, searches=samples is not None),
+        settings,
         adapter_name=adapter_name,
         compute_loss=compute_loss,
         data_collator=data_collator,
@@ -111,30 +104,34 @@ def apply_init(
     if len(set(job.processes.gather(stored.manifest.digest))) > 1:
         raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
     check_same_settings(job)
-    with job.stage("read"):
-        solved = _match(job, stored)
-    given_step = step_size is not None or gives_step(config)
+    solved = _match(job, stored)
+    notes, found = [*stored.notes, *solved.notes], None
     with job.restored_on_failure(trained_heads(model, job.scan.adapter_name)), job.collate.generators_kept():
         with job.stage("write"):
-            notes = take_over_saved_modules(model, job.scan.adapter_name, stored)
-        with contextlib.ExitStack() as passes:
-            found: Probe | None = None
-            if samples is None:
-                step = _step_without_data(job, stored, solved, given_step=given_step)
-            else:
+            notes += take_over_saved_modules(model, job.scan.adapter_name, stored)
+        with job.prepared():
+            if samples is not None:
                 splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
-                passes.enter_context(job.prepared())
                 found = _probe(job, splits)
+                notes += (*of_samples, *found.notes)
                 step = find_step(job, solved, found, for_other_ranks=False)
-                notes = (*notes, *of_samples, *found.notes)
+            elif is_given:
+                step = Step(step_size=None if settings.step_size is None else float(settings.step_size))
+            else:
+                step = _stored_step(job, stored, solved)
             step, layers = write_adapter(job, solved, step, found)
-    facts: dict[str, Any] = {name: getattr(stored.report, name) for name in _OF_THE_STATISTICS}
-    if found is not None:
-        facts["loss_reduction"] = found.reduction
-    facts["step_size_by_rank"] = dict(step.step_size_by_rank if step.search else stored.report.step_size_by_rank)
-    notes = (*stored.notes, *solved.notes, *notes, *step.notes)
-    facts |= {"notes": list(notes), "artifact": str(stored.folder), "init_from": stored.source}
-    report = make_report(job, solved, step, layers, **facts)
+    report = make_report(
+        job,
+        solved,
+        step,
+        layers,
+        **{name: getattr(stored.report, name) for name in _OF_THE_STATISTICS},
+        loss_reduction=stored.report.loss_reduction if found is None else found.reduction,
+        step_size_by_rank=step.step_size_by_rank if step.search else stored.report.step_size_by_rank,
+        notes=[*notes, *step.notes],
+        artifact=str(stored.folder),
+        init_from=stored.source,
+    )
     hand_over(job, report)
     return report
 
@@ -147,65 +144,45 @@ def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
     return load_init(init, base_model=facts, statistics=False)
 
 
-def _settings(stored: StoredInit, given: Given, step_size: float | None, *, searches: bool) -> LoRADAConfig:
-    """Return the stored settings with those that are given in their place."""
-    config = config_for_use(stored.manifest, given)
-    if step_size is not None:
-        return dataclasses.replace(config, step_size=step_size)
-    return dataclasses.replace(config, step_size="line_search") if searches and not gives_step(given) else config
-
-
 def _match(job: Job, stored: StoredInit) -> Solved:
     """Find the stored solution of each layer, and list the layers without one."""
-    solutions: dict[str, LayerSolution] = {}
-    layers: dict[str, LayerReport] = {}
-    kept = dict(job.scan.kept)
-    missing: list[str] = []
-    for name, target in job.targets.items():
-        if name in stored.bases:
-            _check_fits(target, stored.bases[name])
-            layer = stored.manifest.layers[name]
-            solutions[name] = stored.bases[name]
-            layers[name] = dataclasses.replace(
-                layer, rank=target.rank, peft_scaling=target.peft_scaling, notes=list(layer.notes)
-            )
-        elif name in stored.report.kept:
-            kept[name] = f"the stored initialisation has none for it: {stored.report.kept[name]}"
-        else:
-            missing.append(name)
-    if missing or not solutions:
+    missing = [name for name in job.targets if name not in stored.bases and name not in stored.report.kept]
+    found = {name: target for name, target in job.targets.items() if name in stored.bases}
+    if missing or not found:
         raise TargetError(
             f"The stored initialisation has nothing for {len(missing)} of {len(job.targets)} layers "
             f"({next(iter(missing), 'all were kept')} first). Leave them out of target_modules, or compute an "
             "initialisation for them."
         )
+    for name, target in found.items():
+        largest = stored.manifest.layers[name].max_rank
+        if target.rank > largest:
+            raise TargetError(
+                f"{name} has rank {target.rank}, and rank {largest} is stored. Lower the adapter's rank; or, if the "
+                "full statistics are stored, use refit_init with a larger max_rank."
+            )
+    why = {name: stored.report.kept[name] for name in job.targets if name not in found}
     notes = rounding_notes(stored.report.layers, layer_steps=stored.manifest.config.layer_steps)
-    unused = [name for name in stored.bases if name not in job.targets]
+    unused = [name for name in stored.bases if name not in found]
     if unused:
         notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")
-    return Solved(solutions=solutions, layers=layers, kept=kept, step_unit=stored.report.step_unit, notes=tuple(notes))
+    return Solved(
+        solutions={name: stored.bases[name] for name in found},
+        layers={
+            name: dataclasses.replace(stored.manifest.layers[name], rank=target.rank, peft_scaling=target.peft_scaling)
+            for name, target in found.items()
+        },
+        kept={
+            **job.scan.kept,
+            **{name: f"the stored initialisation has none for it: {reason}" for name, reason in why.items()},
+        },
+        step_unit=stored.report.step_unit,
+        notes=tuple(notes),
+    )
 
 
-def _check_fits(target: Target, basis: LayerSolution) -> None:
-    widths = (basis.basis_A.shape[1], basis.basis_B.shape[0])
-    if widths != (target.in_features, target.out_features):
-        raise TargetError(
-            f"{target.name} maps {target.in_features} to {target.out_features} features, and the stored layer of "
-            f"that name {widths[0]} to {widths[1]}. It was computed for another model."
-        )
-    if target.rank > basis.basis_A.shape[0]:
-        raise TargetError(
-            f"{target.name} has rank {target.rank}, and rank {basis.basis_A.shape[0]} is stored. Lower the adapter's "
-            "rank; or, if the full statistics are stored, use refit_init with a larger max_rank."
-        )
-
-
-def _step_without_data(job: Job, stored: StoredInit, solved: Solved, *, given_step: bool) -> Step:
-    """Return the step that was given, or the stored one."""
-    if given_step:
-        return Step(step_size=None if job.config.step_size is None else float(job.config.step_size))
-    ranks = {name: job.targets[name].rank for name in solved.solutions}
-    size, source = stored_step(stored.manifest, ranks)
+def _stored_step(job: Job, stored: StoredInit, solved: Solved) -> Step:
+    size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
     return Step(step_size=size, notes=(source,))
 
 

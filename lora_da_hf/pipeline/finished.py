@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lora_da_hf.adapters.targets import Target
 from lora_da_hf.adapters.write import write_factors
 from lora_da_hf.artifacts.adapter_tensors import stored_factor
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
@@ -37,11 +35,11 @@ _NO_MATTER = {
     "save_statistics",  # those that are stored beside what was computed are kept
     "freeze_a",  # for training
 }
-_COMPARED_BY_LAYER = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+_NO_MATTER_OF_ADAPTER = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern"),  # compared by layer, and so are these
     *("target_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
 }
-_NO_MATTER_OF_ADAPTER = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"}
 
 
 def identify(job: Job, digests: Mapping[str, list[str]], probe: Probe) -> Identity:
@@ -80,20 +78,20 @@ def _peft_settings(job: Job) -> dict[str, Any]:
     return {
         name: sorted(map(str, value)) if isinstance(value, set | list | tuple) else repr(value)
         for name, value in sorted(settings.items())
-        if name not in _COMPARED_BY_LAYER | _NO_MATTER_OF_ADAPTER
+        if name not in _NO_MATTER_OF_ADAPTER
     }
 
 
-def changes(before: Mapping[str, Any], now: Identity) -> list[str]:
+def _changes(before: Mapping[str, Any], now: Identity) -> list[str]:
     """Name what differs between two identities; everything, if the first is empty."""
-    found = [name for name, value in now.items() if set(before) != set(now) or not _same(before[name], value)]
+
+    def same(name: str, value: str | float) -> bool:
+        if isinstance(value, float) and isinstance(before[name], float):
+            return math.isclose(before[name], value, rel_tol=_LOSS_TOLERANCE)
+        return before[name] == value
+
+    found = [name for name, value in now.items() if set(before) != set(now) or not same(name, value)]
     return list(dict.fromkeys(LOSS if name.startswith(LOSS) else name for name in found))
-
-
-def _same(before: Any, now: str | float) -> bool:
-    if isinstance(now, float):
-        return isinstance(before, float) and math.isclose(before, now, rel_tol=_LOSS_TOLERANCE)
-    return before == now
 
 
 def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRADAReport | None, tuple[str, ...]]:
@@ -103,21 +101,23 @@ def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRA
         The stored report with this run's times, or None if that is not what would be computed; and what to note.
     """
     with job.stage("load"):
-        mine, notes = _read(job, folder, identity) if job.processes.is_main else (None, ())
-        report, notes = job.processes.gather((mine and mine.report, notes))[0]
+        stored, notes = _read(job, folder, identity) if job.processes.is_main else (None, ())
+        factors: list[Tensor] = []
+        if stored is not None:
+            tensors = read_tensors(folder / ADAPTER_FILE, None)
+            found = [stored_factor(tensors, x.name, part, x.rank) for x in stored.report.layers for part in "AB"]
+            factors = [factor for factor in found if factor is not None]  # all are there: load_init has looked
+        specs = [(tuple(factor.shape), factor.dtype) for factor in factors]
+        report, notes, specs = job.processes.gather((stored and stored.report, notes, specs))[0]
         if report is None:
             return None, notes
-        targets = [job.targets[layer.name] for layer in report.layers]
-        tensors = None if mine is None else read_tensors(folder / ADAPTER_FILE, None)
-        for target, factors in zip(targets, _share(job, targets, tensors), strict=True):
-            write_factors(target, *factors)
+        shared = job.processes.broadcast(factors if job.processes.is_main else None, specs, 0)
+        for layer, lora_A, lora_B in zip(report.layers, shared[::2], shared[1::2], strict=True):
+            write_factors(job.targets[layer.name], lora_A, lora_B)
     note = f"found in {folder}: made before with the same model, adapter, samples and settings"
     job.say(f"LoRA-DA {note}")
-    notes = (*report.notes, note)
-    settings = job.config.to_dict()
-    return dataclasses.replace(
-        report, seconds=job.seconds, config=settings, artifact=str(folder), notes=list(notes)
-    ), ()
+    facts: dict[str, Any] = {"seconds": job.seconds, "config": job.config.to_dict(), "artifact": str(folder)}
+    return dataclasses.replace(report, notes=[*report.notes, note], **facts), ()
 
 
 def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None, tuple[str, ...]]:
@@ -129,7 +129,7 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
     except ArtifactError as error:
         logger.warning("LoRA-DA: the initialisation in %s cannot be used and is replaced (%s)", folder, error)
         return None, ("an initialisation that was there before could not be used and was replaced",)
-    differing = changes(stored.manifest.identity, identity)
+    differing = _changes(stored.manifest.identity, identity)
     has_statistics = bool(stored.manifest.statistics_files)
     if job.config.save_statistics and not has_statistics:
         differing.append("save_statistics")
@@ -138,16 +138,3 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
         logger.log(logging.WARNING if has_statistics else logging.INFO, "LoRA-DA: %s", note)
         return None, ()
     return stored, ()
-
-
-def _share(job: Job, targets: list[Target], stored: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
-    """Give every process A and B of each layer, in float32 if the adapter is narrower: copies may be as wide."""
-    shapes = {t.name: {"A": (t.rank, t.in_features), "B": (t.out_features, t.rank)} for t in targets}
-    dtypes = {t.name: torch.promote_types(t.lora_A.dtype, torch.float32) for t in targets}
-    specs = [(shape, dtypes[t.name]) for t in targets for shape in shapes[t.name].values()]
-    tensors = None
-    if stored is not None:
-        found = [(t, stored_factor(stored, t.name, factor, t.rank)) for t in targets for factor in ("A", "B")]
-        tensors = [tensor.to(dtypes[t.name]) for t, tensor in found if tensor is not None]  # load_init has looked
-    shared = job.processes.broadcast(tensors, specs, 0)
-    return list(zip(shared[::2], shared[1::2], strict=True))

@@ -142,8 +142,7 @@ def _solve_again(
     solutions: dict[str, LayerSolution] = {}
     most = {name: max(config.max_rank or layer.max_rank, layer.rank) for name, layer in layers.items()}
     ranks = {name: min(most[name], layer.in_features) for name, layer in layers.items()}
-    number = len(input_groups_of(stored.manifest))
-    groups = iterate_statistics(stored.folder, stored.manifest)
+    groups, number = iterate_statistics(stored.folder, stored.manifest), len(input_groups_of(stored.manifest))
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
         with full_precision("cpu"):
             solutions |= solve_group(statistics, config, ranks=ranks, population_size=stored.report.population_size)
