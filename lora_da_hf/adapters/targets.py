@@ -66,19 +66,15 @@ class TargetScan:
 
 def active_adapter_name(model: nn.Module) -> str:
     """Return the name of the model's one active adapter; none or several are a TargetError."""
+    others = sorted({type(c).__name__ for c in getattr(model, "peft_config", {}).values() if type(c) is not LoraConfig})
+    if others:
+        raise TargetError(f"The adapter was made with {', '.join(others)}. Make it with a LoraConfig.")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
-        configs = getattr(model, "peft_config", {}).values()
-        others = sorted({type(config).__name__ for config in configs if not isinstance(config, LoraConfig)})
-        if others:
-            raise TargetError(f"The adapter was made with {', '.join(others)}. Make it with a LoraConfig.")
         raise TargetError(
             "The model has no LoRA layer. Wrap it with peft.get_peft_model(model, LoraConfig(...)), or give "
             "LoRADATrainer a peft_config, and check its target_modules."
         )
-    other = next((layer for layer in layers if any(isinstance(a, nn.Parameter) for a in layer.lora_A.values())), None)
-    if other is not None:
-        raise TargetError(f"The adapter is not LoRA: its layers are {type(other).__name__}. Make it with LoraConfig.")
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
         raise TargetError(f"Active adapters are {sorted(names)}. Activate exactly one with set_adapter.")
@@ -97,7 +93,12 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
         UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
             on Apple's GPUs.
     """
-    adapter_name = _checked_name(model, adapter_name)
+    active = active_adapter_name(model)
+    adapter_name = adapter_name or active
+    if adapter_name != active:
+        raise TargetError(
+            f"Adapter {adapter_name!r} is not the active one, {active!r} is. Call set_adapter({adapter_name!r}) first."
+        )
     peft_config = getattr(model, "peft_config", {}).get(adapter_name)
     tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
     elsewhere = _base_layers_elsewhere(model)
@@ -128,19 +129,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
             "and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
         )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
-
-
-def _checked_name(model: nn.Module, adapter_name: str | None) -> str:
-    """Return the name of the active adapter, which is the one that is asked for."""
-    active = active_adapter_name(model)
-    if adapter_name in (None, active):
-        return active
-    known = sorted({name for module in model.modules() if isinstance(module, LoraLayer) for name in module.r})
-    if adapter_name not in known:
-        raise TargetError(f"The model has no LoRA layer of an adapter named {adapter_name!r}. It has {known}.")
-    raise TargetError(
-        f"Adapter {adapter_name!r} is not the active one, {active!r} is. Call set_adapter({adapter_name!r}) first."
-    )
 
 
 def _base_layers_elsewhere(model: nn.Module) -> dict[nn.Module, str]:

@@ -1,8 +1,9 @@
-"""Trying a step and a rank out in forward passes, without writing any weight."""
+"""Forward passes that run layers differently: without adapters, with a step on trial, moved, or checked."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
+from lora_da_hf.errors import TargetError
+from lora_da_hf.statistics.rows import first_tensor
 
 _MOVE = 0.1
 
@@ -63,9 +67,9 @@ def trial_adapters(targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, 
         def on_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if trial.step_size == 0.0 or _asks_another_model(target):
                 return output
-            layer_input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             rank = min(trial.rank or target.rank, basis_A.shape[0])
-            offset = linear(linear(layer_input.to(basis_A.dtype), basis_A[:rank]), basis_B[:, :rank])
+            layer_input = first_tensor(args, kwargs).to(basis_A.dtype)
+            offset = linear(linear(layer_input, basis_A[:rank]), basis_B[:, :rank])
             return (output + offset * trial.step_size).to(output.dtype)
 
         return on_forward
@@ -107,3 +111,38 @@ def _hooked(targets: Sequence[Target], make_hook: Callable[[Target], Any]) -> Ge
 def _asks_another_model(target: Target) -> bool:
     """Tell whether the pass is one without this adapter: of the base, or of another adapter."""
     return target.layer.disable_adapters or any(name != target.adapter_name for name in target.layer.active_adapters)
+
+
+@contextlib.contextmanager
+def checked_backward(targets: Sequence[Target]) -> Generator[None]:
+    """Verify in the forward passes inside that layers of foreign kinds map a tensor to a tensor and have a backward.
+
+    Kernels for inference have no backward, so every layer before them would get no gradient. Each such layer is run
+    once more on its input, with gradients; plain linear layers are left alone.
+    """
+    with contextlib.ExitStack() as hooks:
+        for target in targets:
+            layer: Any = target.base_layer
+            if type(layer) not in (nn.Linear, Conv1D) or type(layer.weight) is not nn.Parameter:
+                check = functools.partial(_check_backward, target)
+                hooks.enter_context(layer.register_forward_pre_hook(check, with_kwargs=True))
+        yield
+
+
+def _check_backward(target: Target, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    what = f"{target.name}: its base layer, a {type(layer).__module__}.{type(layer).__name__},"
+    advice = "Load the model in another quantisation or with a kernel for training, or exclude it from target_modules."
+    with torch.enable_grad():
+        leaf = first_tensor(args, kwargs).detach().requires_grad_(True)
+        try:
+            output = layer.forward(leaf)
+            if not isinstance(output, Tensor):
+                raise TargetError(
+                    f"{what} returns a {type(output).__name__}, to which PEFT cannot add an adapter's output. Exclude "
+                    "it from target_modules."
+                )
+            gradient: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
+        except (RuntimeError, NotImplementedError) as error:
+            raise TargetError(f"{what} cannot be differentiated ({error}). {advice}") from error
+    if gradient is None:
+        raise TargetError(f"{what} lets no gradient through. {advice}")

@@ -1,27 +1,29 @@
-"""Writing factors into an adapter's own parameters, and reading them back."""
+"""Writing factors into an adapter's own parameters, reading them back, and what is kept of an initialised adapter."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Generator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_da_hf.adapters.targets import Target
+from lora_da_hf.adapters.targets import Target, active_adapter_name
 from lora_da_hf.distributed.parameters import full_shape, gathered, is_whole, read_full, write_full
 from lora_da_hf.errors import UnsupportedSetupError, WriteError
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Overwrite A ``[r, d_in]`` and B ``[d_out, r]`` of one layer in place: an optimizer keeps its references.
+    """Overwrite A ``[r, d_in]`` and B ``[d_out, r]`` of one layer in place, with every copy that an optimizer keeps.
 
-    The magnitude of a DoRA layer follows, so that its output is that of ``W + scaling * B A``. What DeepSpeed and FSDP2
-    keep of them in parts and copies is overwritten too; every process must take part.
+    DoRA's magnitude follows, so that the output is that of ``W + scaling * B A``. Every process must take part.
 
     Raises:
         WriteError: if the shapes differ, or what is read back is not what was written.
@@ -93,3 +95,48 @@ def update_norm(target: Target) -> float:
     a, b = (factor.double() for factor in read_factors(target))
     gram = (b.mT @ b) * (a @ a.mT)
     return target.peft_scaling * gram.sum().clamp_min(0).sqrt().item()
+
+
+_initialized: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Modules of A, each with whether its B is zero by intention."""
+
+
+def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:
+    """Remember that an adapter was initialised, for as long as its modules live; B may be zero if no step helped."""
+    _initialized.update({layer.lora_A[adapter_name]: may_be_zero for layer in _layers_of(model, adapter_name)})
+
+
+def was_initialized(model: nn.Module, adapter_name: str) -> bool:
+    """Tell whether an adapter was initialised before. One that was deleted and added again, or reset, was not.
+
+    Under ZeRO-3 and FSDP2 all processes look at each layer together.
+    """
+    layers = [layer for layer in _layers_of(model, adapter_name) if layer.lora_A[adapter_name] in _initialized]
+    if any(_initialized[layer.lora_A[adapter_name]] for layer in layers):
+        return True
+    return any([bool(read_full(layer.lora_B[adapter_name].weight).any()) for layer in layers])
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+
+
+def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made, and return what was not frozen before.
+
+    PEFT thaws all of an adapter that is switched on again, as losses do that look at the base model between
+    (``disable_adapter``): each layer freezes its A again before it runs.
+    """
+    name = adapter_name or active_adapter_name(model)
+    frozen: list[nn.Parameter] = []
+    for layer in _layers_of(model, name):
+        lora_A = layer.lora_A[name]
+        if lora_A.weight.requires_grad:
+            frozen.append(lora_A.weight.requires_grad_(False))
+            layer.register_forward_pre_hook(functools.partial(_freeze_again, lora_A=lora_A))
+    return frozen
+
+
+def _freeze_again(_: nn.Module, args: Any, *, lora_A: nn.Linear) -> None:
+    if lora_A.weight.requires_grad:
+        lora_A.weight.requires_grad_(False)

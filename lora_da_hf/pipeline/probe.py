@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.adapters.backward import checked_backward
-from lora_da_hf.adapters.trial import outputs_moved
+from lora_da_hf.adapters.trial import checked_backward, outputs_moved
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
     is_encoder_decoder,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_da_hf.adapters.initialized import freeze_a, mark_initialized
 from lora_da_hf.adapters.trial import adapters_off
+from lora_da_hf.adapters.write import freeze_a, mark_initialized
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
 from lora_da_hf.artifacts.store import load_init, write_init
 from lora_da_hf.collator import RawCollate

@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_da_hf.adapters.initialized import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.adapters.targets import active_adapter_name
+from lora_da_hf.adapters.write import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
 from lora_da_hf.artifacts.store import StoredInit, load_manifest
 from lora_da_hf.collator import RawCollate

@@ -1,8 +1,8 @@
 import pytest
 from harness import LINEAR_LAYERS, make_lora_config
 
-from lora_da_hf.adapters.initialized import freeze_a
 from lora_da_hf.adapters.targets import active_adapter_name, base_name, find_targets, keep_weights_unpacked
+from lora_da_hf.adapters.write import freeze_a
 from lora_da_hf.errors import TargetError
 
 
