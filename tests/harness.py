@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf import LoRADAConfig, LoRADATrainer, initialize_lora_da
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from lora_da_hf.artifacts.store import file_entry
 
@@ -92,6 +92,14 @@ def make_args(folder, kind=TrainingArguments, **overrides):
         "disable_tqdm": True,
     }
     return kind(**{**settings, **overrides})
+
+
+def make_trainer(folder, model, samples=None, kind=LoRADATrainer, arguments=None, **settings):
+    """Make a trainer, with small settings of its own if it is ours and starts from no stored initialisation."""
+    if issubclass(kind, LoRADATrainer) and "init_from" not in settings:
+        settings = {"da_config": make_config(), **settings}
+    args, samples = make_args(folder, **(arguments or {})), samples or make_learnable_samples(24)
+    return kind(model=model, args=args, train_dataset=samples, **{"data_collator": collate, **settings})
 
 
 BASE_NAME = "org/base"

@@ -18,12 +18,12 @@ from harness import (
     assert_statistics_equal,
     autograd_statistics,
     chosen,
-    collate,
     items_of,
     make_args,
     make_config,
     make_lora_config,
     make_tokenizer,
+    make_trainer,
     stored_statistics,
     train_from,
     written_adapter,
@@ -36,18 +36,6 @@ from transformers.integrations import integration_utils
 from transformers.trainer_utils import BestRun
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
-
-
-def make_trainer(folder, model, samples, kind=LoRADATrainer, arguments=None, **settings):
-    if issubclass(kind, LoRADATrainer):
-        settings.setdefault("da_config", make_config())
-    return kind(
-        model=model,
-        args=make_args(folder, **{"max_steps": 3, **(arguments or {})}),
-        train_dataset=samples,
-        data_collator=collate,
-        **settings,
-    )
 
 
 @pytest.mark.support(
@@ -136,12 +124,12 @@ def test_a_trainer_that_inherits_from_ours_and_another(tmp_path):
 )
 def test_a_compiled_run_starts_where_another_does(tmp_path, lora_model, samples, backend):
     try:
-        arguments = {"torch_compile": True, "torch_compile_backend": backend}
+        arguments = {"torch_compile": True, "torch_compile_backend": backend, "max_steps": 3}
         compiled = make_trainer(tmp_path / "compiled", lora_model(), samples, arguments=arguments)
         start = train_from(compiled)
     finally:
         torch.compiler.reset()
-    plain = make_trainer(tmp_path / "plain", lora_model(), samples)
+    plain = make_trainer(tmp_path / "plain", lora_model(), samples, arguments={"max_steps": 3})
     plain.train()
     assert_initialized(tmp_path / "compiled" / "lora_da", start, compiled.lora_da_report)
     assert_same_tensors(*(written_adapter(tmp_path / which / "lora_da") for which in ("compiled", "plain")))

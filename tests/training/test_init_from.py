@@ -10,33 +10,21 @@ from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_same_tensors,
-    collate,
-    make_args,
-    make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    make_trainer,
     train_from,
 )
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
 import lora_da_hf.training.callback
-from lora_da_hf import LoRADACallback, LoRADATrainer, apply_init
+from lora_da_hf import LoRADACallback, apply_init
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.training.callback import find_init
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-
-
-def make_trainer(output_dir, model, *, arguments=None, kind=LoRADATrainer, **settings):
-    return kind(
-        model=model,
-        args=make_args(output_dir, **(arguments or {})),
-        train_dataset=make_learnable_samples(24),
-        data_collator=collate,
-        **settings,
-    )
 
 
 def applied(lora_model, init, **settings):
