@@ -64,10 +64,8 @@ class Run:
     def read(cls, folder: Path) -> "Run":
         """Read the losses that the trainer recorded."""
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-        validation = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-        initialization = sum(entry.get("lora_da_seconds", 0.0) for entry in history)
-        return cls(folder, train, validation, initialization)
+        losses = [{e["step"]: e[name] for e in history if name in e} for name in ("loss", "eval_loss")]
+        return cls(folder, *losses, sum(entry.get("lora_da_seconds", 0.0) for entry in history))
 
     @property
     def at_start(self) -> float:
@@ -119,34 +117,21 @@ def measure_speed(dtype: str) -> float:
     return 2 * tokens * inputs * outputs / statistics.median(seconds)
 
 
-def fit(speed: float) -> Budget:
-    """Return the budget that fits into the time: with fewer steps, and on a slow CPU also with fewer samples."""
-    full = with_fitting_steps(FULL, speed)
-    return full if full.steps >= ENOUGH_STEPS else with_fitting_steps(SMALL, speed)
+def fit(speed: float) -> tuple[Budget, float]:
+    """Return what fits into the time on this CPU, with fewer samples if it is slow, and about how long it takes.
 
-
-def costs(budget: Budget, speed: float) -> tuple[float, float]:
-    """Return the seconds that do not depend on the number of steps, and those of a step.
-
-    They were measured with SmolLM2-135M: a step takes over twice as long as its matrix products, a forward pass less
-    than half a step, and expanding the model, starting twice and solving the eigenproblems 80 s.
+    The figures were measured with SmolLM2-135M: a step takes over twice as long as its matrix products, a forward pass
+    less than half a step, and expanding the model, starting twice and solving the eigenproblems 80 s.
     """
     step = 2.3 * 4 * 135e6 * BATCH_SIZE * 140 / speed
-    passes = 6 * budget.eval_samples + 12 * budget.search_samples
-    return 80 + (1.15 * budget.da_samples + 0.43 * passes) / BATCH_SIZE * step, step
-
-
-def seconds_of(budget: Budget, speed: float) -> float:
-    """Return about how long both runs take."""
-    fixed, step = costs(budget, speed)
-    return fixed + 2 * budget.steps * step
-
-
-def with_fitting_steps(budget: Budget, speed: float) -> Budget:
-    """Lower the number of steps to what fits: an even number."""
-    fixed, step = costs(budget, speed)
-    steps = int((SECONDS - fixed) / (2 * step)) // 2 * 2
-    return replace(budget, steps=max(FEWEST_STEPS, min(budget.steps, steps)))
+    for budget in (FULL, SMALL):
+        passes = 6 * budget.eval_samples + 12 * budget.search_samples
+        fixed = 80 + (1.15 * budget.da_samples + 0.43 * passes) / BATCH_SIZE * step
+        steps = int((SECONDS - fixed) / (2 * step)) // 2 * 2
+        if steps >= ENOUGH_STEPS:
+            break
+    steps = max(FEWEST_STEPS, min(budget.steps, steps))
+    return replace(budget, steps=steps), fixed + 2 * steps * step
 
 
 def plan(arguments: argparse.Namespace) -> tuple[str, Budget]:
@@ -154,13 +139,14 @@ def plan(arguments: argparse.Namespace) -> tuple[str, Budget]:
     dtypes = ("bfloat16", "float32") if arguments.dtype == "auto" else (arguments.dtype,)
     speeds = {dtype: measure_speed(dtype) for dtype in dtypes}
     dtype = max(speeds, key=speeds.__getitem__)
-    budget = QUICK if arguments.quick else fit(speeds[dtype])
-    if arguments.steps is not None:
-        budget = replace(budget, steps=arguments.steps)
-    minutes = seconds_of(budget, speeds[dtype]) / 60
+    budget, seconds = fit(speeds[dtype])
     measured = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())
-    print(f"This CPU does {measured}. The weights are {dtype}; each run has {budget.steps} steps.")
-    print(f"Both runs, plain LoRA first, are to take about {minutes:.0f} minutes if nothing else runs.")
+    print(f"This CPU does {measured}. The weights are {dtype}.")
+    if arguments.quick or arguments.steps:
+        budget = replace(QUICK if arguments.quick else budget, steps=arguments.steps or QUICK.steps)
+    else:
+        print(f"Both runs, plain LoRA first, are to take about {seconds / 60:.0f} minutes if nothing else runs.")
+    print(f"Each run has {budget.steps} steps.")
     return dtype, budget
 
 
@@ -242,27 +228,24 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for init, run in runs.items():
-        left.plot(list(run.train), list(run.train.values()), label=LABELS[init])
-        right.plot(list(run.validation), list(run.validation.values()), marker="o", label=LABELS[init])
-    right.axhline(runs["lora"].at_start, color="grey", linestyle=":", label="base model")
-    for axes, title in ((left, "training"), (right, "validation")):
-        axes.set(title=title, xlabel="step", ylabel="loss")
+    for axes, which in zip(figure.subplots(1, 2), ("train", "validation"), strict=True):
+        for init, run in runs.items():
+            losses = getattr(run, which)
+            axes.plot(list(losses), list(losses.values()), marker="." if which == "train" else "o", label=LABELS[init])
+        axes.set(title=which, xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.axhline(runs["lora"].at_start, color="grey", linestyle=":", label="base model")
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def save_summary(runs: dict[str, Run], seconds: dict[str, float], path: Path) -> None:
-    """Store every number of the comparison."""
-    losses = {init: {"train": run.train, "validation": run.validation} for init, run in runs.items()}
-    path.write_text(json.dumps({"losses": losses, "seconds": seconds}, indent=2) + "\n", encoding="utf-8")
-
-
 def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, output_dir: Path) -> None:
-    """Print the results, what they do not say, and where the files are."""
+    """Print the results, what they do not say, and where the files are; store picture and numbers."""
     lora, lora_da = runs["lora"], runs["lora_da"]
+    draw(runs, output_dir / "comparison.png")
+    losses = {init: {"train": run.train, "validation": run.validation} for init, run in runs.items()}
+    summary = json.dumps({"losses": losses, "seconds": seconds}, indent=2)
+    (output_dir / "summary.json").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{table(runs)}\n")
     print(verdict("Before the first step", lora_da.at_start, lora.at_start, "the base model"))
     print(verdict("After the last step", lora_da.at_end, lora.at_end, LABELS["lora"]))
@@ -295,7 +278,9 @@ def main() -> None:
     os.chdir(REPOSITORY)
     # Threads that wait without spinning cost little on a quiet machine, and save half the time on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    output_dir = shorten(arguments.output_dir)
+    output_dir = arguments.output_dir
+    if output_dir.is_relative_to(REPOSITORY):
+        output_dir = output_dir.relative_to(REPOSITORY)  # for commands that can be read
     seconds: dict[str, float] = {}
     started = time.monotonic()
 
@@ -313,8 +298,6 @@ def main() -> None:
         folder = output_dir / init
         runs[init] = execute(command(init, model, data, folder, dtype, budget), folder)
         finished(LABELS[init])
-    draw(runs, output_dir / "comparison.png")
-    save_summary(runs, seconds, output_dir / "summary.json")
     report(runs, seconds, budget, output_dir)
 
 
@@ -325,11 +308,6 @@ def take(output_dir: Path) -> None:
         sys.exit(f"{output_dir} holds something that no demo wrote and that could be lost. Give another --output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
     mark.touch()
-
-
-def shorten(path: Path) -> Path:
-    """Return a path as seen from the repository, if it lies inside."""
-    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
 
 
 if __name__ == "__main__":

@@ -66,18 +66,10 @@ def write_sums(path, count=64):
     return path
 
 
-def blocks_of_document(path, *, hub):
-    """Return the fenced blocks of a document as steps, with or without those behind a ``<!-- hub -->``."""
-    found = re.findall(r"(<!-- hub -->\n)?```(bash|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    steps = []
-    for needs_hub, language, text in found:
-        if needs_hub and not hub:
-            continue
-        if language == "python":
-            steps.append(("python", text))
-            continue
-        steps += commands(text)
-    return steps
+def blocks_of_document(path):
+    """Return the fenced blocks of a document as steps."""
+    found = re.findall(r"```(bash|python)\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    return [step for kind, text in found for step in ([(kind, text)] if kind == "python" else commands(text))]
 
 
 def blocks_of_readme(path):

@@ -43,11 +43,16 @@ def environment(hub):
 
 
 def test_every_block_of_the_document_runs(environment, folder):
-    steps = [("python", NAMES), *blocks_of_document(REPOSITORY / "docs" / "sharing.md", hub=True)]
+    steps = [("python", NAMES), *blocks_of_document(REPOSITORY / "docs" / "sharing.md")]
     shown = run_steps(steps, folder, replace={MODEL: LOCAL_MODEL, "your-name": "alice"}, environment=environment)
     assert "alice/my-init" in shown
     assert (folder / "out").is_dir()
     assert (folder / "my-init-r2" / "lora_da_manifest.json").is_file()
+    assert {path.name for path in (folder / "my-card").iterdir()} == {
+        "README.md",
+        "guidance_spectra.png",
+        "step_search.png",
+    }
 
 
 def test_the_lines_of_the_readme_run(environment, folder):

