@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import load_init
-from lora_da_hf.artifacts.statistics_store import iterate_statistics
+from lora_da_hf.artifacts.tensors import iterate_statistics
 
 
 def collate(samples, *, left=False):

@@ -166,15 +166,7 @@ def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: flo
 def config_to_store(
     saved: Mapping[str, Any], base: BaseModelFacts, modules: Collection[str], ranks: Mapping[str, int], scaling: float
 ) -> dict[str, Any]:
-    """Return what is stored of a configuration that PEFT saved.
-
-    Args:
-        saved: What PEFT saved.
-        base: The base model.
-        modules: The modules that PEFT adapts.
-        ranks: As in `with_ranks`.
-        scaling: As in `with_ranks`.
-    """
+    """Return what is stored of a configuration that PEFT ``saved``, with the modules that it adapts by name."""
     config = {key: value for key, value in saved.items() if key in _Config.model_fields}
     targets: Any = config.get("target_modules")
     is_plain = not isinstance(targets, str) and all(saved.get(key) in (None, [], "") for key in _MORE_THAN_NAMES)
@@ -191,11 +183,7 @@ def config_to_store(
 
 
 def refuse_unstorable(config: LoraConfig) -> None:
-    """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`.
-
-    Raises:
-        UnsupportedSetupError: naming them.
-    """
+    """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`."""
     kept = {*_Config.model_fields, *_MORE_THAN_NAMES, "init_lora_weights", "eva_config", "runtime_config"}
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
@@ -212,54 +200,45 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     Raises:
         ArtifactError: naming the file and the key.
     """
-    if path.stat().st_size > _MAX_BYTES:
-        raise ArtifactError(f"{path} has more than {_MAX_BYTES:,} bytes. Do not use it.")
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES:,} bytes")
         read = _Config.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        defaults = LoraConfig().to_dict()
+        for key, value in (read.model_extra or {}).items():
+            if key not in defaults or json.dumps(value) != json.dumps(defaults[key]):
+                raise ValueError(f"{key[:80]} is {str(value)[:80]}, and only PEFT's default is stored")
+        config = read.model_dump()
+        _compare(config, manifest)
+    except ValueError as error:
         raise ArtifactError(f"{path}: {explained(error)}. Do not use it.") from error
-    defaults = LoraConfig().to_dict()
-    for key, value in (read.model_extra or {}).items():
-        if key not in defaults or json.dumps(value) != json.dumps(defaults[key]):
-            raise ArtifactError(
-                f"{path}: {key[:80]} is {str(value)[:80]}, and only PEFT's default is stored. Do not use it."
-            )
-    config = read.model_dump()
-    problem = _problem(config, manifest)
-    if problem:
-        raise ArtifactError(f"{path}: {problem}. Do not use it.")
     return config
 
 
-def _problem(config: dict[str, Any], manifest: Manifest) -> str | None:
-    """Say what in a configuration is not as the manifest has it; None if all is."""
+def _compare(config: dict[str, Any], manifest: Manifest) -> None:
+    """Raise a ValueError where a configuration is not as the manifest has it."""
     base, name = manifest.base_model, config["base_model_name_or_path"]
     if name and base.name_or_path and name.removeprefix("./") != base.name_or_path.removeprefix("./"):
-        return f"base_model_name_or_path is {name!r}, and the manifest says {base.name_or_path!r}"
+        raise ValueError(f"base_model_name_or_path is {name!r}, and the manifest says {base.name_or_path!r}")
     if config["revision"] != base.revision:
-        return f"revision is {config['revision']!r}, and the manifest says {base.revision!r}"
+        raise ValueError(f"revision is {config['revision']!r}, and the manifest says {base.revision!r}")
     layers, kept = manifest.layers, manifest.report.kept
     targets: set[str] = set(config["target_modules"] or ())
-    named = (*layers, *kept, *(config["modules_to_save"] or ()))
-    unused = targets - {end for name in named for end in _ends_of(name) if end in targets}
+    unused = targets.difference(*map(_ends_of, (*layers, *kept, *(config["modules_to_save"] or ()))))
     if unused:
-        return f"target_modules has {min(unused)!r}, and the manifest no layer of that name"
+        raise ValueError(f"target_modules has {min(unused)!r}, and the manifest no layer of that name")
     names = pattern_names(config, (*layers, *kept))
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     unknown = {*ranks, *alphas} - {_exactly(name) for found in names.values() for name in found}
     if unknown:
-        return f"rank_pattern or alpha_pattern has {min(unknown)[:80]!r}, which is not the name of a layer"
-    largest, scaling = config["r"], config["lora_alpha"] / alpha_divisor(config, config["r"])
-    for key in {*ranks, *alphas}:
-        rank, alpha = ranks.get(key, largest), alphas.get(key, config["lora_alpha"])
-        if rank > largest or not math.isclose(alpha / alpha_divisor(config, rank), scaling, rel_tol=1e-9):
-            return f"r and lora_alpha do not give the scaling that alpha_pattern gives {key[:80]!r}"
+        raise ValueError(f"rank_pattern or alpha_pattern has {min(unknown)[:80]!r}, which is not the name of a layer")
     for name, layer in layers.items():
-        found = [rank_of(config, key) for key in names[name]]
-        if layer.rank not in found:
-            return f"target_modules, rank_pattern give {name} {found or 'no rank'}, and the manifest says {layer.rank}"
-        if not math.isclose(layer.peft_scaling, scaling, rel_tol=1e-9):
-            return f"lora_alpha gives {name} the scaling {scaling:.6g}, and the manifest says {layer.peft_scaling:.6g}"
+        found = {key: rank_of(config, key) for key in names[name]}
+        if layer.rank not in found.values():
+            raise ValueError(f"r or rank_pattern give {name} {[*found.values()] or 'no rank'}, and not {layer.rank}")
+        for key, rank in found.items():
+            scaling = alphas.get(_exactly(key), config["lora_alpha"]) / alpha_divisor(config, rank)
+            if not math.isclose(layer.peft_scaling, scaling, rel_tol=1e-9):
+                raise ValueError(f"lora_alpha gives {name} the scaling {scaling:.6g}, and not {layer.peft_scaling:.6g}")
         if is_saved(config, name):
-            return f"modules_to_save takes {name}, which the manifest says is adapted"
-    return None
+            raise ValueError(f"modules_to_save takes {name}, which the manifest says is adapted")

@@ -20,7 +20,8 @@ from lora_da_hf.theory.adapter_factors import paper_step_size
 
 MAGNITUDE = ".lora_magnitude_vector"
 _DELTA = ".token_adapter.trainable_tokens_delta"
-_FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
+"""What PEFT may store of a layer."""
 _TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
 
@@ -52,24 +53,23 @@ def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[s
         ArtifactError: naming the tensor.
     """
     layers, kept = manifest.layers, manifest.report.kept
-    keys = tensor_specs(path, max_tensors=4 * (len(layers) + len(kept)) + 4096)
+    keys = set(tensor_specs(path, max_tensors=4 * (len(layers) + len(kept)) + 4096))
     own = {factor_key(name, factor) for name in layers for factor in ("A", "B")}
     if config["use_dora"]:
         own |= {f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in layers}
-    missing = own - set(keys)
-    if missing:
-        raise ArtifactError(f"{path}: {min(missing)!r} is missing. Do not use it.")
-    others = {key for key in keys if key not in own}
-    of_layers, of_kept = {*map(holder_of, layers)}, {*map(holder_of, kept)}
-    named = {key for key in others if _is_named(key, of_layers, of_kept, config)}
-    if others != named and not config["ensure_weight_tying"]:
-        raise _foreign(path, others - named)
+    if own - keys:
+        raise ArtifactError(f"{path}: {min(own - keys)!r} is missing. Do not use it.")
+    of_adapter = {f"{PEFT_PREFIX}{holder_of(name)}{end}" for name in (*layers, *kept) for end in _ENDS}
+    others = {key for key in keys - of_adapter if not _is_trained(key, config)}
+    if others and not config["ensure_weight_tying"]:
+        raise _foreign(path, others)
     tensors = read_tensors(path, None)
-    saved = {_digest(tensors[key]) for key in named if ".lora_" not in key} if others != named else set[bytes]()
-    # of tied weights PEFT names one and stores both
-    if any(".lora_" in key or _digest(tensors[key]) not in saved for key in others - named):
-        raise _foreign(path, others - named)
-    moved = [key for key in others if key.endswith(".lora_B.bias") and tensors[key].any()]
+    if others:  # of tied weights PEFT names one and stores both
+        trained = {_digest(tensors[key]) for key in keys - of_adapter - others}
+        others = {key for key in others if ".lora_" in key or _digest(tensors[key]) not in trained}
+        if others:
+            raise _foreign(path, others)
+    moved = [key for key in keys if key.endswith(".lora_B.bias") and tensors[key].any()]
     if moved:
         raise ArtifactError(f"{path}: {min(moved)!r} is not zero, as an untrained adapter's is. Do not use it.")
     for name, layer in layers.items():
@@ -94,20 +94,13 @@ def _foreign(path: Path, keys: Collection[str]) -> ArtifactError:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode() + flat.numpy().tobytes()).digest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _is_named(key: str, layers: Collection[str], kept: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Tell whether a tensor is of a layer that PEFT adapts, or of what the config says is trained besides."""
-    if not key.startswith(PEFT_PREFIX):
-        return False
+def _is_trained(key: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether the config says that a tensor is trained beside the adapter."""
     name = key.removeprefix(PEFT_PREFIX)
-    ends = (*([MAGNITUDE] if config["use_dora"] else []), *([".lora_B.bias"] if config["lora_bias"] else []))
-    for owners, allowed in ((kept, (*_FACTORS, *ends)), (layers, ends)):
-        if any(name.endswith(end) and name.removesuffix(end) in owners for end in allowed):
-            return True
-    if ".lora_" in name:
+    if name == key or ".lora_" in name:
         return False
     if name.endswith(_DELTA):
         return bool(trained_tokens(config, name.removesuffix(_DELTA)))
@@ -116,10 +109,7 @@ def _is_named(key: str, layers: Collection[str], kept: Collection[str], config: 
 
 
 def _missed(lora_A: Tensor, lora_B: Tensor, basis: LayerSolution, *, scaling: float, step: float) -> float:
-    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter.
-
-    Of a step of 0, any B that is not zero misses it wholly, and so does an A outside of the basis at every step.
-    """
+    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter, or A from the basis."""
     rank = len(lora_A)
     rows, columns = basis.basis_A[:rank].double(), basis.basis_B[:, :rank].double()
     wide_A, wide_B = lora_A.double(), lora_B.double()

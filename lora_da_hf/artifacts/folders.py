@@ -8,29 +8,15 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
-
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REQUIRED_FILES, STATISTICS_FILE
 from lora_da_hf.errors import ConfigError
 
 CARD_FILE = "README.md"
 TAGS = ("lora", "peft", "lora-da", "lora-init")
-SPECTRA_PLOT = "guidance_spectra.png"
-SEARCH_PLOT = "step_search.png"
-PLOTS = (SPECTRA_PLOT, SEARCH_PLOT)
+PLOTS = SPECTRA_PLOT, SEARCH_PLOT = ("guidance_spectra.png", "step_search.png")
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
-_LEFT_BY_TOOLS = (
-    ".cache",
-    ".ipynb_checkpoints",
-    ".gitattributes",
-    ".gitignore",
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-)
+_LEFT_BY_TOOLS = (".cache", ".ipynb_checkpoints", ".gitattributes", ".gitignore", ".DS_Store")
 
 
 def may_lie_beside(path: Path) -> bool:
@@ -39,14 +25,9 @@ def may_lie_beside(path: Path) -> bool:
 
 
 def is_own_card(text: bytes) -> bool:
-    """Tell whether a file is a card of an initialisation, by the tags in its metadata."""
-    block = REGEX_YAML_BLOCK.search(text.decode("utf-8", errors="replace"))
-    try:
-        metadata: Any = yaml.safe_load(block.group(2)) if block is not None else None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):  # such as a date that does not exist
-        return False
-    tags: Any = metadata.get("tags") if isinstance(metadata, dict) else None  # pyright: ignore[reportUnknownMemberType]
-    return isinstance(tags, list) and set(TAGS) <= set(map(str, tags))  # pyright: ignore[reportUnknownArgumentType]
+    """Tell whether a file is a card of an initialisation, by the tags in its metadata as they are rendered."""
+    start, *rest = text.split(b"---\n", 2)
+    return not start and bool(rest) and all(f"- {tag}\n".encode() in rest[0] for tag in TAGS)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -72,10 +53,10 @@ def check_writable(folder: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(dir=target.parent)).rmdir()
+        if target.exists() and (os.path.ismount(target) or not os.access(target, os.W_OK)):
+            raise OSError("it is a mount point or write-protected")
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror or error}). Name another folder.") from error
-    if target.exists() and (os.path.ismount(target) or not os.access(target, os.W_OK)):
-        raise ConfigError(f"{folder} is a mount point or write-protected. Name a new folder, such as one inside it.")
+        raise ConfigError(f"{folder} cannot be written: {error}. Name another folder.") from error
 
 
 @contextlib.contextmanager

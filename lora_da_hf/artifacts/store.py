@@ -14,7 +14,6 @@ from typing import Any
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.adapter_tensors import check_adapter
-from lora_da_hf.artifacts.basis import basis_tensors, read_solutions
 from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.manifest import (
@@ -31,8 +30,7 @@ from lora_da_hf.artifacts.manifest import (
     RefittedFrom,
     parse_manifest,
 )
-from lora_da_hf.artifacts.statistics_store import check_statistics
-from lora_da_hf.artifacts.tensors import write_tensors
+from lora_da_hf.artifacts.tensors import basis_tensors, check_statistics, read_solutions, write_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LoRADAReport
@@ -156,30 +154,21 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
     Raises:
         BaseModelMismatchError: naming every difference.
     """
-    stored = manifest.base_model
+    stored, notes = manifest.base_model, ()
     found = differences(stored.config, base_model.config)
-    notes: tuple[str, ...] = ()
     if stored.weights_sha256 and base_model.weights_sha256:
         if not found and stored.weights_sha256 != base_model.weights_sha256:
             found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
-    elif stored.name_or_path and base_model.name_or_path:
-        by_name, of_model = (
-            {"name_or_path": str(facts.name_or_path).removeprefix("./"), "revision": facts.revision}
-            for facts in (stored, base_model)
-        )
-        found += differences(by_name, of_model)
-        notes = (
-            f"the base was matched by its name, {stored.name_or_path!r}, and revision: quantised or sharded weights "
-            "have no fingerprint",
-        )
     else:
-        which = "the model" if stored.name_or_path else "the base that it was computed for"
-        found.append(f"weights without a fingerprint, as quantised ones, are matched by name, and {which} has none")
+        was, now = (str(facts.name_or_path or "").removeprefix("./") for facts in (stored, base_model))
+        if was != now or not was:
+            found.append(f"weights without a fingerprint, as quantised ones, need the name {was!r}, and it is {now!r}")
+        found += differences({"revision": stored.revision}, {"revision": base_model.revision})
+        notes = (f"the base was matched by its name, {was!r}, and revision: its weights have no fingerprint",)
     if found:
-        name = repr(stored.name_or_path) if stored.name_or_path else "a base without a name"
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {name}, and the model differs: {'; '.join(found)}. Use that base, "
-            "or compute an initialisation for this one."
+            f"This initialisation was computed for {stored.name_or_path!r}, and the model differs: {'; '.join(found)}. "
+            "Use that base, or compute an initialisation for this one."
         )
     for note in notes:
         logger.warning("LoRA-DA: %s", note)

@@ -1,49 +1,53 @@
-"""Safetensors files, read header first."""
+"""The files of tensors: the basis, and the full statistics as shards. Each is read header first."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.errors import ArtifactError
+from lora_da_hf.records import LayerSolution, LayerStatistics
+from lora_da_hf.statistics.moments import pack_upper, unpack_upper
+from lora_da_hf.statistics.taps import input_groups
 
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and safetensors dtype of each tensor."""
 
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
+_SHARD_BYTES = 2 << 30
+_INPUT = "input_second_moment"
+_OUTPUT = "output_grad_second_moment_diag"
+_GRAD = "weight_grad"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors, and say how much room they take if the disk has none."""
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise ArtifactError(
-            f"{path} could not be written ({error}). Make room for {size / 2**20:,.0f} MiB, or name another folder."
-        ) from error
+    """Write safetensors, of a kind that transformers reads."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
     """Return what the header of a safetensors file announces, of at most ``max_tensors``."""
-    limit = _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors
-    with path.open("rb") as file:
-        if int.from_bytes(file.read(8), "little") > limit:
-            raise ArtifactError(f"{path} is not a safetensors file, or its header is too long. Do not use it.")
     try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors:
+                raise SafetensorError("its header is too long")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             specs = {name: (tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
+        if len(specs) > max_tensors:
+            raise SafetensorError(f"it holds {len(specs)} tensors, and at most {max_tensors} can be")
     except SafetensorError as error:
         raise ArtifactError(f"{path} is not a valid safetensors file ({error}). Do not use it.") from error
-    if len(specs) > max_tensors:
-        raise ArtifactError(f"{path} holds {len(specs)} tensors, and at most {max_tensors} can be. Do not use it.")
     return specs
 
 
@@ -54,21 +58,136 @@ def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
         ArtifactError: if its keys, shapes or dtypes are others, or a value is not finite.
     """
     if expected is not None:
-        check_specs(path, tensor_specs(path, max_tensors=len(expected)), expected)
+        _compare(path, tensor_specs(path, max_tensors=len(expected)), expected)
     with safe_open(path, framework="pt") as file:
-        return {name: finite(path, name, file.get_tensor(name)) for name in file.keys()}
+        return {name: _finite(path, name, file.get_tensor(name)) for name in file.keys()}
 
 
-def finite(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a file, unless it holds NaN or infinity."""
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
         raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
     return tensor
 
 
-def check_specs(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
+def _compare(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
     """Refuse a file whose tensors are not exactly those of the manifest, naming the first that differs."""
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             says, holds = expected.get(name, "not there"), found.get(name, "not there")
             raise ArtifactError(f"{path}: {name[:160]!r} is {holds}, and by the manifest {says}. Do not use it.")
+
+
+def basis_tensors(solutions: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
+    """Return the tensors of the basis file: ``<layer>.basis_A`` and ``<layer>.basis_B`` in float32."""
+    named = {f"{n}.{part}": getattr(layer, part) for n, layer in solutions.items() for part in ("basis_A", "basis_B")}
+    return {key: tensor.to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
+
+
+def read_solutions(path: Path, manifest: Manifest) -> dict[str, LayerSolution]:
+    """Put the solutions together from the basis file and the manifest."""
+    shapes = {f"{name}.basis_A": (layer.max_rank, layer.in_features) for name, layer in manifest.layers.items()}
+    shapes |= {f"{name}.basis_B": (layer.out_features, layer.max_rank) for name, layer in manifest.layers.items()}
+    tensors = read_tensors(path, {key: (shape, "F32") for key, shape in shapes.items()})
+    return {
+        name: LayerSolution(
+            basis_A=tensors[f"{name}.basis_A"],
+            basis_B=tensors[f"{name}.basis_B"],
+            eigenvalues=torch.tensor(layer.eigenvalues, dtype=torch.float64),
+            displacement_norm=layer.displacement_norm,
+            input_damping=layer.input_damping,
+            output_damping=layer.output_damping,
+            solver=layer.solver,
+            residual=layer.residual,
+        )
+        for name, layer in manifest.layers.items()
+    }
+
+
+def save_statistics(
+    folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int = 0
+) -> None:
+    """Write statistics as safetensors of at most about 2 GiB each, whose names sort in their order.
+
+    Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
+    layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means, in the
+    dtype that they were accumulated in.
+
+    Args:
+        folder: Where, made if need be.
+        statistics: By layer. Layers that share an input come together.
+        shared_inputs: The leader of each layer.
+        part: Number of this call, where a folder gets them in several.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, layer in statistics.items():
+        tensors = {
+            f"{name}.{_GRAD}": layer.weight_grad.cpu().contiguous(),
+            f"{name}.{_OUTPUT}": layer.output_grad_second_moment_diag.cpu().contiguous(),
+        }
+        if shared_inputs[name] == name:
+            tensors[f"{name}.{_INPUT}"] = pack_upper(layer.input_second_moment.cpu())
+        added = sum(tensor.nbytes for tensor in tensors.values())
+        if shards[-1] and size + added > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1].update(tensors)
+        size += added
+    for number, shard in enumerate(shards):
+        write_tensors(folder / f"{part:05d}-{number:05d}.safetensors", shard)
+
+
+def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:
+    """Yield the statistics of a folder that `load_init` checked, by groups of layers that share an input's moment.
+
+    Raises:
+        ArtifactError: if they were not stored, or are not finite.
+    """
+    if not manifest.statistics_files:
+        raise ArtifactError(
+            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
+        )
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, Any]] = {}
+        for path in (folder / file for file in manifest.statistics_files):
+            opened = stack.enter_context(safe_open(path, framework="pt"))
+            places |= dict.fromkeys(opened.keys(), (path, opened))
+
+        def read(name: str) -> Tensor:
+            path, opened = places[name]
+            return _finite(path, name, opened.get_tensor(name))
+
+        for leader, names in input_groups_of(manifest).items():
+            moment = unpack_upper(read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features)
+            yield {
+                name: LayerStatistics(
+                    input_second_moment=moment,
+                    output_grad_second_moment_diag=read(f"{name}.{_OUTPUT}"),
+                    weight_grad=read(f"{name}.{_GRAD}"),
+                    num_input_tokens=manifest.layers[name].num_tokens,
+                    num_output_tokens=manifest.layers[name].num_grad_tokens,
+                )
+                for name in names
+            }
+
+
+def input_groups_of(manifest: Manifest) -> dict[str, list[str]]:
+    """Return the layers that share an input, by their leader."""
+    return input_groups({name: layer.shares_input_with for name, layer in manifest.layers.items()})
+
+
+def check_statistics(folder: Path, manifest: Manifest) -> None:
+    """Verify keys, shapes and dtypes of the stored statistics, if there are any."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in manifest.layers.items():
+        shapes[f"{name}.{_GRAD}"] = (layer.out_features, layer.in_features)
+        shapes[f"{name}.{_OUTPUT}"] = (layer.out_features,)
+        if layer.shares_input_with == name:
+            shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
+    for path in (folder / file for file in manifest.statistics_files):
+        found = tensor_specs(path, max_tensors=len(shapes))
+        dtype = "F64" if any(dtype == "F64" for _, dtype in found.values()) else "F32"
+        _compare(path, found, {name: (shapes.pop(name, ()), dtype) for name in found})
+    if shapes and manifest.statistics_files:
+        raise ArtifactError(f"{folder}: the statistics lack {min(shapes)!r}. Do not use it.")

@@ -25,9 +25,8 @@ from lora_da_hf.artifacts.adapter_config import (
 from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
 from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
-from lora_da_hf.artifacts.statistics_store import input_groups_of, iterate_statistics
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
-from lora_da_hf.artifacts.tensors import read_tensors, write_tensors
+from lora_da_hf.artifacts.tensors import input_groups_of, iterate_statistics, read_tensors, write_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.base_model import base_model_facts, base_modules

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.artifacts.statistics_store import save_statistics
+from lora_da_hf.artifacts.tensors import save_statistics
 from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.distributed.reduce import reduce_statistics
 from lora_da_hf.errors import NonFiniteError, SolveError

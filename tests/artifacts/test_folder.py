@@ -127,7 +127,7 @@ def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, sample
 
 def test_statistics_in_several_shards_are_read_as_one(tmp_path, lora_model, samples, monkeypatch):
     initialize(lora_model(), samples, tmp_path / "whole", save_statistics=True)
-    monkeypatch.setattr("lora_da_hf.artifacts.statistics_store._SHARD_BYTES", 50_000)
+    monkeypatch.setattr("lora_da_hf.artifacts.tensors._SHARD_BYTES", 50_000)
     initialize(lora_model(), samples, tmp_path / "parts", save_statistics=True)
     assert len(list((tmp_path / "parts").glob("lora_da_statistics-*"))) > 2
     expected, found = (stored_statistics(tmp_path / name) for name in ("whole", "parts"))
