@@ -31,7 +31,7 @@ from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.text_model import choose_block_size, load_model
+from lora_da_hf.training.text import choose_block_size, load_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import run_clm

@@ -53,8 +53,15 @@ from lora_da_hf.training.arguments import (
     TextArguments,
     check_data_file,
 )
-from lora_da_hf.training.text_data import Rows, load_data_set, load_file, tokenize
-from lora_da_hf.training.text_model import choose_block_size, load_model, with_adapter
+from lora_da_hf.training.text import (
+    Rows,
+    choose_block_size,
+    load_data_set,
+    load_file,
+    load_model,
+    tokenize,
+    with_adapter,
+)
 
 logger = logging.getLogger("run_clm")
 

@@ -36,8 +36,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
 
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.job import DEFAULT_SEED
-    from lora_da_hf.training.text_data import tokenize, used_columns
-    from lora_da_hf.training.text_model import choose_block_size, load_model, with_adapter
+    from lora_da_hf.training.text import choose_block_size, load_model, tokenize, used_columns, with_adapter
 
     output.message(f"Reading {arguments.data}")
     rows = _load_rows(arguments)
@@ -67,7 +66,7 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
 
 
 def _load_rows(arguments: argparse.Namespace) -> Any:
-    from lora_da_hf.training.text_data import load_data_set, load_file
+    from lora_da_hf.training.text import load_data_set, load_file
 
     data = Path(arguments.data)
     if not data.is_file() and (data.is_dir() or loader_of(arguments.data) is None):

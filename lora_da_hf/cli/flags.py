@@ -90,7 +90,7 @@ def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mappin
 
     from lora_da_hf.hub.cards import base_class_name
     from lora_da_hf.pipeline.base_model import remember_commit
-    from lora_da_hf.training.text_model import naming_model
+    from lora_da_hf.training.text import naming_model
 
     output.message(f"Loading {arguments.base_model}")
     task, noted = peft_config.get("task_type"), (peft_config.get("auto_mapping") or {}).get("base_model_class")

@@ -16,7 +16,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.plan import Plan, budget_bytes, groups_of, make_plan, solver_threads, usable_memory
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments
-from lora_da_hf.training.text_model import naming_model, with_adapter
+from lora_da_hf.training.text import naming_model, with_adapter
 
 
 def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:

@@ -92,12 +92,6 @@ class LoraArguments:
         metadata={"help": "Names of the layers that get an adapter; all-linear: all but the output head."},
     )
 
-    def __post_init__(self) -> None:
-        if self.lora_rank < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
-            raise ConfigError("--lora_rank and --lora_alpha must be at least 1, --lora_dropout from 0 to below 1.")
-        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
-            raise ConfigError(f"--target_modules: {ALL_LINEAR} stands for all linear layers. Give it alone.")
-
     def to_peft(self) -> "LoraConfig":
         """Make the configuration that PEFT reads."""
         from peft import LoraConfig
@@ -108,7 +102,7 @@ class LoraArguments:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
-            target_modules=ALL_LINEAR if self.target_modules == [ALL_LINEAR] else self.target_modules,
+            target_modules=ALL_LINEAR if ALL_LINEAR in self.target_modules else self.target_modules,
         )
 
 

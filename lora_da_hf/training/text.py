@@ -1,8 +1,10 @@
-"""Text as training data: rows from a file or a data set, and tokenised samples."""
+"""Text as training data: the model and its tokenizer, rows from a file or a data set, and tokenised samples."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Generator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,16 +12,75 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError, DataError, LoRADAError, TargetError
+from lora_da_hf.pipeline.base_model import remember_commit
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.arguments import TextArguments, check_data_file, loader_of
-from lora_da_hf.training.text_model import one_sentence
+from lora_da_hf.training.arguments import ModelArguments, TextArguments, check_data_file, loader_of
 
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
+
+
+@contextlib.contextmanager
+def explaining(kind: type[LoRADAError], failed: str, advice: str) -> Generator[None]:
+    """Raise an error of ours, where a library raises one in the block, that says what failed and what to do."""
+    try:
+        yield
+    except (StopIteration, DatasetsError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
+            raise
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        text = " ".join(lines[: 1 if isinstance(cause, OSError) else 2]) or type(cause).__name__
+        raise kind(f"{failed}: {text:.300}".rstrip(".,: ") + f". {advice}") from error
+
+
+def naming_model(name: str) -> contextlib.AbstractContextManager[None]:
+    """Have a model that cannot be loaded in the block named."""
+    return explaining(ConfigError, f"The model {name} cannot be loaded", "Check the name and the connection.")
+
+
+def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
+    shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
+    revision, tokenizer_name = {"revision": arguments.model_revision}, arguments.tokenizer_name or name
+    with naming_model(name):
+        AutoConfig.from_pretrained(name, **revision, **shared)  # quick to fail
+    with explaining(ConfigError, f"The tokenizer {tokenizer_name} cannot be loaded", "Name one with --tokenizer_name."):
+        of_model = {} if arguments.tokenizer_name else revision
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **of_model, **shared)
+    with naming_model(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **shared)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    remember_commit(model, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    embeddings: Any = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model embeds only {embeddings}: use the tokenizer that "
+            "belongs to the model."
+        )
+    return model, tokenizer
+
+
+def with_adapter(model: Any, lora: LoraConfig) -> Any:
+    """Wrap a model with an adapter."""
+    with explaining(TargetError, "The adapter cannot be made", "Check --target_modules and the --lora flags."):
+        return get_peft_model(model, lora)
+
+
+def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the block size: what was asked for, or 1024, but no more than the model can take."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if wanted is not None and wanted > limit:
+        logger.warning("--block_size %d is more than the model takes; %d is used.", wanted, limit)
+    return min(wanted or 1024, limit)
 
 
 def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
@@ -39,19 +100,12 @@ def load_data_set(
 
 
 def _load(name: str, *source: Any, **options: Any) -> Any:
-    try:
+    failed = f"{name} cannot be loaded as data, or holds no rows"
+    advice = "Check the name, the connection and the files; a private or gated data set needs `hf auth login`."
+    with explaining(DataError, failed, advice):
         rows: Any = load_dataset(*source, **options)
-        is_empty = bool(options["split"]) and next(iter(rows), None) is None
-    except (StopIteration, DatasetsError, ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
-            raise
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        raise DataError(
-            f"{name} cannot be loaded as data, or holds no rows: {one_sentence(cause)} Check the name, the connection "
-            "and the files; a private or gated data set needs `hf auth login`."
-        ) from error
-    if is_empty:
-        raise DataError(f"{name} holds no rows. Give data with samples.")
+        if options["split"]:
+            next(iter(rows))  # StopIteration: there are none
     return rows
 
 
@@ -60,9 +114,9 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
     columns = used_columns(name, rows, data)
     logger.info("The %s data: %s", name, " and ".join(columns))
     if data.has_pairs:
-        encode = partial(encode_pairs, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
+        encode = partial(_encode_pairs, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
     else:
-        encode = partial(encode_text, tokenizer=tokenizer, column=columns[0], block_size=block_size)
+        encode = partial(_encode_text, tokenizer=tokenizer, column=columns[0], block_size=block_size)
     if isinstance(rows, IterableDataset):
         return rows.map(encode, batched=True, remove_columns=_column_names(rows))
     samples = rows.map(
@@ -87,14 +141,12 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
 def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
     """Return the column that is read as plain text, or those of prompts and completions."""
     columns = _column_names(rows)
-    shown = ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
-    if not columns:
-        raise DataError(f"The {name} data holds no rows. Give data with samples.")
     wanted = [data.prompt_column, data.completion_column] if data.has_pairs else [data.text_column or "text"]
     if wanted == ["text"] and len(columns) == 1:
         return columns
     missing = [column for column in wanted if column not in columns]
     if missing:
+        shown = ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
         raise DataError(
             f"The {name} data has no column {missing[0]!r}, only {shown}. Name pairs with --prompt_column and "
             "--completion_column, or plain text with --text_column."
@@ -107,25 +159,26 @@ def _column_names(rows: Rows) -> list[str]:
     return rows.column_names or list(next(iter(rows), {}))
 
 
-def strings(batch: dict[str, list[Any]], column: str) -> list[str]:
+def _texts(batch: dict[str, list[Any]], column: str) -> list[str]:
     """Return a column's texts; an empty cell is an empty text."""
     texts = ["" if value is None else value for value in batch[column]]
-    for text in texts:
-        if not isinstance(text, str):
-            what = f"{type(text).__name__}: {text!r:.80}"
-            chats = "; chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(text, list) else ""
-            raise DataError(f"Column {column!r} must hold text, not {what}. Write it as text there{chats}.")
+    other = next((value for value in texts if not isinstance(value, str)), None)
+    if other is not None:
+        chats = "; chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(other, list) else ""
+        raise DataError(
+            f"Column {column!r} must hold text, not {type(other).__name__}: {other!r:.80}. Write it as text there"
+            f"{chats}."
+        )
     return texts
 
 
-def encode_text(
+def _encode_text(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, column: str, block_size: int
 ) -> dict[str, list[list[int]]]:
     """Join the tokens of a batch of texts and cut them into blocks, without the incomplete last one."""
-    texts = strings(batch, column)
+    texts = _texts(batch, column)
     tokens = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"] if texts else []))
-    starts = range(0, len(tokens) - block_size + 1, block_size)
-    blocks = [tokens[start : start + block_size] for start in starts]
+    blocks = [tokens[end - block_size : end] for end in range(block_size, len(tokens) + 1, block_size)]
     return {
         "input_ids": blocks,
         "attention_mask": [[1] * block_size for _ in blocks],
@@ -133,7 +186,7 @@ def encode_text(
     }
 
 
-def encode_pairs(
+def _encode_pairs(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     columns: list[str],
@@ -142,7 +195,7 @@ def encode_pairs(
 ) -> dict[str, list[list[int]]]:
     """Encode prompts and completions, cut to the block size; leave out rows without a completion or without a label."""
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    prompts, completions = (strings(batch, column) for column in columns)
+    prompts, completions = (_texts(batch, column) for column in columns)
     for prompt, completion, given in zip(prompts, completions, batch[columns[1]], strict=True):
         if given is None:
             continue
@@ -167,16 +220,13 @@ def _encode_pair(
     if not in_chat:
         end: Any = tokenizer.eos_token_id
         return ids(prompt, special=True), [*ids(completion), end]
-    question = [{"role": "user", "content": prompt}]
-    try:
-        before: Any = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    except ValueError as error:
-        raise ConfigError(f"--use_chat_template: {one_sentence(error)} Leave the flag out.") from error
-    answer = [*question, {"role": "assistant", "content": completion}]
-    whole: Any = tokenizer.apply_chat_template(answer, tokenize=False)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    with explaining(ConfigError, "--use_chat_template", "Leave the flag out."):
+        before: Any = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole: Any = tokenizer.apply_chat_template(turns, tokenize=False)
     if not whole.startswith(before):
         raise ConfigError(
-            "--use_chat_template: this template writes a prompt differently once a reply follows, so the "
-            "reply cannot be told apart. Leave the flag out."
+            "--use_chat_template: this template writes a prompt differently once a reply follows, so the reply cannot "
+            "be told apart. Leave the flag out."
         )
-    return ids(before), ids(whole[len(before) :])
+    return ids(before), ids(whole.removeprefix(before))
