@@ -7,7 +7,6 @@ from lora_da_hf.artifacts.manifest import BaseModelFacts, FileEntry, Manifest
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.report import LayerReport
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAYERS = tuple(
     f"model.layers.{number}.{part}"
     for number in range(3)

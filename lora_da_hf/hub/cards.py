@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import logging
 import re
 from collections import Counter
@@ -22,7 +21,7 @@ from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, T
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import CardError, MissingDependencyError
-from lora_da_hf.hub.markdown import Markdown, code, escape, python_literal
+from lora_da_hf.hub.markdown import Markdown, code, escape
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 from lora_da_hf.report import kind_of, span
 
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 _FORMS = {
     "base_model": (r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", "the name of a model on the Hub, such as org/model"),
     "repo_id": (r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", "the name of a repository, such as user/name"),
-    "commit": (r"[0-9a-f]{40}", "all 40 digits of a commit"),
     "license": (r"[a-z0-9][a-z0-9.+-]*", "the Hub's identifier of a licence, such as apache-2.0"),
     "license_link": (r"https://[!-~]+|[A-Za-z0-9_.-]+", "an https address or the name of a file beside the card"),
     "language": (r"[a-z]{2,3}|code|multilingual", "a code of two or three letters, such as en"),
@@ -60,9 +58,7 @@ class CardFacts(TypedDict, total=False):
     """What only you can say on a card.
 
     Attributes:
-        license: Licence of the initialisation, as the Hub names it.
-        license_name: The licence's name, if ``license`` is ``"other"``.
-        license_link: Where its text is, if ``license`` is ``"other"``.
+        license: Licence of the initialisation, as the Hub names it; if ``"other"``, with its name and link.
         base_model: Name of the base on the Hub, if you used a local copy.
         datasets: What the samples are from: names of data sets on the Hub, or a few words.
         language: Codes of the samples' languages, such as ``"en"``.
@@ -84,7 +80,6 @@ def render_card(
     init: StoredInit,
     *,
     repo_id: str | None = None,
-    commit: str | None = None,
     base_license: str | None = None,
     plots: Collection[str] = (),
     **facts: Unpack[CardFacts],
@@ -94,7 +89,6 @@ def render_card(
     Args:
         init: The initialisation.
         repo_id: Where it is published, if it is.
-        commit: The commit there that the lines of use name.
         base_license: The base model's licence, as the Hub has it.
         plots: Names of the plots that lie beside the card.
         facts: See `CardFacts`.
@@ -102,30 +96,27 @@ def render_card(
     Raises:
         CardError: if an argument is malformed.
     """
-    said: dict[str, Any] = {**dict.fromkeys(CardFacts.__annotations__), "repo_id": repo_id, "commit": commit, **facts}
+    said: dict[str, Any] = {**dict.fromkeys(CardFacts.__annotations__), "repo_id": repo_id, **facts}
     check_facts(said)
-    manifest, adapter = init.manifest, init.peft_config
-    base, base_id = manifest.base_model, base_id_of(manifest.base_model, said["base_model"])
-    task = adapter.get("task_type")
-    body = (
-        _environment()
-        .get_template("init_card.md.jinja")
-        .render(
-            **said,
-            manifest=manifest,
-            report=manifest.report,
-            adapter=adapter,
-            base_id=base_id,
-            base_name=Path(base.name_or_path).name if base.name_or_path and base_id != base.name_or_path else None,
-            base_license=base_license,
-            kinds=list(Counter(kind_of(layer.name) for layer in manifest.report.layers).items()),
-            num_bytes=sum(entry.size for entry in manifest.files.values()),
-            has_statistics=bool(manifest.statistics_files),
-            auto_class=base_class_name(task, (adapter.get("auto_mapping") or {}).get("base_model_class")),
-            num_labels=_num_labels(init.folder / ADAPTER_FILE),
-            lora_arguments=_lora_arguments(adapter),
-            plots=[(name, text) for name, text in _PLOTS.items() if name in plots],
-        )
+    manifest, report, adapter = init.manifest, init.report, init.peft_config
+    base, base_id, task = (
+        manifest.base_model,
+        base_id_of(manifest.base_model, facts.get("base_model")),
+        adapter.get("task_type"),
+    )
+    body = _template().render(
+        **said,
+        manifest=manifest,
+        report=report,
+        adapter=adapter,
+        base_id=base_id,
+        base_name=Path(base.name_or_path).name if base.name_or_path and base_id != base.name_or_path else None,
+        base_license=base_license,
+        kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
+        auto_class=base_class_name(task, (adapter.get("auto_mapping") or {}).get("base_model_class")),
+        num_labels=_num_labels(init.folder / ADAPTER_FILE),
+        lora_arguments=_lora_arguments(adapter),
+        plots=[(name, text) for name, text in _PLOTS.items() if name in plots],
     )
     metadata = ModelCardData(
         base_model=base_id,
@@ -138,9 +129,9 @@ def render_card(
         tags=[*TAGS, *([f"base_model:adapter:{base_id}"] if base_id else [])],
         lora_da={
             "schema_version": manifest.schema_version,
-            "rank": max(layer.rank for layer in manifest.report.layers),
+            "rank": max(layer.rank for layer in report.layers),
             "max_rank": manifest.largest_rank,
-            "n_samples": manifest.report.num_samples,
+            "n_samples": report.num_samples,
         },
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
@@ -181,8 +172,6 @@ def check_facts(said: Mapping[str, Any]) -> None:
         for value in values or ():
             if value is not None and not is_well_formed(name, value):
                 raise CardError(f"{name}={value!r} must be {expected}.")
-    if said.get("commit") and not said.get("repo_id"):
-        raise CardError("commit needs repo_id, the repository that it belongs to.")
     if said.get("license") != "other" and (said.get("license_name") or said.get("license_link")):
         raise CardError(f"license_name and license_link need license='other', and it is {said.get('license')!r}.")
 
@@ -193,7 +182,7 @@ def is_well_formed(name: str, value: Any) -> bool:
 
 
 def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that `LoraConfig` makes an adapter of the same layers, ranks and scalings with."""
+    """Return the arguments with which `LoraConfig` makes an adapter of the same layers, ranks and scalings."""
     found = {name: value for name in _LORA_ARGUMENTS if (value := adapter.get(name))}
     found |= {"bias": adapter["bias"]} if adapter.get("bias", "none") != "none" else {}
     found |= {"task_type": adapter["task_type"]} if adapter.get("task_type") in _TASKS else {}
@@ -209,12 +198,10 @@ def _num_labels(adapter_file: Path) -> int | None:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
-    package = importlib.resources.files("lora_da_hf")
-    inside = package / "hub_cards"  # of an installed package; in a checkout the folder lies beside it
-    folder = inside if inside.is_dir() else Path(str(package)).parent / "hub_cards"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+def _template() -> jinja2.Template:
+    package = Path(__file__).parents[1]
+    environment = jinja2.Environment(  # the template lies in an installed package, and beside that of a checkout
+        loader=jinja2.FileSystemLoader([package / "hub_cards", package.parent / "hub_cards"]),
         undefined=jinja2.StrictUndefined,
         finalize=escape,
         trim_blocks=True,
@@ -223,7 +210,7 @@ def _environment() -> jinja2.Environment:
     )
     filters: dict[str, Callable[..., Any]] = {
         "code": code,
-        "python": python_literal,
+        "python": lambda value: Markdown(repr(value)),
         "verbatim": Markdown,
         "number": lambda value, form: Markdown(format(value, form)),
         "change": lambda new, old: Markdown(f"{100 * (new - old) / abs(old):+.1f} %" if old else "no change"),
@@ -231,4 +218,4 @@ def _environment() -> jinja2.Environment:
         "directions_that_matter": directions_that_matter,
     }
     environment.filters.update(filters)  # pyright: ignore[reportCallIssue, reportArgumentType] - jinja2 names its own
-    return environment
+    return environment.get_template("init_card.md.jinja")

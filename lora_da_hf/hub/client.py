@@ -18,7 +18,6 @@ from huggingface_hub.errors import (
 
 from lora_da_hf.errors import HubError, LoRADAError
 
-_UNREACHABLE = "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated. Accept its conditions on its page, and log in with `hf auth login`."),
     (
@@ -28,7 +27,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     ),
     (RevisionNotFoundError, "the repository has no such branch, tag or commit. Look at its history on its page."),
     (OfflineModeIsEnabled, "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."),
-    (HTTPError, _UNREACHABLE),
+    (HTTPError, "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."),
     (
         LocalEntryNotFoundError,
         "the cache does not hold all of it, and the network is off. Pull it once with the network on.",
@@ -52,10 +51,10 @@ def _reason(error: Exception) -> str:
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
-    known = next((reason for kind, reason in _REASONS if any(isinstance(cause, kind) for cause in causes)), None)
-    refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    if refusal is None or known not in (None, _UNREACHABLE):
-        return known or str(error).strip() or type(error).__name__
+    refusal = next((cause for cause in causes if type(cause) is HfHubHTTPError), None)
+    if refusal is None:
+        known = (reason for kind, reason in _REASONS if any(isinstance(cause, kind) for cause in causes))
+        return next(known, str(error).strip() or type(error).__name__)
     status = refusal.response.status_code
     if status == 412:
         return "somebody else pushed meanwhile. Look at what changed, and push again on top of it."

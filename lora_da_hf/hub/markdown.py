@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from typing import Any
-
-from lora_da_hf.errors import CardError
 
 MAX_LENGTH = 300
 _MARKUP = re.compile(r"([\\`*_\[\]~|$@#!]|:(?=/))")
@@ -31,15 +28,9 @@ def clean(value: Any) -> str:
 
 
 def escape(value: Any) -> Markdown:
-    """Return a value as Markdown that shows just this text, in a paragraph or a table.
-
-    Raises:
-        CardError: if a value is missing.
-    """
+    """Return a value as Markdown that shows just this text, in a paragraph or a table."""
     if isinstance(value, Markdown):
         return value
-    if value is None:
-        raise CardError("The card's template prints a fact that is missing. Ask for it with `if` in the template.")
     text = _MARKUP.sub(r"\\\1", clean(value)).translate(_ENTITIES)
     return Markdown(_LIST_NUMBER.sub(r"\1\\", _BLOCK_START.sub(r"\\", _WWW.sub(r"\\.", text))))
 
@@ -48,15 +39,3 @@ def code(value: Any) -> Markdown:
     """Return a value as inline code. The two characters that could end it or a table's cell are replaced."""
     text = clean(value).replace("`", "'").replace("|", "¦")
     return Markdown(f"`{text}`" if text else "*(empty)*")
-
-
-def python_literal(value: Any) -> Markdown:
-    """Return a text, a number, or a list or mapping of them, as a Python literal for a fenced block."""
-    if isinstance(value, list):
-        return Markdown(f"[{', '.join(map(python_literal, value))}]")  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(value, dict):
-        pairs = (f"{python_literal(key)}: {python_literal(entry)}" for key, entry in value.items())  # pyright: ignore[reportUnknownVariableType]
-        return Markdown(f"{{{', '.join(pairs)}}}")
-    if isinstance(value, (bool, int, float)):
-        return Markdown(repr(value))
-    return Markdown(json.dumps(clean(value), ensure_ascii=False).replace("`", "\\x60"))

@@ -88,7 +88,7 @@ def push_init(
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
         base_id = base_id_of(stored.manifest.base_model, facts.get("base_model"))
-        of_base = _licence_of_base(api, stored, base_id)
+        of_base = _licence_of_base(api, base_id)
         page, license = _own_page(stored, card, facts) if card is not None else _page(stored, repo_id, of_base, facts)
         if license is None and not private:
             raise HubError("A public push needs a licence. Give license=... (--license), or push it privately.")
@@ -133,12 +133,11 @@ def _page(
     """Render the card and its plots; return files by name, and the licence that the card states."""
     given = {name: value for name, value in facts.items() if value}
     said: dict[str, Any] = {**of_base, **given} if "license" not in given else given
-    license = said.get("license")
-    link = said.get("license_link")
-    if link and not link.startswith("https://") and not (link in LICENSE_FILES and (stored.folder / link).is_file()):
+    link = said.get("license_link", "https://")
+    if not link.startswith("https://") and not (link in LICENSE_FILES and (stored.folder / link).is_file()):
         raise CardError(f"license_link={link!r} is not in {stored.folder}. Put it there, or give an https address.")
     base_license = of_base.get("license_name") or of_base.get("license")
-    return render_page(stored, repo_id=repo_id, base_license=base_license, **said), license
+    return render_page(stored, repo_id=repo_id, base_license=base_license, **said), said.get("license")
 
 
 def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str, Any], str | None]:
@@ -154,17 +153,17 @@ def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in plots if name in card}}, license
 
 
-def _licence_of_base(api: HfApi, stored: StoredInit, base_id: str | None) -> Mapping[str, str]:
+def _licence_of_base(api: HfApi, base_id: str | None) -> Mapping[str, str]:
     """Return the card's facts about the licence as the base model's own card has them."""
-    recorded = stored.manifest.base_model
-    if recorded.name_or_path and base_id_of(recorded) is None:
-        _warn(f"The files call the base model {recorded.name_or_path!r}, by which nobody else finds it.")
     try:
         info = api.model_info(base_id) if base_id else None
     except RepositoryNotFoundError:
         info = None
     if info is not None and info.gated:
-        _warn(f"The base model {base_id!r} is gated: see whether its conditions let you share what follows from it.")
+        warnings.warn(
+            f"The base model {base_id!r} is gated: see whether its conditions let you share what follows from it.",
+            stacklevel=3,  # at the line that calls `push_init`
+        )
     said: dict[str, Any] = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
     keys = ("license", "license_name", "license_link") if said.get("license") == "other" else ("license",)
     found = {key: said[key] for key in keys if isinstance(said.get(key), str)}
@@ -172,10 +171,6 @@ def _licence_of_base(api: HfApi, stored: StoredInit, base_id: str | None) -> Map
     if not link.startswith("https://"):
         found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{link}"  # a file beside the base's card
     return {key: value for key, value in found.items() if key == "license_name" or is_well_formed(key, value)}
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)  # at the line that calls `push_init`
 
 
 def _check_visibility(info: ModelInfo, *, private: bool, left: str = "") -> None:

@@ -25,7 +25,7 @@ def test_an_installed_wheel_renders_a_card(tmp_path):
     assert {path.parent.relative_to(REPOSITORY).as_posix() for path in packages} <= folders
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); import lora_da_hf.hub.cards as cards;"
-        "print(cards.__file__, cards._environment().get_template('init_card.md.jinja').name)"
+        "print(cards.__file__, cards._template().name)"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     installed = tmp_path / "installed" / "lora_da_hf" / "hub" / "cards.py"
