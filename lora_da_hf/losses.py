@@ -53,21 +53,16 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | N
 
 
 def checked_loss(compute_loss: ComputeLoss) -> ComputeLoss:
-    """Make a loss of a user's say what it must take and return, if it is another function."""
-    signature = inspect.signature(compute_loss)
+    """Give a loss of a user's a batch that it may change, and verify what it returns."""
 
     @functools.wraps(compute_loss)
     def loss(model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        try:
-            signature.bind(model, batch, num_items)
-        except TypeError as error:
-            raise DataError(f"compute_loss is called as compute_loss(model, batch, num_items): {error}.") from None
-        value: Any = compute_loss(model, dict(batch), num_items)  # which it may change
+        value: Any = compute_loss(model, dict(batch), num_items)
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise DataError(
                 f"compute_loss returned {what}, and compute_loss(model, batch, num_items) must return a scalar tensor. "
-                "A trainer's compute_loss has other arguments: use LoRADACallback(...).attach(trainer)."
+                "For a trainer's own loss use LoRADACallback(...).attach(trainer)."
             )
         return value
 

@@ -88,8 +88,8 @@ def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float
     return scaling
 
 
-def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Refuse an adapter that `save_adapter` cannot save; without a name, only the kind of model is looked at."""
+def refuse_unsaveable(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that `save_adapter` cannot save."""
     if isinstance(model, PeftMixedModel):
         raise TargetError(
             "An adapter made with mixed=True cannot be stored. Make it without: get_peft_model(base, ...)."
@@ -101,7 +101,5 @@ def refuse_unsaveable(model: nn.Module, adapter_name: str | None = None) -> None
             "LoRADATrainer's peft_config: give what it returned (trainer.model), or load the base anew. Without "
             "output_dir, initialize_lora_da takes any model."
         )
-    if adapter_name is None:
-        return
     refuse_unstorable(model.peft_config[adapter_name])  # pyright: ignore[reportArgumentType, reportIndexIssue]
     _common_scaling(_layers_by_pattern_name(model, adapter_name), adapter_name)

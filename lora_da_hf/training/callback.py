@@ -9,16 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.adapters.write import freeze_a, mark_initialized, was_initialized
@@ -26,12 +21,12 @@ from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
 from lora_da_hf.artifacts.store import StoredInit, load_manifest
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig, checked_config
-from lora_da_hf.errors import ArtifactError, ConfigError, DataError, HubError, UnsupportedSetupError
+from lora_da_hf.distributed.parameters import NOT_SPLIT
+from lora_da_hf.errors import ArtifactError, ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import base_model_of, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import has_positions, reads_once, samples_of_loader, with_columns_of
-from lora_da_hf.training.parallelism import refuse_unsupported_parallelism
 from lora_da_hf.training.trainer_loss import as_in_training_alone, loss_of
 
 logger = logging.getLogger(__name__)
@@ -112,7 +107,7 @@ class LoRADACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
-        refuse_unsupported_parallelism(args)
+        _refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
         frozen = {id(parameter) for parameter in self.freeze(model)}
         groups = getattr(kwargs.get("optimizer"), "param_groups", ())
@@ -127,8 +122,9 @@ class LoRADACallback(TrainerCallback):
             self._keep()
         else:
             self.report = self._initialize(args, state, model, name, train_dataloader)
-        if self.report is not None and self.report.init_from is not None:
-            _tag_with_init(model, self.report.init_from)
+        base: Any = base_model_of(model)
+        if self.report is not None and self.report.init_from is not None and isinstance(base, PreTrainedModel):
+            base.add_model_tags([f"lora_da_init:{self.report.init_from}"])  # for every card that is written for it
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
 
@@ -139,11 +135,6 @@ class LoRADACallback(TrainerCallback):
     def _initialize(
         self, args: TrainingArguments, state: TrainerState, model: Any, name: str, train_dataloader: Any
     ) -> LoRADAReport:
-        if INIT_FOLDER in getattr(model, "peft_config", {}):
-            raise ConfigError(
-                f"An adapter is called {INIT_FOLDER!r}, so the trainer would save it over the initialisation. Give "
-                "the adapter another name."
-            )
         dispatched = getattr(model, "hf_device_map", None) is not None
         settings: dict[str, Any] = {
             "config": self.config,
@@ -151,24 +142,20 @@ class LoRADACallback(TrainerCallback):
             "device": input_device(model) if dispatched else args.device,
             "progress": not args.disable_tqdm,
         }
-        samples = None
+        samples, population_size, output_dir = None, None, Path(args.output_dir or ".")
         if self.init_from is None or self.search_step:
             samples, settings["data_collator"], population_size = self._data(args, state, train_dataloader)
             settings["compute_loss"] = self._loss(args)
             batch_size = state.train_batch_size or args.train_batch_size
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
-            if self.init_from is None:
-                settings |= {"population_size": population_size, "seed": args.seed}
         with contextlib.nullcontext() if self._trainer is None else as_in_training_alone(self._trainer):
             if self.init_from is None:
-                return initialize_lora_da(
-                    model, samples, output_dir=Path(args.output_dir or ".") / INIT_FOLDER, **settings
-                )
+                settings |= {"population_size": population_size, "seed": args.seed}
+                return initialize_lora_da(model, samples, output_dir=output_dir / INIT_FOLDER, **settings)
             report = apply_init(model, find_init(self.init_from), samples=samples, **settings)
         if state.is_world_process_zero:
-            start = Path(args.output_dir or ".") / START_FILE
-            start.parent.mkdir(parents=True, exist_ok=True)
-            dataclasses.replace(report, artifact=None).save(start)  # no local path
+            output_dir.mkdir(parents=True, exist_ok=True)
+            dataclasses.replace(report, artifact=None).save(output_dir / START_FILE)  # no local path
         return report
 
     def _data(self, args: TrainingArguments, state: TrainerState, loader: Any) -> tuple[Any, RawCollate | None, int]:
@@ -193,14 +180,15 @@ class LoRADACallback(TrainerCallback):
 
     def _loss(self, args: TrainingArguments) -> Any:
         """Return the trainer's loss; None, the model's, where the callback was not attached."""
-        if self._trainer is not None and not hasattr(args, _OF_ONLINE_RL):
+        makes_completions = hasattr(args, _OF_ONLINE_RL)
+        if self._trainer is not None and not makes_completions:
             return loss_of(self._trainer)
         loss_type = getattr(args, "loss_type", _LOSSES_OF_THE_MODEL[0])  # of TRL
-        is_own = loss_type not in _LOSSES_OF_THE_MODEL and not hasattr(args, _OF_ONLINE_RL)
+        is_own = loss_type not in _LOSSES_OF_THE_MODEL and not makes_completions
         if is_own or args.label_smoothing_factor:
-            unseen = f"loss_type {loss_type}" if is_own else "label smoothing"
             logger.warning(
-                "LoRA-DA uses the model's loss, without %s. Call callback.attach(trainer) for yours.", unseen
+                "LoRA-DA uses the model's loss, without %s. Call callback.attach(trainer) for yours.",
+                f"loss_type {loss_type}" if is_own else "label smoothing",
             )
         return None
 
@@ -214,9 +202,17 @@ class LoRADACallback(TrainerCallback):
             state.log_history.append({**report.metrics(), "step": state.global_step})
 
     def _resume(self, args: TrainingArguments, model: Any, name: str) -> None:
-        """Leave the adapter as the checkpoint has it, and find the report of the run that is resumed."""
+        """Leave the adapter as the checkpoint has it, and find the report of the run that is resumed.
+
+        Trainer takes each folder with adapter weights in output_dir for an adapter of the model: it loads the
+        initialisation too, and would save that over itself. Before transformers 5.23 it then leaves out the trained
+        adapter, which lies in output_dir itself.
+        """
         output_dir = Path(args.output_dir or ".")
-        _unload_init(model, name, output_dir)
+        if name != INIT_FOLDER and INIT_FOLDER in getattr(model, "peft_config", {}):
+            model.delete_adapter(INIT_FOLDER)
+            if (output_dir / ADAPTER_FILE).is_file():
+                model.load_adapter(str(output_dir), name, is_trainable=True)
         mark_initialized(model, name, may_be_zero=True)
         stored = output_dir / (INIT_FOLDER if self.init_from is None else START_FILE)
         try:
@@ -235,28 +231,14 @@ class LoRADACallback(TrainerCallback):
 
 
 def _summary(report: LoRADAReport) -> str:
-    name, before, after = "held-out", report.unseen_loss_before, report.unseen_loss_after
-    if before is None:
-        name, before, after = "search", report.search_loss_before, report.search_loss_after
     found = f"{len(report.layers)} layers"
-    if before is not None and after is not None:
-        found = f"{name} loss {before:.4f} -> {after:.4f}"
+    for name, kind in (("search", "search"), ("held-out", "unseen")):
+        before, after = (getattr(report, f"{kind}_loss_{when}") for when in ("before", "after"))
+        if before is not None and after is not None:
+            found = f"{name} loss {before:.4f} -> {after:.4f}"
     step = "one a layer" if report.step_size is None else f"{report.step_size:.3g}"
     source = f"from {report.init_from}" if report.init_from else f"{report.num_samples} samples"
     return f"LoRA-DA: {found} in {report.total_seconds:.0f} s ({source}, step {step})"
-
-
-def _unload_init(model: Any, name: str, output_dir: Path) -> None:
-    """Take the initialisation out of a resumed model, if it was loaded as an adapter beside the one that is trained.
-
-    Trainer does that where it resumes from output_dir itself: it takes each folder with adapter weights there for an
-    adapter of the model, and would save this one over the initialisation. Before transformers 5.23 it then leaves out
-    the trained adapter, which lies in output_dir itself.
-    """
-    if name != INIT_FOLDER and INIT_FOLDER in getattr(model, "peft_config", {}):
-        model.delete_adapter(INIT_FOLDER)
-        if (output_dir / ADAPTER_FILE).is_file():
-            model.load_adapter(str(output_dir), name, is_trainable=True)
 
 
 def find_init(init_from: str | Path) -> Path | StoredInit:
@@ -270,17 +252,29 @@ def find_init(init_from: str | Path) -> Path | StoredInit:
         return Path(init_from)
     if not isinstance(init_from, str) or not _REPO.fullmatch(init_from):
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
-    repo_id, _, revision = init_from.partition("@")
     from lora_da_hf.hub import pull_init  # needed for this alone
 
-    try:
-        return pull_init(repo_id, revision=revision or None, statistics=False)
-    except HubError as error:
-        raise HubError(f"{error} {init_from} is not a folder in {Path.cwd()} either.") from error
+    repo_id, _, revision = init_from.partition("@")
+    return pull_init(repo_id, revision=revision or None, statistics=False)
 
 
-def _tag_with_init(model: nn.Module, init_from: str) -> None:
-    """Tag a model, as transformers and PEFT put a model's tags on every card that they write for it."""
-    base: Any = base_model_of(model)
-    if isinstance(base, PreTrainedModel):
-        base.add_model_tags([f"lora_da_init:{init_from}"])
+def _refuse_unsupported_parallelism(args: TrainingArguments) -> None:
+    """Refuse all but data parallelism, and DeepSpeed in half precision without ZeRO."""
+    state: Any = AcceleratorState() if AcceleratorState._shared_state else None
+    deepspeed: dict[str, Any] = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", None) or {}
+    if getattr(state, "distributed_type", None) == DistributedType.MEGATRON_LM:
+        raise UnsupportedSetupError(NOT_SPLIT.format("Megatron-LM"))
+    configs = [getattr(owner, "parallelism_config", None) for owner in (args, state)]
+    for kind, name, of_deepspeed in (
+        ("tensor", "tp_size", deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)),
+        ("context", "cp_size", 1),
+        ("sequence", "sp_size", deepspeed.get("sequence_parallel_size", 1)),
+    ):
+        if max(of_deepspeed, *(getattr(config, name, None) or 1 for config in configs)) > 1:
+            raise UnsupportedSetupError(NOT_SPLIT.format(f"{kind} parallelism"))
+    is_half = args.bf16 or args.fp16 or any(deepspeed.get(kind, {}).get("enabled") is True for kind in ("bf16", "fp16"))
+    if deepspeed and is_half and deepspeed.get("zero_optimization", {}).get("stage", 0) == 0:
+        raise UnsupportedSetupError(
+            "DeepSpeed without ZeRO (stage 0) keeps float32 copies of a half-precision adapter where they cannot be "
+            "written, and its first step would undo the initialisation. Use stage 1, 2 or 3, or DDP."
+        )

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError, TargetError
-from lora_da_hf.pipeline.save import refuse_unsaveable
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.callback import LoRADACallback
 
@@ -79,7 +78,6 @@ class LoRADATrainer(Trainer):
         if not isinstance(model, nn.Module):
             raise ConfigError(f"The model is a {type(model).__name__}. Load it first, with from_pretrained.")
         if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-            refuse_unsaveable(model)
             if self._peft_config is not None:
                 raise ConfigError("The model has an adapter already. Leave peft_config out, or give the plain model.")
         elif self._peft_config is None:

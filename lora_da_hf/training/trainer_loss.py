@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lora_da_hf.errors import DataError
 from lora_da_hf.losses import TAKES_LOSS_ALONE, shifts_labels
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.token_masks import read_batch_tokens
@@ -39,11 +38,7 @@ def loss_of(trainer: Trainer) -> ComputeLoss:
         extra: dict[str, Any] = {"num_items_in_batch": num_items} if takes_items else {}
         with trainer.compute_loss_context_manager():
             result: Any = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)), **extra)
-        result = result[0] if isinstance(result, tuple) else result
-        if not isinstance(result, Tensor) or result.numel() != 1:
-            found = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            raise DataError(f"The trainer's compute_loss returned {found}, and it must return a scalar tensor.")
-        return result
+        return result[0] if isinstance(result, tuple) else result
 
     setattr(loss, TAKES_LOSS_ALONE, is_stock)
     return loss

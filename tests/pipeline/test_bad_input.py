@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_da_hf import LoRADAError, initialize_lora_da
+from lora_da_hf import LoRADAError
 from lora_da_hf.errors import (
     AdapterAlreadyTrainedError,
     ConfigError,
@@ -252,11 +252,6 @@ def test_a_loss_that_cannot_be_used(lora_model, samples, change, kind, match):
         return change(model_loss(*inputs))
 
     refuses(kind, match, lora_model(), samples, loss=loss)
-
-
-def test_a_loss_that_takes_other_arguments(lora_model, samples):
-    with pytest.raises(DataError, match="compute_loss"):
-        initialize_lora_da(lora_model(), samples, compute_loss=lambda model, batch: model(**batch).loss, progress=False)
 
 
 @pytest.mark.parametrize("first", [12, 15])
