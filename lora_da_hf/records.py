@@ -39,9 +39,6 @@ class LayerStatistics:
         )
 
 
-SOLUTION_TENSORS = ("basis_A", "basis_B", "eigenvalues")
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerSolution:
     """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
@@ -72,14 +69,10 @@ class LayerSolution:
             return self
         return dataclasses.replace(self, basis_B=self.basis_B / unit, eigenvalues=self.eigenvalues / unit**2)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors, in the order of `SOLUTION_TENSORS`."""
-        return tuple(getattr(self, name) for name in SOLUTION_TENSORS)
-
     def on(self, device: torch.device | str) -> LayerSolution:
         """Return the solution with its tensors on a device."""
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in SOLUTION_TENSORS})
+        names = ("basis_A", "basis_B", "eigenvalues")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return ``basis_A [rank, d_in]`` and ``basis_B [d_out, rank]``."""

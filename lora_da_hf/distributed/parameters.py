@@ -25,10 +25,6 @@ class _Plain:
     def __init__(self, parameter: Any) -> None:
         self.parameter = parameter
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.parameter.shape
-
     @contextlib.contextmanager
     def gathered(self) -> Generator[Tensor]:
         yield self.parameter
@@ -59,10 +55,6 @@ class _Zero12(_Plain):
 
 class _Zero3(_Plain):
     """ZeRO-3: each process has a part of the parameter and of its float32 copy, padded to equal sizes."""
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.parameter.ds_shape
 
     @contextlib.contextmanager
     def gathered(self) -> Generator[Tensor]:
@@ -135,7 +127,7 @@ def _kind_of(parameter: Tensor) -> _Plain:
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the whole parameter."""
-    return _kind_of(parameter).shape
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def gathered(parameter: Tensor) -> contextlib.AbstractContextManager[Tensor]:
@@ -167,14 +159,11 @@ def is_whole(parameter: Tensor) -> bool:
 def is_partitioned(model: nn.Module) -> bool:
     """Tell whether processes have parts of the parameters, so that each pass, or look at one, is a collective."""
     by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())  # gathered or not
-    return by_fsdp or any(isinstance(_kind_of(parameter), _Zero3) for parameter in model.parameters())
+    return by_fsdp or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def settle(model: nn.Module) -> None:
-    """Have FSDP2 forget what it kept from the last pass: gathered weights, and which parameters were trainable.
-
-    Needed after parameters were written, and after they were frozen for a pass. Without FSDP2 it does nothing.
-    """
+    """Have FSDP2 forget the gathered weights, and what was trainable, once parameters were written or frozen."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
@@ -183,18 +172,14 @@ def settle(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def outputs_not_rounded(model: nn.Module) -> Generator[None]:
-    """Have FSDP2 hand on what the model returns, inside the context, and not a copy in half precision.
-
-    Its mixed precision casts the outputs, the loss among them. Without FSDP2 this does nothing.
-    """
-    root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
-    if not isinstance(root, nn.Module):
-        yield
-        return
+    """Have FSDP2 hand on what the model returns, the loss among it, and not a copy in half precision."""
     returned: list[Any] = []
-
-    first = root.register_forward_hook(lambda _, args, output: returned.append(output), prepend=True)
-    with first, root.register_forward_hook(lambda *_: returned.pop()):
+    with contextlib.ExitStack() as hooks:
+        for root in [module for module in model.modules() if isinstance(module, FSDPModule)][:1]:
+            wrapped: Any = root
+            keep = wrapped.register_forward_hook(lambda _, args, output: returned.append(output), prepend=True)
+            hooks.enter_context(keep)
+            hooks.enter_context(wrapped.register_forward_hook(lambda *_: returned.pop()))
         yield
 
 
@@ -202,19 +187,17 @@ def refuse_split_models(model: nn.Module) -> None:
     """Refuse models of which a process does not compute whole layers, or whose parameters lost their shape or name."""
     modules = list(model.modules())
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    by_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in modules)
-    by_fsdp2 = any(isinstance(module, FSDPModule) for module in modules)
+    kinds = {kind for module in modules for kind in type(module).__mro__}
     by_tensor = any((getattr(module, "_tp_size", None) or 1) > 1 for module in modules)
-    by_tensor = by_tensor or (not by_fsdp2 and any(isinstance(parameter, DTensor) for parameter in model.parameters()))
-    by_pipeline = any("PipelineModule" in (kind.__name__ for kind in type(module).__mro__) for module in modules)
+    by_tensor |= FSDPModule not in kinds and any(isinstance(parameter, DTensor) for parameter in model.parameters())
     reasons = {
         "LoRA-DA does not work with FSDP1, which joins the parameters of a layer and leaves no adapter to write. Use "
-        "FSDP2: fsdp_version: 2 in accelerate's config.": by_fsdp1,
+        "FSDP2: fsdp_version: 2 in accelerate's config.": FullyShardedDataParallel in kinds,
         "FSDP's own activation checkpointing renames the layers, so PEFT stores no weight of an adapter. Turn it off "
         "in fsdp_config and use gradient_checkpointing=True.": "_checkpoint_wrapped_module" in parts,
         "torch.compile wrapped modules inside the model, which renames the layers. Compile them in place, with "
         "module.compile(), or after the initialisation.": "_orig_mod" in parts,
-        NOT_SPLIT.format("pipeline parallelism"): by_pipeline,
+        NOT_SPLIT.format("pipeline parallelism"): "PipelineModule" in {kind.__name__ for kind in kinds},
         NOT_SPLIT.format("tensor parallelism"): by_tensor,
     }
     for reason, applies in reasons.items():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,10 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the work. With one process every operation does nothing.
-
-    If one fails the others wait for it, until the launcher ends them or the process group's timeout does.
-    """
+    """The processes that share the work. With one process every operation does nothing."""
 
     index: int
     count: int
@@ -59,26 +54,13 @@ class Processes:
         if self.count > 1:
             dist.reduce(tensor, dst=owner)
 
-    def broadcast(
-        self, tensors: Sequence[Tensor] | None, specs: Sequence[tuple[Sequence[int], torch.dtype]], source: int
-    ) -> list[Tensor]:
-        """Return the source's tensors, which it alone gives, on every process: all of them in one message.
-
-        Shapes and dtypes are known to all. Copies are on the default device of the collectives.
-        """
-        if self.count == 1 or not specs:
-            return list(tensors or [])
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
-        if tensors is not None:
-            flat = torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
-            flat = flat.to(_collective_device())
-        else:
-            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_collective_device())
-        dist.broadcast(flat, src=source)
-        if tensors is not None:
-            return list(tensors)
-        parts = flat.split(sizes)  # cloned: a view of eight-byte numbers has to begin at a multiple of eight
-        return [part.clone().view(dtype).reshape(shape) for part, (shape, dtype) in zip(parts, specs, strict=True)]
+    def broadcast(self, value: T, source: int) -> T:
+        """Return the source's value on every process: it is pickled, with tensors on the CPU."""
+        if self.count == 1:
+            return value
+        values: list[Any] = [value if self.index == source else None]
+        dist.broadcast_object_list(values, src=source)
+        return values[0]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise ConfigError on all processes if one has other facts, naming what differs."""
@@ -90,11 +72,6 @@ class Processes:
                     f"The processes differ in {', '.join(names)}: process 0 has {names[0]}={first.get(names[0])!r}, "
                     f"and process {index} has {other.get(names[0])!r}. Give all processes the same."
                 )
-
-
-def _collective_device() -> torch.device:
-    """Return a device that the process group can send from: NCCL's is this process's GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 def balanced_owners(costs: dict[str, float], count: int) -> dict[str, int]:

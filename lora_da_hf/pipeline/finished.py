@@ -106,13 +106,11 @@ def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRA
         if stored is not None:
             tensors = read_tensors(folder / ADAPTER_FILE, None)
             found = [stored_factor(tensors, x.name, part, x.rank) for x in stored.report.layers for part in "AB"]
-            factors = [factor for factor in found if factor is not None]  # all are there: load_init has looked
-        specs = [(tuple(factor.shape), factor.dtype) for factor in factors]
-        report, notes, specs = job.processes.gather((stored and stored.report, notes, specs))[0]
+            factors = [factor.clone() for factor in found if factor is not None]  # a view would take all of it along
+        report, notes, factors = job.processes.broadcast((stored and stored.report, notes, factors), 0)
         if report is None:
             return None, notes
-        shared = job.processes.broadcast(factors if job.processes.is_main else None, specs, 0)
-        for layer, lora_A, lora_B in zip(report.layers, shared[::2], shared[1::2], strict=True):
+        for layer, lora_A, lora_B in zip(report.layers, factors[::2], factors[1::2], strict=True):
             write_factors(job.targets[layer.name], lora_A, lora_B)
     note = f"found in {folder}: made before with the same model, adapter, samples and settings"
     job.say(f"LoRA-DA {note}")

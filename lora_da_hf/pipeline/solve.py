@@ -21,7 +21,7 @@ from lora_da_hf.pipeline.gather import Gathered, PassCounts, check_any_gradient,
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.records import SOLUTION_TENSORS, LayerSolution, LayerStatistics
+from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.statistics.taps import input_groups
@@ -200,17 +200,9 @@ def reported(solution: LayerSolution) -> dict[str, Any]:
     return {**found, "eigenvalues": solution.eigenvalues.tolist(), "notes": list(solution.notes)}
 
 
-def _share(processes: Processes, mine: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """Give every process every outcome: each sends what it has without the tensors, and the tensors in one message."""
-    bare = {name: o if isinstance(o, str) else (o[0].on("meta"), o[1]) for name, o in mine.items()}
+def _share(processes: Processes, mine: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Give every process every outcome."""
     found: dict[str, Outcome] = {}
-    for source, outcomes in enumerate(processes.gather(bare)):
-        found |= outcomes
-        solved = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, str)}
-        specs = [(tensor.shape, tensor.dtype) for solution, _ in solved.values() for tensor in solution.tensors]
-        own = [tensor for o in mine.values() if not isinstance(o, str) for tensor in o[0].tensors]
-        received = iter(processes.broadcast(own if source == processes.index else None, specs, source))
-        for name, (solution, report) in solved.items():
-            tensors = {field: next(received).cpu() for field in SOLUTION_TENSORS}
-            found[name] = (dataclasses.replace(solution, **tensors), report)
+    for source in range(processes.count):
+        found |= processes.broadcast(mine, source)
     return found
