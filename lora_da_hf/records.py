@@ -47,7 +47,7 @@ class LayerSolution:
         basis_A: ``[max_rank, d_in]``, orthonormal rows: the transposed input basis.
         basis_B: ``[d_out, max_rank]``, the displacement times the input basis, so ``basis_B @ basis_A`` is the part of
             it that the subspace keeps. It is scaled as ``layer_steps`` says, and, once all layers are solved, divided
-            by a number for each layer (`in_unit`; `lora_da_hf.theory.layer_scales.divisors`).
+            by a number for each layer (`in_unit`; `lora_da_hf.theory.steps.divisors`).
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
         residual: That of the eigensolver, relative to the largest eigenvalue.

@@ -16,7 +16,7 @@ from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.tensors import read_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.records import LayerSolution
-from lora_da_hf.theory.adapter_factors import paper_step_size
+from lora_da_hf.theory.steps import paper_step_size
 
 MAGNITUDE = ".lora_magnitude_vector"
 _DELTA = ".token_adapter.trainable_tokens_delta"

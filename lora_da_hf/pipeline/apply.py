@@ -27,7 +27,7 @@ from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.theory.layer_scales import rounding_notes
+from lora_da_hf.theory.steps import rounding_notes
 
 _OF_THE_STATISTICS = ("num_samples", "num_unlabelled", "population_size", "batch_size", "data_fingerprint")
 """What the report takes over from the stored one."""

@@ -36,7 +36,7 @@ from lora_da_hf.statistics.loss_reduction import (
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.rows import followed_sequences, watched_rows
 from lora_da_hf.statistics.taps import find_shared_inputs
-from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens, tell_sequences_apart
+from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens
 
 LOSS = "loss"
 _PROBED_SAMPLES = 64
@@ -130,11 +130,12 @@ def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, fl
     """Run samples that are unlike each other, alone and in pairs: their losses, and the sequences of each layer."""
     layers = {name: target.base_layer for name, target in job.targets.items()}
     decodes = is_encoder_decoder(job.model)
-    singles = [tell_sequences_apart(job.collate([sample]), longest_labels(job.model)) for sample in unlike]
+    singles: list[Mapping[str, Any]] = [job.collate([sample]) for sample in unlike]
     pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
     options: dict[str, Any] = {"shifts_labels": shifts, "encoder_decoder": decodes, "num_samples": 1}
-    if read_batch_tokens(singles[0], **options).other_modality:
-        singles.append(lengthened(singles[0], max_sample_length(job.model)))
+    if decodes or read_batch_tokens(singles[0], **options).other_modality:
+        longest = longest_labels(job.model) if decodes else max_sample_length(job.model)
+        singles.append(lengthened(singles[0], longest, decoder=decodes))
     tokens = [read_batch_tokens(batch, **options) for batch in singles]
     losses: dict[str, float] = {}
     rows: list[Any] = []

@@ -36,10 +36,9 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.theory.adapter_factors import factors_at_step, paper_step_size
-from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import solve_group
+from lora_da_hf.theory.steps import divisors, factors_at_step, paper_step_size, rounding_notes, step_unit
 
 
 def refit_init(

@@ -25,8 +25,8 @@ from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.statistics.taps import input_groups
-from lora_da_hf.theory.layer_scales import divisors, rounding_notes, step_unit
 from lora_da_hf.theory.solve import solve_group
+from lora_da_hf.theory.steps import divisors, rounding_notes, step_unit
 
 Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution, on the CPU, and report; or why it keeps PEFT's own initialisation."""

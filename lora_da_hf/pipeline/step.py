@@ -20,9 +20,8 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.theory.adapter_factors import factors_at_step
-from lora_da_hf.theory.layer_scales import layer_lengths
 from lora_da_hf.theory.line_search import LineSearchResult, line_search
+from lora_da_hf.theory.steps import factors_at_step, layer_lengths
 
 logger = logging.getLogger(__name__)
 

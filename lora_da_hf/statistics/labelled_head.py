@@ -21,8 +21,7 @@ class LabelledHead:
 
     Attributes:
         num_calls: Passes of the head on rows of labels, since the context was entered.
-        seen_loss: What the loss function made of all logits in the pass inside `watched`; None if it was not called
-            once, on the head's own rows and the labels of all of them.
+        seen_loss: What the loss function made of all logits in the pass inside `watched`; None: it was not asked.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
@@ -37,22 +36,16 @@ class LabelledHead:
     @contextlib.contextmanager
     def watched(self) -> Generator[None]:
         """Note in the pass inside whether the model's loss is what the loss function makes of the head's output."""
-        rows: list[torch.Size] = []
-        losses: list[float | None] = []
         loss_function: Callable[..., Tensor] = self._model.loss_function
 
         def noted(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             loss = loss_function(logits, labels, *args, **kwargs)
-            known = [logits.shape[:-1]] == rows and labels.shape == logits.shape[:-1]
-            losses.append(loss.double().item() if known and kwargs.get("shift_labels") is None else None)
+            known = labels.shape == logits.shape[:-1] and kwargs.get("shift_labels") is None
+            self.seen_loss = loss.double().item() if known else None
             return loss
 
-        def note_rows(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            rows.append(output.shape[:-1])
-
-        with self._loss_function(noted), self._head.register_forward_hook(note_rows):
+        with self._loss_function(noted):
             yield
-        self.seen_loss = losses[0] if len(losses) == 1 else None
 
     @contextlib.contextmanager
     def rows_of_labels(self) -> Generator[None]:

@@ -17,8 +17,6 @@ from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, 
 ComputeLoss = Callable[[nn.Module, Mapping[str, Any], Tensor | None], Tensor]
 """Maps model, batch and the number of items to divide by (None: the loss's own mean) to a scalar loss."""
 
-Declared = Literal["auto", "token_mean", "sample_mean", "batch"]
-
 DRAWS_AT_RANDOM = "the collator draws at random, so samples together and apart cannot be compared"
 
 
@@ -65,7 +63,7 @@ def find_reduction(
     samples: Sequence[Any],
     *,
     shifts_labels: bool,
-    declared: Declared = "auto",
+    declared: Literal["auto", "token_mean", "sample_mean", "batch"] = "auto",
 ) -> LossReduction:
     """Find out how the loss of a batch is made of its samples' losses.
 
@@ -100,14 +98,14 @@ def find_reduction(
             for single, both, count in zip(singles, joined, counts, strict=True)
         ]
 
-    with torch.no_grad(), _watched_precision() as seen:
+    with torch.no_grad(), _watched_tolerance() as seen:
         of_one, of_two = (value(alone, items) for items in (1, 2))
-        if first is not None and _close(of_two * 2, of_one, _tolerance(seen)):
+        if first is not None and _close(of_two * 2, of_one, max(seen)):
             found = pairs(1, of_one)
-            if all(pair.counts and _close(sum(pair.losses), pair.whole, _tolerance(seen)) for pair in found):
+            if all(pair.counts and _close(sum(pair.losses), pair.whole, max(seen)) for pair in found):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
         found = pairs(None, value(alone, None))
-    reduction = _mean_of(found, _tolerance(seen))
+    reduction = _mean_of(found, max(seen))
     if reduction.kind == "unknown" and draws_at_random(collate, samples[:1]):
         return LossReduction(kind="unknown", reason=DRAWS_AT_RANDOM)
     return reduction
@@ -163,23 +161,18 @@ def _items(number: int, batch: Mapping[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _watched_precision() -> Generator[set[tuple[torch.dtype, str]]]:
-    """Note the dtypes that modules put out, which autocast inside the model decides, and the kinds of device."""
-    seen: set[tuple[torch.dtype, str]] = set()
+def _watched_tolerance() -> Generator[set[float]]:
+    """Collect how far apart equal losses may be, by what modules put out: autocast inside the model decides that."""
+    seen = {1e-5}
 
     def on_forward(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            rounded = getattr(getattr(module, "weight", None), "dtype", None) == torch.int8  # its input too
-            seen.add((torch.int8 if rounded else output.dtype, output.device.type))
+            of_weight = getattr(getattr(module, "weight", None), "dtype", None)  # a layer of int8 rounds its input too
+            is_rounded = output.dtype in (torch.bfloat16, torch.float16) or of_weight == torch.int8
+            seen.add(2e-2 if is_rounded else 1e-3 if output.device.type != "cpu" else 1e-5)  # TF32
 
     with nn.modules.module.register_module_forward_hook(on_forward):
         yield seen
-
-
-def _tolerance(seen: set[tuple[torch.dtype, str]]) -> float:
-    if {dtype for dtype, _ in seen} & {torch.bfloat16, torch.float16, torch.int8}:
-        return 2e-2
-    return 1e-5 if all(device == "cpu" for _, device in seen) else 1e-3  # TF32
 
 
 def _close(found: float, expected: float, tolerance: float) -> bool:

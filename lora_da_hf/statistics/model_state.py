@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,11 +20,10 @@ ROUTER_LOSS = "output_router_logits"
 def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """Freeze every parameter, turn dropout off and keep gradient checkpointing on; undo it all at the end.
 
-    With everything frozen no parameter ever gets a gradient. Gradient checkpointing needs train mode, so only
-    the modules that checkpoint are put in it, with their own functional dropout, and that of their config, at zero.
-    Caches for generation are off, and so are the auxiliary losses of routers, which belong to a batch as a whole
-    and not to the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks
-    did when it was traced. Random number generators are seeded, and restored too.
+    Gradient checkpointing needs train mode, so only the modules that checkpoint are put in it, with dropout at zero.
+    Caches for generation are off, and so are the auxiliary losses of routers, which belong to a batch as a whole and
+    not to the likelihood. What was compiled in place runs as it is written, since compiled code keeps what hooks did
+    when it was traced. Random number generators are seeded.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(seed))
@@ -53,27 +52,16 @@ def _uncompiled(model: nn.Module) -> Generator[None]:
 @contextlib.contextmanager
 def random_state(seed: int) -> Generator[None]:
     """Seed the global random number generators of Python, numpy and torch, and put them back at the end."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerators = _accelerator_states()
-    seed_generators(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for put_back, state in accelerators:
-            put_back(state)
-
-
-def _accelerator_states() -> list[tuple[Callable[[Any], None], Any]]:
-    """Return what puts back the generators of CUDA, XPU or another accelerator, with their states."""
-    if not torch.accelerator.is_available():
-        return []
-    module: Any = torch.get_device_module(torch.accelerator.current_accelerator())
-    if hasattr(module, "get_rng_state_all"):
-        return [(module.set_rng_state_all, module.get_rng_state_all())]
-    return [(module.set_rng_state, module.get_rng_state())]  # MPS has one device
+    python, numpy = random.getstate(), np.random.get_state()
+    kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
+    devices = range(0 if kind == "mps" else torch.accelerator.device_count())  # whose generator has no number
+    with torch.random.fork_rng(devices, device_type=kind):
+        seed_generators(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def seed_generators(seed: int) -> None:

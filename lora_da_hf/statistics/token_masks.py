@@ -12,7 +12,6 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-_OF_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 _OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
 """How transformers' names for inputs other than tokens begin."""
 
@@ -91,34 +90,22 @@ def read_batch_tokens(
     )
 
 
-def tell_sequences_apart(batch: Mapping[str, Any], longest: int) -> Mapping[str, Any]:
-    """Pad the decoder's sequence by one position, if it is as long as the encoder's and other tokens of it count.
+def lengthened(batch: Mapping[str, Any], longest: int | None, *, decoder: bool) -> Mapping[str, Any]:
+    """Pad the text of a batch, or what its decoder reads, by one position that does not count, if it may be longer.
 
-    What is added has no label, and no other position attends to it. A batch with anything else than tokens, masks and
-    labels is left alone, since that may have to be as long as the labels, which become no longer than ``longest``.
+    A layer that gets as many rows as before does not read it. A batch with more that is as long is left alone.
     """
-    labels, known = batch.get("labels"), ("input_ids", "attention_mask", "labels", *_OF_DECODER)
-    if labels is None or not all(name in known and _is_sequences(value) for name, value in batch.items()):
-        return batch
-    masks = _attended_positions(batch, labels)
-    are_alike = len(masks) < 2 or masks[0].shape != masks[1].shape or torch.equal(*masks)
-    if are_alike or labels.shape[1] >= longest:
-        return batch
-    longer = {name: torch.nn.functional.pad(batch[name], (0, 1)) for name in _OF_DECODER if name in batch}
-    return {**batch, **longer, "labels": torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)}
-
-
-def lengthened(batch: Mapping[str, Any], longest: int | None) -> Mapping[str, Any]:
-    """Pad the text of a batch by one position that does not count: a layer that gets the same rows does not read it."""
-    text: Any = batch.get("input_ids", batch.get("labels"))
+    text: Any = batch.get("labels") if decoder else batch.get("input_ids", batch.get("labels"))
     if not _is_sequences(text) or (longest is not None and text.shape[1] >= longest):
         return batch
-    padding = {
-        name: IGNORED_LABEL if "labels" in name else 0
-        for name, value in batch.items()
-        if _is_sequences(value) and value.shape == text.shape and name.endswith(("_ids", "_mask", "labels"))
-    }
-    return {**batch, **{name: torch.nn.functional.pad(batch[name], (0, 1), value=v) for name, v in padding.items()}}
+    as_long = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == text.shape]
+    if decoder:
+        as_long = [name for name in as_long if name not in ("input_ids", "attention_mask")]
+    known = ("labels", "decoder_input_ids", "decoder_attention_mask") if decoder else ("_ids", "_mask", "labels")
+    if not all(_is_sequences(batch[name]) and name.endswith(known) for name in as_long):
+        return batch
+    values = {name: IGNORED_LABEL if "labels" in name else 0 for name in as_long}
+    return {**batch, **{name: torch.nn.functional.pad(batch[name], (0, 1), value=v) for name, v in values.items()}}
 
 
 def _is_sequences(value: Any) -> bool:

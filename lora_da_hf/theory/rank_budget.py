@@ -21,16 +21,11 @@ def allocate_ranks(
     """Spend a budget of parameters where each lowers the objective most.
 
     Rank r + 1 of a layer lowers ``trace(Q^T G Q)`` by ``-eigenvalues[r]`` and costs ``d_in + d_out`` parameters. Ranks
-    are added one at a time, the one with the largest decrease per parameter first, while they fit. Eigenvalues
-    ascend, so a layer's decreases shrink: with layers of one width no other choice within the budget lowers the sum
-    further, with different widths the best choice does by less than the first direction that did not fit. A direction
-    whose eigenvalue is not negative adds more variance than it takes bias away: it is never bought, and a part of the
-    budget may be left over.
+    are added one at a time, the one with the largest decrease per parameter first, the earlier of equals, while they
+    fit. Eigenvalues ascend, so no other choice is better by more than the first direction that did not fit. One whose
+    eigenvalue is not negative adds more variance than it takes bias away, and is never bought. Each layer gets rank 1.
 
-    Eigenvalues compare across layers with ``layer_steps="displacement"``: the sum is the paper's expected distance of
-    the weights. With ``"equal"`` each layer is measured by its own largest singular value, and with
-    ``normalize_guidance_terms`` the variance is relative to each layer's bias. Equal decreases go to the earlier layer,
-    and each layer gets rank 1 at least.
+    Eigenvalues compare across layers with ``layer_steps="displacement"`` alone.
 
     Raises:
         ConfigError: if the budget does not buy rank 1 in each layer.

@@ -105,17 +105,17 @@ def block_krylov(
         block[:, :given] = start[:, :given]
         checked_from = _CHECKED_FROM_START * block_size
     block = torch.linalg.qr(block).Q.mT
-    rows, image = _Rows(like, dimension), _Rows(like, dimension)  # the basis and its image, a vector to each row
+    basis = image = block[:0]  # a vector to each row
     while True:
-        rows.append(block)
-        image.append(apply(block.mT).mT)
-        full = rows.count + block_size > largest
-        if full or rows.count >= checked_from:
-            projected = rows.filled @ image.filled.mT
+        basis = torch.cat([basis, block])
+        image = torch.cat([image, apply(block.mT).mT])
+        full = len(basis) + block_size > largest
+        if full or len(basis) >= checked_from:
+            projected = basis @ image.mT
             values, coordinates = torch.linalg.eigh((projected + projected.mT) * 0.5)
             values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count].mT
-            vectors = (coordinates @ rows.filled).mT
-            residual = relative_residual((coordinates @ image.filled).mT, vectors, values)
+            vectors = (coordinates @ basis).mT
+            residual = relative_residual((coordinates @ image).mT, vectors, values)
             if residual <= tolerance or full:
                 return Eigenpairs(
                     eigenvalues=values,
@@ -124,26 +124,7 @@ def block_krylov(
                     solver="krylov",
                     converged=residual <= tolerance,
                 )
-        block = _orthonormal_part(image.filled[-block_size:], rows.filled)
-
-
-class _Rows:
-    """A growing matrix ``[count, width]`` whose storage doubles, so that adding rows does not copy it each time."""
-
-    def __init__(self, like: Tensor, width: int) -> None:
-        self._storage = torch.empty(256, width, dtype=like.dtype, device=like.device)
-        self.count = 0
-
-    @property
-    def filled(self) -> Tensor:
-        return self._storage[: self.count]
-
-    def append(self, rows: Tensor) -> None:
-        end = self.count + rows.shape[0]
-        while end > self._storage.shape[0]:
-            self._storage = torch.cat([self._storage, torch.empty_like(self._storage)])
-        self._storage[self.count : end] = rows
-        self.count = end
+        block = _orthonormal_part(image[-block_size:], basis)
 
 
 def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from lora_da_hf.adapters.targets import find_targets
 from lora_da_hf.adapters.trial import trial_adapters
 from lora_da_hf.adapters.write import read_factors, write_factors
 from lora_da_hf.errors import WriteError
-from lora_da_hf.theory.adapter_factors import split_factors
+from lora_da_hf.theory.steps import split_factors
 
 
 def random_bases(targets, rank=4, scale=0.05):

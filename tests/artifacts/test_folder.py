@@ -28,9 +28,8 @@ from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, parse_manif
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError, UnsupportedSetupError
 from lora_da_hf.hub.cards import render_card
-from lora_da_hf.theory.adapter_factors import split_factors
-from lora_da_hf.theory.layer_scales import divisors
 from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.theory.steps import divisors, split_factors
 
 
 def logits(model, samples):

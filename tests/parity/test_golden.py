@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import unpack_upper
-from lora_da_hf.theory.adapter_factors import paper_step_size, split_factors
 from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.theory.steps import paper_step_size, split_factors
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_da_hf.theory.adapter_factors import DEFAULT_ROW_NORM, paper_step_size, split_factors
+from lora_da_hf.theory.steps import DEFAULT_ROW_NORM, paper_step_size, split_factors
 
 SPLITS = ["default_norm", "orthonormal", "balanced"]
 

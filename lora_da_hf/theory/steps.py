@@ -1,11 +1,15 @@
-"""How far one step goes in each layer."""
+"""How far one step goes in each layer, and the two factors that take it there."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection
 
-from lora_da_hf.errors import SolveError
+import torch
+from torch import Tensor
+
+from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.report import LayerReport
 
 _FARTHEST = 100.0
@@ -13,8 +17,8 @@ _FARTHEST = 100.0
 
 _HARDLY = 1e-3
 
-_SMALLEST_UNIT = 1e-150
-"""Its square is a number, too."""
+DEFAULT_ROW_NORM = 1 / math.sqrt(3)
+"""Expected norm of a row of A under PEFT's default: kaiming uniform, a = sqrt(5), has entry variance 1 / (3 d_in)."""
 
 
 def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[str, float]:
@@ -53,14 +57,8 @@ def step_unit(layers: Collection[LayerReport], *, layer_steps: str) -> float:
     """Return what all lengths are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
 
     The norm is the whole displacement's, of which the subspace keeps a part, so the unit does not depend on the rank.
-
-    Raises:
-        SolveError: if they go too far or not far enough for numbers.
     """
-    unit = max(layer_lengths(layers, layer_steps=layer_steps).values())
-    if not _SMALLEST_UNIT < unit < 1 / _SMALLEST_UNIT:
-        raise SolveError(f"The layer that goes farthest would go {unit:.3g} far in one step. Raise the dampings.")
-    return unit
+    return max(layer_lengths(layers, layer_steps=layer_steps).values())
 
 
 def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) -> dict[str, float]:
@@ -72,3 +70,43 @@ def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) 
         return {layer.name: 1.0 for layer in layers}
     lengths = layer_lengths(layers, layer_steps=layer_steps)
     return {layer.name: unit * (layer.displacement_norm / lengths[layer.name]) for layer in layers}
+
+
+def split_factors(
+    basis_A: Tensor, basis_B: Tensor, *, peft_scaling: float, step_size: float, factor_split: str
+) -> tuple[Tensor, Tensor]:
+    """Split ``peft_scaling * lora_B @ lora_A = step_size * basis_B @ basis_A`` into two factors.
+
+    ``basis_A [r, d_in]`` is the transposed input basis, ``basis_B [d_out, r]`` the scaled displacement times it.
+    ``"default_norm"`` puts everything but PEFT's default norm in B, ``"orthonormal"`` multiplies both bases with
+    ``sqrt(step_size / peft_scaling)``, and ``"balanced"`` shares out the singular values of ``basis_B`` by their roots.
+    """
+    product_scale = step_size / peft_scaling
+    if factor_split == "default_norm":
+        return basis_A * DEFAULT_ROW_NORM, basis_B * (product_scale / DEFAULT_ROW_NORM)
+    root = math.sqrt(product_scale)
+    if factor_split == "orthonormal":
+        return basis_A * root, basis_B * root
+    left, singular, right = torch.linalg.svd(basis_B, full_matrices=False)
+    scaled_A = singular.sqrt()[:, None] * (right @ basis_A) * root
+    scaled_B = left * singular.sqrt() * root
+    missing = basis_A.shape[0] - singular.shape[0]  # d_out < r: the last directions carry nothing
+    return torch.nn.functional.pad(scaled_A, (0, 0, 0, missing)), torch.nn.functional.pad(scaled_B, (0, missing))
+
+
+def factors_at_step(
+    basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, *, peft_scaling: float, step_size: float | None
+) -> tuple[Tensor, Tensor]:
+    """Split a basis as the config says: without a step as `stable_gamma` says; at step 0, A spans it and B is zero."""
+    if step_size == 0.0:
+        return basis_A * DEFAULT_ROW_NORM, torch.zeros_like(basis_B)
+    if step_size is None:
+        step_size = paper_step_size(peft_scaling, config.stable_gamma)
+    return split_factors(
+        basis_A, basis_B, peft_scaling=peft_scaling, step_size=step_size, factor_split=config.factor_split
+    )
+
+
+def paper_step_size(peft_scaling: float, stable_gamma: float) -> float:
+    """Return the step that the paper's ``stable_gamma`` amounts to: both factors divided by its square root."""
+    return peft_scaling / stable_gamma
