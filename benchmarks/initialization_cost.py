@@ -1,4 +1,4 @@
-"""What an initialisation costs: seconds, peak memory and arithmetic, beside a bare pass and the authors' schedule.
+"""What an initialisation costs: seconds and peak memory, beside a bare pass and the authors' schedule.
 
 Each measurement is a process of its own, so that peak memory is its own too. A run of all of them is repeated, and the
 table gives medians and spread. Run it on a machine that does nothing else:
@@ -21,7 +21,6 @@ import contextlib
 import json
 import math
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,8 +31,9 @@ from typing import Any
 
 import torch
 from inits import Setup, make_adapter, target_modules, why_missing
-from measuring import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
+from measuring import machine, peak_mib, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
+from report import markdown
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -49,8 +49,6 @@ SEED = 0
 METHODS = ("bare", "initialization", "schedule", "schedule_single")
 PEERS = ("eva", "corda", "lora_ga")
 LORA = {"r": 8, "lora_alpha": 16, "use_rslora": True}
-UNFINISHED = "unfinished_after"
-"""Entry of a run that was stopped: the seconds that it had."""
 STAGES = {"statistics": "statistics", "solve": "solve", "write": "write", "line_search": "line search"}
 TITLES = {
     "bare": "bare forward and backward pass, gradients of all weights",
@@ -78,10 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--peers", action="store_true", help="measure PEFT's EVA, CorDA and LoRA-GA too")
-    parser.add_argument(
-        "--peer_seconds", type=float, default=900.0, help="stop a peer's initialisation after this long"
-    )
-    parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
+    parser.add_argument("--peer_seconds", type=float, default=900.0, help="stop a peer after this long")
     parser.add_argument("--output", type=Path, default=Path("outputs/initialization_cost.json"))
     parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -207,27 +202,6 @@ def record_peaks(peaks: dict[str, float]) -> None:
     Job.stage = measured_stage  # type: ignore[method-assign]
 
 
-class OutOfTimeError(BaseException):
-    """Time is up. No ordinary error, so that nothing on the way takes it for one of its own."""
-
-
-@contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTimeError` in the block once the seconds are over, as soon as Python runs again."""
-
-    def stop(*_: Any) -> None:
-        raise OutOfTimeError
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: a destructor may swallow one
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-
-
 class SortedSetup(Setup):
     """Gives a peer the batches that all methods here get."""
 
@@ -236,8 +210,8 @@ class SortedSetup(Setup):
         return batches(self.samples, size)
 
 
-def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Initialise by one of PEFT's methods, for as long as it may take."""
+def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> None:
+    """Initialise by one of PEFT's methods."""
     setup = SortedSetup(
         model=model,
         samples=samples,
@@ -249,12 +223,7 @@ def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> d
         batch_size=options.batch_size,
         settings={},
     )
-    try:
-        with at_most(options.peer_seconds):
-            make_adapter(options.worker, setup)
-    except OutOfTimeError:
-        return {UNFINISHED: options.peer_seconds}
-    return {}
+    make_adapter(options.worker, setup)
 
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
@@ -277,144 +246,81 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     elif options.worker == "initialization":
         extra = initialization(model, samples, options)
     elif options.worker in PEERS:
-        extra = peer(model, used, options)
+        peer(model, used, options)
     else:
         published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
-    labels = sum(label != -100 for sample in used for label in sample["labels"][1:])
     peak = max(extra["stage_peaks_mib"].values()) if "stage_peaks_mib" in extra else peak_mib()
-    return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, "labels": labels, **extra}
-
-
-# ---- arithmetic
-
-
-def arithmetic(model: nn.Module, share_labelled: float) -> dict[str, float]:
-    """Count the multiply-adds of matrix products, in MFLOP a token (two operations each), without attention scores.
-
-    The statistics pass runs the head on the share of the tokens that predicts a label.
-    """
-    targets = targets_of(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    weights = sum(layer.weight.numel() for layer in targets.values())
-    everything = weights + head.weight.numel()
-    owners = [layer for name, layer in targets.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))]
-    moments = sum(layer.in_features**2 for layer in owners)
-    passes = 1 + -(-(max(map(layer_number, targets)) + 1) // LAYERS_PER_FISHER_PASS)
-    flops = {
-        "bare": 6 * everything,
-        "statistics": 6 * weights + 4 * share_labelled * head.weight.numel() + moments,
-        "schedule": passes * 6 * everything + 2 * moments,
-    }
-    return {name: value / 1e6 for name, value in flops.items()}
-
-
-def statistics_mib(model: nn.Module) -> float:
-    """Return the size of the sums that the pass keeps."""
-    targets = targets_of(model)
-    owners = [layer for name, layer in targets.items() if not name.endswith(("k_proj", "v_proj", "up_proj"))]
-    entries = sum(layer.weight.numel() + layer.out_features for layer in targets.values())
-    return 4 * (entries + sum(layer.in_features**2 for layer in owners)) / 2**20
+    return {"seconds": seconds, "peak_mib": peak, "start_mib": start, "tokens": tokens, **extra}
 
 
 # ---- the table
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Run every method once, then all of them again, so that a slow spell of the machine hits all alike."""
+    """Run every method once, then all of them again, so that a slow spell of the machine hits all alike.
+
+    A method that was stopped has no runs.
+    """
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    names = ("num_samples", "search_samples", "batch_size", "max_length")
+    settings = {name: getattr(options, name) for name in names}
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
-    if options.resume and options.output.exists():
-        for method, runs in read_runs(options.output, settings(options)).items():
-            found[method] = [run for run in runs if run.get(UNFINISHED, math.inf) >= options.peer_seconds]
     for repeat in range(options.repeats):
         for method in options.methods:
-            if len(found[method]) > repeat or any(UNFINISHED in run for run in found[method]):
+            if repeat and not found[method]:
                 continue
             command = [sys.executable, __file__, "--worker", method, "--model", options.model]
-            for name in ("train_file", "num_samples", "search_samples", "batch_size", "max_length", "peer_seconds"):
-                command += [f"--{name}", str(getattr(options, name))]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            found[method].append(result)
-            stopped = ", not finished" if UNFINISHED in result else ""
-            print(f"run {repeat + 1}: {method} {result['seconds']:.1f} s{stopped}", file=sys.stderr, flush=True)
-            write_runs(options.output, settings(options), found)
+            command += ["--train_file", options.train_file]
+            command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+            limit = options.peer_seconds if method in PEERS else None
+            try:
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=limit).stdout
+            except subprocess.TimeoutExpired:
+                print(f"run {repeat + 1}: {method} is not done after {limit} s", file=sys.stderr, flush=True)
+                found[method].clear()
+                continue
+            found[method].append(json.loads(output.splitlines()[-1]))
+            print(f"run {repeat + 1}: {method} {found[method][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+            write_runs(options.output, settings, found)
     return found
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on, the code of the package among it."""
-    names = ("num_samples", "search_samples", "batch_size", "max_length")
-    return {name: getattr(options, name) for name in names} | {"package_sha256": package_digest()}
-
-
-def seconds_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """Return the seconds of every row of the table, one for each repeat."""
-    rows = {method: [run["seconds"] for run in runs] for method, runs in found.items()}
-    stages = [run["stages"] for run in found.get("initialization", [])]
-    if stages:
-        rows |= {name: [seconds[stage] for seconds in stages] for name, stage in STAGES.items()}
-        rows["line_search"] = [stage["line search"] + stage.get("evaluate", 0.0) for stage in stages]
+def rows_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[list[float], float]]:
+    """Return seconds, one for each repeat, and the median peak of each row of the table that was measured."""
+    rows = {
+        method: ([run["seconds"] for run in runs], statistics.median(run["peak_mib"] for run in runs))
+        for method, runs in found.items()
+        if runs
+    }
+    whole = found.get("initialization", [])
+    for name, stage in STAGES.items() if whole else ():
+        seconds = [run["stages"][stage] for run in whole]
+        if name == "line_search":
+            seconds = [run["stages"][stage] + run["stages"].get("evaluate", 0.0) for run in whole]
+        rows[name] = seconds, statistics.median(run["stage_peaks_mib"][stage] for run in whole)
     return rows
 
 
-def table(found: dict[str, list[dict[str, Any]]], model: nn.Module, options: argparse.Namespace) -> str:
-    rows = seconds_of(found)
-    median = {name: statistics.median(values) for name, values in rows.items()}
-    peaks = {name: statistics.median(run["peak_mib"] for run in runs) for name, runs in found.items()}
-    for name, stage in STAGES.items():
-        if "initialization" in found:
-            peaks[name] = statistics.median(run["stage_peaks_mib"][stage] for run in found["initialization"])
-    first = found[options.methods[0]][0]
-    flops = arithmetic(model, first["labels"] / first["tokens"])
-    stopped = {name: [run[UNFINISHED] for run in runs if UNFINISHED in run] for name, runs in found.items()}
-    lines = ["| | seconds, median (range) | x bare | peak over bare, MiB | MFLOP a token |", "|---|---|---|---|---|"]
+def table(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    rows, lines = rows_of(found), []
+    bare, bare_peak = rows.get("bare", ([math.nan], math.nan))
     for name, title in TITLES.items():
-        if name not in rows:
-            continue
-        over = f"{peaks[name] - peaks['bare']:+.0f}" if name in peaks and "bare" in peaks else ""
-        ratio = f"{median[name] / median['bare']:.2f}" if "bare" in median else ""
-        flop = flops.get(name.removesuffix("_single"))
-        spread = f"{median[name]:.2f} ({min(rows[name]):.2f} to {max(rows[name]):.2f})"
-        if stopped.get(name):
-            times = f"{len(stopped[name])} of {len(found[name])} runs"
-            spread, ratio = f"not finished after {stopped[name][0]:.0f} s ({times})", ""
-            over = over and f"{over} by then"
-        lines.append(f"| {title} | {spread} | {ratio} | {over} | {'' if flop is None else f'{flop:.0f}'} |")
+        if name in rows:
+            seconds, peak = rows[name]
+            median = statistics.median(seconds)
+            spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+            lines.append((title, spread, f"{median / statistics.median(bare):.2f}", f"{peak - bare_peak:+.0f}"))
+        elif name in found:
+            lines.append((title, f"not finished after {options.peer_seconds:.0f} s", "", ""))
     facts = [f"{key} {value}" for key, value in machine().items()]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
-    what = f"{options.num_samples} samples, {first['tokens']} tokens of which {first['labels']} are labels"
-    how = f"batch size {options.batch_size}, float32, rank 8, {options.search_samples} search samples"
-    lines += ["", f"{what}, {how}; runs: {counts}. {', '.join(facts)}."]
-    return "\n".join([*lines, "", *goals(median, peaks, model, options)])
-
-
-def goals(
-    median: dict[str, float], peaks: dict[str, float], model: nn.Module, options: argparse.Namespace
-) -> list[str]:
-    """Compare with what the project sets out to reach."""
-    if not {"bare", "initialization", "schedule", "schedule_single"} <= set(median):
-        return ["Not all methods were measured, so nothing is compared."]
-    whole, solved = median["initialization"], median["solve"] + median["write"]
-    over = peaks["statistics"] - peaks["bare"]
-    checks = {
-        "statistics pass / bare pass": (median["statistics"] / median["bare"], "at most", 1.2),
-        "schedule, same batch size / initialisation": (median["schedule"] / whole, "at least", 3.5),
-        "schedule as published / initialisation": (median["schedule_single"] / whole, "at least", 5.0),
-        "solve and write / pass at 256 samples": (
-            solved / median["statistics"] * options.num_samples / 256,
-            "at most",
-            1 / 3,
-        ),
-        "peak over bare / size of the statistics": (over / statistics_mib(model), "at most", 1.1),
-    }
-    lines = ["| goal | measured | wanted | |", "|---|---|---|---|"]
-    for name, (value, sign, bound) in checks.items():
-        reached = value <= bound if sign == "at most" else value >= bound
-        lines.append(f"| {name} | {value:.2f} | {sign} {bound:.2f} | {'reached' if reached else 'missed'} |")
-    return lines
+    tokens = next(runs for runs in found.values() if runs)[0]["tokens"]
+    what = f"{options.num_samples} samples, {tokens} tokens, batch size {options.batch_size}, float32, rank 8"
+    about = f"{what}, {options.search_samples} search samples; runs: {counts}. {', '.join(facts)}."
+    columns = ("", "seconds, median (range)", "x bare", "peak over bare, MiB")
+    return "\n".join([*markdown(columns, lines), "", about])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -429,9 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         demo.CACHE = REPOSITORY / demo.CACHE
         options.model = options.model or str(demo.fetch_model(demo.CACHE / "smollm2-135m-instruct"))
         options.train_file = options.train_file or str(demo.make_data(options.model)[0])
-    found = measure(options)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    text = table(found, model, options)
+    text = table(measure(options), options)
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)
 

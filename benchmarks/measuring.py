@@ -43,17 +43,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read_runs(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Read the runs of the output file, if they are of the same code, settings and machine."""
-    content = json.loads(output.read_text())
-    if content["settings"] != settings or content["machine"] != machine():
-        raise SystemExit(f"{output} holds runs of another day, code, setting or machine: run without --resume.")
-    return content["runs"]
-
-
 def write_runs(output: Path, settings: dict[str, Any], runs: dict[str, Any]) -> None:
-    """Write the runs that are done, so that `read_runs` goes on from them."""
-    content = {"machine": machine(), "settings": settings, "runs": runs}
+    """Write the runs that are done."""
+    content = {"machine": machine(), "settings": settings, "package_sha256": package_digest(), "runs": runs}
     output.write_text(json.dumps(content, indent=1) + "\n")
 
 

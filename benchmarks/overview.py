@@ -23,11 +23,11 @@ from report import (
     GROUP,
     Record,
     at_best_rate,
-    best_loss,
     each_once,
-    final_loss,
     grouped,
-    mean_start,
+    losses_of,
+    markdown,
+    mean_loss,
     paired_difference,
     rate_text,
     spread,
@@ -95,23 +95,23 @@ def comparisons(records: list[Record], data: str) -> Iterator[Comparison]:
 
 def table(found: list[Comparison]) -> list[str]:
     """Return the rows of a table in Markdown."""
-    lines = [
-        "| | loss at step 0: base, LoRA-DA | plain LoRA, and its rate | LoRA-DA, and its rate |"
-        " LoRA-DA less plain LoRA, same seeds | lower on |",
-        "|---" * 6 + "|",
-    ]
+    rows = []
     for one in found:
-        loss = best_loss if one.which == "best_loss" else final_loss
         (plain_rate, plain), (our_rate, ours) = one.plain, one.ours
-        base, start = mean_start(plain), mean_start(ours)
         differences = one.differences()
         mark = CROSSES if one.crosses_processors() else ""
-        lines.append(
-            f"| {one.name} | {base:.4f}, {start:.4f} | {spread([*map(loss, plain)])} at {plain_rate} | "
-            f"{spread([*map(loss, ours)])} at {our_rate} | {paired_difference(ours, plain, one.which)}{mark} | "
-            f"{sum(value < 0 for value in differences)} of {len(differences)} |"
+        rows.append(
+            (
+                one.name,
+                f"{mean_loss(plain, 'first_loss'):.4f}, {mean_loss(ours, 'first_loss'):.4f}",
+                f"{spread(losses_of(plain, one.which))} at {plain_rate}",
+                f"{spread(losses_of(ours, one.which))} at {our_rate}",
+                f"{paired_difference(ours, plain, one.which)}{mark}",
+                f"{sum(value < 0 for value in differences)} of {len(differences)}",
+            )
         )
-    return lines
+    columns = ("loss at step 0: base, LoRA-DA", "plain LoRA, and its rate", "LoRA-DA, and its rate")
+    return markdown(("", *columns, "LoRA-DA less plain LoRA, same seeds", "lower on"), rows)
 
 
 def plot(found: list[Comparison], path: Path) -> None:

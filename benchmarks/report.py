@@ -58,6 +58,12 @@ EQUAL = ("batch_size", "alpha", "use_rslora", "num_samples", "warmup", "max_grad
 """Settings that runs are to share if they are compared: what is not as in most runs of a table is in a row's name."""
 
 
+def markdown(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return a table in Markdown; no lines if it has no rows."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]] if rows else []
+
+
 def spread(values: Sequence[float | None]) -> str:
     """Return mean, standard deviation and number of runs; runs that diverged are counted apart."""
     finite = [value for value in values if value is not None]
@@ -69,14 +75,14 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def mean_loss(records: Sequence[Record], which: str = "final_loss") -> float:
-    """Return the mean of a loss over runs: infinity if one of them diverged."""
-    return statistics.fmean(math.inf if record[which] is None else record[which] for record in records)
-
-
-def mean_start(records: Sequence[Record]) -> float:
-    """Return the mean loss at step 0: infinity if one is not finite."""
-    losses = [first_loss(record) for record in records]
+    """Return the mean of a loss over runs, `first_loss` being that at step 0: infinity if one of them diverged."""
+    losses = losses_of(records, which)
     return statistics.fmean(math.inf if loss is None else loss for loss in losses)
+
+
+def losses_of(records: Sequence[Record], which: str) -> list[float | None]:
+    """Return a loss of each run; that at step 0 is called `first_loss`."""
+    return [record["losses"][0][1] if which == "first_loss" else record[which] for record in records]
 
 
 def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
@@ -145,17 +151,15 @@ def rate_losses(records: Sequence[Record], which: str = "final_loss") -> dict[fl
 def at_best_rate(records: Sequence[Record], which: str = "final_loss") -> tuple[float, list[Record]]:
     """Return the learning rate with the lowest mean loss on the seeds that all rates share, and all of its runs."""
     losses = rate_losses(records, which)
-    best = min(losses, key=lambda rate: losses[rate])
+    best = min(losses, key=losses.__getitem__)
     return best, by_rate(records)[best]
 
 
 def rate_text(records: Sequence[Record], which: str = "final_loss") -> str:
     """Write the best learning rate, and whether it is the smallest or the largest of those that were tried."""
-    losses = rate_losses(records, which)
-    best = min(losses, key=lambda rate: losses[rate])
-    if len(losses) == 1:
-        return f"{best:g} (alone)"
-    return f"{best:g}" + (" (edge)" if best in (min(losses), max(losses)) else "")
+    rates, (best, _) = list(rate_losses(records, which)), at_best_rate(records, which)
+    is_edge = best in (rates[0], rates[-1])
+    return f"{best:g}" + (" (alone)" if len(rates) == 1 else " (edge)" if is_edge else "")
 
 
 def band(records: Sequence[Record], base: float) -> str:
@@ -208,27 +212,24 @@ def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: s
 def main_table(records: Sequence[Record]) -> list[str]:
     """Compare the methods, each at its best learning rate."""
     of_methods = variants(records)
-    found = {name: at_best_rate(of_method) for name, of_method in of_methods.items()}
-    lines = [
-        "| method | best learning rate | loss at step 0 | final loss | less plain LoRA's, same seeds |"
-        " lowest on the way | reaches plain LoRA's final loss at step | band | exact match |",
-        "|---" * 9 + "|",
-    ]
-    for name, (_, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1])):
-        plain = found.get(partner_of(name))
-        starts, ends, lowest = ([value(r) for r in runs] for value in (first_loss, final_loss, best_loss))
-        goals = {run["cell"]["seed"]: run["final_loss"] for run in plain[1]} if plain else {}
-        goals = {seed: goal for seed, goal in goals.items() if goal is not None}
+    found = {name: at_best_rate(of_method)[1] for name, of_method in of_methods.items()}
+    columns = (
+        *("method", "best learning rate", "loss at step 0", "final loss", "less plain LoRA's, same seeds"),
+        *("lowest on the way", "reaches plain LoRA's final loss at step", "band", "exact match"),
+    )
+    rows = []
+    for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1])):
+        plain = found.get(partner_of(name), [])
+        starts, ends, lowest = (spread(losses_of(runs, which)) for which in ("first_loss", "final_loss", "best_loss"))
+        goals = {run["cell"]["seed"]: run["final_loss"] for run in plain if run["final_loss"] is not None}
         steps = [first_step_at(run, goals[seed]) for run in runs if (seed := run["cell"]["seed"]) in goals]
         reached = [step for step in steps if step is not None]
         when = f"{statistics.median(reached):g} ({len(reached)} of {len(steps)})" if reached else "never"
-        difference = paired_difference(runs, plain[1]) if plain and name != partner_of(name) else ""
-        wide = band(of_methods[name], mean_start(plain[1] if plain else runs))
-        lines.append(
-            f"| {name} | {rate_text(of_methods[name])} | {spread(starts)} | {spread(ends)} | {difference} | "
-            f"{spread(lowest)} | {when if steps else ''} | {wide} | {accuracy(runs)} |"
-        )
-    return lines
+        difference = "" if name == partner_of(name) else paired_difference(runs, plain)
+        wide = band(of_methods[name], mean_loss(plain or runs, "first_loss"))
+        rate = rate_text(of_methods[name])
+        rows.append((name, rate, starts, ends, difference, lowest, when if steps else "", wide, accuracy(runs)))
+    return markdown(columns, rows)
 
 
 def lowest_table(records: Sequence[Record]) -> list[str]:
@@ -237,31 +238,27 @@ def lowest_table(records: Sequence[Record]) -> list[str]:
     That is what counts where few samples are seen several times, and training is stopped when the loss rises.
     """
     of_methods = variants(records)
-    found = {name: at_best_rate(of_method, "best_loss") for name, of_method in of_methods.items()}
-    lines = ["| method | best learning rate | lowest loss | less plain LoRA's, same seeds |", "|---" * 4 + "|"]
-    for name, (_, runs) in sorted(found.items(), key=lambda item: mean_loss(item[1][1], "best_loss")):
-        plain = found[partner_of(name)][1] if partner_of(name) in found and name != partner_of(name) else []
-        rate, lowest = rate_text(of_methods[name], "best_loss"), spread([best_loss(run) for run in runs])
-        lines.append(f"| {name} | {rate} | {lowest} | {paired_difference(runs, plain, 'best_loss')} |")
-    return lines
+    found = {name: at_best_rate(of_method, "best_loss")[1] for name, of_method in of_methods.items()}
+    rows = []
+    for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1], "best_loss")):
+        plain = [] if name == partner_of(name) else found.get(partner_of(name), [])
+        lowest, difference = spread(losses_of(runs, "best_loss")), paired_difference(runs, plain, "best_loss")
+        rows.append((name, rate_text(of_methods[name], "best_loss"), lowest, difference))
+    return markdown(("method", "best learning rate", "lowest loss", "less plain LoRA's, same seeds"), rows)
 
 
 def start_table(records: Sequence[Record]) -> list[str]:
     """Compare what was not trained, by the loss at step 0."""
     of_methods = variants(records)
-    lines = [
-        "| start | loss at step 0 | less that of the default settings, same seeds | initialisation, s |",
-        "|---" * 4 + "|",
-    ]
+    rows = []
     for name, runs in sorted(of_methods.items(), key=lambda item: mean_loss(item[1])):
         as_default = re.sub(r" \{.*\}", "", name)
         default = [] if name == as_default else of_methods.get(as_default, [])
         seconds = [run["initialization"]["seconds"] for run in runs if not run["initialization"].get("reused")]
-        took = f"{statistics.median(seconds):.0f}" if seconds else ""
-        lines.append(
-            f"| {name} | {spread([run['final_loss'] for run in runs])} | {paired_difference(runs, default)} | {took} |"
-        )
-    return lines
+        loss, difference = spread(losses_of(runs, "final_loss")), paired_difference(runs, default)
+        rows.append((name, loss, difference, middle(seconds, ".0f")))
+    columns = ("start", "loss at step 0", "less that of the default settings, same seeds", "initialisation, s")
+    return markdown(columns, rows)
 
 
 def unless_usual(rank: int, num_train: int | None) -> str:
@@ -272,22 +269,20 @@ def unless_usual(rank: int, num_train: int | None) -> str:
 
 def half_table(records: Sequence[Record]) -> list[str]:
     """Compare each method with plain LoRA that was trained for twice as many steps, each with its own schedule."""
-    lines = [
-        "| method | steps | best learning rate | final loss | less plain LoRA's in twice the steps, same seeds |",
-        "|---" * 5 + "|",
-    ]
-    for (rank, num_train, steps), found in grouped(records, "rank", "num_train", "steps").items():
-        longer = grouped(records, "rank", "num_train", "steps").get((rank, num_train, 2 * steps))
+    rows, groups = [], grouped(records, "rank", "num_train", "steps")
+    for (rank, num_train, steps), found in groups.items():
+        longer = groups.get((rank, num_train, 2 * steps))
         for name, runs in variants(found).items():
             plain = variants(longer).get(partner_of(name), []) if longer else []
             if steps and plain and name != partner_of(name):
-                _, ours = at_best_rate(runs)
-                difference = paired_difference(ours, at_best_rate(plain)[1])
-                loss = spread([run["final_loss"] for run in ours])
-                lines.append(
-                    f"| {name}{unless_usual(rank, num_train)} | {steps} | {rate_text(runs)} | {loss} | {difference} |"
+                ours = at_best_rate(runs)[1]
+                loss, difference = (
+                    spread(losses_of(ours, "final_loss")),
+                    paired_difference(ours, at_best_rate(plain)[1]),
                 )
-    return lines if len(lines) > 2 else []
+                rows.append((name + unless_usual(rank, num_train), steps, rate_text(runs), loss, difference))
+    last = "less plain LoRA's in twice the steps, same seeds"
+    return markdown(("method", "steps", "best learning rate", "final loss", last), rows)
 
 
 def ranks_table(records: Sequence[Record]) -> list[str]:
@@ -295,40 +290,40 @@ def ranks_table(records: Sequence[Record]) -> list[str]:
 
     Runs on a part of the training samples are left out.
     """
-    lines = ["| steps | method | rank | learning rates | less plain LoRA's, same seeds |", "|---" * 5 + "|"]
+    rows = []
     for (steps, num_train), found in grouped(records, "steps", "num_train").items():
         by_rank = {rank: variants(of_rank) for (rank,), of_rank in sorted(grouped(found, "rank").items())}
         if not steps or num_train is not None:
             continue
         for name in dict.fromkeys(name for of_rank in by_rank.values() for name in of_rank):
-            with_plain = {
-                rank: of_rank for rank, of_rank in by_rank.items() if {name, partner_of(name)} <= set(of_rank)
-            }
+            with_plain = {rank: both for rank, both in by_rank.items() if {name, partner_of(name)} <= set(both)}
             if name == partner_of(name) or len(with_plain) < 2:
                 continue
             for rank, of_rank in with_plain.items():
                 ours, plain = of_rank[name], of_rank[partner_of(name)]
                 difference = paired_difference(at_best_rate(ours)[1], at_best_rate(plain)[1])
-                lines.append(f"| {steps} | {name} | {rank} | {rate_text(ours)}, {rate_text(plain)} | {difference} |")
-    return lines if len(lines) > 2 else []
+                rows.append((steps, name, rank, f"{rate_text(ours)}, {rate_text(plain)}", difference))
+    return markdown(("steps", "method", "rank", "learning rates", "less plain LoRA's, same seeds"), rows)
 
 
 def movement_table(records: Sequence[Record]) -> list[str]:
     """Show how far training went from the start, and what was left of it, as means over runs."""
-    lines = [
-        "| method | learning rate | runs | size of the start | distance to the end | share of A in its first subspace |"
-        " share of the start in the end | share of LoRA-DA's start in the end |",
-        "|---" * 8 + "|",
-    ]
+    columns = {
+        "size of the start": "start",
+        "distance to the end": "moved",
+        "share of A in its first subspace": "subspace_kept",
+        "share of the start in the end": "start_kept",
+        "share of LoRA-DA's start in the end": "other_found",
+    }
+    rows = []
     for name, of_method in variants(records).items():
         for rate, runs in by_rate(of_method).items():
             found = [run["movement"] for run in runs if run.get("movement")]
             if found:
-                names = ("start", "moved", "subspace_kept", "start_kept", "other_found")
-                values = [[one[key] for one in found if one.get(key) is not None] for key in names]
-                shown = [f"{statistics.fmean(column):.3g}" if column else "" for column in values]
-                lines.append(f"| {name} | {rate:g} | {len(found)} | {' | '.join(shown)} |")
-    return lines if len(lines) > 2 else []
+                values = [[one[key] for one in found if one.get(key) is not None] for key in columns.values()]
+                means = [f"{statistics.fmean(column):.3g}" if column else "" for column in values]
+                rows.append((name, f"{rate:g}", len(found), *means))
+    return markdown(("method", "learning rate", "runs", *columns), rows)
 
 
 def along_table(records: Sequence[Record]) -> list[str]:
@@ -339,12 +334,13 @@ def along_table(records: Sequence[Record]) -> list[str]:
     length = max(record["cell"]["steps"] for record in records)
     steps = sorted({n * 2**k for k in range(length.bit_length()) for n in (1, 3) if n * 2**k <= length})
     found = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in variants(records).items()}
-    pairs = {name: (runs, found[partner_of(name)]) for name, runs in found.items() if partner_of(name) in found}
-    lines = ["| method | " + " | ".join(map(str, steps)) + " |", "|---" * (1 + len(steps)) + "|"]
-    for name, (runs, plain) in pairs.items():
-        if name != partner_of(name):
-            lines.append(f"| {name} | " + " | ".join(paired_difference(runs, plain, str(n)) for n in steps) + " |")
-    return lines if len(lines) > 2 else []
+    pairs = {name: (runs, found.get(partner_of(name))) for name, runs in found.items() if name != partner_of(name)}
+    rows = [
+        (name, *(paired_difference(runs, plain, str(step)) for step in steps))
+        for name, (runs, plain) in pairs.items()
+        if plain
+    ]
+    return markdown(("method", *steps), rows)
 
 
 def with_losses_of_steps(record: Record) -> Record:
@@ -353,25 +349,14 @@ def with_losses_of_steps(record: Record) -> Record:
     return {**record, **{str(step): losses.get(step) for step in range(1, record["cell"]["steps"] + 1)}}
 
 
-def first_loss(record: Record) -> float | None:
-    return record["losses"][0][1]
-
-
-def final_loss(record: Record) -> float | None:
-    return record["final_loss"]
-
-
-def best_loss(record: Record) -> float | None:
-    return record["best_loss"]
-
-
 def accuracy(runs: Sequence[Record]) -> str:
     """Return the share of exact answers of each run, with Wilson's interval: they answer the same questions."""
-    counted = [run["accuracy"] for run in runs if run["accuracy"] and run["accuracy"]["total"]]
     shown: list[str] = []
-    for correct, total in ((one["correct"], one["total"]) for one in counted):
-        low, high = wilson_interval(correct, total)
-        shown.append(f"{correct}/{total} ({low:.1%} to {high:.1%})")
+    for run in runs:
+        if run["accuracy"] and run["accuracy"]["total"]:
+            correct, total = run["accuracy"]["correct"], run["accuracy"]["total"]
+            low, high = wilson_interval(correct, total)
+            shown.append(f"{correct}/{total} ({low:.1%} to {high:.1%})")
     return "; ".join(shown)
 
 
@@ -386,12 +371,11 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 def rates_table(records: Sequence[Record]) -> list[str]:
     """Show the final loss at every learning rate."""
     rates = sorted({record["cell"]["learning_rate"] for record in records})
-    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    rows = []
     for name, of_method in variants(records).items():
         found = by_rate(of_method)
-        cells = [spread([r["final_loss"] for r in found[rate]]) if rate in found else "" for rate in rates]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append((name, *(spread(losses_of(found[rate], "final_loss")) if rate in found else "" for rate in rates)))
+    return markdown(("method", *(f"{rate:g}" for rate in rates)), rows)
 
 
 def cost_table(records: Sequence[Record]) -> list[str]:
@@ -400,45 +384,33 @@ def cost_table(records: Sequence[Record]) -> list[str]:
     Starts that were made for an earlier cell or solved from its statistics are left out, and so is the memory of runs
     that did not have a process of their own.
     """
-    lines = [
-        "| method | initialisation, s | in training steps | its peak memory over the start, MiB | training, s a step |"
-        " its peak, MiB | trained parameters | optimizer state, MiB |",
-        "|---" * 8 + "|",
-    ]
     of_ranks = {
         f"{name}{unless_usual(rank, num_train)}": runs
         for name, of_method in variants(records).items()
         for (rank, num_train), runs in grouped(of_method, "rank", "num_train").items()
     }
+    rows = []
     for name, runs in of_ranks.items():
         made = [run for run in runs if not run["initialization"].get("reused")]
-        alone = [run for run in runs if run.get("isolated")]
-        own = [run["initialization"] for run in alone]
         trained = [run for run in runs if run["cell"]["steps"]]
-        columns = [
-            middle([run["initialization"]["seconds"] for run in made], ".1f"),
-            middle(
-                [run["initialization"]["seconds"] / run["seconds_per_step"] for run in made if run["cell"]["steps"]],
-                ".1f",
-            ),
-            middle([one["peak_mib"] - one["start_mib"] for one in own if not one.get("reused")], ".0f"),
-            middle([run["seconds_per_step"] for run in trained], ".2f"),
-            middle([run["training"]["peak_mib"] for run in alone if run["cell"]["steps"]], ".0f"),
-            middle([run["trainable"] for run in runs], ".0f"),
-            middle([run["optimizer_mib"] for run in trained], ".1f"),
-        ]
-        lines.append(f"| {name} | " + " | ".join(columns) + " |")
-    return lines
+        peaks = [run["initialization"] for run in made if run.get("isolated")]
+        in_steps = [run["initialization"]["seconds"] / run["seconds_per_step"] for run in made if run["cell"]["steps"]]
+        columns = {
+            "initialisation, s": middle([run["initialization"]["seconds"] for run in made], ".1f"),
+            "in training steps": middle(in_steps, ".1f"),
+            "its peak memory over the start, MiB": middle([one["peak_mib"] - one["start_mib"] for one in peaks], ".0f"),
+            "training, s a step": middle([run["seconds_per_step"] for run in trained], ".2f"),
+            "its peak, MiB": middle([run["training"]["peak_mib"] for run in trained if run.get("isolated")], ".0f"),
+            "trained parameters": middle([run["trainable"] for run in runs], ".0f"),
+            "optimizer state, MiB": middle([run["optimizer_mib"] for run in trained], ".1f"),
+        }
+        rows.append((name, *columns.values()))
+    return markdown(("method", *columns), rows)
 
 
 def middle(values: Sequence[float], form: str) -> str:
     """Write the median, if there is one."""
     return format(statistics.median(values), form) if values else ""
-
-
-def pictured(records: Sequence[Record]) -> list[Record]:
-    """Leave out starts from the samples that training begins with, unless there are no others."""
-    return [record for record in records if record["cell"].get("reads") != "first"] or list(records)
 
 
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
@@ -450,7 +422,8 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    shown = variants(pictured(records))
+    drawn_apart = [record for record in records if record["cell"].get("reads") != "first"]
+    shown = variants(drawn_apart or records)  # starts from the samples that training begins with are left out
     has_curves = any(len(steps_of_all(at_best_rate(runs)[1])) > 2 for runs in shown.values())
     figure = Figure(figsize=(10 if has_curves else 6, 6), layout="constrained")
     rates_axes, *curve_axes = figure.subplots(1, 1 + has_curves, squeeze=False)[0]
@@ -459,7 +432,7 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
     for number, (name, of_method) in enumerate(shown.items()):
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
         rate, runs = at_best_rate(of_method)
-        finals = {rate: [run["final_loss"] for run in found] for rate, found in on_shared_seeds(of_method).items()}
+        finals = {rate: losses_of(found, "final_loss") for rate, found in on_shared_seeds(of_method).items()}
         draw(rates_axes, finals, label=f"{name} (best: {rate:g})", **style)
         highest = max([highest, *(mean for mean in rate_losses(of_method).values() if mean <= PICTURED * lowest)])
         curves = [dict(run["losses"]) for run in runs]
@@ -533,15 +506,11 @@ def report(records: Sequence[Record], path: Path) -> str:
             if num_train is not None:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
-            along = along_table(found)
-            lines += [ALONG, "", *along, ""] if along else []
-            moved = movement_table(found)
-            lines += [MOVEMENT, "", *moved, ""] if moved else []
+            for text, rows in ((ALONG, along_table(found)), (MOVEMENT, movement_table(found))):
+                lines += [text, "", *rows, ""] if rows else []
             lines += [f"![{title}]({picture.name})", ""]
-        halves = half_table(of_subject)
-        lines += ["### Half of the steps", "", *halves, ""] if halves else []
-        ranks = ranks_table(of_subject)
-        lines += ["### Ranks", "", *ranks, ""] if ranks else []
+        for text, rows in (("Half of the steps", half_table(of_subject)), ("Ranks", ranks_table(of_subject))):
+            lines += [f"### {text}", "", *rows, ""] if rows else []
         for threads in sorted({record["machine"].get("threads", 0) for record in every_look}, reverse=True):
             alike = [record for record in every_look if record["machine"].get("threads", 0) == threads]
             where = f" with {threads} thread{'s' * (threads > 1)}" if threads else ""

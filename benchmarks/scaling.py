@@ -5,7 +5,7 @@ it on a machine that does nothing else and has a core for each process:
 
     python benchmarks/scaling.py
 
-Every run is kept once it is done, in `outputs` or where `--output` says, and `--resume` adds those that are missing.
+Runs and tables go to `outputs`, or where `--output` says.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import machine, package_digest, peak_mib, read_runs, reset_peak, write_runs
+from measuring import machine, peak_mib, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
+from report import markdown
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,7 +74,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="besides one, which all need")
-    parser.add_argument("--resume", action="store_true", help="add the runs that are missing in the output file")
     parser.add_argument("--output", type=Path, default=Path("outputs/scaling.json"))
     parser.add_argument("--worker", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -174,21 +174,12 @@ def launch(name: str, options: argparse.Namespace, *, memory: bool) -> list[dict
 
 def measure(options: argparse.Namespace) -> dict[str, list[list[dict[str, Any]]]]:
     """Run every case once, then all of them again; and once more each for the memory of its tensors."""
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    settings |= {
-        "model": MODEL,
-        "window_mib": WINDOW_MIB,
-        "repeats": options.repeats,
-        "package_sha256": package_digest(),
-    }
+    settings = {name: getattr(options, name) for name in (*SETTINGS, "repeats")}
+    settings |= {"model": MODEL, "window_mib": WINDOW_MIB}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in options.cases}
-    if options.resume and options.output.exists():
-        found |= read_runs(options.output, settings)
     for repeat in range(options.repeats + 1):
         for name in options.cases:
-            if len(found[name]) > repeat:
-                continue
             found[name].append(launch(name, options, memory=repeat == options.repeats))
             print(f"run {repeat + 1}: {name} {found[name][-1][0]['seconds']:.1f} s", file=sys.stderr, flush=True)
             write_runs(options.output, settings, found)
@@ -198,83 +189,60 @@ def measure(options: argparse.Namespace) -> dict[str, list[list[dict[str, Any]]]
 # ---- the tables
 
 
-@dataclass(frozen=True)
-class Row:
-    """What came of a case: the largest of its processes, all of its timed runs, and the plan.
+def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argparse.Namespace) -> list[str]:
+    """Compare what was measured with the plan: of each case the largest of its processes.
 
-    Attributes:
-        whole: Seconds of the initialisation.
-        stages: Seconds of statistics and solve.
-        tensors: Bytes of tensors at their peak, activations included.
-        resident: MiB of resident memory at its peak, over what was there before.
-        plan: The plan.
+    Of the runs of a case, the last measured the memory of tensors.
     """
-
-    whole: list[float]
-    stages: list[float]
-    tensors: int
-    resident: float
-    plan: Plan
-
-    @classmethod
-    def of(cls, runs: list[list[dict[str, Any]]]) -> Row:
-        """Summarise the runs of a case, of which the last measured the memory of tensors."""
-        *timed, memory = runs
-        return cls(
-            whole=[max(p["seconds"] for p in run) for run in timed],
-            stages=[max(p["stages"]["statistics"] + p["stages"]["solve"] for p in run) for run in timed],
-            tensors=max(p["tensor_bytes"] for p in memory),
-            resident=max(p["rss_mib"] for run in timed for p in run),
-            plan=Plan(**timed[0][0]["plan"]),
+    rows: list[tuple[Any, ...]] = []
+    one: list[float] = []
+    for name, (*timed, memory) in found.items():
+        whole = [max(process["seconds"] for process in run) for run in timed]
+        one = one or whole
+        rows.append(
+            (
+                CASES[name].title,
+                spread(whole),
+                f"{statistics.median(whole) / statistics.median(one):.2f}",
+                spread([max(p["stages"]["statistics"] + p["stages"]["solve"] for p in run) for run in timed]),
+                timed[0][0]["plan"]["sample_passes"],
+                f"{max(process['tensor_bytes'] for process in memory) / MIB:.0f}",
+                f"{timed[0][0]['plan']['peak_bytes'] / MIB:.0f}",
+                f"{max(process['rss_mib'] for run in timed for process in run):.0f}",
+            )
         )
+    columns = (
+        *("", "whole, s, median (range)", "x one", "statistics and solve, s", "passes"),
+        *("tensors at their peak, MiB", "planned", "resident, MiB"),
+    )
+    facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
+    return [
+        *markdown(columns, rows),
+        "",
+        f"Llama with {options.blocks} blocks of width {MODEL['hidden_size']} and {MODEL['intermediate_size']}, "
+        f"gradient checkpointing, {options.num_samples} samples of {options.length} tokens, batch size "
+        f"{options.batch_size}, rank 8, float32, one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} "
+        f"runs, seeds {MODEL_SEED} (model) and {DATA_SEED} (samples). Passes: samples forward and backward in the "
+        f"busiest process. Tensors: by torch's allocator in a run of its own, activations included. {facts}.",
+    ]
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def measured_table(rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
-    """Compare what was measured with the plan."""
-    columns = (
-        *("", "whole, s, median (range)", "x one", "statistics and solve, s", "passes"),
-        *("tensors at their peak, MiB", "planned", "resident, MiB"),
-    )
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, row in rows.items():
-        cells = (
-            *(CASES[name].title, spread(row.whole), f"{ratio(row.whole, rows['one'].whole):.2f}", spread(row.stages)),
-            row.plan.sample_passes,
-            *(f"{row.tensors / MIB:.0f}", f"{row.plan.peak_bytes / MIB:.0f}", f"{row.resident:.0f}"),
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
-    return [
-        *lines,
-        "",
-        f"Llama with {options.blocks} blocks of width {MODEL['hidden_size']} and {MODEL['intermediate_size']}, "
-        f"gradient checkpointing, {options.num_samples} samples of {options.length} tokens, batch size "
-        f"{options.batch_size}, rank 8, float32, one thread a process, windows of {WINDOW_MIB} MiB, {options.repeats} "
-        f"runs, seeds {MODEL_SEED} (model) and {DATA_SEED} (samples). Passes: samples forward and backward in the "
-        "busiest process. Tensors: by torch's allocator in a "
-        f"run of its own, activations included. {facts}.",
-    ]
-
-
-def ratio(values: list[float], to: list[float]) -> float:
-    return statistics.median(values) / statistics.median(to)
-
-
-def model_check(runs: list[list[dict[str, Any]]], rows: dict[str, Row]) -> list[str]:
+def model_check(found: dict[str, list[list[dict[str, Any]]]]) -> str:
     """Say how far the planned memory is from what was measured."""
-    stages = {
-        stage: statistics.median(run[0]["stages"][stage] for run in runs[:-1]) for stage in ("statistics", "solve")
-    }
-    found = [row.plan.peak_bytes / row.tensors for row in rows.values()]
-    return [
-        f"Planned / measured peak of tensors, least and most of all cases: {min(found):.2f} to {max(found):.2f}. The "
-        f'plan that one process printed: "{runs[0][0]["printed"]}"; it took {stages["statistics"]:.1f} s and '
-        f"{stages['solve']:.1f} s.",
+    shares = [
+        timed[0][0]["plan"]["peak_bytes"] / max(process["tensor_bytes"] for process in memory)
+        for *timed, memory in found.values()
     ]
+    *timed, _ = found["one"]
+    took = [statistics.median(run[0]["stages"][stage] for run in timed) for stage in ("statistics", "solve")]
+    return (
+        f"Planned / measured peak of tensors, least and most of all cases: {min(shares):.2f} to {max(shares):.2f}. The "
+        f'plan that one process printed: "{timed[0][0]["printed"]}"; it took {took[0]:.1f} s and {took[1]:.1f} s.'
+    )
 
 
 def main() -> None:
@@ -284,9 +252,7 @@ def main() -> None:
         print(json.dumps(work(options)), flush=True)
         os._exit(0)  # gloo sometimes aborts in its teardown
     found = measure(options)
-    rows = {name: Row.of(runs) for name, runs in found.items()}
-    parts = (measured_table(rows, options), model_check(found["one"], rows))
-    text = "\n\n".join("\n".join(part) for part in parts)
+    text = "\n".join([*measured_table(found, options), "", model_check(found)])
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from measuring import machine
+from report import markdown
 from torch import Tensor
 
 from lora_da_hf import LoRADAConfig
@@ -184,14 +185,8 @@ def observe(problem: Problem, x: Tensor, y: Tensor, generator: torch.Generator) 
 
 def lora_da(statistics: LayerStatistics, count: int, config: LoRADAConfig) -> Tensor:
     """Return the basis that the package gives a layer with these statistics."""
-    solution = solve_layer(
-        statistics,
-        factorize(statistics, config, layer="layer"),
-        config,
-        layer="layer",
-        rank=RANK,
-        population_size=count,
-    )
+    factorized = factorize(statistics, config, layer="layer")
+    solution = solve_layer(statistics, factorized, config, layer="layer", rank=RANK, population_size=count)
     return torch.linalg.qr(solution.basis_A.mT).Q
 
 
@@ -220,26 +215,25 @@ def oracle(known: Known) -> Tensor:
     return lowest_subspace(guidance, RANK).vectors
 
 
-THEORY = LoRADAConfig(variance_weight=1.0)
-"""The package's damping, and the variance term at the weight that the theory gives it: ``LoRA-DA`` here."""
+def by_lora_da(config: LoRADAConfig) -> Callable[[Known], Tensor]:
+    """Return the method that uses the package with these settings."""
+    return lambda known: lora_da(known.empirical, known.count, config)
+
+
+def with_damping(amount: str) -> LoRADAConfig:
+    """Return settings with the variance term at the weight that the theory gives it."""
+    return LoRADAConfig(variance_weight=1.0, input_damping=amount, output_damping=amount)
+
 
 METHODS: dict[str, Callable[[Known], Tensor]] = {
     "oracle": oracle,
-    "LoRA-DA": lambda known: lora_da(known.empirical, known.count, THEORY),
-    "LoRA-DA, default": lambda known: lora_da(known.empirical, known.count, LoRADAConfig()),
-    "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, THEORY),
-    "LoRA-DA, a tenth of the damping": lambda known: lora_da(
-        known.empirical,
-        known.count,
-        LoRADAConfig(variance_weight=1.0, input_damping="0.01*mean", output_damping="0.01*mean"),
-    ),
-    "LoRA-DA, ten times the damping": lambda known: lora_da(
-        known.empirical,
-        known.count,
-        LoRADAConfig(variance_weight=1.0, input_damping="1*mean", output_damping="1*mean"),
-    ),
-    "LoRA-DA, no variance": lambda known: lora_da(known.empirical, known.count, LoRADAConfig(variance_weight=0.0)),
-    "LoRA-DA, paper": lambda known: lora_da(known.empirical, known.count, LoRADAConfig.paper()),
+    "LoRA-DA": by_lora_da(LoRADAConfig(variance_weight=1.0)),
+    "LoRA-DA, default": by_lora_da(LoRADAConfig()),
+    "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, LoRADAConfig(variance_weight=1.0)),
+    "LoRA-DA, a tenth of the damping": by_lora_da(with_damping("0.01*mean")),
+    "LoRA-DA, ten times the damping": by_lora_da(with_damping("1*mean")),
+    "LoRA-DA, no variance": by_lora_da(LoRADAConfig(variance_weight=0.0)),
+    "LoRA-DA, paper": by_lora_da(LoRADAConfig.paper()),
     "gradient's SVD": gradient_svd,
     "random": lambda known: torch.linalg.qr(normal(known.generator, D_IN, RANK)).Q,
 }
@@ -350,12 +344,8 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
 # ---- the runs
 
 
-def run_trial(model: str, count: int, seed: int) -> Any:
-    """Draw a problem and n samples, and let every method choose its basis.
-
-    Returns:
-        Problem, inputs, labels, and the basis by method.
-    """
+def run_trial(model: str, count: int, seed: int) -> tuple[Problem, Tensor, Tensor, dict[str, Tensor]]:
+    """Draw a problem and n samples, and return problem, inputs, labels, and the basis that every method chooses."""
     problem = make_problem(model, seed)
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + count)
     x = problem.inputs(count, generator)
@@ -364,20 +354,21 @@ def run_trial(model: str, count: int, seed: int) -> Any:
     return problem, x, y, {name: choose(known) for name, choose in METHODS.items()}
 
 
+def measured(problem: Problem, weights: Tensor, **facts: Any) -> dict[str, Any]:
+    """Return the record of a fit."""
+    return {**facts, "distance": problem.distance(weights), "excess": problem.excess(weights)}
+
+
 def run_frozen(model: str, count: int, seeds: range) -> list[dict[str, Any]]:
     """Measure all methods with A frozen, each seed being a problem of its own."""
     records: list[dict[str, Any]] = []
     for seed in seeds:
         problem, x, y, bases = run_trial(model, count, seed)
         for method, basis in bases.items():
-            weights = fit_frozen(problem, x, y, basis)
-            records.append(
-                {
-                    **{"model": model, "samples": count, "seed": seed, "method": method},
-                    **{"distance": problem.distance(weights), "excess": problem.excess(weights)},
-                    "predicted": predict(problem, basis, count),
-                }
+            found = measured(
+                problem, fit_frozen(problem, x, y, basis), model=model, samples=count, seed=seed, method=method
             )
+            records.append({**found, "predicted": predict(problem, basis, count)})
     return records
 
 
@@ -387,13 +378,8 @@ def run_trained(model: str, count: int, seeds: range, marks: tuple[int, ...]) ->
     for seed in seeds:
         problem, x, y, bases = run_trial(model, count, seed)
         for steps, found in fit_trained(problem, x, y, torch.stack(list(bases.values())), marks).items():
-            for method, weights in zip(bases, found, strict=True):
-                records.append(
-                    {
-                        **{"model": model, "samples": count, "seed": seed, "method": method, "steps": steps},
-                        **{"distance": problem.distance(weights), "excess": problem.excess(weights)},
-                    }
-                )
+            facts = {"model": model, "samples": count, "seed": seed, "steps": steps}
+            records += [measured(problem, w, **facts, method=name) for name, w in zip(bases, found, strict=True)]
     return records
 
 
@@ -416,16 +402,17 @@ def cell(values: list[float]) -> str:
 
 
 def frozen_table(records: list[dict[str, Any]], model: str) -> list[str]:
-    lines = ["| n | method | distance | paper | frozen | exact | excess loss | predicted |", "|---" * 8 + "|"]
+    rows = []
     for count in sorted({record["samples"] for record in records}):
         for method in METHODS:
             found = select(records, model=model, samples=count, method=method)
             guesses = {name: stats.fmean(r["predicted"][name] for r in found) for name in found[0]["predicted"]}
-            shown = {name: sum_text(guesses, name) for name in ("paper", "frozen", "exact", "excess")}
+            paper, frozen, exact, predicted = (
+                sum_text(guesses, name) for name in ("paper", "frozen", "exact", "excess")
+            )
             distance, excess = (cell([r[name] for r in found]) for name in ("distance", "excess"))
-            guessed = f"{shown['paper']} | {shown['frozen']} | {shown['exact']}"
-            lines.append(f"| {count} | {method} | {distance} | {guessed} | {excess} | {shown['excess']} |")
-    return lines
+            rows.append((count, method, distance, paper, frozen, exact, excess, predicted))
+    return markdown(("n", "method", "distance", "paper", "frozen", "exact", "excess loss", "predicted"), rows)
 
 
 def sum_text(predicted: dict[str, float], name: str) -> str:
@@ -435,37 +422,31 @@ def sum_text(predicted: dict[str, float], name: str) -> str:
 
 
 def trained_table(records: list[dict[str, Any]], model: str) -> list[str]:
-    marks = sorted({record["steps"] for record in records})
-    lines = ["| n | method | " + " | ".join(f"{s} steps" for s in marks) + " |", "|---" * (2 + len(marks)) + "|"]
+    marks, rows = sorted({record["steps"] for record in records}), []
     for count in sorted({record["samples"] for record in records}):
         for method in METHODS:
             found = [select(records, model=model, samples=count, method=method, steps=steps) for steps in marks]
-            lines.append(f"| {count} | {method} | " + " | ".join(cell([r["excess"] for r in f]) for f in found) + " |")
-    return lines
+            rows.append((count, method, *(cell([r["excess"] for r in of_steps]) for of_steps in found)))
+    return markdown(("n", "method", *(f"{steps} steps" for steps in marks)), rows)
 
 
 def tables(frozen: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
     lines: list[str] = []
-    for model in MODELS:
-        trials = len({record["seed"] for record in frozen})
-        about = "predictions: sum = bias + variance"
-        lines += [f"A frozen, {model} regression: mean and standard error of {trials} trials; {about}", ""]
-        lines += [*frozen_table(frozen, model), ""]
-    for model in MODELS if trained else ():
-        trials = len({record["seed"] for record in trained})
-        lines += [f"A trained, {model} regression: excess loss, mean and standard error of {trials} trials", ""]
-        lines += [*trained_table(trained, model), ""]
+    of_frozen = "A frozen, {} regression: mean and standard error of {} trials; predictions: sum = bias + variance"
+    of_trained = "A trained, {} regression: excess loss, mean and standard error of {} trials"
+    for records, title, table in ((frozen, of_frozen, frozen_table), (trained, of_trained, trained_table)):
+        trials = len({record["seed"] for record in records})
+        for model in MODELS if records else ():
+            lines += [title.format(model, trials), "", *table(records, model), ""]
     return "\n".join(lines)
 
 
 def plot(frozen: list[dict[str, Any]], path: Path) -> None:
     """Draw distance and excess loss over n, measured (lines) and predicted (dotted)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(MODELS), 2, figsize=(11, 9), constrained_layout=True)
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    axes = figure.subplots(len(MODELS), 2)
     sizes = sorted({record["samples"] for record in frozen})
     for row, model in zip(axes, MODELS, strict=True):
         for axis, (quantity, guess) in zip(row, (("distance", "exact"), ("excess", "excess")), strict=True):
@@ -483,7 +464,6 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
     note = "dotted: predicted (distance in linear regression alone)"
     figure.legend(handles, labels, fontsize=8, title=note, title_fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def rounded(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """What an initialisation costs beside the peers: every row of the table, and a peer that is stopped."""
 
 import json
-import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,46 +51,30 @@ def test_a_peer_is_measured_on_the_batches_that_all_get(argv, method, monkeypatc
     monkeypatch.setattr(initialization_cost, "make_adapter", make)
     found, bare = worker(argv, method), worker(argv, "bare")
     assert seen == [4, 4]
-    assert (found["tokens"], found["labels"]) == (bare["tokens"], bare["labels"])
+    assert found["tokens"] == bare["tokens"]
     assert found["seconds"] > 0
     assert found["peak_mib"] >= found["start_mib"] > 0
-    assert initialization_cost.UNFINISHED not in found
 
 
-def test_a_peer_that_is_not_done_in_time_is_stopped(argv, monkeypatch):
-    def never_done(*_):
-        while True:
-            try:
-                time.sleep(0.01)
-            except Exception:  # as careless as code may be
-                continue
-
-    monkeypatch.setattr(initialization_cost, "make_adapter", never_done)
-    handler = signal.getsignal(signal.SIGALRM)
-    found = worker(argv, "eva", "--peer_seconds", "0.2")
-    assert found[initialization_cost.UNFINISHED] == 0.2
-    assert 0.2 <= found["seconds"] < 5
-    assert found["peak_mib"] > 0
-    assert signal.getsignal(signal.SIGALRM) == handler
+def run_of(seconds, peak):
+    return {"seconds": seconds, "peak_mib": peak, "start_mib": 100.0, "tokens": 90}
 
 
-def run_of(seconds, peak, **more):
-    return {"seconds": seconds, "peak_mib": peak, "start_mib": 100.0, "tokens": 90, "labels": 30, **more}
+def test_a_peer_that_is_not_done_in_time_is_stopped_and_the_table_says_so(argv, monkeypatch):
+    def run(command, timeout, **_):
+        method = command[command.index("--worker") + 1]
+        if method == "eva":
+            raise subprocess.TimeoutExpired(command, timeout)
+        found = {"bare": run_of(2.0, 300.0), "corda": run_of(5.0, 500.0), "lora_ga": run_of(3.0, 250.0)}[method]
+        return SimpleNamespace(stdout=json.dumps(found))
 
-
-def test_the_table_says_which_peer_did_not_finish(argv):
-    options = initialization_cost.parse_arguments([*argv, "--methods", "bare", "--peers"])
+    monkeypatch.setattr(initialization_cost.subprocess, "run", run)
+    options = initialization_cost.parse_arguments([*argv, "--methods", "bare", "--peers", "--peer_seconds", "30"])
     assert options.methods == ["bare", "eva", "corda", "lora_ga"]
-    found = {
-        "bare": [run_of(2.0, 300.0), run_of(4.0, 300.0)],
-        "eva": [run_of(9.0, 350.0), run_of(30.0, 400.0, unfinished_after=30.0)],
-        "corda": [run_of(6.0, 500.0), run_of(9.0, 520.0)],
-        "lora_ga": [run_of(3.0, 250.0), run_of(3.0, 250.0)],
-    }
-    lines = initialization_cost.table(found, make_tiny_llama(), options).splitlines()
-    assert "| EVA, by PEFT | not finished after 30 s (1 of 2 runs) |  | +75 by then |  |" in lines
-    assert "| CorDA (IPM), by PEFT, batch size 1 | 7.50 (6.00 to 9.00) | 2.50 | +210 |  |" in lines
-    assert "| LoRA-GA, by PEFT | 3.00 (3.00 to 3.00) | 1.00 | -50 |  |" in lines
+    lines = initialization_cost.table(initialization_cost.measure(options), options).splitlines()
+    assert "| EVA, by PEFT | not finished after 30 s |  |  |" in lines
+    assert "| CorDA (IPM), by PEFT, batch size 1 | 5.00 (5.00 to 5.00) | 2.50 | +200 |" in lines
+    assert "| LoRA-GA, by PEFT | 3.00 (3.00 to 3.00) | 1.50 | -50 |" in lines
 
 
 @pytest.mark.slow
