@@ -24,12 +24,6 @@ def may_lie_beside(path: Path) -> bool:
     return path.name in (CARD_FILE, ".git", *LICENSE_FILES, *_LEFT_BY_TOOLS) or path.suffix == ".png"
 
 
-def is_own_card(text: bytes) -> bool:
-    """Tell whether a file is a card of an initialisation, by the tags in its metadata as they are rendered."""
-    start, *rest = text.split(b"---\n", 2)
-    return not start and bool(rest) and all(f"- {tag}\n".encode() in rest[0] for tag in TAGS)
-
-
 def check_replaceable(folder: Path) -> None:
     """Refuse a folder at which anything but an initialisation would be replaced."""
     if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
@@ -37,9 +31,7 @@ def check_replaceable(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
     own = {*_LEFT_BY_TOOLS}
     if MANIFEST_FILE in names:
-        own |= {MANIFEST_FILE, *REQUIRED_FILES, *PLOTS, *filter(STATISTICS_FILE.fullmatch, names)}
-    if CARD_FILE in names and is_own_card((folder / CARD_FILE).read_bytes()):
-        own.add(CARD_FILE)
+        own |= {MANIFEST_FILE, *REQUIRED_FILES, *filter(STATISTICS_FILE.fullmatch, names)}
     if names - own:
         raise ConfigError(
             f"{folder} holds {min(names - own)}, which is not of an initialisation and would be lost. Move it, or "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,23 +120,16 @@ def save_statistics(
         part: Number of this call, where a folder gets them in several.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    tensors: dict[str, Tensor] = {}
     for name, layer in statistics.items():
-        tensors = {
-            f"{name}.{_GRAD}": layer.weight_grad.cpu().contiguous(),
-            f"{name}.{_OUTPUT}": layer.output_grad_second_moment_diag.cpu().contiguous(),
-        }
+        tensors[f"{name}.{_GRAD}"] = layer.weight_grad.cpu().contiguous()
+        tensors[f"{name}.{_OUTPUT}"] = layer.output_grad_second_moment_diag.cpu().contiguous()
         if shared_inputs[name] == name:
             tensors[f"{name}.{_INPUT}"] = pack_upper(layer.input_second_moment.cpu())
-        added = sum(tensor.nbytes for tensor in tensors.values())
-        if shards[-1] and size + added > _SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1].update(tensors)
-        size += added
-    for number, shard in enumerate(shards):
-        write_tensors(folder / f"{part:05d}-{number:05d}.safetensors", shard)
+    pattern = f"{part:05d}{{suffix}}.safetensors"
+    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=_SHARD_BYTES)
+    for file, names in shards.filename_to_tensors.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names})
 
 
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import add, add_dataclasses, add_model, check_new, positive, read
+from lora_da_hf.cli.flags import add, add_dataclasses, add_model, check_new, read
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
@@ -81,7 +81,7 @@ def _load_rows(arguments: argparse.Namespace) -> Any:
 def plan_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da plan`."""
     add_model(parser)
-    add(parser, "world_size", "processes that share the work", type=positive, default=1)
+    add(parser, "world_size", "processes that share the work", type=int, default=1)
     add_dataclasses(parser, LoraArguments, ModelArguments, LoRADAArguments)
 
 

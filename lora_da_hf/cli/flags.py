@@ -68,14 +68,6 @@ def card_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in CardFacts.__annotations__}
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1 on, as a type for `argparse`."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def check_new(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that holds an initialisation already."""
     from lora_da_hf.artifacts.manifest import MANIFEST_FILE

@@ -15,7 +15,7 @@ from lora_da_hf.cli.output import Output, explain, printable
 VERBS = {
     "init": (compute, "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16"),
     "plan": (compute, "meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB"),
-    "show": (stored, "my-init --plots plots"),
+    "show": (stored, "my-init --every_layer"),
     "refit": (stored, "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean"),
     "verify": (stored, "my-init --base_model HuggingFaceTB/SmolLM2-135M"),
     "card": (stored, "my-init --license apache-2.0 --datasets gsm8k --language en --output card"),

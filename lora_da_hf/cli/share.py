@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lora_da_hf.cli.flags import add, add_base_model, add_card, add_folder, card_of, load_base, positive
+from lora_da_hf.cli.flags import add, add_card, add_folder, card_of
 from lora_da_hf.cli.output import Output
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import in_columns
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 
 def push_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +43,15 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         commit_message=arguments.commit_message,
         **card_of(arguments),
     )
-    if not pushed.changed:
-        output.message("The repository holds these files already, so nothing was committed.")
-    output.result(vars(pushed), bare=f"{pushed.repo_id}@{pushed.commit}")
+    repo_id = pushed.repo_url.repo_id
+    values = {"url": pushed.commit_url, "repo_id": repo_id, "commit": pushed.oid, "pull_request_url": pushed.pr_url}
+    output.result(values, bare=f"{repo_id}@{pushed.oid}")
 
 
 def pull_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da pull`."""
     parser.add_argument("repo_id", metavar="USER/NAME[@REVISION]", help="repository on the Hub")
     add(parser, "revision", "branch, tag or commit; the same as behind an @", metavar="NAME")
-    add_base_model(parser, "and refuse if it was computed for another one")
     add(parser, "cache_dir", "where it is kept (default: the Hub's cache)", metavar="FOLDER")
     add(parser, "local_dir", "a new folder for a copy of your own", type=Path, metavar="FOLDER")
     add(parser, "local_files_only", "use what is in the cache, and do not connect")
@@ -64,7 +67,6 @@ def run_pull(arguments: argparse.Namespace, output: Output) -> None:
     pulled = pull_init(
         repo_id,
         revision=behind if at else arguments.revision,
-        base_model=(lambda config: load_base(arguments, output, config)) if arguments.base_model else None,
         cache_dir=arguments.cache_dir,
         local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
@@ -77,7 +79,7 @@ def list_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da list`."""
     add(parser, "base_model", "those for this base model", metavar="MODEL")
     add(parser, "author", "those of this user or organisation", metavar="NAME")
-    add(parser, "limit", "how many at most", type=positive, default=30)
+    add(parser, "limit", "how many at most", type=int, default=30)
 
 
 def run_list(arguments: argparse.Namespace, output: Output) -> None:
@@ -85,10 +87,19 @@ def run_list(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.hub import list_inits
 
     found = list_inits(base_model=arguments.base_model, author=arguments.author, limit=arguments.limit)
-    rows = [
-        [e.repo_id, (e.commit or "")[:12], "private" if e.private else "public", e.base_model or "", str(e.rank or "")]
-        for e in found
-    ]
-    text = "\n".join(in_columns(rows, ["repository", "commit", "", "base model", "rank"])) if rows else "Nothing found."
-    values = {"initialisations": [vars(each) for each in found]}
-    output.result(values, bare=[each.repo_id for each in found], text=text)
+    items = [_facts(info) for info in found]
+    rows = [[str(value or "") for value in item.values()] for item in items]
+    text = "\n".join(in_columns(rows, [name.replace("_", " ") for name in items[0]])) if items else "Nothing found."
+    output.result({"initialisations": items}, bare=[info.id for info in found], text=text)
+
+
+def _facts(info: ModelInfo) -> dict[str, Any]:
+    card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
+    facts: Any = card.get("lora_da")
+    return {
+        "repo_id": info.id,
+        "commit": info.sha,
+        "private": info.private,
+        "base_model": card.get("base_model"),
+        "rank": facts.get("max_rank") if isinstance(facts, dict) else None,
+    }

@@ -16,7 +16,6 @@ from lora_da_hf.cli.flags import (
     card_of,
     check_new,
     load_base,
-    positive,
 )
 from lora_da_hf.cli.output import Output, in_lines
 from lora_da_hf.errors import ConfigError
@@ -28,42 +27,27 @@ from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_fl
 def show_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da show`."""
     add_folder(parser)
-    add(parser, "plots", "write the plots there, as PNG files", type=Path, metavar="FOLDER")
     add(parser, "every_layer", "one row for each layer, however many there are")
 
 
 def run_show(arguments: argparse.Namespace, output: Output) -> None:
-    """Show what is in a stored initialisation: a table, and plots if asked for."""
+    """Show what is in a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.hub.plots import draw_plots
 
     manifest = load_init(arguments.folder).manifest
     report, base = manifest.report, manifest.base_model
-    plots = _write(arguments.plots, draw_plots(report)) if arguments.plots else []
-    modules = Counter(kind_of(layer.name) for layer in report.layers)
-    facts = {"base_model": base.name_or_path, "base_revision": base.revision, "created": manifest.created}
-    rank = max(layer.max_rank for layer in report.layers)
     values = {
         "folder": str(arguments.folder),
-        **facts,
-        "max_rank": rank,
-        "modules": dict(modules),
+        "base_model": base.name_or_path,
+        "base_revision": base.revision,
+        "created": manifest.created,
+        "max_rank": max(layer.max_rank for layer in report.layers),
+        "modules": dict(Counter(kind_of(layer.name) for layer in report.layers)),
         "has_statistics": bool(manifest.statistics_files),
         "bytes": manifest.num_bytes,
-        "plots": plots,
-        **report.to_dict(),
     }
-    shown = {
-        **facts,
-        "rank": f"{', '.join(map(str, sorted({layer.rank for layer in report.layers})))} of {rank} stored",
-        "modules": ", ".join(f"{name} x {number}" for name, number in modules.items()),
-        "steps_by_rank": ", ".join(f"{r}: {step:.4g}" for r, step in report.step_size_by_rank.items()) or None,
-        "statistics": "stored" if manifest.statistics_files else "not stored",
-        "size": f"{manifest.num_bytes / 2**20:,.1f} MiB",
-        "plots": ", ".join(plots) or None,
-    }
-    text = f"{in_lines(shown)}\n\n{report.table() if arguments.every_layer else report}"
-    output.result(values, bare=[layer.name for layer in report.layers], text=text)
+    text = f"{in_lines(values)}\n\n{report.table() if arguments.every_layer else report}"
+    output.result({**values, **report.to_dict()}, bare=[layer.name for layer in report.layers], text=text)
 
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,34 +79,30 @@ def card_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da card`."""
     add_folder(parser)
     add(parser, "output", "write card and plots there (default: the card to stdout)", type=Path, metavar="FOLDER")
-    add(parser, "overwrite", "replace a README.md there that is not a card of lora-da")
+    add(parser, "overwrite", "replace a README.md that is there")
     add(parser, "repo_id", "where it is published", metavar="USER/NAME")
     add_card(parser)
 
 
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
-    """Render the card of a stored initialisation."""
-    from lora_da_hf.artifacts.folders import CARD_FILE, is_own_card
+    """Render the card of a stored initialisation, and its plots."""
+    from lora_da_hf.artifacts.folders import CARD_FILE
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import render_card, render_page
 
-    facts, init = card_of(arguments), load_init(arguments.folder)
+    facts, init = {**card_of(arguments), "repo_id": arguments.repo_id}, load_init(arguments.folder)
     if arguments.output is None:
-        card = render_card(init, repo_id=arguments.repo_id, **facts).rstrip("\n")
+        card = render_card(init, **facts).rstrip("\n")
         output.result({"card": card}, bare=card, text=card)
         return
-    readme = arguments.output / CARD_FILE
-    if readme.exists() and not arguments.overwrite and not is_own_card(readme.read_bytes()):
-        raise ConfigError(f"{readme} is not a card of lora-da. Name another folder, or give --overwrite to replace it.")
-    written = _write(arguments.output, render_page(init, repo_id=arguments.repo_id, **facts))
+    if (arguments.output / CARD_FILE).exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.output} has a {CARD_FILE}. Name another folder, or replace it by --overwrite.")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    for name, content in render_page(init, **facts).items():
+        (arguments.output / name).write_bytes(content)
+        written.append(str(arguments.output / name))
     output.result({"files": written}, bare=written, text="\n".join(f"Written: {path}" for path in written))
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return [str(folder / name) for name in files]
 
 
 def refit_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +110,8 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder for the new initialisation")
     add(parser, "overwrite", "replace an initialisation that is there; OUTPUT may be FOLDER, and keeps its statistics")
-    add(parser, "rank", "rank of the new adapter, at most the stored one", type=positive)
-    add(parser, "rank_budget", "parameters of the adapter, shared out between the layers", type=positive)
+    add(parser, "rank", "rank of the new adapter, at most the stored one", type=int)
+    add(parser, "rank_budget", "parameters of the adapter, shared out between the layers", type=int)
     add(parser, "step_size", "how far step 0 goes (default: as the stored steps say)", type=float)
     add_base_model(parser, "and compare it (a DoRA adapter needs it)")
     free = [

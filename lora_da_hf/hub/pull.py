@@ -6,24 +6,19 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.constants import is_offline_mode
 from torch import nn
 
-from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.folders import TAGS
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, MANIFEST_FILE, Manifest
+from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import hub_errors
 from lora_da_hf.pipeline.base_model import base_model_facts
-
-LoadBase = Callable[[dict[str, Any]], nn.Module]
-"""Loads a base model, given PEFT's configuration of the adapter that it is for."""
 
 _T = TypeVar("_T")
 
@@ -33,7 +28,7 @@ def pull_init(
     *,
     revision: str | None = None,
     statistics: bool = True,
-    base_model: nn.Module | LoadBase | None = None,
+    base_model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -50,8 +45,7 @@ def pull_init(
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none of them.
-        base_model: The model that you use it on, or a function that loads it, given PEFT's configuration of the
-            adapter; None: it is not compared.
+        base_model: The model that you use it on; None: it is not compared.
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.
         local_dir: A new or empty folder for a copy of your own; None: it stays in the cache.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
@@ -80,10 +74,9 @@ def pull_init(
             found = api.model_info(repo_id, revision=revision).siblings or ()
             if MANIFEST_FILE not in {sibling.rfilename for sibling in found}:
                 raise HubError(f"{repo_id} has no {MANIFEST_FILE}, so it is not an initialisation. Check the name.")
-        small = functools.partial(fetch, revision=revision, allow_patterns=[MANIFEST_FILE, ADAPTER_CONFIG_FILE])
-        folder, manifest, peft_config = _read(small, _read_small, offline=offline)
-    base = base_model if base_model is None or isinstance(base_model, nn.Module) else base_model(peft_config)
-    notes = () if base is None else check_base_model(manifest, base_model_facts(base))
+        small = functools.partial(fetch, revision=revision, allow_patterns=[MANIFEST_FILE])
+        folder, manifest = _read(small, lambda folder: (folder, load_manifest(folder)), offline=offline)
+    notes = () if base_model is None else check_base_model(manifest, base_model_facts(base_model))
     with hub_errors(doing):
         wanted = sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))
         whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
@@ -96,11 +89,6 @@ def pull_init(
     return dataclasses.replace(stored, folder=Path(local_dir or folder), notes=notes, source=source)
 
 
-def _read_small(folder: Path) -> tuple[Path, Manifest, dict[str, Any]]:
-    manifest = load_manifest(folder)
-    return folder, manifest, check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
-
-
 def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:
     """Fetch files and read them; once more if the cache holds a damaged copy."""
     try:
@@ -111,18 +99,6 @@ def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: boo
     return read(Path(fetch(force_download=True)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class InitInfo:
-    """What the Hub and the card's metadata say of an initialisation, such as its largest rank; nothing is checked."""
-
-    repo_id: str
-    commit: str | None
-    private: bool
-    base_model: str | None
-    rank: int | None
-    tags: tuple[str, ...]
-
-
 def list_inits(
     *,
     base_model: str | None = None,
@@ -130,8 +106,10 @@ def list_inits(
     limit: int | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
-) -> list[InitInfo]:
+) -> list[ModelInfo]:
     """List the initialisations on the Hub that the token may see: all, or those for a base, or of an author.
+
+    Nothing that their cards say is checked. ``card_data["lora_da"]`` has the ranks.
 
     Raises:
         HubError: if the Hub refuses or cannot be reached.
@@ -139,19 +117,4 @@ def list_inits(
     tags = [*TAGS[-2:], *([f"base_model:adapter:{base_model}"] if base_model else [])]
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors("Listing initialisations"):
-        found = api.list_models(filter=tags, author=author, limit=limit, full=True, cardData=True)
-        return [_init_info(info) for info in found]
-
-
-def _init_info(info: ModelInfo) -> InitInfo:
-    card: dict[str, Any] = info.card_data.to_dict() if info.card_data is not None else {}
-    base, facts = card.get("base_model"), card.get("lora_da")
-    rank = facts.get("max_rank") if isinstance(facts, dict) else None
-    return InitInfo(
-        repo_id=info.id,
-        commit=info.sha,
-        private=bool(info.private),
-        base_model=base if isinstance(base, str) else None,
-        rank=rank if type(rank) is int else None,
-        tags=tuple(info.tags or ()),
-    )
+        return list(api.list_models(filter=tags, author=author, limit=limit, full=True, cardData=True))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 from typing_extensions import Unpack
 
@@ -26,18 +25,6 @@ _NEUTRAL = (".gitattributes", ".gitignore", *LICENSE_FILES)
 """What a repository may hold before its first initialisation."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PushedInit:
-    """Where an initialisation was published, as which commit, and whether there was anything to commit."""
-
-    repo_id: str
-    url: str
-    commit: str
-    pull_request_url: str | None
-    changed: bool
-    private: bool
-
-
 def push_init(
     folder: str | Path,
     repo_id: str,
@@ -51,12 +38,12 @@ def push_init(
     token: str | bool | None = None,
     endpoint: str | None = None,
     **facts: Unpack[CardFacts],
-) -> PushedInit:
+) -> CommitInfo:
     """Publish an initialisation on the Hub.
 
     The folder passes every check of `load_init`, and the card is rendered, before anything is sent. A new repository is
     made if there is none. Everything goes into one commit: the files, the card, its plots, and a LICENSE or NOTICE that
-    lies in the folder. If nothing changed, nothing is committed.
+    lies in the folder. If nothing changed, nothing is committed, and the newest commit is returned.
 
     Args:
         folder: What an initialisation wrote.
@@ -117,14 +104,7 @@ def push_init(
         )
         pushed = api.model_info(repo_id, revision=commit.oid)
         _check_visibility(pushed, private=private, left=f" The commit {commit.oid} is there already.")
-    return PushedInit(
-        repo_id=repo_id,
-        url=commit.commit_url,
-        commit=commit.oid,
-        pull_request_url=commit.pr_url,
-        changed=commit.oid != head.sha,
-        private=bool(pushed.private),
-    )
+    return commit
 
 
 def _page(

@@ -27,7 +27,6 @@ from lora_da_hf import apply_init
 from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, parse_manifest
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError, UnsupportedSetupError
-from lora_da_hf.hub.cards import render_card
 from lora_da_hf.theory.solve import factorize, solve_layer
 from lora_da_hf.theory.steps import divisors, split_factors
 
@@ -341,8 +340,6 @@ def test_behind_a_link_what_it_leads_to_is_replaced(tmp_path, lora_model, sample
 def test_what_is_not_of_an_initialisation_is_never_replaced(tmp_path, lora_model, samples, name):
     folder = tmp_path / "init"
     initialize(lora_model(), samples, folder, save_statistics=True)
-    (folder / "README.md").write_text(render_card(load_init(folder), license=None), encoding="utf-8")
-    (folder / "guidance_spectra.png").write_bytes(b"of the card")
     initialize(lora_model(r=2), samples, folder)
     assert {layer.rank for layer in load_init(folder).report.layers} == {2}
     assert {path.name for path in folder.iterdir()} == {*load_init(folder).manifest.files, MANIFEST_FILE}

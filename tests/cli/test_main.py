@@ -25,7 +25,6 @@ NAMES = list(VERBS)
         (["--json", "list"], "(?s).*unrecognized arguments: --json"),
         (["no-such-verb"], "(?s).*invalid choice"),
         (["show"], "(?s).*arguments are required: FOLDER"),
-        (["plan", "a", "--world_size", "0"], "(?s).*must be at least 1, got 0"),
         (["show", "a", "--json", "--quiet"], "(?s).*not allowed with"),
         (["init", "model", "data.jsonl", "out", "--da_factor_split", "magic"], "(?s).*invalid choice"),
     ],

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import CommitInfo, ModelCardData
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
@@ -17,7 +18,6 @@ import lora_da_hf.hub
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.cli.main import main
-from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.setting_groups import FREE_IN_REFIT
 from lora_da_hf.training.arguments import LoraArguments
 
@@ -197,15 +197,13 @@ def test_plan_counts_the_layers_that_keep_their_initialisation(lora_da, place):
 # ---------------------------------------------------------------------------------------------- show, verify, card
 
 
-def test_show_has_three_forms_and_draws_plots(lora_da, stored, tmp_path):
+def test_show_has_three_forms(lora_da, stored):
     code, out, err = lora_da("show", stored)
     assert (code, err) == (0, "")
     assert "model.layers.0.self_attn.q_proj" in out
-    assert "2 of 4 stored" in out
-    facts = json.loads(lora_da("show", stored, "--plots", tmp_path / "plots", "--json")[1])
+    assert "max rank        4" in out
+    facts = json.loads(lora_da("show", stored, "--json")[1])
     assert (facts["max_rank"], facts["modules"]["q_proj"], facts["num_samples"]) == (4, 2, 12)
-    assert facts["plots"] == [str(tmp_path / "plots" / name) for name in ("guidance_spectra.png", "step_search.png")]
-    assert all((tmp_path / "plots" / name).stat().st_size > 10_000 for name in ("guidance_spectra.png",))
     assert lora_da("show", stored, "--quiet")[1].split() == [layer["name"] for layer in facts["layers"]]
 
 
@@ -240,10 +238,8 @@ def test_card_goes_to_stdout_or_a_folder_and_replaces_nothing_else(lora_da, stor
     folder = tmp_path / "card"
     files = json.loads(lora_da("card", stored, "--output", folder, "--json")[1])["files"]
     assert {path.name for path in folder.iterdir()} == {path.rpartition("/")[2] for path in files}
-    assert lora_da("card", stored, "--output", folder)[0] == 0  # its own is replaced
-    (folder / "README.md").write_text("# mine")
     code, _, err = lora_da("card", stored, "--output", folder)
-    assert (code, "README.md is not a card of lora-da" in err) == (1, True)
+    assert (code, "README.md" in err) == (1, True)
     assert lora_da("card", stored, "--output", folder, "--overwrite")[0] == 0
 
 
@@ -279,9 +275,9 @@ def test_the_help_of_refit_shows_the_settings_that_it_takes(lora_da):
 def calls(monkeypatch, tmp_path, stored):
     """Stand in for the Hub, and list the calls."""
     found = []
-    both = {"repo_id": "user/name", "commit": "c" * 40, "private": True}
-    pushed = SimpleNamespace(**both, url="https://hub.example/user/name", pull_request_url=None, changed=False)
-    item = SimpleNamespace(**both, base_model="org/base", rank=8, tags=["lora-da"])
+    pushed = CommitInfo(f"https://huggingface.co/user/name/commit/{'c' * 40}", "message", "", "c" * 40)
+    card = ModelCardData(base_model="org/base", lora_da={"max_rank": 8})
+    item = SimpleNamespace(id="user/name", sha="c" * 40, private=True, card_data=card)
     results = {
         "push_init": pushed,
         "pull_init": dataclasses.replace(load_init(stored), source=f"user/name@{'c' * 40}"),
@@ -298,10 +294,9 @@ def calls(monkeypatch, tmp_path, stored):
 
 
 def test_push_is_private_unless_asked_otherwise_and_hands_on_every_flag(lora_da, calls, tmp_path):
-    code, out, err = lora_da("push", tmp_path, "user/name")
+    code, out, _ = lora_da("push", tmp_path, "user/name")
     assert code == 0
-    assert "https://hub.example/user/name" in out
-    assert "nothing was committed" in err
+    assert f"https://huggingface.co/user/name/commit/{'c' * 40}" in out
     assert calls[0][0] == (tmp_path, "user/name")
     assert {name: value for name, value in calls[0][1].items() if value} == {"private": True}
     (tmp_path / "card.md").write_text("# card", encoding="utf-8")
@@ -328,18 +323,12 @@ def test_pull_takes_the_revision_in_two_ways(lora_da, calls, stored, words):
     assert lora_da("pull", "user/name@v1", "--revision", "v2")[0] == 1
 
 
-def test_pull_compares_a_base_model_that_it_loads(lora_da, calls, place, stored):
-    assert lora_da("pull", "user/name", "--base_model", place / "model", "--quiet")[0] == 0
-    model = calls[0][1]["base_model"]({"task_type": "CAUSAL_LM"})
-    assert base_model_facts(model).weights_sha256 == load_init(stored).manifest.base_model.weights_sha256
-
-
 def test_list_is_a_table(lora_da, calls, monkeypatch):
     _, out, _ = lora_da("list", "--base_model", "org/base", "--limit", 5)
     assert calls[0] == ((), {"base_model": "org/base", "author": None, "limit": 5})
     header, _, row = out.strip().splitlines()
-    assert header.split() == ["repository", "commit", "base", "model", "rank"]
-    assert row.split() == ["user/name", "c" * 12, "private", "org/base", "8"]
+    assert header.split() == ["repo", "id", "commit", "private", "base", "model", "rank"]
+    assert row.split() == ["user/name", "c" * 40, "True", "org/base", "8"]
     assert lora_da("list", "--quiet")[1] == "user/name\n"
     assert json.loads(lora_da("list", "--json")[1])["initialisations"][0]["rank"] == 8
     monkeypatch.setattr(lora_da_hf.hub, "list_inits", lambda **_: [])

@@ -46,7 +46,7 @@ def start_from(init):
 
 
 def test_what_is_pulled_is_what_was_pushed_to_the_bit_and_loads(hub, init, push, pull, tmp_path):
-    commit = push().commit
+    commit = push().oid
     pulled = pull()
     assert contents(pulled.folder) == contents(init)
     assert pulled.source == f"{REPO}@{commit}"
@@ -67,23 +67,23 @@ def test_what_is_pulled_is_what_was_pushed_to_the_bit_and_loads(hub, init, push,
 
 def test_pull_by_tag_commit_branch_and_pull_request(hub, init, another, push, pull):
     first = push()
-    hub.repos[REPO].refs["old"] = first.commit
+    hub.repos[REPO].refs["old"] = first.oid
     second = push(another)
-    hub.repos[REPO].refs["refs/pr/1"] = second.commit
+    hub.repos[REPO].refs["refs/pr/1"] = second.oid
     for revision, expected, folder in (
         (None, second, another),
         ("main", second, another),
         ("refs/pr/1", second, another),
         ("old", first, init),
-        (first.commit, first, init),
+        (first.oid, first, init),
     ):
         pulled = pull(revision=revision)
-        assert pulled.source == f"{REPO}@{expected.commit}"
+        assert pulled.source == f"{REPO}@{expected.oid}"
         assert contents(pulled.folder) == contents(folder)
 
 
 def test_a_start_needs_no_statistics_and_they_are_not_fetched(hub, init, push, pull, monkeypatch):
-    commit = push().commit
+    commit = push().oid
     monkeypatch.setattr(lora_da_hf.hub, "pull_init", pull)
     for name in (REPO, f"{REPO}@{commit}"):
         found = find_init(name)
@@ -142,7 +142,7 @@ def test_a_repo_without_a_manifest_is_no_initialisation(hub, push, pull):
 
 @pytest.mark.parametrize("by_environment", [False, True])
 def test_what_was_pulled_is_there_without_a_network(hub, init, push, pull, monkeypatch, by_environment):
-    commit = push().commit
+    commit = push().oid
     hub.repos[REPO].refs["v1"] = commit
     pull(revision="v1")
     hub.close()
@@ -191,7 +191,7 @@ def test_a_read_only_cache_is_used(init, push, pull, tmp_path, offline):
 
 @pytest.mark.slow
 def test_endpoint_token_and_offline_come_from_the_environment(hub, push, tmp_path):
-    commit = push().commit
+    commit = push().oid
     script = (
         "from lora_da_hf.hub import pull_init, list_inits\n"
         f"print(pull_init({REPO!r}, cache_dir={str(tmp_path / 'cache')!r}).source)\n"
@@ -203,7 +203,7 @@ def test_endpoint_token_and_offline_come_from_the_environment(hub, push, tmp_pat
         command = [sys.executable, "-c", script]
         return subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, check=False)
 
-    found = run(script + "print(*[init.repo_id for init in list_inits()])", HF_TOKEN="hf_alice")
+    found = run(script + "print(*[init.id for init in list_inits()])", HF_TOKEN="hf_alice")
     assert found.stdout.split() == [f"{REPO}@{commit}", REPO], found.stderr
     hub.close()
     assert run(script, HF_HUB_OFFLINE="1").stdout.split() == [f"{REPO}@{commit}"]
@@ -238,21 +238,12 @@ def test_four_pulls_at_once(init, push, pull):
 
 def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pull):
     push()
-    asked = []
-
-    def load(peft_config):
-        asked.append(peft_config["target_modules"])
-        return make_tiny_llama(seed=1)
-
     with pytest.raises(BaseModelMismatchError, match="num_key_value_heads"):
         pull(base_model=make_tiny_llama(num_key_value_heads=1))
     with pytest.raises(BaseModelMismatchError, match="fingerprint"):
-        pull(base_model=load)
-    assert sorted(asked[0]) == ["q_proj", "v_proj"]
+        pull(base_model=make_tiny_llama(seed=1))
     assert ADAPTER_FILE not in hub.downloads()
     assert pull(base_model=base()).folder.exists()
-    with pytest.raises(OSError, match="no such model"):
-        pull(base_model=lambda _: (_ for _ in ()).throw(OSError("no such model")))
 
 
 # Listing
@@ -265,17 +256,10 @@ def test_listing_finds_what_one_may_see(hub, push):
     def found(**settings):
         return list_inits(endpoint=hub.endpoint, **{"token": "hf_alice", **settings})
 
-    assert [item.repo_id for item in found()] == ["alice/one", "alice/two"]
-    assert [item.repo_id for item in found(base_model="org/base", limit=1)] == ["alice/one"]
+    assert [item.id for item in found()] == ["alice/one", "alice/two"]
+    assert [item.id for item in found(base_model="org/base", limit=1)] == ["alice/one"]
     assert found(base_model="org/other") == found(author="bob") == []
     (item,) = found(token=False)
-    assert (item.repo_id, item.commit, item.private) == ("alice/one", first.commit, False)
-    assert (item.base_model, item.rank) == ("org/base", 6)
+    assert (item.id, item.sha, item.private) == ("alice/one", first.oid, False)
+    assert (item.card_data["base_model"], item.card_data["lora_da"]["max_rank"]) == ("org/base", 6)
     assert {"lora-da", "lora-init", "base_model:adapter:org/base"} <= set(item.tags)
-
-
-@pytest.mark.parametrize("rank", ["'4'", "[1]", "1.5", "{}", "true"])
-def test_what_a_card_says_is_not_trusted(hub, push, rank):
-    push(card=f'---\ntags: [lora-da, lora-init]\nbase_model: ["a\\e[31m"]\nlora_da: {{max_rank: {rank}}}\n---\n')
-    (found,) = list_inits(endpoint=hub.endpoint, token="hf_alice")
-    assert (found.rank, found.base_model) == (None, None)

@@ -43,16 +43,16 @@ def test_a_push_is_one_commit_with_everything(hub, push, init):
     pushed = push()
     repo = hub.repos[REPO]
     assert list(repo.commits)[2:] == []
-    assert repo.refs == {"main": pushed.commit}
+    assert repo.refs == {"main": pushed.oid}
     assert {"README.md", "LICENSE", MANIFEST_FILE, ADAPTER_FILE, STATISTICS_FILE} <= set(repo.files)
-    assert (pushed.repo_id, pushed.changed, pushed.private, pushed.pull_request_url) == (REPO, True, True, None)
-    assert pushed.url == f"{hub.endpoint}/{REPO}/commit/{pushed.commit}"
+    assert (pushed.repo_url.repo_id, pushed.pr_url) == (REPO, None)
+    assert pushed.commit_url == f"{hub.endpoint}/{REPO}/commit/{pushed.oid}"
 
 
 def test_a_push_without_changes_makes_no_commit(hub, push):
     first = push()
     again = push(repo_id="init")  # one's own
-    assert (again.repo_id, again.commit, again.changed) == (REPO, first.commit, False)
+    assert (again.repo_url.repo_id, again.oid) == (REPO, first.oid)
 
 
 def test_a_second_push_removes_what_the_first_had_and_leaves_what_others_have(hub, push, another):
@@ -67,11 +67,11 @@ def test_a_second_push_removes_what_the_first_had_and_leaves_what_others_have(hu
 
 def test_a_push_to_a_branch_and_a_pull_request_leave_main(hub, push, another):
     first = push()
-    hub.repos[REPO].refs["trial"] = first.commit
+    hub.repos[REPO].refs["trial"] = first.oid
     branch = push(another, revision="trial")
     proposed = push(another, create_pr=True)
-    assert proposed.pull_request_url == f"{hub.endpoint}/{REPO}/discussions/1"
-    assert hub.repos[REPO].refs == {"main": first.commit, "trial": branch.commit, "refs/pr/1": proposed.commit}
+    assert proposed.pr_url == f"{hub.endpoint}/{REPO}/discussions/1"
+    assert hub.repos[REPO].refs == {"main": first.oid, "trial": branch.oid, "refs/pr/1": proposed.oid}
     with pytest.raises(HubError, match="no such branch"):
         push(revision="elsewhere")
 
@@ -80,8 +80,8 @@ def test_a_stale_parent_is_refused(hub, another, push):
     first = push()
     second = push(another)
     with pytest.raises(HubError, match="somebody else pushed meanwhile"):
-        push(parent_commit=first.commit)
-    assert hub.repos[REPO].refs["main"] == second.commit
+        push(parent_commit=first.oid)
+    assert hub.repos[REPO].refs["main"] == second.oid
 
 
 def test_of_two_writers_at_once_one_wins(hub, init, another, push):
@@ -90,7 +90,7 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
 
     def write(name):
         try:
-            return push(another, card=CARD + name).commit
+            return push(another, card=CARD + name).oid
         except HubError as error:
             return str(error)
 
@@ -117,7 +117,7 @@ def test_a_push_does_not_take_over_a_repo_that_holds_something_else(hub, push, n
 
 def test_a_push_to_a_repo_with_a_licence_alone(hub, push):
     make_repo(hub, {"LICENSE": "Do good.", ".gitattributes": ""})
-    assert push().commit == hub.repos[REPO].refs["main"]
+    assert push().oid == hub.repos[REPO].refs["main"]
 
 
 def test_a_repo_that_is_public_or_private_against_the_wish_is_refused_before_anything_is_sent(hub, push, another):
@@ -179,7 +179,8 @@ def test_a_public_push_needs_a_licence_of_its_own_or_of_the_base(hub, push, know
         with pytest.raises(HubError, match="--license"):
             push(private=False, card="---\ntags: [lora-da]\n---\n")
         assert REPO not in hub.repos
-    assert not push(private=False, card=None, license=None if known else "mit").private
+    push(private=False, card=None, license=None if known else "mit")
+    assert not hub.repos[REPO].private
     assert metadata_of(hub)["license"] == "mit"
 
 

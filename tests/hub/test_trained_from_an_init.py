@@ -41,7 +41,7 @@ adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("model"), lora)
 other = Trainer(**settings("other", adapted, callbacks=[LoRADACallback(init_from="alice/init")]))
 other.train()
 other.push_to_hub()
-print(pushed.commit)
+print(pushed.oid)
 """
 
 
