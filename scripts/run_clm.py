@@ -134,20 +134,12 @@ class Arguments:
         self.da.to_config()
         data, training, has_rows = self.data, self.training, self.data.dataset_name or self.data.train_file
         refuse(self.adapter.init_from and self.adapter.init != "lora_da", "leave --init lora out, or --init_from")
-        refuse(self.adapter.search_step and not self.adapter.init_from, "--search_step needs --init_from")
         refuse(not self.model.model_name_or_path, "--model_name_or_path is missing")
         refuse(not (training.do_train or training.do_eval), "nothing to do: give --do_train, --do_eval or both")
-        refuse(
-            data.dataset_name and (data.train_file or data.validation_file),
-            "give either --dataset_name or --train_file and --validation_file, not both",
-        )
+        files = data.train_file or data.validation_file
+        refuse(data.dataset_name and files, "give --dataset_name or files of data, not both")
         refuse(training.do_train and not has_rows, "--do_train needs data: give --dataset_name or --train_file")
-        refuse(
-            training.do_eval and not (has_rows or data.validation_file),
-            "--do_eval needs data: give --dataset_name, --validation_file or --train_file",
-        )
-        percentage = data.validation_split_percentage
-        refuse(not 1 <= percentage <= 99, f"--validation_split_percentage must be 1 to 99, got {percentage}")
+        refuse(training.do_eval and not (has_rows or files), "--do_eval needs data: give --dataset_name or a file")
         refuse(
             data.streaming and training.do_train and training.max_steps <= 0,
             "--streaming has no length: give --max_steps",
@@ -156,9 +148,6 @@ class Arguments:
             if path is not None:
                 check_data_file(path)
         training.resume_from_checkpoint = find_checkpoint(training)
-
-
-# ---------------------------------------------------------------------------------------------- command line
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -179,7 +168,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     )
     path, flags = split_off_config(argv)
     if path is not None:
-        flags = read_config(parser, path) + flags
+        parser.set_defaults(**read_config(parser, path))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
@@ -201,42 +190,20 @@ def split_off_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return found.config, flags
 
 
-def read_config(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    """Turn a config file into flags, so that its values are checked just as flags are.
-
-    Args:
-        parser: Knows which names exist. Values that no flag can express become its defaults.
-        path: A .json, .yaml or .yml file.
-    """
-    suffix = Path(path).suffix
-    if suffix not in CONFIG_SUFFIXES:
-        parser.error(f"config file {path} must end in {', '.join(CONFIG_SUFFIXES)}")
-    if not Path(path).is_file():
-        parser.error(f"config file {path} does not exist")
-    text = Path(path).read_text(encoding="utf-8")
+def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Read the settings of a config file; the parser checks text as it checks flags."""
     try:
-        values = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        parser.error(f"config file {path} is not valid {suffix[1:]}: {error}")
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"config file {path} cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"config file {path} must hold names and values of flags, not a {type(values).__name__}")
-    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
-    flags: list[str] = []
-    for name, value in values.items():
-        if name not in actions:
+    known = {action.dest for action in parser._actions}
+    for name in values:
+        if name not in known:
             parser.error(f"config file {path}: unknown setting {name!r}{suggestion(parser, str(name))}")
-        flags += flags_of(parser, actions[name], str(name), value)
-    return flags
-
-
-def flags_of(parser: argparse.ArgumentParser, action: argparse.Action, name: str, value: Any) -> list[str]:
-    """Write one setting of a config file as flags."""
-    if isinstance(value, list) and action.nargs == "+":
-        return [f"--{name}", *map(str, value)]
-    if value is None or isinstance(value, dict | list):
-        parser.set_defaults(**{action.dest: value})
-        return []
-    return [f"--{name}={value}"]
+    return values
 
 
 def suggestion(parser: argparse.ArgumentParser, name: str) -> str:
@@ -247,19 +214,12 @@ def suggestion(parser: argparse.ArgumentParser, name: str) -> str:
 
 
 def find_checkpoint(training: TrainingArguments) -> str | None:
-    """Find the checkpoint to go on from: a folder, or `last` for the newest in the output folder."""
+    """Return the checkpoint to go on from, `last` being the newest in the output folder."""
     wanted = training.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    if wanted.lower() not in ("last", "true"):
-        if not Path(wanted).is_dir():
-            raise ConfigError(
-                f"--resume_from_checkpoint {wanted} is not a folder: give a checkpoint-N folder, or `last`"
-            )
+    if wanted != "last":
         return wanted
     newest = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if newest is None:
-        raise ConfigError(f"--resume_from_checkpoint {wanted}: {training.output_dir} holds no checkpoint")
+    refuse(newest is None, f"--resume_from_checkpoint last: {training.output_dir} holds no checkpoint")
     return newest
 
 

@@ -360,7 +360,7 @@ DATA = ["--do_train", "--dataset_name", "d"]
         ([*DATA, "--da_num_samples", "0"], "num_samples"),
         ([*DATA, "--init", "lora", "--init_from", "x"], "--init_from"),
         ([*DATA, "--resume_from_checkpoint", "last"], "holds no checkpoint"),
-        (["--config", "missing.yaml"], "missing.yaml does not exist"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read"),
     ],
 )
 def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
@@ -371,7 +371,7 @@ def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid json"),
+        ("{", "cannot be read"),
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
         ('{"learning_rate": "fast"}', "invalid float value"),
     ],
