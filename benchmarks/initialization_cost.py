@@ -1,13 +1,9 @@
-"""What an initialisation costs: seconds and peak memory, beside a bare pass and the authors' schedule.
+"""What an initialisation costs: seconds and peak memory, beside a bare pass and PEFT's starts from data.
 
 Each measurement is a process of its own, so that peak memory is its own too. A run of all of them is repeated, and the
 table gives medians and spread. Run it on a machine that does nothing else:
 
     python benchmarks/initialization_cost.py
-
-The *schedule of the authors' code* is one pass for the gradients and one pass for each eight decoder layers for the
-Fisher factors, each of them with the gradient of every parameter. It is written anew here from that description, with
-the passes alone: no solve is charged to it.
 
 With `--peers`, PEFT's EVA, CorDA and LoRA-GA are measured in the same run, each by its documented call and its default
 settings on the same model and the same batches (CorDA takes single samples, EVA leaves all ranks equal). One that is
@@ -20,7 +16,6 @@ import argparse
 import contextlib
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -42,11 +37,12 @@ from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import choose_samples, pad_samples
 from lora_da_hf.statistics.batches import sample_length
+from lora_da_hf.training.arguments import TextArguments
+from lora_da_hf.training.text import load_file, tokenize
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LAYERS_PER_FISHER_PASS = 8
 SEED = 0
-METHODS = ("bare", "initialization", "schedule", "schedule_single")
+METHODS = ("bare", "initialization")
 PEERS = ("eva", "corda", "lora_ga")
 LORA = {"r": 8, "lora_alpha": 16, "use_rslora": True}
 STAGES = {"statistics": "statistics", "solve": "solve", "write": "write", "line_search": "line search"}
@@ -57,8 +53,6 @@ TITLES = {
     "write": "write",
     "line_search": "line search, and the loss before and after",
     "initialization": "whole initialisation",
-    "schedule": "schedule of the authors' code, same batch size",
-    "schedule_single": "schedule of the authors' code, batch size 1 as published",
     "eva": "EVA, by PEFT",
     "corda": "CorDA (IPM), by PEFT, batch size 1",
     "lora_ga": "LoRA-GA, by PEFT",
@@ -89,20 +83,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list[dict[str, list[int]]]:
     """Tokenise prompt and completion, with the prompt masked."""
-    samples: list[dict[str, list[int]]] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            prompt = tokenizer(row["prompt"]).input_ids
-            completion = tokenizer(row["completion"], add_special_tokens=False).input_ids
-            completion = [*completion, tokenizer.eos_token_id]
-            ids = (prompt + completion)[:max_length]
-            if len(prompt) < len(ids):
-                labels = ([-100] * len(prompt) + completion)[:max_length]
-                samples.append({"input_ids": ids, "labels": labels})
-            if len(samples) == count:
-                break
-    return samples
+    columns = TextArguments(prompt_column="prompt", completion_column="completion")
+    rows = tokenize("train", load_file(path, cache_dir=None), tokenizer, max_length, columns)
+    return [dict(row) for row in rows.select(range(min(count, len(rows))))]
 
 
 def batches(samples: list[dict[str, list[int]]], size: int) -> Iterator[dict[str, Tensor]]:
@@ -119,53 +102,6 @@ def bare_pass(model: nn.Module, samples: list[Any], size: int) -> None:
     for batch in batches(samples, size):
         model(**batch, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
-
-
-def targets_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
-
-
-def layer_number(name: str) -> int:
-    return int(re.search(r"\.(\d+)\.", name)[1])  # type: ignore[index]
-
-
-def published_schedule(model: nn.Module, samples: list[Any], size: int) -> None:
-    """One pass for the gradients, then one for the Fisher factors of each eight layers."""
-    for batch in batches(samples, size):
-        model(**batch, use_cache=False).loss.backward()
-    gradients = {name: layer.weight.grad for name, layer in targets_of(model).items()}
-    model.zero_grad(set_to_none=True)
-    targets = targets_of(model)
-    last = max(map(layer_number, targets))
-    factors: dict[str, Tensor] = {}
-    for first in range(0, last + 1, LAYERS_PER_FISHER_PASS):
-        window = {n: m for n, m in targets.items() if first <= layer_number(n) < first + LAYERS_PER_FISHER_PASS}
-        handles = [handle for name, layer in window.items() for handle in fisher_hooks(name, layer, factors)]
-        for batch in batches(samples, size):
-            model(**batch, use_cache=False).loss.backward()
-            model.zero_grad(set_to_none=True)
-        for handle in handles:
-            handle.remove()
-    if len(gradients) != len(targets):
-        raise RuntimeError("A layer got no gradient.")
-
-
-def fisher_hooks(name: str, layer: nn.Linear, factors: dict[str, Tensor]) -> list[Any]:
-    """Sum ``x x^T`` once for the layers that share an input, by their names, and ``g**2``."""
-    owns_input = not name.endswith(("k_proj", "v_proj", "up_proj"))
-
-    def on_forward(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        key = f"{name}.input"
-        factors[key] = factors[key].addmm_(x.mT, x) if key in factors else x.mT @ x
-
-    def on_backward(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
-        squares = grads[0].detach().reshape(-1, grads[0].shape[-1]).float().square().sum(dim=0)
-        key = f"{name}.output"
-        factors[key] = factors[key] + squares if key in factors else squares
-
-    handles = [layer.register_full_backward_hook(on_backward)]
-    return [*handles, layer.register_forward_pre_hook(on_forward)] if owns_input else handles
 
 
 def config_of(options: argparse.Namespace) -> LoRADAConfig:
@@ -245,10 +181,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         bare_pass(model, used, options.batch_size)
     elif options.worker == "initialization":
         extra = initialization(model, samples, options)
-    elif options.worker in PEERS:
-        peer(model, used, options)
     else:
-        published_schedule(model, used, options.batch_size if options.worker == "schedule" else 1)
+        peer(model, used, options)
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
     peak = max(extra["stage_peaks_mib"].values()) if "stage_peaks_mib" in extra else peak_mib()
