@@ -12,12 +12,11 @@ from harness import (
     items_of,
     make_args,
     make_config,
-    make_lora_config,
     model_loss,
     stored_statistics,
     train_from,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
@@ -34,12 +33,6 @@ ROWS = [
     )
     for name, family in FAMILIES.items()
 ]
-
-
-def make_model(family, **lora):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_peft_model(family.make_model(), make_lora_config(**family.lora, **lora))
 
 
 def train(family, model, samples, folder):
@@ -65,7 +58,7 @@ def outputs(model, batch):
 @pytest.mark.parametrize("family", ROWS)
 def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     samples = family.samples(16)
-    trainer, start, report = train(family, make_model(family), samples, tmp_path)
+    trainer, start, report = train(family, family.adapt(), samples, tmp_path)
     assert_initialized(tmp_path / "lora_da", start, report, kept=family.kept)
     for ending, reason in family.kept.items():
         assert any(name.endswith(ending) and reason in why for name, why in report.kept.items()), report.kept
@@ -77,7 +70,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         assert not any("one sample at a time" in note for note in report.notes)
     else:
         expected = autograd_statistics(
-            make_model(family),
+            family.adapt(),
             chosen(samples),
             model_loss,
             family.collate,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers as tf
+from harness import make_lora_config
+from peft import get_peft_model
 from transformers import Seq2SeqTrainer, Trainer
 
 from lora_da_hf.samples import pad_samples
@@ -28,25 +30,25 @@ EXPERTS = {
 ROUTER = "is a parameter and no linear layer"
 
 COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {
     **COMMON,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **SIZES,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
-ENCODER = {
+ENCODER = {**COMMON, **SIZES, "max_position_embeddings": 64, "initializer_range": 0.2, "num_labels": CLASSES}
+BOTH = {
     **COMMON,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "num_labels": CLASSES,
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "init_std": 0.2,
 }
 
 
@@ -98,15 +100,7 @@ def tagging_samples(count):
 
 def answer_samples(count):
     rows = classification_samples(count)
-    return [
-        {
-            "input_ids": row["input_ids"],
-            "attention_mask": row["attention_mask"],
-            "start_positions": row["labels"],
-            "end_positions": row["labels"] + 2,
-        }
-        for row in rows
-    ]
+    return [{**row, "start_positions": (start := row.pop("labels")), "end_positions": start + 2} for row in rows]
 
 
 def _noise(*shape, seed):
@@ -159,14 +153,13 @@ def masked_samples(count):
 
 
 def audio_samples(count):
-    lengths = [200 + 40 * (number % 6) for number in range(count)]
     return [
         {
             "input_values": _noise(length, seed=number) + number % 2,
             "attention_mask": [1] * length,
             "labels": number % 2,
         }
-        for number, length in enumerate(lengths)
+        for number, length in enumerate(200 + 40 * (number % 6) for number in range(count))
     ]
 
 
@@ -191,52 +184,27 @@ def speech_samples(count):
 
 
 def caption_samples(count):
-    samples = []
-    for number, row in enumerate(causal_samples(count)):
-        ids = [IMAGE_TOKEN] * PATCHES + row["input_ids"]
-        samples.append(
-            {
-                "input_ids": ids,
-                "attention_mask": [1] * len(ids),
-                "labels": [-100] * PATCHES + row["labels"],
-                "pixel_values": _noise(3, 16, 16, seed=number),
-            }
-        )
-    return samples
+    return [
+        {
+            "input_ids": [IMAGE_TOKEN] * PATCHES + row["input_ids"],
+            "attention_mask": [1] * PATCHES + row["attention_mask"],
+            "labels": [-100] * PATCHES + row["labels"],
+            "pixel_values": _noise(3, 16, 16, seed=number),
+        }
+        for number, row in enumerate(causal_samples(count))
+    ]
 
 
 def _vision_config(kind, **overrides):
-    return kind(
-        **{
-            "hidden_size": WIDTH,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 16,
-            "patch_size": 8,
-            "initializer_range": 0.2,
-            **overrides,
-        }
-    )
+    return kind(**{**SIZES, "image_size": 16, "patch_size": 8, "initializer_range": 0.2, **overrides})
 
 
 def _whisper():
     return tf.WhisperConfig(
-        vocab_size=VOCABULARY,
+        **BOTH,
         num_mel_bins=8,
-        d_model=WIDTH,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
         max_source_positions=16,
         max_target_positions=32,
-        init_std=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
         decoder_start_token_id=1,
         suppress_tokens=None,
         begin_suppress_tokens=None,
@@ -245,11 +213,8 @@ def _whisper():
 
 def _wav2vec2():
     return tf.Wav2Vec2Config(
+        **SIZES,
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         conv_dim=(16, 16),
         conv_stride=(5, 4),
         conv_kernel=(5, 4),
@@ -328,6 +293,12 @@ class Family:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.model(self.config())
+
+    def adapt(self, **lora):
+        """Make a model with a fresh adapter."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return get_peft_model(self.make_model(), make_lora_config(**{**self.lora, **lora}))
 
 
 def _decoder(kind, **overrides):
@@ -424,18 +395,7 @@ FAMILIES = {
     "BART": Family(
         model=tf.BartForConditionalGeneration,
         config=lambda: tf.BartConfig(
-            **COMMON,
-            d_model=WIDTH,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_position_embeddings=64,
-            init_std=0.2,
-            decoder_start_token_id=2,
-            forced_eos_token_id=2,
+            **BOTH, max_position_embeddings=64, decoder_start_token_id=2, forced_eos_token_id=2
         ),
         samples=translation_samples,
         trainer=Seq2SeqTrainer,

@@ -10,41 +10,25 @@ from harness import (
     assert_statistics_equal,
     autograd_statistics,
     chosen,
+    initialize,
     items_of,
-    make_args,
     make_config,
-    make_lora_config,
+    make_trainer,
+    model_loss,
     pad_left,
     stored_statistics,
     train_from,
 )
 from oracles import relative_error
-from peft import get_peft_model
 from torch.nn.functional import cross_entropy, normalize
 
-from lora_da_hf import LoRADATrainer, initialize_lora_da
-from lora_da_hf.losses import model_loss
 from lora_da_hf.samples import pad_samples
 
 
-def make_model(family):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_peft_model(FAMILIES[family].make_model(), make_lora_config(**FAMILIES[family].lora))
-
-
-def statistics_of(folder, model, samples, collate=pad_samples, batch_size=4, compute_loss=None, **settings):
+def statistics_of(folder, model, samples, collator=pad_samples, batch_size=4, **settings):
     """Initialise the model, and return the report and the statistics."""
-    report = initialize_lora_da(
-        model,
-        samples,
-        config=make_config(**{**EIGHT, **settings}),
-        compute_loss=compute_loss,
-        data_collator=collate,
-        batch_size=batch_size,
-        output_dir=folder,
-        progress=False,
-    )
+    settings = {**EIGHT, "collator": collator, "batch_size": batch_size, **settings}
+    report = initialize(model, samples, folder, **settings)
     assert_initialized(folder, Adapter.of(model), report)
     return report, stored_statistics(folder)
 
@@ -67,12 +51,12 @@ KINDS = [
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family, kind):
     samples = FAMILIES[family].samples(16)
-    single, single_statistics = statistics_of(tmp_path / "1", make_model(family), samples, batch_size=1)
+    single, single_statistics = statistics_of(tmp_path / "1", FAMILIES[family].adapt(), samples, batch_size=1)
     assert single.batch_size == 1
     for name, collate in {"right": pad_samples, "left": pad_left}.items():
         if name == "left" and kind != "sum":
             continue  # positions of these models are absolute, so padding on the left changes their outputs
-        report, statistics = statistics_of(tmp_path / name, make_model(family), samples, collate)
+        report, statistics = statistics_of(tmp_path / name, FAMILIES[family].adapt(), samples, collate)
         assert (report.batch_size, report.loss_reduction.split()[0]) == (4, kind)
         assert_statistics_equal(statistics, single_statistics, 1e-4)
 
@@ -81,7 +65,7 @@ def test_the_statistics_do_not_depend_on_batch_size_or_padding(tmp_path, family,
 def test_the_gradient_is_that_of_the_loss_of_all_samples_in_one_batch(tmp_path, family):
     """That is what Trainer minimises: of samples with unlike numbers of labels, the mean over all of the labels."""
     samples = FAMILIES[family].samples(16)
-    _, statistics = statistics_of(tmp_path, make_model(family), samples, FAMILIES[family].collate, batch_size=3)
+    _, statistics = statistics_of(tmp_path, FAMILIES[family].adapt(), samples, FAMILIES[family].collate, batch_size=3)
     plain = FAMILIES[family].make_model().eval()
     model_loss(plain, FAMILIES[family].collate(chosen(samples)), None).backward()
     for name, layer in statistics.items():
@@ -93,16 +77,10 @@ def test_the_gradient_is_that_of_the_loss_of_all_samples_in_one_batch(tmp_path, 
 def test_padding_of_sequences_to_choose_from_does_not_count(tmp_path):
     family = FAMILIES["BERT, multiple choice"]
     samples = family.samples(16)
-    expected = autograd_statistics(
-        make_model("BERT, multiple choice"),
-        chosen(samples),
-        lambda m, batch: model_loss(m, batch, None),
-        family.collate,
-    )
+    expected = autograd_statistics(family.adapt(), chosen(samples), model_loss, family.collate)
     for size in (4, 2, 1):
         folder = tmp_path / str(size)
-        model = make_model("BERT, multiple choice")
-        report, statistics = statistics_of(folder, model, samples, family.collate, batch_size=size)
+        report, statistics = statistics_of(folder, family.adapt(), samples, family.collate, batch_size=size)
         assert report.batch_size == size
         assert_statistics_equal(statistics, expected, 1e-4)
 
@@ -110,13 +88,8 @@ def test_padding_of_sequences_to_choose_from_does_not_count(tmp_path):
 @pytest.mark.support("Losses", "Label smoothing", "the trainer's own, in `LoRADATrainer` or handed to the callback")
 def test_label_smoothing(tmp_path):
     samples = FAMILIES["Llama"].samples(16)
-    trainer = LoRADATrainer(
-        model=make_model("Llama"),
-        args=make_args(tmp_path, label_smoothing_factor=0.2),
-        train_dataset=samples,
-        data_collator=pad_samples,
-        da_config=make_config(**EIGHT),
-    )
+    settings = {"arguments": {"label_smoothing_factor": 0.2}, "da_config": make_config(**EIGHT)}
+    trainer = make_trainer(tmp_path, FAMILIES["Llama"].adapt(), samples, **settings)
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
@@ -125,7 +98,7 @@ def test_label_smoothing(tmp_path):
         return cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], label_smoothing=0.2)
 
     expected = autograd_statistics(
-        make_model("Llama"), chosen(samples), smoothed, pad_samples, items_of(trainer.lora_da_report)
+        FAMILIES["Llama"].adapt(), chosen(samples), smoothed, pad_samples, items_of(trainer.lora_da_report)
     )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
 
@@ -138,7 +111,7 @@ def pooled(model, batch):
     return normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
 
 
-def contrastive(model, batch, num_items):
+def contrastive(model, batch, num_items=None):
     """Tell the samples apart by their vectors: each is to be most like the batch's sample of its class before it."""
     vectors = pooled(model, batch)
     likeness = vectors @ vectors.mT / 0.5
@@ -147,11 +120,9 @@ def contrastive(model, batch, num_items):
 
 def only_the_encoder():
     """Return a model whose layers all take part in `pooled`."""
-    model = FAMILIES["BERT, sequence classification"].make_model()
     names = ["query", "key", "value", "dense"]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return get_peft_model(model, make_lora_config(target_modules=names, exclude_modules=r".*pooler.*"))
+    family = FAMILIES["BERT, sequence classification"]
+    return family.adapt(target_modules=names, exclude_modules=r".*pooler.*")
 
 
 @pytest.mark.support(
@@ -163,7 +134,7 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     samples = classification_samples(64)
     model = only_the_encoder()
     settings = {"num_samples": 16, "search_samples": 8}
-    report, statistics = statistics_of(tmp_path, model, samples, compute_loss=contrastive, **settings)
+    report, statistics = statistics_of(tmp_path, model, samples, loss=contrastive, **settings)
     assert report.loss_reduction.startswith("batch (measured: samples have a loss together and none alone")
     assert report.batch_size == 4
     assert "the loss is one of 4 samples together and cannot be split" in " ".join(report.notes)
@@ -172,7 +143,7 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     expected = autograd_statistics(
         only_the_encoder(),
         groups,
-        lambda model, batch: contrastive(model, batch, None),
+        contrastive,
         lambda one: pad_samples(one[0]),
     )
     for name, layer in statistics.items():
@@ -188,7 +159,7 @@ def test_no_sample_is_left_alone_with_a_contrastive_loss(tmp_path):
         return contrastive(model, batch, num_items)
 
     settings = {"num_samples": 9, "search_samples": 8}
-    statistics_of(tmp_path, only_the_encoder(), classification_samples(64), compute_loss=watched, **settings)
+    statistics_of(tmp_path, only_the_encoder(), classification_samples(64), loss=watched, **settings)
     assert sizes == [3, 3, 3]
 
 
@@ -201,13 +172,8 @@ def test_a_contrastive_loss_inside_each_sample_is_a_mean_over_samples(tmp_path):
         target = normalize(model.get_input_embeddings()(batch["input_ids"][:, 0]), dim=-1)
         return (1 - (vectors * target).sum(-1)).mean()
 
-    samples = classification_samples(64)
-    found = [
-        statistics_of(
-            tmp_path / str(size), only_the_encoder(), samples, batch_size=size, compute_loss=to_the_mean_token
-        )
-        for size in (1, 4)
-    ]
+    settings = {"samples": classification_samples(64), "loss": to_the_mean_token}
+    found = [statistics_of(tmp_path / str(size), only_the_encoder(), batch_size=size, **settings) for size in (1, 4)]
     assert [report.batch_size for report, _ in found] == [1, 4]
     assert found[1][0].loss_reduction.startswith("sample_mean")
     assert_statistics_equal(found[1][1], found[0][1], 1e-4)
@@ -219,17 +185,19 @@ def test_a_contrastive_loss_inside_each_sample_is_a_mean_over_samples(tmp_path):
 def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
     samples = FAMILIES["Llama"].samples(16)
 
-    def root(model, batch, num_items):
-        return model_loss(model, batch, None).sqrt()
+    def root(model, batch, num_items=None):
+        return model_loss(model, batch).sqrt()
 
-    report, statistics = statistics_of(tmp_path, make_model("Llama"), samples, compute_loss=root)
+    report, statistics = statistics_of(tmp_path, FAMILIES["Llama"].adapt(), samples, loss=root)
     assert report.batch_size == 1
     assert "run one sample at a time: the loss of two samples is neither" in " ".join(report.notes)
-    expected = autograd_statistics(make_model("Llama"), chosen(samples), lambda m, b: root(m, b, None), pad_samples)
+    expected = autograd_statistics(
+        FAMILIES["Llama"].adapt(), chosen(samples), lambda m, b: root(m, b, None), pad_samples
+    )
     assert_statistics_equal(statistics, expected, 1e-4)
 
 
-def of_rare_class(model, batch, num_items):
+def of_rare_class(model, batch, num_items=None):
     """Weigh one class five times: the mean is over weights."""
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return cross_entropy(outputs.logits, batch["labels"], weight=torch.tensor([1.0, 5.0, 1.0]))
@@ -244,13 +212,13 @@ def of_rare_class(model, batch, num_items):
 def test_weights_of_classes_do_not_mix_the_samples_of_a_batch(tmp_path, first):
     rows = {label: [s for s in classification_samples(200) if s["labels"] == label] for label in range(3)}
     samples = [rows[label].pop() for label in [*first, 0, 0, 0, 1, *[0, 1, 2] * 3]]
-    model = make_model("BERT, sequence classification")
-    report, statistics = statistics_of(tmp_path, model, samples, compute_loss=of_rare_class)
+    model = FAMILIES["BERT, sequence classification"].adapt()
+    report, statistics = statistics_of(tmp_path, model, samples, loss=of_rare_class)
     assert report.batch_size == 1
     expected = autograd_statistics(
-        make_model("BERT, sequence classification"),
+        FAMILIES["BERT, sequence classification"].adapt(),
         chosen(samples),
-        lambda m, b: of_rare_class(m, b, None),
+        of_rare_class,
         pad_samples,
     )
     assert_statistics_equal(statistics, expected, 1e-4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families.zoo import EXPERTS, FAMILIES, send_nothing_to_the_last_expert
+from families.zoo import FAMILIES, send_nothing_to_the_last_expert
 from harness import (
     EIGHT,
     Adapter,
@@ -12,10 +12,9 @@ from harness import (
     collate,
     initialize,
     make_learnable_samples,
-    make_lora_config,
     stored_statistics,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 from lora_da_hf import apply_init
 from lora_da_hf.errors import UnsupportedSetupError
@@ -25,7 +24,7 @@ SAMPLES = make_learnable_samples(16)
 
 
 def make_mixtral(**lora):
-    return get_peft_model(FAMILIES["Mixtral (experts)"].make_model(), make_lora_config(**{**EXPERTS, **lora}))
+    return FAMILIES["Mixtral (experts)"].adapt(**lora)
 
 
 def test_the_statistics_of_experts_do_not_depend_on_batching(tmp_path):
