@@ -62,9 +62,5 @@ class HubError(LoRADAError, RuntimeError):
     """The Hub refused, could not be reached, or does not have what was asked for."""
 
 
-class CardError(LoRADAError, ValueError):
-    """A card cannot be rendered from the facts that were given."""
-
-
 class MissingDependencyError(LoRADAError, ImportError):
     """An optional package that was asked for is not installed."""

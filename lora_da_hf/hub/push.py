@@ -12,12 +12,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RepositoryNotFoundError
 from typing_extensions import Unpack
 
-from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import CARD_FILE, LICENSE_FILES, PLOTS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
-from lora_da_hf.errors import CardError, ConfigError, HubError
-from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, is_well_formed, render_page
+from lora_da_hf.errors import ConfigError, HubError
+from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, render_page
 from lora_da_hf.hub.client import hub_errors
 from lora_da_hf.hub.plots import draw_plots
 
@@ -60,16 +59,14 @@ def push_init(
 
     Raises:
         ArtifactError: if the folder is not a valid initialisation.
-        CardError: if the card is malformed, or is given together with facts for one.
-        ConfigError: if the parent commit or the revision is empty, or the Hub does not allow the name.
+        ConfigError: if a card is given together with facts for one, the parent commit or the revision is empty, or the
+            Hub does not allow a name.
         HubError: if a public push has no licence, the repository is private or public against the wish or holds
             something else, somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
     if "" in (parent_commit, revision):
         raise ConfigError("parent_commit or revision is empty. Give one, or leave it out.")
-    if not is_repo_id(repo_id):
-        raise ConfigError(f"repo_id={repo_id!r} cannot be the name of a repository. Give one such as user/name.")
-    check_facts(facts)
+    check_facts({**facts, "repo_id": repo_id})
     stored = load_init(folder)
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors(f"Pushing {repo_id}"):
@@ -115,7 +112,7 @@ def _page(
     said: dict[str, Any] = {**of_base, **given} if "license" not in given else given
     link = said.get("license_link", "https://")
     if not link.startswith("https://") and not (link in LICENSE_FILES and (stored.folder / link).is_file()):
-        raise CardError(f"license_link={link!r} is not in {stored.folder}. Put it there, or give an https address.")
+        raise ConfigError(f"license_link={link!r} is not in {stored.folder}. Put it there, or give an https address.")
     base_license = of_base.get("license_name") or of_base.get("license")
     return render_page(stored, repo_id=repo_id, base_license=base_license, **said), said.get("license")
 
@@ -124,11 +121,11 @@ def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str
     """Return a card of the user's own with the plots that it shows, and the licence that it states."""
     given = [name for name, value in facts.items() if value]
     if given:
-        raise CardError(f"{', '.join(given)} would not be on the card that you give. Write that on it yourself.")
+        raise ConfigError(f"{', '.join(given)} would not be on the card that you give. Write that on it yourself.")
     try:
         license = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise CardError(f"The card's metadata cannot be read: {error}") from error
+        raise ConfigError(f"The card's metadata cannot be read: {error}") from error
     plots = draw_plots(stored.manifest.report) if any(name in card for name in PLOTS) else {}
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in plots if name in card}}, license
 
@@ -147,10 +144,9 @@ def _licence_of_base(api: HfApi, base_id: str | None) -> Mapping[str, str]:
     said: dict[str, Any] = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
     keys = ("license", "license_name", "license_link") if said.get("license") == "other" else ("license",)
     found = {key: said[key] for key in keys if isinstance(said.get(key), str)}
-    link = found.get("license_link", "https://")
-    if not link.startswith("https://"):
-        found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{link}"  # a file beside the base's card
-    return {key: value for key, value in found.items() if key == "license_name" or is_well_formed(key, value)}
+    if "license_link" in found and not found["license_link"].startswith("https://"):  # a file beside the base's card
+        found["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{found['license_link']}"
+    return found
 
 
 def _check_visibility(info: ModelInfo, *, private: bool, left: str = "") -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.artifacts.manifest import RefittedFrom
-from lora_da_hf.errors import CardError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.cards import render_card, render_page
 
 PARSER = MarkdownIt("commonmark").enable("table")
@@ -193,20 +193,9 @@ def test_a_local_copy_can_be_named():
     assert "/home" not in body
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"repo_id": "a/b/c"},
-        {"license": "Apache 2"},
-        {"license_link": "javascript:alert(1)", "license": "other"},
-        {"license_name": "own", "license": "mit"},
-        {"license_link": "LICENSE"},
-        {"language": ["pt-BR"]},
-        {"base_model": "a b"},
-    ],
-)
-def test_malformed_arguments_are_refused(arguments):
-    with pytest.raises(CardError, match=next(iter(arguments))):
+@pytest.mark.parametrize("arguments", [{"repo_id": "a/b/c"}, {"base_model": "a b"}])
+def test_names_that_the_hub_does_not_allow_are_refused(arguments):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
         render_card(make_init(), **arguments)
 
 

@@ -8,7 +8,7 @@ import yaml
 from local_hub import CARD, STATISTICS_FILE, Repo
 
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
-from lora_da_hf.errors import CardError, ConfigError, HubError
+from lora_da_hf.errors import ConfigError, HubError
 
 REPO = "alice/init"
 
@@ -191,7 +191,7 @@ def test_a_licence_called_other_comes_with_its_name_and_link(hub, push, init):
     link = "https://huggingface.co/org/base/blob/main/LICENSE"
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", "own", link)
     theirs = {"license": "other", "license_name": "theirs", "license_link": "LICENSE"}
-    with pytest.raises(CardError, match="LICENSE"):
+    with pytest.raises(ConfigError, match="LICENSE"):
         push(card=None, **theirs)
     (init / "LICENSE").write_bytes(b"Do good.")
     push(card=None, **theirs)
@@ -211,15 +211,13 @@ def test_what_is_said_for_the_card_is_on_it(hub, push):
 @pytest.mark.parametrize(
     "given",
     [
-        {"license": "Apache 2.0"},
-        {"language": ["English"]},
         {"base_model": "/home/me/model"},
         {"card": "---\ntags: [\n---\n"},
         {"card": CARD, "hardware": "x"},
     ],
 )
 def test_a_card_that_cannot_be_is_refused_before_the_repo_is_made(hub, push, given):
-    with pytest.raises(CardError, match=list(given)[-1]):
+    with pytest.raises(ConfigError, match=list(given)[-1]):
         push(**{"card": None, **given})
     assert REPO not in hub.repos
 
