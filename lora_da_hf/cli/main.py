@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 
-from lora_da_hf.cli import compute, share, stored
+from lora_da_hf.cli import compute, stored
 from lora_da_hf.cli.output import Output, explain, printable
 
 VERBS = {
@@ -19,9 +19,9 @@ VERBS = {
     "refit": (stored, "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean"),
     "verify": (stored, "my-init --base_model HuggingFaceTB/SmolLM2-135M"),
     "card": (stored, "my-init --license apache-2.0 --datasets gsm8k --language en --output card"),
-    "push": (share, "my-init user/my-init --create_pr"),
-    "pull": (share, "user/my-init@v1 --quiet"),
-    "list": (share, "--base_model HuggingFaceTB/SmolLM2-135M --limit 20"),
+    "push": (stored, "my-init user/my-init --create_pr"),
+    "pull": (stored, "user/my-init@v1 --quiet"),
+    "list": (stored, "--base_model HuggingFaceTB/SmolLM2-135M --limit 20"),
 }
 """The module of each verb, which has ``<verb>_flags`` and ``run_<verb>``, and an example."""
 
