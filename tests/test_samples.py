@@ -68,19 +68,6 @@ def test_a_stream_is_read_from_its_head_and_no_further():
     assert next(stream) == 18
 
 
-def test_a_stream_without_a_population_size_is_an_error():
-    with pytest.raises(
-        DataError, match=r"The training data is a stream, so its size is not known\. Give population_size"
-    ):
-        choose(endless())
-
-
-@pytest.mark.parametrize("samples", [[], iter([])])
-def test_no_sample_at_all_is_an_error(samples):
-    with pytest.raises(DataError, match="No samples to take statistics from"):
-        choose(samples, population_size=1)
-
-
 def test_a_loader_gives_its_data_set_and_its_collator():
     data = [{"input_ids": [1]}, {"input_ids": [2]}]
     loader = DataLoader(data, batch_size=2, collate_fn=pad_samples)
@@ -116,26 +103,14 @@ def test_padding_is_on_the_right_with_ignored_labels():
 
 
 @pytest.mark.parametrize(
-    ("samples", "message"),
+    ("samples", "name"),
     [
-        (["some text"], r"A sample is a str; it must map names .* Give a data_collator"),
-        ([{"input_ids": [1], "text": "a"}], r"The sample's 'text' is a str, .* Tokenise the samples first"),
-        (
-            [{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}],
-            r"Samples have different keys: \['input_ids', 'labels'\] and others",
-        ),
-        (
-            [{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}],
-            r"input_ids have shape \[1, 3\], with a dimension for the batch. Tokenise samples without return_tensors",
-        ),
-        (
-            [{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 4)}],
-            r"'x' differ in more than their length \(\[2, 3\], \[3, 4\]\), and cannot be padded .* Give a data",
-        ),
+        ([{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}], "return_tensors"),
+        ([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 4)}], "'x' differ in more than their length"),
     ],
 )
-def test_samples_of_another_form_are_an_error(samples, message):
-    with pytest.raises(DataError, match=message):
+def test_samples_of_another_form_are_an_error(samples, name):
+    with pytest.raises(DataError, match=name):
         pad_samples(samples)
 
 

@@ -316,6 +316,7 @@ def _deberta(**overrides):
         pos_att_type=["p2c", "c2p"],
         share_att_key=True,
         position_buckets=8,
+        position_biased_input=False,
         **overrides,
     )
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from families.zoo import FAMILIES
 from harness import (
     adapter_weights,
     assert_same_tensors,
     factors,
     initialize,
-    make_config,
     make_learnable_samples,
     make_lora_config,
     model_loss,
@@ -16,7 +16,6 @@ from peft import IA3Config, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_da_hf import LoRADAError
 from lora_da_hf.errors import (
@@ -129,8 +128,11 @@ def test_a_model_that_cannot_be_initialised(tiny_llama, lora_model, samples, mak
     refuses(kind, match, make(tiny_llama, lora_model), samples)
 
 
-def test_an_adapter_of_a_name_that_is_not_there(lora_model, samples):
+def test_an_adapter_of_a_name_that_is_not_there_or_not_active(lora_model, samples):
     refuses(TargetError, "'other'", lora_model(), samples, adapter_name="other")
+    model = lora_model()
+    model.add_adapter("second", make_lora_config())
+    refuses(TargetError, "'second'", model, samples, adapter_name="second")
 
 
 def test_an_adapter_that_was_initialised_before(lora_model, samples):
@@ -359,8 +361,7 @@ def of_length(count, number=24):
 
 
 def test_a_sample_that_is_too_long_for_a_table_of_positions(lora_model, tiny_llama):
-    table = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64))
-    model = lora_model(model=table, target_modules=["c_fc"], fan_in_fan_out=True)
+    model = FAMILIES["GPT-2 (Conv1D)"].adapt()
     refuses(DataError, "65 tokens.*64", model, of_length(65))
     assert initialize(model, of_length(64), step_size=0.1).num_samples == 12
     rotary = lora_model(model=tiny_llama(max_position_embeddings=8))
@@ -397,10 +398,3 @@ def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp
         refuses(ConfigError, place, lora_model(), samples, tmp_path / place)
     refuses(ConfigError, r"'\.'", lora_model(), samples, ".")
     assert (tmp_path / "run" / "checkpoint-500" / "model.bin").read_text() == "weeks of work"
-    init = tmp_path / "init"
-    initialize(lora_model(), samples, init)
-    (init / "thesis.txt").write_text("do not lose")
-    changed = make_config(search_samples=2)
-    refuses(ConfigError, "thesis.txt", lora_model(), samples, init, config=changed)
-    (init / "thesis.txt").unlink()
-    assert initialize(lora_model(), samples, init, config=changed).num_search_samples == 2
