@@ -19,120 +19,26 @@ from lora_da_hf.distributed.processes import Processes
 from lora_da_hf.errors import UnsupportedSetupError
 
 
-class _Plain:
-    """A parameter that every process has as a whole, and nobody has a copy of."""
-
-    def __init__(self, parameter: Any) -> None:
-        self.parameter = parameter
-
-    @contextlib.contextmanager
-    def gathered(self) -> Generator[Tensor]:
-        yield self.parameter
-
-    def write(self, value: Tensor) -> None:
-        with torch.no_grad():
-            self.parameter.copy_(value)
-
-    def read_master(self) -> Tensor | None:
-        """Return the optimizer's copy; None: it keeps no copy."""
-        return None
-
-
-class _Zero12(_Plain):
-    """ZeRO-1 and 2: whole, with a float32 copy of which each process has a part."""
-
-    def write(self, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        super().write(value)
-        safe_set_full_fp32_param(self.parameter, value)
-
-    def read_master(self) -> Tensor | None:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(self.parameter)
-
-
-class _Zero3(_Plain):
-    """ZeRO-3: each process has a part of the parameter and of its float32 copy, padded to equal sizes."""
-
-    @contextlib.contextmanager
-    def gathered(self) -> Generator[Tensor]:
-        from deepspeed import zero
-
-        with zero.GatheredParameters([self.parameter]):
-            yield self.parameter
-
-    def write(self, value: Tensor) -> None:
-        from deepspeed import zero
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        with zero.GatheredParameters([self.parameter], modifier_rank=0), torch.no_grad():
-            self.parameter.copy_(value)
-        if self._is_optimized:
-            # safe_set_full_fp32_param fails if the processes do not divide the number of elements
-            size = self.parameter.ds_tensor.numel()
-            start = size * torch.distributed.get_rank(self.parameter.ds_process_group)
-            part = torch.zeros(size, dtype=torch.float32, device=value.device)
-            mine = value.reshape(-1)[start : start + size]
-            part[: mine.numel()] = mine
-            with _requiring_grad(self.parameter):
-                safe_set_local_fp32_param(self.parameter, part)
-
-    def read_master(self) -> Tensor | None:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if not self._is_optimized:
-            return None
-        with _requiring_grad(self.parameter):
-            return safe_get_full_fp32_param(self.parameter)
-
-    @property
-    def _is_optimized(self) -> bool:
-        optimizer = getattr(self.parameter, "_z3_optimizer", None)
-        return optimizer is not None and optimizer.get_param_id(self.parameter) in optimizer.grad_position
-
-
-class _Sharded(_Plain):
-    """FSDP2: each process has a part, which its optimizer works on."""
-
-    @contextlib.contextmanager
-    def gathered(self) -> Generator[Tensor]:
-        yield self.parameter.full_tensor()
-
-    def write(self, value: Tensor) -> None:
-        sharded = distribute_tensor(value, self.parameter.device_mesh, self.parameter.placements)
-        with torch.no_grad():
-            self.parameter.to_local().copy_(sharded.to_local())
-
-
-@contextlib.contextmanager
-def _requiring_grad(parameter: nn.Parameter) -> Generator[None]:
-    """Let DeepSpeed reach the float32 copy, which it does not for a frozen parameter."""
-    before = parameter.requires_grad
-    parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        parameter.requires_grad_(before)
-
-
-def _kind_of(parameter: Tensor) -> _Plain:
-    if hasattr(parameter, "ds_id"):
-        return _Zero3(parameter)
-    if hasattr(parameter, "_hp_mapping"):
-        return _Zero12(parameter)
-    return _Sharded(parameter) if isinstance(parameter, DTensor) else _Plain(parameter)
-
-
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of the whole parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def gathered(parameter: Tensor) -> contextlib.AbstractContextManager[Tensor]:
+def is_whole(parameter: Tensor) -> bool:
+    """Tell whether a parameter is the process's own: in one piece, and without a copy that an optimizer works on."""
+    return not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") or isinstance(parameter, DTensor))
+
+
+@contextlib.contextmanager
+def gathered(parameter: Tensor) -> Generator[Tensor]:
     """Give the whole parameter inside the context, to be read and not kept."""
-    return _kind_of(parameter).gathered()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def read_full(parameter: Tensor) -> Tensor:
@@ -143,17 +49,57 @@ def read_full(parameter: Tensor) -> Tensor:
 
 def write_full(parameter: Tensor, value: Tensor) -> bool:
     """Overwrite a parameter and its optimizer's copy; tell whether both read back the same on every process."""
-    kind = _kind_of(parameter)
-    kind.write(value)
-    master = kind.read_master()
+    requires_grad = parameter.requires_grad
+    parameter.requires_grad_(True)  # DeepSpeed does not hand out its copy of a frozen parameter
+    try:
+        with torch.no_grad():
+            _write(parameter, value)
+        master = _read_master(parameter)
+    finally:
+        parameter.requires_grad_(requires_grad)
     copies = [read_full(parameter), *([] if master is None else [master])]
     same = all(torch.equal(copy.to(value.device, value.dtype), value) for copy in copies)
-    return same if type(kind) is _Plain else all(Processes.current().gather(same))
+    return same if is_whole(parameter) else all(Processes.current().gather(same))
 
 
-def is_whole(parameter: Tensor) -> bool:
-    """Tell whether a parameter is the process's own: in one piece, and without a copy that an optimizer works on."""
-    return type(_kind_of(parameter)) is _Plain
+def _write(parameter: Any, value: Tensor) -> None:
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        with zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        if _in_zero3_optimizer(parameter):
+            # safe_set_full_fp32_param fails if the processes do not divide the number of elements
+            size = parameter.ds_tensor.numel()
+            start = size * torch.distributed.get_rank(parameter.ds_process_group)
+            part = torch.zeros(size, dtype=torch.float32, device=value.device)
+            mine = value.reshape(-1)[start : start + size]
+            part[: mine.numel()] = mine
+            safe_set_local_fp32_param(parameter, part)
+    elif isinstance(parameter, DTensor):
+        sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(sharded.to_local())
+    else:
+        parameter.copy_(value)
+        if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+
+
+def _read_master(parameter: Tensor) -> Tensor | None:
+    """Return the float32 copy that DeepSpeed's optimizer works on; None: there is none."""
+    if not (hasattr(parameter, "_hp_mapping") or _in_zero3_optimizer(parameter)):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def _in_zero3_optimizer(parameter: Tensor) -> bool:
+    optimizer: Any = getattr(parameter, "_z3_optimizer", None)
+    return optimizer is not None and optimizer.get_param_id(parameter) in optimizer.grad_position
 
 
 def is_partitioned(model: nn.Module) -> bool:
