@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lora_da_hf.statistics.model_state import changed
 from lora_da_hf.statistics.rows import RoutedTokens
 
 
@@ -57,22 +58,13 @@ def why_not_apart(layer: ParamWrapper) -> str | None:
 
 
 def slice_factors(lora_A: Tensor, lora_B: Tensor, *, rank: int, index: int) -> tuple[Tensor, Tensor]:
-    """Return one expert's factors from ``lora_A [experts * r, d_in]`` and ``lora_B [d_out, r * experts]``.
-
-    In the first all rows of an expert lie together, in the second its columns are apart.
-    """
+    """Return one expert's factors from ``lora_A [experts * r, d_in]`` and ``lora_B [d_out, r * experts]``."""
     count = lora_A.shape[0] // rank
     return lora_A[index * rank : (index + 1) * rank], lora_B[:, index::count]
 
 
 def resize_factors(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of all experts at another rank: cut, or longer by what PEFT would start with.
-
-    Args:
-        lora_A: ``[experts * old, d_in]``, in the order of `slice_factors`.
-        lora_B: ``[d_out, old * experts]``.
-        seed: Of the further rows of A, drawn as PEFT does; those of B are zero.
-    """
+    """Return all experts' factors, laid out as in `slice_factors`, cut or lengthened by what PEFT would start with."""
     count, d_in = lora_A.shape[0] // old, lora_A.shape[1]
     rows = torch.empty(count, new, d_in).uniform_(
         -(d_in**-0.5), d_in**-0.5, generator=torch.Generator().manual_seed(seed)
@@ -91,7 +83,7 @@ def experts_apart(layers: Iterable[nn.Module]) -> Generator[None]:
     for layer in layers:
         if isinstance(layer, ExpertLinear):
             linears.setdefault(layer.experts, {})[layer.parameter_name, layer.index] = layer
-    with _other_forwards({experts: _forward_by_expert(experts, known) for experts, known in linears.items()}):
+    with changed([(experts, "forward", _forward_by_expert(experts, known)) for experts, known in linears.items()]):
         yield
 
 
@@ -103,23 +95,9 @@ def experts_skipped(model: nn.Module) -> Generator[None]:
         return hidden_states
 
     holders = [module for module in model.modules() if hasattr(module, "num_experts")]
-    with _other_forwards({m: as_fed for m in holders if any(p.dim() == 3 for p in m.parameters(recurse=False))}):
+    stacked = [m for m in holders if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    with changed([(module, "forward", as_fed) for module in stacked]):
         yield
-
-
-@contextlib.contextmanager
-def _other_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Generator[None]:
-    before = {module: vars(module).get("forward") for module in forwards}  # of accelerate's hooks, or a patch
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def _parameter_names(experts: Any) -> tuple[str, str]:

@@ -82,16 +82,14 @@ def active_adapter_name(model: nn.Module) -> str:
 
 
 def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_values: bool = True) -> TargetScan:
-    """Find the LoRA layers of an adapter that can be initialised.
+    """Find the LoRA layers of an adapter that can be initialised: of the active one, which may be named.
 
     Args:
-        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
 
     Raises:
-        TargetError: if there is no LoRA layer, or none that can be initialised, or weights are on the meta device.
-        UnsupportedSetupError: if experts' adapters are kept in parts or in copies (ZeRO, FSDP2), for DoRA in ZeRO-3, or
-            on Apple's GPUs.
+        TargetError: if there is no LoRA layer, or none that can be initialised, or one is in no state for it.
+        UnsupportedSetupError: for experts under ZeRO and FSDP2, DoRA under ZeRO-3, and on Apple's GPUs.
     """
     active = active_adapter_name(model)
     adapter_name = adapter_name or active
@@ -107,11 +105,8 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
     for full_name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
             continue
-        name, reason = base_name(full_name), _why_kept(layer, adapter_name)
-        if reason is None and name in tied:
-            reason = "its adapter is the one of the embeddings (ensure_weight_tying)"
-        if reason is None and layer.get_base_layer() in elsewhere:
-            reason = f"its base layer also runs as {elsewhere[layer.get_base_layer()]}, without the adapter"
+        name = base_name(full_name)
+        reason = _why_kept(name, layer, adapter_name, tied, elsewhere)
         if reason:
             kept[name] = reason
             continue
@@ -123,11 +118,6 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers.")
-    if any(target.device.type == "mps" for target in targets):
-        raise UnsupportedSetupError(
-            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU with an output_dir, "
-            "and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
-        )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 
@@ -146,7 +136,7 @@ def base_name(full_name: str) -> str:
     return full_name.removeprefix("base_model.model.")
 
 
-def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
+def _why_kept(name: str, layer: LoraLayer, adapter_name: str, tied: Collection[str], elsewhere: Any) -> str | None:
     base = layer.get_base_layer()
     variant: Any = layer.lora_variant.get(adapter_name)
     if isinstance(layer, ParamWrapper):
@@ -156,7 +146,9 @@ def _why_kept(layer: LoraLayer, adapter_name: str) -> str | None:
     lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None
     if not isinstance(lora_A, nn.Linear) or isinstance(base, nn.MultiheadAttention):
         return f"{type(base).__name__} is not a linear layer"
-    return None
+    if name in tied:
+        return "its adapter is the one of the embeddings (ensure_weight_tying)"
+    return f"its base layer also runs as {elsewhere[base]}, without the adapter" if base in elsewhere else None
 
 
 def _is_dora(layer: LoraLayer, adapter_name: str) -> bool:
@@ -200,23 +192,23 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
 
 
 def _checked(target: Target, *, has_values: bool) -> Target:
-    weights = {
-        "its weight": getattr(target.base_layer, "weight", None),
-        "lora_A": target.lora_A,
-        "lora_B": target.lora_B,
-    }
-    for what, weight in weights.items():
-        if has_values and weight is not None and weight.device.type == "meta":
-            raise TargetError(
-                f"{target.name}: {what} is on the meta device, so it has no values. Load the model without offloading, "
-                "and make the adapter without low_cpu_mem_usage=True."
-            )
     base: Any = target.base_layer
+    weight = getattr(base, "weight", None)
+    if has_values and any(part is not None and part.is_meta for part in (weight, target.lora_A, target.lora_B)):
+        raise TargetError(
+            f"{target.name}: it is on the meta device, so it has no values. Load the model without offloading, and "
+            "make the adapter without low_cpu_mem_usage=True."
+        )
+    if target.device.type == "mps":
+        raise UnsupportedSetupError(
+            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU with an output_dir, "
+            "and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+        )
     if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
         raise UnsupportedSetupError(
             f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
         )
-    if getattr(getattr(weights["its weight"], "quant_state", None), "packing_format_for_cpu", False) is True:
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True:
         raise TargetError(
             f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
             "Load the model again, and initialise before any evaluation."

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.errors import TargetError
+from lora_da_hf.statistics.model_state import changed
 from lora_da_hf.statistics.rows import first_tensor
 
 _MOVE = 0.1
@@ -25,19 +26,16 @@ _MOVE = 0.1
 def adapters_off(targets: Sequence[Target]) -> Generator[None]:
     """Skip the adapters of the layers in forward passes: they are no-ops until they are written, and cost time.
 
-    No adapter is active meanwhile, which is not the same as disabled adapters: a loss that disables them to ask the
-    base model still can. Layers with several adapters are left as they are: a loss that switches to another one and
-    back turns ours on again, so a checkpointed forward would differ from its recomputation. Experts are run one by one.
+    None is active meanwhile, and none disabled: a loss that disables them to ask the base model still can. Layers with
+    several adapters are left as they are: a loss that switches to another one and back turns ours on again, so a
+    checkpointed forward would differ from its recomputation. Experts are run one by one.
     """
-    before = [(target.layer, target.layer._active_adapter) for target in targets if len(target.layer.lora_A) == 1]
-    try:
-        for layer, _ in before:
-            layer._active_adapter = []  # set_adapter() would touch requires_grad too
-        with experts_apart(target.base_layer for target in targets):
-            yield
-    finally:
-        for layer, active in before:
-            layer._active_adapter = active
+    layers = [target.layer for target in targets if len(target.layer.lora_A) == 1]
+    without = changed(
+        [(layer, "_active_adapter", []) for layer in layers]
+    )  # set_adapter() would touch requires_grad too
+    with without, experts_apart(target.base_layer for target in targets):
+        yield
 
 
 @dataclass
@@ -52,9 +50,8 @@ class Trial:
 def trial_adapters(targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, Tensor]]) -> Generator[Trial]:
     """Add ``step_size * basis_B[:, :rank] basis_A[:rank] x`` to the outputs of the base layers, inside the context.
 
-    The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. One forward pass costs what a
-    pass with the adapter costs; changing the step or the rank costs nothing, and no parameter is touched, however it is
-    partitioned. Passes without this adapter, as reference models make them, are left alone.
+    The adapter itself must be a no-op meanwhile (B zero), as it is before it is written. No parameter is touched,
+    however it is partitioned. Passes without this adapter, as reference models make them, are left alone.
 
     Args:
         bases: ``basis_A [R, d_in]`` and ``basis_B [d_out, R]`` of each, with R at least its rank.

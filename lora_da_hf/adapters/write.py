@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
-from collections.abc import Generator
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf.adapters.targets import Target, active_adapter_name
-from lora_da_hf.distributed.parameters import full_shape, gathered, is_whole, read_full, write_full
-from lora_da_hf.errors import UnsupportedSetupError, WriteError
+from lora_da_hf.distributed.parameters import gathered, is_whole, read_full, write_full
+from lora_da_hf.errors import WriteError
+
+_MAY_BE_ZERO = "_lora_da_may_be_zero"
+"""Attribute of each A of an initialised adapter: whether its B is zero by intention."""
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -26,52 +26,24 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     DoRA's magnitude follows, so that the output is that of ``W + scaling * B A``. Every process must take part.
 
     Raises:
-        WriteError: if the shapes differ, or what is read back is not what was written.
+        WriteError: if what is read back is not what was written.
     """
-    for what, parameter, value in (("lora_A", target.lora_A, lora_A), ("lora_B", target.lora_B, lora_B)):
-        shape = full_shape(parameter)
-        if shape != value.shape:
-            raise WriteError(
-                f"{target.name}: {what} has shape {list(shape)} and the initialisation {list(value.shape)}. "
-                "The adapter changed since the statistics were taken."
-            )
-        stored = value.to(parameter.device, parameter.dtype)
-        if not write_full(parameter, stored) or not torch.isfinite(stored).all():
-            raise WriteError(
-                f"{target.name}: {what} reads back differently from what was written, or is not finite in "
-                f"{parameter.dtype}. Something else owns this parameter, or its optimizer's copy of it."
-            )
+    _write(target, "lora_A", target.lora_A, lora_A)
+    _write(target, "lora_B", target.lora_B, lora_B)
     if target.magnitude is not None:
-        _match_magnitude(target, target.magnitude)
+        weight: Any = target.base_layer.weight
+        with contextlib.nullcontext() if is_whole(weight) else gathered(weight) as whole:
+            norm = dora_magnitude(target.base_layer, *read_factors(target), target.peft_scaling, whole)
+        _write(target, "DoRA's magnitude", target.magnitude.weight, norm)
 
 
-def _match_magnitude(target: Target, magnitude: DoraLinearLayer) -> None:
-    """Set DoRA's magnitude to the norm of each row of ``W + scaling * B A``."""
-    lora_A, lora_B = read_factors(target)
-    parameter: Any = magnitude.weight
-    with _whole_weight(target) as weight:
-        norm = dora_magnitude(target.base_layer, lora_A, lora_B, target.peft_scaling, weight)
-    if not write_full(parameter, norm.to(parameter.device, parameter.dtype)):
+def _write(target: Target, what: str, parameter: Tensor, value: Tensor) -> None:
+    stored = value.to(parameter.device, parameter.dtype)
+    if not write_full(parameter, stored) or not torch.isfinite(stored).all():
         raise WriteError(
-            f"{target.name}: DoRA's magnitude reads back differently from what was written. Something else owns this "
-            "parameter, or its optimizer's copy of it."
+            f"{target.name}: {what} reads back differently from what was written, or is not finite in "
+            f"{parameter.dtype}. Something else owns this parameter, or its optimizer's copy of it."
         )
-
-
-@contextlib.contextmanager
-def _whole_weight(target: Target) -> Generator[Tensor | None]:
-    """Give the base layer's weight inside the context, in floating point; None: the layer has it as a whole."""
-    parameter: Any = target.base_layer.weight
-    if is_whole(parameter):
-        yield None
-        return
-    with gathered(parameter) as whole:
-        if not whole.is_floating_point() or whole.numel() != target.in_features * target.out_features:
-            raise UnsupportedSetupError(
-                f"{target.name}: its base weight is quantised and in parts, so DoRA's magnitude cannot follow from it. "
-                "Use LoRA, or initialise in one process."
-            )
-        yield whole
 
 
 @torch.no_grad()
@@ -97,13 +69,10 @@ def update_norm(target: Target) -> float:
     return target.peft_scaling * gram.sum().clamp_min(0).sqrt().item()
 
 
-_initialized: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-"""Modules of A, each with whether its B is zero by intention."""
-
-
 def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:
     """Remember that an adapter was initialised, for as long as its modules live; B may be zero if no step helped."""
-    _initialized.update({layer.lora_A[adapter_name]: may_be_zero for layer in _layers_of(model, adapter_name)})
+    for layer in _layers_of(model, adapter_name):
+        setattr(layer.lora_A[adapter_name], _MAY_BE_ZERO, may_be_zero)
 
 
 def was_initialized(model: nn.Module, adapter_name: str) -> bool:
@@ -111,8 +80,8 @@ def was_initialized(model: nn.Module, adapter_name: str) -> bool:
 
     Under ZeRO-3 and FSDP2 all processes look at each layer together.
     """
-    layers = [layer for layer in _layers_of(model, adapter_name) if layer.lora_A[adapter_name] in _initialized]
-    if any(_initialized[layer.lora_A[adapter_name]] for layer in layers):
+    layers = [layer for layer in _layers_of(model, adapter_name) if hasattr(layer.lora_A[adapter_name], _MAY_BE_ZERO)]
+    if any(getattr(layer.lora_A[adapter_name], _MAY_BE_ZERO) for layer in layers):
         return True
     return any([bool(read_full(layer.lora_B[adapter_name].weight).any()) for layer in layers])
 

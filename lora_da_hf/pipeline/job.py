@@ -97,7 +97,7 @@ class Job:
     def lockstep(self, samples: list[Any]) -> Lockstep:
         """Return how the processes keep in step over samples that they share, where they need to."""
         if self.processes.count == 1 or not samples or not is_partitioned(self.model):
-            return Lockstep.of_one()
+            return Lockstep()
         return Lockstep(
             most=lambda number: max(self.processes.gather(number)),
             filler=samples[0],

@@ -36,18 +36,13 @@ class Lockstep:
 
     Attributes:
         most: Returns the largest of the numbers that the processes give it.
-        filler: A sample to run where a process has none left. It counts for nothing.
+        filler: A sample to run where a process has none left.
         alike: Makes a block that raises `SingleSamplesNeeded` on all processes if it does on one.
     """
 
-    most: Callable[[int], int]
-    filler: Any
-    alike: Callable[[], AbstractContextManager[None]]
-
-    @classmethod
-    def of_one(cls) -> Lockstep:
-        """Return that of a process which nobody waits for."""
-        return cls(most=lambda number: number, filler=None, alike=contextlib.nullcontext)
+    most: Callable[[int], int] = lambda number: number
+    filler: Any = None
+    alike: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     @property
     def runs_what_does_not_count(self) -> bool:
@@ -60,11 +55,12 @@ class Lockstep:
             yield (own[number], True) if number < len(own) else ([self.filler], False)
 
 
-def batches_by_length(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
-    """Batch samples of similar length together: it saves padding, and the order does not matter.
+ALONE = Lockstep()
+"""A process which nobody waits for."""
 
-    No sample is padded by more than a quarter of its length, or 16 tokens, so a batch may be smaller than asked.
-    """
+
+def batches_by_length(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
+    """Batch samples of similar length, so that none is padded by more than a quarter of its length, or 16 tokens."""
     batches: list[list[Any]] = []
     for sample in sorted(samples, key=sample_length, reverse=True):
         last = batches[-1] if batches else []
@@ -115,10 +111,7 @@ def check_lengths(samples: Sequence[Any], collate: Collate, limit: int | None) -
 
 
 def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bool) -> list[Any]:
-    """Return the shortest sample and up to three that differ from it and each other, the shortest such.
-
-    They differ in length, number of labels, and whatever else is compared with the model's outputs, as far as any do.
-    """
+    """Return the shortest sample and up to three that differ from it and each other in length, labels and targets."""
     lengths, traits = zip(*(_describe(collate([sample]), shifts_labels) for sample in samples), strict=True)
     first, *left = sorted(range(len(samples)), key=lengths.__getitem__)
     chosen = [first]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_da_hf.errors import NonFiniteError, StatisticsError
-from lora_da_hf.statistics.batches import Collate, Lockstep, batches_by_length, whole_batches
+from lora_da_hf.statistics.batches import ALONE, Collate, Lockstep, batches_by_length, whole_batches
 from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
@@ -33,10 +33,8 @@ class PassSettings:
     """What the pass does with each batch.
 
     Attributes:
-        token_mask: Which tokens the second moments count.
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
-        labelled_head: Runs the head on the rows that predict a label; None: it runs on all.
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
         why_single: Why samples have to be run one at a time; None: batches will do, as far as is known.
         by_length: Whether samples of similar length are batched together, unless the loss is one of the whole batch.
@@ -62,12 +60,11 @@ class PassResult:
     """The sums that a pass leaves, and its counts.
 
     Attributes:
-        num_samples: Samples that have a label.
-        num_items: Labels, or samples, that the training objective averages over.
-        num_unlabelled: Samples that have none, and count nowhere.
         batch_size: Samples run together, which is 1 where the loss or the model demands it.
         why_single: Why samples were run one at a time though more were asked for; None: they were not.
         is_split: Whether the loss of a batch was split into those of its samples.
+        num_samples: Samples that have a label; the others are ``num_unlabelled``.
+        num_items: Labels, or samples, that the training objective averages over.
     """
 
     taps: Taps
@@ -97,20 +94,18 @@ def collect(
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], Any] = lambda _: None,
-    lockstep: Lockstep | None = None,
+    lockstep: Lockstep = ALONE,
 ) -> PassResult:
     """Run the pass on this process's samples, one at a time if the loss or the model cannot be run in batches.
 
     The sums are those of a loss that is summed over labels or samples, whichever the training objective averages over,
-    so they depend neither on the batch size nor on the order. A loss of the batch as a whole is the exception.
-    The model is in the state of `prepared_for_pass`. ``on_samples`` gets the number of samples after each batch, and a
-    negative one when they start over.
+    so they depend neither on the batch size nor on the order. The model is in the state of `prepared_for_pass`.
+    ``on_samples`` gets the number of samples after each batch, and a negative one when they start over.
 
     Raises:
         NonFiniteError: if a loss is not finite.
         StatisticsError: if even single samples do not fit the settings.
     """
-    lockstep = lockstep or Lockstep.of_one()
     batch_size, why_single = settings.batch_size, None
     if batch_size > 1:
         why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
@@ -205,14 +200,10 @@ def why_not_in_batches(
     settings: PassSettings,
     lockstep: Lockstep,
 ) -> str | None:
-    """Run a few samples as one batch and each alone, and compare what the layers would sum of the norms of their rows.
+    """Run a few samples as one batch and each alone, and tell why the layers would sum something else, if they would.
 
-    A layer whose rows are taken for the wrong tokens, padding that is taken for tokens, a loss of another kind than it
-    looks like, or one that goes around what is taken for the head: all of them show here. What depends on a coincidence
-    of lengths in a later batch does not. The samples are a few that are as unlike as possible.
-
-    Returns:
-        Why the samples must run one at a time; None: they need not.
+    Rows that are taken for the wrong tokens, padding that is taken for tokens, a loss of another kind than it looks
+    like, or one that goes around the head: all of them show in the norms of the rows.
     """
 
     def make_taps() -> Taps:
@@ -247,15 +238,12 @@ def evaluate_loss(
     compute_loss: ComputeLoss,
     settings: PassSettings,
     batch_size: int,
-    lockstep: Lockstep | None = None,
+    lockstep: Lockstep = ALONE,
 ) -> tuple[float, int]:
-    """Sum the loss over samples without gradients, for the arguments of `collect`.
+    """Return the loss summed over samples, without gradients, and the number of items to divide it by.
 
-    Returns:
-        The summed loss, and the number of labels or samples to divide it by. Not finite if a loss is not: a step that
-        is too long does that.
+    It is not finite if a loss is not: a step that is too long does that.
     """
-    lockstep = lockstep or Lockstep.of_one()
     if settings.reduction.kind == "unknown" or settings.why_single is not None:
         batch_size = 1
     total, num_items = 0.0, 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_da_hf.statistics.model_state import changed
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 
@@ -16,8 +17,8 @@ class LabelledHead:
     """Leaves out the logits that the loss ignores, so a masked prompt costs no product with the vocabulary.
 
     Inside `rows_of_labels` the rows of hidden states that predict a label are given to the head as one sequence
-    ``[1, labels, d]``, and their labels to the loss. A forward pass without labels, or with a selection of its own, is
-    left alone. Gradients before the head are the same as ever.
+    ``[1, labels, d]``, and their labels to the loss. A pass without labels, or with a selection of its own, is left
+    alone. Gradients before the head are the same as ever.
 
     Attributes:
         num_calls: Passes of the head on rows of labels, since the context was entered.
@@ -44,7 +45,7 @@ class LabelledHead:
             self.seen_loss = loss.double().item() if known else None
             return loss
 
-        with self._loss_function(noted):
+        with changed([(self._model, "_loss_function", noted)]):
             yield
 
     @contextlib.contextmanager
@@ -60,25 +61,13 @@ class LabelledHead:
 
         try:
             with (
-                self._loss_function(loss_of_rows),
+                changed([(self._model, "_loss_function", loss_of_rows)]),
                 self._model.register_forward_pre_hook(self._read_labels, with_kwargs=True),
                 self._head.register_forward_pre_hook(self._select),
             ):
                 yield
         finally:
             self._labels = self._rows = None
-
-    @contextlib.contextmanager
-    def _loss_function(self, function: Callable[..., Tensor]) -> Generator[None]:
-        own = vars(self._model).get("_loss_function")
-        self._model.loss_function = function
-        try:
-            yield
-        finally:
-            if own is None:
-                del self._model._loss_function
-            else:
-                self._model.loss_function = own
 
     def _read_labels(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")

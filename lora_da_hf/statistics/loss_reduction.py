@@ -68,12 +68,9 @@ def find_reduction(
     """Find out how the loss of a batch is made of its samples' losses.
 
     The first sample is run alone and together with each other one, and all pairs must agree. A *sum* over labels halves
-    when the number of items that it is given doubles, and the loss of both together is the sum of the losses of each;
-    that holds for transformers' stock losses and for custom ones that use ``num_items_in_batch``. Otherwise the loss of
-    both may be the *mean* of the two, over samples or over labels. If no sample has a loss alone, it is one of the
-    whole batch (contrastive). Anything else is run one sample at a time unless the user declares what it is.
-
-    The samples are a few that are as unlike as possible, and the model is in evaluation mode.
+    when the number of items that it is given doubles, and the loss of both together is the sum of the losses of each.
+    Otherwise the loss of both may be the *mean* of the two, over samples or over labels. If no sample has a loss alone,
+    it is one of the whole batch (contrastive). Anything else is run one sample at a time unless the user declares it.
     """
     if declared != "auto":
         return LossReduction(kind=declared, reason="declared by loss_reduction")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_NOT_ITS_OWN = object()
 ROUTER_LOSS = "output_router_logits"
 """Option of a config by which a mixture of experts adds the auxiliary loss of its routers."""
 
@@ -30,10 +31,10 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
         stack.enter_context(_uncompiled(model))
         # a loss that switches adapters on and off thaws them; a gradient added to in place could not be put back
         for name, value in (("requires_grad", False), ("grad", None)):
-            stack.enter_context(_changed([(parameter, name, value) for parameter in model.parameters()]))
-        stack.enter_context(_changed(_evaluation_mode(model)))
+            stack.enter_context(changed([(parameter, name, value) for parameter in model.parameters()]))
+        stack.enter_context(changed(_evaluation_mode(model)))
         for option in ("use_cache", ROUTER_LOSS):
-            stack.enter_context(_changed([(config, option, False) for config in configs_with(model, option)]))
+            stack.enter_context(changed([(config, option, False) for config in configs_with(model, option)]))
         stack.enter_context(_checkpoints_start_a_graph(model))
         yield
 
@@ -86,8 +87,7 @@ def apart_by_checkpoint(
 ) -> dict[str, str]:
     """Let layers share an input only with those that reentrant gradient checkpointing runs again together with them.
 
-    Each checkpoint gives its layers another tensor of its own then, also of what all were fed, such as the encoder's
-    output in a decoder's layers. ``leaders`` is what `find_shared_inputs` returned; its order stays.
+    Each checkpoint gives its layers a tensor of its own then. ``leaders`` is what `find_shared_inputs` returned.
     """
     checkpoint_of: dict[nn.Module, int] = {}
     for number, module in enumerate(checkpointing_modules(model)):  # outer ones come first
@@ -110,21 +110,29 @@ def _evaluation_mode(model: nn.Module) -> list[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
-def _changed(changes: Sequence[tuple[Any, str, Any]]) -> Generator[None]:
-    """Set attributes, ``(holder, name, value)``, and put back what they were."""
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in changes]
+def changed(changes: Sequence[tuple[Any, str, Any]]) -> Generator[None]:
+    """Set attributes, ``(holder, name, value)``, and put back what they were; those of the class come out again."""
+    before = [(holder, name, _own(holder, name)) for holder, name, _ in changes]
     try:
         for holder, name, value in changes:
             setattr(holder, name, value)
         yield
     finally:
         for holder, name, value in reversed(before):
-            setattr(holder, name, value)
+            if value is not _NOT_ITS_OWN:
+                setattr(holder, name, value)
+            elif name in vars(holder):
+                delattr(holder, name)
+
+
+def _own(holder: Any, name: str) -> Any:
+    is_computed = hasattr(getattr(type(holder), name, None), "__set__")
+    return getattr(holder, name) if is_computed else vars(holder).get(name, _NOT_ITS_OWN)
 
 
 def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Turn gradient checkpointing off for passes without gradients, inside `prepared_for_pass`."""
-    return _changed([(module, "training", False) for module in checkpointing_modules(model) if module.training])
+    return changed([(module, "training", False) for module in checkpointing_modules(model) if module.training])
 
 
 def configs_with(model: nn.Module, option: str) -> list[Any]:

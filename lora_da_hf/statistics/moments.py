@@ -41,11 +41,7 @@ def pack_upper(total: Tensor) -> Tensor:
 def unpack_upper(packed: Tensor, width: int) -> Tensor:
     """Undo `pack_upper`, giving the symmetric ``[width, width]``."""
     total = packed.new_zeros(width, width)
-    start = 0
-    for row in range(width):
-        total[row, row:] = packed[start : start + width - row]
-        start += width - row
-    return mirror_upper_(total)
+    return mirror_upper_(total.masked_scatter_(torch.ones_like(total, dtype=torch.bool).triu_(), packed))
 
 
 @contextlib.contextmanager

@@ -41,10 +41,9 @@ def rows_that_count(
 ) -> Tensor | None:
     """Return the indices ``[kept]`` of the rows of a layer that count; None if all do.
 
-    Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample. Those of
-    samples that have a label count. Of a single sample they all do, as the rows of relative positions that some models
-    project by the layers of the tokens. ``sequences`` are those that the rows may be of (`followed_sequences`), and
-    ``routed`` the tokens that the layer is given, if not all.
+    Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample, and count
+    if the sample has a label. ``sequences`` are those that the rows may be of (`followed_sequences`), and ``routed``
+    the tokens that the layer is given, if not all.
     """
     if routed is None:
         return _rows(tokens, leading_shape, layer, sequences)

@@ -23,9 +23,8 @@ from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
 class _TapFunction(torch.autograd.Function):
     """Identity whose backward hands the layer's input and output gradient to a receiver.
 
-    The input goes through ``save_for_backward``, so gradient checkpointing frees and recomputes it like any other
-    saved tensor. ``output.data`` keeps the result from being a view, so that in-place operations on it are allowed. The
-    anchor makes the graph start here although every parameter is frozen.
+    Gradient checkpointing frees and recomputes the input like any other saved tensor. ``output.data`` is no view, so
+    operations in place are allowed. The anchor makes the graph start here although every parameter is frozen.
     """
 
     @staticmethod
@@ -143,10 +142,7 @@ class Taps:
         return on_forward
 
     def check(self) -> None:
-        """Raise `SingleSamplesNeeded` if the rows of a layer could not be matched to the tokens of the batch.
-
-        Not done in the backward pass itself, which other processes may be in the middle of too.
-        """
+        """Raise `SingleSamplesNeeded` if the rows of a layer could not be matched to the tokens of the batch."""
         unmatched, self._unmatched = self._unmatched, None
         if unmatched is not None:
             raise unmatched
@@ -180,10 +176,9 @@ class Taps:
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:
-    """Run one forward pass and find for each layer the name of the first layer that was fed the same tensor.
+    """Run one forward pass and find for each layer its leader: the first layer that was fed the same tensor.
 
-    That is the layer itself if none was, or if it was not called, or called more than once. Keys are in the order of
-    the first calls, so a leader comes before those that follow it.
+    A layer leads itself if it was not called, or more than once. Keys are in the order of the first calls.
     """
     inputs: dict[str, list[int]] = {}
     current: dict[int, tuple[weakref.ref[Tensor], int]] = {}

@@ -25,14 +25,12 @@ class BatchTokens:
     """The tokens of one batch.
 
     Attributes:
-        label_counts: ``[B]``, labels of each sample that count in the loss; None if the batch has no labels, or they
-            cannot be told apart by sample.
+        label_counts: ``[B]``, labels of each sample that count in the loss; None if that cannot be told.
         masks: Masks ``[B, S]`` of the tokens that the second moments count, one for each sequence that the model
             reads (an encoder-decoder reads two); ``[B * C, S]`` if each sample is C sequences to choose from.
         num_labels: Labels in the batch; None if it has no labels.
         other_modality: Whether the batch has inputs other than tokens (images, audio).
-        masks_other_modality: Whether the first mask is of those inputs, as they are before the model makes fewer
-            frames of them.
+        masks_other_modality: Whether the first mask is of those, before the model makes fewer frames of them.
     """
 
     num_samples: int
@@ -61,9 +59,7 @@ def read_batch_tokens(
     token_mask: Literal["attention", "labels"] = "attention",
     num_samples: int | None = None,
 ) -> BatchTokens:
-    """Find the token masks and label counts of a collated batch.
-
-    Samples without a label do not count anywhere: their tokens are masked out.
+    """Find the token masks and label counts of a collated batch; samples without a label are masked out.
 
     Args:
         token_mask: ``"attention"``: tokens that are attended to. ``"labels"``: positions whose prediction is a label;
