@@ -207,7 +207,7 @@ def oracle(known: Known) -> Tensor:
     inverse_output = 1 / problem.output_fisher()
     gradient = -(problem.delta @ problem.covariance) / inverse_output[:, None]
     guidance = build_guidance(
-        Displacement.of(gradient, inverse_output, factorized),
+        Displacement(scaled_gradient=inverse_output[:, None] * gradient, factorized_input=factorized),
         inverse_output,
         population_size=known.count,
         variance_weight=1.0,

@@ -29,9 +29,7 @@ def reduce_statistics(
     Yields:
         The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
     """
-    every = taps.taps.values()
-    fed = dict(zip(taps.taps, processes.sum([tap.num_inputs for tap in every]), strict=True))
-    put_out = dict(zip(taps.taps, processes.sum([tap.num_tokens for tap in every]), strict=True))
+    tokens = dict(zip(taps.taps, processes.sum([tap.num_tokens for tap in taps.taps.values()]), strict=True))
     per_sample = num_items / num_samples if num_samples else 1.0
     for leader, members in groups.items():
         owner = owners[leader]
@@ -42,7 +40,7 @@ def reduce_statistics(
             moment = unpack_upper(packed, moment.shape[0]) if processes.index == owner else moment
         else:
             mirror_upper_(moment)
-        moment /= max(fed[leader], 1)
+        moment /= max(tokens[leader], 1)
         statistics: dict[str, LayerStatistics] = {}
         for name in members:
             tap = taps.taps[name]
@@ -51,10 +49,10 @@ def reduce_statistics(
             if processes.index == owner:
                 statistics[name] = LayerStatistics(
                     input_second_moment=moment,
-                    output_grad_second_moment_diag=tap.squares.div_(max(put_out[name], 1) * per_sample**2),
+                    output_grad_second_moment_diag=tap.squares.div_(max(tokens[name], 1) * per_sample**2),
                     weight_grad=tap.weight_grad.div_(max(num_items, 1)),
-                    num_input_tokens=int(fed[leader]),
-                    num_output_tokens=int(put_out[name]),
+                    num_input_tokens=int(tokens[leader]),
+                    num_output_tokens=int(tokens[name]),
                 )
             tap.input_moment = tap.squares = tap.weight_grad = torch.empty(0)
         yield leader, statistics

@@ -86,7 +86,7 @@ def gather_statistics(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...
 def _groups_with_different_counts(job: Job, taps: Taps, shared: dict[str, str]) -> set[str]:
     """Return the leaders of groups in which a layer that got gradients counted other tokens than the leader."""
     own = job.processes.sum([float(taps.taps[name].num_tokens) for name in shared])
-    led = job.processes.sum([float(taps.taps[leader].num_inputs) for leader in shared.values()])
+    led = job.processes.sum([float(taps.taps[leader].num_tokens) for leader in shared.values()])
     return {leader for leader, mine, leads in zip(shared.values(), own, led, strict=True) if mine and mine != leads}
 
 

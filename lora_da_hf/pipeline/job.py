@@ -114,7 +114,6 @@ class Job:
                 collate=self.collate,
                 compute_loss=compute_loss or self.compute_loss,
                 settings=settings,
-                batch_size=self.batch_size,
                 lockstep=self.lockstep(samples),
             )
         total, count = self.processes.sum(mine)

@@ -44,11 +44,6 @@ class Lockstep:
     filler: Any = None
     alike: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
-    @property
-    def runs_what_does_not_count(self) -> bool:
-        """Whether a batch that counts for nothing is run, since other processes run one meanwhile."""
-        return self.filler is not None
-
     def batches(self, own: Sequence[list[Any]]) -> Iterator[tuple[list[Any], bool]]:
         """Yield this process's batches, then fillers until every process is done; and whether they count."""
         for number in range(self.most(len(own))):

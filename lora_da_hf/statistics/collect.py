@@ -117,7 +117,7 @@ def collect(
         done = 0
         try:
             for batch, tokens, num_items, is_own in _read_batches(samples, batch_size, collate, settings, lockstep):
-                if num_items or lockstep.runs_what_does_not_count:
+                if num_items or lockstep.filler is not None:
                     result.taps.tokens = tokens if num_items else None
                     _add_batch(model, batch, num_items, compute_loss, settings, result.taps, lockstep)
                 if is_own:
@@ -237,29 +237,28 @@ def evaluate_loss(
     collate: Collate,
     compute_loss: ComputeLoss,
     settings: PassSettings,
-    batch_size: int,
     lockstep: Lockstep = ALONE,
 ) -> tuple[float, int]:
     """Return the loss summed over samples, without gradients, and the number of items to divide it by.
 
     It is not finite if a loss is not: a step that is too long does that.
     """
-    if settings.reduction.kind == "unknown" or settings.why_single is not None:
-        batch_size = 1
+    is_single = settings.reduction.kind == "unknown" or settings.why_single is not None
+    batch_size = 1 if is_single else settings.batch_size
     total, num_items = 0.0, 0
     try:
         with torch.no_grad(), without_checkpointing(model):
             for batch, _, count, _ in _read_batches(samples, batch_size, collate, settings, lockstep):
-                if not count and not lockstep.runs_what_does_not_count:
+                if not count and not lockstep.filler is not None:
                     continue
                 with settings.labelled_rows():
                     loss = settings.reduction.loss(compute_loss, model, batch).item()
                 if count:
                     total += loss * settings.reduction.weight(count)
                     num_items += count
-    except SingleSamplesNeeded:
+    except SingleSamplesNeeded as reason:
         if batch_size == 1:
             raise
-        options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "settings": settings}
-        return evaluate_loss(model, samples, **options, batch_size=1, lockstep=lockstep)
+        options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "lockstep": lockstep}
+        return evaluate_loss(model, samples, settings=replace(settings, why_single=str(reason)), **options)
     return total, num_items

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,28 +78,23 @@ def find_reduction(
         return LossReduction(kind="unknown", reason="there is one sample only")
     alone, *singles = [collate([sample]) for sample in samples]
     joined = [collate([samples[0], other]) for other in samples[1:]]
-    first, *counts = [
-        read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1).num_labels for batch in (alone, *singles)
-    ]
+    counts = [read_batch_tokens(b, shifts_labels=shifts_labels, num_samples=1).num_labels for b in (alone, *singles)]
+    known = all(counts)
 
     def value(batch: Mapping[str, Any], items: int | None) -> float:
         return compute(model, batch, None if items is None else _items(items, batch)).item()
 
     def pairs(items: int | None, of_first: float) -> list[_Pair]:
         return [
-            _Pair(
-                losses=(of_first, value(single, items)),
-                whole=value(both, items),
-                counts=(first, count) if first and count else None,
-            )
-            for single, both, count in zip(singles, joined, counts, strict=True)
+            _Pair(of_first, value(single, items), value(both, items), (counts[0] or 0, count or 0) if known else None)
+            for single, both, count in zip(singles, joined, counts[1:], strict=True)
         ]
 
     with torch.no_grad(), _watched_tolerance() as seen:
         of_one, of_two = (value(alone, items) for items in (1, 2))
-        if first is not None and _close(of_two * 2, of_one, max(seen)):
+        if counts[0] is not None and _close(of_two * 2, of_one, max(seen)):
             found = pairs(1, of_one)
-            if all(pair.counts and _close(sum(pair.losses), pair.whole, max(seen)) for pair in found):
+            if known and all(_close(pair.first + pair.second, pair.whole, max(seen)) for pair in found):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
         found = pairs(None, value(alone, None))
     reduction = _mean_of(found, max(seen))
@@ -108,11 +103,11 @@ def find_reduction(
     return reduction
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
+class _Pair(NamedTuple):
     """The losses of two samples, of both together, and their numbers of labels if known."""
 
-    losses: tuple[float, float]
+    first: float
+    second: float
     whole: float
     counts: tuple[int, int] | None
 
@@ -120,8 +115,7 @@ class _Pair:
         """Return how far the loss of both is from the weighted mean of the two, as a part of it."""
         if weights is None:
             return math.inf
-        mean = sum(weight * loss for weight, loss in zip(weights, self.losses, strict=True)) / sum(weights)
-        difference = abs(self.whole - mean)
+        difference = abs(self.whole - (weights[0] * self.first + weights[1] * self.second) / sum(weights))
         if difference == 0:
             return 0.0
         return difference / abs(self.whole) if math.isfinite(difference) and self.whole else math.inf
@@ -129,7 +123,7 @@ class _Pair:
     def is_only_together(self, tolerance: float) -> bool:
         """Tell whether neither sample has a loss alone, and both together have one."""
         size = abs(self.whole)
-        return 0 < size < math.inf and not any(abs(loss) > tolerance * size for loss in self.losses)
+        return 0 < size < math.inf and not any(abs(loss) > tolerance * size for loss in (self.first, self.second))
 
 
 def _mean_of(pairs: Sequence[_Pair], tolerance: float) -> LossReduction:

@@ -49,8 +49,7 @@ class LayerTap:
         input_moment: ``[d_in, d_in]``, sum of ``x x^T`` over the rows that count: the leader's own, for all of a group.
         squares: ``[d_out]``, sum of ``g**2`` over the rows that count.
         weight_grad: ``[d_out, d_in]``, sum of ``g x^T`` over all rows.
-        num_inputs: Rows in ``input_moment``, counted by the leader.
-        num_tokens: Rows in ``squares``.
+        num_tokens: Rows in ``squares``, and in ``input_moment`` if it is the layer's own.
     """
 
     name: str
@@ -58,7 +57,6 @@ class LayerTap:
     squares: Tensor
     weight_grad: Tensor
     leader: LayerTap | None = None
-    num_inputs: int = 0
     num_tokens: int = 0
     last_input: weakref.ref[Tensor] | None = None
     forward_calls: int = 0
@@ -172,7 +170,6 @@ class Taps:
             if tap.leader is None:
                 x = x if kept is None else x.index_select(0, kept.to(device))
                 add_symmetric_product_(tap.input_moment, x)
-                tap.num_inputs += x.shape[0]
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:

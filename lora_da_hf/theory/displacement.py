@@ -29,28 +29,19 @@ class Displacement:
     scaled_gradient: Tensor
     factorized_input: FactorizedInput
 
-    @classmethod
-    def of(cls, weight_grad: Tensor, inverse_output: Tensor, factorized_input: FactorizedInput) -> Displacement:
-        """Make it from ``weight_grad [d_out, d_in]`` and the inverse ``[d_out]`` of the damped output factor."""
-        return cls(scaled_gradient=inverse_output[:, None] * weight_grad, factorized_input=factorized_input)
-
-    def solve_input(self, vectors: Tensor) -> Tensor:
-        """Return ``Z^-1 V`` for ``V [d_in, k]``."""
-        return self.factorized_input.solve(vectors)
-
     def dense(self) -> Tensor:
         """Return D, ``[d_out, d_in]``."""
-        return self.solve_input(self.scaled_gradient.mT).mT.neg()
+        return self.factorized_input.solve(self.scaled_gradient.mT).mT.neg()
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``D V`` for ``V [d_in, k]``."""
-        return -(self.scaled_gradient @ self.solve_input(vectors))
+        return -(self.scaled_gradient @ self.factorized_input.solve(vectors))
 
     def transposed_times_apply(self, solved: Tensor) -> Tensor:
         """Return ``D^T D V``, ``[d_in, k]``, given ``Z^-1 V``."""
         # few rows on the left of a matrix are up to ten times as fast as few columns on the right of a transposed one
         rows = (solved.mT.contiguous() @ self.scaled_gradient.mT) @ self.scaled_gradient
-        return self.solve_input(rows.mT)
+        return self.factorized_input.solve(rows.mT)
 
     def singular_pairs(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Find the singular vectors of D in the span of ``basis [d_in, k]``, without those that are only rounding.
@@ -63,7 +54,7 @@ class Displacement:
         """
         _, values, turn = torch.linalg.svd(self.apply(basis), full_matrices=False)
         vectors = basis @ turn.mT
-        factors = self.scaled_gradient.norm(dtype=torch.float64) * self.solve_input(vectors).norm(dim=0)
+        factors = self.scaled_gradient.norm(dtype=torch.float64) * self.factorized_input.solve(vectors).norm(dim=0)
         found = values > _ROUNDING * torch.maximum(factors, values[0])
         return values[found], fix_signs(vectors[:, found])
 
@@ -75,7 +66,7 @@ class Displacement:
         scaled = Displacement(scaled_gradient=self.scaled_gradient / scale, factorized_input=self.factorized_input)
         # an eigenvalue is accurate to the square of the residual
         pairs = leading_eigenpairs(
-            lambda v: scaled.transposed_times_apply(scaled.solve_input(v)),
+            lambda v: scaled.transposed_times_apply(scaled.factorized_input.solve(v)),
             self.scaled_gradient.shape[1],
             1,
             like=self.scaled_gradient,

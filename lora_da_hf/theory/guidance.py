@@ -20,7 +20,7 @@ class Guidance:
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``G V`` for ``V [d_in, k]`` without forming G."""
-        solved = self.displacement.solve_input(vectors)
+        solved = self.displacement.factorized_input.solve(vectors)
         product = self.displacement.transposed_times_apply(solved).neg_()
         if self.variance_coefficient:
             product += solved * self.variance_coefficient

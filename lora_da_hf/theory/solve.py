@@ -131,8 +131,9 @@ def _pose(
         Damping.parse(config.output_damping),
         layer=layer,
     )
+    scaled_gradient = inverse_output[:, None] * statistics.weight_grad.to(dtype)
     guidance = build_guidance(
-        Displacement.of(statistics.weight_grad.to(dtype), inverse_output, factorized_input),
+        Displacement(scaled_gradient=scaled_gradient, factorized_input=factorized_input),
         inverse_output,
         population_size=population_size,
         variance_weight=config.variance_weight,
@@ -148,7 +149,7 @@ def _residual_in_float64(statistics: LayerStatistics, guidance: Guidance, pairs:
     """
     displacement = guidance.displacement
     factorized = displacement.factorized_input
-    narrow = displacement.solve_input(pairs.vectors)
+    narrow = displacement.factorized_input.solve(pairs.vectors)
     gram, solved = displacement.transposed_times_apply(narrow).double(), narrow.double()
     squares = torch.zeros_like(solved)
     for rows in displacement.scaled_gradient.split(_ROWS):

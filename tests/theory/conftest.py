@@ -37,7 +37,7 @@ def make_guidance(statistics, *, damping=1e-2, variance_weight=0.1, population_s
     factorized = factorize_input(statistics.input_second_moment, rule, layer="a", dtype=statistics.weight_grad.dtype)
     y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag, rule, layer="a")
     return build_guidance(
-        Displacement.of(statistics.weight_grad, y_inv, factorized),
+        Displacement(scaled_gradient=y_inv[:, None] * statistics.weight_grad, factorized_input=factorized),
         y_inv,
         population_size=population_size,
         variance_weight=variance_weight,

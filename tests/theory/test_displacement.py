@@ -11,7 +11,7 @@ from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, invers
 def displacement_of(statistics, *, input_damping, output_damping):
     factorized = factorize_input(statistics.input_second_moment, input_damping, layer="a")
     y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag, output_damping, layer="a")
-    return Displacement.of(statistics.weight_grad, y_inv, factorized)
+    return Displacement(scaled_gradient=y_inv[:, None] * statistics.weight_grad, factorized_input=factorized)
 
 
 def of_matrix(matrix):
@@ -41,7 +41,7 @@ def test_products_with_vectors_are_those_of_the_dense_matrix(problem, d_out, d_i
     dense = found.dense()
     vectors = torch.randn(d_in, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     torch.testing.assert_close(found.apply(vectors), dense @ vectors)
-    gram = found.transposed_times_apply(found.solve_input(vectors))
+    gram = found.transposed_times_apply(found.factorized_input.solve(vectors))
     torch.testing.assert_close(gram, dense.mT @ dense @ vectors)
     assert found.norm() == pytest.approx(torch.linalg.svdvals(dense)[0].item(), rel=1e-9)
 
