@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
+
+
+class _OnDevice:
+    def on(self, device: torch.device | str) -> Self:
+        """Return the record with its tensors on a device."""
+        record: Any = self
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(record, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerStatistics:
+class LayerStatistics(_OnDevice):
     """What one pass over the samples says about one linear layer.
 
     Attributes:
@@ -29,18 +39,9 @@ class LayerStatistics:
     num_input_tokens: int
     num_output_tokens: int
 
-    def on(self, device: torch.device | str) -> LayerStatistics:
-        """Return the statistics on a device."""
-        return dataclasses.replace(
-            self,
-            input_second_moment=self.input_second_moment.to(device),
-            output_grad_second_moment_diag=self.output_grad_second_moment_diag.to(device),
-            weight_grad=self.weight_grad.to(device),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSolution:
+class LayerSolution(_OnDevice):
     """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
 
     Attributes:
@@ -68,11 +69,6 @@ class LayerSolution:
         if unit == 1.0:
             return self
         return dataclasses.replace(self, basis_B=self.basis_B / unit, eigenvalues=self.eigenvalues / unit**2)
-
-    def on(self, device: torch.device | str) -> LayerSolution:
-        """Return the solution with its tensors on a device."""
-        names = ("basis_A", "basis_B", "eigenvalues")
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return ``basis_A [rank, d_in]`` and ``basis_B [d_out, rank]``."""

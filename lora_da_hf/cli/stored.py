@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,15 +117,12 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
     add(parser, "rank_budget", "parameters of the adapter, shared out between the layers", type=int)
     add(parser, "step_size", "how far step 0 goes (default: as the stored steps say)", type=float)
     add_base_model(parser, "and compare it (a DoRA adapter needs it)")
-    free = [
-        (field.name, field.type, dataclasses.field(default=field.default, metadata=field.metadata))
-        for field in dataclasses.fields(LoRADAArguments)
-        if field.name.removeprefix(PREFIX) in FREE_IN_REFIT - {"step_size"}
-    ]
-    add_dataclasses(parser, dataclasses.make_dataclass("FreeInRefit", free))
+    add_dataclasses(parser, LoRADAArguments)
     for action in parser._actions:
         if action.dest.startswith(PREFIX):
-            action.default, action.help = argparse.SUPPRESS, f"{action.help} (default: as stored)"
+            is_free = action.dest.removeprefix(PREFIX) in FREE_IN_REFIT - {"step_size"}
+            action.help = f"{action.help} (default: as stored)" if is_free else argparse.SUPPRESS
+            action.default = argparse.SUPPRESS
 
 
 def run_refit(arguments: argparse.Namespace, output: Output) -> None:

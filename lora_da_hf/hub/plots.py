@@ -16,8 +16,6 @@ from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
 
 _MOST_TYPES = 10
-_NUMBER = re.compile(r"(?:^|\.)(\d{1,6})(?:\.|$)")
-"""The first number in a layer's name is that of its block."""
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
@@ -46,17 +44,14 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     for layer in report.layers:
         groups[_label(kind_of(layer.name)) if kind_of(layer.name) in shown else "all others"].append(layer)
     for number, (label, layers) in enumerate(groups.items()):
-        rows = [[-value / (abs(layer.eigenvalues[0]) or 1.0) for value in layer.eigenvalues] for layer in layers]
-        columns = np.array(list(itertools.zip_longest(*rows, fillvalue=np.nan)))
+        gains = [[-value / (abs(layer.eigenvalues[0]) or 1.0) for value in layer.eigenvalues] for layer in layers]
+        columns = np.array(list(itertools.zip_longest(*gains, fillvalue=np.nan)))
         low, middle, high = np.nanquantile(columns, [0.25, 0.5, 0.75], axis=1)
         left.plot(range(1, len(columns) + 1), middle, color=f"C{number}", label=label, marker=".")
         left.fill_between(range(1, len(columns) + 1), low, high, color=f"C{number}", alpha=0.12, lw=0)
-        depths: dict[int, list[float]] = defaultdict(list)
-        for layer in layers:
-            found = _NUMBER.search(layer.name)
-            depths[int(found[1]) if found else 0].append(directions_that_matter(layer))
-        heights = [np.median(depths[depth]) for depth in sorted(depths)]
-        right.plot(sorted(depths), heights, color=f"C{number}", marker=".", lw=1)
+        numbers = [re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", layer.name) for layer in layers]  # of the blocks
+        depths = [int(found[1]) if found else 0 for found in numbers]
+        right.plot(depths, [directions_that_matter(layer) for layer in layers], color=f"C{number}", marker=".", lw=1)
     left.axhline(0, color="black", lw=0.8)
     left.set(title="Guidance spectra by module type", xlabel="direction", ylabel="gain relative to the first direction")
     right.set(title="Directions that matter, by layer", xlabel="layer", ylabel="sum of gains / largest gain")
@@ -86,8 +81,7 @@ def draw_search(report: LoRADAReport) -> bytes:
         axes.plot([report.step_size], [report.search_loss_after], "*", ms=14, color="tab:orange", label=label)
     failed = [step for step, loss in report.search if loss is None]
     if failed:
-        top = {"transform": axes.get_xaxis_transform(), "color": "tab:red"}
-        axes.plot(failed, [0.97] * len(failed), "x", label="no loss", **top)
+        axes.vlines(failed, *axes.get_ylim(), colors="tab:red", linestyles=":", label="no loss")
     loss_of = f"mean loss on {report.num_search_samples} search samples"
     axes.set(title="Search for the step", xlabel="step size", ylabel=loss_of, xscale="log")
     axes.grid(alpha=0.3)

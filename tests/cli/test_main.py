@@ -20,7 +20,6 @@ NAMES = list(VERBS)
     ("words", "told"),
     [
         (["init", "a", "b", "c", "--da_num_sample", "16"], "(?s).*unrecognized arguments: --da_num_sample"),
-        (["refit", "a", "b", "--da_num_samples=4"], "(?s).*unrecognized arguments: --da_num_samples=4"),
         (["show", "a", "b", "c"], "(?s).*unrecognized arguments: b c"),
         (["--json", "list"], "(?s).*unrecognized arguments: --json"),
         (["no-such-verb"], "(?s).*invalid choice"),
