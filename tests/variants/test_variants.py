@@ -11,19 +11,18 @@ from harness import (
     base_linear_layers,
     collate,
     initialize,
-    make_args,
     make_config,
     make_learnable_samples,
     make_lora_config,
+    make_trainer,
     train_from,
     written_adapter,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.nn.functional import linear
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_da_hf import LoRADATrainer, refit_init
+from lora_da_hf import refit_init
 from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.samples import pad_samples
 
@@ -37,16 +36,9 @@ def logits(model, samples):
         return model.eval()(**collate(samples[:4])).logits
 
 
-def train(folder, model, samples, steps=3, **settings):
+def train(folder, model, samples=None, **settings):
     """Return the trainer, and the adapter that it started from."""
-    trainer = LoRADATrainer(
-        model=model,
-        args=make_args(folder, max_steps=steps),
-        train_dataset=samples,
-        data_collator=settings.pop("data_collator", collate),
-        da_config=settings.pop("da_config", make_config()),
-        **settings,
-    )
+    trainer = make_trainer(folder, model, samples, arguments={"max_steps": 3}, **settings)
     return trainer, train_from(trainer)
 
 
@@ -101,8 +93,7 @@ def with_products(base, adapted):
 
 
 def test_the_magnitude_of_a_layer_that_stores_its_weight_transposed(tmp_path):
-    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=32, initializer_range=0.2)
-    model = get_peft_model(GPT2LMHeadModel(config), make_lora_config(use_dora=True, fan_in_fan_out=True))
+    model = FAMILIES["GPT-2 (Conv1D)"].adapt(use_dora=True)
     assert initialize(model, make_learnable_samples(16)).step_size > 0
     layer = model.get_base_model().transformer.h[0].mlp.c_fc
     x = torch.randn(5, 32)
@@ -118,30 +109,38 @@ def test_dora_is_refused_where_a_process_has_a_part_of_the_base_weight(lora_mode
         initialize(model, make_learnable_samples(16))
 
 
-@pytest.mark.support("PEFT", "LoRA-FA (`freeze_a=True`)", "A is frozen after it is written, B alone is trained")
-def test_lora_fa_by_our_setting(tmp_path, lora_model):
-    samples = make_learnable_samples(24)
-    check_a_is_frozen(tmp_path, *train(tmp_path, lora_model(), samples, da_config=make_config(freeze_a=True)))
+def frozen_by_our_setting(model):
+    return {"da_config": make_config(freeze_a=True)}
 
 
-@pytest.mark.support("PEFT", "LoRA-FA (`create_lorafa_optimizer`)", "A is frozen by PEFT, and written all the same")
-def test_lora_fa_by_pefts_optimizer(tmp_path, lora_model):
-    model, samples = lora_model(), make_learnable_samples(24)
-    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=16, lr=1e-2)
-    check_a_is_frozen(tmp_path, *train(tmp_path, model, samples, optimizers=(optimizer, None)))
+def frozen_by_pefts_optimizer(model):
+    return {"optimizers": (create_lorafa_optimizer(model, r=4, lora_alpha=16, lr=1e-2), None)}
 
 
-def check_a_is_frozen(folder, trainer, start):
-    assert_initialized(folder / "lora_da", start, trainer.lora_da_report)
+@pytest.mark.parametrize(
+    "frozen_by",
+    [
+        row("LoRA-FA (`freeze_a=True`)", "A is frozen after it is written, B alone is trained", frozen_by_our_setting),
+        row(
+            "LoRA-FA (`create_lorafa_optimizer`)",
+            "A is frozen by PEFT, and written all the same",
+            frozen_by_pefts_optimizer,
+        ),
+    ],
+)
+def test_lora_fa(tmp_path, lora_model, frozen_by):
+    model = lora_model()
+    trainer, start = train(tmp_path, model, **frozen_by(model))
+    assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     for name, tensor in adapter_weights(trainer.model).items():
         assert torch.equal(tensor, start.weights[name]) == ("lora_A" in name), name
 
 
 @pytest.mark.support("PEFT", "LoRA+ (`create_loraplus_optimizer`)", "")
 def test_lora_plus(tmp_path, lora_model):
-    model, samples = lora_model(), make_learnable_samples(24)
+    model = lora_model()
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
-    trainer, start = train(tmp_path, model, samples, optimizers=(optimizer, None))
+    trainer, start = train(tmp_path, model, optimizers=(optimizer, None))
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
     moved = {
         which: max((t - start.weights[n]).abs().max() for n, t in adapter_weights(trainer.model).items() if which in n)
@@ -151,10 +150,8 @@ def test_lora_plus(tmp_path, lora_model):
 
 
 @pytest.mark.support("PEFT", "Tied embeddings", "the output head stays out of `all-linear`")
-def test_tied_embeddings(tmp_path, tiny_llama):
-    samples = make_learnable_samples(24)
-    model = get_peft_model(tiny_llama(tie_word_embeddings=True), make_lora_config())
-    trainer, start = train(tmp_path, model, samples)
+def test_tied_embeddings(tmp_path, tiny_llama, lora_model):
+    trainer, start = train(tmp_path, lora_model(model=tiny_llama(tie_word_embeddings=True)))
     assert len(trainer.lora_da_report.layers) == LINEAR_LAYERS
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
@@ -162,11 +159,9 @@ def test_tied_embeddings(tmp_path, tiny_llama):
 @pytest.mark.support("PEFT", "The output head as a target", "tied to the embeddings or not")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_output_head_as_a_target(tmp_path, tiny_llama, tied):
-    samples = make_learnable_samples(24)
-    config = make_lora_config(target_modules=["lm_head", "v_proj"])
-    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), config)
-    trainer, start = train(tmp_path, model, samples)
+def test_the_output_head_as_a_target(tmp_path, tiny_llama, lora_model, tied):
+    model = lora_model(model=tiny_llama(tie_word_embeddings=tied), target_modules=["lm_head", "v_proj"])
+    trainer, start = train(tmp_path, model)
     assert "lm_head" in {layer.name for layer in trainer.lora_da_report.layers}
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)
 
@@ -187,7 +182,7 @@ LISTED = {
     [row(what, "keep PEFT's own initialisation and are listed", *values) for what, values in LISTED.items()],
 )
 def test_what_is_no_linear_layer_is_listed(tmp_path, family, target_modules, name, reason):
-    model = get_peft_model(FAMILIES[family].make_model(), make_lora_config(target_modules=target_modules))
+    model = FAMILIES[family].adapt(target_modules=target_modules)
     trainer, start = train(tmp_path, model, FAMILIES[family].samples(24), data_collator=pad_samples)
     assert trainer.lora_da_report.kept == {name: reason}
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report, kept=[name])
@@ -195,21 +190,16 @@ def test_what_is_no_linear_layer_is_listed(tmp_path, family, target_modules, nam
 
 @pytest.mark.support("PEFT", "Two adapters on one model", "the active one is initialised, the other stays")
 def test_two_adapters_on_one_model(tmp_path, lora_model):
-    samples = make_learnable_samples(24)
     model = lora_model()
-    train(tmp_path / "first", model, samples)
+    train(tmp_path / "first", model)
     first = {name: t for name, t in model.named_parameters() if ".default." in name}
     before = {name: tensor.detach().clone() for name, tensor in first.items()}
     model.add_adapter("second", make_lora_config(r=2))
     model.set_adapter("second")
-    trainer, start = train(tmp_path / "second", model, samples)
+    trainer, start = train(tmp_path / "second", model)
     assert {layer.rank for layer in trainer.lora_da_report.layers} == {2}
     assert_initialized(tmp_path / "second" / "lora_da", start, trainer.lora_da_report)
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())
-
-
-BUDGET = 5000
-CHEAPEST = 48 + 24  # parameters of one rank of the narrowest layer
 
 
 @pytest.mark.support(
@@ -218,13 +208,11 @@ CHEAPEST = 48 + 24  # parameters of one rank of the narrowest layer
     "offline, from the stored spectra; written as `rank_pattern`, each layer keeps its scaling",
 )
 def test_the_ranks_of_a_stored_initialisation_are_shared_out(tmp_path, tiny_llama, stored_init):
-    refit_init(stored_init, tmp_path / "new", rank_budget=BUDGET)
-    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "new")
-    layers = [m for m in start.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
-    assert len(layers) == LINEAR_LAYERS
-    assert len({layer.r["default"] for layer in layers}) > 2
-    assert {layer.scaling["default"] for layer in layers} == {2.0}
-    assert BUDGET - CHEAPEST < sum(tensor.numel() for tensor in adapter_weights(start).values()) <= BUDGET
-    names = {id(module): name for name, module in start.get_base_model().named_modules()}
-    ranks = {names[id(layer)]: layer.r["default"] for layer in layers}
+    report = refit_init(stored_init, tmp_path / "new", rank_budget=5000).report
+    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "new").get_base_model()
+    layers = {layer.name: start.get_submodule(layer.name) for layer in report.layers}
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+    assert 4900 < sum(weight.numel() for weight in written_adapter(tmp_path / "new").values()) <= 5000
+    ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    assert len(set(ranks.values())) > 2
     assert_made_from_data(written_adapter(tmp_path / "new"), ranks)
