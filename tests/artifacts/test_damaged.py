@@ -267,34 +267,8 @@ def long_manifest(folder):
     path.write_text(path.read_text().replace('"eigenvalues": [', '"eigenvalues": [' + "0," * 8_000_000, 1))
 
 
-def dotted_modules(folder):
-    change_config(folder, modules_to_save=[".".join(["a"] * 1900 + [str(number)]) for number in range(1000)])
-
-
-def repeated_modules(folder, names=("a",) * 800_000):
-    others = {f"base_model.model.z.{number}.weight": torch.zeros(1) for number in range(9000)}
-    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
-    change_config(folder, modules_to_save=names)
-
-
-def many_tensors(folder):
-    repeated_modules(folder, names=["z"])
-
-
-def tied_tensors(folder):
-    others = {
-        f"base_model.model.{'zy'[number % 2]}.{number}.weight": torch.full((9,), number) for number in range(4000)
-    }
-    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(others))
-    change_config(folder, modules_to_save=["z"], ensure_weight_tying=True)
-
-
 def many_targets(folder):
     change_config(folder, target_modules=[f"z{number}" for number in range(300_000)])
-
-
-def many_parameters(folder):
-    change_config(folder, target_parameters=[f"z{number}" for number in range(99_000)])
 
 
 def long_header(folder):
@@ -307,12 +281,7 @@ def long_header(folder):
     ("make", "file", "word"),
     [
         (long_manifest, MANIFEST_FILE, "larger"),
-        (dotted_modules, ADAPTER_CONFIG_FILE, "modules_to_save"),
-        (repeated_modules, ADAPTER_CONFIG_FILE, "modules_to_save"),
-        (many_tensors, ADAPTER_FILE, "tensors"),
-        (tied_tensors, ADAPTER_FILE, "base_model.model.y."),
         (many_targets, ADAPTER_CONFIG_FILE, "target_modules"),
-        (many_parameters, ADAPTER_CONFIG_FILE, "target_parameters"),
         (long_header, ADAPTER_FILE, "header"),
     ],
 )

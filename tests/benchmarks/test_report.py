@@ -60,27 +60,6 @@ def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
     assert (tmp_path / "results_1.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("losses", "panels"), [([[0, 2.0], [4, 1.0]], 1), ([[0, 2.0], [2, 1.5], [4, 1.0]], 2)])
-def test_the_picture_shows_rates_on_the_seeds_that_all_have_and_curves_where_there_are_any(
-    tmp_path, monkeypatch, losses, panels
-):
-    drawn, draw = [], report.draw
-
-    def noted(axes, points, **style):
-        drawn.append((axes, points))
-        draw(axes, points, **style)
-
-    monkeypatch.setattr(report, "draw", noted)
-    runs = [record_of("lora", rate, seed, losses) for rate, seed in ((1e-3, 0), (1e-3, 1), (1e-2, 0))]
-    for run in runs:
-        run["final_loss"] = 1.0 + run["cell"]["seed"]
-    report.plot(runs, "title", tmp_path / "picture.png")
-    assert drawn[0][1] == {1e-3: [1.0], 1e-2: [1.0]}
-    assert len(drawn) == panels
-    assert len(drawn[0][0].figure.axes) == panels
-    assert all(points == {step: [loss] * 2 for step, loss in losses} for _, points in drawn[1:])
-
-
 def test_with_few_samples_the_lowest_losses_are_compared_too(tmp_path, capsys):
     records = []
     for seed in range(2):

@@ -1,15 +1,12 @@
 """Plots from reports: what they show, and that no name breaks them."""
 
-import io
 import sys
 
 import pytest
-from card_facts import LAYERS, make_report
+from card_facts import make_report
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
-from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots, draw_search, draw_spectra
 
 
@@ -31,14 +28,12 @@ def legend(figure):
     return [text.get_text() for text in (figure.legends or [figure.axes[0].get_legend()])[0].get_texts()]
 
 
-def test_plots_are_png_files_of_a_readable_size():
+def test_plots_are_png_files_drawn_without_pyplot():
     sys.modules.pop("matplotlib.pyplot", None)
     files = draw_plots(make_report())
     assert "matplotlib.pyplot" not in sys.modules
     assert set(files) == {SPECTRA_PLOT, SEARCH_PLOT}
-    for content in files.values():
-        height, width, _ = imread(io.BytesIO(content)).shape
-        assert (height > 400, width > 600) == (True, True)
+    assert all(content.startswith(b"\x89PNG") for content in files.values())
     assert set(draw_plots(make_report(search=[], search_loss_before=None))) == {SPECTRA_PLOT}
 
 
@@ -68,9 +63,3 @@ def test_no_name_breaks_a_plot_and_many_types_share_a_line(figures):
     draw_spectra(make_report([f"layers.0.kind{number}" for number in range(30)]))
     assert len(legend(figures[1])) == 10
     assert legend(figures[1])[-1] == "all others"
-
-
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
-        draw_plots(make_report(LAYERS[:2]))

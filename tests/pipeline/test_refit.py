@@ -4,14 +4,13 @@ import shutil
 
 import pytest
 import torch
-from families.zoo import EXPERTS, FAMILIES, send_nothing_to_the_last_expert
+from families.zoo import FAMILIES, send_nothing_to_the_last_expert
 from harness import (
     adapter_weights,
     assert_same_tensors,
     assert_updates_equal,
     dense_updates,
     factors,
-    make_lora_config,
     relative_error,
     store_init,
     written_adapter,
@@ -314,14 +313,10 @@ def test_a_dora_adapter_gets_the_magnitudes_of_its_new_rank_from_the_base(lora_m
 MIXTRAL = FAMILIES["Mixtral (experts)"]
 
 
-def make_mixtral(**lora):
-    return get_peft_model(MIXTRAL.make_model(), make_lora_config(**{**EXPERTS, **lora}))
-
-
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
     """An initialisation of experts, one of which no token is routed to."""
-    model = make_mixtral()
+    model = MIXTRAL.adapt()
     for layer in model.get_base_model().model.layers:
         layer.mlp.gate.register_forward_hook(send_nothing_to_the_last_expert)
     return store_init(tmp_path_factory.mktemp("experts") / "init", model, max_rank=6)
@@ -352,33 +347,9 @@ def test_experts_get_another_rank_together(experts, tmp_path, rank):
         assert lora_A.any(dim=1).all()
 
 
-def test_other_settings_of_experts_are_solved_one_by_one(experts, tmp_path):
-    config = changed(experts, input_damping=1e-2)
-    refitted = refit_init(experts, tmp_path / "new", config=config, rank=2)
-    ranks = dict.fromkeys(refitted.bases, 2)
-    expected = dense_updates(experts, ranks, refitted.report.step_size, config)
-    adapter = written_adapter(tmp_path / "new")
-    for name, layer in refitted.manifest.layers.items():
-        lora_A, lora_B = written_factors(adapter, name, 2)
-        found = layer.peft_scaling * lora_B.double() @ lora_A.double()
-        assert relative_error(found, torch.from_numpy(expected[name])) < 1e-6
-
-
 def test_experts_share_no_budget(experts, tmp_path):
     with pytest.raises(ConfigError, match=r"The experts .* and PEFT has one for all"):
         refit_init(experts, tmp_path / "new", rank_budget=5_000)
-
-
-@pytest.mark.parametrize(("before", "after"), [("displacement", "equal"), ("equal", "displacement")])
-def test_other_lengths_of_layers_are_solved_from_statistics(tmp_path, lora_model, tiny_llama, before, after):
-    folder = store_init(tmp_path / "init", lora_model(r=8), layer_steps=before)
-    config = changed(folder, layer_steps=after, step_size=0.1)
-    refit_init(folder, tmp_path / "new", config=config)
-    report = load_init(tmp_path / "new").report
-    farthest = max(layer.displacement_norm / layer.num_grad_tokens for layer in report.layers)
-    assert report.step_unit == (1.0 if after == "equal" else farthest)
-    expected = dense_updates(folder, dict.fromkeys((layer.name for layer in report.layers), 8), 0.1, config)
-    assert_updates_equal(written_updates(loaded(tmp_path / "new", tiny_llama)), expected)
 
 
 def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_model):
