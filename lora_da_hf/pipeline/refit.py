@@ -30,7 +30,7 @@ from lora_da_hf.artifacts.tensors import input_groups_of, iterate_statistics, re
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.base_model import base_model_facts, base_modules
-from lora_da_hf.pipeline.solve import reported
+from lora_da_hf.pipeline.solve import in_one_unit, reported
 from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
@@ -38,7 +38,7 @@ from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import solve_group
-from lora_da_hf.theory.steps import divisors, factors_at_step, paper_step_size, rounding_notes, step_unit
+from lora_da_hf.theory.steps import factors_at_step, paper_step_size, rounding_notes
 
 
 def refit_init(
@@ -145,10 +145,7 @@ def _solve_again(
         with full_precision("cpu"):
             solutions |= solve_group(statistics, config, ranks=ranks, population_size=stored.report.population_size)
         layers |= {name: dataclasses.replace(layers[name], **reported(solutions[name])) for name in statistics}
-    unit = step_unit(layers.values(), layer_steps=config.layer_steps)
-    by_layer = divisors(layers.values(), unit, layer_steps=config.layer_steps)
-    scaled = {name: solutions[name].in_unit(by_layer[name]) for name in layers}
-    return scaled, {n: dataclasses.replace(layers[n], **reported(solution)) for n, solution in scaled.items()}, unit
+    return in_one_unit(solutions, layers, config.layer_steps)
 
 
 def _new_ranks(

@@ -84,7 +84,7 @@ def initialize_lora_da(
         ConfigError: if settings contradict each other, settings or samples differ between processes, gradients are off,
             or ``output_dir`` holds something else, or cannot be written.
         DataError: if the samples cannot be used.
-        StatisticsError: if the pass fails, or no tap was called.
+        StatisticsError: if the pass fails.
         PlanError: if a layer's statistics do not fit in the memory that they may take.
         SolveError: if no layer can be solved.
         UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism, or if the adapter cannot be stored.
