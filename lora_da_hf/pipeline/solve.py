@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from lora_da_hf.artifacts.tensors import save_statistics
-from lora_da_hf.distributed.processes import Processes
-from lora_da_hf.distributed.reduce import reduce_statistics
+from lora_da_hf.distributed.processes import Processes, reduce_statistics
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan

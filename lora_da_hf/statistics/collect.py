@@ -169,7 +169,7 @@ def _add_batch(
     taps: Taps,
     lockstep: Lockstep,
 ) -> None:
-    with taps, settings.labelled_rows():
+    with taps.attached(), settings.labelled_rows():
         loss = settings.reduction.loss(compute_loss, model, batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
         taps.gradient_scale = 1.0

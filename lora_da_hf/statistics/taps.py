@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class LayerTap:
 
 
 class Taps:
-    """Taps on layers that map ``[..., d_in]`` to ``[..., d_out]``, as a context manager: hooks exist only inside it.
+    """Taps on layers that map ``[..., d_in]`` to ``[..., d_out]``.
 
     A layer that is given some of the tokens only says which by its attribute ``routed_tokens``.
 
@@ -106,38 +106,32 @@ class Taps:
             moment = leader.input_moment if leader else zeros(d_in, d_in)
             self.taps[name] = LayerTap(name, moment, zeros(d_out), zeros(d_out, d_in), leader)
 
-    def __enter__(self) -> Taps:
+    @contextlib.contextmanager
+    def attached(self) -> Generator[None]:
+        """Tap the forward passes inside."""
         with contextlib.ExitStack() as hooks:
             for name, layer in self._layers.items():
-                hooks.enter_context(layer.register_forward_hook(self._hook(self.taps[name]), with_kwargs=True))
-            self._hooks = hooks.pop_all()
-        return self
+                hook = functools.partial(self._on_forward, self.taps[name])
+                hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+            yield
 
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
-
-    def _hook(self, tap: LayerTap) -> Callable[..., Tensor]:
-        anchors: dict[torch.device, Tensor] = {}
-
-        def on_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            layer_input = first_tensor(args, kwargs)
-            routed: RoutedTokens | None = getattr(layer, "routed_tokens", None)
-            tap.forward_calls += self.tokens is not None
-            self.dtypes.add(output.dtype)
-            tap.last_input = weakref.ref(layer_input)
-            if tap.leader is not None:
-                expected = tap.leader.last_input
-                if expected is None or expected() is not layer_input:
-                    raise StatisticsError(
-                        f"{tap.name} and {tap.leader.name} were fed the same tensor on the first sample and different "
-                        "ones now, so they cannot share statistics. Please report this model."
-                    )
-            if output.device not in anchors:
-                anchors[output.device] = torch.zeros((), device=output.device, requires_grad=True)
-            receive = functools.partial(self._add, tap, routed=routed)
-            return _TapFunction.apply(output, layer_input, anchors[output.device], receive)
-
-        return on_forward
+    def _on_forward(
+        self, tap: LayerTap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        layer_input = first_tensor(args, kwargs)
+        tap.forward_calls += self.tokens is not None
+        self.dtypes.add(output.dtype)
+        tap.last_input = weakref.ref(layer_input)
+        if tap.leader is not None:
+            expected = tap.leader.last_input
+            if expected is None or expected() is not layer_input:
+                raise StatisticsError(
+                    f"{tap.name} and {tap.leader.name} were fed the same tensor on the first sample and different "
+                    "ones now, so they cannot share statistics. Please report this model."
+                )
+        anchor = torch.zeros((), device=output.device, requires_grad=True)
+        receive = functools.partial(self._add, tap, getattr(layer, "routed_tokens", None))
+        return _TapFunction.apply(output, layer_input, anchor, receive)
 
     def check(self) -> None:
         """Raise `SingleSamplesNeeded` if the rows of a layer could not be matched to the tokens of the batch."""
@@ -145,7 +139,7 @@ class Taps:
         if unmatched is not None:
             raise unmatched
 
-    def _add(self, tap: LayerTap, layer_input: Tensor, grad: Tensor, *, routed: RoutedTokens | None = None) -> None:
+    def _add(self, tap: LayerTap, routed: RoutedTokens | None, layer_input: Tensor, grad: Tensor) -> None:
         if self.tokens is None:
             return
         tap.backward_calls += 1

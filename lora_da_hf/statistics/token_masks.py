@@ -75,7 +75,7 @@ def read_batch_tokens(
     if token_mask == "labels" and predicted is not None and predicted.dim() == 2:
         masks = (*masks[:-1], predicted) if encoder_decoder else (predicted,)  # the encoder predicts nothing
     if counts is not None:
-        masks = tuple(_of_labelled(mask, counts > 0, batch) for mask in masks)
+        masks = tuple(_of_labelled(mask, counts > 0, batch.get("input_ids")) for mask in masks)
     return BatchTokens(
         num_samples=num_rows(batch) if num_samples is None else num_samples,
         label_counts=_by_sample(counts, num_samples),
@@ -117,9 +117,8 @@ def _masks_other_modality(batch: Mapping[str, Any]) -> bool:
     return any(attention.shape[1] in value.shape[1:] for value in inputs)
 
 
-def _of_labelled(mask: Tensor, labelled: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def _of_labelled(mask: Tensor, labelled: Tensor, ids: Any) -> Tensor:
     """Mask out the sequences of samples that are not ``labelled [B]``, where they can be told."""
-    ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() == 3:  # each sample is several sequences, which run one by one
         labelled = labelled.repeat_interleave(max(1, mask.shape[0] // len(labelled)))
     return mask & labelled[:, None] if len(mask) == len(labelled) else mask
@@ -157,9 +156,8 @@ def _attended_positions(batch: Mapping[str, Any], read_labels: Tensor | None) ->
     if isinstance(attention, Tensor) and attention.dim() == 2:
         found.append(attention.bool())
     elif isinstance(ids, Tensor):
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if isinstance(attention, Tensor) and attention.shape == ids.shape:
-            mask = attention.bool()
+        alike = attention if isinstance(attention, Tensor) and attention.shape == ids.shape else torch.ones_like(ids)
+        mask = alike.bool()
         found.append(mask.flatten(0, 1) if mask.dim() == 3 else mask)
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         found.append(decoder.bool())

@@ -17,10 +17,7 @@ _ROWS = 256
 
 
 def damping_value(damping: Damping, diagonal: Tensor) -> float:
-    """Turn a damping rule into the number that is added to a factor's ``diagonal [d]``, a mean over tokens.
-
-    The median is the lower of the two middle values, as `torch.median` defines it.
-    """
+    """Turn a damping rule into the number that is added to a factor's ``diagonal [d]``, a mean over tokens."""
     if damping.reference == "mean":
         return damping.amount * diagonal.double().mean().item()
     if damping.reference == "median":
@@ -53,10 +50,8 @@ def factorize_input(
     """Factorise the damped input second moment, raising precision and then damping until it can be done.
 
     A factorisation counts as failed if LAPACK says so, or if a solve with it misses its right-hand side by more than
-    1e-3 relative, which is how an ill-conditioned factor fails silently.
-
-    ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens and is symmetrised here. Where a narrower
-    ``dtype`` fails, float64 follows on the CPU, so that its copies take no memory on the device.
+    1e-3 relative. ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens and is symmetrised here.
+    Where a narrower ``dtype`` fails, float64 follows on the CPU, so that its copies take no memory on the device.
 
     Raises:
         NonFiniteError: if the moment is not finite.
@@ -112,15 +107,10 @@ def inverse_output_factor(
     """Return ``1 / (diagonal + damping)``, ``[d_out]``, and the damping that was added.
 
     Raises:
-        NonFiniteError: if the diagonal is not finite.
         SolveError: if an undamped entry is zero.
     """
     amount = damping_value(damping, output_grad_second_moment_diag)
     damped = output_grad_second_moment_diag + amount
-    if not torch.isfinite(damped).all():
-        raise NonFiniteError(
-            f"The output-gradient second moment of {layer} is not finite. Check the loss on the samples used."
-        )
     if not (damped > 0).all():
         raise SolveError(
             f"The output-gradient second moment of {layer} has a zero entry and the output damping is {amount:.2g}, so "

@@ -38,9 +38,9 @@ def line_search(
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
 
     From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below that of
-    its right neighbour or of no step. A bracketed minimum is refined once, at the vertex of the parabola through the
-    three points in the logarithm of the step. A loss that is not finite counts as a rise. Losses no farther apart than
-    ``resolution`` are equal, and the smallest of steps with equal losses is taken, no step included.
+    its right neighbour or of no step. A minimum is refined once, at the vertex of the parabola through three points in
+    the logarithm of the step. A loss that is not finite counts as a rise. Of steps whose losses are no farther apart
+    than ``resolution`` the smallest is taken, no step included.
     """
     losses: dict[float, float] = {}
 

@@ -71,14 +71,10 @@ def solve_layer(
 
     Raises:
         NonFiniteError: if a statistic is not finite.
-        SolveError: if the gradient is zero, or the eigenproblem cannot be solved.
+        SolveError: if the eigenproblem cannot be solved.
     """
-    if not torch.isfinite(statistics.weight_grad).all():
-        raise NonFiniteError(f"The weight gradient of {layer} is not finite. Check the loss on the samples used.")
-    if not statistics.weight_grad.any():
-        raise SolveError(
-            f"The weight gradient of {layer} is zero: no sample's loss depends on it. Leave it out of target_modules."
-        )
+    if not all(part.isfinite().all() for part in (statistics.weight_grad, statistics.output_grad_second_moment_diag)):
+        raise NonFiniteError(f"The gradients of {layer} are not finite. Check the loss on the samples used.")
     statistics = statistics.on(factorized_input.cholesky.device)
     guidance, output_damping = _pose(statistics, factorized_input, config, layer, population_size)
     narrow = factorized_input.cholesky.dtype != torch.float64

@@ -25,10 +25,9 @@ def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[
     """Return how far layers go beside each other, by name, before one number is chosen for all.
 
     The Fisher information of a layer is ``T Y (x) S``, with T tokens and the mean factors Y and S. The displacement is
-    taken with the means, so a layer goes as far as its displacement over T: experts, an encoder and its decoder, or a
-    pooler see different numbers of tokens. A displacement goes as one over the gradient, so a layer whose gradient is
-    only rounding, such as the router of a mixture that picks one expert, would go farthest of all. What is more than a
-    hundred times the median is taken for that and gets a thousandth of the median.
+    taken with the means, so a layer goes as far as its displacement over T. That goes as one over the gradient, so a
+    layer whose gradient is only rounding, such as the router of a mixture that picks one expert, would go farthest of
+    all. What is more than a hundred times the median is taken for that and gets a thousandth of the median.
     """
     if layer_steps == "equal":
         return {layer.name: 1.0 for layer in layers}

@@ -51,7 +51,6 @@ def leading_eigenpairs(
 
     By `block_krylov` where that is faster, and by `exact_eigenpairs` elsewhere, where the residual stays above the
     tolerance, and where an eigenvalue is too small to be told by it. The work has the dtype and device of ``like``.
-    Within a repeated eigenvalue the basis is arbitrary but deterministic.
     """
     if dimension > _DENSE_BELOW and 8 * count < dimension:
         found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
@@ -149,10 +148,9 @@ def fix_signs(vectors: Tensor) -> Tensor:
 
 
 def complete_basis(basis: Tensor, count: int) -> Tensor:
-    """Add directions to an orthonormal basis until there are ``count``: those that any solver would have to make up.
+    """Add directions to an orthonormal ``basis [d, k]`` until there are ``count``: k may be 0.
 
     Each is the coordinate axis that lies farthest from the span so far (the first of equals), made orthogonal to it.
-    ``basis [d, k]`` has orthonormal columns, and may have none.
     """
     dimension = basis.shape[0]
     while basis.shape[1] < count:

@@ -130,18 +130,12 @@ def test_where_float32_cannot_be_factorised_the_layer_is_solved_in_float64(probl
     assert solution.notes[0].startswith("Cholesky in float32 with damping 1e-12")
 
 
-def test_a_zero_gradient_is_an_error_that_names_the_layer(problem, config):
-    statistics = dataclasses.replace(problem(), weight_grad=torch.zeros(12, 10, dtype=torch.float64))
-    with pytest.raises(SolveError, match=r"weight gradient of layers\.3\.q_proj is zero"):
-        solve(statistics, config())
-
-
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("weight_grad", r"weight gradient of layers\.3\.q_proj is not finite"),
+        ("weight_grad", r"gradients of layers\.3\.q_proj are not finite"),
         ("input_second_moment", r"input second moment of layers\.3\.q_proj is not finite"),
-        ("output_grad_second_moment_diag", r"output-gradient second moment of layers\.3\.q_proj is not finite"),
+        ("output_grad_second_moment_diag", r"gradients of layers\.3\.q_proj are not finite"),
     ],
 )
 def test_a_statistic_that_is_not_finite_is_named(problem, config, field, message):
