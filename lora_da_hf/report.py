@@ -139,17 +139,10 @@ class LoRADAReport:
 
     def metrics(self) -> dict[str, float]:
         """Return the few numbers that belong in a training log."""
-        values = {
-            "lora_da_step_size": self.step_size,
-            "lora_da_search_loss_before": self.search_loss_before,
-            "lora_da_search_loss_after": self.search_loss_after,
-            "lora_da_unseen_loss_before": self.unseen_loss_before,
-            "lora_da_unseen_loss_after": self.unseen_loss_after,
-            "lora_da_seconds": self.total_seconds,
-            "lora_da_layers": len(self.layers),
-            "lora_da_layers_kept": len(self.kept),
-        }
-        return {name: float(value) for name, value in values.items() if value is not None}
+        losses = [f"{which}_loss_{when}" for which in ("search", "unseen") for when in ("before", "after")]
+        values = {name: getattr(self, name) for name in ("step_size", *losses)}
+        values |= {"seconds": self.total_seconds, "layers": len(self.layers), "layers_kept": len(self.kept)}
+        return {f"lora_da_{name}": float(value) for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         return self.table(every_layer=len(self.layers) <= _FULL_TABLE_UP_TO)

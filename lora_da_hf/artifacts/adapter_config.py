@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest, explained
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
@@ -30,21 +30,12 @@ _MOST_PARAMETERS = 16
 _EXPERT = re.compile(r"\[(\d+)\]$")
 _MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
 _TEXT = Annotated[str, Field(max_length=4096)]
-_CLASS = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 _NAMES = Annotated[
     list[Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=512)]], Field(max_length=100_000)
 ]
 _FEW_NAMES = Annotated[_NAMES, Field(max_length=64)]
 _RANK = Annotated[int, Field(ge=1, lt=2**31)]
 _TOKENS = Annotated[list[int], Field(max_length=500_000)]
-
-
-class _AutoMapping(BaseModel):
-    """The class that PEFT notes for an adapter without a task type, and imports."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    base_model_class: _CLASS | None = None
-    parent_library: Annotated[str, Field(pattern=r"^transformers(\.[A-Za-z_]\w*)*$", max_length=256)] | None = None
 
 
 class _Config(BaseModel):
@@ -56,7 +47,6 @@ class _Config(BaseModel):
     task_type: (
         Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"] | None
     ) = None
-    auto_mapping: _AutoMapping | None = None
     base_model_name_or_path: _TEXT | None = None
     revision: _TEXT | None = None
     inference_mode: bool = False
@@ -92,15 +82,6 @@ def is_saved(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether PEFT trains a module in full: its name ends with one to save, at a dot or not, or lies in one."""
     saved: Collection[str] = config.get("modules_to_save") or ()
     return any(name.endswith(part) or f".{part}." in f".{name}." for part in saved)
-
-
-def trained_tokens(config: Mapping[str, Any], module: str) -> list[int]:
-    """Return the tokens whose rows PEFT trains in a module."""
-    tokens: Any = config.get("trainable_token_indices") or []
-    if not isinstance(tokens, Mapping):
-        return tokens
-    named: Mapping[str, list[int]] = tokens
-    return next((rows for name, rows in named.items() if f".{module}".endswith(f".{name}")), [])
 
 
 def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, list[str]]:
@@ -171,10 +152,6 @@ def config_to_store(
     targets: Any = config.get("target_modules")
     is_plain = not isinstance(targets, str) and all(saved.get(key) in (None, [], "") for key in _MORE_THAN_NAMES)
     found = {end for name in modules for end in _ends_of(name.replace(".base_layer", ""))}
-    try:
-        _AutoMapping.model_validate(config.get("auto_mapping") or {})
-    except ValidationError:  # a class that is not one of transformers: PEFT would import other code
-        config["auto_mapping"] = None
     config["target_modules"] = targets and (sorted(found & set(targets)) if is_plain else sorted(modules))
     config["revision"] = base.revision
     if base.name_or_path:  # which the manifest marks where it is a folder's
@@ -184,7 +161,14 @@ def config_to_store(
 
 def refuse_unstorable(config: LoraConfig) -> None:
     """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`."""
-    kept = {*_Config.model_fields, *_MORE_THAN_NAMES, "init_lora_weights", "eva_config", "runtime_config"}
+    kept = {
+        *_Config.model_fields,
+        *_MORE_THAN_NAMES,
+        "init_lora_weights",
+        "eva_config",
+        "runtime_config",
+        "auto_mapping",
+    }
     values, defaults = config.to_dict(), LoraConfig().to_dict()
     used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
     if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:

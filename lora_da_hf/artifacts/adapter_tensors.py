@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved, trained_tokens
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved
 from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.artifacts.tensors import read_tensors, tensor_specs
 from lora_da_hf.errors import ArtifactError
@@ -19,7 +19,6 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.theory.steps import paper_step_size
 
 MAGNITUDE = ".lora_magnitude_vector"
-_DELTA = ".token_adapter.trainable_tokens_delta"
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE)
 """What PEFT may store of a layer."""
 _TOLERANCE = 1e-4
@@ -102,8 +101,8 @@ def _is_trained(key: str, config: Mapping[str, Any]) -> bool:
     name = key.removeprefix(PEFT_PREFIX)
     if name == key or ".lora_" in name:
         return False
-    if name.endswith(_DELTA):
-        return bool(trained_tokens(config, name.removesuffix(_DELTA)))
+    if name.endswith(".token_adapter.trainable_tokens_delta"):
+        return bool(config["trainable_token_indices"])
     module, _, parameter = name.rpartition(".")
     return (parameter == "bias" and config["bias"] != "none") or is_saved(config, module)
 

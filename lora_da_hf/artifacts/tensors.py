@@ -110,8 +110,7 @@ def save_statistics(
     """Write statistics as safetensors of at most about 2 GiB each, whose names sort in their order.
 
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
-    layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means, in the
-    dtype that they were accumulated in.
+    layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means.
 
     Args:
         folder: Where, made if need be.
@@ -181,7 +180,6 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
     for path in (folder / file for file in manifest.statistics_files):
         found = tensor_specs(path, max_tensors=len(shapes))
-        dtype = "F64" if any(dtype == "F64" for _, dtype in found.values()) else "F32"
-        _compare(path, found, {name: (shapes.pop(name, ()), dtype) for name in found})
+        _compare(path, found, {name: (shapes.pop(name, ()), "F32") for name in found})
     if shapes and manifest.statistics_files:
         raise ArtifactError(f"{folder}: the statistics lack {min(shapes)!r}. Do not use it.")

@@ -77,7 +77,7 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
 
 
 def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mapping[str, Any]) -> Any:
-    """Load the model that `add_base_model` parsed, with the head of the adapter's task or that PEFT noted."""
+    """Load the model that `add_base_model` parsed, with the head of the adapter's task."""
     import transformers
 
     from lora_da_hf.hub.cards import base_class_name
@@ -85,8 +85,7 @@ def load_base(arguments: argparse.Namespace, output: Output, peft_config: Mappin
     from lora_da_hf.training.text import naming_model
 
     output.message(f"Loading {arguments.base_model}")
-    task, noted = peft_config.get("task_type"), (peft_config.get("auto_mapping") or {}).get("base_model_class")
-    kind = getattr(transformers, base_class_name(task if task or noted else "CAUSAL_LM", noted))
+    kind = getattr(transformers, base_class_name(peft_config.get("task_type") or "CAUSAL_LM"))
     with naming_model(arguments.base_model):
         model = kind.from_pretrained(
             arguments.base_model,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import jinja2
-import transformers
 from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from typing_extensions import Unpack
@@ -105,7 +104,7 @@ def render_card(
         base_name=Path(base.name_or_path).name if base.name_or_path and base_id != base.name_or_path else None,
         base_license=base_license,
         kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
-        auto_class=base_class_name(task, (adapter.get("auto_mapping") or {}).get("base_model_class")),
+        auto_class=base_class_name(task),
         num_labels=_num_labels(init.folder / ADAPTER_FILE),
         lora_arguments=_lora_arguments(adapter),
         plots=[(name, text) for name, text in _PLOTS.items() if name in plots],
@@ -149,11 +148,8 @@ def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
     return given or (name if is_on_hub else None)
 
 
-def base_class_name(task_type: str | None, noted: str | None) -> str:
-    """Return the class of transformers that loads a base: that of PEFT's task type, or else the one that PEFT noted."""
-    found = getattr(transformers, noted, None) if noted and not task_type else None
-    if noted and isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return noted
+def base_class_name(task_type: str | None) -> str:
+    """Return the class of transformers that loads a base for PEFT's task type."""
     return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
 
 

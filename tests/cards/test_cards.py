@@ -245,11 +245,10 @@ def test_a_classifiers_lines_of_use_have_its_labels(tmp_path):
     ("adapter", "expected"),
     [
         ({"task_type": "TOKEN_CLS"}, "AutoModelForTokenClassification"),
-        ({"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}}, "LlamaForCausalLM"),
-        ({"task_type": None, "auto_mapping": {"base_model_class": "Trainer"}}, "AutoModel"),
+        ({"task_type": None}, "AutoModel"),
     ],
 )
-def test_the_card_loads_the_base_by_the_class_of_the_task_or_of_the_adapter(adapter, expected):
+def test_the_card_loads_the_base_by_the_class_of_the_task(adapter, expected):
     text = render_card(make_init(adapter=adapter))
     assert f"from transformers import {expected}\n" in text
     assert f"model = {expected}.from_pretrained(" in text
