@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list[dict[str, list[int]]]:
     """Tokenise prompt and completion, with the prompt masked."""
     columns = TextArguments(prompt_column="prompt", completion_column="completion")
-    rows = tokenize("train", load_file(path, cache_dir=None), tokenizer, max_length, columns)
+    rows = tokenize("train", load_file(path), tokenizer, max_length, columns)
     return [dict(row) for row in rows.select(range(min(count, len(rows))))]
 
 

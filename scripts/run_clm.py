@@ -233,17 +233,11 @@ def load_rows(data: DataArguments, model: NamedModelArguments, training: Trainin
         Untokenised rows under `train` and `validation`, as far as the run needs them.
     """
     if data.dataset_name:
-        splits = load_data_set(
-            data.dataset_name, data.dataset_config_name, cache_dir=model.cache_dir, streaming=data.streaming
-        )
+        splits = load_data_set(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
         files = {"train": data.train_file, "validation": data.validation_file}
-        found = {
-            name: load_file(path, cache_dir=model.cache_dir, streaming=data.streaming)
-            for name, path in files.items()
-            if path
-        }
+        found = {name: load_file(path, streaming=data.streaming) for name, path in files.items() if path}
     if training.do_train and "train" not in found:
         raise DataError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
     if training.do_eval and "validation" not in found:

@@ -71,11 +71,11 @@ def _load_rows(arguments: argparse.Namespace) -> Any:
     data = Path(arguments.data)
     if not data.is_file() and (data.is_dir() or loader_of(arguments.data) is None):
         split = arguments.split or "train"
-        return load_data_set(arguments.data, arguments.dataset_config_name, split=split, cache_dir=arguments.cache_dir)
+        return load_data_set(arguments.data, arguments.dataset_config_name, split=split)
     for flag in ("split", "dataset_config_name"):
         if getattr(arguments, flag) is not None:
             raise ConfigError(f"--{flag} is for a data set on the Hub, and {data} is a file. Leave it out.")
-    return load_file(arguments.data, cache_dir=arguments.cache_dir)
+    return load_file(arguments.data)
 
 
 def plan_flags(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ def empty_model(name: str, loading: ModelArguments, lora: LoraConfig) -> Any:
     """Make a model with its adapter on the meta device, where tensors have no content."""
     trust = {"trust_remote_code": loading.trust_remote_code}
     with torch.device("meta"), naming_model(name):
-        config = AutoConfig.from_pretrained(name, revision=loading.model_revision, cache_dir=loading.cache_dir, **trust)
+        config = AutoConfig.from_pretrained(name, revision=loading.model_revision, **trust)
         dtype = getattr(config, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32, **trust)
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values

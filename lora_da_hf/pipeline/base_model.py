@@ -39,7 +39,7 @@ def base_model_facts(model: nn.Module) -> BaseModelFacts:
     )
 
 
-def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = None) -> None:
+def remember_commit(model: nn.Module, *, revision: str) -> None:
     """Note on the config of a model from the Hub the commit that it came from, as older versions of transformers did.
 
     Nothing else knows it later: the cache may hold several, and be elsewhere.
@@ -47,7 +47,7 @@ def remember_commit(model: nn.Module, *, revision: str, cache_dir: str | None = 
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if name and not Path(name).is_dir() and is_repo_id(name):
-        found = try_to_load_from_cache(name, CONFIG_NAME, cache_dir=cache_dir, revision=revision)
+        found = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
         if isinstance(found, str):
             setattr(config, _COMMIT, Path(found).parent.name)
 

@@ -56,30 +56,29 @@ def identify(job: Job, digests: Mapping[str, list[str]], probe: Probe) -> Identi
         name: [t.in_features, t.out_features, t.rank, job.max_ranks[name], float(t.peft_scaling)]
         for name, t in job.targets.items()
     }
+    config: Any = getattr(job.model, "peft_config", {}).get(job.scan.adapter_name)
+    of_peft = {} if config is None else {n: v for n, v in config.to_dict().items() if n not in _NO_MATTER_OF_ADAPTER}
     facts = {
         "settings": [settings, job.seed, probe.splits.population_size, together],
         "base model": [
             {name: value for name, value in base.model_dump().items() if name not in unasked},
             sorted({str(parameter.dtype) for parameter in job.model.parameters()}),
         ],
-        "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, _peft_settings(job)],
+        "adapter": [adapter, sorted(job.scan.kept), job.scan.adapter_name, of_peft],
         "samples": list(digests.values()),
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
-    hashes = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in facts.items()}
-    losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in probe.losses.items()}
-    return job.processes.gather({**hashes, **losses})[0]
-
-
-def _peft_settings(job: Job) -> dict[str, Any]:
-    """Return what the adapter's config says beside the layers and their ranks, which are compared as they are."""
-    config: Any = getattr(job.model, "peft_config", {}).get(job.scan.adapter_name)
-    settings: dict[str, Any] = {} if config is None else config.to_dict()
-    return {
-        name: sorted(map(str, value)) if isinstance(value, set | list | tuple) else repr(value)
-        for name, value in sorted(settings.items())
-        if name not in _NO_MATTER_OF_ADAPTER
+    hashes = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=_as_text).encode()).hexdigest()
+        for name, value in facts.items()
     }
+    losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in probe.losses.items()}
+    return job.processes.broadcast({**hashes, **losses}, 0)
+
+
+def _as_text(value: Any) -> Any:
+    """Return what JSON has no form for: PEFT's configs hold sets of names, and objects."""
+    return sorted(value) if isinstance(value, set) else repr(value)
 
 
 def _changes(before: Mapping[str, Any], now: Identity) -> list[str]:

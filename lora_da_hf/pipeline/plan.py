@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,17 +214,10 @@ def budget_bytes(budget: float | str) -> int:
 
 
 def usable_by_all(devices: Sequence[torch.device], processes: Processes) -> list[float]:
-    """Return the bytes that sums may take on each device in every process: those that share one get equal parts."""
-    places = [_place(device) for device in devices]
-    sharers = Counter(place for of_process in processes.gather(places) for place in of_process)
-    mine = [usable_memory(device) / sharers[place] for device, place in zip(devices, places, strict=True)]
+    """Return the bytes that sums may take on each device in every process; those of a machine share its memory."""
+    sharers = processes.gather(platform.node()).count(platform.node())
+    mine = [usable_memory(device) / (sharers if device.type == "cpu" else 1) for device in devices]
     return [min(of_device) for of_device in zip(*processes.gather(mine), strict=True)]
-
-
-def _place(device: torch.device) -> str:
-    """Name a device uniquely: each process may see other GPUs, and call its first cuda:0."""
-    of_machine = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
-    return f"{platform.node()} {of_machine}"
 
 
 def usable_memory(device: torch.device) -> float:

@@ -37,7 +37,6 @@ class ModelArguments:
 
     tokenizer_name: str | None = setting(None, "Tokenizer, if it is not the model's own.")
     model_revision: str = setting("main", "Branch, tag or commit of the model on the Hub.")
-    cache_dir: str | None = setting(None, "Where models and datasets from the Hub are kept.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the frozen weights; auto: as stored. The adapter is float32 in any case."
     )
@@ -59,8 +58,6 @@ class TextArguments:
     use_chat_template: bool = setting(
         False, "Write prompt and completion as a user turn and its reply, with the tokenizer's chat template."
     )
-    preprocessing_num_workers: int | None = setting(None, "Processes that tokenise the data.")
-    overwrite_cache: bool = setting(False, "Tokenise again even if a cached result exists.")
 
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.completion_column is None):

@@ -46,19 +46,19 @@ def naming_model(name: str) -> contextlib.AbstractContextManager[None]:
 
 def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
-    shared = {"cache_dir": arguments.cache_dir, "trust_remote_code": arguments.trust_remote_code}
-    revision, tokenizer_name = {"revision": arguments.model_revision}, arguments.tokenizer_name or name
+    trust, revision = {"trust_remote_code": arguments.trust_remote_code}, {"revision": arguments.model_revision}
+    tokenizer_name = arguments.tokenizer_name or name
     with naming_model(name):
-        AutoConfig.from_pretrained(name, **revision, **shared)  # quick to fail
+        AutoConfig.from_pretrained(name, **revision, **trust)  # quick to fail
     with explaining(ConfigError, f"The tokenizer {tokenizer_name} cannot be loaded", "Name one with --tokenizer_name."):
         of_model = {} if arguments.tokenizer_name else revision
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **of_model, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **of_model, **trust)
     with naming_model(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **shared)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **trust)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    remember_commit(model, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    remember_commit(model, revision=arguments.model_revision)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ConfigError(
@@ -83,20 +83,18 @@ def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: Pre
     return min(wanted or 1024, limit)
 
 
-def load_file(path: str, *, cache_dir: str | None, streaming: bool = False) -> Rows:
+def load_file(path: str, *, streaming: bool = False) -> Rows:
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
     check_data_file(path)
     loader = loader_of(path) or ""
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    return _load(path, loader, data_files=path, split="train", cache_dir=cache_dir, streaming=streaming, **options)
+    return _load(path, loader, data_files=path, split="train", streaming=streaming, **options)
 
 
-def load_data_set(
-    name: str, configuration: str | None, *, cache_dir: str | None, split: str | None = None, streaming: bool = False
-) -> Any:
+def load_data_set(name: str, configuration: str | None, *, split: str | None = None, streaming: bool = False) -> Any:
     """Load a data set from the Hub or a folder, or one split of it."""
     source = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return _load(name, source, configuration, split=split, cache_dir=cache_dir, streaming=streaming)
+    return _load(name, source, configuration, split=split, streaming=streaming)
 
 
 def _load(name: str, *source: Any, **options: Any) -> Any:
@@ -119,14 +117,7 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
         encode = partial(_encode_text, tokenizer=tokenizer, column=columns[0], block_size=block_size)
     if isinstance(rows, IterableDataset):
         return rows.map(encode, batched=True, remove_columns=_column_names(rows))
-    samples = rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
-        num_proc=data.preprocessing_num_workers,
-        load_from_cache_file=not data.overwrite_cache,
-        desc=f"Tokenising {name}",
-    )
+    samples = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {name}")
     if len(samples) == 0:
         advice = "Raise it, so that prompts leave room" if data.has_pairs else "Lower it: 1,000 rows are joined"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}. {advice}.")

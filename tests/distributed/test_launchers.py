@@ -60,7 +60,6 @@ def inputs(tmp_path_factory):
 def test_the_script_runs_under_every_launcher(inputs, tmp_path, launcher):
     flags = {
         "model_name_or_path": inputs / "model",
-        "cache_dir": tmp_path / "cache",
         "train_file": inputs / "train.txt",
         "output_dir": tmp_path / "output",
         "block_size": 16,
@@ -78,6 +77,7 @@ def test_the_script_runs_under_every_launcher(inputs, tmp_path, launcher):
     output, _, _ = run(
         [*LAUNCHERS[launcher](), "--do_train", "--use_cpu", *flags],
         DS_ACCELERATOR="cpu",
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
         HF_DATASETS_CACHE=str(tmp_path / "datasets"),
     )
     state = tmp_path / "output" / "trainer_state.json"

@@ -410,7 +410,7 @@ def test_a_file_without_rows_or_that_is_not_what_its_suffix_says(tmp_path, name,
     path = tmp_path / name
     path.write_bytes(text)
     with pytest.raises(DataError, match=f"{name}.* holds no rows"):
-        load_rows(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+        load_rows(str(path), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -419,7 +419,7 @@ def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, stream
     plain = write_texts(tmp_path / f"plain{suffix.lower().removesuffix('.gz')}").read_bytes()
     path = tmp_path / f"text{suffix}"
     path.write_bytes(gzip.compress(plain) if suffix.lower().endswith(".gz") else plain)
-    rows = load_rows(str(path), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    rows = load_rows(str(path), streaming=streaming)
     assert [row["text"].strip() for row in rows] == TEXTS
 
 
