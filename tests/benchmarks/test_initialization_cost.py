@@ -30,32 +30,6 @@ def argv(tmp_path):
     ]
 
 
-def worker(argv, method, *flags):
-    return initialization_cost.work(initialization_cost.parse_arguments([*argv, "--worker", method, *flags]))
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in PEFT's LoRA-GA
-@pytest.mark.parametrize("method", initialization_cost.PEERS)
-def test_a_peer_is_measured_on_the_batches_that_all_get(argv, method, monkeypatch):
-    seen = []
-    make_adapter = initialization_cost.make_adapter
-
-    def make(name, setup):
-        seen.extend(len(batch["input_ids"]) for batch in setup.batches(setup.batch_size))
-        model, notes = make_adapter(name, setup)
-        layers = [module for _, module in model.named_modules() if hasattr(module, "lora_A")]
-        assert layers
-        assert all(module.use_rslora["default"] for module in layers)
-        return model, notes
-
-    monkeypatch.setattr(initialization_cost, "make_adapter", make)
-    found, bare = worker(argv, method), worker(argv, "bare")
-    assert seen == [4, 4]
-    assert found["tokens"] == bare["tokens"]
-    assert found["seconds"] > 0
-    assert found["peak_mib"] >= found["start_mib"] > 0
-
-
 def run_of(seconds, peak):
     return {"seconds": seconds, "peak_mib": peak, "start_mib": 100.0, "tokens": 90}
 

@@ -50,10 +50,6 @@ def sample_loss(model, batch):
     return cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
 
 
-def updates_as_numpy(model):
-    return {name: update.numpy() for name, update in written_updates(model).items()}
-
-
 # The data
 
 
@@ -260,7 +256,7 @@ def test_every_split_gives_the_same_product(lora_model, samples, split):
     model, reference = lora_model(), lora_model()
     initialize(model, samples, step_size=0.1, factor_split=split)
     initialize(reference, samples, step_size=0.1)
-    assert_updates_equal(written_updates(model), updates_as_numpy(reference), 1e-5)
+    assert_updates_equal(written_updates(model), written_updates(reference), 1e-5)
     weights = adapter_weights(model)
     for name, a in factors(weights, "A").items():
         if split == "default_norm":
@@ -291,7 +287,7 @@ def test_a_larger_max_rank_is_stored_and_changes_nothing_that_is_written(tmp_pat
     plain, large = lora_model(), lora_model()
     initialize(plain, samples, tmp_path / "plain", step_size=0.1)
     initialize(large, samples, tmp_path / "large", step_size=0.1, max_rank=max_rank)
-    assert_updates_equal(written_updates(large), updates_as_numpy(plain), 1e-5)
+    assert_updates_equal(written_updates(large), written_updates(plain), 1e-5)
     for basis in load_init(tmp_path / "large").bases.values():
         assert basis.basis_A.shape[0] == min(max_rank, basis.basis_A.shape[1])
     assert {basis.basis_A.shape[0] for basis in load_init(tmp_path / "plain").bases.values()} == {4}
