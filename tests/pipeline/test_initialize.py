@@ -11,7 +11,6 @@ from harness import (
     assert_statistics_equal,
     assert_updates_equal,
     autograd_statistics,
-    base_linear_layers,
     chosen,
     collate,
     dense_updates,
@@ -301,42 +300,6 @@ def test_steps_for_other_ranks_are_searched_for_what_is_stored(tmp_path, lora_mo
 
 
 # Failure
-
-
-class Failing:
-    """A loss that fails at one of its calls, and counts them."""
-
-    def __init__(self, at=None):
-        self.at, self.count = at, 0
-
-    def __call__(self, model, batch, num_items):
-        self.count += 1
-        if self.count == self.at:
-            raise KeyboardInterrupt
-        return model_loss(model, batch, num_items)
-
-
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
-def test_a_failure_at_any_call_of_the_loss_puts_everything_back(tmp_path, tiny_llama, lora_model, samples, lora):
-    def make_model():
-        return lora_model(model=tiny_llama(dtype=torch.bfloat16), **lora)
-
-    counting = Failing()
-    initialize(make_model(), samples, loss=counting)
-    model = make_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    last = counting.count
-    for at in (1, 3, 5, 6, last // 2, last - 1, last):
-        with pytest.raises(KeyboardInterrupt):
-            initialize(model, samples, tmp_path / "init", loss=Failing(at))
-        assert_same_tensors(model.state_dict(), before)
-        assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
-        assert not any(layer._forward_hooks for layer in base_linear_layers(model).values())
-        assert not list(tmp_path.iterdir())
-    other = make_model()
-    for one in (model, other):
-        initialize(one, samples)
-    assert_same_tensors(adapter_weights(model), adapter_weights(other))
 
 
 def mask_at_random(samples):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families.zoo import FAMILIES
-from harness import make_config, make_learnable_samples, turn_checkpointing_on
+from harness import adapter_weights, assert_same_tensors, make_config, make_learnable_samples, turn_checkpointing_on
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -43,16 +43,12 @@ def state_of(model):
     }
 
 
-def adapter_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
 @pytest.fixture
 def disturbed(lora_model, tiny_llama):
     """Return a model in an unusual state: parts of it in evaluation mode, a foreign hook, odd dropouts, gradients."""
 
-    def make(*, checkpointing=False, grads=False):
-        model = lora_model(model=tiny_llama(attention_dropout=0.25), lora_dropout=0.1).train()
+    def make(*, checkpointing=False, grads=False, **lora):
+        model = lora_model(model=tiny_llama(attention_dropout=0.25), lora_dropout=0.1, **lora).train()
         base = model.base_model.model
         base.model.layers[0].eval()
         base.model.layers[1].mlp.register_forward_hook(lambda *_: None)
@@ -77,32 +73,41 @@ def run(model, samples, **options):
 @pytest.mark.parametrize("grads", [False, True])
 def test_a_run_that_succeeds_leaves_nothing_behind(disturbed, token_samples, checkpointing, grads):
     model = disturbed(checkpointing=checkpointing, grads=grads)
-    state, adapter = state_of(model), adapter_of(model)
+    state, adapter = state_of(model), adapter_weights(model)
     run(model, token_samples(16))
     assert state_of(model) == state
-    assert any(not torch.equal(value, adapter[name]) for name, value in adapter_of(model).items())
+    assert any(not torch.equal(value, adapter[name]) for name, value in adapter_weights(model).items())
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("call", [1, 18, 25])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_run_that_fails_in_the_middle_leaves_nothing_behind(disturbed, token_samples, checkpointing, call, error):
-    model = disturbed(checkpointing=checkpointing)
-    state, adapter = state_of(model), adapter_of(model)
-    calls = []
+class Failing:
+    """A loss that fails at one of its calls, and counts them."""
 
-    def failing(model, batch, num_items):
-        calls.append(torch.is_grad_enabled())
-        if len(calls) == call:
-            raise error("in mid-pass")
+    def __init__(self, at=None):
+        self.at, self.count = at, 0
+
+    def __call__(self, model, batch, num_items):
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
         return model_loss(model, batch, num_items)
 
-    with pytest.raises(error, match="in mid-pass"):
-        run(model, token_samples(16), compute_loss=failing)
-    assert len(calls) == call
-    assert state_of(model) == state
-    for name, value in adapter_of(model).items():
-        assert torch.equal(value, adapter[name])
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_a_failure_at_any_call_of_the_loss_leaves_nothing_behind(disturbed, token_samples, tmp_path, lora):
+    counting, samples = Failing(), token_samples(16)
+    other = disturbed(checkpointing=True, **lora)
+    run(other, samples, compute_loss=counting)
+    model = disturbed(checkpointing=True, **lora)
+    state, before = state_of(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = counting.count
+    for at in (1, 3, 5, 6, last // 2, last - 1, last):
+        with pytest.raises(KeyboardInterrupt):
+            run(model, samples, compute_loss=Failing(at), output_dir=tmp_path / "init")
+        assert_same_tensors(model.state_dict(), before)
+        assert state_of(model) == state
+        assert not list(tmp_path.iterdir())
+    run(model, samples)
+    assert_same_tensors(adapter_weights(model), adapter_weights(other))
 
 
 def test_what_a_loss_thaws_is_frozen_again_and_keeps_the_gradient_that_it_had(lora_model):
