@@ -51,7 +51,7 @@ def why_not_apart(layer: ParamWrapper) -> str | None:
     if not hasattr(base, "_apply_gate") or layer.parameter_name not in _parameter_names(base):
         return f"{what} is not run by transformers' experts interface"
     if base._is_expert_parallel or getattr(base, "has_post_expert_norm", False):
-        return f"{what} is run in a way (expert parallel, or with a norm after it) that is not supported"
+        return f"{what} is run expert parallel, or with a norm after it"
     if getattr(layer, "_did_swap_in_out_features", False) == base.is_transposed:  # older versions of PEFT
         return f"A of {what} is given by PEFT to the side of its outputs"
     return None

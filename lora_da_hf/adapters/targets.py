@@ -213,8 +213,6 @@ def _checked(target: Target, *, has_values: bool) -> Target:
             f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
             "Load the model again, and initialise before any evaluation."
         )
-    if not target.peft_scaling > 0:
-        raise TargetError(f"{target.name}: its adapter is scaled by {target.peft_scaling:g}. Raise lora_alpha.")
     if target.layer.disable_adapters:
         raise TargetError(f"{target.name}: its adapter is disabled. Call enable_adapter_layers() first.")
     if target.layer.merged:
@@ -225,8 +223,7 @@ def _checked(target: Target, *, has_values: bool) -> Target:
 def keep_weights_unpacked(model: nn.Module) -> None:
     """Put bitsandbytes' 4-bit layers in train mode, which changes nothing else of them.
 
-    In evaluation mode without gradients they rewrite their weights in place on some CPUs, to a layout that lets no
-    gradient through.
+    In evaluation mode they rewrite their weights in place on some CPUs, to a layout that lets no gradient through.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -28,7 +28,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state(seed))
-        stack.enter_context(_uncompiled(model))
+        if any(_is_compiled(module) for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # a loss that switches adapters on and off thaws them; a gradient added to in place could not be put back
         for name, value in (("requires_grad", False), ("grad", None)):
             stack.enter_context(changed([(parameter, name, value) for parameter in model.parameters()]))
@@ -39,15 +40,8 @@ def prepared_for_pass(model: nn.Module, *, seed: int) -> Generator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Generator[None]:
-    is_compiled = any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for module in model.modules()
-    )
-    with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
-        yield
+def _is_compiled(module: nn.Module) -> bool:
+    return bool(module._compiled_call_impl) or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 @contextlib.contextmanager

@@ -45,11 +45,9 @@ def rows_that_count(
     if the sample has a label. ``sequences`` are those that the rows may be of (`followed_sequences`), and ``routed``
     the tokens that the layer is given, if not all.
     """
-    if routed is None:
-        return _rows(tokens, leading_shape, layer, sequences)
-    kept = _rows(tokens, torch.Size([routed.count]), layer, sequences)
-    if kept is None:
-        return None
+    kept = _rows(tokens, leading_shape if routed is None else torch.Size([routed.count]), layer, sequences)
+    if kept is None or routed is None:
+        return kept
     counts = torch.zeros(routed.count, dtype=torch.bool, device=routed.indices.device)
     counts[kept.to(counts.device)] = True
     return counts[routed.indices].nonzero().squeeze(1)

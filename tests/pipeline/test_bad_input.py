@@ -117,8 +117,6 @@ def with_a_nan(tiny_llama, lora_model):
         (adapter_on_meta, TargetError, "low_cpu_mem_usage"),
         (lambda _, lora: lora(velora_config=VELORA), TargetError, r"q_proj.*VeloraLinearVariant"),
         (lambda _, lora: lora(r=49, target_modules=["q_proj"]), TargetError, "rank 49.*48"),
-        (lambda _, lora: lora(lora_alpha=0), TargetError, "q_proj.*scaled by 0"),
-        (lambda _, lora: lora(lora_alpha=-8), TargetError, "q_proj.*scaled by -2"),
         (with_a_nan, NonFiniteError, "nan"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
