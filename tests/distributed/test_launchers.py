@@ -77,7 +77,6 @@ def test_the_script_runs_under_every_launcher(inputs, tmp_path, launcher):
     output, _, _ = run(
         [*LAUNCHERS[launcher](), "--do_train", "--use_cpu", *flags],
         DS_ACCELERATOR="cpu",
-        HF_DATASETS_CACHE=str(tmp_path / "cache"),
         HF_DATASETS_CACHE=str(tmp_path / "datasets"),
     )
     state = tmp_path / "output" / "trainer_state.json"
