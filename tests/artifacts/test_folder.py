@@ -28,8 +28,6 @@ from lora_da_hf import apply_init
 from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, parse_manifest
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError, UnsupportedSetupError
-from lora_da_hf.theory.solve import factorize, solve_layer
-from lora_da_hf.theory.steps import divisors, split_factors
 
 
 def logits(model, samples):
@@ -82,46 +80,6 @@ def test_what_cannot_be_read_again_is_told_at_once(tmp_path, lora_model, samples
     report = initialize(lora_model(), samples, tmp_path / "init")
     assert any("no good" in note for note in report.notes)
     assert "no good" in caplog.text
-
-
-def test_the_stored_basis_is_that_of_the_solve_and_gives_the_adapter_to_the_bit(tmp_path, lora_model, samples):
-    model = lora_model()
-    report = initialize(model, samples, tmp_path / "init", max_rank=6)
-    stored = load_init(tmp_path / "init")
-    written = written_adapter(tmp_path / "init")
-    assert_same_tensors(written, adapter_weights(model))
-    for layer in report.layers:
-        basis = stored.bases[layer.name]
-        assert basis.basis_A.shape[0] == basis.basis_B.shape[1] == 6
-        lora_A, lora_B = split_factors(
-            basis.basis_A[:4].double(),
-            basis.basis_B[:, :4].double(),
-            peft_scaling=layer.peft_scaling,
-            step_size=report.step_size,
-            factor_split="default_norm",
-        )
-        name = f"base_model.model.{layer.name}"
-        torch.testing.assert_close(written[f"{name}.lora_A.weight"], lora_A.float(), rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(written[f"{name}.lora_B.weight"], lora_B.float(), rtol=1e-6, atol=1e-8)
-
-
-def test_the_stored_statistics_give_the_basis_again(tmp_path, lora_model, samples):
-    report = initialize(lora_model(), samples, tmp_path / "init", save_statistics=True, max_rank=6)
-    stored = load_init(tmp_path / "init")
-    statistics = stored_statistics(stored.folder)
-    config = stored.manifest.config
-    assert set(statistics) == {layer.name for layer in report.layers}
-    by_layer = divisors(report.layers, report.step_unit, layer_steps=config.layer_steps)
-    attention = [statistics[f"model.layers.0.self_attn.{which}_proj"].input_second_moment for which in "qkv"]
-    assert attention[0] is attention[1] is attention[2]
-    for name, layer in statistics.items():
-        solution = solve_layer(
-            layer, factorize(layer, config, layer=name), config, layer=name, rank=6, population_size=24
-        ).in_unit(by_layer[name])
-        basis = stored.bases[name]
-        assert torch.equal(solution.basis_A.float(), basis.basis_A)
-        assert torch.equal(solution.basis_B.float(), basis.basis_B)
-        assert solution.eigenvalues.tolist() == stored.manifest.layers[name].eigenvalues
 
 
 def test_statistics_in_several_shards_are_read_as_one(tmp_path, lora_model, samples, monkeypatch):
