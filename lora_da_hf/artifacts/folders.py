@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, REQUIRED_FILES, STATISTICS_FILE
+from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
 
 CARD_FILE = "README.md"
@@ -17,6 +19,20 @@ TAGS = ("lora", "peft", "lora-da", "lora-init")
 PLOTS = SPECTRA_PLOT, SEARCH_PLOT = ("guidance_spectra.png", "step_search.png")
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _LEFT_BY_TOOLS = (".cache", ".ipynb_checkpoints", ".gitattributes", ".gitignore", ".DS_Store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What only you can say on a card."""
+
+    license: str | None = setting(None, "The licence, as the Hub names it, such as apache-2.0.")
+    license_name: str | None = setting(None, "Its name, if the licence is other.")
+    license_link: str | None = setting(None, "Where its text is, if the licence is other.")
+    base_model: str | None = setting(None, "The base's name on the Hub, if a local copy was used.")
+    datasets: list[str] | None = field(default=None, metadata={"help": "Data sets on the Hub, or a few words."})
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the samples, such as en."})
+    hardware: str | None = setting(None, "What it was computed on.")
+    notes: list[str] | None = field(default=None, metadata={"help": "Sentences for the section on limits."})
 
 
 def may_lie_beside(path: Path) -> bool:

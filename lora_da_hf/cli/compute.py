@@ -26,7 +26,7 @@ def init_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_init(arguments: argparse.Namespace, output: Output) -> None:
-    """Compute an initialisation without a trainer."""
+    """Compute an initialisation from data and store it in a folder."""
     text, settings = read(TextArguments, arguments), read(LoRADAArguments, arguments).to_config()
     check_new(arguments.output, overwrite=arguments.overwrite)
     lora = read(LoraArguments, arguments).to_peft()
@@ -52,17 +52,9 @@ def run_init(arguments: argparse.Namespace, output: Output) -> None:
         output_dir=arguments.output,
         progress=output.shows_progress,
     )
-    if not PartialState().is_main_process:
-        return
-    names, folder = ("num_samples", "step_size", "unseen_loss_before", "unseen_loss_after"), str(arguments.output)
-    values = {
-        "folder": folder,
-        **{name: getattr(report, name) for name in names},
-        "layers": len(report.layers),
-        "kept": len(report.kept),
-        "seconds": round(report.total_seconds, 3),
-    }
-    output.result(values, bare=folder, text=f"{report}\n\nWritten to {folder}")
+    if PartialState().is_main_process:
+        folder = str(arguments.output)
+        output.result({"folder": folder, **report.to_dict()}, bare=folder, text=f"{report}\n\nWritten to {folder}")
 
 
 def _load_rows(arguments: argparse.Namespace) -> Any:
@@ -86,7 +78,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(arguments: argparse.Namespace, output: Output) -> None:
-    """Print the plan of an initialisation of a model that is not loaded."""
+    """Tell the passes and the memory that an initialisation takes, from the model's config."""
     settings = read(LoRADAArguments, arguments).to_config()
     lora, loading = read(LoraArguments, arguments).to_peft(), read(ModelArguments, arguments)
     from lora_da_hf.adapters.targets import find_targets

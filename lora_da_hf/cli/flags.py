@@ -49,25 +49,6 @@ def add_base_model(parser: argparse.ArgumentParser, purpose: str) -> None:
     add(parser, "trust_remote_code", "run model code that comes with it")
 
 
-def add_card(parser: argparse.ArgumentParser) -> None:
-    """Add what can be said on a card besides what was recorded."""
-    add(parser, "license", "the licence, as the Hub names it, such as apache-2.0", metavar="NAME")
-    add(parser, "license_name", "its name, if --license is other", metavar="NAME")
-    add(parser, "license_link", "where its text is, if --license is other", metavar="LINK")
-    add(parser, "base_model", "the base's name on the Hub, if a local copy was used", metavar="MODEL")
-    add(parser, "datasets", "data sets on the Hub, or a few words", nargs="+", default=[], metavar="NAME")
-    add(parser, "language", "languages of the samples, such as en", nargs="+", default=[], metavar="CODE")
-    add(parser, "hardware", "what it was computed on", metavar="TEXT")
-    add(parser, "notes", "sentences for the section on limits", nargs="+", default=[], metavar="SENTENCE")
-
-
-def card_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what `add_card` parsed, as keyword arguments."""
-    from lora_da_hf.hub.cards import CardFacts
-
-    return {name: getattr(arguments, name) for name in CardFacts.__annotations__}
-
-
 def check_new(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that holds an initialisation already."""
     from lora_da_hf.artifacts.manifest import MANIFEST_FILE

@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_da_hf.artifacts.folders import CARD_FILE, CardFacts
 from lora_da_hf.cli.flags import (
     add,
     add_base_model,
-    add_card,
     add_dataclasses,
     add_folder,
-    card_of,
     check_new,
     load_base,
+    read,
 )
 from lora_da_hf.cli.output import Output, in_lines
 from lora_da_hf.errors import ConfigError
@@ -84,16 +84,15 @@ def card_flags(parser: argparse.ArgumentParser) -> None:
     add(parser, "output", "write card and plots there (default: the card to stdout)", type=Path, metavar="FOLDER")
     add(parser, "overwrite", "replace a README.md that is there")
     add(parser, "repo_id", "where it is published", metavar="USER/NAME")
-    add_card(parser)
+    add_dataclasses(parser, CardFacts)
 
 
 def run_card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation, and its plots."""
-    from lora_da_hf.artifacts.folders import CARD_FILE
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import render_card, render_page
 
-    facts, init = {**card_of(arguments), "repo_id": arguments.repo_id}, load_init(arguments.folder)
+    facts, init = {**vars(read(CardFacts, arguments)), "repo_id": arguments.repo_id}, load_init(arguments.folder)
     if arguments.output is None:
         card = render_card(init, **facts).rstrip("\n")
         output.result({"card": card}, bare=card, text=card)
@@ -154,7 +153,7 @@ def push_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub; it is made if it is not there")
     add(parser, "public", "let everybody see it (default: private)")
     add(parser, "card", "a card of your own (default: as `lora-da card` renders it)", type=Path, metavar="FILE")
-    add_card(parser)
+    add_dataclasses(parser, CardFacts)
     add(parser, "create_pr", "open a pull request instead of writing to the branch")
     add(parser, "revision", "branch to write to (default: main)", metavar="BRANCH")
     add(parser, "parent_commit", "refuse if the branch is not at this commit", metavar="SHA")
@@ -174,7 +173,7 @@ def run_push(arguments: argparse.Namespace, output: Output) -> None:
         revision=arguments.revision,
         parent_commit=arguments.parent_commit,
         commit_message=arguments.commit_message,
-        **card_of(arguments),
+        **vars(read(CardFacts, arguments)),
     )
     repo_id = pushed.repo_url.repo_id
     values = {"url": pushed.commit_url, "repo_id": repo_id, "commit": pushed.oid, "pull_request_url": pushed.pr_url}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
 from safetensors import safe_open
-from typing_extensions import Unpack
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
-from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS
+from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS, CardFacts
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import ConfigError, MissingDependencyError
@@ -45,35 +44,13 @@ _PLOTS = {
 }
 
 
-class CardFacts(TypedDict, total=False):
-    """What only you can say on a card.
-
-    Attributes:
-        license: Licence of the initialisation, as the Hub names it; if ``"other"``, with its name and link.
-        base_model: Name of the base on the Hub, if you used a local copy.
-        datasets: What the samples are from: names of data sets on the Hub, or a few words.
-        language: Codes of the samples' languages, such as ``"en"``.
-        hardware: What it was computed on.
-        notes: Sentences for the section on limits.
-    """
-
-    license: str | None
-    license_name: str | None
-    license_link: str | None
-    base_model: str | None
-    datasets: Sequence[str]
-    language: Sequence[str]
-    hardware: str | None
-    notes: Sequence[str]
-
-
 def render_card(
     init: StoredInit,
     *,
     repo_id: str | None = None,
     base_license: str | None = None,
     plots: Collection[str] = (),
-    **facts: Unpack[CardFacts],
+    **facts: Any,
 ) -> str:
     """Render the card of a stored initialisation. Every text on it is escaped.
 
@@ -87,14 +64,11 @@ def render_card(
     Raises:
         ConfigError: if the Hub does not allow a name.
     """
-    said: dict[str, Any] = {**dict.fromkeys(CardFacts.__annotations__), "repo_id": repo_id, **facts}
+    said: dict[str, Any] = {**vars(CardFacts(**facts)), "repo_id": repo_id}
     check_facts(said)
     manifest, report, adapter = init.manifest, init.report, init.peft_config
-    base, base_id, task = (
-        manifest.base_model,
-        base_id_of(manifest.base_model, facts.get("base_model")),
-        adapter.get("task_type"),
-    )
+    base, base_id = manifest.base_model, base_id_of(manifest.base_model, said["base_model"])
+    task = adapter.get("task_type")
     body = _template().render(
         **said,
         manifest=manifest,

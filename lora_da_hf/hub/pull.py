@@ -49,8 +49,7 @@ def pull_init(
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.
         local_dir: A new or empty folder for a copy of your own; None: it stays in the cache.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
-        token: None: the one of the environment or of `hf auth login`.
-        endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
+        token, endpoint: As in `huggingface_hub.HfApi`.
 
     Raises:
         HubError: if the repository or revision cannot be read, or the network is off and the cache incomplete.
@@ -59,9 +58,7 @@ def pull_init(
         ConfigError: if the revision is empty, or ``local_dir`` holds something.
     """
     if revision == "":
-        raise ConfigError(
-            f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out for main."
-        )
+        raise ConfigError(f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out.")
     if local_dir is not None and any(Path(local_dir).glob("*")):
         raise ConfigError(f"{local_dir} holds something already. Name a new folder.")
     offline = local_files_only or is_offline_mode()

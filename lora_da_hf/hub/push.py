@@ -10,13 +10,12 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
-from typing_extensions import Unpack
 
 from lora_da_hf.artifacts.folders import CARD_FILE, LICENSE_FILES, PLOTS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.errors import ConfigError, HubError
-from lora_da_hf.hub.cards import CardFacts, base_id_of, check_facts, render_page
+from lora_da_hf.hub.cards import base_id_of, check_facts, render_page
 from lora_da_hf.hub.client import hub_errors
 from lora_da_hf.hub.plots import draw_plots
 
@@ -36,7 +35,7 @@ def push_init(
     card: str | None = None,
     token: str | bool | None = None,
     endpoint: str | None = None,
-    **facts: Unpack[CardFacts],
+    **facts: Any,
 ) -> CommitInfo:
     """Publish an initialisation on the Hub.
 
@@ -53,8 +52,7 @@ def push_init(
         revision: The branch, which must exist; None: main.
         commit_message: None: one that names the base model.
         card: Text of a card of your own, whose metadata says the licence; None: `render_card` writes one.
-        token: None: the one of the environment or of `hf auth login`.
-        endpoint: None: ``HF_ENDPOINT``, or huggingface.co.
+        token, endpoint: As in `huggingface_hub.HfApi`.
         facts: See `CardFacts`. Without a ``license``, it is the base model's on the Hub.
 
     Raises:
@@ -105,7 +103,7 @@ def push_init(
 
 
 def _page(
-    stored: StoredInit, repo_id: str, of_base: Mapping[str, str], facts: CardFacts
+    stored: StoredInit, repo_id: str, of_base: Mapping[str, str], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str | None]:
     """Render the card and its plots; return files by name, and the licence that the card states."""
     given = {name: value for name, value in facts.items() if value}
@@ -117,7 +115,7 @@ def _page(
     return render_page(stored, repo_id=repo_id, base_license=base_license, **said), said.get("license")
 
 
-def _own_page(stored: StoredInit, card: str, facts: CardFacts) -> tuple[dict[str, Any], str | None]:
+def _own_page(stored: StoredInit, card: str, facts: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Return a card of the user's own with the plots that it shows, and the licence that it states."""
     given = [name for name, value in facts.items() if value]
     if given:

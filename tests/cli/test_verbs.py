@@ -54,7 +54,7 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
     code, out, err = lora_da("init", *words, "--target_modules", "q_proj", "v_proj")
     facts = json.loads(out)
     assert code == 0, err
-    assert (facts["folder"], facts["layers"]) == (str(tmp_path / "out"), 4)
+    assert (facts["folder"], len(facts["layers"])) == (str(tmp_path / "out"), 4)
     assert facts["unseen_loss_after"] > 0
     assert "Training on prompt and completion\n" in err
 
