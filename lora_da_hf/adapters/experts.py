@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lora_da_hf.statistics.model_state import changed
-from lora_da_hf.statistics.rows import RoutedTokens
+from lora_da_hf.statistics.token_masks import RoutedTokens
 
 
 class ExpertLinear(nn.Module):

@@ -17,7 +17,7 @@ from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.errors import TargetError
 from lora_da_hf.statistics.model_state import changed
-from lora_da_hf.statistics.rows import first_tensor
+from lora_da_hf.statistics.taps import first_tensor
 
 _MOVE = 0.1
 

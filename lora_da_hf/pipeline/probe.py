@@ -34,8 +34,7 @@ from lora_da_hf.statistics.loss_reduction import (
     find_reduction,
 )
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
-from lora_da_hf.statistics.rows import followed_sequences, watched_rows
-from lora_da_hf.statistics.taps import find_shared_inputs
+from lora_da_hf.statistics.taps import find_shared_inputs, followed_sequences, watched_rows
 from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens
 
 LOSS = "loss"

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import add_symmetric_product_, full_precision
-from lora_da_hf.statistics.rows import RoutedTokens, first_tensor, rows_that_count, watched_inputs
-from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded
+from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded, rows_that_count
 
 
 class _TapFunction(torch.autograd.Function):
@@ -196,3 +195,54 @@ def input_groups(shared_inputs: Mapping[str, str]) -> dict[str, list[str]]:
     for name, leader in shared_inputs.items():
         groups.setdefault(leader, []).append(name)
     return groups
+
+
+@contextlib.contextmanager
+def watched_rows(layers: Mapping[str, nn.Module]) -> Generator[dict[str, set[int]]]:
+    """Note for each layer how many rows it is given in each call inside."""
+    rows: dict[str, set[int]] = {}
+
+    def see(name: str, layer_input: Tensor) -> None:
+        routed: RoutedTokens | None = getattr(layers[name], "routed_tokens", None)
+        given = layer_input.shape[:-1].numel() if routed is None else routed.count
+        rows.setdefault(name, set()).add(given)
+
+    with watched_inputs(layers, see):
+        yield rows
+
+
+@contextlib.contextmanager
+def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Generator[None]:
+    """Call ``see`` with the name and the input of each layer that is called inside."""
+
+    def on_forward(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(name, first_tensor(args, kwargs))
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = functools.partial(on_forward, name)
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+
+
+def followed_sequences(
+    samples: Sequence[BatchTokens], rows: Sequence[Mapping[str, set[int]]]
+) -> dict[str, frozenset[int]]:
+    """Return for each layer the sequences that had as many tokens as it had rows, in every one of some single samples.
+
+    A layer of images or audio follows none, so no mask of the text is its own if their numbers coincide in a batch.
+    """
+    followed: dict[str, frozenset[int]] = {}
+    for tokens, given in zip(samples, rows, strict=True):
+        for name, numbers in given.items():
+            matching = frozenset(k for k, mask in enumerate(tokens.masks) if mask.numel() in numbers)
+            followed[name] = followed.get(name, matching) & matching
+    return followed
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the first tensor that a layer is called with."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise StatisticsError("A tapped layer was called without a tensor. Exclude it from target_modules.")

@@ -1,4 +1,4 @@
-"""Which tokens of a batch count, and how many labels it has."""
+"""Which tokens of a batch count, how many labels it has, and which rows of a layer are of those tokens."""
 
 from __future__ import annotations
 
@@ -164,3 +164,74 @@ def _attended_positions(batch: Mapping[str, Any], read_labels: Tensor | None) ->
     elif read_labels is not None and read_labels.dim() == 2:
         found.append(read_labels != IGNORED_LABEL)
     return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """Which of a batch's ``count`` tokens a layer is given: the place ``[rows]`` of each row's token among them."""
+
+    indices: Tensor
+    count: int
+
+
+def rows_that_count(
+    tokens: BatchTokens,
+    leading_shape: torch.Size,
+    *,
+    layer: str,
+    sequences: frozenset[int] | None = None,
+    routed: RoutedTokens | None = None,
+) -> Tensor | None:
+    """Return the indices ``[kept]`` of the rows of a layer that count; None if all do.
+
+    Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample, and count
+    if the sample has a label. ``sequences`` are those that the rows may be of (`followed_sequences`), and ``routed``
+    the tokens that the layer is given, if not all.
+    """
+    kept = _rows(tokens, leading_shape if routed is None else torch.Size([routed.count]), layer, sequences)
+    if kept is None or routed is None:
+        return kept
+    counts = torch.zeros(routed.count, dtype=torch.bool, device=routed.indices.device)
+    counts[kept.to(counts.device)] = True
+    return counts[routed.indices].nonzero().squeeze(1)
+
+
+def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozenset[int] | None) -> Tensor | None:
+    is_flat = len(shape) == 1 or tokens.num_samples == 1
+    numbers = range(len(tokens.masks)) if sequences is None else sequences
+    matching = [k for k in numbers if _without_ones(tokens.masks[k].shape) == _without_ones(shape)]
+    if not matching and is_flat:
+        matching = [k for k in numbers if tokens.masks[k].numel() == shape.numel()]
+    if matching:
+        first, *others = (tokens.kept[k] for k in matching)
+        if not all(_same(first, other) for other in others):
+            raise SingleSamplesNeeded(
+                f"the rows of {layer}, {list(shape)}, could be those of either of the model's sequences"
+            )
+        return first
+    if not is_flat and shape[0] % tokens.num_samples:
+        raise SingleSamplesNeeded(f"some rows are not those of one sample after another ({list(shape)} in {layer})")
+    if tokens.masks_other_modality and tokens.num_samples > 1 and tokens.kept[0] is not None:
+        raise SingleSamplesNeeded(
+            f"the attention mask is of another sequence than the layers' rows ({list(tokens.masks[0].shape)}, and "
+            f"{list(shape)} in {layer})"
+        )
+    all_labelled = tokens.num_labelled == tokens.num_samples
+    if all(kept is None for kept in tokens.kept) or (tokens.other_modality and all_labelled):
+        return None
+    if tokens.num_samples in (1, shape.numel()):  # one row a sample, as heads that classify have it
+        return None if all_labelled or tokens.label_counts is None else tokens.label_counts.nonzero().squeeze(1)
+    for mask in tokens.masks:
+        if shape.numel() == len(mask):  # one row a sequence, of which a sample has several
+            return mask.any(dim=1).nonzero().squeeze(1)
+    shapes = ", ".join(str(list(mask.shape)) for mask in tokens.masks)
+    raise SingleSamplesNeeded(f"the rows of {layer}, {list(shape)}, do not match the token mask {shapes}")
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    """Return the shape without dimensions of 1 after the first, as heads that are shared have them."""
+    return [*shape[:1], *(size for size in shape[1:] if size != 1)]
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
