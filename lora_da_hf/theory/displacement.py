@@ -67,7 +67,6 @@ class Displacement:
         # an eigenvalue is accurate to the square of the residual
         pairs = leading_eigenpairs(
             lambda v: scaled.transposed_times_apply(scaled.factorized_input.solve(v)),
-            self.scaled_gradient.shape[1],
             1,
             like=self.scaled_gradient,
             tolerance=_NORM_TOLERANCE,

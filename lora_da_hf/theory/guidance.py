@@ -58,12 +58,7 @@ def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
     The basis for a smaller rank is the first columns of the basis for a larger one. Without a variance term the
     directions beyond the rank of the displacement, whose eigenvalue is 0, are completed as `complete_basis` defines.
     """
-    pairs = leading_eigenpairs(
-        lambda v: -guidance.apply(v),
-        guidance.displacement.scaled_gradient.shape[1],
-        rank,
-        like=guidance.displacement.scaled_gradient,
-    )
+    pairs = leading_eigenpairs(lambda v: -guidance.apply(v), rank, like=guidance.displacement.scaled_gradient)
     pairs = replace(pairs, eigenvalues=-pairs.eigenvalues)
     if guidance.variance_coefficient:
         return pairs

@@ -39,32 +39,28 @@ class Eigenpairs:
 
 
 def leading_eigenpairs(
-    apply: Apply,
-    dimension: int,
-    count: int,
-    *,
-    like: Tensor,
-    tolerance: float = _KRYLOV_TOLERANCE,
-    start: Tensor | None = None,
+    apply: Apply, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE, start: Tensor | None = None
 ) -> Eigenpairs:
     """Find the algebraically largest eigenpairs of a symmetric operator on ``[d, k]``, in descending order.
 
     By `block_krylov` where that is faster, and by `exact_eigenpairs` elsewhere, where the residual stays above the
-    tolerance, and where an eigenvalue is too small to be told by it. The work has the dtype and device of ``like``.
+    tolerance, and where an eigenvalue is too small to be told by it. The work has the dtype, the device and the last
+    dimension, d, of ``like``.
     """
-    if dimension > _DENSE_BELOW and 8 * count < dimension:
-        found = block_krylov(apply, dimension, count, like=like, tolerance=tolerance, start=start)
+    if like.shape[-1] > _DENSE_BELOW and 8 * count < like.shape[-1]:
+        found = block_krylov(apply, count, like=like, tolerance=tolerance, start=start)
         sizes = found.eigenvalues.abs()  # the residual is relative to the largest: too small ones are left unresolved
         if found.converged and not sizes.min() < _RESOLVED * found.residual * sizes.max():
             return found
-    return exact_eigenpairs(apply, dimension, count, like=like)
+    return exact_eigenpairs(apply, count, like=like)
 
 
-def exact_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor) -> Eigenpairs:
+def exact_eigenpairs(apply: Apply, count: int, *, like: Tensor) -> Eigenpairs:
     """Find the largest eigenpairs exactly: the operator is applied to the identity, some columns at a time."""
-    matrix = torch.empty(dimension, dimension, dtype=like.dtype, device=like.device)
+    dimension = like.shape[-1]
+    matrix = like.new_empty(dimension, dimension)
     for start in range(0, dimension, _COLUMNS):
-        unit = torch.zeros(dimension, min(_COLUMNS, dimension - start), dtype=like.dtype, device=like.device)
+        unit = like.new_zeros(dimension, min(_COLUMNS, dimension - start))
         unit.diagonal(-start).fill_(1.0)
         matrix[:, start : start + _COLUMNS] = apply(unit)
     matrix = (matrix + matrix.mT).mul_(0.5)
@@ -79,13 +75,7 @@ def exact_eigenpairs(apply: Apply, dimension: int, count: int, *, like: Tensor) 
 
 
 def block_krylov(
-    apply: Apply,
-    dimension: int,
-    count: int,
-    *,
-    like: Tensor,
-    tolerance: float = _KRYLOV_TOLERANCE,
-    start: Tensor | None = None,
+    apply: Apply, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE, start: Tensor | None = None
 ) -> Eigenpairs:
     """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
 
@@ -93,7 +83,7 @@ def block_krylov(
     residual meets the tolerance, raised to what the dtype can resolve, or it spans half of the space, where an exact
     solver is cheaper. ``start [d, k]`` are orthonormal vectors close to those that are sought.
     """
-    tolerance = max(tolerance, 100 * torch.finfo(like.dtype).eps)
+    dimension, tolerance = like.shape[-1], max(tolerance, 100 * torch.finfo(like.dtype).eps)
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
     largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
@@ -152,11 +142,9 @@ def complete_basis(basis: Tensor, count: int) -> Tensor:
 
     Each is the coordinate axis that lies farthest from the span so far (the first of equals), made orthogonal to it.
     """
-    dimension = basis.shape[0]
     while basis.shape[1] < count:
-        axis = int(basis.square().sum(dim=1).round(decimals=12).argmin().item()) if basis.shape[1] else 0
-        column = torch.zeros(dimension, 1, dtype=basis.dtype, device=basis.device)
-        column[axis] = 1.0
+        column = basis.new_zeros(basis.shape[0], 1)
+        column[basis.square().sum(dim=1).round(decimals=12).argmin()] = 1.0
         for _ in range(2):
             column = column - basis @ (basis.mT @ column)
             column = column / column.norm()
