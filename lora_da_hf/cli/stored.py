@@ -115,7 +115,6 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
     add(parser, "rank", "rank of the new adapter, at most the stored one", type=int)
     add(parser, "rank_budget", "parameters of the adapter, shared out between the layers", type=int)
     add(parser, "step_size", "how far step 0 goes (default: as the stored steps say)", type=float)
-    add_base_model(parser, "and compare it (a DoRA adapter needs it)")
     add_dataclasses(parser, LoRADAArguments)
     for action in parser._actions:
         if action.dest.startswith(PREFIX):
@@ -126,13 +125,10 @@ def refit_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_refit(arguments: argparse.Namespace, output: Output) -> None:
     """Make another initialisation: a smaller rank, or other settings from stored statistics."""
-    from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.pipeline.refit import refit_init
 
     check_new(arguments.output, overwrite=arguments.overwrite)
-    base, folder = None, str(arguments.output)
-    if arguments.base_model is not None:
-        base = load_base(arguments, output, load_init(arguments.folder, statistics=False).peft_config)
+    folder = str(arguments.output)
     given = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items() if name.startswith(PREFIX)}
     refit_init(
         arguments.folder,
@@ -141,7 +137,6 @@ def run_refit(arguments: argparse.Namespace, output: Output) -> None:
         rank=arguments.rank,
         rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
-        base_model=base,
         progress=output.shows_progress,
     )
     output.result({"folder": folder}, bare=folder, text=f"Written to {folder}")

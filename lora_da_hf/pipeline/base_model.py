@@ -65,12 +65,6 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield _plain_name(name), whole
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the base model under the names that they have without an adapter."""
-    named = [(name, module) for name, module in model.named_modules() if not any(o in f"{name}." for o in _OF_ADAPTER)]
-    return {_plain_name(name): module for name, module in named}  # what is wrapped comes after what wraps it
-
-
 def _plain_name(name: str) -> str:
     parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
     return ".".join(part for part in parts if part not in _WRAPPERS)

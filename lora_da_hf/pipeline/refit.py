@@ -1,4 +1,4 @@
-"""`refit_init`: another initialisation from a stored one, offline: no data, and no model but for DoRA."""
+"""`refit_init`: another initialisation from a stored one, offline: without data or a model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lora_da_hf.adapters.experts import resize_factors
-from lora_da_hf.adapters.write import dora_magnitude
 from lora_da_hf.artifacts.adapter_config import (
-    PEFT_PREFIX,
     alpha_divisor,
     expert_of,
     holder_of,
@@ -22,14 +20,13 @@ from lora_da_hf.artifacts.adapter_config import (
     rank_of,
     with_ranks,
 )
-from lora_da_hf.artifacts.adapter_tensors import MAGNITUDE, factor_key, stored_factor
+from lora_da_hf.artifacts.adapter_tensors import factor_key, stored_factor
 from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
 from lora_da_hf.artifacts.tensors import input_groups_of, iterate_statistics, read_tensors, write_tensors
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.pipeline.base_model import base_model_facts, base_modules
 from lora_da_hf.pipeline.solve import in_one_unit, reported
 from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
@@ -49,7 +46,6 @@ def refit_init(
     rank: int | None = None,
     rank_budget: int | None = None,
     step_size: float | None = None,
-    base_model: nn.Module | None = None,
     progress: bool = True,
 ) -> StoredInit:
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
@@ -66,7 +62,6 @@ def refit_init(
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
         rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`, instead of ``rank``.
         step_size: How far step 0 goes; None: what the config or the stored steps say (`stored_step`).
-        base_model: The base model. DoRA needs it, whose magnitudes follow from its weights; else it is only compared.
         progress: Whether to show a progress bar while layers are solved.
 
     Returns:
@@ -75,18 +70,19 @@ def refit_init(
 
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
-        ConfigError: if a rank, a budget or a setting cannot be had offline; if ``output_dir`` holds something else.
-        BaseModelMismatchError: if it was computed for another base.
+        ConfigError: if a rank, a budget or a setting cannot be had offline, as nothing of a DoRA adapter can; if
+            ``output_dir`` holds something else.
         SolveError: if a layer cannot be solved with these settings.
     """
     folder, output_dir = Path(folder), Path(output_dir)
     check_replaceable(output_dir)
     if rank is not None and (rank < 1 or rank_budget is not None):
         raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
-    stored = load_init(folder, base_model=None if base_model is None else base_model_facts(base_model))
-    if stored.peft_config["use_dora"] and base_model is None:
+    stored = load_init(folder)
+    if stored.peft_config["use_dora"]:
         raise ConfigError(
-            f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Give the base_model."
+            f"{folder} is a DoRA adapter, whose magnitudes follow from the base's weights. Start from it at another "
+            "rank with apply_init."
         )
     new = _new_config(stored, config, step_size, in_place=folder.resolve() == output_dir.resolve())
     changed = [name for name in changed_settings(new, stored.manifest.config) if name in SOLVE_SETTINGS]
@@ -109,7 +105,7 @@ def refit_init(
         for name, layer in layers.items()
     ]
     report = _new_report(stored.report, new, new_layers, step_unit=unit, step_size=step, notes=notes)
-    _write(stored, output_dir, report, bases, base_model, changed)
+    _write(stored, output_dir, report, bases, changed)
     return load_init(output_dir)
 
 
@@ -206,14 +202,13 @@ def _write(
     output_dir: Path,
     report: LoRADAReport,
     bases: Mapping[str, LayerSolution],
-    base_model: nn.Module | None,
     changed: list[str],
 ) -> None:
     """Write the new initialisation: all of it, or nothing."""
     manifest = stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
     peft_config = _new_peft_config(stored, report.layers)
-    tensors = _new_tensors(stored, report, bases, peft_config, base_model)
+    tensors = _new_tensors(stored, report, bases, peft_config)
 
     def save_adapter(path: Path) -> None:
         write_tensors(path / ADAPTER_FILE, tensors)
@@ -256,28 +251,21 @@ def _new_tensors(
     report: LoRADAReport,
     bases: Mapping[str, LayerSolution],
     peft_config: dict[str, Any],
-    base_model: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return the stored adapter's tensors with the new factors in place of the old ones."""
     config = LoRADAConfig.from_dict(report.config)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
     _resize_parameters(stored, peft_config, tensors)
-    modules = {} if base_model is None else base_modules(base_model)
     for layer in report.layers:
         basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))
-        keys = [factor_key(layer.name, factor) for factor in "AB"]
         values = factors_at_step(basis_A, basis_B, config, peft_scaling=layer.peft_scaling, step_size=report.step_size)
-        for key, factor, value in zip(keys, "AB", values, strict=True):
+        for factor, value in zip("AB", values, strict=True):
+            key = factor_key(layer.name, factor)
             place = stored_factor(tensors, layer.name, factor, layer.rank)
             if place is None or expert_of(layer.name) is None:
                 tensors[key] = value.to(tensors[key].dtype).contiguous()
             else:
                 place.copy_(value)
-        if peft_config["use_dora"]:
-            key = f"{PEFT_PREFIX}{layer.name}{MAGNITUDE}"
-            lora_A, lora_B = (tensors[key] for key in keys)
-            magnitude = dora_magnitude(modules[layer.name], lora_A, lora_B, layer.peft_scaling)
-            tensors[key] = magnitude.to(tensors[key]).reshape(tensors[key].shape)
     return tensors
 
 

@@ -241,7 +241,7 @@ def test_refit_makes_a_smaller_rank_and_takes_settings(lora_da, stored, tmp_path
     monkeypatch.setattr("lora_da_hf.pipeline.refit.refit_init", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = ["--da_input_damping", "0.3*mean", "--da_variance_weight", 0.5, "--step_size", "0.5"]
     lora_da("refit", stored, tmp_path / "other", *flags, "--rank_budget", 1000)
-    rest = {"rank": None, "rank_budget": 1000, "step_size": 0.5, "base_model": None, "progress": False}
+    rest = {"rank": None, "rank_budget": 1000, "step_size": 0.5, "progress": False}
     config = {"input_damping": "0.3*mean", "variance_weight": 0.5}
     assert calls == [((stored, tmp_path / "other"), {**rest, "config": config})]
 
