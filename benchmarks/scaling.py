@@ -11,7 +11,9 @@ Runs and tables go to `outputs`, or where `--output` says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -19,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,13 @@ MODEL = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row: how many processes, and in what memory."""
-
-    title: str
-    processes: int
-    budget_mib: int | None = None
-
-
 CASES = {
-    "one": Case("one process, one pass", 1),
-    "one_windows": Case("one process, windows", 1, budget_mib=WINDOW_MIB),
-    "samples": Case("two share the samples", 2),
-    "samples_windows": Case("two share the samples, windows", 2, budget_mib=WINDOW_MIB),
+    "one": ("one process, one pass", 1, None),
+    "one_windows": ("one process, windows", 1, WINDOW_MIB * MIB),
+    "samples": ("two share the samples", 2, None),
+    "samples_windows": ("two share the samples, windows", 2, WINDOW_MIB * MIB),
 }
+"""Of each row: its title, how many processes, and their memory budget."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,8 +93,8 @@ def make_samples(count: int, length: int) -> list[dict[str, list[int]]]:
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """Make one measurement: seconds, or under the profiler the peak of the tensors."""
-    case = CASES[options.worker]
-    if case.processes > 1:
+    _, processes, budget = CASES[options.worker]
+    if processes > 1:
         dist.init_process_group("gloo")
     plans: list[Plan] = []
     original = run_module.plan_windows
@@ -111,41 +104,35 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         batch_size=options.batch_size,
         step_size=0.05,
         search_samples=0,
-        memory_budget=None if case.budget_mib is None else case.budget_mib * MIB,
+        memory_budget=budget,
     )
     samples = make_samples(options.num_samples, options.length)
     model = make_model(options.blocks)
     initialize_lora_da(make_model(options.blocks), samples[:4], config=config, progress=False)  # warm up
     plans.clear()
-    if case.processes > 1:
+    if processes > 1:
         dist.barrier()  # all begin at once
     reset_peak()
     before = peak_mib()
-    tensors = None
     begin = time.perf_counter()
-    if options.memory:
-        tensors, report = under_profiler(lambda: initialize_lora_da(model, samples, config=config, progress=False))
-    else:
+    kinds = [ProfilerActivity.CPU]
+    with profile(activities=kinds, profile_memory=True) if options.memory else contextlib.nullcontext() as profiler:
         report = initialize_lora_da(model, samples, config=config, progress=False)
     return {
         "seconds": time.perf_counter() - begin,
         "stages": report.seconds,
         "rss_mib": peak_mib() - before,
-        "tensor_bytes": tensors,
+        "tensor_bytes": tensor_peak(profiler) if options.memory else None,
         "plan": dataclasses.asdict(plans[0]),
         "printed": report.plan,
     }
 
 
-def under_profiler(run: Any) -> tuple[int, Any]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        report = run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak, report
+def tensor_peak(profiler: Any) -> int:
+    """Return the most bytes that tensors took at once."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 # ---- all measurements
@@ -159,7 +146,7 @@ def launch(name: str, options: argparse.Namespace, *, memory: bool) -> list[dict
     command = [sys.executable, __file__, "--worker", name, *(["--memory"] if memory else [])]
     for setting in SETTINGS:
         command += [f"--{setting}", str(getattr(options, setting))]
-    size = CASES[name].processes
+    size = CASES[name][1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
@@ -201,7 +188,7 @@ def measured_table(found: dict[str, list[list[dict[str, Any]]]], options: argpar
         one = one or whole
         rows.append(
             (
-                CASES[name].title,
+                CASES[name][0],
                 spread(whole),
                 f"{statistics.median(whole) / statistics.median(one):.2f}",
                 spread([max(p["stages"]["statistics"] + p["stages"]["solve"] for p in run) for run in timed]),

@@ -28,7 +28,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = Path(".cache")
 MARK = ".lora_da_demo"
 LABELS = {"lora": "plain LoRA", "lora_da": "LoRA-DA"}
-SAME = 5e-4
 
 
 @dataclass(frozen=True)
@@ -206,20 +205,15 @@ def table(runs: dict[str, Run]) -> str:
     """Write the validation losses as a table."""
     steps = sorted(set.intersection(*(set(run.validation) for run in runs.values())))
     rows = [["validation loss", *(f"step {step}" for step in steps)]]
-    rows.append(["base model", f"{runs['lora'].at_start:.4f}", *("" for _ in steps[1:])])
+    rows.append(["base model", f"{runs['lora'].at_start:.4f}"])
     rows += [[LABELS[init], *(f"{run.validation[step]:.4f}" for step in steps)] for init, run in runs.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join(f"{row[0]:<16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
 
 
 def verdict(when: str, loss: float, other: float, other_name: str) -> str:
     """Say which loss is lower, and by how much."""
-    difference = loss - other
-    if abs(difference) < SAME:
-        return f"{when}, LoRA-DA's validation loss is that of {other_name} (they differ by {difference:+.5f})."
-    word = "lower" if difference < 0 else "HIGHER"
-    size = f"{abs(difference):.4f} ({abs(difference) / other:.2%})"
+    word = "lower" if loss <= other else "HIGHER"
+    size = f"{abs(loss - other):.4f} ({abs(loss - other) / other:.2%})"
     return f"{when}, LoRA-DA's validation loss is {size} {word} than that of {other_name}."
 
 
@@ -257,15 +251,8 @@ def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, outp
         )
     took = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"Seconds: {took}. The initialisation took {lora_da.initialization:.0f} of LoRA-DA's.\n")
-    places = {
-        "comparison": output_dir / "comparison.png",
-        "loss curves": f"{lora.folder / 'loss_curve.png'}, {lora_da.folder / 'loss_curve.png'}",
-        "adapters": f"{lora.folder}, {lora_da.folder}",
-        "initialisation": lora_da.folder / "lora_da" / "lora_da_manifest.json",
-        "all numbers": output_dir / "summary.json",
-    }
-    for name, place in places.items():
-        print(f"{name + ':':<16}{place}")
+    print(f"{output_dir}: comparison.png, summary.json, and in lora and lora_da the adapters with their loss curves.")
+    print(f"The initialisation is in {lora_da.folder / 'lora_da'}.")
 
 
 def main() -> None:

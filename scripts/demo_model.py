@@ -20,7 +20,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch_model(folder: Path) -> Path:
-    """Make the model folder, unless a usable one is there.
+    """Make the model folder, unless it is there.
 
     Args:
         folder: Where config, weights and tokenizer go. It is made in one move, so it is complete or not there.
@@ -28,32 +28,14 @@ def fetch_model(folder: Path) -> Path:
     Returns:
         The folder.
     """
-    if is_usable(folder):
+    if (folder / "model.safetensors").is_file():
         print(f"The model is in {folder}.")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.partial-") as partial:
         convert(extract(download(Path(partial))), Path(partial) / "model")
-        shutil.rmtree(folder, ignore_errors=True)
         os.rename(Path(partial) / "model", folder)
     return folder
-
-
-def is_usable(folder: Path) -> bool:
-    """Whether a model folder's config, tokenizer and weights can be opened."""
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoTokenizer
-
-    if not (folder / "model.safetensors").is_file():
-        return False
-    try:
-        AutoConfig.from_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder)
-        with safe_open(folder / "model.safetensors", framework="pt") as weights:
-            return len(list(weights.keys())) > 0
-    except (OSError, ValueError, SafetensorError) as error:
-        print(f"The model in {folder} cannot be opened and is made again: {error}")
-        return False
 
 
 def download(folder: Path) -> Path:
