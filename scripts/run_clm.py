@@ -19,7 +19,6 @@ import json
 import logging
 import math
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.adapters.write import freeze_a
+from lora_da_hf.artifacts.folders import check_writable
 from lora_da_hf.cli.output import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError, DataError
@@ -252,8 +252,6 @@ def hold_out(found: dict[str, Rows], data: DataArguments) -> dict[str, Rows]:
         raise DataError(f"{data.dataset_name} has neither a `train` nor a `validation` split.")
     if data.streaming:
         raise DataError("With --streaming no rows can be held out for --do_eval: give --validation_file.")
-    if len(found["train"]) < 2:
-        raise DataError("A single row cannot be split into training and validation: give --validation_file.")
     count = max(1, len(found["train"]) * data.validation_split_percentage // 100)
     parts = found["train"].train_test_split(test_size=count, seed=SPLIT_SEED)
     logger.info("No validation data: held out are %d of %d training rows.", count, len(found["train"]))
@@ -270,15 +268,12 @@ def prepare_samples(
     for name, split in rows.items():
         if name == "train" and data.streaming:
             split = split.shuffle(seed=arguments.training.data_seed, buffer_size=SHUFFLE_BUFFER)
-        samples[name] = tokenize(name, split, tokenizer, block_size, data)
-        if limits[name] is not None:
-            samples[name] = first(samples[name], limits[name])
+        found = tokenize(name, split, tokenizer, block_size, data)
+        count = limits[name]
+        if count is not None:
+            found = found.take(count if isinstance(found, IterableDataset) else min(count, len(found)))
+        samples[name] = found
     return samples
-
-
-def first(samples: Rows, count: int) -> Rows:
-    """Return the first samples, as many as there are up to a count."""
-    return samples.take(count if isinstance(samples, IterableDataset) else min(count, len(samples)))
 
 
 # ----------------------------------------------------------------------------------------- model and trainer
@@ -329,10 +324,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     metrics = last_evaluation(trainer) or trainer.evaluate()
     if not isinstance(trainer.eval_dataset, IterableDataset):
         metrics["eval_samples"] = len(trainer.eval_dataset)
-    try:
-        metrics["perplexity"] = math.exp(metrics["eval_loss"])
-    except OverflowError:
-        metrics["perplexity"] = math.inf
+    metrics["perplexity"] = math.exp(metrics["eval_loss"])
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     return metrics
@@ -367,21 +359,6 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def make_folder(path: str) -> None:
-    """Make the output folder, before hours are spent on what goes into it.
-
-    Raises:
-        ConfigError: if it cannot be made or written.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--output_dir {path} cannot be written ({error.strerror or error}). Name a folder that can be written."
-        ) from error
-
-
 def set_up_logging(training: TrainingArguments) -> None:
     """Log at the level that the flags ask for, less on all ranks but the first."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -410,7 +387,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     training = arguments.training
     set_up_logging(training)
     if training.should_save:
-        make_folder(training.output_dir)
+        check_writable(Path(training.output_dir))
     if training.data_seed is None:
         training.data_seed = training.seed  # so that no draw before training can change the order of the data
     if training.device.type == "cpu":

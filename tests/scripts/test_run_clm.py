@@ -427,7 +427,7 @@ def test_suffixes_in_upper_case_and_of_compressed_files(tmp_path, suffix, stream
     ("more", "message"),
     [
         (["--dataset_name", "org/data"], "org/data cannot be loaded as data"),
-        (["--train_file", "pairs.jsonl", "--output_dir", "pairs.jsonl/out"], "--output_dir pairs.jsonl/out cannot be"),
+        (["--train_file", "pairs.jsonl", "--output_dir", "pairs.jsonl/out"], "pairs.jsonl/out cannot be written"),
     ],
 )
 def test_what_does_not_exist_is_said_without_a_traceback(model_dir, tmp_path, pairs_file, monkeypatch, more, message):
