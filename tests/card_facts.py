@@ -13,7 +13,7 @@ LAYERS = tuple(
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 )
 ADAPTER = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-BASE = {"name_or_path": "org/base-model", "revision": "b" * 40, "config": {}, "weights_sha256": "f" * 64}
+BASE = {"name_or_path": "org/base-model", "revision": "b" * 40, "weights_sha256": "f" * 64}
 
 
 def make_report(layers=LAYERS, **overrides):

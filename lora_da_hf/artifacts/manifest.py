@@ -43,11 +43,10 @@ class FileEntry(_Checked):
 
 
 class BaseModelFacts(_Checked):
-    """What a base model is recognised by: its config, and the fingerprint of weights that are not quantised."""
+    """What a base model is recognised by: the fingerprint of weights that are not quantised, or else its name."""
 
     name_or_path: str | None = None
     revision: str | None = None
-    config: Annotated[dict[str, bool | int | float | str], FEW] = {}
     weights_sha256: Sha256 | None = None
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.adapter_tensors import check_adapter
-from lora_da_hf.artifacts.fingerprint import differences
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
@@ -154,16 +153,16 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
     Raises:
         BaseModelMismatchError: naming every difference.
     """
-    stored, notes = manifest.base_model, ()
-    found = differences(stored.config, base_model.config)
+    stored, notes, found = manifest.base_model, (), list[str]()
     if stored.weights_sha256 and base_model.weights_sha256:
-        if not found and stored.weights_sha256 != base_model.weights_sha256:
+        if stored.weights_sha256 != base_model.weights_sha256:
             found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
     else:
         was, now = (str(facts.name_or_path or "").removeprefix("./") for facts in (stored, base_model))
         if was != now or not was:
             found.append(f"weights without a fingerprint, as quantised ones, need the name {was!r}, and it is {now!r}")
-        found += differences({"revision": stored.revision}, {"revision": base_model.revision})
+        if stored.revision and base_model.revision and stored.revision != base_model.revision:
+            found.append(f"its revision is {base_model.revision!r} and was {stored.revision!r}")
         notes = (f"the base was matched by its name, {was!r}, and revision: its weights have no fingerprint",)
     if found:
         raise BaseModelMismatchError(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -120,10 +119,7 @@ def _own_page(stored: StoredInit, card: str, facts: Mapping[str, Any]) -> tuple[
     given = [name for name, value in facts.items() if value]
     if given:
         raise ConfigError(f"{', '.join(given)} would not be on the card that you give. Write that on it yourself.")
-    try:
-        license = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"The card's metadata cannot be read: {error}") from error
+    license = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
     plots = draw_plots(stored.manifest.report) if any(name in card for name in PLOTS) else {}
     return {CARD_FILE: card.encode("utf-8"), **{name: plots[name] for name in plots if name in card}}, license
 

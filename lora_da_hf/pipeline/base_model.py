@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.adapters.targets import base_name
-from lora_da_hf.artifacts.fingerprint import config_facts, is_repo_id, weights_fingerprint
+from lora_da_hf.artifacts.fingerprint import is_repo_id, weights_fingerprint
 from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.distributed.parameters import gathered
 from lora_da_hf.losses import base_model_of
@@ -24,7 +24,7 @@ _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
 def base_model_facts(model: nn.Module) -> BaseModelFacts:
-    """Return name, revision, config facts and weights fingerprint of the base model.
+    """Return name, revision and weights fingerprint of the base model.
 
     The name of a folder that could be one on the Hub, such as ``checkpoints/base``, gets a ``./`` before it.
     """
@@ -34,7 +34,6 @@ def base_model_facts(model: nn.Module) -> BaseModelFacts:
     return BaseModelFacts(
         name_or_path=f"./{name}" if name and is_folder and is_repo_id(name) else name,
         revision=None if name is None or is_folder else getattr(config, _COMMIT, None),
-        config=config_facts(config),
         weights_sha256=weights_fingerprint(base_weights(model)),
     )
 

@@ -238,8 +238,6 @@ def test_four_pulls_at_once(init, push, pull):
 
 def test_another_base_is_refused_before_anything_large_is_fetched(hub, push, pull):
     push()
-    with pytest.raises(BaseModelMismatchError, match="num_key_value_heads"):
-        pull(base_model=make_tiny_llama(num_key_value_heads=1))
     with pytest.raises(BaseModelMismatchError, match="fingerprint"):
         pull(base_model=make_tiny_llama(seed=1))
     assert ADAPTER_FILE not in hub.downloads()

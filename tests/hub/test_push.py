@@ -212,7 +212,6 @@ def test_what_is_said_for_the_card_is_on_it(hub, push):
     "given",
     [
         {"base_model": "/home/me/model"},
-        {"card": "---\ntags: [\n---\n"},
         {"card": CARD, "hardware": "x"},
     ],
 )
