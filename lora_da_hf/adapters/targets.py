@@ -139,8 +139,8 @@ def base_name(full_name: str) -> str:
 def _why_kept(name: str, layer: LoraLayer, adapter_name: str, tied: Collection[str], elsewhere: Any) -> str | None:
     base = layer.get_base_layer()
     variant: Any = layer.lora_variant.get(adapter_name)
-    if isinstance(layer, ParamWrapper):
-        return why_not_apart(layer)
+    if isinstance(layer, ParamWrapper) and (reason := why_not_apart(layer)):
+        return reason
     if variant is not None and not _is_dora(layer, adapter_name):
         return f"its LoRA variant {type(variant).__name__} is not initialised from data"
     lora_A = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None

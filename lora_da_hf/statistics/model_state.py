@@ -130,15 +130,9 @@ def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def configs_with(model: nn.Module, option: str) -> list[Any]:
-    """Return those of a model's config and the configs inside it, as of its language model, that have an option on."""
-    found: list[Any] = []
-    left = [getattr(model, "config", None)]
-    while left:
-        config = left.pop()
-        if hasattr(config, "model_type") and not any(config is other for other in found):
-            found.append(config)
-            left += vars(config).values()
-    return [config for config in found if getattr(config, option, None)]
+    """Return those of the configs of a model and its parts, such as its language model, that have an option on."""
+    found = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+    return [config for config in found.values() if getattr(config, option, None)]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
