@@ -31,10 +31,9 @@ def adapters_off(targets: Sequence[Target]) -> Generator[None]:
     checkpointed forward would differ from its recomputation. Experts are run one by one.
     """
     layers = [target.layer for target in targets if len(target.layer.lora_A) == 1]
-    without = changed(
-        [(layer, "_active_adapter", []) for layer in layers]
-    )  # set_adapter() would touch requires_grad too
-    with without, experts_apart(target.base_layer for target in targets):
+    # set_adapter() would touch requires_grad too
+    off = changed([(layer, "_active_adapter", []) for layer in layers])
+    with off, experts_apart(target.base_layer for target in targets):
         yield
 
 

@@ -69,11 +69,10 @@ def batches_by_length(samples: Sequence[Any], batch_size: int) -> list[list[Any]
 
 def whole_batches(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:
     """Batch samples for a loss that needs them together: none is left alone, so two may become three."""
-    number = -(-len(samples) // batch_size)
-    if batch_size > 1 and len(samples) < 2 * number:
-        number = max(1, number - 1) if samples else 0
-    ends = [len(samples) * k // number for k in range(number + 1)] if number else [0]
-    return [list(samples[start:end]) for start, end in itertools.pairwise(ends)]
+    most = len(samples) if batch_size == 1 else len(samples) // 2
+    number = max(1, min(-(-len(samples) // batch_size), most))
+    ends = [len(samples) * k // number for k in range(number + 1)]
+    return [list(samples[start:end]) for start, end in itertools.pairwise(ends) if end > start]
 
 
 def sample_length(sample: Any) -> int:

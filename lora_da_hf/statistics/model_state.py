@@ -49,7 +49,7 @@ def random_state(seed: int) -> Generator[None]:
     """Seed the global random number generators of Python, numpy and torch, and put them back at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
-    devices = range(0 if kind == "mps" else torch.accelerator.device_count())  # whose generator has no number
+    devices = range(0 if kind == "mps" else torch.accelerator.device_count())  # MPS numbers no devices
     with torch.random.fork_rng(devices, device_type=kind):
         seed_generators(seed)
         try:
