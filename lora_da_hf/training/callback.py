@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -109,28 +108,26 @@ class LoRADACallback(TrainerCallback):
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
         _refuse_unsupported_parallelism(args)
         name = self.adapter_name or active_adapter_name(model)
-        frozen = {id(parameter) for parameter in self.freeze(model)}
-        groups = getattr(kwargs.get("optimizer"), "param_groups", ())
-        if any(id(parameter) in frozen for group in groups for parameter in group["params"]):
-            raise ConfigError(
-                "freeze_a came too late: the optimizer has A already. Give LoRADACallback to the trainer when it is "
-                "made; if you use model_init, use LoRADATrainer."
-            )
+        self.freeze(model)
         if state.global_step > 0:
             self._resume(args, model, name)
-        elif was_initialized(model, name):
-            self._keep()
-        else:
+        elif not was_initialized(model, name):
             self.report = self._initialize(args, state, model, name, train_dataloader)
+        elif self.report is None:
+            logger.warning(
+                "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
+                "given now have no effect. Load the base anew to start again."
+            )
         base: Any = base_model_of(model)
         if self.report is not None and self.report.init_from is not None and isinstance(base, PreTrainedModel):
             base.add_model_tags([f"lora_da_init:{self.report.init_from}"])  # for every card that is written for it
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
 
-    def freeze(self, model: Any) -> list[nn.Parameter]:
-        """Freeze A, if that is asked for, and return what was not frozen before."""
-        return freeze_a(model, self.adapter_name) if self.config.freeze_a and model is not None else []
+    def freeze(self, model: Any) -> None:
+        """Freeze A, if that is asked for."""
+        if self.config.freeze_a and model is not None:
+            freeze_a(model, self.adapter_name)
 
     def _initialize(
         self, args: TrainingArguments, state: TrainerState, model: Any, name: str, train_dataloader: Any
@@ -219,15 +216,6 @@ class LoRADACallback(TrainerCallback):
             self.report = load_manifest(stored).report if self.init_from is None else LoRADAReport.load(stored)
         except (ArtifactError, OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("LoRA-DA: %s has no report to read (%s); training goes on without it", stored, error)
-
-    def _keep(self) -> None:
-        """Leave the adapter of a model that was initialised before, and say so if it was not by this callback."""
-        if self.report is None:
-            text = "The model's adapter was initialised before in this process and stays as it is; the settings given "
-            text += "now have no effect. Load the base anew to start again."
-            if self.init_from is not None:
-                raise ConfigError(f"init_from={str(self.init_from)!r}: {text}")
-            logger.warning("LoRA-DA: %s", text)
 
 
 def _summary(report: LoRADAReport) -> str:

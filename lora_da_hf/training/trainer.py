@@ -27,13 +27,10 @@ class LoRADATrainer(Trainer):
 
     Args:
         model: A plain model, with ``peft_config``, or a PEFT model with a fresh LoRA adapter.
-        args: As for `Trainer`.
-        trainer_args: Further positional arguments of `Trainer`.
+        args, trainer_args, trainer_kwargs: As for `Trainer`.
         peft_config: How to wrap a plain model, or what ``model_init`` returns.
         da_config: The settings of the initialisation; None: ``LoRADAConfig()``.
-        init_from: As for `LoRADACallback`.
-        search_step: As for `LoRADACallback`.
-        trainer_kwargs: Keyword arguments of `Trainer`.
+        init_from, search_step: As for `LoRADACallback`.
 
     Raises:
         ConfigError: if ``peft_config`` does not fit the model or LoRA-DA, or the callbacks hold a `LoRADACallback`.
