@@ -68,16 +68,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--peers", action="store_true", help="measure PEFT's EVA, CorDA and LoRA-GA too")
     parser.add_argument("--peer_seconds", type=float, default=900.0, help="stop a peer after this long")
     parser.add_argument("--output", type=Path, default=Path("outputs/initialization_cost.json"))
     parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.peers:
-        options.methods += PEERS
-        for reason in filter(None, map(why_missing, PEERS)):
-            parser.error(f"--peers: {reason}")
+    options.methods = [*METHODS, *(PEERS if options.peers else ())]
+    for reason in filter(None, map(why_missing, options.methods[len(METHODS) :])):
+        parser.error(f"--peers: {reason}")
     return options
 
 

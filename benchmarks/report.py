@@ -33,9 +33,7 @@ GROUP = ("rank", "steps", "num_train")
 
 USUAL_RANK = 8
 
-MARKERS = "osD^v"
-"""One for each ten methods of a picture, which repeat the colours."""
-
+MARKERS = "osD^v"  # one for each ten methods of a picture, which repeat the colours
 PICTURED = 1.15
 """Final losses up to this many times the lowest are in the picture of learning rates."""
 
@@ -427,14 +425,14 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
     has_curves = any(len(steps_of_all(at_best_rate(runs)[1])) > 2 for runs in shown.values())
     figure = Figure(figsize=(10 if has_curves else 6, 6), layout="constrained")
     rates_axes, *curve_axes = figure.subplots(1, 1 + has_curves, squeeze=False)[0]
-    lowest = min(min(rate_losses(runs).values()) for runs in shown.values())
-    highest = lowest
+    means = [mean for runs in shown.values() for mean in rate_losses(runs).values()]
+    lowest = min(means)
+    highest = max(mean for mean in means if mean <= PICTURED * lowest)
     for number, (name, of_method) in enumerate(shown.items()):
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
         rate, runs = at_best_rate(of_method)
         finals = {rate: losses_of(found, "final_loss") for rate, found in on_shared_seeds(of_method).items()}
         draw(rates_axes, finals, label=f"{name} (best: {rate:g})", **style)
-        highest = max([highest, *(mean for mean in rate_losses(of_method).values() if mean <= PICTURED * lowest)])
         curves = [dict(run["losses"]) for run in runs]
         for axes in curve_axes:
             draw(axes, {step: [curve[step] for curve in curves] for step in steps_of_all(runs)}, **style)
@@ -466,21 +464,17 @@ def draw(axes: Any, points: dict[Any, list[float | None]], **style: Any) -> None
 
 def describe(facts: dict[str, Any], machines: Sequence[dict[str, Any]]) -> str:
     """Name model, data, machines and versions."""
-    seen = {json.dumps({**one, "date": ""}, sort_keys=True): one for one in machines}
     dates = sorted({one["date"] for one in machines})
-    parts = [f"{name} {value}" for name, value in facts.items()]
-    where = ["; ".join(f"{n} {v}" for n, v in one.items() if n != "date") for one in seen.values()]
-    return f"{', '.join(parts)}. {dates[0]} to {dates[-1]}; " + " / ".join(where) + "."
+    seen = dict.fromkeys("; ".join(f"{n} {v}" for n, v in one.items() if n != "date") for one in machines)
+    return f"{', '.join(f'{n} {v}' for n, v in facts.items())}. {dates[0]} to {dates[-1]}; {' / '.join(seen)}."
 
 
 def shared_settings(records: Sequence[Record]) -> str:
     """Name what all runs have in common, and by how many versions of the code they were made."""
-    parts = []
-    for name in EQUAL:
-        values = sorted({json.dumps(record["cell"][name]) for record in records})
-        parts.append(f"{name} {' or '.join(values)}")
+    values = {name: sorted({json.dumps(record["cell"][name]) for record in records}) for name in EQUAL}
     codes = Counter(record["code"]["package_sha256"] if record.get("code") else "not recorded" for record in records)
-    return f"{', '.join(parts)}; code {', '.join(f'{code} ({number} runs)' for code, number in codes.items())}."
+    shared = ", ".join(f"{name} {' or '.join(found)}" for name, found in values.items())
+    return f"{shared}; code {', '.join(f'{code} ({number} runs)' for code, number in codes.items())}."
 
 
 def report(records: Sequence[Record], path: Path) -> str:

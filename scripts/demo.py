@@ -85,12 +85,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: outputs/demo")
     parser.add_argument("--model", help="another causal language model, a folder or a name on the Hub")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float32"),
-        help="precision of the frozen weights; auto: whichever this CPU multiplies faster (the default)",
-    )
     parser.add_argument("--quick", action="store_true", help="two steps on a few functions: only to see it work")
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:
@@ -134,9 +128,8 @@ def fit(speed: float) -> tuple[Budget, float]:
 
 
 def plan(arguments: argparse.Namespace) -> tuple[str, Budget]:
-    """Choose the precision and the number of steps, as far as the command line leaves them open."""
-    dtypes = ("bfloat16", "float32") if arguments.dtype == "auto" else (arguments.dtype,)
-    speeds = {dtype: measure_speed(dtype) for dtype in dtypes}
+    """Choose the precision that this CPU multiplies faster, and the number of steps unless it was given."""
+    speeds = {dtype: measure_speed(dtype) for dtype in ("bfloat16", "float32")}
     dtype = max(speeds, key=speeds.__getitem__)
     budget, seconds = fit(speeds[dtype])
     measured = ", ".join(f"{speed / 1e9:.0f} GFLOP/s in {name}" for name, speed in speeds.items())

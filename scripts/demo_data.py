@@ -17,17 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = {
-    "__pycache__",
-    "dist-packages",
-    "ensurepip",
-    "idlelib",
-    "idle_test",
-    "lib2to3",
-    "site-packages",
-    "test",
-    "tests",
-    "turtledemo",
+SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "turtledemo"} | {
+    *("idle_test", "test", "tests")
 }
 MIN_TOKENS = 48
 MAX_TOKENS = 192
