@@ -1,9 +1,14 @@
-"""The card of an initialisation: Markdown for people, metadata for the Hub, and the plots beside it."""
+"""The card of an initialisation: Markdown for people, metadata for the Hub, and the plots beside it.
+
+Whatever a manifest says stays text on it, and cannot become markup, metadata or code.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -18,7 +23,6 @@ from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, T
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.errors import ConfigError, MissingDependencyError
-from lora_da_hf.hub.markdown import Markdown, code, escape
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 from lora_da_hf.report import kind_of, span
 
@@ -42,6 +46,13 @@ _PLOTS = {
     SPECTRA_PLOT: "Guidance spectra by module type, and how many directions matter in each layer",
     SEARCH_PLOT: "Loss on the search samples by step",
 }
+MAX_LENGTH = 300
+"""Of a text from outside on a card."""
+_MARKUP = re.compile(r"([\\`*_\[\]~|$@#!]|:(?=/))")
+_BLOCK_START = re.compile(r"^(?=[-+=>.)])")
+_LIST_NUMBER = re.compile(r"^(\d+)(?=[.)](?: |$))")
+_WWW = re.compile(r"(?i)(?<=www)\.")
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def render_card(
@@ -148,6 +159,33 @@ def _num_labels(adapter_file: Path) -> int | None:
         return None
     with safe_open(adapter_file, "pt") as file:
         return next((file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(_HEADS)), None)
+
+
+class Markdown(str):
+    """Text that is Markdown already and is printed as it stands."""
+
+    __slots__ = ()
+
+
+def clean(value: Any) -> str:
+    """Return text on one line, without control, format and surrogate characters, and of a bounded length."""
+    text = "".join(" " if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in str(value))
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"
+
+
+def escape(value: Any) -> Markdown:
+    """Return a value as Markdown that shows just this text, in a paragraph or a table."""
+    if isinstance(value, Markdown):
+        return value
+    text = _MARKUP.sub(r"\\\1", clean(value)).translate(_ENTITIES)
+    return Markdown(_LIST_NUMBER.sub(r"\1\\", _BLOCK_START.sub(r"\\", _WWW.sub(r"\\.", text))))
+
+
+def code(value: Any) -> Markdown:
+    """Return a value as inline code. The two characters that could end it or a table's cell are replaced."""
+    text = clean(value).replace("`", "'").replace("|", "¦")
+    return Markdown(f"`{text}`" if text else "*(empty)*")
 
 
 @functools.cache

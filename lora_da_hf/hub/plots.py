@@ -12,10 +12,7 @@ import numpy as np
 
 from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.errors import MissingDependencyError
-from lora_da_hf.hub.markdown import clean
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
-
-_MOST_TYPES = 10
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
@@ -38,11 +35,9 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     """
     figure = _figure(11)
     left, right = figure.subplots(1, 2)
-    kinds = list(dict.fromkeys(kind_of(layer.name) for layer in report.layers))
-    shown = kinds if len(kinds) <= _MOST_TYPES else kinds[: _MOST_TYPES - 1]
     groups: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
-        groups[_label(kind_of(layer.name)) if kind_of(layer.name) in shown else "all others"].append(layer)
+        groups[kind_of(layer.name)].append(layer)
     for number, (label, layers) in enumerate(groups.items()):
         gains = [[-value / (abs(layer.eigenvalues[0]) or 1.0) for value in layer.eigenvalues] for layer in layers]
         columns = np.array(list(itertools.zip_longest(*gains, fillvalue=np.nan)))
@@ -93,12 +88,6 @@ def directions_that_matter(layer: LayerReport) -> float:
     """Return the sum of a layer's positive gains over the largest; 0 if no direction gains."""
     gains = [-value for value in layer.eigenvalues if value < 0]
     return sum(gains) / max(gains) if gains else 0.0
-
-
-def _label(name: str) -> str:
-    """Return a name that matplotlib shows as it is: no formula, no hidden label, no character that its font lacks."""
-    shown = clean(name).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown or "(no name)"
 
 
 def _figure(width: float) -> Any:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lora_da_hf.hub.markdown import MAX_LENGTH, clean, code, escape
+from lora_da_hf.hub.cards import MAX_LENGTH, clean, code, escape
 
 PARSER = MarkdownIt("commonmark").enable("table")
 HOSTILE = [

@@ -54,12 +54,3 @@ def test_search_shows_every_step_the_base_and_the_choice(figures):
     assert list(figures[0].axes[0].lines[0].get_xdata()) == [0.1, 0.3]
     draw_search(make_report(search=[(0.1, None), (0.3, 9.0)], step_size=0.0, search_loss_after=2.75))
     assert "chosen" not in str(legend(figures[1]))
-
-
-def test_no_name_breaks_a_plot_and_many_types_share_a_line(figures):
-    names = ["$x^{", "_hidden", "层", "🙂", "a\nb", "", "\ud800", "\\frac{"]
-    draw_spectra(make_report([f"layers.{99999999999}.{name}" for name in names]))
-    assert len(legend(figures[0])) == len(names) - 1  # two of them have nothing to show
-    draw_spectra(make_report([f"layers.0.kind{number}" for number in range(30)]))
-    assert len(legend(figures[1])) == 10
-    assert legend(figures[1])[-1] == "all others"

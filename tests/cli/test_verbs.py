@@ -204,14 +204,14 @@ def test_show_has_three_forms(lora_da, stored):
 def test_verify_accepts_what_was_written(lora_da, stored):
     code, out, _ = lora_da("verify", stored)
     assert code == 0
-    assert out.startswith("OK: 3 files")
+    assert re.search("ok +True", out)
     assert lora_da("verify", stored, "--quiet")[:2] == (0, "ok\n")
 
 
 def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_llama):
     code, out, err = lora_da("verify", stored, "--base_model", place / "model")
     assert code == 0, err
-    assert f"it belongs to {place / 'model'}" in out
+    assert str(place / "model") in out
     tiny_llama(seed=1).save_pretrained(tmp_path / "other")
     code, _, err = lora_da("verify", stored, "--base_model", tmp_path / "other")
     assert code == 1
