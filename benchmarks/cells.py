@@ -24,6 +24,7 @@ from inits import HALF, MERGED, RESET, Setup, change, linear_layers, made_by, ma
 from measuring import package_digest, peak_mib, reset_peak
 from movement import Factors, movement, read_factors
 from report import wilson_interval
+from tasks import TASKS, Task
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -68,6 +69,8 @@ class Subject:
         weights_sha256: Of the base model, whose name alone is in the facts.
         kinds: Classes of its linear layers.
         statistics: Where this package's statistics of the samples are kept; None: nowhere.
+        task: What is learnt other than to predict text, with a linear decay of the rate and batches of like lengths.
+        num_labels: Of the task.
     """
 
     arguments: run_clm.NamedModelArguments
@@ -78,6 +81,32 @@ class Subject:
     weights_sha256: str
     kinds: frozenset[type[nn.Module]]
     statistics: Path | None = None
+    task: Task | None = None
+    num_labels: int = 0
+
+    @classmethod
+    def load_task(cls, name: str, folder: Path) -> Subject:
+        """Load the data of a task, and its model."""
+        task = TASKS[name]
+        parts, num_labels = task.samples(folder)
+        facts = {
+            "model": folder.name,
+            "dtype": "float32",
+            "task": name,
+            **{part: len(samples) for part, samples in parts.items()},
+            "data_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16],
+        }
+        model = task.load_model(folder, num_labels)
+        return cls(
+            arguments=run_clm.NamedModelArguments(model_name_or_path=str(folder)),
+            tokenizer=None,
+            facts=facts,
+            weights_sha256=base_model_facts(model).weights_sha256,
+            kinds=frozenset(map(type, linear_layers(model).values())),
+            task=task,
+            num_labels=num_labels,
+            **parts,
+        )
 
     @classmethod
     def load(
@@ -112,8 +141,11 @@ class Subject:
             **parts,
         )
 
-    def load_model(self) -> nn.Module:
-        """Load a fresh model: some methods change its weights."""
+    def load_model(self, seed: int) -> nn.Module:
+        """Load a fresh model: some methods change its weights. The seed decides a new head."""
+        if self.task is not None:
+            torch.manual_seed(seed)
+            return self.task.load_model(Path(self.arguments.model_name_or_path), self.num_labels)
         return load_model(self.arguments.model_name_or_path, self.arguments)[0]
 
 
@@ -180,7 +212,7 @@ class LastStart:
 def make_start(cell: dict[str, Any], subject: Subject) -> Start:
     """Initialise, and move the model to the CPU."""
     device = training_device()
-    base = subject.load_model().to(device)
+    base = subject.load_model(cell["seed"]).to(device)
     samples = subject.train
     if cell["num_train"] is not None:
         samples = random.Random(cell["seed"]).sample(samples, cell["num_train"])
@@ -192,6 +224,7 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
             "r": cell["rank"],
             "lora_alpha": cell["alpha"],
             "use_rslora": cell["use_rslora"],
+            "task_type": "CAUSAL_LM" if subject.task is None else subject.task.kind,
             "target_modules": target_modules(base),
             "fan_in_fan_out": Conv1D in subject.kinds,
         },
@@ -221,7 +254,7 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     torch.manual_seed(cell["seed"])  # for dropout
     before = read_factors(start.model)
     with Measured() as training:
-        found = train(start, cell, subject.validation)
+        found = train(start, cell, subject)
     training.found["peak_mib"] = found.pop("peak_mib")
     last.note_loss(cell, found["losses"][0][1])
     is_trained = cell["steps"] > 0 and found["final_loss"] is not None
@@ -263,9 +296,16 @@ class Measured:
         return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_mib()
 
 
-def batches_of(samples: list[Any], seed: int, size: int) -> Iterator[list[Any]]:
-    """Yield batches for ever, in an order that the seed alone decides; each epoch has another one."""
+def batches_of(samples: list[Any], seed: int, size: int, *, by_length: bool = False) -> Iterator[list[Any]]:
+    """Yield batches for ever, in an order that the seed alone decides; each epoch has another one.
+
+    By length, each sixteen batches are put together again of samples that are alike in it, which saves padding.
+    """
     generator = random.Random(seed)
+    if by_length:
+        for many in batches_of(samples, seed, size * 16):
+            ordered = sorted(many, key=sample_length)
+            yield from generator.sample([ordered[start : start + size] for start in range(0, len(many), size)], 16)
     order: list[int] = []
     while True:
         while len(order) < size:
@@ -274,33 +314,44 @@ def batches_of(samples: list[Any], seed: int, size: int) -> Iterator[list[Any]]:
         order = order[size:]
 
 
-def rate_at(step: int, cell: dict[str, Any]) -> float:
-    """Return the share of the learning rate: linear warm-up, then a cosine down to zero."""
+def rate_at(step: int, cell: dict[str, Any], *, linear: bool = False) -> float:
+    """Return the share of the learning rate: linear warm-up, then a cosine, or a line, down to zero."""
     warmup = max(1, round(cell["warmup"] * cell["steps"]))
     if step < warmup:
         return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, cell["steps"] - warmup))) / 2
+    done = (step - warmup) / max(1, cell["steps"] - warmup)
+    return 1 - done if linear else (1 + math.cos(math.pi * done)) / 2
 
 
-def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str, Any]:
+def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any]:
     """Train with AdamW without weight decay, and evaluate on the way. Stops where the loss is no number any more.
 
     The peak memory is that of the steps, without the evaluations between them, whose batches are larger.
     """
-    model, setup = start.model, start.setup
+    model, setup, task = start.model, start.setup, subject.task
+    options: dict[str, Any] = {"use_cache": False} if task is None else {}
+    scores: list[list[Any]] = []
+
+    def look(step: int) -> float:
+        if task is None:
+            return evaluate(model, setup, subject.validation)
+        loss, score = task.evaluate(model, setup.collate, subject.validation)
+        scores.append([step, score])
+        return loss
+
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell, linear=task is not None))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
-    losses = [[0, evaluate(model, setup, validation) if start.loss is None else start.loss]]
+    losses = [[0, look(0) if start.loss is None or task is not None else start.loss]]
     train_losses: list[float] = []
     seconds = peak = 0.0
     Measured.reset()
-    batches = batches_of(setup.samples, cell["seed"], cell["batch_size"])
+    batches = batches_of(setup.samples, cell["seed"], cell["batch_size"], by_length=task is not None)
     for step in range(1, cell["steps"] + 1):
         begin = time.perf_counter()
         model.train()
-        loss = model(**setup.collate(next(batches)), use_cache=False).loss
+        loss = model(**setup.collate(next(batches)), **options).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, cell["max_grad_norm"])
         optimizer.step()
@@ -312,11 +363,13 @@ def train(start: Start, cell: dict[str, Any], validation: list[Any]) -> dict[str
             break
         if step in marks:
             peak = max(peak, Measured.peak())
-            losses.append([step, evaluate(model, setup, validation)])
+            losses.append([step, look(step)])
             Measured.reset()
     finished = math.isfinite(train_losses[-1]) if train_losses else True
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    of_task = {} if task is None else {"metric": task.metric, "scores": scores}
     return {
+        **of_task,
         "losses": [[step, number(loss)] for step, loss in losses],
         "final_loss": number(losses[-1][1]) if finished else None,
         "best_loss": number(min((loss for _, loss in losses if math.isfinite(loss)), default=math.inf)),

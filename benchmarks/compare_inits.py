@@ -44,6 +44,7 @@ from designs import PRODUCT, chosen_blocks, key_of, pending, read_design, shared
 from inits import READ_SAMPLES, made_by, why_missing
 from lines import add_line, of_subject, read_lines
 from measuring import machine, package_digest
+from tasks import TASKS, fetch_model
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -75,6 +76,9 @@ class CompareArguments:
         None,
         "Compare on the model and the data of `make demo`, in bfloat16, on up to 128 functions of Python's standard "
         "library that are held out: whole `modules`, or `functions` of modules that training sees.",
+    )
+    task: str | None = setting(
+        None, "Compare on a task with a head that is drawn at random, with MiniLM: `sections`, `sizes` or `roles`."
     )
     statistics: str | None = setting(
         None, "Keep this package's statistics in this folder, for cells with other ranks or settings."
@@ -239,11 +243,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments, model, data = parser.parse_args_into_dataclasses(argv)
     if arguments.held_out not in (None, *HELD_OUT):
         parser.error(f"--held_out must be {' or '.join(HELD_OUT)}, got {arguments.held_out}")
+    if arguments.task not in (None, *TASKS):
+        parser.error(f"--task must be one of {', '.join(TASKS)}, got {arguments.task}")
     given = model.model_name_or_path or data.dataset_name or data.train_file or data.validation_file
-    if arguments.held_out and given:
-        parser.error(f"--held_out takes model and data of the demo: leave {given} out")
-    if not (arguments.design and arguments.output and (arguments.held_out or model.model_name_or_path)):
-        parser.error("--design, --output and --model_name_or_path (or --held_out) are needed")
+    if (arguments.held_out or arguments.task) and given:
+        parser.error(f"--held_out and --task have a model and data of their own: leave {given} out")
+    own = arguments.held_out or arguments.task
+    if not (arguments.design and arguments.output and (own or model.model_name_or_path)):
+        parser.error("--design, --output and --model_name_or_path (or --held_out, or --task) are needed")
     chosen_blocks(read_design(arguments.design), arguments.blocks)  # before model and data are loaded
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
@@ -253,7 +260,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     set_verbosity_error()
     disable_progress_bar()
-    run(arguments, Subject.load(model, data, arguments.statistics), command)
+    if arguments.task:
+        subject = Subject.load_task(arguments.task, fetch_model(demo.CACHE / "minilm-l6-v2"))
+    else:
+        subject = Subject.load(model, data, arguments.statistics)
+    run(arguments, subject, command)
 
 
 if __name__ == "__main__":

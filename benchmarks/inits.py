@@ -145,6 +145,7 @@ def lora_da(
             "kept": len(report.kept),
             "stages": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
             "unseen_loss": [report.unseen_loss_before, report.unseen_loss_after],
+            "said": report.notes,
             "solved_again": solved_again,
         }
         return model, notes
@@ -271,10 +272,9 @@ def why_missing(method: str, kinds: Collection[type[nn.Module]] = ()) -> str | N
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers by name, the output head left out."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    named = model.named_modules()
-    return {name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+    """Return the linear layers of the backbone by name."""
+    named = model.base_model.named_modules()  # type: ignore[union-attr]
+    return {name: module for name, module in named if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def target_modules(model: nn.Module) -> list[str]:

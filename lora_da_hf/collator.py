@@ -36,7 +36,7 @@ class DeviceCollator:
 
     def __init__(self, collate: RawCollate, device: Any) -> None:
         self._collate = collate
-        self._device = device
+        self.device = device
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Make a batch."""
@@ -46,7 +46,7 @@ class DeviceCollator:
                 f"The data collator made a {type(batch).__name__}; it must make a mapping of tensors. A "
                 "DataLoader without a batch_size has none: give samples and a data_collator."
             )
-        return {name: send_to_device(value, self._device) for name, value in batch.items()}
+        return {name: send_to_device(value, self.device) for name, value in batch.items()}
 
     @contextlib.contextmanager
     def generators_kept(self) -> Generator[None]:

@@ -115,8 +115,13 @@ class LoRADAConfig:
     )
     search_samples: Annotated[int, Field(ge=0)] = setting(
         16,
-        "Samples for the line search, and as many held out to report the loss on. Each is at most an eighth of the "
-        "data.",
+        "Samples for the line search, and as many held out to judge it by; four times as many if a sample has one "
+        "label. Each is at most an eighth of the data.",
+    )
+    fit_heads: bool = setting(
+        True,
+        "Fit the heads that are trained beside the adapter (modules_to_save) before anything else, on four times "
+        "num_samples other samples.",
     )
 
     token_mask: Literal["attention", "labels"] = setting(
@@ -194,6 +199,7 @@ class LoRADAConfig:
         """
         preset: dict[str, Any] = {
             "batch_size": 1,
+            "fit_heads": False,
             "loss_reduction": "sample_mean",
             "input_damping": 1e-6,
             "output_damping": 1e-6,

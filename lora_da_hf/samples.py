@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,13 @@ _SAMPLERS_OF_ALL = {
 """Those of torch, accelerate, transformers and TRL that go through the whole data set, each sample as often."""
 
 
+_TIMES_WITH_ONE_LABEL = 4
+"""Search samples for one, where each has one label alone and says less."""
+
+_TIMES_FOR_HEADS = 4
+"""Samples to fit a new head on for one of the statistics, since they cost a forward pass alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleSplits:
     """The samples by what they are used for. No sample is in two of them.
@@ -36,53 +43,69 @@ class SampleSplits:
         statistics: For the statistics.
         search: For the line search.
         unseen: For nothing but the loss before and after.
+        heads: To fit new heads on; the statistics' are added if the data has too few others.
         population_size: N, the number of samples that training draws from.
-        indices: Position in the data set of each sample used, in the order statistics, search, unseen.
+        indices: Position in the data set of each sample used, in the order statistics, search, unseen, heads.
     """
 
     statistics: list[Any]
     search: list[Any]
     unseen: list[Any]
+    heads: list[Any] = field(default_factory=list[Any])
     population_size: int
     indices: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
 def choose_samples(
-    samples: Any, config: LoRADAConfig, *, seed: int, population_size: int | None = None
+    samples: Any,
+    config: LoRADAConfig,
+    *,
+    seed: int,
+    population_size: int | None = None,
+    has_one_label: Callable[[Any], bool] = lambda sample: False,
+    with_heads: bool = False,
 ) -> SampleSplits:
-    """Draw disjoint sets of samples for the statistics, the line search and the final check.
+    """Draw disjoint sets of samples for the statistics, the line search, the final check, and new heads.
 
-    The search and the unseen set get at most an eighth of the data each, and the search one sample in any case. With
-    fewer samples than asked, the statistics get the rest. A stream is read from its head.
+    The search and the unseen set get at most an eighth of the data each, and the search one sample in any case; four
+    times as many if the first sample has one label alone. With fewer samples than asked, the statistics get the rest.
+    Heads get four times as many as the statistics, as far as there are more. A stream is read from its head.
 
     Raises:
         DataError: if samples are missing or too few for a line search, or the population size is not known.
     """
-    wanted = config.num_samples + 2 * config.search_samples
     if isinstance(samples, Mapping):
         raise DataError("samples is a mapping; give a list of samples, each a mapping of its own.")
-    if has_positions(samples):
-        indexable: Any = samples
-        data_size = len(samples)
+    if not has_positions(samples) and not isinstance(samples, Iterable):
+        raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
+    source: Any = samples
+    reader: Iterator[Any] | None = None if has_positions(samples) else iter(source)
+    first = list(itertools.islice(reader, 1)) if reader else [source[0]] if len(source) else []
+    if not first:
+        raise DataError("No samples to take statistics from. Check the training set and its filters.")
+    search = config.search_samples * (_TIMES_WITH_ONE_LABEL if has_one_label(first[0]) else 1)
+    wanted = config.num_samples + 2 * search
+    for_heads = _TIMES_FOR_HEADS * config.num_samples if with_heads else 0
+    if reader is None:
+        data_size = len(source)
         population_size = population_size or data_size
         indices = random.Random(seed).sample(range(data_size), min(wanted, data_size))
-        drawn = [indexable[index] for index in indices]
-    elif isinstance(samples, Iterable):
-        drawn = list(itertools.islice(iter(samples), wanted))
-        indices = list(range(len(drawn)))
-        population_size = population_size or (len(samples) if isinstance(samples, Sized) else None)
-        data_size = max(population_size or 0, wanted) if len(drawn) == wanted else len(drawn)
+        others = random.Random(seed + 1).sample(range(data_size), min(wanted + for_heads, data_size))
+        known = set(indices)
+        indices += [index for index in others if index not in known][:for_heads]
+        drawn = [source[index] for index in indices]
     else:
-        raise DataError(f"samples is a {type(samples).__name__}; give a list, a data set or a data loader.")
-    if not drawn:
-        raise DataError("No samples to take statistics from. Check the training set and its filters.")
+        drawn = [*first, *itertools.islice(reader, wanted + for_heads - 1)]
+        indices = list(range(len(drawn)))
+        population_size = population_size or (len(source) if isinstance(samples, Sized) else None)
+        data_size = max(population_size or 0, wanted) if len(drawn) == wanted + for_heads else len(drawn)
     if population_size is None:
         raise DataError(
             "The training data is a stream, so its size is not known. Give population_size: "
             "about how many samples training will see."
         )
-    return _split(drawn, indices, config, population_size, data_size)
+    return _split(drawn, indices, config, search, population_size, data_size, for_heads)
 
 
 def with_columns_of(samples: Any, others: Any) -> Any:
@@ -100,9 +123,16 @@ def has_positions(samples: Any) -> bool:
 
 
 def _split(
-    drawn: list[Any], indices: list[int], config: LoRADAConfig, population_size: int, data_size: int
+    drawn: list[Any],
+    indices: list[int],
+    config: LoRADAConfig,
+    search_samples: int,
+    population_size: int,
+    data_size: int,
+    for_heads: int,
 ) -> SampleSplits:
-    available = len(drawn)
+    num_heads = max(0, min(for_heads, len(drawn) - config.num_samples - 2 * search_samples))
+    available = len(drawn) - num_heads
     search = unseen = 0
     if config.searches_step:
         if available < 2:
@@ -110,19 +140,21 @@ def _split(
                 "Only one sample, and the line search needs one that the statistics did not see. Give more "
                 "samples, or a step_size."
             )
-        search = min(config.search_samples, max(1, data_size // 8))
-        unseen = min(config.search_samples, data_size // 8)
+        search = min(search_samples, max(1, data_size // 8))
+        unseen = min(search_samples, data_size // 8)
     elif available > config.num_samples:
-        unseen = min(config.search_samples, available - config.num_samples)
+        unseen = min(search_samples, available - config.num_samples)
     statistics = min(config.num_samples, available - search - unseen)
     note = f"{statistics} samples for the statistics instead of {config.num_samples}: there are {available}"
     end = statistics + search + unseen
+    heads = drawn[available:]
     return SampleSplits(
         statistics=drawn[:statistics],
         search=drawn[statistics : statistics + search],
         unseen=drawn[statistics + search : end],
+        heads=heads if not for_heads or len(heads) >= statistics else [*heads, *drawn[:statistics]],
         population_size=population_size,
-        indices=tuple(indices[:end]),
+        indices=tuple(indices[:end] + indices[available:]),
         notes=(note,) if statistics < config.num_samples else (),
     )
 

@@ -108,14 +108,17 @@ def _is_trained(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def _missed(lora_A: Tensor, lora_B: Tensor, basis: LayerSolution, *, scaling: float, step: float) -> float:
-    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter, or A from the basis."""
+    """Return how far ``s B A`` is from ``step * basis_B @ basis_A``, relative to the latter, or A from the basis.
+
+    At step 0 B must be zero, and A is free.
+    """
+    if step == 0.0:
+        return math.inf if lora_B.any() else 0.0
     rank = len(lora_A)
     rows, columns = basis.basis_A[:rank].double(), basis.basis_B[:, :rank].double()
     wide_A, wide_B = lora_A.double(), lora_B.double()
     inside = wide_A @ torch.linalg.pinv(rows)  # rows need not be of norm 1
     outside = (wide_A - inside @ rows).norm() / wide_A.norm()
-    if step == 0.0:
-        return math.inf if wide_B.any() else outside.item()
     expected = columns * step
     along = (scaling * (wide_B @ inside) - expected).norm() / expected.norm()
     return torch.maximum(outside, along).item()  # NaN of either stays

@@ -53,6 +53,11 @@ class Processes:
         """Return the element-wise sum over the processes, the same bits on all of them."""
         return [sum(column) for column in zip(*self.gather(tuple(values)), strict=True)]
 
+    def all_sum_(self, tensor: Tensor) -> None:
+        """Sum ``tensor`` over the processes, in place on all of them."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
     def reduce_sum_(self, tensor: Tensor, owner: int) -> None:
         """Sum ``tensor`` over the processes into the owner's, in place; the others' is then undefined."""
         if self.count > 1:

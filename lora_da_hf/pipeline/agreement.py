@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lora_da_hf.errors import ConfigError
+from lora_da_hf.losses import shifts_labels
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits, choose_samples, has_positions
 from lora_da_hf.statistics.batches import digest_sample
 from lora_da_hf.statistics.model_state import random_state, seed_generators
+from lora_da_hf.statistics.token_masks import read_batch_tokens
 
 
 def check_same_settings(job: Job, **others: Any) -> None:
@@ -21,13 +23,17 @@ def check_same_settings(job: Job, **others: Any) -> None:
 
 
 def choose_together(
-    job: Job, samples: Any, population_size: int | None
+    job: Job, samples: Any, population_size: int | None, *, with_heads: bool = False
 ) -> tuple[SampleSplits, dict[str, list[str]], tuple[str, ...]]:
     """Choose the samples, the same on every process, with a hash of each by its use, and what to note.
 
     A stream is read by the first process, for all. Samples are hashed as the collator makes them, from the same state
     of the generators; if it draws from one of its own, the processes cannot be compared.
     """
+
+    def has_one_label(sample: Any) -> bool:
+        tokens = read_batch_tokens(job.collate([sample]), shifts_labels=shifts_labels(job.model), num_samples=1)
+        return tokens.num_labels in (None, 1)
 
     def digest(sample: Any) -> str:
         seed_generators(job.seed)
@@ -38,10 +44,11 @@ def choose_together(
     mine = None
     with random_state(job.seed):
         if alike or job.processes.is_main:
-            mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size)
+            chosen: dict[str, Any] = {"has_one_label": has_one_label, "with_heads": with_heads}
+            mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size, **chosen)
     splits = mine if alike else job.processes.gather(mine)[0]
     assert splits is not None  # the first process reads in any case
-    parts = {"statistics": splits.statistics, "search": splits.search, "unseen": splits.unseen}
+    parts = {"statistics": splits.statistics, "search": splits.search, "unseen": splits.unseen, "heads": splits.heads}
     with random_state(job.seed), job.collate.generators_kept():
         digests = {name: [digest(sample) for sample in part] for name, part in parts.items()}
         draws = any(digest(sample) != digests["statistics"][0] for sample in splits.statistics[:1])

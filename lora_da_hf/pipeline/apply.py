@@ -16,11 +16,11 @@ from lora_da_hf.distributed.parameters import refuse_split_models
 from lora_da_hf.errors import ArtifactError, TargetError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
-from lora_da_hf.pipeline.base_model import base_model_facts
+from lora_da_hf.pipeline.base_model import base_model_facts, trained_heads
+from lora_da_hf.pipeline.heads import take_over_saved_modules
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.probe import Probe, probe
 from lora_da_hf.pipeline.run import hand_over, make_report
-from lora_da_hf.pipeline.saved_modules import take_over_saved_modules, trained_heads
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step

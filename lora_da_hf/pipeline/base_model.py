@@ -77,3 +77,10 @@ def head_parameters(model: nn.Module) -> set[int]:
     pretrained = [model.base_model, model.get_output_embeddings()]
     known = {id(parameter) for module in pretrained if module is not None for parameter in module.parameters()}
     return {id(parameter) for parameter in model.parameters()} - known
+
+
+def trained_heads(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of heads that are trained beside an adapter, by their names."""
+    heads = head_parameters(model)
+    infix = f".modules_to_save.{adapter_name}."
+    return {name: p for name, p in model.named_parameters() if id(p) in heads and infix in name}

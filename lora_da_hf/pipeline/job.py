@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import sys
@@ -34,15 +35,18 @@ from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import Lockstep
-from lora_da_hf.statistics.collect import PassSettings, evaluate_loss
+from lora_da_hf.statistics.collect import PassSettings, evaluate_losses
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass, seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
+from lora_da_hf.theory.line_search import Losses
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SEED = 42
+_LEAST_BATCHES = 8
+"""In which a loss is measured: the fewer there are, the less its error is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +108,17 @@ class Job:
             alike=lambda: _single_samples_for_all(self.processes),
         )
 
-    def loss(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> float:
-        """Return the mean loss over samples, which the processes share; the batches are the same at each call."""
+    def losses(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> Losses:
+        """Return the loss over samples, which the processes share, in the same batches at each call.
+
+        There are eight batches or more, as far as there are samples, so that the loss has an error.
+        """
         seed_generators(self.seed)
+        if settings.reduction.kind != "batch":
+            size = max(1, min(settings.batch_size, len(samples) // _LEAST_BATCHES))
+            settings = dataclasses.replace(settings, batch_size=size)
         with self.collate.generators_kept():
-            mine = evaluate_loss(
+            mine = evaluate_losses(
                 self.model,
                 self.processes.share(samples),
                 collate=self.collate,
@@ -116,8 +126,7 @@ class Job:
                 settings=settings,
                 lockstep=self.lockstep(samples),
             )
-        total, count = self.processes.sum(mine)
-        return total / count if count else float("nan")
+        return Losses(tuple(batch for part in self.processes.gather(mine) for batch in part))
 
     @contextlib.contextmanager
     def prepared(self) -> Generator[None]:

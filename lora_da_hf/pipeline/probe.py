@@ -72,7 +72,8 @@ class Probe:
 def probe(job: Job, splits: SampleSplits) -> Probe:
     """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
-    check_lengths([*splits.statistics, *splits.search, *splits.unseen], job.collate, max_sample_length(job.model))
+    samples = [*splits.statistics, *splits.search, *splits.unseen, *splits.heads]
+    check_lengths(samples, job.collate, max_sample_length(job.model))
     labelled = _from_everywhere(job, splits.statistics, shifts)
     if not labelled:
         raise DataError(

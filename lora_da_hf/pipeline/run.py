@@ -23,7 +23,9 @@ from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
+from lora_da_hf.pipeline.base_model import trained_heads
 from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
+from lora_da_hf.pipeline.heads import fit_heads
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.plan import plan_windows
 from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
@@ -114,8 +116,9 @@ def initialize_lora_da(
     )
     _check_adapter(job, folder)
     check_same_settings(job, population_size=population_size, output_dir=folder is not None)
-    splits, digests, notes = choose_together(job, samples, population_size)
-    with job.restored_on_failure(), job.collate.generators_kept():
+    heads = trained_heads(model, job.scan.adapter_name) if config.fit_heads else {}
+    splits, digests, notes = choose_together(job, samples, population_size, with_heads=bool(heads))
+    with job.restored_on_failure(heads), job.collate.generators_kept():
         report = _run(job, splits, digests, folder, list(notes))
     if report.kept and job.processes.is_main:
         (name, why), *others = report.kept.items()
@@ -141,6 +144,7 @@ def _run(
             finished, broken = (None, ()) if folder is None else take_over_finished(job, folder, identity)
             if finished is not None:
                 return finished
+            notes += fit_heads(job, found)
             statistics = _make_statistics_folder(job, folder, files)
             with adapters_off(job.scan.targets):
                 plan = plan_windows(job, found)

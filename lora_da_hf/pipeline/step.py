@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.trial import adapters_off, trial_adapters
-from lora_da_hf.adapters.write import update_norm, write_factors
+from lora_da_hf.adapters.write import read_factors, update_norm, write_factors
 from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.pipeline.job import Job
@@ -20,7 +21,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
-from lora_da_hf.theory.line_search import LineSearchResult, line_search
+from lora_da_hf.theory.line_search import Losses, line_search
 from lora_da_hf.theory.steps import factors_at_step, layer_lengths
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _FIRST_EQUAL_STEP = 0.1
 
 _LADDER_RATIO = 4
 _LADDER_SAMPLES = 4
+_SURE = 2.0
+"""Standard errors by which a loss has to fall."""
 _FULL_PRECISION = 4
 """Bytes of a loss in which steps can be told apart."""
 
@@ -56,20 +59,15 @@ class Step:
 
 
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
-    """Decide the step: the config's, or the one of the lowest loss on the search samples. Nothing is written."""
-    search, unseen = probe.splits.search, probe.splits.unseen
+    """Decide the step: the config's, or the one that the search samples choose. Nothing is written."""
     step = Step(
         step_size=None if job.config.step_size is None or job.config.searches_step else float(job.config.step_size),
-        num_search_samples=len(search),
-        num_unseen_samples=len(unseen),
+        num_search_samples=len(probe.splits.search),
+        num_unseen_samples=len(probe.splits.unseen),
     )
-    with adapters_off(job.scan.targets):
-        if unseen:
-            with job.stage("evaluate"):
-                step = replace(step, unseen_loss_before=_finite(job.loss(unseen, probe.settings), unseen, "unseen"))
-        if job.config.searches_step:
-            with job.stage("line search"):
-                step = _search(job, solved, probe, step, for_other_ranks=for_other_ranks)
+    if job.config.searches_step:
+        with adapters_off(job.scan.targets), job.stage("line search"):
+            step = _search(job, solved, probe, step, for_other_ranks=for_other_ranks)
     return step
 
 
@@ -77,47 +75,59 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
     """Search the step at the ranks of the layers, and for a ladder of ranks if that is asked for."""
     samples = probe.splits.search
     watched = _WatchedLoss(job.compute_loss)
-    baseline = _finite(job.loss(samples, probe.settings, watched), samples, "search")
+    baseline = _finite(job.losses(samples, probe.settings, watched), samples, "search")
     dtype = max(job.processes.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
-    resolution = torch.finfo(dtype).eps * abs(baseline) if dtype.itemsize < _FULL_PRECISION else 0.0
+    resolution = torch.finfo(dtype).eps * abs(baseline.mean) if dtype.itemsize < _FULL_PRECISION else 0.0
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}
     with trial_adapters([job.targets[name] for name in bases], bases) as trial:
 
-        def search_at(rank: int | None, samples: list[Any], baseline: float, start: float) -> LineSearchResult:
-            def evaluate(size: float) -> float:
-                trial.rank, trial.step_size = rank, size
-                return job.loss(samples, probe.settings)
+        def evaluate(samples: list[Any], rank: int | None, size: float) -> Losses:
+            trial.rank, trial.step_size = rank, size
+            return job.losses(samples, probe.settings)
 
-            factor = 10**0.5 if rank is None else 2.0
-            options: dict[str, Any] = {"start": start, "factor": factor, "refine": rank is None}
-            return line_search(evaluate, baseline=baseline, resolution=resolution, **options)
-
-        found = search_at(None, samples, baseline, _first_step(job, solved))
+        at_own_ranks = functools.partial(evaluate, samples, None)
+        found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved), resolution=resolution)
         by_rank = dict.fromkeys(_one_rank(job), found.step_size)
-        part, rank = samples[:_LADDER_SAMPLES], max(job.max_ranks.values()) if for_other_ranks else 0
-        trial.step_size = 0.0
-        of_part = job.loss(part, probe.settings) if rank and len(part) < len(samples) else baseline
-        start = found.step_size or _first_step(job, solved)
-        while rank:  # each a quarter of the last, from its neighbour's step and on a few samples
+        part, rank = (
+            samples[:_LADDER_SAMPLES],
+            max(job.max_ranks.values()) if for_other_ranks and found.step_size else 0,
+        )
+        of_part = evaluate(part, None, 0.0) if rank else baseline
+        start = found.step_size
+        while (
+            rank
+        ):  # each a quarter of the last, from its neighbour's step and on a few samples, which have large errors
             if rank not in by_rank:
-                by_rank[rank] = search_at(rank, part, of_part, start).step_size
+                options: dict[str, Any] = {"start": start, "factor": 2.0, "refine": False, "errors": 0.0}
+                at_rank = functools.partial(evaluate, part, rank)
+                by_rank[rank] = line_search(at_rank, baseline=of_part, resolution=resolution, **options).step_size
             start, rank = by_rank[rank] or start, rank // _LADDER_RATIO
     step = replace(
         step,
         step_size=found.step_size,
         step_size_by_rank=dict(sorted(by_rank.items())),
         search=[(size, loss if math.isfinite(loss) else None) for size, loss in found.evaluations],
-        search_loss_before=baseline,
+        search_loss_before=baseline.mean,
     )
-    if len(found.alike) > 1 and resolution:
-        alike = ", ".join(f"{size:.3g}" for size in found.alike)
+    readings = [(0.0, baseline.mean), *found.evaluations]
+    alike = [f"{size:.3g}" for size, loss in sorted(readings) if abs(loss - found.loss) <= resolution]
+    if resolution and len(alike) > 1:
         step = step.noting(
-            f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline:.4g}: {alike} cannot be told apart, "
-            "and the smallest was taken. Have compute_loss return float32"
+            f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline.mean:.4g}: {', '.join(alike)} "
+            "cannot be told apart, and the smallest was taken. Have compute_loss return float32"
         )
     if not found.step_size:
-        step = step.noting("no step lowers the loss on the search samples: B is zero, training starts at the base")
+        step = _noting_no_step(job, step, f"no step lowers the loss on {len(samples)} search samples beyond its error")
     return step
+
+
+def _noting_no_step(job: Job, step: Step, why: str) -> Step:
+    """Say in report and log that the adapter starts where plain LoRA does, and why."""
+    note = f"{why}: the start is that of plain LoRA"
+    if job.processes.is_main:
+        logger.warning("LoRA-DA: %s.", note)
+    losses = {"search_loss_after": step.search_loss_before, "unseen_loss_after": step.unseen_loss_before}
+    return step.noting(note, step_size=0.0, step_size_by_rank=dict.fromkeys(step.step_size_by_rank, 0.0), **losses)
 
 
 class _WatchedLoss:
@@ -133,13 +143,13 @@ class _WatchedLoss:
         return loss
 
 
-def _finite(loss: float, samples: list[Any], kind: str) -> float:
-    if not math.isfinite(loss):
+def _finite(losses: Losses, samples: list[Any], kind: str) -> Losses:
+    if not math.isfinite(losses.mean):
         raise NonFiniteError(
-            f"The loss of the {len(samples)} {kind} samples is {loss} without any adapter. Check the samples (labels "
-            "inside the vocabulary) and the model's dtype."
+            f"The loss of the {len(samples)} {kind} samples is {losses.mean} without any adapter. Check the samples "
+            "(labels inside the vocabulary) and the model's dtype."
         )
-    return loss
+    return losses
 
 
 def _first_step(job: Job, solved: Solved) -> float:
@@ -159,50 +169,72 @@ def _one_rank(job: Job) -> set[int]:
 def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> tuple[Step, list[LayerReport]]:
     """Write the factors, and measure the losses with what was written, in the dtype that is stored.
 
-    If the loss on the search samples is above the base's after all, B is zero instead.
+    A searched step has to lower the loss on the search samples, and on samples that nothing had seen by more than twice
+    its standard error. If it does not, the adapter is as PEFT made it.
     """
-    layers = _write(job, solved, step.step_size)
     if probe is None:
-        return step, layers
-    if probe.splits.search:
+        return step, _write(job, solved, step.step_size)
+    search, unseen = probe.splits.search, probe.splits.unseen
+    before = Losses(())
+    if unseen:
+        with adapters_off(job.scan.targets), job.stage("evaluate"):
+            before = _finite(job.losses(unseen, probe.settings), unseen, "unseen")
+            step = replace(step, unseen_loss_before=before.mean)
+    fresh = {name: read_factors(job.targets[name]) for name in solved.solutions} if job.config.searches_step else {}
+    layers, why_not = _write(job, solved, step.step_size), None
+    if step.step_size == 0:
+        return replace(step, unseen_loss_after=step.unseen_loss_before), layers
+    if search:
         with job.stage("line search"):
-            after = job.loss(probe.splits.search, probe.settings)
-        before = step.search_loss_before
-        if step.step_size and before is not None and not after <= before:
-            note = (
+            after = job.losses(search, probe.settings).mean
+        if step.search_loss_before is not None and not after <= step.search_loss_before:
+            why_not = (
                 f"step {step.step_size:.4g} gave a loss of {after:.6f} once it was stored in the adapter's dtype, "
-                f"above the base's {before:.6f}: B is zero instead"
+                f"above the base's {step.search_loss_before:.6f}"
             )
-            layers, after = _write(job, solved, 0.0), before
-            by_rank = step.step_size_by_rank | dict.fromkeys(_one_rank(job), 0.0)
-            step = step.noting(note, step_size=0.0, step_size_by_rank=by_rank)
         step = replace(step, search_loss_after=after)
-    return (_measure_unseen(job, step, probe) if probe.splits.unseen else step), layers
-
-
-def _measure_unseen(job: Job, step: Step, probe: Probe) -> Step:
-    """Add the loss on the unseen samples, and a warning if it rose."""
-    with job.stage("evaluate"):
-        after = job.loss(probe.splits.unseen, probe.settings)
-    before = step.unseen_loss_before
-    if not math.isfinite(after):
-        return step.noting(f"with the adapter, the loss on the unseen samples is {after}")
-    if before is None or after <= before:
-        return replace(step, unseen_loss_after=after)
-    note = (
-        f"on samples that nothing had seen the loss rose from {before:.4f} to {after:.4f}: those that the start was "
-        "computed from may be too few, or unlike them"
-    )
+    if unseen:
+        with job.stage("evaluate"):
+            step, why = _compare(step, before, job.losses(unseen, probe.settings))
+        why_not = why_not or why
+    if why_not is None:
+        return step, layers
+    if job.config.searches_step:
+        return _noting_no_step(job, step, why_not), _write(job, solved, 0.0, fresh)
     if job.processes.is_main:
-        logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", note)
-    return step.noting(note, unseen_loss_after=after)
+        logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", why_not)
+    return step.noting(why_not), layers
 
 
-def _write(job: Job, solved: Solved, size: float | None) -> list[LayerReport]:
-    """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`; 0: B is zero."""
+def _compare(step: Step, before: Losses, after: Losses) -> tuple[Step, str | None]:
+    """Add the loss on the unseen samples, and say what is wrong with it: a given step only must not raise it."""
+    gain, error = before.mean - after.mean, after.error_beside(before)
+    unseen = f"on {step.num_unseen_samples} samples that nothing had seen, the loss"
+    if not math.isfinite(after.mean):
+        return step, f"{unseen} is {after.mean} with the adapter"
+    step = replace(step, unseen_loss_after=after.mean)
+    if gain < 0:
+        return step, f"{unseen} rose from {before.mean:.4f} to {after.mean:.4f}"
+    if step.search and gain <= _SURE * error:
+        return step, f"{unseen} fell by {gain:.4f} ± {error:.4f}, which may be chance"
+    return step, None
+
+
+def _write(
+    job: Job, solved: Solved, size: float | None, fresh: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> list[LayerReport]:
+    """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`.
+
+    At step 0 the factors are the fresh ones, those that are there by default: the subspace alone was not seen to help.
+    If A is frozen it is all that an initialisation can give, and spans the subspace.
+    """
     with job.stage("write"):
         for name, solution in solved.solutions.items():
             target = job.targets[name]
+            if size == 0 and not job.config.freeze_a:
+                if fresh:
+                    write_factors(target, *fresh[name])
+                continue
             basis_A, basis_B = (part.double() for part in solution.at_rank(target.rank))
             factors = factors_at_step(basis_A, basis_B, job.config, peft_scaling=target.peft_scaling, step_size=size)
             write_factors(target, *factors)

@@ -116,7 +116,7 @@ def collect(
         result.taps.sequences = settings.sequences
         done = 0
         try:
-            for batch, tokens, num_items, is_own in _read_batches(samples, batch_size, collate, settings, lockstep):
+            for batch, tokens, num_items, is_own in read_batches(samples, batch_size, collate, settings, lockstep):
                 if num_items or lockstep.filler is not None:
                     result.taps.tokens = tokens if num_items else None
                     _add_batch(model, batch, num_items, compute_loss, settings, result.taps, lockstep)
@@ -138,7 +138,7 @@ def collect(
             on_samples(-done)
 
 
-def _read_batches(
+def read_batches(
     samples: Sequence[Any], batch_size: int, collate: Collate, settings: PassSettings, lockstep: Lockstep
 ) -> Iterator[tuple[Mapping[str, Any], BatchTokens, int, bool]]:
     """Yield batches, their tokens, how many items the loss averages over, 0 if it does not count, and if it is own."""
@@ -230,7 +230,7 @@ def why_not_in_batches(
     return None
 
 
-def evaluate_loss(
+def evaluate_losses(
     model: nn.Module,
     samples: Sequence[Any],
     *,
@@ -238,27 +238,26 @@ def evaluate_loss(
     compute_loss: ComputeLoss,
     settings: PassSettings,
     lockstep: Lockstep = ALONE,
-) -> tuple[float, int]:
-    """Return the loss summed over samples, without gradients, and the number of items to divide it by.
+) -> list[tuple[float, int]]:
+    """Return the loss of each batch, summed and without gradients, and the number of items to divide it by.
 
-    It is not finite if a loss is not: a step that is too long does that.
+    The batches are the same at each call. A loss is not finite if the step is too long.
     """
     is_single = settings.reduction.kind == "unknown" or settings.why_single is not None
     batch_size = 1 if is_single else settings.batch_size
-    total, num_items = 0.0, 0
+    losses: list[tuple[float, int]] = []
     try:
         with torch.no_grad(), without_checkpointing(model):
-            for batch, _, count, _ in _read_batches(samples, batch_size, collate, settings, lockstep):
+            for batch, _, count, _ in read_batches(samples, batch_size, collate, settings, lockstep):
                 if not count and not lockstep.filler is not None:
                     continue
                 with settings.labelled_rows():
                     loss = settings.reduction.loss(compute_loss, model, batch).item()
                 if count:
-                    total += loss * settings.reduction.weight(count)
-                    num_items += count
+                    losses.append((loss * settings.reduction.weight(count), count))
     except SingleSamplesNeeded as reason:
         if batch_size == 1:
             raise
         options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "lockstep": lockstep}
-        return evaluate_loss(model, samples, settings=replace(settings, why_single=str(reason)), **options)
-    return total, num_items
+        return evaluate_losses(model, samples, settings=replace(settings, why_single=str(reason)), **options)
+    return losses

@@ -1,4 +1,4 @@
-"""A line search over the step that needs nothing but losses."""
+"""A line search over the step that needs nothing but losses, and how sure those are."""
 
 from __future__ import annotations
 
@@ -11,44 +11,72 @@ _SMALLEST = 1e-5
 """Steps below it are not tried."""
 
 
+@dataclass(frozen=True)
+class Losses:
+    """A mean loss, by batches that are the same ones in the same order at each measurement.
+
+    Attributes:
+        batches: Of each its summed loss, and the number of items that it sums over.
+    """
+
+    batches: tuple[tuple[float, int], ...]
+
+    @property
+    def mean(self) -> float:
+        """The loss of an item, NaN if there is none."""
+        total, count = (sum(column) for column in zip((0.0, 0), *self.batches, strict=True))
+        return total / count if count else math.nan
+
+    def error_beside(self, other: Losses) -> float:
+        """Return the standard error of the difference of two means, by how it varies over batches; 0 with one batch."""
+        difference, number = self.mean - other.mean, len(self.batches)
+        if number < 2 or not math.isfinite(difference):
+            return 0.0
+        count = sum(items for _, items in self.batches)
+        pairs = zip(self.batches, other.batches, strict=True)
+        squares = sum((here - there - difference * items) ** 2 for (here, items), (there, _) in pairs)
+        return math.sqrt(squares * number / (number - 1)) / count
+
+
 @dataclass(frozen=True, kw_only=True)
 class LineSearchResult:
-    """The best step found, 0 if none is below the loss of no step.
+    """The step taken, 0 if none earned its length.
 
     Attributes:
         evaluations: Every step tried with its loss, in the order they were tried.
-        alike: The steps whose losses cannot be told from the lowest one, 0 for no step; the smallest is `step_size`.
     """
 
     step_size: float
     loss: float
     evaluations: tuple[tuple[float, float], ...]
-    alike: tuple[float, ...]
 
 
 def line_search(
-    evaluate: Callable[[float], float],
+    evaluate: Callable[[float], Losses],
     *,
-    baseline: float,
+    baseline: Losses,
     start: float = 0.1,
     factor: float = 10**0.5,
     refine: bool = True,
     resolution: float = 0.0,
+    errors: float = 1.0,
 ) -> LineSearchResult:
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
 
     From ``start`` the step grows by ``factor`` while the loss falls, and shrinks while it does not fall below that of
-    its right neighbour or of no step. A minimum is refined once, at the vertex of the parabola through three points in
-    the logarithm of the step. A loss that is not finite counts as a rise. Of steps whose losses are no farther apart
-    than ``resolution`` the smallest is taken, no step included.
+    its right neighbour or of no step. A bracketed minimum is refined once, at the vertex of the parabola through the
+    three points in the logarithm of the step. A loss that is not finite counts as a rise.
+
+    The smallest step is taken whose loss is above the lowest by no more than ``resolution``, or ``errors`` standard
+    errors of the difference: a longer way has to earn its length. No step counts as one of length 0.
     """
+    found: dict[float, Losses] = {0.0: baseline}
     losses: dict[float, float] = {}
 
-    def at(step: float) -> float:
+    def at(step: float) -> None:
         if step not in losses:
-            loss = evaluate(step)
-            losses[step] = loss if math.isfinite(loss) else math.inf
-        return losses[step]
+            found[step] = evaluate(step)
+            losses[step] = found[step].mean if math.isfinite(found[step].mean) else math.inf
 
     low = high = best = start
     at(start)
@@ -56,25 +84,21 @@ def line_search(
         if best == high and losses[best] < math.inf:
             high *= factor
             at(high)
-        elif (best == low or losses[best] >= baseline) and low / factor >= _SMALLEST:
+        elif (best == low or losses[best] >= baseline.mean) and low / factor >= _SMALLEST:
             low /= factor
             at(low)
         else:
             break
         best = min(losses, key=lambda step: (losses[step], step))
-    if refine and low < best < high and losses[best] < baseline:
+    if refine and low < best < high and losses[best] < baseline.mean:
         vertex = _vertex(best, factor, losses)
         if vertex is not None:
             at(vertex)
-    readings = {0.0: baseline, **losses}
-    lowest = min(readings.values())
-    alike = tuple(sorted(step for step, loss in readings.items() if loss <= lowest + resolution)) or (0.0,)
-    return LineSearchResult(
-        step_size=alike[0],
-        loss=readings[alike[0]],
-        evaluations=tuple(losses.items()),
-        alike=alike,
-    )
+    readings = {0.0: baseline.mean, **losses}
+    lowest = min(readings, key=lambda step: (readings[step], step))
+    slack = {step: max(resolution, errors * found[step].error_beside(found[lowest])) for step in readings}
+    taken = min((step for step in readings if readings[step] <= readings[lowest] + slack[step]), default=0.0)
+    return LineSearchResult(step_size=taken, loss=readings[taken], evaluations=tuple(losses.items()))
 
 
 def _vertex(best: float, factor: float, losses: dict[float, float]) -> float | None:

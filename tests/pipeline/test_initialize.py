@@ -156,11 +156,13 @@ def test_losses_are_those_of_the_model_and_do_not_rise(tiny_llama, lora_model, s
     assert report.unseen_loss_after == pytest.approx(rest, rel=tolerance)
 
 
-def test_the_step_is_the_best_of_those_tried(lora_model, samples):
+def test_the_step_is_the_best_of_those_tried_or_a_shorter_one(lora_model, samples):
     report = initialize(lora_model(), samples)
     losses = dict(report.search)
     assert len(losses) >= 4
-    assert losses[report.step_size] == min(losses.values())
+    best = min(losses, key=losses.get)
+    assert report.step_size <= best
+    assert losses[report.step_size] < losses[best] + 0.1 * (report.search_loss_before - losses[best])
     assert report.search_loss_after == pytest.approx(losses[report.step_size], rel=1e-5)
     assert min(losses) < report.step_size < max(losses)
 
