@@ -12,6 +12,7 @@ from lora_da_hf.theory.line_search import Losses, line_search
 
 def search(loss, *, baseline, **options):
     """Search with losses of one batch, which have no error."""
+
     def one(value):
         return Losses(((value, 1),))
 
