@@ -189,8 +189,9 @@ def worse_once_written(model, batch, num_items):
 
 
 @pytest.mark.parametrize("loss", [uphill, worse_once_written])
-def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model, samples, loss):
+def test_if_no_step_helps_the_adapter_is_as_peft_made_it_and_the_report_says_so(tmp_path, lora_model, samples, loss):
     model = lora_model()
+    fresh = {name: weight.clone() for name, weight in adapter_weights(model).items()}
     before = token_loss(model, samples)
     report = initialize(model, samples, tmp_path / "init", loss=loss)
     found_one = min(tried for _, tried in report.search) < report.search_loss_before
@@ -199,13 +200,35 @@ def test_if_no_step_helps_b_is_zero_and_the_report_says_so(tmp_path, lora_model,
     assert report.step_size_by_rank[4] == 0
     assert report.search_loss_after == report.search_loss_before
     assert {layer.update_norm for layer in report.layers} == {0.0}
-    assert any("B is zero" in note or "once it was stored" in note for note in report.notes)
+    assert any("the start is that of plain LoRA" in note for note in report.notes)
+    torch.testing.assert_close(adapter_weights(model), fresh, rtol=0, atol=0)
+    assert token_loss(model, samples) == before
+    assert load_init(tmp_path / "init").report.step_size == 0
+
+
+def test_a_frozen_a_spans_the_subspace_where_no_step_helps(lora_model, samples):
+    model = lora_model()
+    report = initialize(model, samples, loss=uphill, freeze_a=True)
+    assert report.step_size == 0
     weights = adapter_weights(model)
     assert not any(b.any() for b in factors(weights, "B").values())
     for a in factors(weights, "A").values():
         torch.testing.assert_close(a.norm(dim=1), torch.full((4,), DEFAULT_ROW_NORM))
-    assert token_loss(model, samples) == before
-    assert load_init(tmp_path / "init").report.step_size == 0
+
+
+@pytest.mark.parametrize("changes", [(-10.0, 8.0), (-10.0, -8.0)])
+def test_a_gain_on_unseen_samples_that_may_be_chance_is_not_taken(lora_model, samples, caplog, changes):
+    unseen = dict(zip([tuple(sample["input_ids"]) for sample in chosen(samples, 12)[-2:]], changes, strict=True))
+
+    def loss(model, batch, num_items):
+        written = any(b.any() for b in factors(adapter_weights(model), "B").values())
+        change = unseen.get(tuple(batch["input_ids"][0].tolist()), 0.0)
+        return model_loss(model, batch, num_items) + (change if written else 0.0)
+
+    report = initialize(lora_model(), samples, loss=loss, loss_reduction="sample_mean", **{**EIGHT, "batch_size": 1})
+    is_chance = changes[1] > 0
+    assert (report.step_size == 0) == is_chance
+    assert ("which may be chance: the start is that of plain LoRA" in caplog.text) == is_chance
 
 
 def in_bfloat16(*inputs):
