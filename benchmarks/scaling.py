@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -123,7 +122,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         "stages": report.seconds,
         "rss_mib": peak_mib() - before,
         "tensor_bytes": tensor_peak(profiler) if options.memory else None,
-        "plan": dataclasses.asdict(plans[0]),
+        "plan": {"sample_passes": plans[0].sample_passes, "peak_bytes": plans[0].peak_bytes},
         "printed": report.plan,
     }
 

@@ -468,13 +468,8 @@ def plot(frozen: list[dict[str, Any]], path: Path) -> None:
 
 def rounded(value: Any) -> Any:
     """Return records with four digits of each number, and None for one that is not finite."""
-    if isinstance(value, dict):
-        return {name: rounded(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [rounded(entry) for entry in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value
+    text = json.dumps(value)
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"), parse_constant=lambda _: None)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from demo_data import MAX_TOKENS, folder_name, write_data
 from demo_model import fetch_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CACHE = Path(".cache")
+CACHE = REPOSITORY / ".cache"
 MARK = ".lora_da_demo"
 LABELS = {"lora": "plain LoRA", "lora_da": "LoRA-DA"}
 
@@ -65,16 +65,6 @@ class Run:
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         losses = [{e["step"]: e[name] for e in history if name in e} for name in ("loss", "eval_loss")]
         return cls(folder, *losses, sum(entry.get("lora_da_seconds", 0.0) for entry in history))
-
-    @property
-    def at_start(self) -> float:
-        """Validation loss before the first step, after the initialisation."""
-        return self.validation[0]
-
-    @property
-    def at_end(self) -> float:
-        """Validation loss after the last step."""
-        return self.validation[max(self.validation)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -182,7 +172,7 @@ def command(init: str, model: str, data: tuple[Path, Path], output_dir: Path, dt
     }
     switches = ["--do_train", "--do_eval", "--eval_on_start", "--use_rslora", "--use_cpu"]
     pairs = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "scripts/run_clm.py", *pairs, *switches]
+    return [sys.executable, str(REPOSITORY / "scripts" / "run_clm.py"), *pairs, *switches]
 
 
 def execute(arguments: list[str], output_dir: Path) -> Run:
@@ -198,7 +188,7 @@ def table(runs: dict[str, Run]) -> str:
     """Write the validation losses as a table."""
     steps = sorted(set.intersection(*(set(run.validation) for run in runs.values())))
     rows = [["validation loss", *(f"step {step}" for step in steps)]]
-    rows.append(["base model", f"{runs['lora'].at_start:.4f}"])
+    rows.append(["base model", f"{runs['lora'].validation[0]:.4f}"])
     rows += [[LABELS[init], *(f"{run.validation[step]:.4f}" for step in steps)] for init, run in runs.items()]
     return "\n".join(f"{row[0]:<16}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
 
@@ -221,7 +211,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
             axes.plot(list(losses), list(losses.values()), marker="." if which == "train" else "o", label=LABELS[init])
         axes.set(title=which, xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
-    axes.axhline(runs["lora"].at_start, color="grey", linestyle=":", label="base model")
+    axes.axhline(runs["lora"].validation[0], color="grey", linestyle=":", label="base model")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -234,8 +224,9 @@ def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, outp
     summary = json.dumps({"losses": losses, "seconds": seconds}, indent=2)
     (output_dir / "summary.json").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{table(runs)}\n")
-    print(verdict("Before the first step", lora_da.at_start, lora.at_start, "the base model"))
-    print(verdict("After the last step", lora_da.at_end, lora.at_end, LABELS["lora"]))
+    print(verdict("Before the first step", lora_da.validation[0], lora.validation[0], "the base model"))
+    ends = [run.validation[max(run.validation)] for run in (lora_da, lora)]
+    print(verdict("After the last step", *ends, LABELS["lora"]))
     print(f"This is one seed on {budget.eval_samples} held-out functions: a small difference may be chance.")
     if budget.steps < FULL.steps:
         print(
@@ -251,16 +242,10 @@ def report(runs: dict[str, Run], seconds: dict[str, float], budget: Budget, outp
 def main() -> None:
     """Run the demo."""
     arguments = parse_arguments()
-    arguments.output_dir = arguments.output_dir.absolute()
-    take(arguments.output_dir)
-    if arguments.model and Path(arguments.model).is_dir():
-        arguments.model = str(Path(arguments.model).absolute())
-    os.chdir(REPOSITORY)
+    output_dir = arguments.output_dir
+    take(output_dir)
     # Threads that wait without spinning cost little on a quiet machine, and save half the time on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    output_dir = arguments.output_dir
-    if output_dir.is_relative_to(REPOSITORY):
-        output_dir = output_dir.relative_to(REPOSITORY)  # for commands that can be read
     seconds: dict[str, float] = {}
     started = time.monotonic()
 

