@@ -225,7 +225,9 @@ def test_a_gain_on_unseen_samples_that_may_be_chance_is_not_taken(lora_model, sa
         change = unseen.get(tuple(batch["input_ids"][0].tolist()), 0.0)
         return model_loss(model, batch, num_items) + (change if written else 0.0)
 
-    report = initialize(lora_model(), samples, loss=loss, loss_reduction="sample_mean", **{**EIGHT, "batch_size": 1})
+    report = initialize(
+        lora_model(), samples, loss=loss, num_samples=8, search_samples=2, batch_size=1, loss_reduction="sample_mean"
+    )
     is_chance = changes[1] > 0
     assert (report.step_size == 0) == is_chance
     assert ("which may be chance: the start is that of plain LoRA" in caplog.text) == is_chance
