@@ -20,6 +20,8 @@ from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
 from lora_da_hf.artifacts.tensors import read_tensors
 from lora_da_hf.errors import ArtifactError
+from lora_da_hf.pipeline.base_model import trained_heads
+from lora_da_hf.pipeline.heads import stored_name, write_heads
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import LOSS, Probe
 from lora_da_hf.report import LoRADAReport
@@ -101,14 +103,18 @@ def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRA
     """
     with job.stage("load"):
         stored, notes = _read(job, folder, identity) if job.processes.is_main else (None, ())
-        factors: list[Tensor] = []
+        heads = trained_heads(job.model, job.scan.adapter_name)
+        factors, of_heads = list[Tensor](), dict[str, Tensor]()
         if stored is not None:
             tensors = read_tensors(folder / ADAPTER_FILE, None)
             found = [stored_factor(tensors, x.name, part, x.rank) for x in stored.report.layers for part in "AB"]
             factors = [factor.clone() for factor in found if factor is not None]  # a view would take all of it along
-        report, notes, factors = job.processes.broadcast((stored and stored.report, notes, factors), 0)
+            of_heads = {name: tensors[stored_name(name, job.scan.adapter_name)].clone() for name in heads}
+        mine = (stored and stored.report, notes, factors, of_heads)
+        report, notes, factors, of_heads = job.processes.broadcast(mine, 0)
         if report is None:
             return None, notes
+        write_heads(heads, of_heads)
         for layer, lora_A, lora_B in zip(report.layers, factors[::2], factors[1::2], strict=True):
             write_factors(job.targets[layer.name], lora_A, lora_B)
     note = f"found in {folder}: made before with the same model, adapter, samples and settings"

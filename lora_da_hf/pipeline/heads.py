@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,18 +25,19 @@ from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
 from lora_da_hf.errors import WriteError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.base_model import head_parameters, trained_heads
-from lora_da_hf.pipeline.job import Job
+from lora_da_hf.pipeline.job import Job, in_small_batches
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.collect import PassSettings, read_batches
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
+from lora_da_hf.theory.line_search import Losses
 
 _RIDGE_RATIO = 10**0.5
 _MOST_RIDGES = 20
 _ITERATIONS = 10
 """Of L-BFGS at each ridge, from where the last one ended."""
 
-_HELD_OUT = 8
+_HELD_OUT = 4
 """One of so many samples decides on the ridge."""
 
 _Features = tuple[Mapping[str, Any], int, list[Any]]
@@ -47,8 +49,8 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
 
     The gradient of the layers below a head that is drawn at random says next to nothing of the task. The outputs of the
     backbone are computed once. On them L-BFGS minimises the loss plus a ridge towards the weights that the head has,
-    ever weaker ones until the loss on an eighth of the samples, which are held out, rises. If no ridge lowers that
-    loss, the head stays as it is.
+    ever weaker ones until the loss on a quarter of the samples, which are held out, rises. The strongest ridge is taken
+    within the error of the best; if that is no fit at all, the head stays as it is.
     """
     base, wrappers, samples = base_model_of(job.model), _head_modules(job), found.splits.heads
     if not wrappers or not samples:
@@ -59,7 +61,8 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         with adapters_off(job.scan.targets):
-            features = [_read_features(job, part, found.settings) for part in (fitted, held_out)]
+            small = in_small_batches(found.settings, held_out)
+            features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, small)]
         replay = _Replay()
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
         copies: dict[int, nn.Parameter] = {}
@@ -67,14 +70,13 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
             head = _WholeCopy(wrapper.modules_to_save[job.scan.adapter_name])
             copies |= head.parameter_of
             replaced.enter_context(_in_place_of(wrapper.modules_to_save, job.scan.adapter_name, head))
-        on_fitted, on_held_out = (functools.partial(_loss, job, found.settings, replay, part) for part in features)
+        on_fitted, on_held_out = (functools.partial(_losses, job, found.settings, replay, part) for part in features)
         before, after = _minimise(on_fitted, on_held_out, list(copies.values()))
-    if not after < before:
-        return (f"{names} was not fitted first: that did not lower the loss on {len(held_out)} samples, {before:.4f}",)
-    for parameter in trained_heads(job.model, job.scan.adapter_name).values():
-        if not write_full(parameter, copies[id(parameter)].detach().to(parameter.dtype)):
-            raise WriteError(f"{names} reads back differently from what was written: something else owns it.")
-    losses = f"loss {before:.4f} -> {after:.4f} on {len(held_out)} others"
+    if after is before:
+        return (f"{names} was not fitted first: on {len(held_out)} samples that would be no gain beyond its error",)
+    heads = trained_heads(job.model, job.scan.adapter_name)
+    write_heads(heads, {name: copies[id(parameter)].detach() for name, parameter in heads.items()})
+    losses = f"loss {before.mean:.4f} -> {after.mean:.4f} on {len(held_out)} others"
     note = f"{names} was fitted first, on {len(fitted)} samples: {losses}"
     job.say(f"LoRA-DA: {note}")
     return (note,)
@@ -154,15 +156,15 @@ def _in_place_of(holder: nn.Module, name: str, module: nn.Module) -> Generator[N
         holder._modules[name] = before
 
 
-def _loss(
+def _losses(
     job: Job,
     settings: PassSettings,
     replay: _Replay,
     features: list[_Features],
     parameters: Sequence[nn.Parameter] = (),
-) -> float:
-    """Return the mean loss over all processes' features, and leave its gradient in the parameters."""
-    total = count = 0.0
+) -> Losses:
+    """Return the loss over all processes' features, and leave its gradient in the parameters."""
+    mine: list[tuple[float, int]] = []
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for batch, num_items, outputs in features:
@@ -172,26 +174,30 @@ def _loss(
         weight = settings.reduction.weight(num_items) if num_items else 0.0
         if parameters:
             (loss * weight).backward()
-        total, count = total + loss.item() * weight, count + num_items
-    total, count = job.processes.sum((total, count))
+        if num_items:
+            mine.append((loss.item() * weight, num_items))
+    found = Losses(tuple(batch for part in job.processes.gather(mine) for batch in part))
     for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         job.processes.all_sum_(gradient)
-        gradient /= count
-    return total / count
+        gradient /= sum(num_items for _, num_items in found.batches)
+    return found
 
 
 def _minimise(
-    on_fitted: Callable[..., float], on_held_out: Callable[[], float], parameters: list[nn.Parameter]
-) -> tuple[float, float]:
-    """Leave the parameters at the ridge with the lowest loss on what is held out: that loss before, and after."""
-    starts = [parameter.detach().clone() for parameter in parameters]
-    before = best = on_held_out()
-    loss, kept = on_fitted(parameters), starts
+    on_fitted: Callable[..., Losses], on_held_out: Callable[[], Losses], parameters: list[nn.Parameter]
+) -> tuple[Losses, Losses]:
+    """Leave the parameters at the ridge that what is held out chooses: the losses on it before, and after."""
+
+    def values() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in parameters]
+
+    path = [(on_held_out(), values())]
+    loss, starts = on_fitted(parameters).mean, path[0][1]
     # at this ridge a loss that is linear would fall by all of it
     ridge = sum(p.grad.square().sum().item() for p in parameters if p.grad is not None) / (4 * abs(loss) or 1.0)
 
     def objective() -> float:
-        value = on_fitted(parameters)
+        value = on_fitted(parameters).mean
         for parameter, start in zip(parameters, starts, strict=True):
             away = parameter.detach() - start
             assert parameter.grad is not None  # on_fitted left it
@@ -199,17 +205,18 @@ def _minimise(
             value += ridge * away.square().sum().item()
         return value
 
-    for _ in range(_MOST_RIDGES if ridge > 0 else 0):
+    while ridge > 0 and len(path) <= _MOST_RIDGES:
         torch.optim.LBFGS(parameters, max_iter=_ITERATIONS, line_search_fn="strong_wolfe").step(objective)
-        found = on_held_out()
-        if not found < best:
+        path.append((on_held_out(), values()))
+        if not path[-1][0].mean < path[-2][0].mean:
             break
-        best, kept = found, [parameter.detach().clone() for parameter in parameters]
         ridge /= _RIDGE_RATIO
+    best = min((losses for losses, _ in path if math.isfinite(losses.mean)), key=lambda x: x.mean, default=path[0][0])
+    taken, kept = next(step for step in path if step[0].mean <= best.mean + step[0].error_beside(best))
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
-    return before, best
+    return path[0][0], taken
 
 
 def take_over_saved_modules(model: nn.Module, adapter_name: str, stored: StoredInit) -> tuple[str, ...]:
@@ -232,20 +239,27 @@ def take_over_saved_modules(model: nn.Module, adapter_name: str, stored: StoredI
             f"{', '.join(dict.fromkeys(left_out))}: trained beside the stored adapter and not beside this one, so the "
             "stored weights, which the statistics were taken with, were left out (LoraConfig's modules_to_save)"
         )
-    replaced: dict[str, None] = {}
-    for name, parameter in trained_heads(model, adapter_name).items():
-        module, _, weight = name.removeprefix(PEFT_PREFIX).partition(infix)
-        value = tensors.get(f"{PEFT_PREFIX}{module}.{weight}")
-        if value is None:
-            continue
-        if value.shape != full_shape(parameter):
-            notes.append(f"the stored {weight} of {module} has another shape and was left out")
-            continue
-        before = read_full(parameter)
-        if not (value := value.to(before)).equal(before):
-            replaced[module] = None
-            if not write_full(parameter, value):
-                raise WriteError(f"{name} reads back differently from what was written: something else owns it.")
-    if replaced:
-        notes.append(f"{', '.join(replaced)} got the stored weights, which the statistics were taken with")
+    heads_of_adapter = trained_heads(model, adapter_name)
+    values = {name: tensors[key] for name in heads_of_adapter if (key := stored_name(name, adapter_name)) in tensors}
+    for name in [name for name, value in values.items() if value.shape != full_shape(heads_of_adapter[name])]:
+        notes.append(f"the stored {stored_name(name, adapter_name)} has another shape and was left out")
+        del values[name]
+    before = {name: read_full(heads_of_adapter[name]) for name in values}
+    changed = {name: value for name, value in values.items() if not value.to(before[name]).equal(before[name])}
+    write_heads(heads_of_adapter, changed)
+    if changed:
+        modules = dict.fromkeys(name.removeprefix(PEFT_PREFIX).partition(infix)[0] for name in changed)
+        notes.append(f"{', '.join(modules)} got the stored weights, which the statistics were taken with")
     return tuple(notes)
+
+
+def stored_name(name: str, adapter_name: str) -> str:
+    """Return the name under which PEFT stores a parameter of a head."""
+    return name.replace(f".modules_to_save.{adapter_name}.", ".")
+
+
+def write_heads(heads: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Overwrite parameters of heads by their names, in their own dtypes."""
+    for name, value in values.items():
+        if not write_full(heads[name], value.to(heads[name].device, heads[name].dtype)):
+            raise WriteError(f"{name} reads back differently from what was written: something else owns it.")

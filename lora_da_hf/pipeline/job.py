@@ -8,7 +8,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,21 +109,15 @@ class Job:
         )
 
     def losses(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> Losses:
-        """Return the loss over samples, which the processes share, in the same batches at each call.
-
-        There are eight batches or more, as far as there are samples, so that the loss has an error.
-        """
+        """Return the loss over samples, which the processes share, in the same batches at each call."""
         seed_generators(self.seed)
-        if settings.reduction.kind != "batch":
-            size = max(1, min(settings.batch_size, len(samples) // _LEAST_BATCHES))
-            settings = dataclasses.replace(settings, batch_size=size)
         with self.collate.generators_kept():
             mine = evaluate_losses(
                 self.model,
                 self.processes.share(samples),
                 collate=self.collate,
                 compute_loss=compute_loss or self.compute_loss,
-                settings=settings,
+                settings=in_small_batches(settings, samples),
                 lockstep=self.lockstep(samples),
             )
         return Losses(tuple(batch for part in self.processes.gather(mine) for batch in part))
@@ -200,3 +194,11 @@ def _single_samples_for_all(processes: Processes) -> Generator[None]:
     reasons = [found for found in processes.gather(reason) if found is not None]
     if reasons:
         raise SingleSamplesNeeded(reasons[0])
+
+
+def in_small_batches(settings: PassSettings, samples: Sequence[Any]) -> PassSettings:
+    """Have eight batches or more of some samples, as far as they can be split, so that their loss has an error."""
+    if settings.reduction.kind == "batch":
+        return settings
+    size = max(1, min(settings.batch_size, len(samples) // _LEAST_BATCHES))
+    return dataclasses.replace(settings, batch_size=size)
