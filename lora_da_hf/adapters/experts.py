@@ -18,17 +18,14 @@ from lora_da_hf.statistics.token_masks import RoutedTokens
 class ExpertLinear(nn.Module):
     """One expert's slice of a parameter ``[experts, d_out, d_in]`` (or transposed), as a layer of its own."""
 
+    experts: Any
+
     def __init__(self, experts: nn.Module, parameter_name: str, index: int) -> None:
         super().__init__()
-        self._owner = (experts,)  # in a tuple, so that torch does not take it for a submodule
+        vars(self)["experts"] = experts  # so that torch does not take it for a submodule
         self.parameter_name = parameter_name
         self.index = index
         self.routed_tokens: RoutedTokens | None = None
-
-    @property
-    def experts(self) -> Any:
-        """The module that holds the parameter."""
-        return self._owner[0]
 
     @property
     def weight(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.statistics.moments import add_symmetric_product_, full_precision
@@ -168,24 +168,21 @@ class Taps:
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:
     """Run one forward pass and find for each layer its leader: the first layer that was fed the same tensor.
 
-    A layer leads itself if it was not called, or more than once. Keys are in the order of the first calls.
+    A layer leads itself if it was not called, or if it or its leader was called twice. Keys are in the order of calls.
     """
-    inputs: dict[str, list[int]] = {}
-    current: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-    numbers = itertools.count()
+    leaders: dict[str, str] = {}
+    first_fed: Any = WeakTensorKeyDictionary()
+    twice: set[str] = set()
 
     def see(name: str, layer_input: Tensor) -> None:
-        known = current.get(id(layer_input))
-        if known is None or known[0]() is not layer_input:  # an id is used again once its tensor is gone
-            known = current[id(layer_input)] = (weakref.ref(layer_input), next(numbers))
-        inputs.setdefault(name, []).append(known[1])
+        if name in leaders:
+            twice.add(name)
+        else:
+            leaders[name] = first_fed.setdefault(layer_input, name)
 
     with watched_inputs(layers, see):
         run_forward()
-    leaders: dict[str, str] = {}
-    first_fed: dict[int, str] = {}
-    for name, fed in inputs.items():
-        leaders[name] = first_fed.setdefault(fed[0], name) if len(fed) == 1 else name
+    leaders = {name: name if twice & {name, leader} else leader for name, leader in leaders.items()}
     return leaders | {name: name for name in layers if name not in leaders}
 
 
