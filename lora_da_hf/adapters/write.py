@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -32,9 +31,12 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     _write(target, "lora_B", target.lora_B, lora_B)
     if target.magnitude is not None:
         weight: Any = target.base_layer.weight
-        with contextlib.nullcontext() if is_whole(weight) else gathered(weight) as whole:
-            norm = dora_magnitude(target.base_layer, *read_factors(target), target.peft_scaling, whole)
-        _write(target, "DoRA's magnitude", target.magnitude.weight, norm)
+        if is_whole(weight):
+            norms = _row_norms(target, dequantize_module_weight(target.base_layer))
+        else:
+            with gathered(weight) as whole:
+                norms = _row_norms(target, whole)
+        _write(target, "DoRA's magnitude", target.magnitude.weight, norms)
 
 
 def _write(target: Target, what: str, parameter: Tensor, value: Tensor) -> None:
@@ -47,14 +49,12 @@ def _write(target: Target, what: str, parameter: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def dora_magnitude(
-    base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Tensor | None = None
-) -> Tensor:
+def _row_norms(target: Target, weight: Tensor) -> Tensor:
     """Return the norm ``[d_out]`` of each row of ``W + scaling * B A``: DoRA's magnitude at step 0."""
-    weight = dequantize_module_weight(base_layer) if weight is None else weight
+    lora_A, lora_B = read_factors(target)
     product = lora_B @ lora_A
-    weight = weight.mT if isinstance(base_layer, Conv1D) else weight
-    return torch.linalg.norm(weight.to(product) + scaling * product, dim=1)
+    weight = weight.mT if isinstance(target.base_layer, Conv1D) else weight
+    return torch.linalg.norm(weight.to(product) + target.peft_scaling * product, dim=1)
 
 
 def read_factors(target: Target) -> tuple[Tensor, Tensor]:

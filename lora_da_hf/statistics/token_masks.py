@@ -76,9 +76,12 @@ def read_batch_tokens(
         masks = (*masks[:-1], predicted) if encoder_decoder else (predicted,)  # the encoder predicts nothing
     if counts is not None:
         masks = tuple(_of_labelled(mask, counts > 0, batch.get("input_ids")) for mask in masks)
+    by_sample = counts
+    if counts is not None and num_samples not in (None, len(counts)):
+        by_sample = counts.sum(dim=0, keepdim=True) if num_samples == 1 else None
     return BatchTokens(
         num_samples=num_rows(batch) if num_samples is None else num_samples,
-        label_counts=_by_sample(counts, num_samples),
+        label_counts=by_sample,
         num_labels=None if counts is None else int(counts.sum().item()),
         masks=masks,
         other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
@@ -122,13 +125,6 @@ def _of_labelled(mask: Tensor, labelled: Tensor, ids: Any) -> Tensor:
     if isinstance(ids, Tensor) and ids.dim() == 3:  # each sample is several sequences, which run one by one
         labelled = labelled.repeat_interleave(max(1, mask.shape[0] // len(labelled)))
     return mask & labelled[:, None] if len(mask) == len(labelled) else mask
-
-
-def _by_sample(counts: Tensor | None, num_samples: int | None) -> Tensor | None:
-    """Return the labels of each sample, if they can be told from those of the rows ``[R]``."""
-    if counts is None or num_samples is None or counts.shape[0] == num_samples:
-        return counts
-    return counts.sum(dim=0, keepdim=True) if num_samples == 1 else None
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
@@ -204,7 +200,7 @@ def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozens
         matching = [k for k in numbers if tokens.masks[k].numel() == shape.numel()]
     if matching:
         first, *others = (tokens.kept[k] for k in matching)
-        if not all(_same(first, other) for other in others):
+        if any(kept is not first and (kept is None or first is None or not kept.equal(first)) for kept in others):
             raise SingleSamplesNeeded(
                 f"the rows of {layer}, {list(shape)}, could be those of either of the model's sequences"
             )
@@ -231,7 +227,3 @@ def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozens
 def _without_ones(shape: torch.Size) -> list[int]:
     """Return the shape without dimensions of 1 after the first, as heads that are shared have them."""
     return [*shape[:1], *(size for size in shape[1:] if size != 1)]
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
