@@ -54,13 +54,10 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     try:
         with torch.no_grad():
             _write(parameter, value)
-        copies: list[Any] = [read_full(parameter)]
-        if hasattr(parameter, "_hp_mapping") or _in_zero3_optimizer(parameter):
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            copies.append(safe_get_full_fp32_param(parameter))
+        master = _read_master(parameter)
     finally:
         parameter.requires_grad_(requires_grad)
+    copies = [read_full(parameter), *([] if master is None else [master])]
     same = all(torch.equal(copy.to(value.device, value.dtype), value) for copy in copies)
     return same if is_whole(parameter) else all(Processes.current().gather(same))
 
@@ -89,6 +86,15 @@ def _write(parameter: Any, value: Tensor) -> None:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
+
+
+def _read_master(parameter: Tensor) -> Tensor | None:
+    """Return the float32 copy that DeepSpeed's optimizer works on; None: there is none."""
+    if not (hasattr(parameter, "_hp_mapping") or _in_zero3_optimizer(parameter)):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
 
 
 def _in_zero3_optimizer(parameter: Tensor) -> bool:
