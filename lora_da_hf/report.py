@@ -28,13 +28,10 @@ class LayerReport:
     """What was done to one layer.
 
     Attributes:
-        rank: Of the adapter, at most that of the stored basis (`max_rank`).
         peft_scaling: What PEFT multiplies ``B A`` with.
         shares_input_with: The layer whose input second moment it shares: itself if it shares none.
-        num_tokens: Tokens in its input second moment.
-        num_grad_tokens: Tokens in its output-gradient second moment.
-        input_damping: What was added to the diagonal of the input second moment.
-        output_damping: What was added to that of the output gradients.
+        num_tokens: In its input second moment; `num_grad_tokens` in that of its output gradients.
+        input_damping: What was added to the diagonal of the moment.
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
         residual: Of the eigensolver, relative to the largest eigenvalue.
@@ -73,7 +70,7 @@ class LoRADAReport:
     Attributes:
         kept: Layers that keep PEFT's own initialisation, with the reason.
         num_unlabelled: Samples left out because they have no label.
-        num_unseen_samples: Samples that nothing but the two losses on them saw.
+        num_unseen_samples: Those that nothing but their two losses saw.
         population_size: N of the variance term.
         loss_reduction: What the loss of a batch is, and where that is known from.
         step_unit: What the displacements over tokens were divided by, so that a step is the spectral norm that the
@@ -82,12 +79,9 @@ class LoRADAReport:
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.
         search_loss_after: After the write, in the dtype that is stored.
-        seconds: Time of each stage.
         data_fingerprint: SHA-256 over the samples of the statistics.
         artifact: The folder that the initialisation was written to or read from, on this machine.
-        init_from: The stored initialisation that this started from: ``repo@commit``, or ``sha256:`` and the hash of its
-            manifest. None if it was computed.
-        plan: How the statistics were collected.
+        init_from: The stored initialisation that this started from, as `StoredInit.source`; None if it was computed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = CHECKED

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lora_da_hf.artifacts.folders import CARD_FILE, CardFacts
 from lora_da_hf.cli.flags import (
     add,
-    add_base_model,
     add_dataclasses,
     add_folder,
     check_new,
-    load_base,
     read,
 )
 from lora_da_hf.cli.output import Output, in_lines
@@ -56,7 +54,10 @@ def run_show(arguments: argparse.Namespace, output: Output) -> None:
 def verify_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `lora-da verify`."""
     add_folder(parser)
-    add_base_model(parser, "and check that the initialisation belongs to it")
+    add(parser, "base_model", "load this model and check that the initialisation belongs to it", metavar="MODEL")
+    add(parser, "model_revision", "its branch, tag or commit (default: main)", default="main")
+    add(parser, "dtype", "its precision (default: as stored)", default="auto")
+    add(parser, "trust_remote_code", "run model code that comes with it")
 
 
 def run_verify(arguments: argparse.Namespace, output: Output) -> None:
@@ -66,7 +67,8 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
 
     stored = load_init(arguments.folder)
     if arguments.base_model is not None:
-        model = load_base(arguments, output, stored.peft_config)
+        output.message(f"Loading {arguments.base_model}")
+        model = _load_base(arguments, stored.peft_config.get("task_type") or "CAUSAL_LM")
         for note in check_base_model(stored.manifest, base_model_facts(model)):
             output.message(f"Note: {note}.")
     values = {
@@ -78,6 +80,24 @@ def run_verify(arguments: argparse.Namespace, output: Output) -> None:
         "base_model": arguments.base_model or "not compared",
     }
     output.result(values, bare="ok")
+
+
+def _load_base(arguments: argparse.Namespace, task: str) -> Any:
+    import transformers
+
+    from lora_da_hf.hub.cards import base_class_name
+    from lora_da_hf.pipeline.base_model import remember_commit
+    from lora_da_hf.training.text import naming_model
+
+    with naming_model(arguments.base_model):
+        model = getattr(transformers, base_class_name(task)).from_pretrained(
+            arguments.base_model,
+            revision=arguments.model_revision,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    remember_commit(model, revision=arguments.model_revision)
+    return model
 
 
 def card_flags(parser: argparse.ArgumentParser) -> None:
