@@ -60,19 +60,6 @@ def slice_factors(lora_A: Tensor, lora_B: Tensor, *, rank: int, index: int) -> t
     return lora_A[index * rank : (index + 1) * rank], lora_B[:, index::count]
 
 
-def resize_factors(lora_A: Tensor, lora_B: Tensor, *, old: int, new: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return all experts' factors, laid out as in `slice_factors`, cut or lengthened by what PEFT would start with."""
-    count, d_in = lora_A.shape[0] // old, lora_A.shape[1]
-    rows = torch.empty(count, new, d_in).uniform_(
-        -(d_in**-0.5), d_in**-0.5, generator=torch.Generator().manual_seed(seed)
-    )
-    columns = torch.zeros(lora_B.shape[0], new, count)
-    common = min(old, new)
-    rows[:, :common] = lora_A.view(count, old, d_in)[:, :common]
-    columns[:, :common] = lora_B.view(-1, old, count)[:, :common]
-    return rows.view(-1, d_in).to(lora_A.dtype), columns.view(len(columns), -1).to(lora_B.dtype)
-
-
 @contextlib.contextmanager
 def experts_apart(layers: Iterable[nn.Module]) -> Generator[None]:
     """Run each expert among the layers by its own `ExpertLinear`, so that it can be tapped like any other layer."""

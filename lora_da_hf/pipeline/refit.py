@@ -11,11 +11,9 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_da_hf.adapters.experts import resize_factors
 from lora_da_hf.artifacts.adapter_config import (
     alpha_divisor,
     expert_of,
-    holder_of,
     pattern_names,
     rank_of,
     with_ranks,
@@ -51,8 +49,7 @@ def refit_init(
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
 
     Nothing is measured. All layers have one scaling, which a rank changes as it does in PEFT where `lora_alpha` stays;
-    under a rank budget it stays. Layers that PEFT initialised keep their tensors; all experts have one rank, so theirs
-    is cut, or longer by what PEFT starts with.
+    under a rank budget it stays. Layers that PEFT initialised keep their tensors, and experts their rank.
 
     Args:
         folder: A stored initialisation.
@@ -163,10 +160,11 @@ def _new_ranks(
         spent = num_adapter_parameters(ranks, widths)
         lowest, highest = min(ranks.values()), max(ranks.values())
         notes = [f"ranks {lowest} to {highest}, which take {spent} of {budget} parameters"]
-    if len({ranks[name] for name in ranks if expert_of(name) is not None}) > 1:
+    changed = [name for name in ranks if expert_of(name) is not None and ranks[name] != layers[name].rank]
+    if changed:
         raise ConfigError(
-            "The experts would get different ranks, and PEFT has one for all. Give a rank that each can have, and no "
-            "budget."
+            f"{changed[0]}: experts keep the rank that they are stored at, since those that no token was routed to "
+            "share it. Start from them at another rank with apply_init."
         )
     return ranks, notes
 
@@ -230,18 +228,10 @@ def _write(
 
 
 def _new_peft_config(stored: StoredInit, layers: list[LayerReport]) -> dict[str, Any]:
-    """Return PEFT's configuration for the new ranks; what PEFT initialised keeps its own, at the scaling of all.
-
-    Parameters get the rank of the experts: PEFT warns of patterns for them.
-    """
+    """Return PEFT's configuration for the new ranks; what PEFT initialised keeps its own, at the scaling of all."""
     config, kept = stored.peft_config, stored.report.kept
     names = pattern_names(config, (*kept, *(layer.name for layer in layers)))
-    of_experts = next((layer.rank for layer in layers if expert_of(layer.name) is not None), None)
-    ranks = {
-        key: rank_of(config, key) if key == name or of_experts is None else of_experts
-        for name in kept
-        for key in names[name]
-    }
+    ranks = {key: rank_of(config, key) for name in kept for key in names[name]}
     ranks |= {key: layer.rank for layer in layers for key in names[layer.name]}
     return with_ranks(config, ranks, layers[0].peft_scaling)
 
@@ -255,7 +245,6 @@ def _new_tensors(
     """Return the stored adapter's tensors with the new factors in place of the old ones."""
     config = LoRADAConfig.from_dict(report.config)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
-    _resize_parameters(stored, peft_config, tensors)
     for layer in report.layers:
         basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))
         values = factors_at_step(basis_A, basis_B, config, peft_scaling=layer.peft_scaling, step_size=report.step_size)
@@ -267,17 +256,3 @@ def _new_tensors(
             else:
                 place.copy_(value)
     return tensors
-
-
-def _resize_parameters(stored: StoredInit, peft_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Cut the factors of parameters, which all experts share, or lengthen them by what PEFT starts with."""
-    holders = {holder_of(name) for name in (*stored.manifest.layers, *stored.report.kept)}
-    for name, keys in pattern_names(peft_config, sorted(holders)).items():
-        if keys in ([], [name]):
-            continue
-        old, new = (rank_of(config, keys[0]) for config in (stored.peft_config, peft_config))
-        if old != new:
-            both = [factor_key(name, factor) for factor in "AB"]
-            lora_A, lora_B = (tensors[key] for key in both)
-            resized = resize_factors(lora_A, lora_B, old=old, new=new, seed=stored.report.seed)
-            tensors.update(zip(both, resized, strict=True))

@@ -315,34 +315,36 @@ def experts(tmp_path_factory):
     return store_init(tmp_path_factory.mktemp("experts") / "init", model, max_rank=6)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_experts_get_another_rank_together(experts, tmp_path, rank):
-    refit_init(experts, tmp_path / "new", rank=rank)
-    stored = load_init(tmp_path / "new")
-    assert {layer.rank for layer in stored.manifest.layers.values()} == {rank}
-    assert sum("[" in name for name in stored.manifest.layers) == 12
+def test_experts_are_solved_again_one_by_one(experts, tmp_path):
+    config = changed(experts, input_damping=1e-2)
+    refitted = refit_init(experts, tmp_path / "new", config=config)
+    ranks = {name: layer.rank for name, layer in refitted.manifest.layers.items()}
+    assert sum("[" in name for name in ranks) == 12
     loaded = PeftModel.from_pretrained(MIXTRAL.make_model(), tmp_path / "new")
-    found, expected = adapter_weights(loaded), written_adapter(tmp_path / "new")
-    assert_same_tensors(found, expected)
-    old = written_adapter(experts)
-    common = min(rank, 4)
-    for name in stored.manifest.layers:
-        lora_A, lora_B = written_factors(expected, name, rank)
-        updated = stored.manifest.layers[name].peft_scaling * lora_B.double() @ lora_A.double()
-        basis = stored.bases[name]
-        product = stored.report.step_size * basis.basis_B[:, :rank].double() @ basis.basis_A[:rank].double()
-        assert relative_error(updated, product) < 1e-6
-    for name in stored.report.kept:
-        lora_A, lora_B = written_factors(expected, name, rank)
-        assert len(lora_A) == lora_B.shape[1] == rank
-        assert not lora_B.any()
-        assert torch.equal(lora_A[:common], written_factors(old, name, 4)[0][:common])
-        assert lora_A.any(dim=1).all()
+    adapter, old = written_adapter(tmp_path / "new"), written_adapter(experts)
+    assert_same_tensors(adapter_weights(loaded), adapter)
+    expected = dense_updates(experts, ranks, refitted.report.step_size, config)
+    for name, layer in refitted.manifest.layers.items():
+        lora_A, lora_B = written_factors(adapter, name, layer.rank)
+        found = layer.peft_scaling * lora_B.double() @ lora_A.double()
+        assert relative_error(found, torch.from_numpy(expected[name])) < 1e-6
+    for name in refitted.report.kept:
+        for found, before in zip(*(written_factors(one, name, 4) for one in (adapter, old)), strict=True):
+            assert torch.equal(found, before)
 
 
-def test_experts_share_no_budget(experts, tmp_path):
-    with pytest.raises(ConfigError, match=r"The experts .* and PEFT has one for all"):
-        refit_init(experts, tmp_path / "new", rank_budget=5_000)
+@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank_budget": 5_000}])
+def test_experts_keep_their_rank_but_for_apply_init(experts, tmp_path, settings):
+    with pytest.raises(ConfigError, match=r"experts keep the rank .* apply_init"):
+        refit_init(experts, tmp_path / "new", **settings)
+    model = MIXTRAL.adapt(r=3)
+    report = apply_init(model, experts, step_size=0.1)
+    weights = adapter_weights(model)
+    expected = dense_updates(experts, {layer.name: 3 for layer in report.layers}, 0.1)
+    for layer in report.layers:
+        lora_A, lora_B = written_factors(weights, layer.name, 3)
+        found = layer.peft_scaling * lora_B.double() @ lora_A.double()
+        assert relative_error(found, torch.from_numpy(expected[layer.name])) < 1e-6
 
 
 def test_a_config_is_taken_whole_and_a_mapping_for_what_it_names(tmp_path, lora_model):
