@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, Weig
 from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
-from lora_da_hf.samples import choose_samples, is_loader, pad_samples, samples_of_loader
+from lora_da_hf.samples import choose_samples, pad_samples, samples_of_loader
 
 
 def choose(samples, *, seed=0, population_size=None, **settings):
@@ -68,15 +68,6 @@ def test_a_stream_is_read_from_its_head_and_no_further():
     assert next(stream) == 18
 
 
-def test_a_loader_gives_its_data_set_and_its_collator():
-    data = [{"input_ids": [1]}, {"input_ids": [2]}]
-    loader = DataLoader(data, batch_size=2, collate_fn=pad_samples)
-    assert is_loader(loader)
-    samples, collate = samples_of_loader(loader)
-    assert samples is data
-    assert collate is pad_samples
-
-
 def test_an_iterable_of_batches_gives_its_rows():
     batches = [{"input_ids": torch.tensor([[1, 2], [3, 4]]), "text": ["a", "b"]}, {"input_ids": torch.tensor([[5, 6]])}]
     samples, collate = samples_of_loader(batches)
@@ -86,20 +77,6 @@ def test_an_iterable_of_batches_gives_its_rows():
         {"input_ids": [3, 4]},
         {"input_ids": [5, 6]},
     ]
-
-
-def test_padding_is_on_the_right_with_ignored_labels():
-    batch = pad_samples(
-        [
-            {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": [-100, 2, 3]},
-            {"input_ids": [4], "attention_mask": [1], "labels": [4]},
-        ]
-    )
-    assert {name: value.tolist() for name, value in batch.items()} == {
-        "input_ids": [[1, 2, 3], [4, 0, 0]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[-100, 2, 3], [4, -100, -100]],
-    }
 
 
 @pytest.mark.parametrize(

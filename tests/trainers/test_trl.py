@@ -22,7 +22,6 @@ from harness import (
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_da_hf import LoRADACallback
-from lora_da_hf.training.trainer_loss import as_in_training_alone, loss_of
 
 trl = pytest.importorskip("trl")
 
@@ -213,23 +212,6 @@ def test_a_reward_model(tmp_path):
     assert report.batch_size == 4
     assert report.search_loss_after < report.search_loss_before
     assert not trainer._metrics["eval"]
-
-
-def test_the_losses_gather_nothing_in_the_pass_and_leave_no_metrics(tmp_path, lora_model, monkeypatch):
-    """In several processes each calls them as often as it has samples, and would wait for the others for ever."""
-
-    def fails(*args, **kwargs):
-        raise AssertionError("a tensor was gathered from all processes")
-
-    trainer = make_dpo(tmp_path, lora_model(), make_callback())
-    batch = next(iter(trainer.get_train_dataloader()))
-    for name in ("gather", "gather_for_metrics"):
-        monkeypatch.setattr(type(trainer.accelerator), name, fails)
-    with as_in_training_alone(trainer):
-        assert loss_of(trainer)(trainer.model.eval(), batch, None).item() == pytest.approx(0.693147, abs=1e-4)
-    assert not trainer._metrics["eval"]
-    with pytest.raises(AssertionError, match="gathered"):
-        trainer.compute_loss(trainer.model, batch)
 
 
 def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):

@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 from accelerate import dispatch_model
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from harness import (
     adapter_weights,
     assert_initialized,
@@ -425,22 +425,6 @@ def test_a_stream_that_can_be_read_once_is_an_error(tmp_path, lora_model, sample
     with pytest.raises(DataError, match="can be read only once"):
         make_trainer(tmp_path, lora_model(), stream).train()
     assert next(iter(stream)) == samples[0]
-
-
-def test_columns_that_the_model_does_not_take_are_left_out(tmp_path, lora_model, samples):
-    rows = [{**sample, "text": f"row {number}", "score": 0.5} for number, sample in enumerate(samples)]
-    seen = []
-
-    def strict_collate(features):
-        seen.extend(set(feature) for feature in features)
-        return collate(features)
-
-    trainer = make_trainer(tmp_path, lora_model(), Dataset.from_list(rows), data_collator=strict_collate)
-    trainer.train()
-    plain = make_trainer(tmp_path / "plain", lora_model(), samples)
-    plain.train()
-    assert {frozenset(columns) for columns in seen} == {frozenset({"input_ids", "labels", "attention_mask"})}
-    assert plain.lora_da_report.data_fingerprint == trainer.lora_da_report.data_fingerprint
 
 
 def test_the_random_choice_of_samples_follows_the_trainers_seed(tmp_path, lora_model):
