@@ -72,10 +72,8 @@ def apply_init(
         BaseModelMismatchError: if it was computed for another base.
         TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if ``config`` asks for what only statistics can give, or processes differ in settings or
-            samples.
-        UnsupportedSetupError: under FSDP1, tensor or pipeline parallelism.
-        DataError, StatisticsError, WriteError: as `initialize_lora_da` has them.
+        ConfigError: if ``config`` asks for what only statistics can give.
+        LoRADAError: else as `initialize_lora_da` has them.
 
     If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
     """
