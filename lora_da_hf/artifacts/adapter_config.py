@@ -179,11 +179,7 @@ def refuse_unstorable(config: LoraConfig) -> None:
 
 
 def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Read ``adapter_config.json``: each key is one that is written, as the manifest has it, or has PEFT's default.
-
-    Raises:
-        ArtifactError: naming the file and the key.
-    """
+    """Read ``adapter_config.json``: each key is one that is written, as the manifest has it, or has PEFT's default."""
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes")

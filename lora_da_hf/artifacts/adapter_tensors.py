@@ -47,17 +47,12 @@ def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[s
     """Verify that ``s B A`` of each layer is the step times the basis at its rank, and that nothing else is there.
 
     PEFT loads by name whatever it finds: a tensor with the name of a base weight would replace that weight.
-
-    Raises:
-        ArtifactError: naming the tensor.
     """
     layers, kept = manifest.layers, manifest.report.kept
     keys = set(tensor_specs(path, max_tensors=4 * (len(layers) + len(kept)) + 4096))
-    own = {factor_key(name, factor) for name in layers for factor in ("A", "B")}
-    if config["use_dora"]:
-        own |= {f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in layers}
-    if own - keys:
-        raise ArtifactError(f"{path}: {min(own - keys)!r} is missing. Do not use it.")
+    missing = {f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in layers if config["use_dora"]} - keys
+    if missing:
+        raise ArtifactError(f"{path}: {min(missing)!r} is missing. Do not use it.")
     of_adapter = {f"{PEFT_PREFIX}{holder_of(name)}{end}" for name in (*layers, *kept) for end in _ENDS}
     others = {key for key in keys - of_adapter if not _is_trained(key, config)}
     if others and not config["ensure_weight_tying"]:

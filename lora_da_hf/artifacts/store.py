@@ -107,8 +107,7 @@ def load_init(
     Args:
         folder: What `write_init` wrote.
         base_model: Facts of the model it will be used on; None: not compared.
-        statistics: Whether full statistics that the manifest lists must be there; False: they may be missing, and are
-            not looked at, as for `apply_init`, which uses none.
+        statistics: Whether full statistics that the manifest lists must be there; False: they are not looked at.
         alone: Whether other files in the folder are refused; the Hub's cache may hold more of a repository.
 
     Raises:

@@ -53,11 +53,7 @@ def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
 
 
 def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
-    """Read a safetensors file, whose header was checked if nothing is ``expected``.
-
-    Raises:
-        ArtifactError: if its keys, shapes or dtypes are others, or a value is not finite.
-    """
+    """Read a safetensors file of finite values, whose header was checked if nothing is ``expected``."""
     if expected is not None:
         _compare(path, tensor_specs(path, max_tensors=len(expected)), expected)
     with safe_open(path, framework="pt") as file:
@@ -112,11 +108,8 @@ def save_statistics(
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
     layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means.
 
-    Args:
-        folder: Where, made if need be.
-        statistics: By layer. Layers that share an input come together.
-        shared_inputs: The leader of each layer.
-        part: Number of this call, where a folder gets them in several.
+    Layers that share an input come together; ``shared_inputs`` is the leader of each. ``part`` is the number of this
+    call, where a folder gets them in several.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

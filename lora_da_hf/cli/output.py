@@ -60,9 +60,8 @@ def explain(error: Exception) -> str:
         return f"{text} Lower --da_batch_size or --block_size."
     if not isinstance(error, OSError):
         return f"unexpected {type(error).__name__}: {text} Run it again with --debug for the traceback."
-    if error.errno is not None:  # of the operating system, which says it all
-        return text
-    return f"{text} Check the name and the connection; a private or gated repository needs `hf auth login`."
+    advice = "Check the name and the connection; a private or gated repository needs `hf auth login`."
+    return f"{text} {advice}" if error.errno is None else text  # what the operating system says is enough
 
 
 def printable(text: str) -> str:

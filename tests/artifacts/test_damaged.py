@@ -14,7 +14,7 @@ from harness import BASE_NAME, change_tensors, forge_manifest, make_init
 from local_hub import LocalHub, Repo
 from safetensors.torch import load_file, save_file
 
-from lora_da_hf import apply_init, load_init, refit_init
+from lora_da_hf import apply_init, load_init
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, BASIS_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.store import load_manifest
 from lora_da_hf.cli.main import main
@@ -177,8 +177,6 @@ def test_another_base_is_refused(folder, lora_model, tiny_llama):
     for model in (tiny_llama(seed=1), tiny_llama(hidden_size=64)):
         with pytest.raises(BaseModelMismatchError, match=f"computed for '{BASE_NAME}', and the model differs"):
             apply_init(lora_model(model=model), folder)
-        with pytest.raises(BaseModelMismatchError):
-            refit_init(folder, folder.parent / "new", rank=2, base_model=model)
 
 
 @pytest.mark.parametrize(
