@@ -17,11 +17,25 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import make_tiny_llama
 from datasets import Dataset, IterableDataset
-from harness import collate, make_args, make_config, make_learnable_samples, make_lora_config, make_tokenizer
+from harness import (
+    collate,
+    collate_classes,
+    make_args,
+    make_config,
+    make_learnable_samples,
+    make_lora_config,
+    make_tokenizer,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+)
 from worker import PROCESS, SMALL, write
 
 from lora_da_hf import LoRADACallback, LoRADATrainer
@@ -65,7 +79,7 @@ def cells(strategy):
 
 def others(strategy):
     """Return the cells that are not compared with a run that loads the adapter."""
-    found = {"again": {"place": "plain_fp32"}}  # which finds what is there
+    found = {"again": {"place": "plain_fp32"}, "head": {"kind": "classes"}}  # the first finds what is there
     if strategy == "ddp":
         # rows of different lengths cannot be dispatched by one process: the trainer's own condition
         accelerator = {"use_configured_state": True, "dispatch_batches": False}
@@ -242,6 +256,18 @@ class Greedy(LoRADATrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+def make_classifier():
+    """Make a model with a new head, the same each time."""
+    torch.manual_seed(0)
+    config = make_base().config
+    config.num_labels, config.pad_token_id = 3, 0
+    return LlamaForSequenceClassification(config)
+
+
+def classes():
+    return [{**sample, "labels": sample["input_ids"][-1] % 3} for sample in make_learnable_samples(120)]
+
+
 def make_trainer(folder, strategy, *, config=None, lora=None, base=None, kind=None, dtype="fp32", **settings):
     """Make a trainer of a cell, and return what has its report, too."""
     model = None if base else make_base(dtype)
@@ -259,6 +285,9 @@ def make_trainer(folder, strategy, *, config=None, lora=None, base=None, kind=No
     args = training_args(folder, strategy, dtype=dtype, **settings)
     if base:  # the arguments make from_pretrained build the model under zero.Init
         model = load_base(folder.parent, base)
+    if kind == "classes":
+        model, lora = make_classifier(), {"task_type": "SEQ_CLS"}
+        data = {"train_dataset": classes(), "data_collator": collate_classes}
     if kind == "stream":
         data["train_dataset"] = IterableDataset.from_generator(lambda: iter(samples()))
     trainer = (Greedy if kind == "greedy" else LoRADATrainer)(

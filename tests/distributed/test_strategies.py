@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_same_tensors,
     assert_statistics_equal,
+    collate_classes,
     initialize,
     make_config,
     stored_statistics,
@@ -24,10 +26,12 @@ from strategy_worker import (
     PARTITIONED,
     STRATEGIES,
     cells,
+    classes,
     da_config,
     load_base,
     lora_config,
     make_base,
+    make_classifier,
     others,
     samples,
 )
@@ -124,6 +128,18 @@ def test_what_a_cell_writes_is_trained_on_as_if_it_was_loaded_from_disk(launched
         assert len(found["grads"]) == 2
         assert max(found["grads"]) <= TOLERANCES[cell.rsplit("_", 1)[1]]
         assert ("one pass" in found["report"]["plan"]) != cell.startswith("windows")
+
+
+@every_strategy
+def test_a_new_head_is_fitted_as_in_one_process(launched, tmp_path, strategy):
+    model = get_peft_model(make_classifier(), lora_config(task_type="SEQ_CLS"))
+    report = initialize(model, classes(), tmp_path / "init", collator=collate_classes, config=da_config())
+    found = result(launched(strategy), "head", 0)["report"]
+    assert [note.split(":")[0] for note in found["notes"]] == [note.split(":")[0] for note in report.notes]
+    assert "score was fitted first" in found["notes"][0]
+    name = "base_model.model.score.weight"
+    theirs = written_adapter(launched(strategy) / "head" / "lora_da")[name]
+    torch.testing.assert_close(theirs, written_adapter(tmp_path / "init")[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.xdist_group("fsdp2")

@@ -1,0 +1,111 @@
+"""Tables of harm: does training from LoRA-DA's start end worse than from plain LoRA's where a head is new?
+
+    for task in sections roles sizes; do
+        python benchmarks/compare_inits.py --design benchmarks/designs/no_harm.json --task $task \
+            --output benchmarks/results/no_harm_$task.jsonl
+    done
+    python benchmarks/no_harm.py benchmarks/results/no_harm_*.jsonl
+
+writes `no_harm.md` beside the lines. Scores are those of test samples that nothing else reads.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lines import read_lines
+from report import describe, grouped, markdown
+
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
+"""Student's quantile by degrees of freedom."""
+
+Record = dict[str, Any]
+NAMES = {
+    "lora": "plain LoRA",
+    "lora_beside_da": "plain LoRA, head fitted",
+    "lora_da": "LoRA-DA",
+    "lora_on_da": "LoRA-DA's step in the base, plain LoRA on top",
+}
+
+
+def scores(records: Sequence[Record], place: int = -1) -> dict[int, float]:
+    """Return the score at the end, or at another evaluation, by seed."""
+    return {record["cell"]["seed"]: record["scores"][place][1] for record in records}
+
+
+def percent(values: Sequence[float]) -> str:
+    """Return a mean and a standard deviation in percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread} ({len(values)})"
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, str]:
+    """Return the mean difference on the seeds of both, in points, with its 95 % interval; and the worst seed's."""
+    found = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    if len(found) < 2:
+        return "one seed", f"{min(found):+.1f}" if found else "none"
+    half = T_95[len(found) - 1] * statistics.stdev(found) / len(found) ** 0.5
+    return f"{statistics.fmean(found):+.1f} ± {half:.1f}", f"{min(found):+.1f}"
+
+
+def harm_table(records: Sequence[Record]) -> list[str]:
+    """Compare the default with plain LoRA, for each task, rank, number of steps and rate."""
+    rows: list[list[str]] = []
+    default = [record for record in records if not record["cell"]["settings"] and record["cell"]["num_samples"] == 256]
+    for (steps, rank, rate), cells in sorted(grouped(default, "steps", "rank", "learning_rate").items(), reverse=True):
+        by_method = {method: found for (method,), found in grouped(cells, "method").items()}
+        if not {"lora", "lora_da"} <= set(by_method):
+            continue
+        plain, ours = scores(by_method["lora"]), scores(by_method["lora_da"])
+        first = percent(list(scores(by_method["lora_da"], 0).values()))
+        both = [percent(list(plain.values())), first, percent(list(ours.values()))]
+        rows.append([str(rank), str(steps), f"{rate:g}", *both, *difference(ours, plain)])
+    columns = ["rank", "steps", "rate", "plain LoRA", "LoRA-DA at step 0", "LoRA-DA", "difference", "worst seed"]
+    return markdown(columns, rows)
+
+
+def parts_table(records: Sequence[Record]) -> list[str]:
+    """List each method and set of settings at the rate and the steps of the parts."""
+    rows: list[list[str]] = []
+    short = [record for record in records if record["block"] not in ("harm", "more_seeds")]
+    for (rank, samples, method), cells in grouped(short, "rank", "num_samples", "method").items():
+        sets: dict[str, list[Record]] = {}
+        for record in cells:
+            sets.setdefault(json.dumps(record["cell"]["settings"]), []).append(record)
+        for settings, found in sets.items():
+            steps = [r["notes"]["step_size"] for r in found if r["notes"].get("step_size") is not None]
+            length = f"{statistics.fmean(steps):.3g}" if steps and method == "lora_da" else ""
+            named = NAMES[method] + (f", {settings.strip('{}')}" if settings != "{}" else "")
+            both = [percent(list(scores(found, place).values())) for place in (0, -1)]
+            rows.append([named, str(rank), str(samples), length, *both])
+    return markdown(["start", "rank", "samples", "step", "at step 0", "at the end"], rows)
+
+
+def main(paths: list[str]) -> None:
+    """Write the tables of some files of results beside the first."""
+    lines = ["# New heads: does the start do harm?", "", __doc__.split("\n\n")[2], ""]
+    for path in map(Path, paths):
+        records = read_lines(path)
+        subject = records[0]["subject"]
+        metric = {"accuracy": "accuracy in percent", "r2": "100 R²"}[records[0]["metric"]]
+        lines += [f"## {subject['task']}", "", describe(subject, [record["machine"] for record in records])]
+        lines += [
+            "",
+            f"Scores are {metric}, mean ± standard deviation (seeds); differences are in points, paired by seed,",
+        ]
+        lines += ["with their 95 % interval.", "", *harm_table(records), ""]
+        parts = [record for record in records if record["block"] not in ("harm", "more_seeds")]
+        if parts:
+            cell = parts[0]["cell"]
+            lines += [f"What it is that helps: {cell['steps']} steps at {cell['learning_rate']:g}.", ""]
+            lines += [*parts_table(records), ""]
+    Path(paths[0]).with_name("no_harm.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
