@@ -25,7 +25,7 @@ from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
 from lora_da_hf.errors import WriteError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.base_model import head_parameters, trained_heads
-from lora_da_hf.pipeline.job import Job, in_small_batches
+from lora_da_hf.pipeline.job import Job, one_by_one
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.collect import PassSettings, read_batches
 from lora_da_hf.statistics.model_state import without_checkpointing
@@ -61,8 +61,8 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         with adapters_off(job.scan.targets):
-            small = in_small_batches(found.settings, held_out)
-            features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, small)]
+            single = one_by_one(found.settings)
+            features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, single)]
         replay = _Replay()
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
         copies: dict[int, nn.Parameter] = {}

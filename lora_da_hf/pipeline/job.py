@@ -8,7 +8,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_SEED = 42
-_LEAST_BATCHES = 8
-"""In which a loss is measured: the fewer there are, the less its error is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,7 @@ class Job:
         )
 
     def losses(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> Losses:
-        """Return the loss over samples, which the processes share, in the same batches at each call."""
+        """Return the loss of each of some samples, which the processes share."""
         seed_generators(self.seed)
         with self.collate.generators_kept():
             mine = evaluate_losses(
@@ -117,7 +115,7 @@ class Job:
                 self.processes.share(samples),
                 collate=self.collate,
                 compute_loss=compute_loss or self.compute_loss,
-                settings=in_small_batches(settings, samples),
+                settings=one_by_one(settings),
                 lockstep=self.lockstep(samples),
             )
         return Losses(tuple(batch for part in self.processes.gather(mine) for batch in part))
@@ -196,9 +194,6 @@ def _single_samples_for_all(processes: Processes) -> Generator[None]:
         raise SingleSamplesNeeded(reasons[0])
 
 
-def in_small_batches(settings: PassSettings, samples: Sequence[Any]) -> PassSettings:
-    """Have eight batches or more of some samples, as far as they can be split, so that their loss has an error."""
-    if settings.reduction.kind == "batch":
-        return settings
-    size = max(1, min(settings.batch_size, len(samples) // _LEAST_BATCHES))
-    return dataclasses.replace(settings, batch_size=size)
+def one_by_one(settings: PassSettings) -> PassSettings:
+    """Have samples run one at a time: their losses, and the error of the mean, are then those of any processes."""
+    return settings if settings.reduction.kind == "batch" else dataclasses.replace(settings, batch_size=1)

@@ -13,7 +13,7 @@ _SMALLEST = 1e-5
 
 @dataclass(frozen=True)
 class Losses:
-    """A mean loss, by batches that are the same ones in the same order at each measurement.
+    """A mean loss, by batches, or samples, that are the same ones in the same order at each measurement.
 
     Attributes:
         batches: Of each its summed loss, and the number of items that it sums over.
