@@ -270,7 +270,7 @@ def classes():
 
 def make_trainer(folder, strategy, *, config=None, lora=None, base=None, kind=None, dtype="fp32", **settings):
     """Make a trainer of a cell, and return what has its report, too."""
-    model = None if base else make_base(dtype)
+    model = make_classifier() if kind == "classes" else None if base else make_base(dtype)
     data = {"train_dataset": samples(), "data_collator": collate}
     if kind == "sft":
         import trl
@@ -286,7 +286,7 @@ def make_trainer(folder, strategy, *, config=None, lora=None, base=None, kind=No
     if base:  # the arguments make from_pretrained build the model under zero.Init
         model = load_base(folder.parent, base)
     if kind == "classes":
-        model, lora = make_classifier(), {"task_type": "SEQ_CLS"}
+        lora = {"task_type": "SEQ_CLS"}
         data = {"train_dataset": classes(), "data_collator": collate_classes}
     if kind == "stream":
         data["train_dataset"] = IterableDataset.from_generator(lambda: iter(samples()))
