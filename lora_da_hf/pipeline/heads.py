@@ -21,7 +21,7 @@ from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE
 from lora_da_hf.artifacts.store import StoredInit
 from lora_da_hf.artifacts.tensors import read_tensors
-from lora_da_hf.distributed.parameters import full_shape, read_full, write_full
+from lora_da_hf.distributed.parameters import full_shape, read_full, settle, write_full
 from lora_da_hf.errors import WriteError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.base_model import head_parameters, trained_heads
@@ -63,6 +63,7 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
         with adapters_off(job.scan.targets):
             single = one_by_one(found.settings)
             features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, single)]
+        settle(job.model)  # FSDP2 has other parameters after a pass than before
         replay = _Replay()
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
         copies: dict[int, nn.Parameter] = {}
@@ -74,6 +75,7 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
         before, after = _minimise(on_fitted, on_held_out, list(copies.values()))
     if after is before:
         return (f"{names} was not fitted first: on {len(held_out)} samples that would be no gain beyond its error",)
+    settle(job.model)
     heads = trained_heads(job.model, job.scan.adapter_name)
     write_heads(heads, {name: copies[id(parameter)].detach() for name, parameter in heads.items()})
     losses = f"loss {before.mean:.4f} -> {after.mean:.4f} on {len(held_out)} others"
@@ -128,7 +130,9 @@ class _Replay(nn.Module):
 
 
 class _WholeCopy(nn.Module):
-    """A copy of a head, whole on each process and in float32, which autocast leaves alone.
+    """A copy of a head, whole on each process and in full precision, which autocast leaves alone.
+
+    In float64 the fit does not depend on how the processes share the samples. Apple's GPUs have float32 alone.
 
     Attributes:
         parameter_of: The copy of each parameter, by the identity of the original.
@@ -136,14 +140,15 @@ class _WholeCopy(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.parameter_of = {id(p): nn.Parameter(read_full(p).float()) for p in head.parameters()}
+        self._dtype = torch.float32 if any(p.device.type == "mps" for p in head.parameters()) else torch.float64
+        self.parameter_of = {id(p): nn.Parameter(read_full(p).to(self._dtype)) for p in head.parameters()}
         hooks = [hooks for module in head.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         self.copy = copy.deepcopy(head, {**self.parameter_of, **{id(found): OrderedDict() for found in hooks}})
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy in float32."""
+        """Run the copy in its precision."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.copy(features.float(), *args, **kwargs)
+            return self.copy(features.to(self._dtype), *args, **kwargs)
 
 
 @contextlib.contextmanager
