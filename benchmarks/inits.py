@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_da_hf import LoRADAConfig, LoRADAReport, apply_init, initialize_lora_da, refit_init
 from lora_da_hf.adapters.write import freeze_a
+from lora_da_hf.config import SOLVE_SETTINGS
 from lora_da_hf.samples import choose_samples
-from lora_da_hf.setting_groups import SOLVE_SETTINGS
 
 
 @dataclass(frozen=True, kw_only=True)

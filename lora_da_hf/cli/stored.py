@@ -16,9 +16,9 @@ from lora_da_hf.cli.flags import (
     read,
 )
 from lora_da_hf.cli.output import Output, in_lines
+from lora_da_hf.config import FREE_IN_REFIT
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import in_columns, kind_of
-from lora_da_hf.setting_groups import FREE_IN_REFIT
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.probe import Probe, probe
 from lora_da_hf.pipeline.run import hand_over, make_report
 from lora_da_hf.pipeline.solve import Solved
-from lora_da_hf.pipeline.step import Step, find_step, write_adapter
+from lora_da_hf.pipeline.step import Step, find_step, given_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
@@ -39,7 +39,7 @@ def apply_init(
     *,
     adapter_name: str | None = None,
     config: Given = None,
-    step_size: float | None = None,
+    step_size: float | str | None = None,
     samples: Any = None,
     compute_loss: ComputeLoss | None = None,
     data_collator: RawCollate | None = None,
@@ -83,14 +83,13 @@ def apply_init(
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
-    settings, is_given = config_for_use(stored.manifest, config), step_size is not None or gives_step(config)
-    if step_size is not None:
-        settings = dataclasses.replace(settings, step_size=step_size)
-    elif samples is not None and not is_given:
-        settings = dataclasses.replace(settings, step_size="line_search")
+    is_given = step_size is not None or gives_step(config)
+    if samples is not None and not is_given:
+        step_size = "line_search"
+    settings = config_for_use(stored.manifest, config)
     job = make_job(
         model,
-        settings,
+        settings if step_size is None else dataclasses.replace(settings, step_size=step_size),
         adapter_name=adapter_name,
         compute_loss=compute_loss,
         data_collator=data_collator,
@@ -103,7 +102,8 @@ def apply_init(
         raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
     check_same_settings(job)
     solved = _match(job, stored)
-    notes, found = [*stored.notes, *solved.notes], None
+    notes: list[str] = [*stored.notes, *solved.notes]
+    found: Probe | None = None
     with job.restored_on_failure(trained_heads(model, job.scan.adapter_name)), job.collate.generators_kept():
         with job.stage("write"):
             notes += take_over_saved_modules(model, job.scan.adapter_name, stored)
@@ -113,10 +113,8 @@ def apply_init(
                 found = _probe(job, splits)
                 notes += (*of_samples, *found.notes)
                 step = find_step(job, solved, found, for_other_ranks=False)
-            elif is_given:
-                step = Step(step_size=None if settings.step_size is None else float(settings.step_size))
             else:
-                step = _stored_step(job, stored, solved)
+                step = given_step(job) if is_given else _stored_step(job, stored, solved)
             step, layers = write_adapter(job, solved, step, found)
     report = make_report(
         job,

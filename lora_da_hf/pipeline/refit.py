@@ -23,13 +23,12 @@ from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
 from lora_da_hf.artifacts.tensors import input_groups_of, iterate_statistics, read_tensors, write_tensors
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.config import SOLVE_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.solve import in_one_unit, reported
 from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
-from lora_da_hf.setting_groups import SOLVE_SETTINGS
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import solve_group

@@ -60,15 +60,18 @@ class Step:
 
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
     """Decide the step: the config's, or the one that the search samples choose. Nothing is written."""
-    step = Step(
-        step_size=None if job.config.step_size is None or job.config.searches_step else float(job.config.step_size),
-        num_search_samples=len(probe.splits.search),
-        num_unseen_samples=len(probe.splits.unseen),
-    )
+    counts = {"num_search_samples": len(probe.splits.search), "num_unseen_samples": len(probe.splits.unseen)}
+    step = replace(given_step(job), **counts)
     if job.config.searches_step:
         with adapters_off(job.scan.targets), job.stage("line search"):
             step = _search(job, solved, probe, step, for_other_ranks=for_other_ranks)
     return step
+
+
+def given_step(job: Job) -> Step:
+    """Return the step that the config gives; None, too, if it is to be searched."""
+    given = job.config.step_size
+    return Step(step_size=None if given is None or job.config.searches_step else float(given))
 
 
 def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ranks: bool) -> Step:

@@ -8,9 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_da_hf.artifacts.manifest import Manifest
-from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.config import FREE_IN_REFIT, FREE_IN_USE, PASS_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ConfigError
-from lora_da_hf.setting_groups import FREE_IN_REFIT, FREE_IN_USE, PASS_SETTINGS
 
 Given = LoRADAConfig | Mapping[str, Any] | None
 """Settings that replace stored ones: by name, or a whole config."""

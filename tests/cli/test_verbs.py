@@ -18,7 +18,7 @@ import lora_da_hf.hub
 from lora_da_hf import LoRADAConfig, initialize_lora_da
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.cli.main import main
-from lora_da_hf.setting_groups import FREE_IN_REFIT
+from lora_da_hf.config import FREE_IN_REFIT
 from lora_da_hf.training.arguments import LoraArguments
 
 PAIRS = ["--prompt_column", "prompt", "--completion_column", "completion"]
