@@ -42,7 +42,7 @@ def choose_together(
     alike = has_positions(samples)
     job.processes.check_same({"kind of samples": "with positions" if alike else "a stream"})
     mine = None
-    with random_state(job.seed):
+    with random_state(job.seed), job.collate.generators_kept():
         if alike or job.processes.is_main:
             chosen: dict[str, Any] = {"has_one_label": has_one_label, "with_heads": with_heads}
             mine = choose_samples(samples, job.config, seed=job.seed, population_size=population_size, **chosen)

@@ -32,8 +32,6 @@ _FIRST_EQUAL_STEP = 0.1
 
 _LADDER_RATIO = 4
 _LADDER_SAMPLES = 4
-_SURE = 2.0
-"""Standard errors by which a loss has to fall."""
 _FULL_PRECISION = 4
 """Bytes of a loss in which steps can be told apart."""
 
@@ -172,8 +170,8 @@ def _one_rank(job: Job) -> set[int]:
 def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> tuple[Step, list[LayerReport]]:
     """Write the factors, and measure the losses with what was written, in the dtype that is stored.
 
-    A searched step has to lower the loss on the search samples, and on samples that nothing had seen by more than twice
-    its standard error. If it does not, the adapter is as PEFT made it.
+    A searched step has to lower the loss on the search samples, and on samples that nothing had seen by more than the
+    standard error of that. If it does not, the adapter is as PEFT made it.
     """
     if probe is None:
         return step, _write(job, solved, step.step_size)
@@ -218,7 +216,7 @@ def _compare(step: Step, before: Losses, after: Losses) -> tuple[Step, str | Non
     step = replace(step, unseen_loss_after=after.mean)
     if gain < 0:
         return step, f"{unseen} rose from {before.mean:.4f} to {after.mean:.4f}"
-    if step.search and gain <= _SURE * error:
+    if step.search and gain <= error:
         return step, f"{unseen} fell by {gain:.4f} ± {error:.4f}, which may be chance"
     return step, None
 

@@ -27,7 +27,7 @@ from lora_da_hf.samples import pad_samples
 
 def statistics_of(folder, model, samples, collator=pad_samples, batch_size=4, **settings):
     """Initialise the model, and return the report and the statistics."""
-    settings = {**EIGHT, "collator": collator, "batch_size": batch_size, **settings}
+    settings = {**EIGHT, "step_size": 0.1, "collator": collator, "batch_size": batch_size, **settings}
     report = initialize(model, samples, folder, **settings)
     assert_initialized(folder, Adapter.of(model), report)
     return report, stored_statistics(folder)

@@ -351,7 +351,7 @@ def test_a_random_head_is_no_part_of_the_base_and_gets_the_stored_weights(tmp_pa
     before = head_of(other)
     report = apply_init(other, tmp_path / "init")
     assert torch.equal(head_of(other), before)
-    assert any("score has another shape" in note for note in report.notes)
+    assert any("score.weight has another shape" in note for note in report.notes)
     bare = apply_init(classifier(tmp_path / "base", 1, task_type=None), tmp_path / "init")
     assert any(note.startswith("score: trained beside the stored") for note in bare.notes)
 

@@ -253,7 +253,7 @@ def test_files_of_a_run(model_dir, tmp_path, pairs_file, init):
 
 def test_a_run_starts_from_the_initialisation_of_another(model_dir, tmp_path, pairs_file):
     shared = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--learning_rate", 0.0]
-    run_clm.main(flags(model_dir, tmp_path / "first", *shared, init="lora_da"))
+    run_clm.main(flags(model_dir, tmp_path / "first", *shared, "--da_step_size", 0.1, init="lora_da"))
     stored = ["--init_from", tmp_path / "first" / "lora_da"]
     run_clm.main(flags(model_dir, tmp_path / "second", *shared, *stored, init="lora_da"))
     weights = [load_file(tmp_path / which / "adapter_model.safetensors") for which in ("first", "second")]

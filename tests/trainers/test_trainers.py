@@ -57,7 +57,7 @@ def test_our_trainer(tmp_path, tiny_llama, samples):
 @pytest.mark.support("Trainers", "`Seq2SeqTrainer`", "by `LoRADACallback(...).attach(trainer)`")
 def test_a_sequence_to_sequence_trainer(tmp_path):
     """Its loss has label smoothing, which the model's own has not, and its collator makes the decoder's inputs."""
-    family, callback = FAMILIES["T5"], LoRADACallback(make_config(**EIGHT))
+    family, callback = FAMILIES["T5"], LoRADACallback(make_config(**EIGHT, step_size=0.1))
     samples = family.samples(24)
 
     def make_model():
@@ -98,7 +98,7 @@ def test_a_trainer_that_inherits_from_ours_and_another(tmp_path):
         eval_dataset=samples[:4],
         data_collator=DataCollatorForSeq2Seq(make_tokenizer(), model=model),
         peft_config=make_lora_config(task_type="SEQ_2_SEQ_LM"),
-        da_config=make_config(**EIGHT),
+        da_config=make_config(**EIGHT, step_size=0.1),
     )
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, trainer.lora_da_report)

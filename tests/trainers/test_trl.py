@@ -195,7 +195,7 @@ def test_a_reward_model(tmp_path):
         torch.manual_seed(0)
         return LlamaForSequenceClassification(config)
 
-    callback = make_callback()
+    callback = make_callback(fit_heads=False)
     trainer = trl.RewardTrainer(
         model=make_model(),
         args=make_trl_args(trl.RewardConfig, tmp_path),
