@@ -24,7 +24,7 @@ from lora_da_hf.pipeline.run import hand_over, make_report
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.pipeline.step import Step, find_step, given_step, write_adapter
 from lora_da_hf.pipeline.stored import Given, config_for_use, gives_step, stored_step
-from lora_da_hf.report import LoRADAReport
+from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.samples import SampleSplits, is_loader, samples_of_loader
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.steps import rounding_notes
@@ -102,20 +102,8 @@ def apply_init(
         raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
     check_same_settings(job)
     solved = _match(job, stored)
-    notes: list[str] = [*stored.notes, *solved.notes]
-    found: Probe | None = None
     with job.restored_on_failure(trained_heads(model, job.scan.adapter_name)), job.collate.generators_kept():
-        with job.stage("write"):
-            notes += take_over_saved_modules(model, job.scan.adapter_name, stored)
-        with job.prepared():
-            if samples is not None:
-                splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
-                found = _probe(job, splits)
-                notes += (*of_samples, *found.notes)
-                step = find_step(job, solved, found, for_other_ranks=False)
-            else:
-                step = given_step(job) if is_given else _stored_step(job, stored, solved)
-            step, layers = write_adapter(job, solved, step, found)
+        step, layers, found, notes = _write(job, stored, solved, samples, is_given=is_given)
     report = make_report(
         job,
         solved,
@@ -130,6 +118,28 @@ def apply_init(
     )
     hand_over(job, report)
     return report
+
+
+def _write(
+    job: Job, stored: StoredInit, solved: Solved, samples: Any, *, is_given: bool
+) -> tuple[Step, list[LayerReport], Probe | None, list[str]]:
+    """Write heads and adapter, at the given, searched or stored step."""
+    notes, found = [*stored.notes, *solved.notes], None
+    with job.stage("write"):
+        notes += take_over_saved_modules(job.model, job.scan.adapter_name, stored)
+    with job.prepared():
+        if samples is not None:
+            splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
+            found = _probe(job, splits)
+            notes += (*of_samples, *found.notes)
+            step = find_step(job, solved, found, for_other_ranks=False)
+        elif is_given:
+            step = given_step(job)
+        else:
+            size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
+            step = Step(step_size=size, notes=(source,))
+        step, layers = write_adapter(job, solved, step, found)
+    return step, layers, found, notes
 
 
 def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
@@ -175,11 +185,6 @@ def _match(job: Job, stored: StoredInit) -> Solved:
         step_unit=stored.report.step_unit,
         notes=tuple(notes),
     )
-
-
-def _stored_step(job: Job, stored: StoredInit, solved: Solved) -> Step:
-    size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
-    return Step(step_size=size, notes=(source,))
 
 
 def _probe(job: Job, splits: SampleSplits) -> Probe:
