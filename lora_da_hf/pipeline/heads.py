@@ -64,7 +64,7 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
             single = one_by_one(found.settings)
             features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, single)]
         settle(job.model)  # FSDP2 has other parameters after a pass than before
-        replay = _Replay()
+        replay = _Replay(base.base_model)
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
         copies: dict[int, nn.Parameter] = {}
         for wrapper in wrappers.values():
@@ -120,9 +120,13 @@ def _read_features(job: Job, samples: Sequence[Any], settings: PassSettings) -> 
 class _Replay(nn.Module):
     """Stands in for the backbone, and returns what that returned before, call by call."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.outputs: Iterator[Any] = iter(())
+        self.__dict__["backbone"] = backbone  # beside the modules
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["backbone"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the next output."""
