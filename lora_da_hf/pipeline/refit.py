@@ -205,7 +205,7 @@ def _write(
     manifest = stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
     peft_config = _new_peft_config(stored, report.layers)
-    tensors = _new_tensors(stored, report, bases, peft_config)
+    tensors = _new_tensors(stored, report, bases)
 
     def save_adapter(path: Path) -> None:
         write_tensors(path / ADAPTER_FILE, tensors)
@@ -235,12 +235,7 @@ def _new_peft_config(stored: StoredInit, layers: list[LayerReport]) -> dict[str,
     return with_ranks(config, ranks, layers[0].peft_scaling)
 
 
-def _new_tensors(
-    stored: StoredInit,
-    report: LoRADAReport,
-    bases: Mapping[str, LayerSolution],
-    peft_config: dict[str, Any],
-) -> dict[str, Tensor]:
+def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
     """Return the stored adapter's tensors with the new factors in place of the old ones."""
     config = LoRADAConfig.from_dict(report.config)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,20 +89,9 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
         at_own_ranks = functools.partial(evaluate, samples, None)
         found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved), resolution=resolution)
         by_rank = dict.fromkeys(_one_rank(job), found.step_size)
-        part, rank = (
-            samples[:_LADDER_SAMPLES],
-            max(job.max_ranks.values()) if for_other_ranks and found.step_size else 0,
-        )
-        of_part = evaluate(part, None, 0.0) if rank else baseline
-        start = found.step_size
-        while (
-            rank
-        ):  # each a quarter of the last, from its neighbour's step and on a few samples, which have large errors
-            if rank not in by_rank:
-                options: dict[str, Any] = {"start": start, "factor": 2.0, "refine": False, "errors": 0.0}
-                at_rank = functools.partial(evaluate, part, rank)
-                by_rank[rank] = line_search(at_rank, baseline=of_part, resolution=resolution, **options).step_size
-            start, rank = by_rank[rank] or start, rank // _LADDER_RATIO
+        if for_other_ranks and found.step_size:
+            on_part = functools.partial(evaluate, samples[:_LADDER_SAMPLES])
+            by_rank |= _search_ladder(job, on_part, found.step_size, by_rank, resolution)
     step = replace(
         step,
         step_size=found.step_size,
@@ -129,6 +118,27 @@ def _noting_no_step(job: Job, step: Step, why: str) -> Step:
         logger.warning("LoRA-DA: %s.", note)
     losses = {"search_loss_after": step.search_loss_before, "unseen_loss_after": step.unseen_loss_before}
     return step.noting(note, step_size=0.0, step_size_by_rank=dict.fromkeys(step.step_size_by_rank, 0.0), **losses)
+
+
+def _search_ladder(
+    job: Job,
+    evaluate: Callable[[int | None, float], Losses],
+    start: float,
+    known: Mapping[int, float],
+    resolution: float,
+) -> dict[int, float]:
+    """Return the step of the largest rank and of each quarter of the last, searched from its neighbour's.
+
+    On a few samples errors are large, and the lowest loss counts whatever its error.
+    """
+    options: dict[str, Any] = {"factor": 2.0, "refine": False, "errors": 0.0, "resolution": resolution}
+    baseline, steps, rank = evaluate(None, 0.0), dict(known), max(job.max_ranks.values())
+    while rank:
+        if rank not in steps:
+            at_rank = functools.partial(evaluate, rank)
+            steps[rank] = line_search(at_rank, baseline=baseline, start=start, **options).step_size
+        start, rank = steps[rank] or start, rank // _LADDER_RATIO
+    return steps
 
 
 class _WatchedLoss:

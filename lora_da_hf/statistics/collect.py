@@ -249,7 +249,7 @@ def evaluate_losses(
     try:
         with torch.no_grad(), without_checkpointing(model):
             for batch, _, count, _ in read_batches(samples, batch_size, collate, settings, lockstep):
-                if not count and not lockstep.filler is not None:
+                if not count and lockstep.filler is None:
                     continue
                 with settings.labelled_rows():
                     loss = settings.reduction.loss(compute_loss, model, batch).item()
