@@ -37,7 +37,7 @@ ROWS = [
 
 def train(family, model, samples, folder):
     """Train three steps with the family's trainer. Returns it, the adapter that it started from, and the report."""
-    config = make_config(**EIGHT, step_size=0.1)
+    config = make_config(**EIGHT, step_size=0.1, fit_heads=False)  # the statistics are compared with a fresh model's
     settings = {"model": model, "train_dataset": samples, "data_collator": family.collate}
     if family.trainer is Seq2SeqTrainer:
         callback = LoRADACallback(config)
