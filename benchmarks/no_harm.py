@@ -34,8 +34,9 @@ NAMES = {
 
 
 def scores(records: Sequence[Record], place: int = -1) -> dict[int, float]:
-    """Return the score at the end, or at another evaluation, by seed."""
-    return {record["cell"]["seed"]: record["scores"][place][1] for record in records}
+    """Return the score at the end, or at another evaluation, by seed; that of a run that diverged is zero."""
+    ended = {record["cell"]["seed"]: record["scores"][-1][0] == record["cell"]["steps"] for record in records}
+    return {r["cell"]["seed"]: r["scores"][place][1] * (ended[r["cell"]["seed"]] or place == 0) for r in records}
 
 
 def percent(values: Sequence[float]) -> str:
@@ -88,7 +89,7 @@ def parts_table(records: Sequence[Record]) -> list[str]:
 
 def main(paths: list[str]) -> None:
     """Write the tables of some files of results beside the first."""
-    lines = ["# New heads: does the start do harm?", "", __doc__.split("\n\n")[2], ""]
+    lines = ["# New heads: does the start do harm?", "", __doc__.split("\n\n")[2].partition(". ")[2], ""]
     for path in map(Path, paths):
         records = read_lines(path)
         subject = records[0]["subject"]

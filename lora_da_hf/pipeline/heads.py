@@ -15,7 +15,9 @@ import torch
 from accelerate.utils import send_to_device
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE
@@ -148,11 +150,17 @@ class _WholeCopy(nn.Module):
         self.parameter_of = {id(p): nn.Parameter(read_full(p).to(self._dtype)) for p in head.parameters()}
         hooks = [hooks for module in head.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         self.copy = copy.deepcopy(head, {**self.parameter_of, **{id(found): OrderedDict() for found in hooks}})
+        self.copy.to(self._dtype)  # buffers too
 
-    def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy in its precision."""
-        with torch.autocast(features.device.type, enabled=False):
-            return self.copy(features.to(self._dtype), *args, **kwargs)
+
+        def widened(value: Any) -> Any:
+            return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        args, kwargs = tree_map(widened, (args, kwargs))
+        with torch.autocast(next(self.copy.parameters()).device.type, enabled=False):
+            return self.copy(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -181,7 +189,7 @@ def _losses(
         with torch.set_grad_enabled(bool(parameters)):
             loss = settings.reduction.loss(job.compute_loss, job.model, batch)
         weight = settings.reduction.weight(num_items) if num_items else 0.0
-        if parameters:
+        if parameters and loss.requires_grad:
             (loss * weight).backward()
         if num_items:
             mine.append((loss.item() * weight, num_items))
@@ -221,7 +229,8 @@ def _minimise(
             break
         ridge /= _RIDGE_RATIO
     best = min((losses for losses, _ in path if math.isfinite(losses.mean)), key=lambda x: x.mean, default=path[0][0])
-    taken, kept = next(step for step in path if step[0].mean <= best.mean + step[0].error_beside(best))
+    within = (step for step in path if step[0].mean <= best.mean + step[0].error_beside(best))
+    taken, kept = next(within, path[0])  # a loss that is no number stays for those who look at losses later
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
@@ -264,7 +273,7 @@ def take_over_saved_modules(model: nn.Module, adapter_name: str, stored: StoredI
 
 def stored_name(name: str, adapter_name: str) -> str:
     """Return the name under which PEFT stores a parameter of a head."""
-    return name.replace(f".modules_to_save.{adapter_name}.", ".")
+    return PEFT_PREFIX + base_name(name).replace(f".modules_to_save.{adapter_name}.", ".")
 
 
 def write_heads(heads: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

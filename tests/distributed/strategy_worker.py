@@ -260,7 +260,7 @@ def make_classifier():
     """Make a model with a new head, the same each time."""
     torch.manual_seed(0)
     config = make_base().config
-    config.num_labels = 3
+    config.num_labels, config.pad_token_id = 3, None
     model = LlamaForSequenceClassification(config)
     model.config.pad_token_id = 0  # after zero.Init, which has no row of that number to set to zero
     return model
