@@ -260,10 +260,8 @@ def make_classifier():
     """Make a model with a new head, the same each time."""
     torch.manual_seed(0)
     config = make_base().config
-    config.num_labels, config.pad_token_id = 3, None
-    model = LlamaForSequenceClassification(config)
-    model.config.pad_token_id = 0  # after zero.Init, which has no row of that number to set to zero
-    return model
+    config.num_labels, config.pad_token_id = 3, 0
+    return LlamaForSequenceClassification(config)
 
 
 def classes():
@@ -377,6 +375,7 @@ def main():
     PartialState().wait_for_everyone()
     table = {name: (cell, True) for name, cell in cells(strategy).items()}
     table |= {name: (cell, False) for name, cell in others(strategy).items()}
+    table = {"head": table.pop("head"), **table}  # before DeepSpeed builds all models in parts, from other draws
     for name, (cell, compared) in table.items():
         if not only or name in only:
             run_cell(folder, strategy, name, compared=compared, **cell)
