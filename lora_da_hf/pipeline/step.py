@@ -31,7 +31,7 @@ _FIRST_EQUAL_STEP = 0.1
 """Where all layers go equally far. On SmolLM2-135M searches ended at 1 to 3.2, and at 0.1 to 0.2 here."""
 
 _LADDER_RATIO = 4
-_LADDER_SAMPLES = 4
+_LEAST_ON_LADDER = 4
 _FULL_PRECISION = 4
 """Bytes of a loss in which steps can be told apart."""
 
@@ -90,7 +90,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
         found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved), resolution=resolution)
         by_rank = dict.fromkeys(_one_rank(job), found.step_size)
         if for_other_ranks and found.step_size:
-            on_part = functools.partial(evaluate, samples[:_LADDER_SAMPLES])
+            on_part = functools.partial(evaluate, samples[: max(_LEAST_ON_LADDER, len(samples) // _LADDER_RATIO)])
             by_rank |= _search_ladder(job, on_part, found.step_size, by_rank, resolution)
     step = replace(
         step,
@@ -129,9 +129,9 @@ def _search_ladder(
 ) -> dict[int, float]:
     """Return the step of the largest rank and of each quarter of the last, searched from its neighbour's.
 
-    On a few samples errors are large, and the lowest loss counts whatever its error.
+    A quarter of the samples has to do; a longer step has to earn its length on them, too.
     """
-    options: dict[str, Any] = {"factor": 2.0, "refine": False, "errors": 0.0, "resolution": resolution}
+    options: dict[str, Any] = {"factor": 2.0, "refine": False, "resolution": resolution}
     baseline, steps, rank = evaluate(None, 0.0), dict(known), max(job.max_ranks.values())
     while rank:
         if rank not in steps:
