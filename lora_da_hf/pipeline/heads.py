@@ -52,7 +52,7 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     The gradient of the layers below a head that is drawn at random says next to nothing of the task. The outputs of the
     backbone are computed once. On them L-BFGS minimises the loss plus a ridge towards the weights that the head has,
     ever weaker ones until the loss on a quarter of the samples, which are held out, rises. The strongest ridge is taken
-    within the error of the best; if that is no fit at all, the head stays as it is.
+    within the error of the best; the head stays as it is where that is within it too.
     """
     base, wrappers, samples = base_model_of(job.model), _head_modules(job), found.splits.heads
     if not wrappers or not samples:
@@ -230,7 +230,7 @@ def _minimise(
         ridge /= _RIDGE_RATIO
     best = min((losses for losses, _ in path if math.isfinite(losses.mean)), key=lambda x: x.mean, default=path[0][0])
     within = (step for step in path if step[0].mean <= best.mean + step[0].error_beside(best))
-    taken, kept = next(within, path[0])  # a loss that is no number stays for those who look at losses later
+    taken, kept = next(within, path[0])  # where the loss is not finite the search says so
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
