@@ -121,7 +121,7 @@ class LoRADAConfig:
     fit_heads: bool = setting(
         True,
         "Fit the heads that are trained beside the adapter (modules_to_save) before anything else, on four times "
-        "num_samples other samples.",
+        "num_samples other samples; with few others, on those of the statistics too.",
     )
 
     token_mask: Literal["attention", "labels"] = setting(

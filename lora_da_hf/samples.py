@@ -37,7 +37,7 @@ _TIMES_FOR_HEADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSplits:
-    """The samples by what they are used for. No sample is in two of them.
+    """The samples by what they are used for. No sample is in two of them, but for those of heads where there are few.
 
     Attributes:
         statistics: For the statistics.
