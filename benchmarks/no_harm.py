@@ -21,6 +21,8 @@ from typing import Any
 from lines import read_lines
 from report import describe, grouped, markdown
 
+FULL_LENGTH = ("harm", "more_seeds", "heads")
+"""The blocks that train to the end."""
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 """Student's quantile by degrees of freedom."""
 
@@ -41,6 +43,8 @@ def scores(records: Sequence[Record], place: int = -1) -> dict[int, float]:
 
 def percent(values: Sequence[float]) -> str:
     """Return a mean and a standard deviation in percent."""
+    if not values:
+        return "none"
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.fmean(values):.1f}{spread} ({len(values)})"
 
@@ -57,23 +61,23 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, s
 def harm_table(records: Sequence[Record]) -> list[str]:
     """Compare the default with plain LoRA, for each task, rank, number of steps and rate."""
     rows: list[list[str]] = []
-    default = [record for record in records if not record["cell"]["settings"] and record["cell"]["num_samples"] == 256]
+    default = [r for r in records if r["block"] in FULL_LENGTH]
     for (steps, rank, rate), cells in sorted(grouped(default, "steps", "rank", "learning_rate").items(), reverse=True):
-        by_method = {method: found for (method,), found in grouped(cells, "method").items()}
-        if not {"lora", "lora_da"} <= set(by_method):
-            continue
-        plain, ours = scores(by_method["lora"]), scores(by_method["lora_da"])
-        first = percent(list(scores(by_method["lora_da"], 0).values()))
-        both = [percent(list(plain.values())), first, percent(list(ours.values()))]
-        rows.append([str(rank), str(steps), f"{rate:g}", *both, *difference(ours, plain)])
-    columns = ["rank", "steps", "rate", "plain LoRA", "LoRA-DA at step 0", "LoRA-DA", "difference", "worst seed"]
-    return markdown(columns, rows)
+        by_method = {method: scores(found) for (method,), found in grouped(cells, "method").items()}
+        first = scores([record for record in cells if record["cell"]["method"] == "lora_da"], 0)
+        ours, plain, fitted = (by_method.get(method, {}) for method in ("lora_da", "lora", "lora_beside_da"))
+        columns = [percent(list(values.values())) for values in (plain, fitted, first, ours)]
+        against = [text for theirs in (plain, fitted) for text in difference(ours, theirs)]
+        rows.append([str(rank), str(steps), f"{rate:g}", *columns, *against])
+    names = ["plain LoRA", "plain LoRA, head fitted", "LoRA-DA at step 0", "LoRA-DA"]
+    against = ["LoRA-DA less plain", "worst seed", "less plain with the head", "worst seed"]
+    return markdown(["rank", "steps", "rate", *names, *against], rows)
 
 
 def parts_table(records: Sequence[Record]) -> list[str]:
     """List each method and set of settings at the rate and the steps of the parts."""
     rows: list[list[str]] = []
-    short = [record for record in records if record["block"] not in ("harm", "more_seeds")]
+    short = [record for record in records if record["block"] not in FULL_LENGTH]
     for (rank, samples, method), cells in grouped(short, "rank", "num_samples", "method").items():
         sets: dict[str, list[Record]] = {}
         for record in cells:
@@ -100,7 +104,7 @@ def main(paths: list[str]) -> None:
             f"Scores are {metric}, mean ± standard deviation (seeds); differences are in points, paired by seed,",
         ]
         lines += ["with their 95 % interval.", "", *harm_table(records), ""]
-        parts = [record for record in records if record["block"] not in ("harm", "more_seeds")]
+        parts = [record for record in records if record["block"] not in FULL_LENGTH]
         if parts:
             cell = parts[0]["cell"]
             lines += [f"What it is that helps: {cell['steps']} steps at {cell['learning_rate']:g}.", ""]
