@@ -18,10 +18,9 @@ from lora_da_hf.errors import PlanError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.statistics.taps import input_groups
-from lora_da_hf.theory.solve import solve_dtype
 
 _ITEM = 4
-"""Bytes of an entry of the sums, which are in float32."""
+"""Bytes of an entry of the sums, which are in float32. They are solved in float64."""
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
@@ -53,8 +52,8 @@ class Group:
 
     @property
     def work_bytes(self) -> int:
-        """What the solve takes beside the sums, in its dtype: the moment three times, and a gradient four times."""
-        return solve_dtype(self.d_in).itemsize * self.d_in * (3 * self.d_in + 4 * max(self.d_outs))
+        """What the solve takes beside the sums: the moment twice, and a gradient four times, in float64."""
+        return 2 * _ITEM * self.d_in * (2 * self.d_in + 4 * max(self.d_outs))
 
     @property
     def solve_cost(self) -> float:

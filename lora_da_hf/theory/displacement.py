@@ -60,16 +60,12 @@ class Displacement:
 
     def norm(self, start: Tensor | None = None) -> float:
         """Return the largest singular value of D; ``start [d_in, k]`` may be close to its vector."""
-        scale = self.scaled_gradient.abs().max().item()
-        if scale == 0:
-            return 0.0
-        scaled = Displacement(scaled_gradient=self.scaled_gradient / scale, factorized_input=self.factorized_input)
         # an eigenvalue is accurate to the square of the residual
         pairs = leading_eigenpairs(
-            lambda v: scaled.transposed_times_apply(scaled.factorized_input.solve(v)),
+            lambda v: self.transposed_times_apply(self.factorized_input.solve(v)),
             1,
             like=self.scaled_gradient,
             tolerance=_NORM_TOLERANCE,
             start=start,
         )
-        return scale * pairs.eigenvalues[0].clamp_min(0).sqrt().item()
+        return pairs.eigenvalues[0].clamp_min(0).sqrt().item()

@@ -45,10 +45,9 @@ def build_guidance(
     variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
         dense = displacement.dense()
-        scale = dense.abs().max().item() or 1.0  # in float32 the norm of the product would overflow
-        narrow = (dense if dense.shape[0] >= dense.shape[1] else dense.mT) / scale
+        narrow = dense if dense.shape[0] >= dense.shape[1] else dense.mT
         inverse_norm = displacement.factorized_input.inverse().norm().item()
-        variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm * scale * scale
+        variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm
     return Guidance(displacement=displacement, variance_coefficient=variance)
 
 

@@ -12,8 +12,6 @@ from lora_da_hf.errors import NonFiniteError, SolveError
 
 _MAX_DAMPING_RAISES = 12
 _RAISE = 10.0
-_ROWS = 256
-"""Of a moment, that are widened to float64 at once."""
 
 
 def damping_value(damping: Damping, diagonal: Tensor) -> float:
@@ -44,14 +42,11 @@ class FactorizedInput:
         return torch.cholesky_inverse(self.cholesky)
 
 
-def factorize_input(
-    input_second_moment: Tensor, damping: Damping, *, layer: str, dtype: torch.dtype = torch.float64
-) -> FactorizedInput:
-    """Factorise the damped input second moment, raising precision and then damping until it can be done.
+def factorize_input(input_second_moment: Tensor, damping: Damping, *, layer: str) -> FactorizedInput:
+    """Factorise the damped input second moment in float64, raising the damping until it can be done.
 
     A factorisation counts as failed if LAPACK says so, or if a solve with it misses its right-hand side by more than
-    1e-3 relative. ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens and is symmetrised here.
-    Where a narrower ``dtype`` fails, float64 follows on the CPU, so that its copies take no memory on the device.
+    1e-3 relative. ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens, symmetric.
 
     Raises:
         NonFiniteError: if the moment is not finite.
@@ -63,35 +58,21 @@ def factorize_input(
             "the data, or run the statistics in a wider dtype."
         )
     amount = damping_value(damping, input_second_moment.diagonal())
-    notes: list[str] = []
-    tries = [(dtype, amount)] + ([(torch.float64, amount)] if dtype != torch.float64 else [])
     floor = max(amount, torch.finfo(torch.float64).eps * input_second_moment.diagonal().double().mean().item())
-    tries += [(torch.float64, floor * _RAISE**k) for k in range(1, _MAX_DAMPING_RAISES + 1)]
-    pivot = 0
-    for tried_dtype, tried_amount in tries:
-        moment = input_second_moment if tried_dtype == dtype else input_second_moment.cpu()
-        damped = (moment + moment.mT).mul_(0.5).to(tried_dtype)
-        damped.diagonal().add_(tried_amount)
+    notes: list[str] = []
+    for tried in (amount, *(floor * _RAISE**k for k in range(1, _MAX_DAMPING_RAISES + 1))):
+        damped = input_second_moment.to(torch.float64, copy=True)
+        damped.diagonal().add_(tried)
         cholesky, info = torch.linalg.cholesky_ex(damped)
-        pivot = int(info.item())
-        factorized = FactorizedInput(cholesky=cholesky, damping=tried_amount, notes=tuple(notes))
-        if pivot == 0 and _solves(factorized, damped):
+        factorized = FactorizedInput(cholesky=cholesky, damping=tried, notes=tuple(notes))
+        if not info.item() and _solves(factorized, damped):
             return factorized
-        why = f"failed at pivot {pivot}" if pivot else "was inaccurate"
-        notes.append(f"Cholesky in {str(tried_dtype).removeprefix('torch.')} with damping {tried_amount:.2g} {why}")
+        why = f"failed at pivot {info.item()}" if info.item() else "was inaccurate"
+        notes.append(f"Cholesky with damping {tried:.2g} {why}")
     raise SolveError(
-        f"Cholesky failed for {layer}, input second moment {list(input_second_moment.shape)}, even with damping "
-        f"{tries[-1][1]:.2g} (pivot {pivot}). Raise input_damping or collect more samples."
+        f"The input second moment of {layer}, {list(input_second_moment.shape)}, cannot be factorised ({notes[-1]}). "
+        "Raise input_damping or collect more samples."
     )
-
-
-def damped_product(moment: Tensor, amount: float, vectors: Tensor) -> Tensor:
-    """Return ``(moment + amount * I) V`` in float64 for ``V [d, k]``, widening some rows of the moment at a time."""
-    product = vectors * amount
-    for start in range(0, moment.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        product[rows] += (moment[rows] + moment[:, rows].mT).double() @ vectors * 0.5
-    return product
 
 
 def _solves(factorized: FactorizedInput, damped: Tensor) -> bool:

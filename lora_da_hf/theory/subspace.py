@@ -80,10 +80,10 @@ def block_krylov(
     """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
 
     The start block is random with a fixed seed, so the same operator gives the same bits. The basis grows until the
-    residual meets the tolerance, raised to what the dtype can resolve, or it spans half of the space, where an exact
-    solver is cheaper. ``start [d, k]`` are orthonormal vectors close to those that are sought.
+    residual meets the tolerance, or it spans half of the space, where an exact solver is cheaper. ``start [d, k]`` are
+    orthonormal vectors close to those that are sought.
     """
-    dimension, tolerance = like.shape[-1], max(tolerance, 100 * torch.finfo(like.dtype).eps)
+    dimension = like.shape[-1]
     block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
     largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
@@ -127,7 +127,6 @@ def _orthonormal_part(block: Tensor, basis: Tensor) -> Tensor:
 def relative_residual(image: Tensor, vectors: Tensor, eigenvalues: Tensor) -> float:
     """Return the largest ``||M v - lambda v||`` over ``vectors [d, k]``, relative to the largest ``|lambda|``."""
     largest = eigenvalues.abs().max().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
-    # divided before the norm squares it: in float32 the error of an operator near 1e-20 would vanish
     return ((image - vectors * eigenvalues) / largest).norm(dim=0).max().item()
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from lora_da_hf import apply_init
 
 PROCESS = int(os.environ.get("RANK", "0"))
-SMALL = 350_000
+SMALL = 300_000
 """Bytes, for which the layers are collected in several windows."""
 SEVEN = {"num_samples": 7, "step_size": 0.05, "search_samples": 0, "batch_size": 2, "save_statistics": True}
 """Settings for uneven shares: four samples and three, of which the last is a batch of its own."""

@@ -215,7 +215,7 @@ def with_unused_layer(model):
     return model
 
 
-@pytest.mark.parametrize("memory_budget", [None, 350_000])
+@pytest.mark.parametrize("memory_budget", [None, 300_000])
 def test_a_layer_that_is_never_called_is_kept_and_listed(tiny_llama, lora_model, samples, memory_budget):
     model = lora_model(model=with_unused_layer(tiny_llama()))
     report = initialize(model, samples, memory_budget=memory_budget)

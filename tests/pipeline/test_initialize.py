@@ -337,7 +337,7 @@ def mask_at_random(samples):
     return {**batch, "labels": labels}
 
 
-@pytest.mark.parametrize("memory_budget", [None, 350_000])
+@pytest.mark.parametrize("memory_budget", [None, 300_000])
 def test_a_collator_that_draws_at_random_makes_the_same_batches_for_every_step(lora_model, samples, memory_budget):
     settings = {"collator": mask_at_random, "max_rank": 4}
     report = initialize(lora_model(), samples, memory_budget=memory_budget, **settings)

@@ -21,7 +21,7 @@ from harness import (
 from lora_da_hf import initialize_lora_da
 from lora_da_hf.errors import PlanError
 
-SMALL = 350_000  # bytes: the widest layer of the tiny model takes 317,632, and all of them 532,480
+SMALL = 300_000  # bytes: the widest layer of the tiny model takes 266,432, and all of them 481,280
 
 
 def passes(report):
@@ -75,8 +75,8 @@ def test_the_plan_is_told_once_before_it_is_carried_out(lora_model, samples, cap
 def test_a_budget_that_no_pass_fits_in_is_an_error(lora_model, samples):
     model = lora_model()
     before = adapter_weights(model)
-    with pytest.raises(PlanError, match=r"model.layers.0.mlp.down_proj .*317632 bytes"):
-        initialize(model, samples, memory_budget=317_631)
+    with pytest.raises(PlanError, match=r"model.layers.0.mlp.down_proj .*266432 bytes"):
+        initialize(model, samples, memory_budget=266_431)
     assert_same_tensors(adapter_weights(model), before)
 
 
@@ -97,7 +97,7 @@ def test_windows_take_the_memory_that_the_plan_says(tiny_llama, lora_model, samp
 def test_the_bits_do_not_depend_on_the_memory_that_is_free(tiny_llama, lora_model, samples, threads):
     """Matrices of this width are computed to other bits on another number of threads."""
     found, counts = [], []
-    for budget in (None, 22_500_000):
+    for budget in (None, 20_000_000):
         base = tiny_llama(hidden_size=576, intermediate_size=64, num_hidden_layers=2)
         model = lora_model(model=base, target_modules=["q_proj"])
         with on_threads(threads):

@@ -34,8 +34,8 @@ def make_problem(d_out=12, d_in=10, *, seed=0, tokens=60, samples=None, dtype=to
 def make_guidance(statistics, *, damping=1e-2, variance_weight=0.1, population_size=100, **overrides):
     """Build the guidance matrix of a layer with the same absolute damping for both factors."""
     rule = Damping(amount=damping)
-    factorized = factorize_input(statistics.input_second_moment, rule, layer="a", dtype=statistics.weight_grad.dtype)
-    y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag, rule, layer="a")
+    factorized = factorize_input(statistics.input_second_moment, rule, layer="a")
+    y_inv, _ = inverse_output_factor(statistics.output_grad_second_moment_diag.double(), rule, layer="a")
     return build_guidance(
         Displacement(scaled_gradient=y_inv[:, None] * statistics.weight_grad, factorized_input=factorized),
         y_inv,

@@ -57,9 +57,8 @@ def test_singular_pairs_are_those_of_the_dense_matrix_up_to_its_rank(problem, d_
     torch.testing.assert_close(vectors.mT.abs(), right[:rank].abs(), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1.0), (torch.float32, 1e-30), (torch.float32, 1e15)])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("shape", [(1, 7), (60, 40), (500, 450), (30, 600)])
-def test_the_spectral_norm_is_the_largest_singular_value_at_any_scale(shape, dtype, scale):
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * scale
-    expected = torch.linalg.svdvals(matrix.double())[0].item()
-    assert of_matrix(matrix).norm() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-4)
+def test_the_spectral_norm_is_the_largest_singular_value_at_any_scale(shape, scale):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scale
+    assert of_matrix(matrix).norm() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-9)

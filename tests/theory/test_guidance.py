@@ -97,22 +97,20 @@ def test_the_basis_of_a_smaller_rank_is_the_first_columns_of_a_larger_one(proble
     assert (large.eigenvalues.diff() >= -1e-12).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_small_singular_value_is_no_null_direction(guidance_of, dtype):
+def test_a_small_singular_value_is_no_null_direction(guidance_of):
     left, right = random_frame(60, 40, 0), random_frame(420, 40, 1)
     singular = torch.arange(1, 41, dtype=torch.float64) ** -1.75  # the last that is asked for is 0.3 % of the first
     statistics = LayerStatistics(
-        input_second_moment=torch.eye(420, dtype=dtype),
-        output_grad_second_moment_diag=torch.ones(60, dtype=dtype),
-        weight_grad=(left * singular @ right.mT).to(dtype),
+        input_second_moment=torch.eye(420),
+        output_grad_second_moment_diag=torch.ones(60),
+        weight_grad=(left * singular @ right.mT).float(),
         num_input_tokens=1,
         num_output_tokens=1,
     )
     pairs = lowest_subspace(guidance_of(statistics, damping=0.0, variance_weight=0.0), 28)
-    torch.testing.assert_close(pairs.eigenvalues.double(), -singular[:28].square(), rtol=2e-2, atol=0)
-    # of the others, float32 mixes neighbours
-    kept = (right[:, :20].mT @ pairs.vectors.double()).norm(dim=1)
-    torch.testing.assert_close(kept, torch.ones(20, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(pairs.eigenvalues, -singular[:28].square(), rtol=2e-4, atol=0)
+    kept = (right[:, :28].mT @ pairs.vectors).norm(dim=1)
+    torch.testing.assert_close(kept, torch.ones(28, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,7 +123,7 @@ def test_what_rounding_adds_to_a_gradient_of_low_rank_is_no_direction(problem, g
     pairs = lowest_subspace(guidance, 6)
     assert (pairs.eigenvalues[:3] < 0).all()
     assert (pairs.eigenvalues[3:] == 0).all()
-    identity = torch.eye(6, dtype=dtype)
+    identity = torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, identity, rtol=0, atol=1e-5)
     left = guidance.displacement.apply(pairs.vectors).norm(dim=0)
     assert (left[3:] < 1e-3 * left[0]).all()
