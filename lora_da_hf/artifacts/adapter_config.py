@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lora_da_hf.artifacts.manifest import BaseModelFacts, Manifest, explained
 from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
+from lora_da_hf.report import LayerReport
 
 PEFT_PREFIX = "base_model.model."
 INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
@@ -29,42 +30,43 @@ _MOST_PARAMETERS = 16
 """Of one module. Experts have two or four, and a file from outside could name 100,000."""
 _EXPERT = re.compile(r"\[(\d+)\]$")
 _MORE_THAN_NAMES = ("exclude_modules", "layers_pattern", "layers_to_transform")
-_TEXT = Annotated[str, Field(max_length=4096)]
-_NAMES = Annotated[
-    list[Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=512)]], Field(max_length=100_000)
-]
-_FEW_NAMES = Annotated[_NAMES, Field(max_length=64)]
-_RANK = Annotated[int, Field(ge=1, lt=2**31)]
-_TOKENS = Annotated[list[int], Field(max_length=500_000)]
+_NOT_STORED = (*_MORE_THAN_NAMES, "init_lora_weights", "eva_config", "runtime_config", "auto_mapping")
+_Names = list[Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)*$", max_length=512)]]
+_FewNames = Annotated[_Names, Field(max_length=64)]
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
+_Alpha = Annotated[float, Field(gt=0)]
 
 
 class _Config(BaseModel):
     """The settings that are written. Any other must have PEFT's default."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, str_max_length=4096)
     peft_type: Literal["LORA"]
-    peft_version: _TEXT | None = None
+    peft_version: str | None = None
     task_type: (
         Literal["CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"] | None
     ) = None
-    base_model_name_or_path: _TEXT | None = None
-    revision: _TEXT | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
     inference_mode: bool = False
-    r: _RANK
-    lora_alpha: Annotated[float, Field(gt=0)]
-    rank_pattern: Annotated[dict[_TEXT, _RANK], Field(max_length=100_000)] = {}
-    alpha_pattern: Annotated[dict[_TEXT, Annotated[float, Field(gt=0)]], Field(max_length=100_000)] = {}
+    r: _Rank
+    lora_alpha: _Alpha
+    rank_pattern: dict[str, _Rank] = {}
+    alpha_pattern: dict[str, _Alpha] = {}
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    target_modules: _NAMES | None = None
-    target_parameters: Annotated[_NAMES, Field(max_length=1024)] | None = None
-    modules_to_save: _FEW_NAMES | None = None
-    trainable_token_indices: _TOKENS | Annotated[dict[_TEXT, _TOKENS], Field(max_length=64)] | None = None
+    target_modules: _Names | None = None
+    target_parameters: Annotated[_Names, Field(max_length=1024)] | None = None
+    modules_to_save: _FewNames | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
+
+
+# ---- names
 
 
 def holder_of(name: str) -> str:
@@ -80,26 +82,8 @@ def expert_of(name: str) -> int | None:
 
 def is_saved(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether PEFT trains a module in full: its name ends with one to save, at a dot or not, or lies in one."""
-    saved: Collection[str] = config.get("modules_to_save") or ()
+    saved: Collection[str] = config["modules_to_save"] or ()
     return any(name.endswith(part) or f".{part}." in f".{name}." for part in saved)
-
-
-def pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, list[str]]:
-    """Return what PEFT may look up the rank of each layer by: its name, or those of its experts' parameters."""
-    targets: set[str] = set(config.get("target_modules") or ())
-    parameters: dict[str, list[str]] = {}
-    for target in config.get("target_parameters") or ():
-        parent, _, parameter = target.rpartition(".")
-        parameters.setdefault(parent, []).append(parameter)
-    found: dict[str, list[str]] = {}
-    for name in layers:
-        if any(end in targets for end in _ends_of(name)):
-            found[name] = [name]
-        else:
-            module = holder_of(name).replace(".base_layer", "")
-            every = (f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ()))
-            found[name] = list(itertools.islice(every, _MOST_PARAMETERS))
-    return found
 
 
 def _ends_of(name: str) -> Iterator[str]:
@@ -113,9 +97,23 @@ def _exactly(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def rank_of(config: Mapping[str, Any], name: str) -> int:
-    """Return the rank that a stored configuration gives to a `pattern_names` name."""
-    return (config.get("rank_pattern") or {}).get(_exactly(name), config["r"])
+def _pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> Iterator[str]:
+    """Yield what PEFT looks up ranks by: the names of these layers, or those of the experts' parameters."""
+    targets: set[str] = set(config["target_modules"] or ())
+    parameters: dict[str, list[str]] = {}
+    for target in config["target_parameters"] or ():
+        parent, _, parameter = target.rpartition(".")
+        parameters.setdefault(parent, []).append(parameter)
+    for name in layers:
+        if any(end in targets for end in _ends_of(name)):
+            yield name
+        else:
+            module = holder_of(name).replace(".base_layer", "")
+            every = (f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ()))
+            yield from itertools.islice(every, _MOST_PARAMETERS)
+
+
+# ---- the configuration
 
 
 def alpha_divisor(config: Mapping[str, Any], rank: int) -> float:
@@ -123,8 +121,8 @@ def alpha_divisor(config: Mapping[str, Any], rank: int) -> float:
     return math.sqrt(rank) if config.get("use_rslora") else rank
 
 
-def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
-    """Return the configuration for other ranks (by the names of `pattern_names`), at one scaling of all layers.
+def _with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
+    """Return the configuration for other ranks, at one scaling of all layers.
 
     `r` is the largest rank, so that ``lora_alpha`` and `r` alone tell the scaling to those who read no patterns.
     """
@@ -133,15 +131,22 @@ def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], scaling: flo
         alpha = scaling * alpha_divisor(config, rank)
         return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
-    largest = max(ranks.values())
+    largest = max(ranks.values(), default=config["r"])
     smaller = {_exactly(name): rank for name, rank in ranks.items() if rank != largest}
-    return {
-        **config,
-        "r": largest,
-        "lora_alpha": alpha_for(largest),
-        "rank_pattern": smaller,
-        "alpha_pattern": {key: alpha_for(rank) for key, rank in smaller.items()},
-    }
+    alphas = {key: alpha_for(rank) for key, rank in smaller.items()}
+    of_all = {"r": largest, "lora_alpha": alpha_for(largest)}
+    return {**config, **of_all, "rank_pattern": smaller, "alpha_pattern": alphas}
+
+
+def config_for(config: Mapping[str, Any], layers: Mapping[str, LayerReport], kept: Iterable[str]) -> dict[str, Any]:
+    """Return a stored configuration at the ranks and the scaling of these layers.
+
+    Experts, and layers that were ``kept`` as PEFT made them, have the rank that it gives them.
+    """
+    found, usual = config["rank_pattern"], config["r"]
+    ranks = {key: found.get(_exactly(key), usual) for key in _pattern_names(config, (*layers, *kept))}
+    ranks |= {name: layer.rank for name, layer in layers.items() if name in ranks}
+    return _with_ranks(config, ranks, next(iter(layers.values())).peft_scaling)
 
 
 def config_to_store(
@@ -156,20 +161,12 @@ def config_to_store(
     config["revision"] = base.revision
     if base.name_or_path:  # which the manifest marks where it is a folder's
         config["base_model_name_or_path"] = base.name_or_path.removeprefix("./")
-    return with_ranks(config, ranks, scaling)
+    return _with_ranks(config, ranks, scaling)
 
 
 def refuse_unstorable(config: LoraConfig) -> None:
     """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`."""
-    kept = {
-        *_Config.model_fields,
-        *_MORE_THAN_NAMES,
-        "init_lora_weights",
-        "eva_config",
-        "runtime_config",
-        "auto_mapping",
-    }
-    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    values, defaults, kept = config.to_dict(), LoraConfig().to_dict(), (*_Config.model_fields, *_NOT_STORED)
     used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
     if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
         raise UnsupportedSetupError(
@@ -184,41 +181,33 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES:,} bytes")
         read = _Config.model_validate_json(path.read_bytes())
-        defaults = LoraConfig().to_dict()
+        config, defaults = read.model_dump(include=set(_Config.model_fields)), LoraConfig().to_dict()
         for key, value in (read.model_extra or {}).items():
             if key not in defaults or json.dumps(value) != json.dumps(defaults[key]):
                 raise ValueError(f"{key[:80]} is {str(value)[:80]}, and only PEFT's default is stored")
-        config = read.model_dump()
-        _compare(config, manifest)
+        for key, expected in _as_written(config, manifest).items():
+            if not _same(config[key], expected):
+                raise ValueError(f"{key} is {str(config[key])[:160]}, and by the manifest {str(expected)[:160]}")
     except ValueError as error:
         raise ArtifactError(f"{path}: {explained(error)}. Do not use it.") from error
     return config
 
 
-def _compare(config: dict[str, Any], manifest: Manifest) -> None:
-    """Raise a ValueError where a configuration is not as the manifest has it."""
-    base, name = manifest.base_model, config["base_model_name_or_path"]
-    if name and base.name_or_path and name.removeprefix("./") != base.name_or_path.removeprefix("./"):
-        raise ValueError(f"base_model_name_or_path is {name!r}, and the manifest says {base.name_or_path!r}")
-    if config["revision"] != base.revision:
-        raise ValueError(f"revision is {config['revision']!r}, and the manifest says {base.revision!r}")
-    layers, kept = manifest.layers, manifest.report.kept
-    targets: set[str] = set(config["target_modules"] or ())
-    unused = targets.difference(*map(_ends_of, (*layers, *kept, *(config["modules_to_save"] or ()))))
-    if unused:
-        raise ValueError(f"target_modules has {min(unused)!r}, and the manifest no layer of that name")
-    names = pattern_names(config, (*layers, *kept))
-    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
-    unknown = {*ranks, *alphas} - {_exactly(name) for found in names.values() for name in found}
-    if unknown:
-        raise ValueError(f"rank_pattern or alpha_pattern has {min(unknown)[:80]!r}, which is not the name of a layer")
-    for name, layer in layers.items():
-        found = {key: rank_of(config, key) for key in names[name]}
-        if layer.rank not in found.values():
-            raise ValueError(f"r or rank_pattern give {name} {[*found.values()] or 'no rank'}, and not {layer.rank}")
-        for key, rank in found.items():
-            scaling = alphas.get(_exactly(key), config["lora_alpha"]) / alpha_divisor(config, rank)
-            if not math.isclose(layer.peft_scaling, scaling, rel_tol=1e-9):
-                raise ValueError(f"lora_alpha gives {name} the scaling {scaling:.6g}, and not {layer.peft_scaling:.6g}")
-        if is_saved(config, name):
-            raise ValueError(f"modules_to_save takes {name}, which the manifest says is adapted")
+def _as_written(config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Return a configuration as it is written for the layers and the base of a manifest."""
+    layers, base, targets = (*manifest.layers, *manifest.report.kept), manifest.base_model, config["target_modules"]
+    name = base.name_or_path or config["base_model_name_or_path"]
+    known = {end for name in (*layers, *(config["modules_to_save"] or ())) for end in _ends_of(name)}
+    return {
+        **config_for(config, manifest.layers, manifest.report.kept),
+        "target_modules": targets and [target for target in targets if target in known],
+        "revision": base.revision,
+        "base_model_name_or_path": name and name.removeprefix("./"),
+    }
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Compare two values of a configuration, of which alphas are computed."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_same(found[key], expected[key]) for key in expected)
+    return math.isclose(found, expected, rel_tol=1e-9) if isinstance(found, float) else found == expected

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
-from lora_da_hf.artifacts.adapter_tensors import check_adapter
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
 from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
@@ -29,7 +28,7 @@ from lora_da_hf.artifacts.manifest import (
     RefittedFrom,
     parse_manifest,
 )
-from lora_da_hf.artifacts.tensors import basis_tensors, check_statistics, read_solutions, write_tensors
+from lora_da_hf.artifacts.tensors import basis_tensors, check_adapter, check_statistics, read_solutions, write_tensors
 from lora_da_hf.errors import ArtifactError, BaseModelMismatchError
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LoRADAReport

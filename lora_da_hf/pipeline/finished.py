@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from lora_da_hf.adapters.write import write_factors
-from lora_da_hf.artifacts.adapter_tensors import stored_factor
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init
-from lora_da_hf.artifacts.tensors import read_tensors
+from lora_da_hf.artifacts.tensors import read_tensors, stored_factor
 from lora_da_hf.errors import ArtifactError
 from lora_da_hf.pipeline.base_model import trained_heads
 from lora_da_hf.pipeline.heads import stored_name, write_heads

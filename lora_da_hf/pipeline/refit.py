@@ -11,18 +11,18 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_da_hf.artifacts.adapter_config import (
-    alpha_divisor,
-    expert_of,
-    pattern_names,
-    rank_of,
-    with_ranks,
-)
-from lora_da_hf.artifacts.adapter_tensors import factor_key, stored_factor
+from lora_da_hf.artifacts.adapter_config import alpha_divisor, config_for, expert_of
 from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
-from lora_da_hf.artifacts.tensors import input_groups_of, iterate_statistics, read_tensors, write_tensors
+from lora_da_hf.artifacts.tensors import (
+    factor_key,
+    input_groups_of,
+    iterate_statistics,
+    read_tensors,
+    stored_factor,
+    write_tensors,
+)
 from lora_da_hf.config import SOLVE_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.solve import in_one_unit, reported
@@ -204,7 +204,7 @@ def _write(
     """Write the new initialisation: all of it, or nothing."""
     manifest = stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
-    peft_config = _new_peft_config(stored, report.layers)
+    peft_config = config_for(stored.peft_config, {layer.name: layer for layer in report.layers}, stored.report.kept)
     tensors = _new_tensors(stored, report, bases)
 
     def save_adapter(path: Path) -> None:
@@ -224,15 +224,6 @@ def _write(
             manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
         ),
     )
-
-
-def _new_peft_config(stored: StoredInit, layers: list[LayerReport]) -> dict[str, Any]:
-    """Return PEFT's configuration for the new ranks; what PEFT initialised keeps its own, at the scaling of all."""
-    config, kept = stored.peft_config, stored.report.kept
-    names = pattern_names(config, (*kept, *(layer.name for layer in layers)))
-    ranks = {key: rank_of(config, key) for name in kept for key in names[name]}
-    ranks |= {key: layer.rank for layer in layers for key in names[layer.name]}
-    return with_ranks(config, ranks, layers[0].peft_scaling)
 
 
 def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, LayerSolution]) -> dict[str, Tensor]:

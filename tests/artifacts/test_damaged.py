@@ -228,17 +228,6 @@ def test_the_revision_of_the_base_is_that_of_the_manifest(folder, refuses):
         refuses(ADAPTER_CONFIG_FILE, "revision")
 
 
-def test_a_bias_that_an_untrained_adapter_does_not_have_is_refused(folder, refuses):
-    biases = {f"base_model.model.{LAYER}.lora_B.bias": torch.zeros(32)}
-    change_config(folder, lora_bias=True)
-    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors.update(biases))
-    forge_manifest(folder)
-    load_init(folder)
-    change_tensors(folder / ADAPTER_FILE, lambda tensors: tensors[f"base_model.model.{LAYER}.lora_B.bias"].add_(5))
-    forge_manifest(folder)
-    refuses(ADAPTER_FILE, LAYER)
-
-
 def test_another_schema_is_refused_and_says_what_to_do(folder, refuses):
     path = folder / MANIFEST_FILE
     path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
