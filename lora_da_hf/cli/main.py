@@ -10,20 +10,15 @@ import traceback
 import warnings
 
 from lora_da_hf.cli import compute, stored
+from lora_da_hf.cli.flags import Verb
 from lora_da_hf.cli.output import Output, explain, printable
 
-VERBS = {
-    "init": (compute, "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16"),
-    "plan": (compute, "meta-llama/Llama-3.1-8B --lora_rank 16 --world_size 4 --da_memory_budget 20GiB"),
-    "show": (stored, "my-init --every_layer"),
-    "refit": (stored, "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean"),
-    "verify": (stored, "my-init --base_model HuggingFaceTB/SmolLM2-135M"),
-    "card": (stored, "my-init --license apache-2.0 --datasets gsm8k --language en --output card"),
-    "push": (stored, "my-init user/my-init --create_pr"),
-    "pull": (stored, "user/my-init@v1 --quiet"),
-    "list": (stored, "--base_model HuggingFaceTB/SmolLM2-135M --limit 20"),
+VERBS: dict[str, Verb] = {
+    name.rstrip("_"): verb
+    for module in (compute, stored)
+    for name, verb in vars(module).items()
+    if isinstance(verb, Verb)
 }
-"""The module of each verb, which has ``<verb>_flags`` and ``run_<verb>``, and an example."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,23 +58,23 @@ def make_parser(chosen: list[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("lora_da_hf"))
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, (module, example) in VERBS.items():
-        run = getattr(module, f"run_{name}")
-        verb = verbs.add_parser(
+    for name, verb in VERBS.items():
+        own = verbs.add_parser(
             name,
-            help=run.__doc__,
-            description=run.__doc__,
-            epilog=f"example:\n  lora-da {name} {example}",
+            help=verb.run.__doc__,
+            description=verb.run.__doc__,
+            epilog=f"example:\n  lora-da {name} {verb.example}",
             formatter_class=_Help,
             allow_abbrev=False,
         )
         if name in chosen:
-            getattr(module, f"{name}_flags")(verb)
-            form = verb.add_mutually_exclusive_group()
-            form.add_argument("--json", action="store_true", help="print the result as one JSON object")
-            form.add_argument("--quiet", "-q", action="store_true", help="print the bare value and no messages")
-            verb.add_argument("--debug", action="store_true", help="show tracebacks")
-            verb.set_defaults(run=run)
+            for add in verb.flags:
+                add(own)
+            either = own.add_mutually_exclusive_group()
+            either.add_argument("--json", action="store_true", help="print the result as one JSON object")
+            either.add_argument("--quiet", "-q", action="store_true", help="print the bare value and no messages")
+            own.add_argument("--debug", action="store_true", help="show tracebacks")
+            own.set_defaults(run=verb.run)
     return parser
 
 

@@ -11,14 +11,12 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.constants import is_offline_mode
-from torch import nn
 
 from lora_da_hf.artifacts.folders import TAGS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE
-from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init, load_manifest
+from lora_da_hf.artifacts.store import StoredInit, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, ConfigError, HubError
 from lora_da_hf.hub.client import hub_errors
-from lora_da_hf.pipeline.base_model import base_model_facts
 
 _T = TypeVar("_T")
 
@@ -28,7 +26,6 @@ def pull_init(
     *,
     revision: str | None = None,
     statistics: bool = True,
-    base_model: nn.Module | None = None,
     cache_dir: str | Path | None = None,
     local_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -37,15 +34,14 @@ def pull_init(
 ) -> StoredInit:
     """Fetch an initialisation from the Hub into the client's cache, and check it there.
 
-    The manifest comes first, and the base model is compared with it before anything large is fetched. Then come exactly
-    the files that it lists. A file that is damaged in the cache is fetched once more. With the network on, nothing is
-    taken from the cache that your token may not read now.
+    The manifest comes first, and then exactly the files that it lists. A file that is damaged in the cache is fetched
+    once more. With the network on, nothing is taken from the cache that your token may not read now. `apply_init`
+    compares the base model.
 
     Args:
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
         statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none of them.
-        base_model: The model that you use it on; None: it is not compared.
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.
         local_dir: A new or empty folder for a copy of your own; None: it stays in the cache.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
@@ -54,18 +50,14 @@ def pull_init(
     Raises:
         HubError: if the repository or revision cannot be read, or the network is off and the cache incomplete.
         ArtifactError: if anything in it is not as the manifest says.
-        BaseModelMismatchError: if it was computed for another base model.
-        ConfigError: if the revision is empty, or ``local_dir`` holds something.
+        ConfigError: if ``local_dir`` holds something.
     """
-    if revision == "":
-        raise ConfigError(f"The revision of {repo_id} is empty. Give a branch, tag or commit, or leave it out.")
     if local_dir is not None and any(Path(local_dir).glob("*")):
         raise ConfigError(f"{local_dir} holds something already. Name a new folder.")
     offline = local_files_only or is_offline_mode()
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     fetch = functools.partial(api.snapshot_download, repo_id, cache_dir=cache_dir, local_files_only=offline)
-    doing = f"Pulling {repo_id}{f'@{revision}' if revision else ''}"
-    with hub_errors(doing):
+    with hub_errors(f"Pulling {repo_id}{f'@{revision}' if revision else ''}"):
         if not offline:
             api.auth_check(repo_id)  # the client would use the cache of what you may not read
             found = api.model_info(repo_id, revision=revision).siblings or ()
@@ -73,8 +65,6 @@ def pull_init(
                 raise HubError(f"{repo_id} has no {MANIFEST_FILE}, so it is not an initialisation. Check the name.")
         small = functools.partial(fetch, revision=revision, allow_patterns=[MANIFEST_FILE])
         folder, manifest = _read(small, lambda folder: (folder, load_manifest(folder)), offline=offline)
-    notes = () if base_model is None else check_base_model(manifest, base_model_facts(base_model))
-    with hub_errors(doing):
         wanted = sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))
         whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
         stored = _read(whole, functools.partial(load_init, statistics=statistics, alone=False), offline=offline)
@@ -83,7 +73,7 @@ def pull_init(
             for name in (*wanted, MANIFEST_FILE):
                 shutil.copyfile(folder / name, Path(local_dir) / name)
     source = f"{repo_id}@{folder.name}"
-    return dataclasses.replace(stored, folder=Path(local_dir or folder), notes=notes, source=source)
+    return dataclasses.replace(stored, folder=Path(local_dir or folder), source=source)
 
 
 def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:

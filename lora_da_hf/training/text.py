@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError, LoRADAError, TargetError
 from lora_da_hf.pipeline.base_model import remember_commit
@@ -53,12 +54,10 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     with explaining(ConfigError, f"The tokenizer {tokenizer_name} cannot be loaded", "Name one with --tokenizer_name."):
         of_model = {} if arguments.tokenizer_name else revision
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **of_model, **trust)
-    with naming_model(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **trust)
+    model: Any = load_base(name, arguments, "AutoModelForCausalLM")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    remember_commit(model, revision=arguments.model_revision)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ConfigError(
@@ -66,6 +65,15 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
             "belongs to the model."
         )
     return model, tokenizer
+
+
+def load_base(name: str, arguments: ModelArguments, kind: str) -> PreTrainedModel:
+    """Load a model with a class of transformers."""
+    trust, revision = {"trust_remote_code": arguments.trust_remote_code}, arguments.model_revision
+    with naming_model(name):
+        model = getattr(transformers, kind).from_pretrained(name, dtype=arguments.dtype, revision=revision, **trust)
+    remember_commit(model, revision=revision)
+    return model
 
 
 def with_adapter(model: Any, lora: LoraConfig) -> Any:
@@ -83,12 +91,12 @@ def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: Pre
     return min(wanted or 1024, limit)
 
 
-def load_file(path: str, *, streaming: bool = False) -> Rows:
+def load_file(path: str, *, split: str = "train", streaming: bool = False) -> Rows:
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
     check_data_file(path)
     loader = loader_of(path) or ""
     options = {"keep_linebreaks": True} if loader == "text" else {}
-    return _load(path, loader, data_files=path, split="train", streaming=streaming, **options)
+    return _load(path, loader, data_files=path, split=split, streaming=streaming, **options)
 
 
 def load_data_set(name: str, configuration: str | None, *, split: str | None = None, streaming: bool = False) -> Any:

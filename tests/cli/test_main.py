@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 from safetensors import SafetensorError
@@ -76,7 +77,7 @@ def test_an_interruption_leaves_with_130(lora_da, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_da_hf.cli.stored.run_show", interrupt)
+    monkeypatch.setitem(VERBS, "show", replace(VERBS["show"], run=interrupt))
     assert lora_da("show", tmp_path) == (130, "", "Stopped.\n")
 
 
@@ -87,7 +88,7 @@ def test_what_a_library_prints_is_no_result_and_a_warning_is_a_line(lora_da, tmp
         warnings.warn("the base is gated", UserWarning, stacklevel=1)
         output.result({"a": 1}, bare="", text="")
 
-    monkeypatch.setattr("lora_da_hf.cli.stored.run_show", run)
+    monkeypatch.setitem(VERBS, "show", replace(VERBS["show"], run=run))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         told = lora_da("show", tmp_path, "--json")

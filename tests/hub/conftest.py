@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from harness import make_init
-from local_hub import CARD, LocalHub
+from local_hub import LocalHub
 
 from lora_da_hf.hub import pull_init, push_init
 
@@ -31,10 +31,10 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def push(hub, init):
-    """Return ``push(folder=init, repo_id="alice/init", **settings)``, which pushes with a token and a card."""
+    """Return ``push(folder=init, repo_id="alice/init", **settings)``, which pushes with a token."""
 
     def push(folder=init, repo_id=REPO, **settings):
-        return push_init(folder, repo_id, **{"endpoint": hub.endpoint, "token": "hf_alice", "card": CARD, **settings})
+        return push_init(folder, repo_id, **{"endpoint": hub.endpoint, "token": "hf_alice", **settings})
 
     return push
 

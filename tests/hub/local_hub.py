@@ -12,14 +12,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 STATISTICS_FILE = "lora_da_statistics-00001-of-00001.safetensors"
-CARD = """---
-base_model: org/base
-license: apache-2.0
-tags: [lora, peft, lora-da, lora-init]
-lora_da: {rank: 4}
----
-A card.
-"""
 
 
 @dataclass
