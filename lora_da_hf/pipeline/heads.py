@@ -29,9 +29,8 @@ from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.base_model import head_parameters, trained_heads
 from lora_da_hf.pipeline.job import Job, one_by_one
 from lora_da_hf.pipeline.probe import Probe
-from lora_da_hf.statistics.collect import PassSettings, read_batches
+from lora_da_hf.statistics.collect import Batch, PassSettings, in_batches
 from lora_da_hf.statistics.model_state import without_checkpointing
-from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 from lora_da_hf.theory.line_search import Losses
 
 _RIDGE_RATIO = 10**0.5
@@ -42,8 +41,8 @@ _ITERATIONS = 10
 _HELD_OUT = 4
 """One of so many samples decides on the ridge."""
 
-_Features = tuple[Mapping[str, Any], int, list[Any]]
-"""A batch, the items that it counts, and what each call of the backbone returned for it."""
+_Features = tuple[Batch, list[Any]]
+"""A batch, and what each call of the backbone returned for it."""
 
 
 def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
@@ -61,10 +60,11 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     if base.base_model is base:
         return (f"{names} was not fitted first: the model does not tell its backbone from its heads",)
     held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
+    settings = dataclasses.replace(found.settings, around_loss=contextlib.nullcontext)
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         with adapters_off(job.scan.targets):
-            single = one_by_one(found.settings)
-            features = [_read_features(job, fitted, found.settings), _read_features(job, held_out, single)]
+            parts = ((fitted, settings), (held_out, one_by_one(settings)))
+            features = [in_batches(how, functools.partial(_read_features, job, part)) for part, how in parts]
         settle(job.model)  # FSDP2 has other parameters after a pass than before
         replay = _Replay(base.base_model)
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
@@ -73,7 +73,7 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
             head = _WholeCopy(wrapper.modules_to_save[job.scan.adapter_name])
             copies |= head.parameter_of
             replaced.enter_context(_in_place_of(wrapper.modules_to_save, job.scan.adapter_name, head))
-        on_fitted, on_held_out = (functools.partial(_losses, job, found.settings, replay, part) for part in features)
+        on_fitted, on_held_out = (functools.partial(_losses, job, settings, replay, part) for part in features)
         before, after = _minimise(on_fitted, on_held_out, list(copies.values()))
     if after is before:
         return (f"{names} was not fitted first: on {len(held_out)} samples that would be no gain beyond its error",)
@@ -99,23 +99,15 @@ def _head_modules(job: Job) -> dict[str, Any]:
 
 def _read_features(job: Job, samples: Sequence[Any], settings: PassSettings) -> list[_Features]:
     """Return this process's batches with what the backbone returned for each, on the CPU."""
-    own, lockstep = job.processes.share(samples), job.lockstep(list(samples))
-    is_single = settings.reduction.kind == "unknown" or settings.why_single is not None
-    batch_size = 1 if is_single else settings.batch_size
     returned: list[Any] = []
     hook = base_model_of(job.model).base_model.register_forward_hook(lambda *call: returned.append(call[-1]))
     features: list[_Features] = []
-    try:
-        with torch.no_grad(), without_checkpointing(job.model), hook:
-            for batch, _, num_items, _ in read_batches(own, batch_size, job.collate, settings, lockstep):
-                if num_items or lockstep.filler is not None:
-                    settings.reduction.loss(job.compute_loss, job.model, batch)
-                    features.append((batch, num_items, send_to_device(list(returned), "cpu")))
-                    returned.clear()
-    except SingleSamplesNeeded as reason:
-        if batch_size == 1:
-            raise
-        return _read_features(job, samples, dataclasses.replace(settings, why_single=str(reason)))
+    with torch.no_grad(), without_checkpointing(job.model), hook:
+        for batch in settings.batches(job.processes.share(samples)):
+            if batch.is_run:
+                settings.loss(batch)
+                features.append((batch, send_to_device(list(returned), "cpu")))
+                returned.clear()
     return features
 
 
@@ -184,15 +176,14 @@ def _losses(
     mine: list[tuple[float, int]] = []
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for batch, num_items, outputs in features:
+    for batch, outputs in features:
         replay.outputs = iter(send_to_device(outputs, job.collate.device))
         with torch.set_grad_enabled(bool(parameters)):
-            loss = settings.reduction.loss(job.compute_loss, job.model, batch)
-        weight = settings.reduction.weight(num_items) if num_items else 0.0
+            loss = settings.loss(batch)
         if parameters and loss.requires_grad:
-            (loss * weight).backward()
-        if num_items:
-            mine.append((loss.item() * weight, num_items))
+            (loss * batch.weight).backward()
+        if batch.num_items:
+            mine.append((loss.item() * batch.weight, batch.num_items))
     found = Losses(tuple(batch for part in job.processes.gather(mine) for batch in part))
     for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         job.processes.all_sum_(gradient)

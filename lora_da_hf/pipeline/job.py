@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import sys
@@ -34,8 +33,8 @@ from lora_da_hf.errors import ConfigError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.batches import Lockstep
-from lora_da_hf.statistics.collect import PassSettings, evaluate_losses
+from lora_da_hf.statistics.batches import ALONE, Lockstep
+from lora_da_hf.statistics.collect import PassSettings, evaluate_losses, in_batches
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass, seed_generators
 from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
@@ -96,29 +95,23 @@ class Job:
         elif self.progress and self.processes.is_main:
             tqdm.write(text, file=sys.stderr)
 
-    def lockstep(self, samples: list[Any]) -> Lockstep:
+    def lockstep(self, filler: Any) -> Lockstep:
         """Return how the processes keep in step over samples that they share, where they need to."""
-        if self.processes.count == 1 or not samples or not is_partitioned(self.model):
-            return Lockstep()
+        if self.processes.count == 1 or not is_partitioned(self.model):
+            return ALONE
         return Lockstep(
             most=lambda number: max(self.processes.gather(number)),
-            filler=samples[0],
+            filler=filler,
             alike=lambda: _single_samples_for_all(self.processes),
         )
 
-    def losses(self, samples: list[Any], settings: PassSettings, compute_loss: ComputeLoss | None = None) -> Losses:
+    def losses(self, samples: list[Any], settings: PassSettings) -> Losses:
         """Return the loss of each of some samples, which the processes share."""
         seed_generators(self.seed)
+        mine = self.processes.share(samples)
         with self.collate.generators_kept():
-            mine = evaluate_losses(
-                self.model,
-                self.processes.share(samples),
-                collate=self.collate,
-                compute_loss=compute_loss or self.compute_loss,
-                settings=one_by_one(settings),
-                lockstep=self.lockstep(samples),
-            )
-        return Losses(tuple(batch for part in self.processes.gather(mine) for batch in part))
+            found = in_batches(one_by_one(settings), functools.partial(evaluate_losses, mine))
+        return Losses(tuple(batch for part in self.processes.gather(found) for batch in part))
 
     @contextlib.contextmanager
     def prepared(self) -> Generator[None]:
@@ -196,4 +189,4 @@ def _single_samples_for_all(processes: Processes) -> Generator[None]:
 
 def one_by_one(settings: PassSettings) -> PassSettings:
     """Have samples run one at a time: their losses, and the error of the mean, are then those of any processes."""
-    return settings if settings.reduction.kind == "batch" else dataclasses.replace(settings, batch_size=1)
+    return settings if settings.reduction.kind == "batch" else settings.one_at_a_time()

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_da_hf.adapters.trial import checked_backward, outputs_moved
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
+    LabelledHead,
     is_encoder_decoder,
     longest_labels,
     make_labelled_head,
@@ -28,11 +29,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.batches import check_lengths, choose_unlike, draws_at_random
 from lora_da_hf.statistics.collect import PassSettings, why_not_in_batches
-from lora_da_hf.statistics.labelled_head import LabelledHead
-from lora_da_hf.statistics.loss_reduction import (
-    DRAWS_AT_RANDOM,
-    find_reduction,
-)
+from lora_da_hf.statistics.loss_reduction import DRAWS_AT_RANDOM, find_reduction
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.taps import find_shared_inputs, followed_sequences, watched_rows
 from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens
@@ -53,6 +50,7 @@ class Probe:
         losses: Of a sample, at the base and while outputs are moved (`outputs_moved`), since some losses are the same
             at the base whatever they ask for; and of unlike samples, alone and in pairs, which a loss may weigh unlike.
         unlike: Two samples that are unlike each other, or the only one.
+        has_text_alone: Whether it is a language model of text, whose head runs on the rows of labels.
     """
 
     splits: SampleSplits
@@ -60,7 +58,7 @@ class Probe:
     shared: dict[str, str]
     losses: dict[str, float]
     unlike: list[Any]
-    other_modality: bool
+    has_text_alone: bool
     notes: tuple[str, ...]
 
     @property
@@ -88,22 +86,27 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         unlike_losses, sequences = _run_unlike(job, unlike, shifts)
         options: dict[str, Any] = {"shifts_labels": shifts, "declared": job.config.loss_reduction}
         reduction = find_reduction(job.compute_loss, job.model, job.collate, unlike, **options)
+    reduction = job.processes.gather(reduction)[0]
     settings = PassSettings(
+        model=job.model,
+        collate=job.collate,
+        compute_loss=job.compute_loss,
         batch_size=min(job.batch_size, max(1, len(splits.statistics))),
         token_mask=job.config.token_mask,
         shifts_labels=shifts,
         encoder_decoder=is_encoder_decoder(job.model),
-        reduction=job.processes.gather(reduction)[0],
-        labelled_head=labelled_head,
+        reduction=reduction,
+        around_loss=contextlib.nullcontext if labelled_head is None else labelled_head.rows_of_labels,
         sequences=sequences,
+        lockstep=job.lockstep(unlike[0]),
     )
     return Probe(
         splits=splits,
-        settings=settings,
+        settings=settings.one_at_a_time(reduction.reason) if reduction.kind == "unknown" else settings,
         shared=shared,
         losses=losses | unlike_losses,
         unlike=unlike[:2],
-        other_modality=read_batch_tokens(first, shifts_labels=shifts).other_modality,
+        has_text_alone=labelled_head is not None and not read_batch_tokens(first, shifts_labels=shifts).other_modality,
         notes=splits.notes,
     )
 
@@ -153,30 +156,20 @@ def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
     compared already, and whose batches say by a mask what is padding.
     """
     settings = found.settings
-    if settings.reduction.kind in ("unknown", "batch") or settings.batch_size == 1 or len(found.unlike) < 2:
+    if settings.reduction.kind == "batch" or settings.batch_size == 1 or len(found.unlike) < 2:
         return found
     mask = job.collate(found.unlike).get("attention_mask")
-    says_padding = isinstance(mask, Tensor) and mask.dim() == 2
-    if settings.labelled_head is not None and not found.other_modality and says_padding:
+    if found.has_text_alone and isinstance(mask, Tensor) and mask.dim() == 2:
         return found
     layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
     devices = {name: job.targets[name].device for name in layers}
-    reason = why_not_in_batches(
-        job.model,
-        found.unlike,
-        layers=layers,
-        devices=devices,
-        collate=job.collate,
-        compute_loss=job.compute_loss,
-        settings=settings,
-        lockstep=job.lockstep(found.unlike),
-    )
+    reason = why_not_in_batches(found.unlike, settings, layers=layers, devices=devices)
     reasons = [text for text in job.processes.gather(reason) if text is not None]
     if not reasons:
         return found
     if draws_at_random(job.collate, found.unlike):
         reasons = [DRAWS_AT_RANDOM]
-    return dataclasses.replace(found, settings=dataclasses.replace(settings, why_single=reasons[0]))
+    return dataclasses.replace(found, settings=settings.one_at_a_time(reasons[0]))
 
 
 def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:

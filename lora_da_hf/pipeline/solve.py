@@ -21,7 +21,7 @@ from lora_da_hf.pipeline.plan import Plan
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.report import LayerReport
-from lora_da_hf.statistics.collect import PassResult, collect
+from lora_da_hf.statistics.collect import PassCounts, collect, in_batches
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.statistics.taps import Taps, input_groups
@@ -44,17 +44,6 @@ class Solved:
     layers: dict[str, LayerReport]
     kept: dict[str, str]
     step_unit: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PassCounts:
-    """What the passes of all processes over a window counted."""
-
-    num_samples: int
-    num_items: int
-    num_unlabelled: int
-    batch_size: int
     notes: tuple[str, ...]
 
 
@@ -118,16 +107,20 @@ def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, Pas
     its leader, the pass is repeated with those layers apart.
     """
     shared = {name: leader for name, leader in probe.shared.items() if leader in window}
-    result, again = _run_pass(job, probe, shared), ""
-    apart = _groups_with_different_counts(job, result.taps)
+    (taps, mine), again = _run_pass(job, probe, shared), list[str]()
+    apart = _groups_with_different_counts(job, taps)
     if apart:
-        again = f"{len(apart)} layers that share an input got gradients on their own: collected again"
-        del result  # the sums go before the next ones are there
-        result = _run_pass(job, probe, {n: n if leader in apart else leader for n, leader in shared.items()})
-    counts = job.processes.sum([result.num_samples, result.num_items, result.num_unlabelled])
-    samples, items, unlabelled = map(int, counts)
-    sizes, notes = zip(*job.processes.gather((result.batch_size, (again, *result.notes))), strict=True)
-    return result.taps, PassCounts(samples, items, unlabelled, min(sizes), tuple(filter(None, chain(*notes))))
+        again = [f"{len(apart)} layers that share an input got gradients on their own: collected again"]
+        del taps  # the sums go before the next ones are there
+        taps, mine = _run_pass(job, probe, {n: n if leader in apart else leader for n, leader in shared.items()})
+    counts = job.processes.gather(mine)
+    return taps, PassCounts(
+        num_samples=sum(part.num_samples for part in counts),
+        num_items=sum(part.num_items for part in counts),
+        num_unlabelled=sum(part.num_unlabelled for part in counts),
+        batch_size=min(part.batch_size for part in counts),
+        notes=tuple(chain(again, *(part.notes for part in counts))),
+    )
 
 
 def _groups_with_different_counts(job: Job, taps: Taps) -> set[str]:
@@ -138,7 +131,7 @@ def _groups_with_different_counts(job: Job, taps: Taps) -> set[str]:
     return {leader for name, leader in leaders.items() if counts[name] and counts[name] != counts[leader]}
 
 
-def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> PassResult:
+def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, PassCounts]:
     mine = job.processes.share(probe.splits.statistics)
 
     def make_taps() -> Taps:
@@ -152,16 +145,7 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> PassResult:
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
     with job.bar(len(mine), "LoRA-DA statistics") as bar, job.collate.generators_kept():
-        return collect(
-            job.model,
-            mine,
-            collate=job.collate,
-            compute_loss=job.compute_loss,
-            settings=probe.settings,
-            make_taps=make_taps,
-            on_samples=bar.update,
-            lockstep=job.lockstep(probe.splits.statistics),
-        )
+        return in_batches(probe.settings, lambda settings: collect(mine, settings, make_taps, bar.update))
 
 
 def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:

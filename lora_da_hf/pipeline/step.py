@@ -76,7 +76,8 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
     """Search the step at the ranks of the layers, and for a ladder of ranks if that is asked for."""
     samples = probe.splits.search
     watched = _WatchedLoss(job.compute_loss)
-    baseline = _finite(job.losses(samples, probe.settings, watched), samples, "search")
+    watching = replace(probe.settings, compute_loss=watched)
+    baseline = _finite(job.losses(samples, watching), samples, "search")
     dtype = max(job.processes.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
     resolution = torch.finfo(dtype).eps * abs(baseline.mean) if dtype.itemsize < _FULL_PRECISION else 0.0
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}

@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_da_hf.errors import NonFiniteError, StatisticsError
 from lora_da_hf.statistics.batches import ALONE, Collate, Lockstep, batches_by_length, whole_batches
-from lora_da_hf.statistics.labelled_head import LabelledHead
 from lora_da_hf.statistics.loss_reduction import ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps
@@ -27,178 +26,197 @@ _TOLERANCE = 1e-2
 _TOLERANCE_IN_HALF = 0.1
 """In half precision a batch and its samples apart differ by more. What goes wrong is off by more yet."""
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A batch that is run.
+
+    Attributes:
+        tokens: Of a batch that fills up (`Lockstep`), those of no batch of this process: None.
+        num_items: Labels, or samples, that the training objective averages over; 0 if the batch does not count.
+        weight: What its loss is multiplied by to become a sum over the items.
+        is_run: Whether it is run at all.
+    """
+
+    inputs: Mapping[str, Any]
+    tokens: BatchTokens | None
+    num_items: int
+    weight: float
+    is_run: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class PassSettings:
-    """What the pass does with each batch.
+    """The model and its loss, and how samples are run in batches.
 
     Attributes:
+        batch_size: Samples run together, which is 1 where the loss or the model demands it.
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
+        around_loss: Makes what each pass is run in, such as `LabelledHead.rows_of_labels`.
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
-        why_single: Why samples have to be run one at a time; None: batches will do, as far as is known.
+        why_single: Why samples are run one at a time though more were asked for; None: they are not.
         by_length: Whether samples of similar length are batched together, unless the loss is one of the whole batch.
     """
 
+    model: nn.Module
+    collate: Collate
+    compute_loss: ComputeLoss
     batch_size: int
     token_mask: Literal["attention", "labels"]
     shifts_labels: bool
     encoder_decoder: bool
     reduction: LossReduction
-    labelled_head: LabelledHead | None = None
+    around_loss: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     sequences: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     why_single: str | None = None
     by_length: bool = True
+    lockstep: Lockstep = ALONE
 
-    def labelled_rows(self) -> AbstractContextManager[None]:
-        """Run the head on the rows of labels inside, if the pass does."""
-        return contextlib.nullcontext() if self.labelled_head is None else self.labelled_head.rows_of_labels()
+    def one_at_a_time(self, why: str | None = None) -> PassSettings:
+        """Return the settings for single samples, and why if more were asked for."""
+        return self if self.batch_size == 1 else replace(self, batch_size=1, why_single=why)
 
-
-@dataclass(kw_only=True)
-class PassResult:
-    """The sums that a pass leaves, and its counts.
-
-    Attributes:
-        batch_size: Samples run together, which is 1 where the loss or the model demands it.
-        why_single: Why samples were run one at a time though more were asked for; None: they were not.
-        is_split: Whether the loss of a batch was split into those of its samples.
-        num_samples: Samples that have a label; the others are ``num_unlabelled``.
-        num_items: Labels, or samples, that the training objective averages over.
-    """
-
-    taps: Taps
-    batch_size: int
-    why_single: str | None
-    is_split: bool
-    num_samples: int = 0
-    num_items: int = 0
-    num_unlabelled: int = 0
+    def loss(self, batch: Batch) -> Tensor:
+        """Run the model, and return the loss of a batch: summed over labels if it can be, else its own mean."""
+        with self.around_loss():
+            return self.reduction.loss(self.compute_loss, self.model, batch.inputs)
 
     @property
     def notes(self) -> list[str]:
         """What a user has to know of the pass."""
         notes = [] if self.why_single is None else [f"run one sample at a time: {self.why_single}"]
-        if not self.is_split:
+        if self.reduction.kind == "batch":
             of_batch = f"the loss is one of {self.batch_size} samples together and cannot be split"
             notes.append(f"{of_batch}: the statistics depend on the batch size")
         return notes
 
+    def batches(self, samples: Sequence[Any]) -> Iterator[Batch]:
+        """Make the batches of this process, and then those that fill up until every process is done.
+
+        Raises:
+            SingleSamplesNeeded: if samples cannot be run together.
+        """
+        by_length = self.by_length and self.reduction.kind != "batch"
+        batches = (batches_by_length if by_length else whole_batches)(samples, self.batch_size)
+        for chosen, is_own in self.lockstep.batches(batches):
+            with self.lockstep.alike():
+                inputs = self.collate(chosen)
+                if num_rows(inputs) % len(chosen):
+                    raise SingleSamplesNeeded(f"the collator makes {num_rows(inputs)} rows of {len(chosen)} samples")
+                tokens = read_batch_tokens(
+                    inputs,
+                    shifts_labels=self.shifts_labels,
+                    encoder_decoder=self.encoder_decoder,
+                    token_mask=self.token_mask,
+                    num_samples=len(chosen),
+                )
+                num_items = self.reduction.num_items(tokens) if is_own and tokens.num_labelled else 0
+            yield Batch(
+                inputs=inputs,
+                tokens=tokens if is_own else None,
+                num_items=num_items,
+                weight=self.reduction.weight(num_items) if num_items else 0.0,
+                is_run=num_items > 0 or self.lockstep.filler is not None,
+            )
+
+
+@dataclass(frozen=True)
+class PassCounts:
+    """What a pass counted.
+
+    Attributes:
+        num_samples: Samples that have a label; the others are ``num_unlabelled``.
+        num_items: Labels, or samples, that the training objective averages over.
+    """
+
+    num_samples: int
+    num_items: int
+    num_unlabelled: int
+    batch_size: int
+    notes: tuple[str, ...]
+
+
+def in_batches(settings: PassSettings, run: Callable[[PassSettings], T]) -> T:
+    """Run something, and again one sample at a time if samples turn out not to do together.
+
+    Raises:
+        StatisticsError: if even single samples do not fit the settings.
+    """
+    try:
+        return run(settings)
+    except SingleSamplesNeeded as error:
+        if settings.batch_size == 1:
+            raise StatisticsError(
+                f"The statistics cannot be taken even one sample at a time: {error}. If the collator pads single "
+                'samples, turn that off; with token_mask="labels" try "attention".'
+            ) from error
+        reason = str(error)
+    return in_batches(settings.one_at_a_time(reason), run)  # by now what the first try summed is released
+
 
 def collect(
-    model: nn.Module,
     samples: Sequence[Any],
-    *,
-    collate: Collate,
-    compute_loss: ComputeLoss,
     settings: PassSettings,
     make_taps: Callable[[], Taps],
     on_samples: Callable[[int], Any] = lambda _: None,
-    lockstep: Lockstep = ALONE,
-) -> PassResult:
-    """Run the pass on this process's samples, one at a time if the loss or the model cannot be run in batches.
+) -> tuple[Taps, PassCounts]:
+    """Run the pass on this process's samples.
 
     The sums are those of a loss that is summed over labels or samples, whichever the training objective averages over,
     so they depend neither on the batch size nor on the order. The model is in the state of `prepared_for_pass`.
-    ``on_samples`` gets the number of samples after each batch, and a negative one when they start over.
+    ``on_samples`` gets the number of samples after each batch, and a negative one if they start over.
 
     Raises:
         NonFiniteError: if a loss is not finite.
-        StatisticsError: if even single samples do not fit the settings.
+        SingleSamplesNeeded: if samples cannot be run together.
     """
-    batch_size, why_single = settings.batch_size, None
-    if batch_size > 1:
-        why_single = settings.reduction.reason if settings.reduction.kind == "unknown" else settings.why_single
-    while True:
-        batch_size = batch_size if why_single is None else 1
-        is_split = settings.reduction.kind != "batch"
-        result = PassResult(taps=make_taps(), batch_size=batch_size, why_single=why_single, is_split=is_split)
-        result.taps.sequences = settings.sequences
-        done = 0
-        try:
-            for batch, tokens, num_items, is_own in read_batches(samples, batch_size, collate, settings, lockstep):
-                if num_items or lockstep.filler is not None:
-                    result.taps.tokens = tokens if num_items else None
-                    _add_batch(model, batch, num_items, compute_loss, settings, result.taps, lockstep)
-                if is_own:
-                    result.num_samples += tokens.num_labelled
-                    result.num_items += num_items
-                    result.num_unlabelled += tokens.num_samples - tokens.num_labelled
-                    done += tokens.num_samples
-                    on_samples(tokens.num_samples)
-            return result
-        except SingleSamplesNeeded as reason:
-            if batch_size == 1:
-                raise StatisticsError(
-                    f"The statistics cannot be taken even one sample at a time: {reason}. If the collator pads single "
-                    'samples, turn that off; with token_mask="labels" try "attention".'
-                ) from reason
-            why_single = str(reason)
-            del result  # before the next sums are there too
-            on_samples(-done)
+    taps, num_samples, num_items, num_unlabelled = make_taps(), 0, 0, 0
+    taps.sequences = settings.sequences
+    try:
+        for batch in settings.batches(samples):
+            if batch.is_run:
+                _add_batch(batch, settings, taps)
+            if batch.tokens is not None:
+                num_samples += batch.tokens.num_labelled
+                num_items += batch.num_items
+                num_unlabelled += batch.tokens.num_samples - batch.tokens.num_labelled
+                on_samples(batch.tokens.num_samples)
+    except SingleSamplesNeeded:
+        on_samples(-num_samples - num_unlabelled)
+        raise
+    return taps, PassCounts(num_samples, num_items, num_unlabelled, settings.batch_size, tuple(settings.notes))
 
 
-def read_batches(
-    samples: Sequence[Any], batch_size: int, collate: Collate, settings: PassSettings, lockstep: Lockstep
-) -> Iterator[tuple[Mapping[str, Any], BatchTokens, int, bool]]:
-    """Yield batches, their tokens, how many items the loss averages over, 0 if it does not count, and if it is own."""
-    by_length = settings.by_length and settings.reduction.kind != "batch"
-    batches = (batches_by_length if by_length else whole_batches)(samples, batch_size)
-    for chosen, is_own in lockstep.batches(batches):
-        with lockstep.alike():
-            batch = collate(chosen)
-            if num_rows(batch) % len(chosen):
-                raise SingleSamplesNeeded(f"the collator makes {num_rows(batch)} rows of {len(chosen)} samples")
-            tokens = read_batch_tokens(
-                batch,
-                shifts_labels=settings.shifts_labels,
-                encoder_decoder=settings.encoder_decoder,
-                token_mask=settings.token_mask,
-                num_samples=len(chosen),
-            )
-            num_items = settings.reduction.num_items(tokens) if is_own and tokens.num_labelled else 0
-        yield batch, tokens, num_items, is_own
-
-
-def _add_batch(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    num_items: int,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    taps: Taps,
-    lockstep: Lockstep,
-) -> None:
-    with taps.attached(), settings.labelled_rows():
-        loss = settings.reduction.loss(compute_loss, model, batch)
+def _add_batch(batch: Batch, settings: PassSettings, taps: Taps) -> None:
+    taps.tokens = batch.tokens if batch.num_items else None
+    with taps.attached():
+        loss = settings.loss(batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
         taps.gradient_scale = 1.0
         if torch.float16 in taps.dtypes and taps.tokens:  # its range is too small for gradients of a mean, or of a sum
             scale = min(_HALF_PRECISION_SCALE * taps.tokens.num_samples, _MOST_IN_FLOAT16)
-            taps.gradient_scale = scale / num_items
+            taps.gradient_scale = scale / batch.num_items
         if loss.requires_grad:
-            (loss * (settings.reduction.weight(num_items) * taps.gradient_scale)).backward()
-        with lockstep.alike():  # after the backward pass, which the others are in too
-            if num_items:
-                value = float(loss.detach().item())
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"The loss of a batch is {value}. Check the samples (labels inside the vocabulary, at least "
-                        "one label) and the model's dtype: float16 overflows where bfloat16 does not."
-                    )
-                taps.check()
+            (loss * (batch.weight * taps.gradient_scale)).backward()
+        with settings.lockstep.alike():  # after the backward pass, which the others are in too
+            value = loss.item()
+            if batch.num_items and not math.isfinite(value):
+                raise NonFiniteError(
+                    f"The loss of a batch is {value}. Check the samples (labels inside the vocabulary, at least one "
+                    "label) and the model's dtype: float16 overflows where bfloat16 does not."
+                )
+            taps.check()
 
 
 def why_not_in_batches(
-    model: nn.Module,
     samples: Sequence[Any],
+    settings: PassSettings,
     *,
     layers: Mapping[str, nn.Module],
     devices: Mapping[str, torch.device],
-    collate: Collate,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    lockstep: Lockstep,
 ) -> str | None:
     """Run a few samples as one batch and each alone, and tell why the layers would sum something else, if they would.
 
@@ -210,14 +228,15 @@ def why_not_in_batches(
         widths, alone = dict.fromkeys(layers, (1, 1)), {name: name for name in layers}
         return Taps(layers, widths=widths, shared_inputs=alone, devices=devices, of_norms=True)
 
-    options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "lockstep": lockstep}
-    sizes = [replace(settings, batch_size=size, by_length=False) for size in (len(samples), 1)]
-    together, apart = (collect(model, samples, settings=size, make_taps=make_taps, **options) for size in sizes)
-    if together.why_single is not None:
-        return together.why_single
-    in_half = together.taps.dtypes & {torch.float16, torch.bfloat16}
-    for name, expected in apart.taps.taps.items():
-        found = together.taps.taps[name]
+    settings = replace(settings, by_length=False)
+    try:
+        together, _ = collect(samples, replace(settings, batch_size=len(samples)), make_taps)
+    except SingleSamplesNeeded as reason:
+        return str(reason)
+    apart, _ = in_batches(settings.one_at_a_time(), lambda single: collect(samples, single, make_taps))
+    in_half = together.dtypes & {torch.float16, torch.bfloat16}
+    for name, expected in apart.taps.items():
+        found = together.taps[name]
         if found.num_tokens != expected.num_tokens:
             return (
                 f"together, samples have {found.num_tokens} rows that count in {name}, and {expected.num_tokens} apart"
@@ -230,34 +249,14 @@ def why_not_in_batches(
     return None
 
 
-def evaluate_losses(
-    model: nn.Module,
-    samples: Sequence[Any],
-    *,
-    collate: Collate,
-    compute_loss: ComputeLoss,
-    settings: PassSettings,
-    lockstep: Lockstep = ALONE,
-) -> list[tuple[float, int]]:
+def evaluate_losses(samples: Sequence[Any], settings: PassSettings) -> list[tuple[float, int]]:
     """Return the loss of each batch, summed and without gradients, and the number of items to divide it by.
 
     The batches are the same at each call. A loss is not finite if the step is too long.
+
+    Raises:
+        SingleSamplesNeeded: if samples cannot be run together.
     """
-    is_single = settings.reduction.kind == "unknown" or settings.why_single is not None
-    batch_size = 1 if is_single else settings.batch_size
-    losses: list[tuple[float, int]] = []
-    try:
-        with torch.no_grad(), without_checkpointing(model):
-            for batch, _, count, _ in read_batches(samples, batch_size, collate, settings, lockstep):
-                if not count and lockstep.filler is None:
-                    continue
-                with settings.labelled_rows():
-                    loss = settings.reduction.loss(compute_loss, model, batch).item()
-                if count:
-                    losses.append((loss * settings.reduction.weight(count), count))
-    except SingleSamplesNeeded as reason:
-        if batch_size == 1:
-            raise
-        options: dict[str, Any] = {"collate": collate, "compute_loss": compute_loss, "lockstep": lockstep}
-        return evaluate_losses(model, samples, settings=replace(settings, why_single=str(reason)), **options)
-    return losses
+    with torch.no_grad(), without_checkpointing(settings.model):
+        runs = ((batch, settings.loss(batch).item()) for batch in settings.batches(samples) if batch.is_run)
+        return [(loss * batch.weight, batch.num_items) for batch, loss in runs if batch.num_items]

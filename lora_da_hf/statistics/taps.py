@@ -93,7 +93,7 @@ class Taps:
         self.gradient_scale = 1.0
         self.dtypes: set[torch.dtype] = set()
         self.sequences: Mapping[str, frozenset[int]] = {}
-        self._unmatched: SingleSamplesNeeded | None = None
+        self._unmatched: str | None = None
         self._layers = dict(layers)
         self._dtype = dtype
         self._of_norms = of_norms
@@ -136,7 +136,7 @@ class Taps:
         """Raise `SingleSamplesNeeded` if the rows of a layer could not be matched to the tokens of the batch."""
         unmatched, self._unmatched = self._unmatched, None
         if unmatched is not None:
-            raise unmatched
+            raise SingleSamplesNeeded(unmatched)
 
     def _add(self, tap: LayerTap, routed: RoutedTokens | None, layer_input: Tensor, grad: Tensor) -> None:
         if self.tokens is None:
@@ -146,7 +146,7 @@ class Taps:
         try:
             kept = rows_that_count(self.tokens, grad.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
         except SingleSamplesNeeded as reason:
-            self._unmatched = self._unmatched or reason
+            self._unmatched = self._unmatched or str(reason)
             return
         device = tap.squares.device
         with torch.no_grad(), full_precision(device.type):
