@@ -48,7 +48,7 @@ class LayerSolution(_OnDevice):
         basis_A: ``[max_rank, d_in]``, orthonormal rows: the transposed input basis.
         basis_B: ``[d_out, max_rank]``, the displacement times the input basis, so ``basis_B @ basis_A`` is the part of
             it that the subspace keeps. It is scaled as ``layer_steps`` says, and, once all layers are solved, divided
-            by a number for each layer (`in_unit`; `lora_da_hf.theory.steps.divisors`).
+            by a number for each layer (`lora_da_hf.theory.steps.in_one_unit`).
         eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
         displacement_norm: Largest singular value of the displacement.
         residual: That of the eigensolver, relative to the largest eigenvalue.
@@ -66,8 +66,6 @@ class LayerSolution(_OnDevice):
 
     def in_unit(self, unit: float) -> LayerSolution:
         """Return the solution for a displacement that is divided by a number."""
-        if unit == 1.0:
-            return self
         return dataclasses.replace(self, basis_B=self.basis_B / unit, eigenvalues=self.eigenvalues / unit**2)
 
     def at_rank(self, rank: int) -> tuple[Tensor, Tensor]:

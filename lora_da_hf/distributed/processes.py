@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_upper
+from lora_da_hf.statistics.moments import mirror_upper_
 from lora_da_hf.statistics.taps import Taps
 
 T = TypeVar("T")
@@ -93,47 +93,39 @@ def balanced_owners(costs: dict[str, float], count: int) -> dict[str, int]:
     return owners
 
 
+def sum_counts(taps: Taps, processes: Processes) -> None:
+    """Give the taps on every process the counts of all processes."""
+    for name in ("num_tokens", "forward_calls", "backward_calls"):
+        totals = processes.sum([getattr(tap, name) for tap in taps.taps.values()])
+        for tap, total in zip(taps.taps.values(), totals, strict=True):
+            setattr(tap, name, int(total))
+
+
 def reduce_statistics(
-    taps: Taps,
-    groups: Mapping[str, list[str]],
-    owners: Mapping[str, int],
-    processes: Processes,
-    *,
-    num_samples: int,
-    num_items: int,
-) -> Iterator[tuple[str, dict[str, LayerStatistics]]]:
-    """Sum each group of layers over the processes and give the means to the group's owner.
+    taps: Taps, owners: Mapping[str, int], processes: Processes, *, num_samples: int, num_items: int
+) -> dict[str, dict[str, LayerStatistics]]:
+    """Sum each group of layers over the processes, and give the means to the group's owner.
 
-    Every process must run the iteration to its end. The input moment travels as a packed triangle. The sums of a group
-    are overwritten or released as it is reduced.
-
-    Yields:
-        The leader's name, with the statistics of its layers on the owner, and with nothing on the others.
+    Returns:
+        The statistics of the layers of each group that this process owns, by the name of the leader. The sums of the
+        other groups are released.
     """
-    tokens = dict(zip(taps.taps, processes.sum([tap.num_tokens for tap in taps.taps.values()]), strict=True))
     per_sample = num_items / num_samples if num_samples else 1.0
-    for leader, members in groups.items():
-        owner = owners[leader]
-        moment = taps.taps[leader].input_moment
-        if processes.count > 1:
-            packed = pack_upper(moment)
-            processes.reduce_sum_(packed, owner)
-            moment = unpack_upper(packed, moment.shape[0]) if processes.index == owner else moment
-        else:
-            mirror_upper_(moment)
-        moment /= max(tokens[leader], 1)
-        statistics: dict[str, LayerStatistics] = {}
-        for name in members:
-            tap = taps.taps[name]
+    statistics: dict[str, dict[str, LayerStatistics]] = {}
+    for leader, members in taps.groups.items():
+        owner, moment, num_inputs = owners[leader], members[0].input_moment, members[0].num_tokens
+        processes.reduce_sum_(mirror_upper_(moment), owner)
+        moment /= max(num_inputs, 1)
+        for tap in members:
             processes.reduce_sum_(tap.squares, owner)
             processes.reduce_sum_(tap.weight_grad, owner)
             if processes.index == owner:
-                statistics[name] = LayerStatistics(
+                statistics.setdefault(leader, {})[tap.name] = LayerStatistics(
                     input_second_moment=moment,
-                    output_grad_second_moment_diag=tap.squares.div_(max(tokens[name], 1) * per_sample**2),
+                    output_grad_second_moment_diag=tap.squares.div_(max(tap.num_tokens, 1) * per_sample**2),
                     weight_grad=tap.weight_grad.div_(max(num_items, 1)),
-                    num_input_tokens=int(tokens[leader]),
-                    num_output_tokens=int(tokens[name]),
+                    num_input_tokens=num_inputs,
+                    num_output_tokens=tap.num_tokens,
                 )
             tap.input_moment = tap.squares = tap.weight_grad = torch.empty(0)
-        yield leader, statistics
+    return statistics

@@ -25,14 +25,14 @@ from lora_da_hf.artifacts.tensors import (
 )
 from lora_da_hf.config import SOLVE_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.pipeline.solve import in_one_unit, reported
+from lora_da_hf.pipeline.solve import reported
 from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit, gives_step, stored_step
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import solve_group
-from lora_da_hf.theory.steps import factors_at_step, paper_step_size, rounding_notes
+from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, rounding_notes
 
 
 def refit_init(
@@ -137,7 +137,7 @@ def _solve_again(
         with full_precision("cpu"):
             solutions |= solve_group(statistics, config, ranks=ranks, population_size=stored.report.population_size)
         layers |= {name: dataclasses.replace(layers[name], **reported(solutions[name])) for name in statistics}
-    return in_one_unit(solutions, layers, config.layer_steps)
+    return in_one_unit(solutions, layers, layer_steps=config.layer_steps)
 
 
 def _new_ranks(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_da_hf.artifacts.tensors import save_statistics
-from lora_da_hf.distributed.processes import Processes, reduce_statistics
+from lora_da_hf.distributed.processes import reduce_statistics, sum_counts
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.plan import Plan
@@ -24,9 +24,9 @@ from lora_da_hf.report import LayerReport
 from lora_da_hf.statistics.collect import PassCounts, collect, in_batches
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.statistics.taps import Taps, input_groups
-from lora_da_hf.theory.solve import solve_group
-from lora_da_hf.theory.steps import divisors, rounding_notes, step_unit
+from lora_da_hf.statistics.taps import LayerTap, Taps
+from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.theory.steps import in_one_unit, rounding_notes
 
 Outcome = tuple[LayerSolution, LayerReport] | str
 """A layer's solution, on the CPU, and report; or why it keeps PEFT's own initialisation."""
@@ -53,14 +53,15 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None
     counts: list[PassCounts] = []
     for number, window in enumerate(plan.windows):
         with job.stage("statistics"):
-            taps, found = _collect(job, probe, window)
-        counts.append(found)
+            taps, counted = _collect(job, probe, window)
+        counts.append(counted)
         with job.stage("solve"):
-            mine, stored = _solve_window(job, probe, plan, taps, found, keeps=statistics is not None)
+            mine, stored = _solve_window(job, probe, plan, taps, counted, keeps=statistics is not None)
             if statistics is not None and stored:
                 leaders = {name: o[1].shares_input_with for name, o in mine.items() if not isinstance(o, str)}
                 save_statistics(statistics, stored, leaders, part=number)
-            outcomes |= _share(job.processes, mine)
+            for source in range(job.processes.count):
+                outcomes |= job.processes.broadcast(mine, source)
         del taps, stored
     notes = tuple(sorted({note for window in counts for note in window.notes}))
     if counts[0].num_unlabelled:
@@ -83,32 +84,25 @@ def _join(job: Job, outcomes: Mapping[str, Outcome]) -> Solved:
     solutions, layers, unit = in_one_unit(
         {name: solution for name, (solution, _) in solved.items()},
         {name: layer for name, (_, layer) in solved.items()},
-        job.config.layer_steps,
+        layer_steps=job.config.layer_steps,
     )
     notes = tuple(rounding_notes(layers.values(), layer_steps=job.config.layer_steps))
     return Solved(solutions=solutions, layers=layers, kept={**job.scan.kept, **kept}, step_unit=unit, notes=notes)
 
 
-def in_one_unit(
-    solutions: Mapping[str, LayerSolution], layers: Mapping[str, LayerReport], layer_steps: str
-) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
-    """Divide all displacements by one number over their tokens, the same on every process, and return it too."""
-    unit = step_unit(layers.values(), layer_steps=layer_steps)
-    by_layer = divisors(layers.values(), unit, layer_steps=layer_steps)
-    scaled = {name: solutions[name].in_unit(by_layer[name]) for name in layers}
-    eigenvalues = {name: solution.eigenvalues.tolist() for name, solution in scaled.items()}
-    return scaled, {n: dataclasses.replace(layers[n], eigenvalues=eigenvalues[n]) for n in layers}, unit
-
-
 def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, PassCounts]:
-    """Run the pass for the layers of a window, over this process's share of the samples.
+    """Run the pass for the layers of a window, over this process's share of the samples; counts are all processes'.
 
     The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
     its leader, the pass is repeated with those layers apart.
     """
     shared = {name: leader for name, leader in probe.shared.items() if leader in window}
     (taps, mine), again = _run_pass(job, probe, shared), list[str]()
-    apart = _groups_with_different_counts(job, taps)
+    apart = {
+        leader
+        for leader, (first, *others) in taps.groups.items()
+        if any(tap.num_tokens and tap.num_tokens != first.num_tokens for tap in others)
+    }
     if apart:
         again = [f"{len(apart)} layers that share an input got gradients on their own: collected again"]
         del taps  # the sums go before the next ones are there
@@ -121,14 +115,6 @@ def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, Pas
         batch_size=min(part.batch_size for part in counts),
         notes=tuple(chain(again, *(part.notes for part in counts))),
     )
-
-
-def _groups_with_different_counts(job: Job, taps: Taps) -> set[str]:
-    """Return the leaders of groups in which a layer that got gradients counted other tokens than the leader."""
-    totals = job.processes.sum([tap.num_tokens for tap in taps.taps.values()])
-    counts = dict(zip(taps.taps, totals, strict=True))
-    leaders = {name: (tap.leader or tap).name for name, tap in taps.taps.items()}
-    return {leader for name, leader in leaders.items() if counts[name] and counts[name] != counts[leader]}
 
 
 def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, PassCounts]:
@@ -145,20 +131,9 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, Pas
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
     with job.bar(len(mine), "LoRA-DA statistics") as bar, job.collate.generators_kept():
-        return in_batches(probe.settings, lambda settings: collect(mine, settings, make_taps, bar.update))
-
-
-def _without_gradient(job: Job, taps: Taps) -> dict[str, str]:
-    """Find the layers that no sample went through, or that the loss does not depend on."""
-    calls = job.processes.sum([tap.forward_calls for tap in taps.taps.values()])
-    returns = job.processes.sum([tap.backward_calls for tap in taps.taps.values()])
-    reasons: dict[str, str] = {}
-    for name, called, returned in zip(taps.taps, calls, returns, strict=True):
-        if not called:
-            reasons[name] = "no token is routed to it" if job.targets[name].is_routed else _UNCALLED
-        elif not returned:
-            reasons[name] = "the loss does not depend on it"
-    return reasons
+        taps, counts = in_batches(probe.settings, lambda settings: collect(mine, settings, make_taps, bar.update))
+    sum_counts(taps, job.processes)
+    return taps, counts
 
 
 def _solve_window(
@@ -168,23 +143,21 @@ def _solve_window(
 
     All sums are reduced before any is solved, so that the owners solve at the same time.
     """
-    kept, population_size = _without_gradient(job, taps), probe.splits.population_size
-    groups = input_groups({name: (tap.leader or tap).name for name, tap in taps.taps.items()})
-    owners = {leader: plan.owners[probe.shared[leader]] for leader in groups}
+    owners = {leader: plan.owners[probe.shared[leader]] for leader in taps.groups}
     divided_by = {"num_samples": counts.num_samples, "num_items": counts.num_items}
-    reduced = dict(reduce_statistics(taps, groups, owners, job.processes, **divided_by))
+    reduced = reduce_statistics(taps, owners, job.processes, **divided_by)
     outcomes: dict[str, Outcome] = {}
     stored: dict[str, LayerStatistics] = {}
 
     def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
         layers = reduced.pop(leader)
-        found = _solve_group(job, layers, kept, population_size)
-        return found, {n: layers[n] for n in layers if not isinstance(found[n], str)} if keeps else {}
+        solved = _solve_group(job, taps, layers, probe.splits.population_size)
+        return solved, {n: layers[n] for n in layers if not isinstance(solved[n], str)} if keeps else {}
 
     device = job.scan.targets[0].device.type
-    with job.bar(len(groups), "LoRA-DA solve") as bar, full_precision(device), _map_on_threads(plan) as each:
-        for found, layers in each(solve_one, list(reduced)):
-            outcomes.update(found)
+    with job.bar(len(reduced), "LoRA-DA solve") as bar, full_precision(device), _map_on_threads(plan) as each:
+        for solved, layers in each(solve_one, list(reduced)):
+            outcomes |= solved
             stored |= layers
             bar.update(1)
     return outcomes, stored
@@ -209,27 +182,26 @@ def _map_on_threads(plan: Plan) -> Generator[Callable[..., Iterator[Any]]]:
 
 
 def _solve_group(
-    job: Job, statistics: Mapping[str, LayerStatistics], kept: Mapping[str, str], population_size: int
+    job: Job, taps: Taps, statistics: Mapping[str, LayerStatistics], population_size: int
 ) -> dict[str, Outcome]:
     """Solve layers that share an input, but for those that say nothing."""
-    found: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
+    leader = factorized = None
     for name, layer in statistics.items():
-        squares = layer.output_grad_second_moment_diag
-        if name in kept:
-            found[name] = kept[name]
-        elif not layer.num_input_tokens or not layer.num_output_tokens:
-            found[name] = "no token that counts goes through it"
-        elif not layer.weight_grad.any():
-            found[name] = "its gradient is zero"
-        elif squares.mean() < _DIGITS * torch.finfo(squares.dtype).tiny:
-            found[name] = "its gradient is too small to be squared in float32"
-    wanted = {name: layer for name, layer in statistics.items() if name not in found}
-    leader: str | None = None
-    for name, solution in (_solve_each(job, wanted, population_size) if wanted else {}).items():
-        if isinstance(solution, str):
-            found[name] = solution
+        target = job.targets[name]
+        why = _why_silent(layer, taps.taps[name], is_routed=target.is_routed)
+        if why is not None:
+            outcomes[name] = why
             continue
-        target, leader = job.targets[name], leader or name
+        try:
+            factorized = factorized or factorize(layer, job.config, layer=name)
+            solution = solve_layer(
+                layer, factorized, job.config, layer=name, rank=job.max_ranks[name], population_size=population_size
+            )
+        except (NonFiniteError, SolveError) as error:
+            outcomes[name] = f"it cannot be solved ({error})"
+            continue
+        leader = leader or name
         report = LayerReport(
             name=name,
             in_features=target.in_features,
@@ -237,39 +209,30 @@ def _solve_group(
             shares_input_with=leader,
             rank=target.rank,
             peft_scaling=target.peft_scaling,
-            num_tokens=wanted[name].num_input_tokens,
-            num_grad_tokens=wanted[name].num_output_tokens,
+            num_tokens=layer.num_input_tokens,
+            num_grad_tokens=layer.num_output_tokens,
             **reported(solution),
         )
-        found[name] = (solution.on("cpu"), report)
-    return found
+        outcomes[name] = (solution.on("cpu"), report)
+    return outcomes
 
 
-def _solve_each(
-    job: Job, statistics: Mapping[str, LayerStatistics], population_size: int
-) -> dict[str, LayerSolution | str]:
-    """Solve layers that share an input, one by one if one fails: the solution of each, or why there is none."""
-    try:
-        return {**solve_group(statistics, job.config, ranks=job.max_ranks, population_size=population_size)}
-    except (NonFiniteError, SolveError) as error:
-        if len(statistics) == 1:
-            return dict.fromkeys(statistics, f"it cannot be solved ({error})")
-    found: dict[str, LayerSolution | str] = {}
-    for name, layer in statistics.items():
-        found |= _solve_each(job, {name: layer}, population_size)
-    return found
+def _why_silent(layer: LayerStatistics, tap: LayerTap, *, is_routed: bool) -> str | None:
+    """Return why the statistics of a layer say nothing, if they do not."""
+    squares = layer.output_grad_second_moment_diag
+    reasons = {
+        "no token is routed to it" if is_routed else _UNCALLED: not tap.forward_calls,
+        "the loss does not depend on it": not tap.backward_calls,
+        "no token that counts goes through it": not (layer.num_input_tokens and layer.num_output_tokens),
+        "its gradient is zero": not layer.weight_grad.any(),
+        "its gradient is too small to be squared in float32": squares.mean()
+        < _DIGITS * torch.finfo(squares.dtype).tiny,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def reported(solution: LayerSolution) -> dict[str, Any]:
     """Return what a layer's report says of its solution."""
     numbers = ("input_damping", "output_damping", "displacement_norm", "solver", "residual")
-    found = {name: getattr(solution, name) for name in numbers}
-    return {**found, "eigenvalues": solution.eigenvalues.tolist(), "notes": list(solution.notes)}
-
-
-def _share(processes: Processes, mine: dict[str, Outcome]) -> dict[str, Outcome]:
-    """Give every process every outcome."""
-    found: dict[str, Outcome] = {}
-    for source in range(processes.count):
-        found |= processes.broadcast(mine, source)
-    return found
+    values = {name: getattr(solution, name) for name in numbers}
+    return {**values, "eigenvalues": solution.eigenvalues.tolist(), "notes": list(solution.notes)}

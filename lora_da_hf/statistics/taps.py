@@ -105,6 +105,12 @@ class Taps:
             moment = leader.input_moment if leader else zeros(d_in, d_in)
             self.taps[name] = LayerTap(name, moment, zeros(d_out), zeros(d_out, d_in), leader)
 
+    @property
+    def groups(self) -> dict[str, list[LayerTap]]:
+        """The taps of layers that share an input, by the name of their leader, which is the first of them."""
+        shared = {name: (tap.leader or tap).name for name, tap in self.taps.items()}
+        return {leader: [self.taps[name] for name in names] for leader, names in input_groups(shared).items()}
+
     @contextlib.contextmanager
     def attached(self) -> Generator[None]:
         """Tap the forward passes inside."""

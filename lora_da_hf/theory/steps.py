@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport
 
 _FARTHEST = 100.0
@@ -31,19 +33,15 @@ def layer_lengths(layers: Collection[LayerReport], *, layer_steps: str) -> dict[
     """
     if layer_steps == "equal":
         return {layer.name: 1.0 for layer in layers}
-    lengths, median = _over_tokens(layers)
-    return {name: length if length <= _FARTHEST * median else _HARDLY * median for name, length in lengths.items()}
-
-
-def _over_tokens(layers: Collection[LayerReport]) -> tuple[dict[str, float], float]:
     lengths = {layer.name: layer.displacement_norm / layer.num_grad_tokens for layer in layers}
-    return lengths, statistics.median_high(lengths.values())  # of two layers the longer: nothing tells which is off
+    median = statistics.median_high(lengths.values())  # of two layers the longer: nothing tells which is off
+    return {name: length if length <= _FARTHEST * median else _HARDLY * median for name, length in lengths.items()}
 
 
 def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list[str]:
     """Return a note for the report if the gradients of some layers seem to be only rounding."""
-    lengths, median = _over_tokens(layers)
-    found = [name for name, length in lengths.items() if length > _FARTHEST * median]
+    lengths = layer_lengths(layers, layer_steps=layer_steps)
+    found = [one.name for one in layers if lengths[one.name] < one.displacement_norm / one.num_grad_tokens]
     if layer_steps == "equal" or not found:
         return []
     return [
@@ -52,23 +50,22 @@ def rounding_notes(layers: Collection[LayerReport], *, layer_steps: str) -> list
     ]
 
 
-def step_unit(layers: Collection[LayerReport], *, layer_steps: str) -> float:
-    """Return what all lengths are divided by, so that a step of 1 moves the farthest layer by spectral norm 1.
+def in_one_unit(
+    solutions: Mapping[str, LayerSolution], layers: Mapping[str, LayerReport], *, layer_steps: str
+) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
+    """Bring each layer to its length, and divide all by the longest, so that a step of 1 moves that one by norm 1.
 
     The norm is the whole displacement's, of which the subspace keeps a part, so the unit does not depend on the rank.
-    """
-    return max(layer_lengths(layers, layer_steps=layer_steps).values())
-
-
-def divisors(layers: Collection[LayerReport], unit: float, *, layer_steps: str) -> dict[str, float]:
-    """Return what each layer's displacement is divided by once all are solved (`LayerSolution.in_unit`), by name.
-
-    With ``layer_steps="equal"`` it was divided by its norm before. ``unit`` is what `step_unit` returned.
+    With ``layer_steps="equal"`` each displacement was divided by its own norm before. The unit is returned too.
     """
     if layer_steps == "equal":
-        return {layer.name: 1.0 for layer in layers}
-    lengths = layer_lengths(layers, layer_steps=layer_steps)
-    return {layer.name: unit * (layer.displacement_norm / lengths[layer.name]) for layer in layers}
+        return dict(solutions), dict(layers), 1.0
+    lengths = layer_lengths(layers.values(), layer_steps=layer_steps)
+    unit = max(lengths.values())
+    divisors = {name: unit * (layer.displacement_norm / lengths[name]) for name, layer in layers.items()}
+    scaled = {name: solutions[name].in_unit(divisor) for name, divisor in divisors.items()}
+    reports = {name: replace(layers[name], eigenvalues=one.eigenvalues.tolist()) for name, one in scaled.items()}
+    return scaled, reports, unit
 
 
 def split_factors(

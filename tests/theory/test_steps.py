@@ -2,21 +2,14 @@
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lora_da_hf.pipeline.solve import reported
+from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.solve import factorize, solve_layer
-from lora_da_hf.theory.steps import (
-    DEFAULT_ROW_NORM,
-    divisors,
-    layer_lengths,
-    paper_step_size,
-    rounding_notes,
-    split_factors,
-    step_unit,
-)
+from lora_da_hf.theory.steps import DEFAULT_ROW_NORM, in_one_unit, paper_step_size, rounding_notes, split_factors
 
 RANK = 3
 
@@ -32,23 +25,30 @@ def update(solution):
 
 def test_the_direction_and_the_eigenvalues_are_those_of_the_displacement(problem, config):
     plain = solve(problem(), config())
-    scaled = solve(problem(), config(layer_steps="equal"))
-    torch.testing.assert_close(scaled.basis_A, plain.basis_A)
-    ratio = (scaled.basis_B.norm() / plain.basis_B.norm()).item()
-    torch.testing.assert_close(scaled.basis_B, ratio * plain.basis_B)
-    torch.testing.assert_close(scaled.eigenvalues, ratio**2 * plain.eigenvalues)
-    assert scaled.displacement_norm == pytest.approx(plain.displacement_norm)
+    equal = solve(problem(), config(layer_steps="equal"))
+    torch.testing.assert_close(equal.basis_A, plain.basis_A)
+    ratio = (equal.basis_B.norm() / plain.basis_B.norm()).item()
+    torch.testing.assert_close(equal.basis_B, ratio * plain.basis_B)
+    torch.testing.assert_close(equal.eigenvalues, ratio**2 * plain.eigenvalues)
+    assert equal.displacement_norm == pytest.approx(plain.displacement_norm)
 
 
 def seeds(problem, settings, **options):
     return [solve(problem(seed=seed), settings, **options) for seed in range(3)]
 
 
-def reports(solutions, tokens=(1, 1, 1)):
-    return [
-        SimpleNamespace(name=name, displacement_norm=solution.displacement_norm, num_grad_tokens=count)
-        for name, solution, count in zip("abc", solutions, tokens, strict=True)
-    ]
+def report(name, solution, num_grad_tokens):
+    (d_out, rank), d_in = solution.basis_B.shape, solution.basis_A.shape[1]
+    widths = {"in_features": d_in, "out_features": d_out, "rank": rank, "peft_scaling": 1.0, "num_tokens": 1}
+    counts = {"num_grad_tokens": num_grad_tokens, "shares_input_with": name}
+    return LayerReport(name=name, **widths, **counts, **reported(solution))
+
+
+def scaled(solved, tokens=(1, 1, 1), layer_steps="displacement"):
+    """Return the solutions and the reports of layers a, b and c once they have one unit, and the unit."""
+    solutions = dict(zip("abc", solved, strict=True))
+    layers = {n: report(n, one, count) for (n, one), count in zip(solutions.items(), tokens, strict=True)}
+    return in_one_unit(solutions, layers, layer_steps=layer_steps)
 
 
 def far(solution):
@@ -61,15 +61,15 @@ def test_a_step_is_the_spectral_norm_of_the_farthest_layers_displacement_over_it
     units = {}
     for rank in (1, RANK, 10):
         solved = seeds(problem, settings, rank=rank)
-        layers = reports(solved, tokens)
-        units[rank] = step_unit(layers, layer_steps="displacement")
+        after, layers, units[rank] = scaled(solved, tokens)
         assert units[rank] == max(one.displacement_norm / count for one, count in zip(solved, tokens, strict=True))
     assert units[1] == pytest.approx(units[RANK]) == pytest.approx(units[10])
-    by_layer = divisors(layers, units[10], layer_steps="displacement")
-    norms = [far(one.in_unit(by_layer[name])) for name, one in zip("abc", solved, strict=True)]
+    norms = [far(one) for one in after.values()]
     assert max(norms) == pytest.approx(1.0)  # at rank 10 the subspace is everything
     assert norms == pytest.approx([far(one) / count / units[10] for one, count in zip(solved, tokens, strict=True)])
-    torch.testing.assert_close(solved[0].in_unit(units[10]).eigenvalues * units[10] ** 2, solved[0].eigenvalues)
+    ratio = norms[0] / far(solved[0])
+    torch.testing.assert_close(after["a"].eigenvalues, solved[0].eigenvalues * ratio**2)
+    assert layers["a"].eigenvalues == after["a"].eigenvalues.tolist()
 
 
 @pytest.mark.parametrize(("times", "moves"), [(50.0, 1.0), (1e6, 1e-3)])
@@ -77,33 +77,28 @@ def test_a_layer_of_which_the_gradient_is_rounding_hardly_moves(problem, config,
     solved = seeds(problem, config(variance_weight=0.0), rank=10)
     longer = {"displacement_norm": solved[1].displacement_norm * times, "basis_B": solved[1].basis_B * times}
     solved[1] = dataclasses.replace(solved[1], **longer)
-    layers = reports(solved)
-    lengths = layer_lengths(layers, layer_steps="displacement")
-    unit = step_unit(layers, layer_steps="displacement")
-    by_layer = divisors(layers, unit, layer_steps="displacement")
-    norms = {name: far(one.in_unit(by_layer[name])) for name, one in zip("abc", solved, strict=True)}
+    after, layers, _ = scaled(solved)
+    norms = {name: far(one) for name, one in after.items()}
     others = max(one.displacement_norm for one in (solved[0], solved[2]))
-    notes = rounding_notes(layers, layer_steps="displacement")
+    notes = rounding_notes(layers.values(), layer_steps="displacement")
     if moves == 1.0:
         assert notes == []
         assert norms["b"] == pytest.approx(1.0)
-        assert max(norms["a"], norms["c"]) == pytest.approx(others / lengths["b"])
+        assert max(norms["a"], norms["c"]) == pytest.approx(others / solved[1].displacement_norm)
     else:
         assert notes[0].startswith(
             "b and 0 other layers hardly move: their displacements are more than 100 times as long"
         )
         assert norms["b"] <= moves
         assert max(norms["a"], norms["c"]) == pytest.approx(1.0)
-    assert rounding_notes(layers, layer_steps="equal") == []
+    assert rounding_notes(layers.values(), layer_steps="equal") == []
 
 
 def test_with_equal_steps_the_unit_is_each_layers_own(problem, config):
     solved = seeds(problem, config(layer_steps="equal", variance_weight=0.0))
-    layers = reports(solved, (40, 5, 200))
-    assert step_unit(layers, layer_steps="equal") == 1.0
-    assert divisors(layers, 1.0, layer_steps="equal") == {"a": 1.0, "b": 1.0, "c": 1.0}
+    after, _, unit = scaled(solved, (40, 5, 200), layer_steps="equal")
+    assert (unit, list(after.values())) == (1.0, solved)
     assert [far(solution) for solution in solved] == pytest.approx([1.0] * 3)
-    assert solved[0].in_unit(1.0) is solved[0]
 
 
 SPLITS = ["default_norm", "orthonormal", "balanced"]
