@@ -60,7 +60,3 @@ class BaseModelMismatchError(ArtifactError):
 
 class HubError(LoRADAError, RuntimeError):
     """The Hub refused, could not be reached, or does not have what was asked for."""
-
-
-class MissingDependencyError(LoRADAError, ImportError):
-    """An optional package that was asked for is not installed."""

@@ -10,19 +10,18 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
-from safetensors import safe_open
 
 from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS, CardFacts
-from lora_da_hf.artifacts.manifest import ADAPTER_FILE, BaseModelFacts
+from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit
-from lora_da_hf.errors import ConfigError, MissingDependencyError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 from lora_da_hf.report import kind_of, span
 
@@ -36,12 +35,6 @@ _TASKS = {
     "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
-_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
-"""Ends of names of the layers that have a row for each label."""
-_LORA_ARGUMENTS = (
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("target_parameters", "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "lora_bias"),
-)
 _PLOTS = {
     SPECTRA_PLOT: "Guidance spectra by module type, and how many directions matter in each layer",
     SEARCH_PLOT: "Loss on the search samples by step",
@@ -73,10 +66,9 @@ def render_card(
         facts: See `CardFacts`.
 
     Raises:
-        ConfigError: if the Hub does not allow a name.
+        ConfigError: if the Hub does not allow the name of the base model.
     """
     said: dict[str, Any] = {**vars(CardFacts(**facts)), "repo_id": repo_id}
-    check_facts(said)
     manifest, report, adapter = init.manifest, init.report, init.peft_config
     base, base_id = manifest.base_model, base_id_of(manifest.base_model, said["base_model"])
     task = adapter.get("task_type")
@@ -90,8 +82,6 @@ def render_card(
         base_license=base_license,
         kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
         auto_class=base_class_name(task),
-        num_labels=_num_labels(init.folder / ADAPTER_FILE),
-        lora_arguments=_lora_arguments(adapter),
         plots=[(name, text) for name, text in _PLOTS.items() if name in plots],
     )
     metadata = ModelCardData(
@@ -117,8 +107,8 @@ def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
     """Return the card, with ``facts`` as for `render_card`, and its plots by file name: none without matplotlib."""
     try:
         plots = draw_plots(init.manifest.report)
-    except MissingDependencyError as error:
-        logger.warning("The card has no plots. %s", error)
+    except ImportError as error:
+        logger.warning("The card has no plots (%s). They need matplotlib.", error)
         plots = {}
     return {CARD_FILE: render_card(init, plots=plots, **facts).encode("utf-8"), **plots}
 
@@ -128,6 +118,8 @@ def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
 
     A recorded name has a commit or one slash; a folder's begins with ``./`` where it looks alike.
     """
+    if given and not is_repo_id(given):
+        raise ConfigError(f"base_model={given!r} must be a name on the Hub, such as user/name.")
     name = base.name_or_path
     is_on_hub = name and is_repo_id(name) and (base.revision or ("/" in name and not Path(name).is_dir()))
     return given or (name if is_on_hub else None)
@@ -136,29 +128,6 @@ def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
 def base_class_name(task_type: str | None) -> str:
     """Return the class of transformers that loads a base for PEFT's task type."""
     return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
-
-
-def check_facts(said: Mapping[str, Any]) -> None:
-    """Refuse names that the Hub does not allow; it checks licence and languages itself."""
-    for name in ("base_model", "repo_id"):
-        if said.get(name) and not is_repo_id(said[name]):
-            raise ConfigError(f"{name}={said[name]!r} must be a name on the Hub, such as user/name.")
-
-
-def _lora_arguments(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with which `LoraConfig` makes an adapter of the same layers, ranks and scalings."""
-    found = {name: value for name in _LORA_ARGUMENTS if (value := adapter.get(name))}
-    found |= {"bias": adapter["bias"]} if adapter.get("bias", "none") != "none" else {}
-    found |= {"task_type": adapter["task_type"]} if adapter.get("task_type") in _TASKS else {}
-    return {name: sorted(value) if name.startswith("target_") else value for name, value in found.items()}
-
-
-def _num_labels(adapter_file: Path) -> int | None:
-    """Return how many rows the head has that lies beside an adapter; None without a head."""
-    if not adapter_file.is_file():
-        return None
-    with safe_open(adapter_file, "pt") as file:
-        return next((file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(_HEADS)), None)
 
 
 class Markdown(str):

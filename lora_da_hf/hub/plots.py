@@ -11,16 +11,11 @@ from typing import Any
 import numpy as np
 
 from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
-from lora_da_hf.errors import MissingDependencyError
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
 
 
 def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
-    """Draw the spectra, and the search if there was one, as PNG files by name.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
-    """
+    """Draw the spectra, and the search if there was one, as PNG files by name. This needs matplotlib."""
     plots = {SPECTRA_PLOT: draw_spectra(report)}
     if report.search and report.search_loss_before is not None:
         plots[SEARCH_PLOT] = draw_search(report)
@@ -91,10 +86,8 @@ def directions_that_matter(layer: LayerReport) -> float:
 
 
 def _figure(width: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("Plots need matplotlib. Install it: pip install matplotlib") from error
+    from matplotlib.figure import Figure  # which is optional
+
     return Figure(figsize=(width, 4.8), layout="constrained")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lora_da_hf.artifacts.folders import LICENSE_FILES, PLOTS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import HubError
-from lora_da_hf.hub.cards import base_id_of, check_facts, render_page
+from lora_da_hf.hub.cards import base_id_of, render_page
 from lora_da_hf.hub.client import hub_errors
 
 _NEUTRAL = (".gitattributes", ".gitignore", *LICENSE_FILES)
@@ -54,7 +53,6 @@ def push_init(
         HubError: if a public push has no licence, the repository is private or public against the wish or holds
             something else, somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
-    check_facts({**facts, "repo_id": repo_id})
     stored = load_init(folder)
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors(f"Pushing {repo_id}"):
@@ -102,11 +100,6 @@ def _licence_of_base(api: HfApi, base_id: str | None) -> dict[str, str]:
         info = api.model_info(base_id) if base_id else None
     except RepositoryNotFoundError:
         info = None
-    if info is not None and info.gated:
-        warnings.warn(
-            f"The base model {base_id!r} is gated: see whether its conditions let you share what follows from it.",
-            stacklevel=3,  # at the line that calls `push_init`
-        )
     said: dict[str, Any] = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
     keys = ("license", "license_name", "license_link") if said.get("license") == "other" else ("license",)
     found = {key: said[key] for key in keys if isinstance(said.get(key), str)}

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_lora_model, make_tiny_llama
+from conftest import make_tiny_llama
 from harness import BASE_NAME, assert_same_tensors, written_adapter
 from local_hub import STATISTICS_FILE
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_da_hf.hub
 from lora_da_hf import apply_init, load_init
@@ -39,7 +39,8 @@ def base():
 
 
 def start_from(init):
-    return apply_init(make_lora_model(model=base(), target_modules=["q_proj", "v_proj"]), init)
+    """Start as the card has it: with the stored config."""
+    return apply_init(get_peft_model(base(), LoraConfig.from_pretrained(init.folder)), init)
 
 
 # The whole way

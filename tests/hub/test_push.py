@@ -129,12 +129,6 @@ def test_somebody_elses_repo_cannot_be_written(push):
         push(token="hf_bob", private=False, license="mit", notes=["Another one."])
 
 
-def test_a_malformed_name_is_refused_before_anything_is_asked(hub, push):
-    with pytest.raises(ConfigError):
-        push(repo_id="a b")
-    assert not hub.log
-
-
 # Card and licence
 
 
@@ -188,9 +182,3 @@ def test_a_card_that_cannot_be_is_refused_before_the_repo_is_made(hub, push):
     with pytest.raises(ConfigError, match="base_model"):
         push(base_model="/home/me/model")
     assert REPO not in hub.repos
-
-
-def test_a_gated_base_is_warned_about(hub, push):
-    make_base(hub, "license: other").gated = True
-    with pytest.warns(UserWarning, match="org/base.* gated"):
-        push()
