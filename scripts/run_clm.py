@@ -28,6 +28,7 @@ import transformers
 import yaml
 from datasets import IterableDataset
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from peft import get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -51,7 +52,6 @@ from lora_da_hf.training.arguments import (
     LoRADAArguments,
     ModelArguments,
     TextArguments,
-    check_data_file,
 )
 from lora_da_hf.training.text import (
     Rows,
@@ -60,7 +60,6 @@ from lora_da_hf.training.text import (
     load_file,
     load_model,
     tokenize,
-    with_adapter,
 )
 
 logger = logging.getLogger("run_clm")
@@ -144,9 +143,6 @@ class Arguments:
             data.streaming and training.do_train and training.max_steps <= 0,
             "--streaming has no length: give --max_steps",
         )
-        for path in (data.train_file, data.validation_file):
-            if path is not None:
-                check_data_file(path)
         training.resume_from_checkpoint = find_checkpoint(training)
 
 
@@ -292,7 +288,7 @@ def make_trainer(
         "processing_class": tokenizer,
     }
     set_seed(arguments.training.seed)  # so that both start from the same random adapter
-    model = with_adapter(model, arguments.adapter.to_peft())
+    model = get_peft_model(model, arguments.adapter.to_peft())
     if arguments.adapter.init == "lora":
         if arguments.da.da_freeze_a:
             freeze_a(model)

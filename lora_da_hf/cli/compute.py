@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import MODEL, argument, check_new, flag, flags_of, read, verb
+from lora_da_hf.cli.flags import MODEL, argument, flag, flags_of, read, verb
 from lora_da_hf.cli.output import Output
 from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
 
@@ -16,8 +16,7 @@ from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelA
     "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16",
     MODEL,
     argument("data", "DATA", "a csv, json, jsonl, parquet or txt file, or a data set: a name on the Hub or a folder"),
-    argument("output", "OUTPUT", "folder for the initialisation", type=Path),
-    flag("overwrite", "replace an initialisation that is there"),
+    argument("output", "OUTPUT", "folder for the initialisation; another one that is there is replaced", type=Path),
     flag("dataset_config_name", "configuration of a data set on the Hub", metavar="NAME"),
     flag("split", "split of the data, such as train[:5000]", metavar="SPLIT", default="train"),
     flags_of(LoraArguments, TextArguments, ModelArguments, LoRADAArguments),
@@ -25,15 +24,15 @@ from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelA
 def init(arguments: argparse.Namespace, output: Output) -> None:
     """Compute an initialisation from data and store it in a folder."""
     text, settings = read(TextArguments, arguments), read(LoRADAArguments, arguments).to_config()
-    check_new(arguments.output, overwrite=arguments.overwrite)
     lora = read(LoraArguments, arguments).to_peft()
 
     from accelerate import PartialState
+    from peft import get_peft_model
     from transformers import set_seed
 
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.job import DEFAULT_SEED
-    from lora_da_hf.training.text import choose_block_size, load_model, tokenize, used_columns, with_adapter
+    from lora_da_hf.training.text import choose_block_size, load_model, tokenize, used_columns
 
     output.message(f"Reading {arguments.data}")
     rows = _load_rows(arguments)
@@ -43,7 +42,7 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
     set_seed(DEFAULT_SEED)
     report = initialize_lora_da(
-        with_adapter(model, lora).to(PartialState().device),
+        get_peft_model(model, lora).to(PartialState().device),
         samples,
         config=settings,
         output_dir=arguments.output,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.cli.output import Output
-from lora_da_hf.errors import ConfigError
 
 Run = Callable[[argparse.Namespace, Output], None]
 Flags = Callable[[argparse.ArgumentParser], Any]
@@ -61,11 +60,3 @@ def read(kind: Any, arguments: argparse.Namespace) -> Any:
 
 MODEL = argument("model", "MODEL", "causal language model: a name on the Hub or a local folder")
 FOLDER = argument("folder", "FOLDER", "folder of a stored initialisation", type=Path)
-
-
-def check_new(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds an initialisation already."""
-    from lora_da_hf.artifacts.manifest import MANIFEST_FILE
-
-    if (folder / MANIFEST_FILE).is_file() and not overwrite:
-        raise ConfigError(f"{folder} holds an initialisation already. Name a new folder, or give --overwrite.")

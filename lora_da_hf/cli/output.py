@@ -59,7 +59,7 @@ def explain(error: Exception) -> str:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"{text} Lower --da_batch_size or --block_size."
     if not isinstance(error, OSError):
-        return f"unexpected {type(error).__name__}: {text} Run it again with --debug for the traceback."
+        return f"{type(error).__name__}: {text} Run it again with --debug for the traceback."
     advice = "Check the name and the connection; a private or gated repository needs `hf auth login`."
     return f"{text} {advice}" if error.errno is None else text  # what the operating system says is enough
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_da_hf.adapters.experts import experts_skipped
@@ -13,7 +13,6 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.plan import Plan, budget_bytes, groups_of, make_plan, solver_threads, usable_memory
 from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments
-from lora_da_hf.training.text import naming_model, with_adapter
 
 
 def plan_of(
@@ -25,13 +24,12 @@ def plan_of(
     same tensor.
     """
     trust = {"trust_remote_code": loading.trust_remote_code}
-    with torch.device("meta"), naming_model(name):
+    with torch.device("meta"):
         of_model = AutoConfig.from_pretrained(name, revision=loading.model_revision, **trust)
         dtype = getattr(of_model, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
         model = AutoModelForCausalLM.from_config(of_model, dtype=dtype or torch.float32, **trust)
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
-    with torch.device("meta"):
-        model, ids = with_adapter(model, lora), torch.zeros(1, 8, dtype=torch.long)
+        model, ids = get_peft_model(model, lora), torch.zeros(1, 8, dtype=torch.long)
     scan = find_targets(model, has_values=False)
     layers = {target.name: target.base_layer for target in scan.targets}
     with torch.no_grad(), adapters_off(scan.targets), experts_skipped(model):

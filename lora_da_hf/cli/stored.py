@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_da_hf.artifacts.folders import CardFacts
-from lora_da_hf.cli.flags import FOLDER, argument, check_new, flag, flags_of, read, verb
+from lora_da_hf.cli.flags import FOLDER, argument, flag, flags_of, read, verb
 from lora_da_hf.cli.output import Output, in_lines
 from lora_da_hf.config import FREE_IN_REFIT
 from lora_da_hf.report import in_columns, kind_of
@@ -111,8 +111,12 @@ def _settings_of_refit(parser: argparse.ArgumentParser) -> None:
 @verb(
     "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean",
     FOLDER,
-    argument("output", "OUTPUT", "folder for the new initialisation", type=Path),
-    flag("overwrite", "replace an initialisation that is there; OUTPUT may be FOLDER, and keeps its statistics"),
+    argument(
+        "output",
+        "OUTPUT",
+        "folder for the new initialisation: FOLDER, which keeps its statistics, or another",
+        type=Path,
+    ),
     flag("rank", "rank of the new adapter, at most the stored one", type=int),
     flag("rank_budget", "parameters of the adapter, shared out between the layers", type=int),
     flag("step_size", "how far step 0 goes (default: as the stored steps say)", type=float),
@@ -122,7 +126,6 @@ def refit(arguments: argparse.Namespace, output: Output) -> None:
     """Make another initialisation: a smaller rank, or other settings from stored statistics."""
     from lora_da_hf.pipeline.refit import refit_init
 
-    check_new(arguments.output, overwrite=arguments.overwrite)
     folder = str(arguments.output)
     given = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items() if name.startswith(PREFIX)}
     refit_init(
@@ -169,7 +172,6 @@ def push(arguments: argparse.Namespace, output: Output) -> None:
     "user/my-init@v1 --quiet",
     argument("repo_id", "USER/NAME[@REVISION]", "repository on the Hub; main, unless you name a branch, tag or commit"),
     flag("cache_dir", "where it is kept (default: the Hub's cache)", metavar="FOLDER"),
-    flag("local_dir", "a new folder for a copy of your own", type=Path, metavar="FOLDER"),
     flag("local_files_only", "use what is in the cache, and do not connect"),
 )
 def pull(arguments: argparse.Namespace, output: Output) -> None:
@@ -181,7 +183,6 @@ def pull(arguments: argparse.Namespace, output: Output) -> None:
         repo_id,
         revision=revision or None,
         cache_dir=arguments.cache_dir,
-        local_dir=arguments.local_dir,
         local_files_only=arguments.local_files_only,
     )
     folder = str(pulled.folder)

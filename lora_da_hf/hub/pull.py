@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +14,7 @@ from huggingface_hub.constants import is_offline_mode
 from lora_da_hf.artifacts.folders import TAGS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init, load_manifest
-from lora_da_hf.errors import ArtifactError, ConfigError, HubError
+from lora_da_hf.errors import ArtifactError, HubError
 from lora_da_hf.hub.client import hub_errors
 
 _T = TypeVar("_T")
@@ -27,7 +26,6 @@ def pull_init(
     revision: str | None = None,
     statistics: bool = True,
     cache_dir: str | Path | None = None,
-    local_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
@@ -43,17 +41,13 @@ def pull_init(
         revision: Branch, tag or commit; None: main.
         statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none of them.
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.
-        local_dir: A new or empty folder for a copy of your own; None: it stays in the cache.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token, endpoint: As in `huggingface_hub.HfApi`.
 
     Raises:
         HubError: if the repository or revision cannot be read, or the network is off and the cache incomplete.
         ArtifactError: if anything in it is not as the manifest says.
-        ConfigError: if ``local_dir`` holds something.
     """
-    if local_dir is not None and any(Path(local_dir).glob("*")):
-        raise ConfigError(f"{local_dir} holds something already. Name a new folder.")
     offline = local_files_only or is_offline_mode()
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     fetch = functools.partial(api.snapshot_download, repo_id, cache_dir=cache_dir, local_files_only=offline)
@@ -68,12 +62,7 @@ def pull_init(
         wanted = sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))
         whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
         stored = _read(whole, functools.partial(load_init, statistics=statistics, alone=False), offline=offline)
-        if local_dir is not None:
-            Path(local_dir).mkdir(parents=True, exist_ok=True)
-            for name in (*wanted, MANIFEST_FILE):
-                shutil.copyfile(folder / name, Path(local_dir) / name)
-    source = f"{repo_id}@{folder.name}"
-    return dataclasses.replace(stored, folder=Path(local_dir or folder), source=source)
+    return dataclasses.replace(stored, source=f"{repo_id}@{folder.name}")
 
 
 def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:

