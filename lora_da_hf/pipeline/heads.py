@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_da_hf.adapters.targets import base_name
 from lora_da_hf.adapters.trial import adapters_off
@@ -27,8 +27,9 @@ from lora_da_hf.distributed.parameters import full_shape, read_full, settle, wri
 from lora_da_hf.errors import WriteError
 from lora_da_hf.losses import base_model_of
 from lora_da_hf.pipeline.base_model import head_parameters, trained_heads
-from lora_da_hf.pipeline.job import Job, one_by_one
+from lora_da_hf.pipeline.job import Job, apart
 from lora_da_hf.pipeline.probe import Probe
+from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.collect import Batch, PassSettings, in_batches
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.theory.line_search import Losses
@@ -40,6 +41,9 @@ _ITERATIONS = 10
 
 _HELD_OUT = 4
 """One of so many samples decides on the ridge."""
+
+_MOST_BYTES = 2**32
+"""Of features, on all processes together. As many samples are taken as they suffice for."""
 
 _Features = tuple[Batch, list[Any]]
 """A batch, and what each call of the backbone returned for it."""
@@ -59,11 +63,14 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     names = ", ".join(wrappers)
     if base.base_model is base:
         return (f"{names} was not fitted first: the model does not tell its backbone from its heads",)
-    held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
+    heads = trained_heads(job.model, job.scan.adapter_name)
     settings = dataclasses.replace(found.settings, around_loss=contextlib.nullcontext)
     with job.stage("heads"), contextlib.ExitStack() as replaced:
+        write_heads(heads, job.processes.broadcast({name: read_full(head).cpu() for name, head in heads.items()}, 0))
         with adapters_off(job.scan.targets):
-            parts = ((fitted, settings), (held_out, one_by_one(settings)))
+            samples = samples[: _number_that_fits(job, samples, settings.one_at_a_time())]
+            held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
+            parts = ((fitted, settings), (held_out, apart(settings, len(held_out))))
             features = [in_batches(how, functools.partial(_read_features, job, part)) for part, how in parts]
         settle(job.model)  # FSDP2 has other parameters after a pass than before
         replay = _Replay(base.base_model)
@@ -78,12 +85,19 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     if after is before:
         return (f"{names} was not fitted first: on {len(held_out)} samples that would be no gain beyond its error",)
     settle(job.model)
-    heads = trained_heads(job.model, job.scan.adapter_name)
+    heads = trained_heads(job.model, job.scan.adapter_name)  # of FSDP2, others than before the pass
     write_heads(heads, {name: copies[id(parameter)].detach() for name, parameter in heads.items()})
     losses = f"loss {before.mean:.4f} -> {after.mean:.4f} on {len(held_out)} others"
     note = f"{names} was fitted first, on {len(fitted)} samples: {losses}"
     job.say(f"LoRA-DA: {note}")
     return (note,)
+
+
+def _number_that_fits(job: Job, samples: Sequence[Any], settings: PassSettings) -> int:
+    """Return for how many samples there is room, by what the backbone returns for the longest."""
+    longest = _read_features(job, [max(samples, key=sample_length)], settings)
+    num_bytes = sum(leaf.nbytes for leaf in tree_leaves(longest) if isinstance(leaf, Tensor))
+    return _MOST_BYTES // max(1, *job.processes.gather(num_bytes))
 
 
 def _head_modules(job: Job) -> dict[str, Any]:
@@ -128,9 +142,7 @@ class _Replay(nn.Module):
 
 
 class _WholeCopy(nn.Module):
-    """A copy of a head, whole on each process and in full precision, which autocast leaves alone.
-
-    In float64 the fit does not depend on how the processes share the samples. Apple's GPUs have float32 alone.
+    """A copy of a head, whole on each process, in float64: the fit does not depend on how the samples are shared.
 
     Attributes:
         parameter_of: The copy of each parameter, by the identity of the original.
@@ -138,17 +150,16 @@ class _WholeCopy(nn.Module):
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self._dtype = torch.float32 if any(p.device.type == "mps" for p in head.parameters()) else torch.float64
-        self.parameter_of = {id(p): nn.Parameter(read_full(p).to(self._dtype)) for p in head.parameters()}
+        self.parameter_of = {id(p): nn.Parameter(read_full(p).double()) for p in head.parameters()}
         hooks = [hooks for module in head.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
         self.copy = copy.deepcopy(head, {**self.parameter_of, **{id(found): OrderedDict() for found in hooks}})
-        self.copy.to(self._dtype)  # buffers too
+        self.copy.double()  # buffers too
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy in its precision."""
+        """Run the copy in its precision, which autocast leaves alone."""
 
         def widened(value: Any) -> Any:
-            return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
         args, kwargs = tree_map(widened, (args, kwargs))
         with torch.autocast(next(self.copy.parameters()).device.type, enabled=False):

@@ -110,7 +110,7 @@ class Job:
         seed_generators(self.seed)
         mine = self.processes.share(samples)
         with self.collate.generators_kept():
-            found = in_batches(one_by_one(settings), functools.partial(evaluate_losses, mine))
+            found = in_batches(apart(settings, len(samples)), functools.partial(evaluate_losses, mine))
         return Losses(tuple(batch for part in self.processes.gather(found) for batch in part))
 
     @contextlib.contextmanager
@@ -187,6 +187,10 @@ def _single_samples_for_all(processes: Processes) -> Generator[None]:
         raise SingleSamplesNeeded(reasons[0])
 
 
-def one_by_one(settings: PassSettings) -> PassSettings:
-    """Have samples run one at a time: their losses, and the error of the mean, are then those of any processes."""
-    return settings if settings.reduction.kind == "batch" else settings.one_at_a_time()
+def apart(settings: PassSettings, num_samples: int) -> PassSettings:
+    """Have samples run one at a time: their losses, and the error of the mean, are then those of any processes.
+
+    Where the loss is one of batches there are four, so that they, too, tell an error.
+    """
+    least = max(2, num_samples // 4) if settings.reduction.kind == "batch" else 1
+    return dataclasses.replace(settings, batch_size=min(settings.batch_size, least))

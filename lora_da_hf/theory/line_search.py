@@ -28,10 +28,12 @@ class Losses:
         return total / count if count else math.nan
 
     def error_beside(self, other: Losses) -> float:
-        """Return the standard error of the difference of two means, by how it varies over batches; 0 with one batch."""
+        """Return the standard error of the difference of two means, by how it varies over batches: of one, infinity."""
         difference, number = self.mean - other.mean, len(self.batches)
-        if number < 2 or not math.isfinite(difference):
+        if not math.isfinite(difference):
             return 0.0
+        if number < 2:
+            return math.inf
         count = sum(items for _, items in self.batches)
         pairs = zip(self.batches, other.batches, strict=True)
         squares = sum((here - there - difference * items) ** 2 for (here, items), (there, _) in pairs)

@@ -15,10 +15,12 @@ from transformers import (
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from lora_da_hf import apply_init
-from lora_da_hf.samples import choose_samples
+from lora_da_hf.samples import choose_samples, pad_samples
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
 SETTINGS = {"num_samples": 16, "search_samples": 4, "batch_size": 4}
@@ -35,7 +37,7 @@ def collate_numbers(samples):
 def llama(**overrides):
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL, "num_labels": 3, "pad_token_id": 0, **overrides})
-    return get_peft_model(LlamaForSequenceClassification(config), make_lora_config(task_type="SEQ_CLS"))
+    return get_peft_model(LlamaForSequenceClassification(config).to(config.dtype or torch.float32), make_lora_config(task_type="SEQ_CLS"))
 
 
 def roberta():
@@ -55,6 +57,20 @@ def tagged(count):
     return [{**s, "labels": [token % 3 for token in s["input_ids"]]} for s in make_learnable_samples(count)]
 
 
+def images():
+    torch.manual_seed(0)
+    small = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+    model = ViTForImageClassification(ViTConfig(**small, num_labels=2, image_size=16, patch_size=8))
+    lora = make_lora_config(target_modules=["q_proj", "v_proj", "query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(model, lora)
+
+
+def bright_and_dark(count):
+    generator = torch.Generator().manual_seed(0)
+    pixels = [torch.randn(3, 16, 16, generator=generator) + number % 2 for number in range(count)]
+    return [{"pixel_values": image, "labels": number % 2} for number, image in enumerate(pixels)]
+
+
 def regression():
     return llama(num_labels=1, problem_type="regression")
 
@@ -63,6 +79,8 @@ CASES = {
     "classes": (llama, classes, collate_classes),
     "two layers": (roberta, lambda count: classes(count, lambda ids: ids[0] % 3), collate_classes),
     "tokens": (tagger, tagged, collate),
+    "bfloat16": (lambda: llama(dtype=torch.bfloat16), classes, collate_classes),
+    "images": (images, bright_and_dark, pad_samples),
     "numbers": (regression, lambda count: classes(count, lambda ids: ids[-1] / 10), collate_numbers),
 }
 
@@ -91,7 +109,7 @@ def test_a_new_head_is_fitted_and_the_rest_stays(case):
     assert all(not torch.equal(head, before[name]) for name, head in heads(model).items())
     with torch.no_grad(), model.disable_adapter():
         unfitted = mean_loss(model, samples, collator)
-    assert unfitted == pytest.approx(first.item(), rel=1e-5)  # PEFT's original head is left alone
+    assert unfitted.item() == pytest.approx(first.item(), rel=1e-5)  # PEFT's original head is left alone
     assert report.search_loss_before < first
 
 

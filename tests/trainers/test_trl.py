@@ -187,23 +187,24 @@ def check_dpo(folder, trainer, callback):
     assert not trainer._metrics["eval"]
 
 
-@pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback(...).attach(trainer)`")
-def test_a_reward_model(tmp_path):
-    def make_model():
-        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, num_labels=1, initializer_range=0.2)
-        torch.manual_seed(0)
-        return LlamaForSequenceClassification(config)
-
-    callback = make_callback(fit_heads=False)
-    trainer = trl.RewardTrainer(
-        model=make_model(),
-        args=make_trl_args(trl.RewardConfig, tmp_path),
-        train_dataset=preferences().remove_columns("prompt"),
+def make_reward(folder, callback, count=None):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0, num_labels=1, initializer_range=0.2)
+    torch.manual_seed(0)
+    return trl.RewardTrainer(
+        model=LlamaForSequenceClassification(config),
+        args=make_trl_args(trl.RewardConfig, folder),
+        train_dataset=preferences(**({} if count is None else {"count": count})).remove_columns("prompt"),
         processing_class=make_tokenizer(),
         peft_config=make_lora_config(task_type="SEQ_CLS"),
         callbacks=[callback],
     )
+
+
+@pytest.mark.support("Trainers", "TRL's `RewardTrainer`", "by `LoRADACallback(...).attach(trainer)`")
+def test_a_reward_model(tmp_path):
+    callback = make_callback(fit_heads=False)
+    trainer = make_reward(tmp_path, callback)
     expected = expected_of(trainer, trainer.model)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
@@ -212,6 +213,12 @@ def test_a_reward_model(tmp_path):
     assert report.batch_size == 4
     assert report.search_loss_after < report.search_loss_before
     assert not trainer._metrics["eval"]
+
+
+def test_the_head_of_a_reward_model_is_fitted_first(tmp_path):
+    callback = make_callback(num_samples=32)
+    _, report = train_with_its_loss(make_reward(tmp_path, callback, count=400), callback)
+    assert any("score was fitted first, on 96 samples" in note for note in report.notes), report.notes
 
 
 def test_the_metrics_of_an_evaluation_are_those_of_trl_alone(tmp_path, tiny_llama):
