@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSa
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import DataError
-from lora_da_hf.statistics.model_state import random_state
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-
-logger = logging.getLogger(__name__)
-
-_SAMPLERS_OF_ALL = {
-    *("NoneType", "RandomSampler", "SequentialSampler", "DistributedSampler", "_InfiniteConstantSampler"),
-    *("SeedableRandomSampler", "LengthGroupedSampler", "DistributedLengthGroupedSampler", "RepeatSampler"),
-}
-"""Those of torch, accelerate, transformers and TRL that go through the whole data set, each sample as often."""
-
 
 _TIMES_WITH_ONE_LABEL = 4
 """Search samples for one, where each has one label alone and says less."""
@@ -160,70 +149,28 @@ def _split(
 
 
 def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
-    """Return the samples behind a data loader, and what collates them.
+    """Return the samples behind a data loader, and what collates them; None if it has no data set.
 
-    A `torch.utils.data.DataLoader` gives its data set and its collator; of the data set those samples that its sampler
-    is limited to, if that is a `SubsetRandomSampler` or a list of indices. Any other iterable is taken to yield
-    batches, whose rows become samples.
+    Of a `SubsetRandomSampler`, or a list of indices, those samples alone. Weights of a sampler are not followed.
     """
-    dataset = getattr(loader, "dataset", None)
-    if dataset is not None and callable(getattr(loader, "collate_fn", None)):
-        while type(dataset).__name__ == "IterableDatasetShard":  # accelerate's and transformers'
-            dataset = dataset.dataset
-        indices = _indices_of(loader)
-        return dataset if indices is None else Subset(dataset, indices), loader.collate_fn
-    return _Rows(loader), None
-
-
-def _indices_of(loader: Any) -> list[int] | None:
-    """Return the indices that a loader's sampler is limited to; None if that is not known, or all of them."""
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    while type(dataset).__name__ == "IterableDatasetShard":  # accelerate's and transformers'
+        dataset = dataset.dataset
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards
         batches = batches.batch_sampler
-    if isinstance(batches, list | tuple):
-        return [index for batch in batches for index in batch]
-    sampler = getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", batches)
+    sampler = getattr(batches, "sampler", batches) or getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
-        return list(sampler.indices)
+        return Subset(dataset, list(sampler.indices)), collate
     if isinstance(sampler, list | tuple | range):
-        return list(sampler)
-    if type(sampler).__name__ not in _SAMPLERS_OF_ALL:
-        logger.warning(
-            "LoRA-DA draws from the whole data set, and not as the loader's %s does. Give the samples themselves to "
-            "have it draw from others.",
-            type(sampler).__name__,
-        )
-    return None
+        rows = [index for batch in sampler for index in batch] if sampler is batches else sampler
+        return Subset(dataset, list(rows)), collate
+    return dataset, collate
 
 
 def is_loader(samples: Any) -> bool:
     """Tell a data loader from samples."""
     return isinstance(samples, DataLoader) or (hasattr(samples, "dataset") and hasattr(samples, "collate_fn"))
-
-
-def reads_once(samples: Any) -> bool:
-    """Tell a stream that can be read only once, which training would have no more, from one that starts anew.
-
-    A loader that is its own iterator may well start anew: of loaders, those that have one generator are found.
-    """
-    if not isinstance(samples, _Rows):
-        return not has_positions(samples) and iter(samples) is iter(samples)
-    with random_state(0):  # which an iterator of a data loader draws from
-        first = iter(samples.batches)
-        return isinstance(first, Generator) and first is iter(samples.batches)
-
-
-class _Rows:
-    """The rows of batches, as samples: read from the first one each time."""
-
-    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.batches:
-            rows = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
-            for row in range(min(map(len, rows.values()), default=0)):
-                yield {name: value[row] for name, value in rows.items()}
 
 
 def pad_samples(samples: list[Any]) -> dict[str, Tensor]:

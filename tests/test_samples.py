@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler
 
 from lora_da_hf.collator import DeviceCollator
 from lora_da_hf.config import LoRADAConfig
@@ -68,17 +68,6 @@ def test_a_stream_is_read_from_its_head_and_no_further():
     assert next(stream) == 18
 
 
-def test_an_iterable_of_batches_gives_its_rows():
-    batches = [{"input_ids": torch.tensor([[1, 2], [3, 4]]), "text": ["a", "b"]}, {"input_ids": torch.tensor([[5, 6]])}]
-    samples, collate = samples_of_loader(batches)
-    assert collate is None
-    assert [{k: v.tolist() for k, v in row.items()} for row in samples] == [
-        {"input_ids": [1, 2]},
-        {"input_ids": [3, 4]},
-        {"input_ids": [5, 6]},
-    ]
-
-
 @pytest.mark.parametrize(
     ("samples", "name"),
     [
@@ -130,19 +119,3 @@ def test_a_loader_over_a_part_of_a_data_set_gives_no_sample_of_the_rest(settings
     splits = choose(samples)
     assert {*splits.statistics, *splits.search, *splits.unseen} == {1, 3, 5, 7}
     assert splits.population_size == 4
-
-
-def test_a_sampler_that_is_not_followed_is_a_warning(caplog):
-    weighted = DataLoader([0, 1, 2], sampler=WeightedRandomSampler([1.0, 0.0, 0.0], 3), collate_fn=list)
-    assert samples_of_loader(weighted)[0] == [0, 1, 2]
-    assert "not as the loader's WeightedRandomSampler does" in caplog.text
-
-    class Ours:
-        def __iter__(self):
-            yield [0, 1]
-
-    assert samples_of_loader(DataLoader([0, 1, 2], batch_sampler=Ours(), collate_fn=list))[0] == [0, 1, 2]
-    assert "not as the loader's Ours does" in caplog.text
-    caplog.clear()
-    samples_of_loader(DataLoader([0, 1, 2], shuffle=True, collate_fn=list))
-    assert not caplog.text

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -193,4 +193,4 @@ def apart(settings: PassSettings, num_samples: int) -> PassSettings:
     Where the loss is one of batches there are four, so that they, too, tell an error.
     """
     least = max(2, num_samples // 4) if settings.reduction.kind == "batch" else 1
-    return dataclasses.replace(settings, batch_size=min(settings.batch_size, least))
+    return replace(settings, batch_size=min(settings.batch_size, least))

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_da_hf.adapters.trial import adapters_off, trial_adapters
 from lora_da_hf.adapters.write import read_factors, update_norm, write_factors
@@ -20,7 +19,6 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
-from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.theory.line_search import Losses, line_search
 from lora_da_hf.theory.steps import factors_at_step, layer_lengths
 
@@ -32,8 +30,6 @@ _FIRST_EQUAL_STEP = 0.1
 
 _LADDER_RATIO = 4
 _LEAST_ON_LADDER = 4
-_FULL_PRECISION = 4
-"""Bytes of a loss in which steps can be told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +71,7 @@ def given_step(job: Job) -> Step:
 def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ranks: bool) -> Step:
     """Search the step at the ranks of the layers, and for a ladder of ranks if that is asked for."""
     samples = probe.splits.search
-    watched = _WatchedLoss(job.compute_loss)
-    watching = replace(probe.settings, compute_loss=watched)
-    baseline = _finite(job.losses(samples, watching), samples, "search")
-    dtype = max(job.processes.gather(watched.dtype), key=lambda found: torch.finfo(found).eps)
-    resolution = torch.finfo(dtype).eps * abs(baseline.mean) if dtype.itemsize < _FULL_PRECISION else 0.0
+    baseline = _finite(job.losses(samples, probe.settings), samples, "search")
     bases = {name: (solution.basis_A, solution.basis_B) for name, solution in solved.solutions.items()}
     with trial_adapters([job.targets[name] for name in bases], bases) as trial:
 
@@ -88,11 +80,11 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
             return job.losses(samples, probe.settings)
 
         at_own_ranks = functools.partial(evaluate, samples, None)
-        found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved), resolution=resolution)
+        found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved))
         by_rank = dict.fromkeys(_one_rank(job), found.step_size)
         if for_other_ranks and found.step_size:
             on_part = functools.partial(evaluate, samples[: max(_LEAST_ON_LADDER, len(samples) // _LADDER_RATIO)])
-            by_rank |= _search_ladder(job, on_part, found.step_size, by_rank, resolution)
+            by_rank |= _search_ladder(job, on_part, found.step_size, by_rank)
     step = replace(
         step,
         step_size=found.step_size,
@@ -100,13 +92,6 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
         search=[(size, loss if math.isfinite(loss) else None) for size, loss in found.evaluations],
         search_loss_before=baseline.mean,
     )
-    readings = [(0.0, baseline.mean), *found.evaluations]
-    alike = [f"{size:.3g}" for size, loss in sorted(readings) if abs(loss - found.loss) <= resolution]
-    if resolution and len(alike) > 1:
-        step = step.noting(
-            f"the loss comes as {dtype}, in steps of {resolution:.2g} at {baseline.mean:.4g}: {', '.join(alike)} "
-            "cannot be told apart, and the smallest was taken. Have compute_loss return float32"
-        )
     if not found.step_size:
         step = _noting_no_step(job, step, f"no step lowers the loss on {len(samples)} search samples beyond its error")
     return step
@@ -126,33 +111,18 @@ def _search_ladder(
     evaluate: Callable[[int | None, float], Losses],
     start: float,
     known: Mapping[int, float],
-    resolution: float,
 ) -> dict[int, float]:
     """Return the step of the largest rank and of each quarter of the last, searched from its neighbour's.
 
     A quarter of the samples has to do; a longer step has to earn its length on them, too.
     """
-    options: dict[str, Any] = {"factor": 2.0, "refine": False, "resolution": resolution}
     baseline, steps, rank = evaluate(None, 0.0), dict(known), max(job.max_ranks.values())
     while rank:
         if rank not in steps:
             at_rank = functools.partial(evaluate, rank)
-            steps[rank] = line_search(at_rank, baseline=baseline, start=start, **options).step_size
+            steps[rank] = line_search(at_rank, baseline=baseline, start=start, factor=2.0, refine=False).step_size
         start, rank = steps[rank] or start, rank // _LADDER_RATIO
     return steps
-
-
-class _WatchedLoss:
-    """A loss that notes the coarsest dtype that it came in."""
-
-    def __init__(self, compute_loss: ComputeLoss) -> None:
-        self._compute_loss = compute_loss
-        self.dtype = torch.float64
-
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any], num_items: Tensor | None) -> Tensor:
-        loss = self._compute_loss(model, batch, num_items)
-        self.dtype = max(self.dtype, loss.dtype, key=lambda found: torch.finfo(found).eps)
-        return loss
 
 
 def _finite(losses: Losses, samples: list[Any], kind: str) -> Losses:

@@ -60,7 +60,6 @@ def line_search(
     start: float = 0.1,
     factor: float = 10**0.5,
     refine: bool = True,
-    resolution: float = 0.0,
 ) -> LineSearchResult:
     """Minimise a loss over a positive step, expanding geometrically until the loss rises on both sides.
 
@@ -68,8 +67,8 @@ def line_search(
     its right neighbour or of no step. A bracketed minimum is refined once, at the vertex of the parabola through the
     three points in the logarithm of the step. A loss that is not finite counts as a rise.
 
-    The smallest step is taken whose loss is above the lowest by no more than ``resolution``, or the standard
-    error of the difference: a longer way has to earn its length. No step counts as one of length 0.
+    The smallest step is taken whose loss is above the lowest by no more than the standard error of the difference: a
+    longer way has to earn its length. No step counts as one of length 0.
     """
     found: dict[float, Losses] = {0.0: baseline}
     losses: dict[float, float] = {}
@@ -97,7 +96,7 @@ def line_search(
             at(vertex)
     readings = {0.0: baseline.mean, **losses}
     lowest = min(readings, key=lambda step: (readings[step], step))
-    slack = {step: max(resolution, found[step].error_beside(found[lowest])) for step in readings}
+    slack = {step: found[step].error_beside(found[lowest]) for step in readings}
     taken = min((step for step in readings if readings[step] <= readings[lowest] + slack[step]), default=0.0)
     return LineSearchResult(step_size=taken, loss=readings[taken], evaluations=tuple(losses.items()))
 

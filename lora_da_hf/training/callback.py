@@ -25,7 +25,7 @@ from lora_da_hf.errors import ArtifactError, ConfigError, DataError, Unsupported
 from lora_da_hf.losses import base_model_of, input_device
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
-from lora_da_hf.samples import has_positions, reads_once, samples_of_loader, with_columns_of
+from lora_da_hf.samples import has_positions, samples_of_loader, with_columns_of
 from lora_da_hf.training.trainer_loss import as_in_training_alone, loss_of
 
 logger = logging.getLogger(__name__)
@@ -167,11 +167,10 @@ class LoRADACallback(TrainerCallback):
         population_size = len(samples) if has_positions(samples) else max(1, state.max_steps * total)
         if self.train_dataset is not None:
             samples = self.train_dataset if self.data_collator else with_columns_of(self.train_dataset, samples)
-        elif reads_once(samples):
+        elif samples is None or (not has_positions(samples) and iter(samples) is iter(samples)):
             raise DataError(
-                "The training data is a stream that can be read only once: training would miss what the "
-                "initialisation reads. Let its __iter__ return a new iterator each time, or give LoRADACallback a "
-                "train_dataset."
+                "The training data is a stream that can be read only once, or not known: its loader has no data set. "
+                "Let its __iter__ return a new iterator each time, or give LoRADACallback a train_dataset."
             )
         return samples, self.data_collator or collator, population_size
 

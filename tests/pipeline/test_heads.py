@@ -37,7 +37,9 @@ def collate_numbers(samples):
 def llama(**overrides):
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL, "num_labels": 3, "pad_token_id": 0, **overrides})
-    return get_peft_model(LlamaForSequenceClassification(config).to(config.dtype or torch.float32), make_lora_config(task_type="SEQ_CLS"))
+    return get_peft_model(
+        LlamaForSequenceClassification(config).to(config.dtype or torch.float32), make_lora_config(task_type="SEQ_CLS")
+    )
 
 
 def roberta():

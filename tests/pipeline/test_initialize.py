@@ -233,20 +233,6 @@ def test_a_gain_on_unseen_samples_that_may_be_chance_is_not_taken(lora_model, sa
     assert ("which may be chance: the start is that of plain LoRA" in caplog.text) == is_chance
 
 
-def in_bfloat16(*inputs):
-    return model_loss(*inputs).to(torch.bfloat16)
-
-
-def test_a_search_says_that_it_cannot_tell_steps_apart_and_guesses_none(lora_model, samples):
-    coarse, fine = (
-        initialize(lora_model(), samples, loss=loss, num_samples=8, search_samples=2) for loss in (in_bfloat16, None)
-    )
-    lowest = min(loss for _, loss in [*coarse.search, (0.0, coarse.search_loss_before)])
-    alike = [step for step, loss in coarse.search if loss <= lowest + 2**-7 * coarse.search_loss_before]
-    assert coarse.step_size in (0.0, min(alike))
-    assert [any("told apart" in note for note in report.notes) for report in (coarse, fine)] == [True, False]
-
-
 def test_a_number_is_the_step(lora_model, samples):
     model = lora_model()
     report = initialize(model, samples, step_size=0.25)

@@ -90,14 +90,6 @@ def test_a_loss_that_is_not_finite_counts_as_a_rise(value):
     assert all(not math.isnan(loss) for _, loss in result.evaluations)
 
 
-def test_steps_that_the_losss_resolution_does_not_tell_apart_give_the_smallest_of_them():
-    result = search(lambda step: 2 - 1e-3 * bowl(0.1)(step) if step < 1 else 3.0, baseline=2.0, resolution=0.01)
-    assert result.step_size == 0.0
-    result = search(lambda step: round(bowl(0.1)(step), 1), baseline=9.0, resolution=0.1)
-    lowest = min(loss for _, loss in result.evaluations)
-    assert result.step_size == min(step for step, loss in result.evaluations if loss <= lowest + 0.1) > 0
-
-
 def losses(values):
     return Losses(tuple((value, 2) for value in values))
 
