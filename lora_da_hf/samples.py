@@ -153,13 +153,14 @@ def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
 
     Of a `SubsetRandomSampler`, or a list of indices, those samples alone. Weights of a sampler are not followed.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    collate: RawCollate | None = getattr(loader, "collate_fn", None)
     while type(dataset).__name__ == "IterableDatasetShard":  # accelerate's and transformers'
         dataset = dataset.dataset
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards
         batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", batches) or getattr(loader, "sampler", None)
+    sampler: Any = getattr(batches, "sampler", batches) or getattr(loader, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(dataset, list(sampler.indices)), collate
     if isinstance(sampler, list | tuple | range):
