@@ -107,7 +107,7 @@ BASE_NAME = "org/base"
 
 def initialize(model, samples, folder=None, *, config=None, loss=None, collator=collate, **settings):
     """Initialise a model without progress bars; settings are the function's own or the config's. Returns the report."""
-    own = ("batch_size", "seed", "population_size", "adapter_name")
+    own = ("batch_size", "seed", "population_size")
     arguments = {name: settings.pop(name) for name in own if name in settings}
     return initialize_lora_da(
         model,

@@ -81,22 +81,14 @@ def active_adapter_name(model: nn.Module) -> str:
     return names.pop()
 
 
-def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_values: bool = True) -> TargetScan:
-    """Find the LoRA layers of an adapter that can be initialised: of the active one, which may be named.
-
-    Args:
-        has_values: Whether the weights must have values; False: of a model on the meta device that is only planned for.
+def find_targets(model: nn.Module) -> TargetScan:
+    """Find the LoRA layers of the active adapter that can be initialised.
 
     Raises:
-        TargetError: if there is no LoRA layer, or none that can be initialised, or one is in no state for it.
-        UnsupportedSetupError: for experts under ZeRO and FSDP2, DoRA under ZeRO-3, and on Apple's GPUs.
+        TargetError: if there is no LoRA layer, or none that can be initialised.
+        UnsupportedSetupError: for experts under ZeRO and FSDP2.
     """
-    active = active_adapter_name(model)
-    adapter_name = adapter_name or active
-    if adapter_name != active:
-        raise TargetError(
-            f"Adapter {adapter_name!r} is not the active one, {active!r} is. Call set_adapter({adapter_name!r}) first."
-        )
+    adapter_name = active_adapter_name(model)
     peft_config = getattr(model, "peft_config", {}).get(adapter_name)
     tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
     elsewhere = _base_layers_elsewhere(model)
@@ -114,7 +106,7 @@ def find_targets(model: nn.Module, adapter_name: str | None = None, *, has_value
             if target.rank > target.in_features:
                 kept[target.name] = f"rank {target.rank} is above its input size {target.in_features}"
             else:
-                targets.append(_checked(target, has_values=has_values))
+                targets.append(target)
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers.")
@@ -191,33 +183,49 @@ def _expert_targets(name: str, layer: LoraLayer, adapter_name: str) -> list[Targ
     return targets
 
 
-def _checked(target: Target, *, has_values: bool) -> Target:
-    base: Any = target.base_layer
-    weight = getattr(base, "weight", None)
-    if has_values and any(part is not None and part.is_meta for part in (weight, target.lora_A, target.lora_B)):
-        raise TargetError(
-            f"{target.name}: it is on the meta device, so it has no values. Load the model without offloading, and "
-            "make the adapter without low_cpu_mem_usage=True."
+def check_ready(targets: Sequence[Target]) -> None:
+    """Verify that layers are in a state to be initialised in. Under ZeRO-3 and FSDP2 it is a collective.
+
+    Raises:
+        TargetError: if a layer has no values, or its adapter is off.
+        UnsupportedSetupError: for DoRA under ZeRO-3, and on Apple's GPUs.
+        AdapterAlreadyTrainedError: if a B is not zero.
+    """
+    for target in targets:
+        base: Any = target.base_layer
+        weight = getattr(base, "weight", None)
+        if any(part is not None and part.is_meta for part in (weight, target.lora_A, target.lora_B)):
+            raise TargetError(
+                f"{target.name}: it is on the meta device, so it has no values. Load the model without offloading, and "
+                "make the adapter without low_cpu_mem_usage=True."
+            )
+        if target.device.type == "mps":
+            raise UnsupportedSetupError(
+                "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU with an "
+                "output_dir, and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
+            )
+        if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
+            raise UnsupportedSetupError(
+                f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or "
+                "LoRA."
+            )
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True:
+            raise TargetError(
+                f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
+                "Load the model again, and initialise before any evaluation."
+            )
+        if target.layer.disable_adapters or target.layer.merged:
+            raise TargetError(
+                f"{target.name}: its adapter is disabled, or merged into the base weight. Call "
+                "enable_adapter_layers() or unmerge_adapter() first."
+            )
+    used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
+    if used:
+        raise AdapterAlreadyTrainedError(
+            f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "
+            "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave "
+            "LoRA-DA out or resume from a checkpoint."
         )
-    if target.device.type == "mps":
-        raise UnsupportedSetupError(
-            "Apple's GPUs (MPS) have no float64, which layers are solved in. Initialise on the CPU with an output_dir, "
-            "and load that adapter with PeftModel.from_pretrained(base, output_dir, is_trainable=True)."
-        )
-    if target.magnitude is not None and full_shape(base.weight) != base.weight.shape:
-        raise UnsupportedSetupError(
-            f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or LoRA."
-        )
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True:
-        raise TargetError(
-            f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
-            "Load the model again, and initialise before any evaluation."
-        )
-    if target.layer.disable_adapters:
-        raise TargetError(f"{target.name}: its adapter is disabled. Call enable_adapter_layers() first.")
-    if target.layer.merged:
-        raise TargetError(f"{target.name}: its adapter is merged into the base weight. Call unmerge_adapter() first.")
-    return target
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -228,14 +236,3 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.training = True
-
-
-def check_fresh(targets: Sequence[Target]) -> None:
-    """Verify that every B is zero. Under ZeRO-3 and FSDP2 all processes look at each layer together."""
-    used = [target.name for target in targets if bool(read_full(target.lora_B).any())]
-    if used:
-        raise AdapterAlreadyTrainedError(
-            f"lora_B is not zero in {len(used)} layers ({used[0]} first): the adapter was trained already, or was "
-            "not made with init_lora_weights=True. Initialise a fresh adapter; to go on training this one, leave "
-            "LoRA-DA out or resume from a checkpoint."
-        )

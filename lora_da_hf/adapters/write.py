@@ -90,22 +90,19 @@ def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
 
 
-def freeze_a(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
-    """Freeze A of every LoRA layer (LoRA-FA), before the optimizer is made, and return what was not frozen before.
+def freeze_a(model: nn.Module) -> None:
+    """Freeze A of every LoRA layer of the active adapter (LoRA-FA), before the optimizer is made.
 
     PEFT thaws all of an adapter that is switched on again, as losses do that look at the base model between
     (``disable_adapter``): each layer freezes its A again before it runs.
     """
-    name = adapter_name or active_adapter_name(model)
-    frozen: list[nn.Parameter] = []
+    name = active_adapter_name(model)
     for layer in _layers_of(model, name):
-        lora_A = layer.lora_A[name]
-        if lora_A.weight.requires_grad:
-            frozen.append(lora_A.weight.requires_grad_(False))
-            layer.register_forward_pre_hook(functools.partial(_freeze_again, lora_A=lora_A))
-    return frozen
+        if layer.lora_A[name].weight.requires_grad:
+            layer.lora_A[name].weight.requires_grad_(False)
+            layer.register_forward_pre_hook(functools.partial(_freeze_again, layer.lora_A[name]))
 
 
-def _freeze_again(_: nn.Module, args: Any, *, lora_A: nn.Linear) -> None:
-    if lora_A.weight.requires_grad:
+def _freeze_again(lora_A: nn.Linear, *_: Any) -> None:
+    if lora_A.weight.requires_grad:  # FSDP2 has another parameter by now
         lora_A.weight.requires_grad_(False)

@@ -30,7 +30,7 @@ def plan_of(
         model = AutoModelForCausalLM.from_config(of_model, dtype=dtype or torch.float32, **trust)
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
         model, ids = get_peft_model(model, lora), torch.zeros(1, 8, dtype=torch.long)
-    scan = find_targets(model, has_values=False)
+    scan = find_targets(model)
     layers = {target.name: target.base_layer for target in scan.targets}
     with torch.no_grad(), adapters_off(scan.targets), experts_skipped(model):
         shared = find_shared_inputs(layers, lambda: model(input_ids=ids))

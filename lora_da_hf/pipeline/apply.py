@@ -37,7 +37,6 @@ def apply_init(
     model: nn.Module,
     init: str | Path | StoredInit,
     *,
-    adapter_name: str | None = None,
     config: Given = None,
     step_size: float | str | None = None,
     samples: Any = None,
@@ -54,9 +53,8 @@ def apply_init(
     several processes, call this on each of them with the same folder.
 
     Args:
-        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP.
+        model: A PEFT model with a fresh LoRA adapter that is active, not wrapped in DDP.
         init: A folder, or what `load_init` or `pull_init` returned.
-        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
         step_size: How far step 0 goes, whatever the config says; None, without samples: as stored for these ranks.
@@ -90,7 +88,6 @@ def apply_init(
     job = make_job(
         model,
         settings if step_size is None else dataclasses.replace(settings, step_size=step_size),
-        adapter_name=adapter_name,
         compute_loss=compute_loss,
         data_collator=data_collator,
         batch_size=batch_size,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_da_hf.adapters.targets import Target, TargetScan, check_fresh, find_targets, keep_weights_unpacked
+from lora_da_hf.adapters.targets import Target, TargetScan, check_ready, find_targets, keep_weights_unpacked
 from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
@@ -145,7 +145,6 @@ def make_job(
     model: nn.Module,
     config: LoRADAConfig,
     *,
-    adapter_name: str | None,
     compute_loss: ComputeLoss | None,
     data_collator: RawCollate | None,
     batch_size: int | None,
@@ -159,8 +158,8 @@ def make_job(
     if seed is not None and not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} must be between 0 and 2**32.")
     refuse_split_models(model)
-    scan = find_targets(model, adapter_name)
-    check_fresh(scan.targets)
+    scan = find_targets(model)
+    check_ready(scan.targets)
     return Job(
         model=model,
         config=config,

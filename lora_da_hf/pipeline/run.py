@@ -48,7 +48,6 @@ def initialize_lora_da(
     population_size: int | None = None,
     compute_loss: ComputeLoss | None = None,
     data_collator: RawCollate | None = None,
-    adapter_name: str | None = None,
     output_dir: str | Path | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -61,15 +60,14 @@ def initialize_lora_da(
     loss. With several processes, call this on each of them with the same samples; they share the work.
 
     Args:
-        model: A PEFT model with a fresh LoRA adapter, not wrapped in DDP or a DeepSpeed engine; FSDP2 shards in place.
-            A compiled model is run as it is written.
+        model: A PEFT model with a fresh LoRA adapter that is active, not wrapped in DDP or a DeepSpeed engine;
+            FSDP2 shards in place. A compiled model is run as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
         population_size: N, how many samples training draws from; None: the number of samples.
         compute_loss: Maps model, batch and number of items to a scalar loss, dividing the sum over labels by the
             number of items unless that is None; None: the loss that the model returns.
         data_collator: Makes a batch of a list of samples; None: the loader's, or padding on the right.
-        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         output_dir: Folder for the initialisation; None: it is not stored. One that is there already is used if model,
             adapter, samples and settings are the same, and replaced otherwise. Anything else there is an error.
         batch_size: Used if the config gives none; None: 8.
@@ -106,7 +104,6 @@ def initialize_lora_da(
     job = make_job(
         model,
         config,
-        adapter_name=adapter_name,
         compute_loss=compute_loss,
         data_collator=data_collator,
         batch_size=batch_size,
@@ -190,7 +187,7 @@ def hand_over(job: Job, report: LoRADAReport) -> None:
     settle(job.model)
     mark_initialized(job.model, job.scan.adapter_name, may_be_zero=report.step_size == 0)
     if job.config.freeze_a:
-        freeze_a(job.model, job.scan.adapter_name)
+        freeze_a(job.model)
 
 
 def _check_adapter(job: Job, folder: Path | None) -> None:

@@ -51,7 +51,6 @@ class LoRADACallback(TrainerCallback):
         config: The settings; None: ``LoRADAConfig()``.
         train_dataset: Where samples come from; None: the data set of the trainer's data loader.
         data_collator: Makes batches; None: the data loader's.
-        adapter_name: The adapter, which must be the active one (another is an error); None: that one.
         init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub. The report
             is then written to ``output_dir/lora_da_init_from.json``, and the model's cards cite the initialisation.
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
@@ -66,7 +65,6 @@ class LoRADACallback(TrainerCallback):
         *,
         train_dataset: Any = None,
         data_collator: RawCollate | None = None,
-        adapter_name: str | None = None,
         init_from: str | Path | None = None,
         search_step: bool = False,
     ) -> None:
@@ -77,7 +75,6 @@ class LoRADACallback(TrainerCallback):
         self.search_step = search_step
         self.train_dataset = train_dataset
         self.data_collator = data_collator
-        self.adapter_name = adapter_name
         self.report: LoRADAReport | None = None
         self._trainer: Trainer | None = None
 
@@ -107,7 +104,7 @@ class LoRADACallback(TrainerCallback):
     ) -> None:
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
         _refuse_unsupported_parallelism(args)
-        name = self.adapter_name or active_adapter_name(model)
+        name = active_adapter_name(model)
         self.freeze(model)
         if state.global_step > 0:
             self._resume(args, model, name)
@@ -127,7 +124,7 @@ class LoRADACallback(TrainerCallback):
     def freeze(self, model: Any) -> None:
         """Freeze A, if that is asked for."""
         if self.config.freeze_a and model is not None:
-            freeze_a(model, self.adapter_name)
+            freeze_a(model)
 
     def _initialize(
         self, args: TrainingArguments, state: TrainerState, model: Any, name: str, train_dataloader: Any
@@ -135,7 +132,6 @@ class LoRADACallback(TrainerCallback):
         dispatched = getattr(model, "hf_device_map", None) is not None
         settings: dict[str, Any] = {
             "config": self.config,
-            "adapter_name": name,
             "device": input_device(model) if dispatched else args.device,
             "progress": not args.disable_tqdm,
         }

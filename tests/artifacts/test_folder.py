@@ -144,12 +144,11 @@ def test_an_adapter_that_calls_its_base_otherwise_is_stored_under_the_bases_name
     load_init(tmp_path / "init")
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_an_adapter_of_another_name_is_stored_like_any_other(tmp_path, tiny_llama, lora_model, samples, named):
+def test_an_adapter_of_another_name_is_stored_like_any_other(tmp_path, tiny_llama, lora_model, samples):
     model = lora_model()
     model.add_adapter("second", make_lora_config(r=2))
     model.set_adapter("second")
-    initialize(model, samples, tmp_path / "init", adapter_name="second" if named else None, step_size=0.1)
+    initialize(model, samples, tmp_path / "init", step_size=0.1)
     assert load_init(tmp_path / "init").report.adapter_name == "second"
     assert {path.name for path in (tmp_path / "init").iterdir() if path.is_dir()} == set()
     assert all(p.any() == ("second" in name) for name, p in model.named_parameters() if "lora_B" in name)

@@ -122,11 +122,11 @@ def test_the_split_is_the_stored_one_unless_another_is_asked_for(stored_init, lo
     assert len(norms["balanced"]) > 10
 
 
-def test_another_adapter_can_be_named(stored_init, lora_model):
+def test_the_active_adapter_is_written(stored_init, lora_model):
     model = lora_model(r=4)
     model.add_adapter("second", make_lora_config(r=2))
     model.set_adapter("second")
-    apply_init(model, stored_init, adapter_name="second")
+    apply_init(model, stored_init)
     assert all(p.any() == ("second" in name) for name, p in model.named_parameters() if "lora_B" in name)
 
 

@@ -125,13 +125,6 @@ def test_a_model_that_cannot_be_initialised(tiny_llama, lora_model, samples, mak
     refuses(kind, match, make(tiny_llama, lora_model), samples)
 
 
-def test_an_adapter_of_a_name_that_is_not_there_or_not_active(lora_model, samples):
-    refuses(TargetError, "'other'", lora_model(), samples, adapter_name="other")
-    model = lora_model()
-    model.add_adapter("second", make_lora_config())
-    refuses(TargetError, "'second'", model, samples, adapter_name="second")
-
-
 def test_an_adapter_that_was_initialised_before(lora_model, samples):
     model = lora_model()
     initialize(model, samples)

@@ -109,11 +109,11 @@ def test_columns_that_the_trainer_drops_are_dropped_of_a_data_set_that_is_given(
     assert callback.report.layers
 
 
-def test_another_adapter_than_the_first_can_be_named(tmp_path, lora_model, samples):
+def test_the_active_adapter_is_initialised(tmp_path, lora_model, samples):
     model = lora_model()
     model.add_adapter("second", make_lora_config(r=2))
     model.set_adapter("second")
-    callback = LoRADACallback(make_config(step_size=0.1), adapter_name="second")
+    callback = LoRADACallback(make_config(step_size=0.1))
     make_trainer(tmp_path, model, samples, callback, learning_rate=0.0).train()
     assert {layer.rank for layer in callback.report.layers} == {2}
     b = {name: p for name, p in model.named_parameters() if "lora_B" in name}
