@@ -164,8 +164,7 @@ def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(dataset, list(sampler.indices)), collate
     if isinstance(sampler, list | tuple | range):
-        rows = [index for batch in sampler for index in batch] if sampler is batches else sampler
-        return Subset(dataset, list(rows)), collate
+        return Subset(dataset, [*itertools.chain(*batches)] if sampler is batches else list(sampler)), collate
     return dataset, collate
 
 
