@@ -153,7 +153,8 @@ def config_to_store(
     saved: Mapping[str, Any], base: BaseModelFacts, modules: Collection[str], ranks: Mapping[str, int], scaling: float
 ) -> dict[str, Any]:
     """Return what is stored of a configuration that PEFT ``saved``, with the modules that it adapts by name."""
-    config = {key: value for key, value in saved.items() if key in _Config.model_fields}
+    stored = {key: value for key, value in saved.items() if key in _Config.model_fields}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in stored.items()}
     targets: Any = config.get("target_modules")
     is_plain = not isinstance(targets, str) and all(saved.get(key) in (None, [], "") for key in _MORE_THAN_NAMES)
     found = {end for name in modules for end in _ends_of(name.replace(".base_layer", ""))}

@@ -6,11 +6,14 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
@@ -68,18 +71,20 @@ def write_init(
     bases: Mapping[str, LayerSolution],
     report: LoRADAReport,
     base_model: BaseModelFacts,
-    save_adapter: Callable[[Path], None],
+    adapter: tuple[Mapping[str, Tensor], Mapping[str, Any]],
     statistics: Sequence[Path] = (),
     identity: Mapping[str, Any] | None = None,
     refitted_from: RefittedFrom | None = None,
 ) -> None:
     """Write an initialisation in place of what is in the folder: all of it, or nothing.
 
-    ``save_adapter`` writes the PEFT adapter into the folder that it is given; ``statistics`` are the files of the full
-    ones, in order; ``identity`` is what a later run must have in common with this one to use it.
+    ``adapter`` is PEFT's tensors and configuration; ``statistics`` are the files of the full ones, in order;
+    ``identity`` is what a later run must have in common with this one to use it.
     """
     with atomic_folder(folder) as partial:
-        save_adapter(partial)
+        tensors, config = adapter
+        write_tensors(partial / ADAPTER_FILE, tensors)
+        (partial / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         write_tensors(partial / BASIS_FILE, basis_tensors(bases))
         for number, path in enumerate(statistics, start=1):
             adopt(path.resolve(), partial / f"lora_da_statistics-{number:05d}-of-{len(statistics):05d}.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.adapter_config import alpha_divisor, config_for, expert_of
 from lora_da_hf.artifacts.folders import check_replaceable
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RefittedFrom
+from lora_da_hf.artifacts.manifest import ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
 from lora_da_hf.artifacts.tensors import (
     factor_key,
@@ -21,7 +20,6 @@ from lora_da_hf.artifacts.tensors import (
     iterate_statistics,
     read_tensors,
     stored_factor,
-    write_tensors,
 )
 from lora_da_hf.config import SOLVE_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
@@ -204,22 +202,15 @@ def _write(
     """Write the new initialisation: all of it, or nothing."""
     manifest = stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
-    peft_config = config_for(stored.peft_config, {layer.name: layer for layer in report.layers}, stored.report.kept)
-    tensors = _new_tensors(stored, report, bases)
-
-    def save_adapter(path: Path) -> None:
-        write_tensors(path / ADAPTER_FILE, tensors)
-        (path / ADAPTER_CONFIG_FILE).write_text(json.dumps(peft_config, indent=2, sort_keys=True), encoding="utf-8")
-
+    config = config_for(stored.peft_config, {layer.name: layer for layer in report.layers}, stored.report.kept)
+    kept = manifest.statistics_files if report.config["save_statistics"] else []
     write_init(
         output_dir,
         bases=bases,
         report=report,
         base_model=manifest.base_model,
-        save_adapter=save_adapter,
-        statistics=[stored.folder / name for name in manifest.statistics_files]
-        if report.config["save_statistics"]
-        else [],
+        adapter=(_new_tensors(stored, report, bases), config),
+        statistics=[stored.folder / name for name in kept],
         refitted_from=RefittedFrom(
             manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
         ),

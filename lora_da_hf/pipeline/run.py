@@ -29,7 +29,7 @@ from lora_da_hf.pipeline.heads import fit_heads
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.plan import plan_windows
 from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
-from lora_da_hf.pipeline.save import refuse_unsaveable, save_adapter, whole_adapter
+from lora_da_hf.pipeline.save import adapter_as_stored, refuse_unsaveable
 from lora_da_hf.pipeline.solve import Solved, solve_windows
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
 from lora_da_hf.report import LayerReport, LoRADAReport
@@ -223,7 +223,7 @@ def _save(
     """Write the initialisation to its folder, read it back, and say at once if others could not."""
     settle(job.model)  # FSDP2 leaves the root's parameters together after a pass, frozen as they were in it
     with job.stage("save"):
-        adapter_state = whole_adapter(job.model)
+        adapter = adapter_as_stored(job.model, job.scan.adapter_name, job.base_model)
         report = dataclasses.replace(report, artifact=str(folder))
         if not job.processes.is_main:
             return report
@@ -232,7 +232,7 @@ def _save(
             bases=solved.solutions,
             report=report,
             base_model=job.base_model,
-            save_adapter=lambda to: save_adapter(job.model, to, job.scan.adapter_name, adapter_state, job.base_model),
+            adapter=adapter,
             statistics=sorted(statistics.iterdir()) if statistics else (),
             identity=identity,
         )

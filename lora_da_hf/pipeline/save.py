@@ -2,66 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from peft import PeftMixedModel, PeftModel
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from lora_da_hf.adapters.targets import base_name
-from lora_da_hf.artifacts.adapter_config import config_to_store, refuse_unstorable
-from lora_da_hf.artifacts.manifest import ADAPTER_CONFIG_FILE, BaseModelFacts
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, config_to_store, refuse_unstorable
+from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
 from lora_da_hf.errors import TargetError
 
-_BESIDE_AN_ADAPTER = ("README.md", "generation_config.json", "*.py")
-"""What PEFT and transformers write with an adapter: a card as of a trained one, how the base generates, code."""
 
+def adapter_as_stored(
+    model: nn.Module, adapter_name: str, base_model: BaseModelFacts
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter's tensors and configuration as PEFT stores them; what is in parts is put together on all.
 
-def whole_adapter(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return the whole trained parameters if some are partitioned; None if the model's own will do."""
-    if not is_partitioned(model):
-        return None
-    return {name: read_full(p).cpu() for name, p in model.named_parameters() if "lora_" in name or p.requires_grad}
-
-
-def save_adapter(
-    model: nn.Module,
-    folder: Path,
-    adapter_name: str,
-    state: dict[str, Tensor] | None,
-    base_model: BaseModelFacts,
-) -> None:
-    """Save one adapter as PEFT does, into the folder itself whatever the adapter is called.
-
-    Its configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
+    The configuration gives layers and ranks by name, and the scaling that all have by `r` and ``lora_alpha``.
     """
-    if isinstance(model, PeftModel):
-        model.save_pretrained(
-            str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state
-        )
-        inner = folder / adapter_name
-        if inner.is_dir():
-            for path in inner.iterdir():
-                path.replace(folder / path.name)
-            inner.rmdir()
-    else:
-        saveable: Any = model
-        saveable.save_pretrained(str(folder), state_dict=state)
-    for pattern in _BESIDE_AN_ADAPTER:
-        for path in folder.glob(pattern):
-            path.unlink()
-    path = folder / ADAPTER_CONFIG_FILE
+    whole = None
+    if is_partitioned(model):
+        trained = {name: p for name, p in model.named_parameters() if "lora_" in name or p.requires_grad}
+        whole = {name: read_full(parameter).cpu() for name, parameter in trained.items()}
+    found = get_peft_model_state_dict(model, whole, adapter_name, save_embedding_layers=False)
+    prefix = "" if isinstance(model, PeftModel) else PEFT_PREFIX
+    tensors = {prefix + name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
     layers = _layers_by_pattern_name(model, adapter_name)
     modules = [name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)]
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    scaling = _common_scaling(layers, adapter_name)
-    config = config_to_store(json.loads(path.read_text(encoding="utf-8")), base_model, modules, ranks, scaling)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    peft_model: Any = model
+    config = {**peft_model.peft_config[adapter_name].to_dict(), "inference_mode": True}
+    return tensors, config_to_store(config, base_model, modules, ranks, _common_scaling(layers, adapter_name))
 
 
 def _layers_by_pattern_name(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -89,7 +64,7 @@ def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float
 
 
 def refuse_unsaveable(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that `save_adapter` cannot save."""
+    """Refuse an adapter that cannot be stored."""
     if isinstance(model, PeftMixedModel):
         raise TargetError(
             "An adapter made with mixed=True cannot be stored. Make it without: get_peft_model(base, ...)."
