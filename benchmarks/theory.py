@@ -39,8 +39,7 @@ from torch import Tensor
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.config import Damping
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.guidance import build_guidance, lowest_subspace
+from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import factorize_input
 from lora_da_hf.theory.solve import factorize, solve_layer
 from lora_da_hf.theory.steps import DEFAULT_ROW_NORM

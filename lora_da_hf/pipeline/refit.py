@@ -29,7 +29,7 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
-from lora_da_hf.theory.solve import solve_group
+from lora_da_hf.theory.solve import factorize, solve_layer
 from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, rounding_notes
 
 
@@ -132,8 +132,12 @@ def _solve_again(
     ranks = {name: min(most[name], layer.in_features) for name, layer in layers.items()}
     groups, number = iterate_statistics(stored.folder, stored.manifest), len(input_groups_of(stored.manifest))
     for statistics in tqdm(groups, desc="LoRA-DA solve", total=number, disable=not progress, leave=False):
+        size, factorized = stored.report.population_size, None
         with full_precision("cpu"):
-            solutions |= solve_group(statistics, config, ranks=ranks, population_size=stored.report.population_size)
+            for name, layer in statistics.items():
+                factorized = factorized or factorize(layer, config, layer=name)
+                options: dict[str, Any] = {"layer": name, "rank": ranks[name], "population_size": size}
+                solutions[name] = solve_layer(layer, factorized, config, **options)
         layers |= {name: dataclasses.replace(layers[name], **reported(solutions[name])) for name in statistics}
     return in_one_unit(solutions, layers, layer_steps=config.layer_steps)
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.guidance import build_guidance, lowest_subspace
+from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
 
 
 def factorize(statistics: LayerStatistics, config: LoRADAConfig, *, layer: str) -> FactorizedInput:
     """Factorise the damped input second moment of a layer."""
     return factorize_input(statistics.input_second_moment, Damping.parse(config.input_damping), layer=layer)
-
-
-def solve_group(
-    statistics: Mapping[str, LayerStatistics],
-    config: LoRADAConfig,
-    *,
-    ranks: Mapping[str, int],
-    population_size: int,
-) -> dict[str, LayerSolution]:
-    """Solve layers that share an input, and so the factorisation of its second moment, as `solve_layer` does."""
-    first = next(iter(statistics))
-    factorized = factorize(statistics[first], config, layer=first)
-    return {
-        name: solve_layer(layer, factorized, config, layer=name, rank=ranks[name], population_size=population_size)
-        for name, layer in statistics.items()
-    }
 
 
 def solve_layer(

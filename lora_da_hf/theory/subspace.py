@@ -134,18 +134,3 @@ def fix_signs(vectors: Tensor) -> Tensor:
     """Flip columns of ``vectors [d, k]`` so that the entry of largest magnitude of each is positive."""
     pivot = vectors.abs().argmax(dim=0, keepdim=True)
     return vectors * vectors.gather(0, pivot).sign()
-
-
-def complete_basis(basis: Tensor, count: int) -> Tensor:
-    """Add directions to an orthonormal ``basis [d, k]`` until there are ``count``: k may be 0.
-
-    Each is the coordinate axis that lies farthest from the span so far (the first of equals), made orthogonal to it.
-    """
-    while basis.shape[1] < count:
-        column = basis.new_zeros(basis.shape[0], 1)
-        column[basis.square().sum(dim=1).round(decimals=12).argmin()] = 1.0
-        for _ in range(2):
-            column = column - basis @ (basis.mT @ column)
-            column = column / column.norm()
-        basis = torch.cat([basis, fix_signs(column)], dim=1)
-    return basis

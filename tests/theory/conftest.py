@@ -5,8 +5,7 @@ import torch
 
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.theory.displacement import Displacement
-from lora_da_hf.theory.guidance import build_guidance
+from lora_da_hf.theory.guidance import Displacement, build_guidance
 from lora_da_hf.theory.kronecker import factorize_input, inverse_output_factor
 
 

@@ -1,7 +1,5 @@
 """The guidance matrix, and that no other subspace of the same rank scores lower on it."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -113,17 +111,12 @@ def test_a_small_singular_value_is_no_null_direction(guidance_of):
     torch.testing.assert_close(kept, torch.ones(28, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("damping", [1e-3, 1.0])
-def test_what_rounding_adds_to_a_gradient_of_low_rank_is_no_direction(problem, guidance_of, dtype, damping):
-    narrow = problem(60, 40, samples=3, dtype=torch.float32)  # as statistics are summed
-    tensors = ("input_second_moment", "output_grad_second_moment_diag", "weight_grad")
-    statistics = dataclasses.replace(narrow, **{name: getattr(narrow, name).to(dtype) for name in tensors})
+def test_what_rounding_adds_to_a_gradient_of_low_rank_moves_nothing(problem, guidance_of, damping):
+    statistics = problem(60, 40, samples=3, dtype=torch.float32)  # as statistics are summed
     guidance = guidance_of(statistics, damping=damping, variance_weight=0.0)
     pairs = lowest_subspace(guidance, 6)
-    assert (pairs.eigenvalues[:3] < 0).all()
-    assert (pairs.eigenvalues[3:] == 0).all()
     identity = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, identity, rtol=0, atol=1e-12)
     left = guidance.displacement.apply(pairs.vectors).norm(dim=0)
     assert (left[3:] < 1e-3 * left[0]).all()

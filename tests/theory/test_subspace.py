@@ -5,9 +5,7 @@ import torch
 
 from lora_da_hf.theory.subspace import (
     block_krylov,
-    complete_basis,
     exact_eigenpairs,
-    fix_signs,
     leading_eigenpairs,
 )
 
@@ -81,16 +79,3 @@ def test_the_same_operator_gives_the_same_bits(solve):
     assert torch.equal(first.vectors, second.vectors)
     assert torch.equal(first.eigenvalues, second.eigenvalues)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_basis_is_completed_with_the_first_axes_that_are_farthest_from_the_span():
-    axes = torch.eye(5, dtype=torch.float64)
-    assert torch.equal(complete_basis(axes[:, [1]], 4), axes[:, [1, 0, 2, 3]])
-    basis = torch.linalg.qr(torch.randn(7, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
-    completed = complete_basis(basis, 5)
-    assert torch.equal(completed[:, :2], basis)
-    gram = completed.mT @ completed
-    torch.testing.assert_close(gram, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
-    axis = torch.eye(7, dtype=torch.float64)[:, basis.square().sum(dim=1).argmin()]
-    expected = axis - basis @ (basis.mT @ axis)
-    torch.testing.assert_close(completed[:, 2], fix_signs((expected / expected.norm())[:, None])[:, 0])
