@@ -22,7 +22,6 @@ import torch
 from designs import READS
 from inits import HALF, MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
 from measuring import package_digest, peak_mib, reset_peak
-from movement import Factors, movement, read_factors
 from report import wilson_interval
 from tasks import TASKS, Task
 from torch import Tensor, nn
@@ -197,11 +196,6 @@ class LastStart:
         loss = None if cell["method"] in STARTS_ELSEWHERE else self.kept.loss
         return dataclasses.replace(self.kept, model=model.to(training_device()), loss=loss), reused
 
-    def put_aside(self, cell: dict[str, Any]) -> dict[str, Factors] | None:
-        """Return the adapter that was made from data, if a cell's method put a plain one in its place."""
-        assert self.kept is not None
-        return read_factors(self.kept.model) if cell["method"] in RESET else None
-
     def note_loss(self, cell: dict[str, Any], loss: float | None) -> None:
         """Keep the loss that the start of a cell was found to have, for those who get it next."""
         assert self.kept is not None
@@ -252,16 +246,13 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     start, reused = last.get(cell, subject)
     reused = reused or start.notes.get("solved_again", False)
     torch.manual_seed(cell["seed"])  # for dropout
-    before = read_factors(start.model)
     with Measured() as training:
         found = train(start, cell, subject)
     training.found["peak_mib"] = found.pop("peak_mib")
     last.note_loss(cell, found["losses"][0][1])
-    is_trained = cell["steps"] > 0 and found["final_loss"] is not None
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     return {
         **found,
-        "movement": movement(before, read_factors(start.model), last.put_aside(cell)) if is_trained else None,
         "accuracy": accuracy,
         "initialization": {**start.cost, "reused": reused},
         "training": training.found,

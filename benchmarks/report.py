@@ -39,10 +39,6 @@ PICTURED = 1.15
 
 ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
 
-MOVEMENT = (
-    "How far training went: spectral norms of what the adapter adds to a weight, medians over the layers. Methods that "
-    "change the base's weights have a start that is no distance from the base:"
-)
 
 EXPLAINED = (
     "Mean ± standard deviation (runs). Differences: mean ± standard error (seeds that both have); with three seeds "
@@ -304,26 +300,6 @@ def ranks_table(records: Sequence[Record]) -> list[str]:
     return markdown(("steps", "method", "rank", "learning rates", "less plain LoRA's, same seeds"), rows)
 
 
-def movement_table(records: Sequence[Record]) -> list[str]:
-    """Show how far training went from the start, and what was left of it, as means over runs."""
-    columns = {
-        "size of the start": "start",
-        "distance to the end": "moved",
-        "share of A in its first subspace": "subspace_kept",
-        "share of the start in the end": "start_kept",
-        "share of LoRA-DA's start in the end": "other_found",
-    }
-    rows = []
-    for name, of_method in variants(records).items():
-        for rate, runs in by_rate(of_method).items():
-            found = [run["movement"] for run in runs if run.get("movement")]
-            if found:
-                values = [[one[key] for one in found if one.get(key) is not None] for key in columns.values()]
-                means = [f"{statistics.fmean(column):.3g}" if column else "" for column in values]
-                rows.append((name, f"{rate:g}", len(found), *means))
-    return markdown(("method", "learning rate", "runs", *columns), rows)
-
-
 def along_table(records: Sequence[Record]) -> list[str]:
     """Compare the losses of single training batches, which are the same for all methods, as the steps go on.
 
@@ -500,8 +476,8 @@ def report(records: Sequence[Record], path: Path) -> str:
             if num_train is not None:
                 lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
-            for text, rows in ((ALONG, along_table(found)), (MOVEMENT, movement_table(found))):
-                lines += [text, "", *rows, ""] if rows else []
+            along = along_table(found)
+            lines += [ALONG, "", *along, ""] if along else []
             lines += [f"![{title}]({picture.name})", ""]
         for text, rows in (("Half of the steps", half_table(of_subject)), ("Ranks", ranks_table(of_subject))):
             lines += [f"### {text}", "", *rows, ""] if rows else []

@@ -16,7 +16,6 @@ import compare_inits
 import designs
 import inits
 import lines
-import movement
 import report
 
 from lora_da_hf.errors import ConfigError
@@ -275,22 +274,6 @@ def test_the_designs_are_valid(path):
         assert re.search(rf"\b{len(cells)} cells? ", block["why"])
         losses = ("final_loss", "best_loss")
         records += [{"cell": cell, **dict.fromkeys(losses, cell["learning_rate"])} for cell in cells]
-
-
-def test_movement_is_that_of_the_products():
-    generator = torch.Generator().manual_seed(0)
-    a, b, c, d = (torch.randn(*shape, generator=generator) for shape in ((3, 9), (7, 3), (3, 9), (7, 3)))
-    before, after = movement.Factors(a, b, 2.0), movement.Factors(c, d, 2.0)
-    found = movement.movement({"layer": before}, {"layer": after}, {"layer": movement.Factors(c, 2 * d, 2.0)})
-    assert found["other_found"] == pytest.approx(0.5, rel=1e-5)
-    nothing = {"layer": movement.Factors(c, 0 * d, 2.0)}
-    assert movement.movement({"layer": before}, {"layer": after}, nothing)["other_found"] is None
-    old, new = 2 * b @ a, 2 * d @ c
-    assert found["start"] == pytest.approx(torch.linalg.matrix_norm(old, ord=2).item(), rel=1e-5)
-    assert found["moved"] == pytest.approx(torch.linalg.matrix_norm(new - old, ord=2).item(), rel=1e-5)
-    assert found["start_kept"] == pytest.approx(((new * old).sum() / old.square().sum()).item(), rel=1e-4)
-    inside = c @ torch.linalg.pinv(a) @ a
-    assert found["subspace_kept"] == pytest.approx((inside.square().sum() / c.square().sum()).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["olora", "pissa"])
