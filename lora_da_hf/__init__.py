@@ -6,25 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_da_hf.artifacts.store import load_init
-    from lora_da_hf.config import LoRADAConfig
-    from lora_da_hf.errors import LoRADAError
-    from lora_da_hf.pipeline import apply_init, initialize_lora_da, refit_init
-    from lora_da_hf.report import LoRADAReport
-    from lora_da_hf.training.callback import LoRADACallback
-    from lora_da_hf.training.trainer import LoRADATrainer
-
-__all__ = [
-    "LoRADACallback",
-    "LoRADAConfig",
-    "LoRADAError",
-    "LoRADAReport",
-    "LoRADATrainer",
-    "apply_init",
-    "initialize_lora_da",
-    "load_init",
-    "refit_init",
-]
+    from lora_da_hf.artifacts.store import load_init as load_init
+    from lora_da_hf.config import LoRADAConfig as LoRADAConfig
+    from lora_da_hf.errors import LoRADAError as LoRADAError
+    from lora_da_hf.pipeline import apply_init as apply_init
+    from lora_da_hf.pipeline import initialize_lora_da as initialize_lora_da
+    from lora_da_hf.pipeline import refit_init as refit_init
+    from lora_da_hf.report import LoRADAReport as LoRADAReport
+    from lora_da_hf.training.callback import LoRADACallback as LoRADACallback
+    from lora_da_hf.training.trainer import LoRADATrainer as LoRADATrainer
 
 _HOMES = {
     "LoRADACallback": "lora_da_hf.training.callback",
@@ -37,6 +27,7 @@ _HOMES = {
     "load_init": "lora_da_hf.artifacts.store",
     "refit_init": "lora_da_hf.pipeline",
 }
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

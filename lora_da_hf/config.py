@@ -16,6 +16,8 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 
 from lora_da_hf.errors import ConfigError
 
+_DAMPING = re.compile(r"(\d*\.?\d+(?:e[+-]?\d+)?)(?: ?\* ?(mean|median))?")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Damping:
@@ -27,30 +29,15 @@ class Damping:
     @classmethod
     def parse(cls, value: float | str) -> Damping:
         """Read ``1e-6``, ``"0.1*mean"`` or ``"0.1*median"``; anything else is a ValueError."""
-        amount, star, reference = str(value).partition("*")
-        reference = reference.strip() if star else "absolute"
-        try:
-            number = float(amount)
-        except ValueError:
-            number = math.nan
-        if reference not in (("mean", "median") if star else ("absolute",)) or not 0 <= number < math.inf:
+        found = _DAMPING.fullmatch(str(value).strip())
+        if found is None:
             raise ValueError('be a number from 0 up, or a multiple such as "0.1*mean" or "0.1*median"')
-        return cls(amount=number, reference=reference)  # pyright: ignore[reportArgumentType]
+        return cls(amount=float(found[1]), reference=found[2] or "absolute")  # pyright: ignore[reportArgumentType]
 
 
 def _damping(value: float | str) -> float | str:
     Damping.parse(value)
     return value
-
-
-def _step(value: float | str) -> float | str:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if value != "line_search" and not 0 < number < math.inf:
-        raise ValueError('be a positive number, "line_search" or None')
-    return value if value == "line_search" else number
 
 
 def _memory(value: float | str) -> float | str:
@@ -153,7 +140,7 @@ class LoRADAConfig:
         "Relative size of the layers' updates. displacement: each layer's natural gradient step; equal: the same "
         "spectral norm for all (the paper).",
     )
-    step_size: Annotated[float | str, AfterValidator(_step)] | None = setting(
+    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["line_search"] | None = setting(
         "line_search",
         'Size of the initial update: "line_search", or the spectral norm of the largest layer\'s displacement. None: '
         "scaling / stable_gamma.",
@@ -218,11 +205,6 @@ class LoRADAConfig:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoRADAConfig:
-        """Make a config from plain JSON values."""
-        return cls(**values)
-
 
 # ---- which settings may change later
 
@@ -247,10 +229,3 @@ FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *_WRITE_SETTINGS, "save_statistics"}
 
 FREE_IN_USE = frozenset({*_WRITE_SETTINGS, "search_samples", "batch_size", "loss_reduction"})
 """What `apply_init` may change: the write, and the search of a step, which needs data and no statistics."""
-
-
-def checked_config(config: object) -> LoRADAConfig:
-    """Return the settings, the default ones for None; anything else, such as a dict, is a ConfigError."""
-    if config is not None and not isinstance(config, LoRADAConfig):
-        raise ConfigError(f"The settings are a {type(config).__name__}. Give a LoRADAConfig.")
-    return config or LoRADAConfig()

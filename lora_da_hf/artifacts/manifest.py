@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -85,7 +85,8 @@ class Manifest(_Checked):
     @cached_property
     def config(self) -> LoRADAConfig:
         """The settings."""
-        return LoRADAConfig.from_dict(self.report.config)
+        settings: dict[str, Any] = self.report.config
+        return LoRADAConfig(**settings)
 
     @property
     def statistics_files(self) -> list[str]:
@@ -161,4 +162,4 @@ def _check(manifest: Manifest) -> None:
     for layer in layers:
         if not layer.rank <= layer.max_rank <= layer.in_features:
             raise ValueError(f"the sizes of layer {layer.name} contradict each other")
-    LoRADAConfig.from_dict(manifest.report.config)
+    _ = manifest.config  # checks the settings

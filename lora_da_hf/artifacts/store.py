@@ -8,11 +8,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
@@ -38,6 +40,7 @@ from lora_da_hf.report import LoRADAReport
 
 logger = logging.getLogger(__name__)
 
+_SAMPLED_ENTRIES = 1024
 _PACKAGES = ("lora_da_hf", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -192,3 +195,32 @@ def check_file(path: Path, entry: FileEntry) -> None:
         raise ArtifactError(f"{path} is listed in the manifest and missing. Get a new copy.")
     if file_entry(path) != entry:
         raise ArtifactError(f"{path} was changed: its size or SHA-256 is not the manifest's. Get a new copy.")
+
+
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Hash 1,024 entries of each weight (or all), rounded to bfloat16, so that a bfloat16 copy has the same.
+
+    Returns:
+        A SHA-256, or None if a weight is quantised, so that its entries are not those of the original.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        data = weight.detach()
+        if not data.is_floating_point() or type(weight).__name__ not in ("Parameter", "Tensor"):
+            return None
+        flat = data.reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED_ENTRIES)
+        # a copy: memory that numpy has looked into cannot be released, as FSDP2 does
+        entries = flat[::step][:_SAMPLED_ENTRIES].to("cpu", torch.bfloat16, copy=True).contiguous()
+        digest.update(f"{name}:{list(weight.shape)}:".encode())
+        digest.update(entries.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether the Hub allows this name for a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

@@ -17,10 +17,9 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
-from lora_da_hf.artifacts.fingerprint import is_repo_id
 from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS, CardFacts
 from lora_da_hf.artifacts.manifest import BaseModelFacts
-from lora_da_hf.artifacts.store import StoredInit
+from lora_da_hf.artifacts.store import StoredInit, is_repo_id
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.plots import directions_that_matter, draw_plots
 from lora_da_hf.report import kind_of, span

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from lora_da_hf.adapters.targets import base_name
-from lora_da_hf.artifacts.fingerprint import is_repo_id, weights_fingerprint
 from lora_da_hf.artifacts.manifest import BaseModelFacts
+from lora_da_hf.artifacts.store import is_repo_id, weights_fingerprint
 from lora_da_hf.distributed.parameters import gathered
 from lora_da_hf.losses import base_model_of
 

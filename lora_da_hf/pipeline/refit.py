@@ -223,7 +223,8 @@ def _write(
 
 def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
     """Return the stored adapter's tensors with the new factors in place of the old ones."""
-    config = LoRADAConfig.from_dict(report.config)
+    settings: dict[str, Any] = report.config
+    config = LoRADAConfig(**settings)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
     for layer in report.layers:
         basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))

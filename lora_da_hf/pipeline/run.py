@@ -18,7 +18,7 @@ from lora_da_hf.adapters.write import freeze_a, mark_initialized
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
 from lora_da_hf.artifacts.store import load_init, write_init
 from lora_da_hf.collator import RawCollate
-from lora_da_hf.config import LoRADAConfig, checked_config
+from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import unwrapped
@@ -92,7 +92,7 @@ def initialize_lora_da(
 
     If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
     """
-    model, config = unwrapped(model), checked_config(config)
+    model, config = unwrapped(model), config or LoRADAConfig()
     folder = None if output_dir is None else Path(output_dir)
     if population_size is not None and population_size < 1:
         raise ConfigError(f"population_size={population_size!r} must be at least 1.")

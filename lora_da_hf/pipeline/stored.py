@@ -56,7 +56,7 @@ def _allowed(
     if isinstance(given, LoRADAConfig):
         names, new = changed_settings(given, LoRADAConfig()), given
     else:
-        names, new = list(given or ()), LoRADAConfig.from_dict({**stored.to_dict(), **(given or {})})
+        names, new = list(given or ()), LoRADAConfig(**{**stored.to_dict(), **(given or {})})
     names = [name for name in names if name not in PASS_SETTINGS]
     fixed = [name for name in names if name not in free and getattr(new, name) != getattr(stored, name)]
     if fixed:

@@ -19,7 +19,7 @@ from lora_da_hf.adapters.write import freeze_a, mark_initialized, was_initialize
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
 from lora_da_hf.artifacts.store import StoredInit, load_manifest
 from lora_da_hf.collator import RawCollate
-from lora_da_hf.config import LoRADAConfig, checked_config
+from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import NOT_SPLIT
 from lora_da_hf.errors import ArtifactError, ConfigError, DataError, UnsupportedSetupError
 from lora_da_hf.losses import base_model_of, input_device
@@ -56,7 +56,7 @@ class LoRADACallback(TrainerCallback):
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
-        ConfigError: if ``search_step`` is given without ``init_from``, or ``config`` is not a `LoRADAConfig`.
+        ConfigError: if ``search_step`` is given without ``init_from``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LoRADACallback(TrainerCallback):
     ) -> None:
         if search_step and init_from is None:
             raise ConfigError("search_step needs init_from: without it the config's step_size says how it is found.")
-        self.config = checked_config(config)
+        self.config = config or LoRADAConfig()
         self.init_from = init_from
         self.search_step = search_step
         self.train_dataset = train_dataset

@@ -369,10 +369,6 @@ def test_settings_that_cannot_be(lora_model, samples, settings):
     refuses(ConfigError, name, lora_model(), samples, **settings)
 
 
-def test_settings_that_are_a_dict(lora_model, samples):
-    refuses(ConfigError, "LoRADAConfig", lora_model(), samples, config={"num_samples": 8})
-
-
 def test_a_max_rank_below_the_adapters_rank(lora_model, samples, tmp_path):
     refuses(ConfigError, "max_rank=2.*4", lora_model(), samples, tmp_path / "init", max_rank=2)
     assert not list(tmp_path.iterdir())
