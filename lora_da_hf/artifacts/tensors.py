@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +27,6 @@ TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
-_SHARD_BYTES = 2 << 30
 _INPUT = "input_second_moment"
 _OUTPUT = "output_grad_second_moment_diag"
 _GRAD = "weight_grad"
@@ -93,16 +91,13 @@ def read_solutions(path: Path, manifest: Manifest) -> dict[str, LayerSolution]:
     shapes = {f"{name}.basis_A": (layer.max_rank, layer.in_features) for name, layer in manifest.layers.items()}
     shapes |= {f"{name}.basis_B": (layer.out_features, layer.max_rank) for name, layer in manifest.layers.items()}
     tensors = read_tensors(path, {key: (shape, "F32") for key, shape in shapes.items()})
+    same = ("displacement_norm", "input_damping", "output_damping", "solver", "residual")
     return {
         name: LayerSolution(
             basis_A=tensors[f"{name}.basis_A"],
             basis_B=tensors[f"{name}.basis_B"],
             eigenvalues=torch.tensor(layer.eigenvalues, dtype=torch.float64),
-            displacement_norm=layer.displacement_norm,
-            input_damping=layer.input_damping,
-            output_damping=layer.output_damping,
-            solver=layer.solver,
-            residual=layer.residual,
+            **{field: getattr(layer, field) for field in same},
         )
         for name, layer in manifest.layers.items()
     }
@@ -197,15 +192,14 @@ def _missed(lora_A: Tensor, lora_B: Tensor, basis: LayerSolution, *, scaling: fl
 
 
 def save_statistics(
-    folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int = 0
+    folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int
 ) -> None:
-    """Write statistics as safetensors of at most about 2 GiB each, whose names sort in their order.
+    """Write the statistics of one pass as safetensors, whose names sort in their order.
 
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
     layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means.
 
-    Layers that share an input come together; ``shared_inputs`` is the leader of each. ``part`` is the number of this
-    call, where a folder gets them in several.
+    Layers that share an input come together; ``shared_inputs`` is the leader of each, ``part`` the number of the pass.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -214,10 +208,7 @@ def save_statistics(
         tensors[f"{name}.{_OUTPUT}"] = layer.output_grad_second_moment_diag.cpu().contiguous()
         if shared_inputs[name] == name:
             tensors[f"{name}.{_INPUT}"] = pack_upper(layer.input_second_moment.cpu())
-    pattern = f"{part:05d}{{suffix}}.safetensors"
-    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=_SHARD_BYTES)
-    for file, names in shards.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names})
+    write_tensors(folder / f"{part:05d}.safetensors", tensors)
 
 
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
-import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -41,7 +40,7 @@ def hub_errors(doing: str) -> Generator[None]:
     """Turn what the client raises while ``doing`` something into a `HubError` that says why, and what you can do."""
     try:
         yield
-    except (LoRADAError, torch.OutOfMemoryError):
+    except LoRADAError:
         raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HubError(f"{doing} failed: {_reason(error)}") from error

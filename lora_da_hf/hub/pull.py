@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.constants import is_offline_mode
@@ -16,8 +14,6 @@ from lora_da_hf.artifacts.manifest import MANIFEST_FILE
 from lora_da_hf.artifacts.store import StoredInit, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, HubError
 from lora_da_hf.hub.client import hub_errors
-
-_T = TypeVar("_T")
 
 
 def pull_init(
@@ -50,29 +46,28 @@ def pull_init(
     """
     offline = local_files_only or is_offline_mode()
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
-    fetch = functools.partial(api.snapshot_download, repo_id, cache_dir=cache_dir, local_files_only=offline)
+
+    def fetch(*, force: bool) -> StoredInit:
+        how: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": offline, "force_download": force}
+        folder = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=[MANIFEST_FILE], **how))
+        manifest = load_manifest(folder)
+        wanted = [MANIFEST_FILE, *sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))]
+        api.snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted, **how)
+        return load_init(folder, statistics=statistics, alone=False)
+
     with hub_errors(f"Pulling {repo_id}{f'@{revision}' if revision else ''}"):
         if not offline:
             api.auth_check(repo_id)  # the client would use the cache of what you may not read
             found = api.model_info(repo_id, revision=revision).siblings or ()
             if MANIFEST_FILE not in {sibling.rfilename for sibling in found}:
                 raise HubError(f"{repo_id} has no {MANIFEST_FILE}, so it is not an initialisation. Check the name.")
-        small = functools.partial(fetch, revision=revision, allow_patterns=[MANIFEST_FILE])
-        folder, manifest = _read(small, lambda folder: (folder, load_manifest(folder)), offline=offline)
-        wanted = sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))
-        whole = functools.partial(fetch, revision=folder.name, allow_patterns=[MANIFEST_FILE, *wanted])
-        stored = _read(whole, functools.partial(load_init, statistics=statistics, alone=False), offline=offline)
-    return dataclasses.replace(stored, source=f"{repo_id}@{folder.name}")
-
-
-def _read(fetch: Callable[..., str], read: Callable[[Path], _T], *, offline: bool) -> _T:
-    """Fetch files and read them; once more if the cache holds a damaged copy."""
-    try:
-        return read(Path(fetch()))
-    except ArtifactError:
-        if offline:
-            raise
-    return read(Path(fetch(force_download=True)))
+        try:
+            stored = fetch(force=False)
+        except ArtifactError:  # the cache may hold a damaged copy
+            if offline:
+                raise
+            stored = fetch(force=True)
+    return dataclasses.replace(stored, source=f"{repo_id}@{stored.folder.name}")
 
 
 def list_inits(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.adapters.write import freeze_a, mark_initialized, was_initialized
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, INIT_FOLDER
-from lora_da_hf.artifacts.store import StoredInit, load_manifest
+from lora_da_hf.artifacts.store import StoredInit, is_repo_id, load_manifest
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import NOT_SPLIT
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 START_FILE = "lora_da_init_from.json"
 
-_REPO = re.compile(r"\w[\w.-]*/[\w.-]+(@[^@\s]+)?")
 _OF_ONLINE_RL = "num_generations"
 _LOSSES_OF_THE_MODEL = ("nll", "dft")
 """TRL's names for the model's own loss, and for a surrogate of it whose value may rise as training goes on."""
@@ -234,11 +232,11 @@ def find_init(init_from: str | Path) -> Path | StoredInit:
     """
     if Path(init_from).is_dir():
         return Path(init_from)
-    if not isinstance(init_from, str) or not _REPO.fullmatch(init_from):
+    repo_id, _, revision = str(init_from).partition("@")
+    if "/" not in repo_id or not is_repo_id(repo_id):
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     from lora_da_hf.hub import pull_init  # needed for this alone
 
-    repo_id, _, revision = init_from.partition("@")
     return pull_init(repo_id, revision=revision or None, statistics=False)
 
 

@@ -6,14 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
+from lora_da_hf.adapters.targets import active_adapter_name
 from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.config import LoRADAConfig
-from lora_da_hf.errors import ConfigError, TargetError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.training.callback import LoRADACallback
 
@@ -34,7 +35,7 @@ class LoRADATrainer(Trainer):
 
     Raises:
         ConfigError: if ``peft_config`` does not fit the model or LoRA-DA, or the callbacks hold a `LoRADACallback`.
-        TargetError: if the model has no LoRA layer and ``peft_config`` is not given.
+        TargetError: if the model has no LoRA layer, with ``peft_config`` if it is given.
     """
 
     def __init__(
@@ -48,7 +49,6 @@ class LoRADATrainer(Trainer):
         search_step: bool = False,
         **trainer_kwargs: Any,
     ) -> None:
-        _check_peft_config(peft_config)
         self._peft_config = peft_config
         self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
         if model is not None:
@@ -71,32 +71,18 @@ class LoRADATrainer(Trainer):
         self._lora_da.freeze(self.model)
         return super().create_optimizer(*args, **kwargs)
 
-    def _with_adapter(self, model: object) -> nn.Module:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"The model is a {type(model).__name__}. Load it first, with from_pretrained.")
-        if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-            if self._peft_config is not None:
+    def _with_adapter(self, model: Any) -> nn.Module:
+        if self._peft_config is not None:
+            if any(isinstance(module, LoraLayer) for module in model.modules()):
                 raise ConfigError("The model has an adapter already. Leave peft_config out, or give the plain model.")
-        elif self._peft_config is None:
-            raise TargetError(
-                "The model has no LoRA adapter. Give LoRADATrainer a peft_config=LoraConfig(...), or a model that was "
-                "wrapped with get_peft_model."
-            )
-        else:
             config = copy.deepcopy(self._peft_config)
             config.inference_mode = False  # which PEFT sets in a config that it stores
-            model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+            start = getattr(config, "init_lora_weights", True)
+            if start not in INIT_LORA_WEIGHTS:
+                raise ConfigError(
+                    f"peft_config has init_lora_weights={start!r}, which changes the base's weights or makes B other "
+                    "than zero. LoRA-DA starts from a fresh adapter on the base as it is: leave it out."
+                )
+            model = get_peft_model(model, config)
+        active_adapter_name(model)  # refuses a model without LoRA
         return model
-
-
-def _check_peft_config(config: Any) -> None:
-    if config is None:
-        return
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise ConfigError(f"peft_config is a {type(config).__name__}; LoRA-DA initialises LoRA: LoraConfig.")
-    start = config.init_lora_weights
-    if (start.lower() if isinstance(start, str) else start) not in INIT_LORA_WEIGHTS:
-        raise ConfigError(
-            f"peft_config has init_lora_weights={start!r}, which changes the base's weights or makes B other than "
-            "zero. LoRA-DA starts from a fresh adapter on the base as it is: leave it out."
-        )

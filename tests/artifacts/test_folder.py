@@ -11,7 +11,6 @@ from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_same_tensors,
-    assert_statistics_equal,
     collate,
     initialize,
     make_config,
@@ -19,7 +18,6 @@ from harness import (
     relative_error,
     written_adapter,
 )
-from oracles import stored_statistics
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
@@ -80,15 +78,6 @@ def test_what_cannot_be_read_again_is_told_at_once(tmp_path, lora_model, samples
     report = initialize(lora_model(), samples, tmp_path / "init")
     assert any("no good" in note for note in report.notes)
     assert "no good" in caplog.text
-
-
-def test_statistics_in_several_shards_are_read_as_one(tmp_path, lora_model, samples, monkeypatch):
-    initialize(lora_model(), samples, tmp_path / "whole", save_statistics=True)
-    monkeypatch.setattr("lora_da_hf.artifacts.tensors._SHARD_BYTES", 50_000)
-    initialize(lora_model(), samples, tmp_path / "parts", save_statistics=True)
-    assert len(list((tmp_path / "parts").glob("lora_da_statistics-*"))) > 2
-    expected, found = (stored_statistics(tmp_path / name) for name in ("whole", "parts"))
-    assert_statistics_equal(found, expected, 0)
 
 
 def test_the_same_inputs_give_the_same_files(tmp_path, lora_model, samples):

@@ -134,7 +134,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path, stored_init, lora_model, pu
     assert pulls == []
 
 
-@pytest.mark.parametrize("name", ["init", "./my-init", "a/b/c", "/nowhere/init", "someone/init@", "some one/init"])
+@pytest.mark.parametrize("name", ["init", "./my-init", "a/b/c", "/nowhere/init", "some one/init"])
 def test_a_name_that_is_neither_is_an_error(name):
     with pytest.raises(ConfigError, match="neither a folder that exists nor user/repo@revision"):
         find_init(name)
