@@ -148,7 +148,7 @@ class LoRADAReport:
         for layer in self.layers:
             kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)
         table = in_columns([_row(kind, group) for kind, group in kinds.items()], ["layer", *COLUMNS])
-        parts = ["LoRA-DA initialisation", *(f"  {line}" for line in self._summary()), "", *table]
+        parts = [self.summary(), "", *table]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
             parts += [f"  {name}: {reason}" for name, reason in self.kept.items()]
@@ -158,7 +158,8 @@ class LoRADAReport:
             parts += [f"  ... and {len(noted) - 20} more in the manifest"] if len(noted) > 20 else []
         return "\n".join(parts)
 
-    def _summary(self) -> list[str]:
+    def summary(self) -> str:
+        """Return the head of the table: samples, step, losses and times."""
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
         how = {"displacement": "; each layer as far as its natural gradient step", "equal": "; all layers equally far"}
         lines = [
@@ -173,7 +174,8 @@ class LoRADAReport:
             if self.seconds
             else "",
         ]
-        return [line for line in lines if line] + [f"note        {note}" for note in self.notes]
+        lines = [line for line in lines if line] + [f"note        {note}" for note in self.notes]
+        return "\n  ".join(["LoRA-DA initialisation", *lines])
 
 
 def _loss_line(which: str, count: int, before: float | None, after: float | None) -> str:

@@ -103,9 +103,7 @@ def write_init(
         (partial / MANIFEST_FILE).write_bytes(manifest.to_json().encode())
 
 
-def load_init(
-    folder: str | Path, *, base_model: BaseModelFacts | None = None, statistics: bool = True, alone: bool = True
-) -> StoredInit:
+def load_init(folder: str | Path, *, statistics: bool = True, alone: bool = True) -> StoredInit:
     """Read an initialisation, checking everything before it is used.
 
     Size, hash, header and shapes of every file; finite values in all but stored statistics, whose numbers are looked at
@@ -113,17 +111,14 @@ def load_init(
 
     Args:
         folder: What `write_init` wrote.
-        base_model: Facts of the model it will be used on; None: not compared.
         statistics: Whether full statistics that the manifest lists must be there; False: they are not looked at.
         alone: Whether other files in the folder are refused; the Hub's cache may hold more of a repository.
 
     Raises:
         ArtifactError: naming the file that is missing, changed or not part of it, and the key.
-        BaseModelMismatchError: if it was computed for another base model.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    notes = () if base_model is None else check_base_model(manifest, base_model)
     for path in sorted(folder.iterdir()):
         if alone and path.name not in (MANIFEST_FILE, *manifest.files) and not may_lie_beside(path):
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it.")
@@ -135,9 +130,7 @@ def load_init(
     check_adapter(folder / ADAPTER_FILE, bases, config, manifest)
     if statistics:
         check_statistics(folder, manifest)
-    return StoredInit(
-        folder=folder, manifest=manifest, bases=bases, peft_config=config, source=manifest.digest, notes=notes
-    )
+    return StoredInit(folder=folder, manifest=manifest, bases=bases, peft_config=config, source=manifest.digest)
 
 
 def load_manifest(folder: Path) -> Manifest:

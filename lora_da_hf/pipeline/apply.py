@@ -141,10 +141,9 @@ def _write(
 
 def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
     """Read and check an initialisation but for its statistics, which are not used."""
-    facts = base_model_facts(model)
-    if isinstance(init, StoredInit):
-        return dataclasses.replace(init, notes=check_base_model(init.manifest, facts))
-    return load_init(init, base_model=facts, statistics=False)
+    facts = base_model_facts(model)  # by all processes together, before one of them may fail
+    stored = init if isinstance(init, StoredInit) else load_init(init, statistics=False)
+    return dataclasses.replace(stored, notes=check_base_model(stored.manifest, facts))
 
 
 def _match(job: Job, stored: StoredInit) -> Solved:

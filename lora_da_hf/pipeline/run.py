@@ -237,7 +237,7 @@ def _save(
             identity=identity,
         )
         try:
-            load_init(folder, base_model=job.base_model, statistics=False)
+            load_init(folder, statistics=False)
         except ArtifactError as error:
             note = f"what was stored cannot be read again, so it is of no use beyond this training ({error})"
             logger.warning("LoRA-DA: %s. Please report this.", note)
