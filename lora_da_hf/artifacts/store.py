@@ -137,9 +137,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder, and look at nothing else."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        inner = folder / INIT_FOLDER
-        remedy = f"The initialisation of this training is {inner}." if inner.is_dir() else "Name another folder."
-        raise ArtifactError(f"{path} does not exist. {remedy}")
+        raise ArtifactError(f"{path} does not exist. That of a training lies in its output_dir/{INIT_FOLDER}.")
     with path.open("rb") as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), source=str(path))
 

@@ -21,11 +21,10 @@ from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import NOT_SPLIT
 from lora_da_hf.errors import ArtifactError, ConfigError, DataError, UnsupportedSetupError
-from lora_da_hf.losses import base_model_of, input_device
+from lora_da_hf.losses import as_in_training_alone, base_model_of, input_device, loss_of
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
 from lora_da_hf.samples import has_positions, samples_of_loader, with_columns_of
-from lora_da_hf.training.trainer_loss import as_in_training_alone, loss_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class LoRADACallback(TrainerCallback):
         if state.global_step > 0:
             self._resume(args, model, name)
         elif not was_initialized(model, name):
-            self.report = self._initialize(args, state, model, name, train_dataloader)
+            self.report = self._initialize(args, state, model, train_dataloader)
         elif self.report is None:
             logger.warning(
                 "LoRA-DA: the model's adapter was initialised before in this process and stays as it is; the settings "
@@ -124,9 +123,7 @@ class LoRADACallback(TrainerCallback):
         if self.config.freeze_a and model is not None:
             freeze_a(model)
 
-    def _initialize(
-        self, args: TrainingArguments, state: TrainerState, model: Any, name: str, train_dataloader: Any
-    ) -> LoRADAReport:
+    def _initialize(self, args: TrainingArguments, state: TrainerState, model: Any, loader: Any) -> LoRADAReport:
         dispatched = getattr(model, "hf_device_map", None) is not None
         settings: dict[str, Any] = {
             "config": self.config,
@@ -135,7 +132,7 @@ class LoRADACallback(TrainerCallback):
         }
         samples, population_size, output_dir = None, None, Path(args.output_dir or ".")
         if self.init_from is None or self.search_step:
-            samples, settings["data_collator"], population_size = self._data(args, state, train_dataloader)
+            samples, settings["data_collator"], population_size = self._data(args, state, loader)
             settings["compute_loss"] = self._loss(args)
             batch_size = state.train_batch_size or args.train_batch_size
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
