@@ -140,10 +140,8 @@ class LoRADAReport:
         return {f"lora_da_{name}": float(value) for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return self.table(every_layer=len(self.layers) <= _FULL_TABLE_UP_TO)
-
-    def table(self, *, every_layer: bool = True) -> str:
-        """Return the report as text, with one row a layer, or one for all layers of a kind, with ranges."""
+        """Return the report as text, with a row for each layer or, of many, for each kind of layer, with ranges."""
+        every_layer = len(self.layers) <= _FULL_TABLE_UP_TO
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)

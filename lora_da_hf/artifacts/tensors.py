@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -259,6 +258,8 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
         shapes[f"{name}.{_OUTPUT}"] = (layer.out_features,)
         if layer.shares_input_with == name:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
-    found = [tensor_specs(folder / file, max_tensors=len(shapes)) for file in manifest.statistics_files]
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in manifest.statistics_files:
+        found |= tensor_specs(folder / file, max_tensors=len(shapes))
     if found:
-        _compare(folder, dict(ChainMap(*map(dict, found))), {name: (shape, "F32") for name, shape in shapes.items()})
+        _compare(folder, found, {name: (shape, "F32") for name, shape in shapes.items()})

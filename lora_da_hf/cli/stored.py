@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 
-@verb("my-init --every_layer", FOLDER, flag("every_layer", "one row for each layer, however many there are"))
+@verb("my-init", FOLDER)
 def show(arguments: argparse.Namespace, output: Output) -> None:
     """Show what is in a stored initialisation."""
     from lora_da_hf.artifacts.store import load_init
@@ -35,7 +35,7 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
         "has_statistics": bool(manifest.statistics_files),
         "bytes": manifest.num_bytes,
     }
-    text = f"{in_lines(values)}\n\n{report.table() if arguments.every_layer else report}"
+    text = f"{in_lines(values)}\n\n{report}"
     output.result({**values, **report.to_dict()}, bare=[layer.name for layer in report.layers], text=text)
 
 
