@@ -137,8 +137,6 @@ def _check_backward(target: Target, layer: nn.Module, args: tuple[Any, ...], kwa
                     f"{what} returns a {type(output).__name__}, to which PEFT cannot add an adapter's output. Exclude "
                     "it from target_modules."
                 )
-            gradient: Any = torch.autograd.grad(output.sum(), leaf, allow_unused=True)[0]
+            torch.autograd.grad(output.sum(), leaf)
         except (RuntimeError, NotImplementedError) as error:
             raise TargetError(f"{what} cannot be differentiated ({error}). {advice}") from error
-    if gradient is None:
-        raise TargetError(f"{what} lets no gradient through. {advice}")

@@ -20,7 +20,6 @@ from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.collator import DeviceCollator, RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import (
-    is_partitioned,
     is_whole,
     outputs_not_rounded,
     read_full,
@@ -33,11 +32,9 @@ from lora_da_hf.errors import ConfigError
 from lora_da_hf.losses import checked_loss, input_device, model_loss
 from lora_da_hf.pipeline.base_model import base_model_facts
 from lora_da_hf.samples import pad_samples
-from lora_da_hf.statistics.batches import ALONE, Lockstep
 from lora_da_hf.statistics.collect import PassSettings, evaluate_losses, in_batches
 from lora_da_hf.statistics.loss_reduction import ComputeLoss
 from lora_da_hf.statistics.model_state import prepared_for_pass, seed_generators
-from lora_da_hf.statistics.token_masks import SingleSamplesNeeded
 from lora_da_hf.theory.line_search import Losses
 
 logger = logging.getLogger(__name__)
@@ -94,16 +91,6 @@ class Job:
             logger.info("%s", text)
         elif self.progress and self.processes.is_main:
             tqdm.write(text, file=sys.stderr)
-
-    def lockstep(self, filler: Any) -> Lockstep:
-        """Return how the processes keep in step over samples that they share, where they need to."""
-        if self.processes.count == 1 or not is_partitioned(self.model):
-            return ALONE
-        return Lockstep(
-            most=lambda number: max(self.processes.gather(number)),
-            filler=filler,
-            alike=lambda: _single_samples_for_all(self.processes),
-        )
 
     def losses(self, samples: list[Any], settings: PassSettings) -> Losses:
         """Return the loss of each of some samples, which the processes share."""
@@ -171,19 +158,6 @@ def make_job(
         batch_size=config.batch_size or batch_size or DEFAULT_BATCH_SIZE,
         progress=progress,
     )
-
-
-@contextlib.contextmanager
-def _single_samples_for_all(processes: Processes) -> Generator[None]:
-    """Have all processes run single samples if one of them needs that, at the same batch."""
-    reason: str | None = None
-    try:
-        yield
-    except SingleSamplesNeeded as error:
-        reason = str(error)
-    reasons = [found for found in processes.gather(reason) if found is not None]
-    if reasons:
-        raise SingleSamplesNeeded(reasons[0])
 
 
 def apart(settings: PassSettings, num_samples: int) -> PassSettings:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_da_hf.adapters.trial import checked_backward, outputs_moved
+from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
     LabelledHead,
@@ -98,8 +99,9 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
         reduction=reduction,
         around_loss=contextlib.nullcontext if labelled_head is None else labelled_head.rows_of_labels,
         sequences=sequences,
-        lockstep=job.lockstep(unlike[0]),
     )
+    if job.processes.count > 1 and is_partitioned(job.model):
+        settings = dataclasses.replace(settings, gather=job.processes.gather, filler=unlike[0])
     return Probe(
         splits=splits,
         settings=settings.one_at_a_time(reduction.reason) if reduction.kind == "unknown" else settings,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,30 +25,6 @@ _MOST_UNLIKE = 4
 _MOST_TARGETS = 4096
 _INPUTS = ("input", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "audio")
 """Beginnings of the names of what a model reads and no loss compares with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lockstep:
-    """What makes several processes run the same number of batches, as partitioned parameters demand.
-
-    Attributes:
-        most: Returns the largest of the numbers that the processes give it.
-        filler: A sample to run where a process has none left.
-        alike: Makes a block that raises `SingleSamplesNeeded` on all processes if it does on one.
-    """
-
-    most: Callable[[int], int] = lambda number: number
-    filler: Any = None
-    alike: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-
-    def batches(self, own: Sequence[list[Any]]) -> Iterator[tuple[list[Any], bool]]:
-        """Yield this process's batches, then fillers until every process is done; and whether they count."""
-        for number in range(self.most(len(own))):
-            yield (own[number], True) if number < len(own) else ([self.filler], False)
-
-
-ALONE = Lockstep()
-"""A process which nobody waits for."""
 
 
 def batches_by_length(samples: Sequence[Any], batch_size: int) -> list[list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_hf.errors import NonFiniteError, StatisticsError
-from lora_da_hf.statistics.batches import ALONE, Collate, Lockstep, batches_by_length, whole_batches
+from lora_da_hf.statistics.batches import Collate, batches_by_length, whole_batches
 from lora_da_hf.statistics.loss_reduction import ComputeLoss, LossReduction
 from lora_da_hf.statistics.model_state import without_checkpointing
 from lora_da_hf.statistics.taps import Taps
@@ -34,7 +34,7 @@ class Batch:
     """A batch that is run.
 
     Attributes:
-        tokens: Of a batch that fills up (`Lockstep`), those of no batch of this process: None.
+        tokens: None, if it only fills up for processes that have more batches.
         num_items: Labels, or samples, that the training objective averages over; 0 if the batch does not count.
         weight: What its loss is multiplied by to become a sum over the items.
         is_run: Whether it is run at all.
@@ -59,6 +59,8 @@ class PassSettings:
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
         why_single: Why samples are run one at a time though more were asked for; None: they are not.
         by_length: Whether samples of similar length are batched together, unless the loss is one of the whole batch.
+        gather: Returns what each process gives it, if parameters in parts demand that all run as many batches.
+        filler: A sample to run then where a process has none left.
     """
 
     model: nn.Module
@@ -73,7 +75,8 @@ class PassSettings:
     sequences: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     why_single: str | None = None
     by_length: bool = True
-    lockstep: Lockstep = ALONE
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    filler: Any = None
 
     def one_at_a_time(self, why: str | None = None) -> PassSettings:
         """Return the settings for single samples, and why if more were asked for."""
@@ -101,8 +104,10 @@ class PassSettings:
         """
         by_length = self.by_length and self.reduction.kind != "batch"
         batches = (batches_by_length if by_length else whole_batches)(samples, self.batch_size)
-        for chosen, is_own in self.lockstep.batches(batches):
-            with self.lockstep.alike():
+        for number in range(max(self.gather(len(batches)))):
+            is_own = number < len(batches)
+            chosen = batches[number] if is_own else [self.filler]
+            with self.alike():
                 inputs = self.collate(chosen)
                 if num_rows(inputs) % len(chosen):
                     raise SingleSamplesNeeded(f"the collator makes {num_rows(inputs)} rows of {len(chosen)} samples")
@@ -119,8 +124,20 @@ class PassSettings:
                 tokens=tokens if is_own else None,
                 num_items=num_items,
                 weight=self.reduction.weight(num_items) if num_items else 0.0,
-                is_run=num_items > 0 or self.lockstep.filler is not None,
+                is_run=num_items > 0 or self.filler is not None,
             )
+
+    @contextlib.contextmanager
+    def alike(self) -> Generator[None]:
+        """Have all processes run single samples if one of them needs that, at the same batch."""
+        reason: str | None = None
+        try:
+            yield
+        except SingleSamplesNeeded as error:
+            reason = str(error)
+        reasons = [text for text in self.gather(reason) if text is not None]
+        if reasons:
+            raise SingleSamplesNeeded(reasons[0])
 
 
 @dataclass(frozen=True)
@@ -201,7 +218,7 @@ def _add_batch(batch: Batch, settings: PassSettings, taps: Taps) -> None:
             taps.gradient_scale = scale / batch.num_items
         if loss.requires_grad:
             (loss * (batch.weight * taps.gradient_scale)).backward()
-        with settings.lockstep.alike():  # after the backward pass, which the others are in too
+        with settings.alike():  # after the backward pass, which the others are in too
             value = loss.item()
             if batch.num_items and not math.isfinite(value):
                 raise NonFiniteError(
