@@ -27,8 +27,8 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
     Raises:
         WriteError: if what is read back is not what was written.
     """
-    _write(target, "lora_A", target.lora_A, lora_A)
-    _write(target, "lora_B", target.lora_B, lora_B)
+    _write_checked(target, "lora_A", target.lora_A, lora_A)
+    _write_checked(target, "lora_B", target.lora_B, lora_B)
     if target.magnitude is not None:
         weight: Any = target.base_layer.weight
         if is_whole(weight):
@@ -36,10 +36,10 @@ def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
         else:
             with gathered(weight) as whole:
                 norms = _row_norms(target, whole)
-        _write(target, "DoRA's magnitude", target.magnitude.weight, norms)
+        _write_checked(target, "DoRA's magnitude", target.magnitude.weight, norms)
 
 
-def _write(target: Target, what: str, parameter: Tensor, value: Tensor) -> None:
+def _write_checked(target: Target, what: str, parameter: Tensor, value: Tensor) -> None:
     stored = value.to(parameter.device, parameter.dtype)
     if not write_full(parameter, stored) or not torch.isfinite(stored).all():
         raise WriteError(

@@ -53,7 +53,7 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     parameter.requires_grad_(True)  # DeepSpeed does not hand out its copy of a frozen parameter
     try:
         with torch.no_grad():
-            _write(parameter, value)
+            _overwrite(parameter, value)
         master = _read_master(parameter)
     finally:
         parameter.requires_grad_(requires_grad)
@@ -62,7 +62,7 @@ def write_full(parameter: Tensor, value: Tensor) -> bool:
     return same if is_whole(parameter) else all(Processes.current().gather(same))
 
 
-def _write(parameter: Any, value: Tensor) -> None:
+def _overwrite(parameter: Any, value: Tensor) -> None:
     if hasattr(parameter, "ds_id"):
         from deepspeed import zero
         from deepspeed.utils import safe_set_local_fp32_param

@@ -253,13 +253,11 @@ def why_not_in_batches(
     apart, _ = in_batches(settings.one_at_a_time(), lambda single: collect(samples, single, make_taps))
     in_half = together.dtypes & {torch.float16, torch.bfloat16}
     for name, expected in apart.taps.items():
-        found = together.taps[name]
-        if found.num_tokens != expected.num_tokens:
-            return (
-                f"together, samples have {found.num_tokens} rows that count in {name}, and {expected.num_tokens} apart"
-            )
+        tap, numbers = together.taps[name], (together.taps[name].num_tokens, expected.num_tokens)
+        if numbers[0] != numbers[1]:
+            return f"together, samples have {numbers[0]} rows that count in {name}, and {numbers[1]} apart"
         for which in ("input_moment", "squares", "weight_grad"):
-            summed, right = getattr(found, which).item(), getattr(expected, which).item()
+            summed, right = getattr(tap, which).item(), getattr(expected, which).item()
             off = abs(summed - right) / max(right, 1e-30)
             if not off <= (_TOLERANCE_IN_HALF if in_half else _TOLERANCE):
                 return f"what a batch sums in {name} is {off:.0%} off the sum over its samples"

@@ -17,6 +17,7 @@ from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, 
 ComputeLoss = Callable[[nn.Module, Mapping[str, Any], Tensor | None], Tensor]
 """Maps model, batch and the number of items to divide by (None: the loss's own mean) to a scalar loss."""
 
+_TINY = 1e-30
 DRAWS_AT_RANDOM = "the collator draws at random, so samples together and apart cannot be compared"
 
 
@@ -76,28 +77,26 @@ def find_reduction(
         return LossReduction(kind=declared, reason="declared by loss_reduction")
     if len(samples) < 2:
         return LossReduction(kind="unknown", reason="there is one sample only")
-    alone, *singles = [collate([sample]) for sample in samples]
+    singles = [collate([sample]) for sample in samples]
     joined = [collate([samples[0], other]) for other in samples[1:]]
-    counts = [read_batch_tokens(b, shifts_labels=shifts_labels, num_samples=1).num_labels for b in (alone, *singles)]
-    known = all(counts)
+    counts = [read_batch_tokens(b, shifts_labels=shifts_labels, num_samples=1).num_labels or 0 for b in singles]
 
     def value(batch: Mapping[str, Any], items: int | None) -> float:
         return compute(model, batch, None if items is None else _items(items, batch)).item()
 
-    def pairs(items: int | None, of_first: float) -> list[_Pair]:
-        return [
-            _Pair(of_first, value(single, items), value(both, items), (counts[0] or 0, count or 0) if known else None)
-            for single, both, count in zip(singles, joined, counts[1:], strict=True)
-        ]
+    def pairs(items: int | None) -> list[_Pair]:
+        first, *others = [value(single, items) for single in singles]
+        wholes = [value(both, items) for both in joined]
+        labels = [(counts[0], count) if all(counts) else None for count in counts[1:]]
+        return [_Pair(first, *pair) for pair in zip(others, wholes, labels, strict=True)]
 
     with torch.no_grad(), _watched_tolerance() as seen:
-        of_one, of_two = (value(alone, items) for items in (1, 2))
-        if counts[0] is not None and _close(of_two * 2, of_one, max(seen)):
-            found = pairs(1, of_one)
-            if known and all(_close(pair.first + pair.second, pair.whole, max(seen)) for pair in found):
+        of_one, of_two = (value(singles[0], items) for items in (1, 2))
+        if all(counts) and _close(of_two * 2, of_one, max(seen)):
+            if all(_close(pair.first + pair.second, pair.whole, max(seen)) for pair in pairs(1)):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
-        found = pairs(None, value(alone, None))
-    reduction = _mean_of(found, max(seen))
+        means = pairs(None)
+    reduction = _mean_of(means, max(seen))
     if reduction.kind == "unknown" and draws_at_random(collate, samples[:1]):
         return LossReduction(kind="unknown", reason=DRAWS_AT_RANDOM)
     return reduction
@@ -115,10 +114,9 @@ class _Pair(NamedTuple):
         """Return how far the loss of both is from the weighted mean of the two, as a part of it."""
         if weights is None:
             return math.inf
-        difference = abs(self.whole - (weights[0] * self.first + weights[1] * self.second) / sum(weights))
-        if difference == 0:
-            return 0.0
-        return difference / abs(self.whole) if math.isfinite(difference) and self.whole else math.inf
+        mean = (weights[0] * self.first + weights[1] * self.second) / sum(weights)
+        off = abs(self.whole - mean) / max(abs(self.whole), _TINY)
+        return off if math.isfinite(off) else math.inf
 
     def is_only_together(self, tolerance: float) -> bool:
         """Tell whether neither sample has a loss alone, and both together have one."""
