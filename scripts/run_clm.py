@@ -44,7 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lora_da_hf import LoRADAError, LoRADATrainer
 from lora_da_hf.adapters.write import freeze_a
 from lora_da_hf.artifacts.folders import check_writable
-from lora_da_hf.cli.output import explain
+from lora_da_hf.cli.verbs import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.training.arguments import (

@@ -30,8 +30,7 @@ _HEADER_BYTES_PER_TENSOR = 1 << 10
 _INPUT = "input_second_moment"
 _OUTPUT = "output_grad_second_moment_diag"
 _GRAD = "weight_grad"
-_ENDS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B")
-_OF_LAYER = (*_ENDS, "lora_magnitude_vector")
+_OF_LAYER = ("A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector")
 """What PEFT may store of a layer."""
 _TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
@@ -132,7 +131,7 @@ def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[s
     layers = (*manifest.layers, *manifest.report.kept)
     keys = set(tensor_specs(path, max_tensors=4 * len(layers) + 4096))
     tensors = read_tensors(path, None)
-    beside = keys - {f"{PEFT_PREFIX}{holder_of(name)}.{end}" for name in layers for end in _OF_LAYER}
+    beside = keys - {f"{PEFT_PREFIX}{holder_of(name)}.lora_{end}" for name in layers for end in _OF_LAYER}
     others = {key for key in beside if not _is_trained(key, config)}
     if config["ensure_weight_tying"]:  # PEFT names one of the tied weights, and stores all of them
         trained = {_digest(tensors[key]) for key in beside - others}

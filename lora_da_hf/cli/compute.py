@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_da_hf.cli.flags import MODEL, argument, flag, flags_of, read, verb
-from lora_da_hf.cli.output import Output
+from lora_da_hf.cli.verbs import MODEL, Output, argument, flag, flags_of, read, verb
 from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
 
 

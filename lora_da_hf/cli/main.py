@@ -10,8 +10,7 @@ import traceback
 import warnings
 
 from lora_da_hf.cli import compute, stored
-from lora_da_hf.cli.flags import Verb
-from lora_da_hf.cli.output import Output, explain, printable
+from lora_da_hf.cli.verbs import Output, Verb, explain, printable
 
 VERBS: dict[str, Verb] = {
     name.rstrip("_"): verb

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_da_hf.artifacts.folders import CardFacts
-from lora_da_hf.cli.flags import FOLDER, argument, flag, flags_of, read, verb
-from lora_da_hf.cli.output import Output, in_lines
+from lora_da_hf.cli.verbs import FOLDER, Output, argument, flag, flags_of, in_lines, read, verb
 from lora_da_hf.config import FREE_IN_REFIT
 from lora_da_hf.report import in_columns, kind_of
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, ModelArguments, setting_of_flag

@@ -19,18 +19,11 @@ from lora_da_hf.errors import HubError, LoRADAError
 
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "the repository is gated. Accept its conditions on its page, and log in with `hf auth login`."),
-    (
-        RepositoryNotFoundError,
-        "the repository does not exist, or it is private and your token may not read it. Check the name, and log in "
-        "with `hf auth login`.",
-    ),
+    (RepositoryNotFoundError, "there is none, or your token may not read it. Check the name, and `hf auth login`."),
     (RevisionNotFoundError, "the repository has no such branch, tag or commit. Look at its history on its page."),
     (OfflineModeIsEnabled, "the network is off (HF_HUB_OFFLINE), and this needs the Hub. Unset it and try again."),
     (HTTPError, "the Hub could not be reached, or broke off. Check the network and HF_ENDPOINT, or work offline."),
-    (
-        LocalEntryNotFoundError,
-        "the cache does not hold all of it, and the network is off. Pull it once with the network on.",
-    ),
+    (LocalEntryNotFoundError, "the cache does not hold all of it. Pull it once with the network on."),
 )
 """What the client raises, most specific first."""
 

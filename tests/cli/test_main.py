@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_da_hf.cli.main import VERBS
-from lora_da_hf.cli.output import Output, explain, printable
+from lora_da_hf.cli.verbs import Output, explain, printable
 from lora_da_hf.errors import ConfigError
 
 NAMES = list(VERBS)

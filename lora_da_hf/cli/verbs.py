@@ -1,11 +1,18 @@
-"""What a command says: its result on stdout, everything else on stderr, and errors in a line."""
+"""What every verb has: flags, an output in three forms, and errors in a line.
+
+Results go to stdout, and everything else to stderr.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_da_hf.errors import LoRADAError
@@ -73,3 +80,54 @@ def in_lines(values: Mapping[str, Any]) -> str:
     """Return names and values in two columns, without those that are None."""
     rows = [(name.replace("_", " "), str(value)) for name, value in values.items() if value is not None]
     return "\n".join(in_columns(rows))
+
+
+Run = Callable[[argparse.Namespace, Output], None]
+Flags = Callable[[argparse.ArgumentParser], Any]
+"""What adds one or more flags to a verb's parser."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of `lora-da`: the function that runs it, whose docstring is its help; an example; its flags."""
+
+    run: Run
+    example: str
+    flags: tuple[Flags, ...]
+
+
+def verb(example: str, *flags: Flags) -> Callable[[Run], Verb]:
+    """Make a function a verb."""
+    return lambda run: Verb(run, example, flags)
+
+
+def argument(name: str, metavar: str, help_text: str, **options: Any) -> Flags:
+    """Make an argument that has no flag."""
+    return lambda parser: parser.add_argument(name, metavar=metavar, help=help_text, **options)
+
+
+def flag(name: str, help_text: str, **options: Any) -> Flags:
+    """Make ``--name``, and its form with dashes; a switch, unless it has options."""
+    forms = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    return lambda parser: parser.add_argument(*forms, help=help_text, **(options or {"action": "store_true"}))
+
+
+def flags_of(*kinds: Any) -> Flags:
+    """Make the flags that `transformers.HfArgumentParser` makes of dataclasses."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        from transformers.hf_argparser import HfArgumentParser  # without torch
+
+        for action in HfArgumentParser(kinds, add_help=False)._actions:
+            parser._add_action(action)
+
+    return add
+
+
+def read(kind: Any, arguments: argparse.Namespace) -> Any:
+    """Make a dataclass of flags from what was parsed."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+
+
+MODEL = argument("model", "MODEL", "causal language model: a name on the Hub or a local folder")
+FOLDER = argument("folder", "FOLDER", "folder of a stored initialisation", type=Path)
