@@ -62,9 +62,6 @@ def explain(error: Exception) -> str:
     if isinstance(error, LoRADAError):
         return str(error)
     text = " ".join(str(error).strip().splitlines()[:4]) or type(error).__name__
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return f"{text} Lower --da_batch_size or --block_size."
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {text} Run it again with --debug for the traceback."
     advice = "Check the name and the connection; a private or gated repository needs `hf auth login`."

@@ -133,10 +133,8 @@ def _texts(batch: dict[str, list[Any]], column: str) -> list[str]:
     texts = ["" if value is None else value for value in batch[column]]
     other = next((value for value in texts if not isinstance(value, str)), None)
     if other is not None:
-        chats = "; chats are read by TRL's SFTTrainer, with LoRADACallback" if isinstance(other, list) else ""
         raise DataError(
-            f"Column {column!r} must hold text, not {type(other).__name__}: {other!r:.80}. Write it as text there"
-            f"{chats}."
+            f"Column {column!r} must hold text, not {other!r:.80}. Chats are for TRL's SFTTrainer, with LoRADACallback."
         )
     return texts
 
