@@ -35,7 +35,6 @@ class Eigenpairs:
     vectors: Tensor
     residual: float
     solver: str
-    converged: bool = True
 
 
 def leading_eigenpairs(
@@ -50,7 +49,7 @@ def leading_eigenpairs(
     if like.shape[-1] > _DENSE_BELOW and 8 * count < like.shape[-1]:
         found = block_krylov(apply, count, like=like, tolerance=tolerance, start=start)
         sizes = found.eigenvalues.abs()  # the residual is relative to the largest: too small ones are left unresolved
-        if found.converged and not sizes.min() < _RESOLVED * found.residual * sizes.max():
+        if found.residual <= tolerance and not sizes.min() < _RESOLVED * found.residual * sizes.max():
             return found
     return exact_eigenpairs(apply, count, like=like)
 
@@ -106,13 +105,7 @@ def block_krylov(
             vectors = (coordinates @ basis).mT
             residual = relative_residual((coordinates @ image).mT, vectors, values)
             if residual <= tolerance or full:
-                return Eigenpairs(
-                    eigenvalues=values,
-                    vectors=fix_signs(vectors),
-                    residual=residual,
-                    solver="krylov",
-                    converged=residual <= tolerance,
-                )
+                return Eigenpairs(eigenvalues=values, vectors=fix_signs(vectors), residual=residual, solver="krylov")
         block = _orthonormal_part(image[-block_size:], basis)
 
 

@@ -30,7 +30,6 @@ def test_the_largest_eigenpairs_come_in_descending_order(projector, solve, dimen
     torch.testing.assert_close(pairs.eigenvalues, values.flip(0)[:count], rtol=0, atol=1e-9)
     torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, -count:]), rtol=0, atol=1e-6)
     assert pairs.residual <= 1e-7
-    assert pairs.converged
 
 
 @pytest.mark.parametrize(
@@ -51,10 +50,10 @@ def test_algebraically_largest_is_not_largest_in_magnitude(projector):
 
 def test_krylov_that_does_not_converge_falls_back_to_an_exact_solve(projector):
     matrix = symmetric(torch.linspace(1.0, 1.1, 400))  # no gap anywhere
-    assert not block_krylov(lambda v: matrix @ v, 4, like=matrix).converged
+    assert block_krylov(lambda v: matrix @ v, 4, like=matrix).residual > 1e-7
     pairs = leading_eigenpairs(lambda v: matrix @ v, 4, like=matrix)
     assert pairs.solver == "eigh"
-    assert pairs.converged
+    assert pairs.residual <= 1e-7
     vectors = torch.linalg.eigh(matrix).eigenvectors
     torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, -4:]), rtol=0, atol=1e-8)
 
@@ -63,7 +62,7 @@ def test_krylov_that_does_not_converge_falls_back_to_an_exact_solve(projector):
 def test_krylov_stays_orthonormal_on_an_operator_of_lower_rank_than_asked(true_rank):
     matrix = symmetric([1.0 / (k + 1) for k in range(true_rank)] + [0.0] * (200 - true_rank))
     pairs = block_krylov(lambda v: matrix @ v, 8, like=matrix)
-    assert pairs.converged
+    assert pairs.residual <= 1e-7
     torch.testing.assert_close(pairs.vectors.mT @ pairs.vectors, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(pairs.eigenvalues, torch.linalg.eigvalsh(matrix).flip(0)[:8], rtol=0, atol=1e-12)
 
