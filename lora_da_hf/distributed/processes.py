@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.records import LayerStatistics
-from lora_da_hf.statistics.moments import mirror_upper_
+from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_upper
 from lora_da_hf.statistics.taps import Taps
 
 T = TypeVar("T")
@@ -114,7 +114,12 @@ def reduce_statistics(
     statistics: dict[str, dict[str, LayerStatistics]] = {}
     for leader, members in taps.groups.items():
         owner, moment, num_inputs = owners[leader], members[0].input_moment, members[0].num_tokens
-        processes.reduce_sum_(mirror_upper_(moment), owner)
+        if processes.count == 1:
+            mirror_upper_(moment)
+        else:  # half of it is enough to travel
+            packed = pack_upper(moment)
+            processes.reduce_sum_(packed, owner)
+            moment = unpack_upper(packed, moment.shape[0]) if processes.index == owner else moment
         moment /= max(num_inputs, 1)
         for tap in members:
             processes.reduce_sum_(tap.squares, owner)
