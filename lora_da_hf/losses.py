@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -88,7 +87,7 @@ def shifts_labels(model: nn.Module) -> bool:
     base = base_model_of(model)
     loss_type = getattr(base, "loss_type", None)
     if loss_type is None:  # a class name that says nothing, as GPT2LMHeadModel: transformers then takes the causal loss
-        causal = isinstance(base, PreTrainedModel) and base.can_generate()
+        causal = generates(model)
     else:
         causal = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return causal and not is_encoder_decoder(model)
@@ -113,12 +112,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_model_of(model), "config", None), "is_encoder_decoder", False))
 
 
-def longest_labels(model: nn.Module) -> int:
-    """Return how long the labels may be that a decoder reads as its own sequence; 0: no decoder does."""
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model of transformers generates text."""
     base = base_model_of(model)
-    if not is_encoder_decoder(model) or not isinstance(base, PreTrainedModel) or not base.can_generate():
-        return 0
-    return max_sample_length(model) or sys.maxsize
+    return isinstance(base, PreTrainedModel) and base.can_generate()
 
 
 def max_sample_length(model: nn.Module) -> int | None:

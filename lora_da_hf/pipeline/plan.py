@@ -135,10 +135,8 @@ def make_plan(
     """Cut the groups into as few passes as fit into the memory, and share their solves.
 
     Args:
-        groups: Of layers that share an input.
         num_samples: Of all processes.
         budget: Bytes that the sums and the solve may take in a process, on each device.
-        num_processes: That share the samples and the solves.
         threads: Those of a process's CPU, or 1 where another device solves.
         solve_alone: Whether the first process gets all the sums.
 

@@ -19,8 +19,8 @@ from lora_da_hf.distributed.parameters import is_partitioned
 from lora_da_hf.errors import DataError
 from lora_da_hf.losses import (
     LabelledHead,
+    generates,
     is_encoder_decoder,
-    longest_labels,
     make_labelled_head,
     max_sample_length,
     shifts_labels,
@@ -138,9 +138,8 @@ def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, fl
     singles: list[Mapping[str, Any]] = [job.collate([sample]) for sample in unlike]
     pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
     options: dict[str, Any] = {"shifts_labels": shifts, "encoder_decoder": decodes, "num_samples": 1}
-    if decodes or read_batch_tokens(singles[0], **options).other_modality:
-        longest = longest_labels(job.model) if decodes else max_sample_length(job.model)
-        singles.append(lengthened(singles[0], longest, decoder=decodes))
+    if generates(job.model) if decodes else read_batch_tokens(singles[0], **options).other_modality:
+        singles.append(lengthened(singles[0], max_sample_length(job.model), decoder=decodes))
     tokens = [read_batch_tokens(batch, **options) for batch in singles]
     losses: dict[str, float] = {}
     rows: list[Any] = []

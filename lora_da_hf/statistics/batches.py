@@ -17,9 +17,6 @@ from lora_da_hf.statistics.token_masks import read_batch_tokens
 Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
 """Makes a batch, on the model's device, of a list of samples."""
 
-Traits = set[tuple[str, float]]
-"""What tells a sample from others: numbers with what they are."""
-
 _LITTLE_PADDING = 16
 _MOST_UNLIKE = 4
 _MOST_TARGETS = 4096
@@ -96,13 +93,13 @@ def choose_unlike(samples: Sequence[Any], collate: Collate, *, shifts_labels: bo
     return [samples[number] for number in chosen]
 
 
-def _describe(batch: Mapping[str, Any], shifts_labels: bool) -> tuple[float, Traits]:
-    """Return the length of a sample, in numbers if it has no tokens, and its traits."""
+def _describe(batch: Mapping[str, Any], shifts_labels: bool) -> tuple[float, set[tuple[str, float]]]:
+    """Return the length of a sample, in numbers if it has no tokens, and what tells it from others."""
     tokens = read_batch_tokens(batch, shifts_labels=shifts_labels, num_samples=1)
     tensors = list(named_tensors(batch))
     targets = [(name, tensor) for name, tensor in tensors if not name.startswith(_INPUTS)]
     length = max((float(mask.sum()) for mask in tokens.masks), default=float(sum(t.numel() for _, t in tensors)))
-    traits: Traits = {("length", length), ("size of targets", sum(tensor.numel() for _, tensor in targets))}
+    traits = {("length", length), ("size of targets", float(sum(tensor.numel() for _, tensor in targets)))}
     if tokens.num_labels is not None:
         traits.add(("number of labels", tokens.num_labels))
     for name, tensor in targets:
