@@ -198,10 +198,10 @@ def _as_written(config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """Return a configuration as it is written for the layers and the base of a manifest."""
     layers, base, targets = (*manifest.layers, *manifest.report.kept), manifest.base_model, config["target_modules"]
     name = base.name_or_path or config["base_model_name_or_path"]
-    known = {end for name in (*layers, *(config["modules_to_save"] or ())) for end in _ends_of(name)}
+    unknown = set(targets or ()).difference(*map(_ends_of, (*layers, *(config["modules_to_save"] or ()))))
     return {
         **config_for(config, manifest.layers, manifest.report.kept),
-        "target_modules": targets and [target for target in targets if target in known],
+        "target_modules": targets and [target for target in targets if target not in unknown],
         "revision": base.revision,
         "base_model_name_or_path": name and name.removeprefix("./"),
     }
