@@ -23,7 +23,7 @@ from lora_da_hf.statistics.token_masks import IGNORED_LABEL, read_batch_tokens
 _MORE_POSITIONS = 2
 """Rows that a table of positions has beyond the longest sample, for an offset (OPT, BART)."""
 
-TAKES_LOSS_ALONE = "takes_loss_alone"
+_READS_LOSS_ALONE = "reads_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
 _METRICS = ("_metrics", "_stored_metrics")
 """Where TRL's trainers collect what their losses write down."""
@@ -93,15 +93,13 @@ def shifts_labels(model: nn.Module) -> bool:
     return causal and not is_encoder_decoder(model)
 
 
-def takes_loss_alone(compute_loss: Any) -> bool:
-    """Tell whether a loss is the one that the model returns, with nothing else read from the model's outputs."""
-    return compute_loss is model_loss or getattr(compute_loss, TAKES_LOSS_ALONE, False)
-
-
-def make_labelled_head(model: nn.Module) -> LabelledHead | None:
+def make_labelled_head(model: nn.Module, compute_loss: ComputeLoss) -> LabelledHead | None:
     """Return what runs the head on the rows of labels; None for a model whose head or loss is not known to allow it."""
     base = base_model_of(model)
-    if not isinstance(base, PreTrainedModel) or not shifts_labels(model) or base.loss_function is not ForCausalLMLoss:
+    reads_loss_alone = compute_loss is model_loss or getattr(compute_loss, _READS_LOSS_ALONE, False)
+    if not reads_loss_alone or not isinstance(base, PreTrainedModel):
+        return None
+    if not shifts_labels(model) or base.loss_function is not ForCausalLMLoss:
         return None
     head = base.get_output_embeddings()
     return LabelledHead(base, head) if isinstance(head, nn.Linear) else None
@@ -242,7 +240,7 @@ def loss_of(trainer: Trainer) -> ComputeLoss:
             result: Any = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)), **extra)
         return result[0] if isinstance(result, tuple) else result
 
-    setattr(loss, TAKES_LOSS_ALONE, is_stock)
+    setattr(loss, _READS_LOSS_ALONE, is_stock)
     return loss
 
 

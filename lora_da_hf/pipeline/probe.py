@@ -24,7 +24,6 @@ from lora_da_hf.losses import (
     make_labelled_head,
     max_sample_length,
     shifts_labels,
-    takes_loss_alone,
 )
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
@@ -116,7 +115,7 @@ def probe(job: Job, splits: SampleSplits) -> Probe:
 def _run_first(job: Job, first: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str], LabelledHead | None]:
     """Run the first sample: its losses, the leader of each layer, and what runs the head on the rows of labels."""
     layers = {name: target.base_layer for name, target in job.targets.items()}
-    head = make_labelled_head(job.model) if takes_loss_alone(job.compute_loss) else None
+    head = make_labelled_head(job.model, job.compute_loss)
     losses: dict[str, float] = {}
 
     def run_forward() -> None:
