@@ -165,20 +165,13 @@ def push(arguments: argparse.Namespace, output: Output) -> None:
 @verb(
     "user/my-init@v1 --quiet",
     argument("repo_id", "USER/NAME[@REVISION]", "repository on the Hub; main, unless you name a branch, tag or commit"),
-    flag("cache_dir", "where it is kept (default: the Hub's cache)", metavar="FOLDER"),
-    flag("local_files_only", "use what is in the cache, and do not connect"),
 )
 def pull(arguments: argparse.Namespace, output: Output) -> None:
-    """Fetch an initialisation from the Hub and check it."""
+    """Fetch an initialisation from the Hub into the client's cache, and check it."""
     from lora_da_hf.hub import pull_init
 
     repo_id, _, revision = arguments.repo_id.partition("@")
-    pulled = pull_init(
-        repo_id,
-        revision=revision or None,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
-    )
+    pulled = pull_init(repo_id, revision=revision or None)
     folder = str(pulled.folder)
     output.result({"folder": folder, "repo_id": repo_id, "commit": pulled.source.rpartition("@")[2]}, bare=folder)
 

@@ -290,11 +290,11 @@ def test_push_is_private_unless_asked_otherwise_and_hands_on_every_flag(lora_da,
 
 
 def test_pull_hands_on_the_revision(lora_da, calls, stored):
-    code, out, _ = lora_da("pull", "user/name@v1", "--local_files_only", "--json")
+    code, out, _ = lora_da("pull", "user/name@v1", "--json")
     assert code == 0
     assert json.loads(out) == {"folder": str(stored), "repo_id": "user/name", "commit": "c" * 40}
     given = {name: value for name, value in calls[0][1].items() if value}
-    assert (calls[0][0], given) == (("user/name",), {"revision": "v1", "local_files_only": True})
+    assert (calls[0][0], given) == (("user/name",), {"revision": "v1"})
 
 
 def test_list_is_a_table(lora_da, calls, monkeypatch):
