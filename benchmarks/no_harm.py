@@ -6,7 +6,7 @@
     done
     python benchmarks/no_harm.py benchmarks/results/no_harm_*.jsonl
 
-writes `no_harm.md` beside the lines. Scores are those of test samples that nothing else reads.
+writes `no_harm.md` beside the lines.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from typing import Any
 from lines import read_lines
 from report import describe, grouped, markdown
 
+METRICS = {"accuracy": "accuracy in percent", "r2": "100 R²"}
+EXPLAINED = (
+    "Scores are those of test samples that nothing else reads, mean ± standard deviation (seeds). Differences are in "
+    "points, paired by seed, with their 95 % interval."
+)
 FULL_LENGTH = ("harm", "more_seeds", "heads")
 """The blocks that train to the end."""
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
@@ -53,25 +58,26 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, s
     """Return the mean difference on the seeds of both, in points, with its 95 % interval; and the worst seed's."""
     found = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
     if len(found) < 2:
-        return "one seed", f"{min(found):+.1f}" if found else "none"
+        return "one seed" if found else "none", f"{min(found):+.1f}" if found else "none"
     half = T_95[len(found) - 1] * statistics.stdev(found) / len(found) ** 0.5
     return f"{statistics.fmean(found):+.1f} ± {half:.1f}", f"{min(found):+.1f}"
 
 
 def harm_table(records: Sequence[Record]) -> list[str]:
-    """Compare the default with plain LoRA, for each task, rank, number of steps and rate."""
+    """Compare the default with plain LoRA, for each task and rate."""
     rows: list[list[str]] = []
-    default = [r for r in records if r["block"] in FULL_LENGTH]
-    for (steps, rank, rate), cells in sorted(grouped(default, "steps", "rank", "learning_rate").items(), reverse=True):
-        by_method = {method: scores(found) for (method,), found in grouped(cells, "method").items()}
-        first = scores([record for record in cells if record["cell"]["method"] == "lora_da"], 0)
-        ours, plain, fitted = (by_method.get(method, {}) for method in ("lora_da", "lora", "lora_beside_da"))
-        columns = [percent(list(values.values())) for values in (plain, fitted, first, ours)]
-        against = [text for theirs in (plain, fitted) for text in difference(ours, theirs)]
-        rows.append([str(rank), str(steps), f"{rate:g}", *columns, *against])
-    names = ["plain LoRA", "plain LoRA, head fitted", "LoRA-DA at step 0", "LoRA-DA"]
-    against = ["LoRA-DA less plain", "worst seed", "less plain with the head", "worst seed"]
-    return markdown(["rank", "steps", "rate", *names, *against], rows)
+    whole = [record for record in records if record["block"] in FULL_LENGTH]
+    for task in dict.fromkeys(record["subject"]["task"] for record in whole):
+        of_task = [record for record in whole if record["subject"]["task"] == task]
+        named = f"{task}, {METRICS[of_task[0]['metric']]}"
+        for (rate,), cells in sorted(grouped(of_task, "learning_rate").items(), reverse=True):
+            by_method = {method: scores(found) for (method,), found in grouped(cells, "method").items()}
+            first = scores([record for record in cells if record["cell"]["method"] == "lora_da"], 0)
+            ours, plain, fitted = (by_method.get(method, {}) for method in ("lora_da", "lora", "lora_beside_da"))
+            columns = [percent(list(values.values())) for values in (plain, fitted, first, ours)]
+            rows.append([named, f"{rate:g}", *columns, *difference(ours, plain), difference(ours, fitted)[0]])
+    names = ["task", "rate", "plain LoRA", "plain LoRA, head fitted", "LoRA-DA at step 0", "LoRA-DA"]
+    return markdown([*names, "LoRA-DA less plain LoRA", "worst seed", "less plain LoRA, head fitted"], rows)
 
 
 def parts_table(records: Sequence[Record]) -> list[str]:
@@ -93,22 +99,18 @@ def parts_table(records: Sequence[Record]) -> list[str]:
 
 def main(paths: list[str]) -> None:
     """Write the tables of some files of results beside the first."""
-    lines = ["# New heads: does the start do harm?", "", __doc__.split("\n\n")[2].partition(". ")[2], ""]
-    for path in map(Path, paths):
-        records = read_lines(path)
-        subject = records[0]["subject"]
-        metric = {"accuracy": "accuracy in percent", "r2": "100 R²"}[records[0]["metric"]]
-        lines += [f"## {subject['task']}", "", describe(subject, [record["machine"] for record in records])]
-        lines += [
-            "",
-            f"Scores are {metric}, mean ± standard deviation (seeds); differences are in points, paired by seed,",
-        ]
-        lines += ["with their 95 % interval.", "", *harm_table(records), ""]
+    by_task = [read_lines(Path(path)) for path in paths]
+    every = [record for records in by_task for record in records]
+    cell = every[0]["cell"]
+    lines = ["# New heads: does the start do harm?", ""]
+    lines += [f"Rank {cell['rank']}, {cell['steps']} steps. {EXPLAINED}", "", *harm_table(every), ""]
+    for records in by_task:
+        lines += [f"## {records[0]['subject']['task']}", ""]
+        lines += [describe(records[0]["subject"], [record["machine"] for record in records]), ""]
         parts = [record for record in records if record["block"] not in FULL_LENGTH]
         if parts:
             cell = parts[0]["cell"]
-            lines += [f"What it is that helps: {cell['steps']} steps at {cell['learning_rate']:g}.", ""]
-            lines += [*parts_table(records), ""]
+            lines += [f"What helps: {cell['steps']} steps at {cell['learning_rate']:g}.", "", *parts_table(records), ""]
     Path(paths[0]).with_name("no_harm.md").write_text("\n".join(lines), encoding="utf-8")
 
 

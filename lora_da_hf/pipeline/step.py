@@ -93,7 +93,9 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
         search_loss_before=baseline.mean,
     )
     if not found.step_size:
-        step = _noting_no_step(job, step, f"no step lowers the loss on {len(samples)} search samples beyond its error")
+        alone = " (one tells no error: give at least 16 samples in all)" if len(samples) == 1 else ""
+        why = f"no step lowers the loss on {len(samples)} search samples beyond its error{alone}"
+        step = _noting_no_step(job, step, why)
     return step
 
 
