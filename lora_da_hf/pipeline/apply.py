@@ -134,7 +134,8 @@ def _write(
             step = given_step(job)
         else:
             size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
-            step = Step(step_size=size, notes=(source,))
+            as_plain = ": the start is that of plain LoRA" if size == 0 else ""
+            step = Step(step_size=size, notes=(source + as_plain,))
         step, layers = write_adapter(job, solved, step, found)
     return step, layers, found, notes
 
