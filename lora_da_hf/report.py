@@ -146,7 +146,7 @@ class LoRADAReport:
         for layer in self.layers:
             kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)
         table = in_columns([_row(kind, group) for kind, group in kinds.items()], ["layer", *COLUMNS])
-        parts = [self.summary(), "", *table]
+        parts = [self._summary(), "", *table]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
             parts += [f"  {name}: {reason}" for name, reason in self.kept.items()]
@@ -156,7 +156,7 @@ class LoRADAReport:
             parts += [f"  ... and {len(noted) - 20} more in the manifest"] if len(noted) > 20 else []
         return "\n".join(parts)
 
-    def summary(self) -> str:
+    def _summary(self) -> str:
         """Return the head of the table: samples, step, losses and times."""
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
         how = {"displacement": "; each layer as far as its natural gradient step", "equal": "; all layers equally far"}

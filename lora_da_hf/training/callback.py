@@ -182,7 +182,7 @@ class LoRADACallback(TrainerCallback):
     def _log(self, report: LoRADAReport, state: TrainerState) -> None:
         logger.info("%s", report)
         if state.is_local_process_zero:
-            tqdm.write(report.summary())
+            tqdm.write(_line(report))
         if self._trainer is not None:
             self._trainer.log(report.metrics())
         else:
@@ -206,6 +206,18 @@ class LoRADACallback(TrainerCallback):
             self.report = load_manifest(stored).report if self.init_from is None else LoRADAReport.load(stored)
         except (ArtifactError, OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("LoRA-DA: %s has no report to read (%s); training goes on without it", stored, error)
+
+
+def _line(report: LoRADAReport) -> str:
+    """Return what was done in one line."""
+    before, after = report.unseen_loss_before, report.unseen_loss_after
+    found = f"{len(report.layers)} layers"
+    if before is not None and after is not None:
+        found = f"held-out loss {before:.4f} -> {after:.4f}"
+    step = "one a layer" if report.step_size is None else f"{report.step_size:.3g}"
+    step = "0: the start is that of plain LoRA" if report.step_size == 0 else step
+    source = f"from {report.init_from}" if report.init_from else f"{report.num_samples} samples"
+    return f"LoRA-DA: {found} in {report.total_seconds:.0f} s ({source}, step {step})"
 
 
 def find_init(init_from: str | Path) -> Path | StoredInit:

@@ -68,11 +68,11 @@ def token_rows(count=24):
     return Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in make_learnable_samples(count)])
 
 
-def make_sft(folder, model, callback, **arguments):
+def make_sft(folder, model, callback, *, count=24, **arguments):
     return trl.SFTTrainer(
         model=model,
         args=make_trl_args(trl.SFTConfig, folder, **arguments),
-        train_dataset=token_rows(),
+        train_dataset=token_rows(count),
         processing_class=make_tokenizer(),
         peft_config=make_lora_config(),
         callbacks=[callback],
@@ -100,10 +100,10 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
 def test_a_packed_row_is_one_sample(tmp_path, tiny_llama):
     callback = make_callback()
-    trainer = make_sft(tmp_path, tiny_llama(), callback, packing=True, max_length=32)
+    trainer = make_sft(tmp_path, tiny_llama(), callback, count=96, packing=True, max_length=32)
     start = train_from(trainer)
     assert_initialized(tmp_path / "lora_da", start, callback.report)
-    assert callback.report.population_size == len(trainer.train_dataset) < 24
+    assert callback.report.population_size == len(trainer.train_dataset) < 96
 
 
 @pytest.mark.support(
