@@ -19,7 +19,7 @@ from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts, trained_heads
 from lora_da_hf.pipeline.heads import take_over_saved_modules
 from lora_da_hf.pipeline.job import Job, make_job
-from lora_da_hf.pipeline.probe import Probe, probe
+from lora_da_hf.pipeline.probe import Probe, run_probe
 from lora_da_hf.pipeline.run import hand_over, make_report
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.pipeline.step import Step, find_step, given_step, write_adapter
@@ -100,14 +100,14 @@ def apply_init(
     check_same_settings(job)
     solved = _match(job, stored)
     with job.restored_on_failure(trained_heads(model, job.scan.adapter_name)), job.collate.generators_kept():
-        step, layers, found, notes = _write(job, stored, solved, samples, is_given=is_given)
+        step, layers, probe, notes = _write(job, stored, solved, samples, is_given=is_given)
     report = make_report(
         job,
         solved,
         step,
         layers,
         **{name: getattr(stored.report, name) for name in _OF_THE_STATISTICS},
-        loss_reduction=stored.report.loss_reduction if found is None else found.reduction,
+        loss_reduction=stored.report.loss_reduction if probe is None else probe.reduction,
         step_size_by_rank=step.step_size_by_rank if step.search else stored.report.step_size_by_rank,
         notes=[*notes, *step.notes],
         artifact=str(stored.folder),
@@ -121,23 +121,23 @@ def _write(
     job: Job, stored: StoredInit, solved: Solved, samples: Any, *, is_given: bool
 ) -> tuple[Step, list[LayerReport], Probe | None, list[str]]:
     """Write heads and adapter, at the given, searched or stored step."""
-    notes, found = [*stored.notes, *solved.notes], None
+    notes, probe = [*stored.notes, *solved.notes], None
     with job.stage("write"):
         notes += take_over_saved_modules(job.model, job.scan.adapter_name, stored)
     with job.prepared():
         if samples is not None:
             splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
-            found = _probe(job, splits)
-            notes += (*of_samples, *found.notes)
-            step = find_step(job, solved, found, for_other_ranks=False)
+            probe = _probe(job, splits)
+            notes += (*of_samples, *probe.notes)
+            step = find_step(job, solved, probe, for_other_ranks=False)
         elif is_given:
             step = given_step(job)
         else:
             size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
             as_plain = ": the start is that of plain LoRA" if size == 0 else ""
             step = Step(step_size=size, notes=(source + as_plain,))
-        step, layers = write_adapter(job, solved, step, found)
-    return step, layers, found, notes
+        step, layers = write_adapter(job, solved, step, probe)
+    return step, layers, probe, notes
 
 
 def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
@@ -190,4 +190,4 @@ def _probe(job: Job, splits: SampleSplits) -> Probe:
     if not splits.search and not splits.unseen:
         notes = (f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples",)
     with adapters_off(job.scan.targets), job.stage("probe"):
-        return probe(job, dataclasses.replace(splits, notes=notes))
+        return run_probe(job, dataclasses.replace(splits, notes=notes))

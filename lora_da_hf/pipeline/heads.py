@@ -49,7 +49,7 @@ _Features = tuple[Batch, list[Any]]
 """A batch, and what each call of the backbone returned for it."""
 
 
-def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
+def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
     """Fit the heads that are trained beside the adapter, the rest of the model as it is; return what to note.
 
     The gradient of the layers below a head that is drawn at random says next to nothing of the task. The outputs of the
@@ -57,14 +57,14 @@ def fit_heads(job: Job, found: Probe) -> tuple[str, ...]:
     ever weaker ones until the loss on a quarter of the samples, which are held out, rises. The strongest ridge is taken
     within the error of the best; the head stays as it is where that is within it too.
     """
-    base, wrappers, samples = base_model_of(job.model), _head_modules(job), found.splits.heads
+    base, wrappers, samples = base_model_of(job.model), _head_modules(job), probe.splits.heads
     if not wrappers or not samples:
         return ()
     names = ", ".join(wrappers)
     if base.base_model is base:
         return (f"{names} was not fitted first: the model does not tell its backbone from its heads",)
     heads = trained_heads(job.model, job.scan.adapter_name)
-    settings = dataclasses.replace(found.settings, around_loss=contextlib.nullcontext)
+    settings = dataclasses.replace(probe.settings, around_loss=contextlib.nullcontext)
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         write_heads(heads, job.processes.broadcast({name: read_full(head).cpu() for name, head in heads.items()}, 0))
         with adapters_off(job.scan.targets):

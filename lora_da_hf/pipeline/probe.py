@@ -67,7 +67,7 @@ class Probe:
         return f"{self.settings.reduction.kind} ({self.settings.reduction.reason})"
 
 
-def probe(job: Job, splits: SampleSplits) -> Probe:
+def run_probe(job: Job, splits: SampleSplits) -> Probe:
     """Learn from a few samples how the loss is made and which layers share an input."""
     shifts = shifts_labels(job.model)
     samples = [*splits.statistics, *splits.search, *splits.unseen, *splits.heads]
@@ -149,27 +149,27 @@ def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, fl
     return losses, followed_sequences(tokens, rows[: len(singles)])
 
 
-def compare_batch_with_samples(job: Job, found: Probe) -> Probe:
+def compare_batch_with_samples(job: Job, probe: Probe) -> Probe:
     """Run a few samples as a batch and each alone, and have the pass run them one at a time if that makes a difference.
 
     Not where it is known to make none: for a language model of text whose head runs on the rows of labels, which was
     compared already, and whose batches say by a mask what is padding.
     """
-    settings = found.settings
-    if settings.reduction.kind == "batch" or settings.batch_size == 1 or len(found.unlike) < 2:
-        return found
-    mask = job.collate(found.unlike).get("attention_mask")
-    if found.has_text_alone and isinstance(mask, Tensor) and mask.dim() == 2:
-        return found
+    settings = probe.settings
+    if settings.reduction.kind == "batch" or settings.batch_size == 1 or len(probe.unlike) < 2:
+        return probe
+    mask = job.collate(probe.unlike).get("attention_mask")
+    if probe.has_text_alone and isinstance(mask, Tensor) and mask.dim() == 2:
+        return probe
     layers = {name: target.base_layer for name, target in job.targets.items() if not target.is_routed}
     devices = {name: job.targets[name].device for name in layers}
-    reason = why_not_in_batches(found.unlike, settings, layers=layers, devices=devices)
+    reason = why_not_in_batches(probe.unlike, settings, layers=layers, devices=devices)
     reasons = [text for text in job.processes.gather(reason) if text is not None]
     if not reasons:
-        return found
-    if draws_at_random(job.collate, found.unlike):
+        return probe
+    if draws_at_random(job.collate, probe.unlike):
         reasons = [DRAWS_AT_RANDOM]
-    return dataclasses.replace(found, settings=settings.one_at_a_time(reasons[0]))
+    return dataclasses.replace(probe, settings=settings.one_at_a_time(reasons[0]))
 
 
 def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any], loss: float) -> bool:

@@ -28,7 +28,7 @@ from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.heads import fit_heads
 from lora_da_hf.pipeline.job import Job, make_job
 from lora_da_hf.pipeline.plan import plan_windows
-from lora_da_hf.pipeline.probe import compare_batch_with_samples, probe
+from lora_da_hf.pipeline.probe import compare_batch_with_samples, run_probe
 from lora_da_hf.pipeline.save import adapter_as_stored, refuse_unsaveable
 from lora_da_hf.pipeline.solve import Solved, solve_windows
 from lora_da_hf.pipeline.step import Step, find_step, write_adapter
@@ -136,21 +136,21 @@ def _run(
     with contextlib.ExitStack() as files:
         with job.prepared():
             with adapters_off(job.scan.targets), job.stage("probe"):
-                found = probe(job, splits)
-                identity = identify(job, digests, found)
+                probe = run_probe(job, splits)
+                identity = identify(job, digests, probe)
             finished, broken = (None, ()) if folder is None else take_over_finished(job, folder, identity)
             if finished is not None:
                 return finished
-            notes += fit_heads(job, found)
+            notes += fit_heads(job, probe)
             statistics = _make_statistics_folder(job, folder, files)
             with adapters_off(job.scan.targets):
-                plan = plan_windows(job, found)
+                plan = plan_windows(job, probe)
                 job.say(f"LoRA-DA plan: {plan.describe()}")
                 with job.stage("statistics"):
-                    found = compare_batch_with_samples(job, found)
-                solved, counts = solve_windows(job, found, plan, statistics=statistics)
-            step = find_step(job, solved, found, for_other_ranks=folder is not None)
-            step, layers = write_adapter(job, solved, step, found)
+                    probe = compare_batch_with_samples(job, probe)
+                solved, counts = solve_windows(job, probe, plan, statistics=statistics)
+            step = find_step(job, solved, probe, for_other_ranks=folder is not None)
+            step, layers = write_adapter(job, solved, step, probe)
         report = make_report(
             job,
             solved,
@@ -158,12 +158,12 @@ def _run(
             layers,
             num_samples=counts.num_samples,
             num_unlabelled=counts.num_unlabelled,
-            population_size=found.splits.population_size,
+            population_size=probe.splits.population_size,
             batch_size=counts.batch_size,
-            loss_reduction=found.reduction,
+            loss_reduction=probe.reduction,
             data_fingerprint=hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest(),
             plan=plan.describe(),
-            notes=[*notes, *broken, *found.notes, *counts.notes, *solved.notes, *step.notes],
+            notes=[*notes, *broken, *probe.notes, *counts.notes, *solved.notes, *step.notes],
         )
         return report if folder is None else _save(job, folder, solved, statistics, identity, report)
 
