@@ -18,6 +18,9 @@ All fields of `LoRADAConfig`. On the command line each is a flag with `--da_` be
 `LoRADAConfig.paper()`, the settings of the paper's authors, where they differ ([why](decisions/0003-defaults.md)).
 `python scripts/settings_table.py` writes this page.
 
+Few trainings need more than `num_samples`, `batch_size`, `step_size`, `max_rank` and `memory_budget`. A layer's
+*displacement* is its damped natural gradient step. *Scaling* is PEFT's: alpha / r, or with rsLoRA alpha / √r.
+
 """
 REPORT = """
 ## The report

@@ -22,7 +22,7 @@ from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleS
 class _TapFunction(torch.autograd.Function):
     """Identity whose backward hands the layer's input and output gradient to a receiver.
 
-    Gradient checkpointing frees and recomputes the input like any other saved tensor. ``output.data`` is no view, so
+    Gradient checkpointing frees and recomputes the input like any other saved tensor. ``output.data`` is not a view, so
     operations in place are allowed. The anchor makes the graph start here although every parameter is frozen.
     """
 

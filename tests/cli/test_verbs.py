@@ -73,7 +73,7 @@ def test_init_finds_its_own_again_and_replaces_nothing_of_yours(lora_da, place, 
     ("words", "message"),
     [
         (["missing.jsonl"], "missing.jsonl cannot be loaded as data"),
-        (["notes.pdf"], "notes.pdf is no data file"),
+        (["notes.pdf"], "notes.pdf cannot be read as data"),
         (["train.jsonl", "--prompt_column", "prompt"], "--completion_column is missing"),
         (["train.jsonl"], "no column 'text', only 'prompt', 'completion'. Name pairs"),
         (
