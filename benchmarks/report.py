@@ -3,10 +3,10 @@
     python benchmarks/report.py outputs/gsm8k.jsonl
 
 For each rank, number of steps and number of training samples: every method at the learning rate of its lowest mean
-final loss, with mean, standard deviation and number of seeds; the other learning rates; how far training went; and what
-it cost. A rate is chosen on the seeds that all rates of the method were run with, and by the losses that are reported:
-the more rates a method has, the more that flatters it. Of runs that differ only in where they were evaluated, the last
-counts. The tables go to a .md file beside the lines, the plots to .png files.
+final loss, with mean, standard deviation and number of seeds; the other learning rates; and what it cost. A rate is
+chosen on the seeds that all rates of the method were run with, and by the losses that are reported: the more rates a
+method has, the more that flatters it. Of runs that differ only in where they were evaluated, the last counts. The
+tables go to a .md file beside the lines, the plots to .png files.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 
 from lora_da_hf.errors import ConfigError
 
-_DAMPING = re.compile(r"(\d*\.?\d+(?:e[+-]?\d+)?)(?: ?\* ?(mean|median))?")
+_DAMPING = re.compile(r"([\d.]+(?:e[+-]?\d+)?) *(?:\* *(mean|median))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)

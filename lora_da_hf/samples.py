@@ -160,11 +160,12 @@ def samples_of_loader(loader: Any) -> tuple[Any, RawCollate | None]:
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):  # accelerate's shards
         batches = batches.batch_sampler
-    sampler: Any = getattr(batches, "sampler", batches) or getattr(loader, "sampler", None)
+    sampler: Any = getattr(loader, "sampler", None) if batches is None else getattr(batches, "sampler", batches)
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(dataset, list(sampler.indices)), collate
     if isinstance(sampler, list | tuple | range):
-        return Subset(dataset, [*itertools.chain(*batches)] if sampler is batches else list(sampler)), collate
+        sampler = [*itertools.chain(*(batches or ()))] if sampler is batches else list(sampler)
+        return Subset(dataset, sampler), collate
     return dataset, collate
 
 

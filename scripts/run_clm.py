@@ -410,5 +410,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except (LoRADAError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except (LoRADAError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         sys.exit(f"run_clm.py: error: {explain(error)}")

@@ -97,8 +97,8 @@ def _exactly(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def _pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> Iterator[str]:
-    """Yield what PEFT looks up ranks by: the names of these layers, or those of the experts' parameters."""
+def _pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield each adapted layer with what PEFT looks its rank up by: its name, or those of experts' parameters."""
     targets: set[str] = set(config["target_modules"] or ())
     parameters: dict[str, list[str]] = {}
     for target in config["target_parameters"] or ():
@@ -106,11 +106,11 @@ def _pattern_names(config: Mapping[str, Any], layers: Iterable[str]) -> Iterator
         parameters.setdefault(parent, []).append(parameter)
     for name in layers:
         if any(end in targets for end in _ends_of(name)):
-            yield name
+            yield name, name
         else:
             module = holder_of(name).replace(".base_layer", "")
             every = (f"{module}.{last}" for end in (*_ends_of(module), "") for last in parameters.get(end, ()))
-            yield from itertools.islice(every, _MOST_PARAMETERS)
+            yield from ((name, key) for key in itertools.islice(every, _MOST_PARAMETERS))
 
 
 # ---- the configuration
@@ -144,7 +144,7 @@ def config_for(config: Mapping[str, Any], layers: Mapping[str, LayerReport], kep
     Experts, and layers that were ``kept`` as PEFT made them, have the rank that it gives them.
     """
     found, usual = config["rank_pattern"], config["r"]
-    ranks = {key: found.get(_exactly(key), usual) for key in _pattern_names(config, (*layers, *kept))}
+    ranks = {key: found.get(_exactly(key), usual) for _, key in _pattern_names(config, (*layers, *kept))}
     ranks |= {name: layer.rank for name, layer in layers.items() if name in ranks}
     return _with_ranks(config, ranks, next(iter(layers.values())).peft_scaling)
 
@@ -197,6 +197,12 @@ def check_adapter_config(path: Path, manifest: Manifest) -> dict[str, Any]:
 def _as_written(config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """Return a configuration as it is written for the layers and the base of a manifest."""
     layers, base, targets = (*manifest.layers, *manifest.report.kept), manifest.base_model, config["target_modules"]
+    adapted, first = {name for name, _ in _pattern_names(config, manifest.layers)}, manifest.report.layers[0]
+    for name, layer in manifest.layers.items():
+        if name not in adapted or is_saved(config, name):
+            raise ValueError(f"target_modules leaves out {name}, or modules_to_save takes it")
+        if not math.isclose(layer.peft_scaling, first.peft_scaling, rel_tol=1e-9):
+            raise ValueError(f"the manifest gives {name} another scaling than {first.name}")
     name = base.name_or_path or config["base_model_name_or_path"]
     unknown = set(targets or ()).difference(*map(_ends_of, (*layers, *(config["modules_to_save"] or ()))))
     return {

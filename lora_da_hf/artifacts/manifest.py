@@ -130,7 +130,7 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
         if manifest.to_json().encode() != data:  # which has the checksum in it, and each value to the letter
             raise ValueError("its checksum is wrong: it was changed")
         _check(manifest)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ArtifactError(
             f"{source} is not one that this version of lora_da_hf reads ({explained(error)})."
         ) from error

@@ -136,6 +136,9 @@ def check_adapter(path: Path, bases: Mapping[str, LayerSolution], config: dict[s
     if config["ensure_weight_tying"]:  # PEFT names one of the tied weights, and stores all of them
         trained = {_digest(tensors[key]) for key in beside - others}
         others = {key for key in others if ".lora_" in key or _digest(tensors[key]) not in trained}
+    magnitudes = {f"{PEFT_PREFIX}{name}.lora_magnitude_vector" for name in manifest.layers if config["use_dora"]}
+    if not magnitudes <= keys:
+        raise ArtifactError(f"{path}: {min(magnitudes - keys)[:160]!r} is missing. Do not use it.")
     if others:
         raise ArtifactError(f"{path}: {min(others)[:160]!r} is not a tensor of this adapter. Do not use it.")
     for name, layer in manifest.layers.items():
@@ -260,5 +263,7 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in manifest.statistics_files:
         found |= tensor_specs(folder / file, max_tensors=len(shapes))
-    if found:
-        _compare(folder, found, {name: (shape, "F32") for name, shape in shapes.items()})
+    if manifest.statistics_files:
+        _compare(
+            folder / manifest.statistics_files[-1], found, {name: (shape, "F32") for name, shape in shapes.items()}
+        )

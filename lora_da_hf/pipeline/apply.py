@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def apply_init(
     init: str | Path | StoredInit,
     *,
     config: Given = None,
-    step_size: float | str | None = None,
+    step_size: float | Literal["line_search"] | None = None,
     samples: Any = None,
     compute_loss: ComputeLoss | None = None,
     data_collator: RawCollate | None = None,
@@ -134,8 +134,7 @@ def _write(
             step = given_step(job)
         else:
             size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
-            as_plain = ": the start is that of plain LoRA" if size == 0 else ""
-            step = Step(step_size=size, notes=(source + as_plain,))
+            step = Step(step_size=size, notes=(source,))
         step, layers = write_adapter(job, solved, step, probe)
     return step, layers, probe, notes
 

@@ -46,7 +46,7 @@ _MOST_BYTES = 2**32
 """Of features, on all processes together. As many samples are taken as they suffice for."""
 
 _Features = tuple[Batch, list[Any]]
-"""A batch, and what each call of the backbone returned for it."""
+"""A batch, and what each call of the backbone returned for it, on the CPU."""
 
 
 def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         write_heads(heads, job.processes.broadcast({name: read_full(head).cpu() for name, head in heads.items()}, 0))
         with adapters_off(job.scan.targets):
-            samples = samples[: _number_that_fits(job, samples, settings.one_at_a_time())]
+            samples = samples[: _number_that_fits(job, samples, settings)]
             held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
             parts = ((fitted, settings), (held_out, apart(settings, len(held_out))))
             features = [in_batches(how, functools.partial(_read_features, job, part)) for part, how in parts]
@@ -95,9 +95,13 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
 
 def _number_that_fits(job: Job, samples: Sequence[Any], settings: PassSettings) -> int:
     """Return for how many samples there is room, by what the backbone returns for the longest."""
-    longest = _read_features(job, [max(samples, key=sample_length)], settings)
-    num_bytes = sum(leaf.nbytes for leaf in tree_leaves(longest) if isinstance(leaf, Tensor))
-    return _MOST_BYTES // max(1, *job.processes.gather(num_bytes))
+    longest = in_batches(settings, functools.partial(_read_features, job, [max(samples, key=sample_length)]))
+    num_bytes = sum(
+        leaf.nbytes
+        for leaf in tree_leaves([(batch.inputs, outputs) for batch, outputs in longest])
+        if isinstance(leaf, Tensor)
+    )
+    return max(2 * _HELD_OUT, _MOST_BYTES // max(1, *job.processes.gather(num_bytes)))
 
 
 def _head_modules(job: Job) -> dict[str, Any]:
@@ -120,7 +124,8 @@ def _read_features(job: Job, samples: Sequence[Any], settings: PassSettings) -> 
         for batch in settings.batches(job.processes.share(samples)):
             if batch.is_run:
                 settings.loss(batch)
-                features.append((batch, send_to_device(list(returned), "cpu")))
+                inputs, outputs = send_to_device((dict(batch.inputs), list(returned)), "cpu")
+                features.append((dataclasses.replace(batch, inputs=inputs), outputs))
                 returned.clear()
     return features
 
@@ -188,9 +193,10 @@ def _losses(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for batch, outputs in features:
-        replay.outputs = iter(send_to_device(outputs, job.collate.device))
+        inputs, outputs = send_to_device((batch.inputs, outputs), job.collate.device)
+        replay.outputs = iter(outputs)
         with torch.set_grad_enabled(bool(parameters)):
-            loss = settings.loss(batch)
+            loss = settings.loss(dataclasses.replace(batch, inputs=inputs))
         if parameters and loss.requires_grad:
             (loss * batch.weight).backward()
         if batch.num_items:

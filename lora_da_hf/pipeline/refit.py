@@ -227,6 +227,8 @@ def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, L
     config = LoRADAConfig(**settings)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
     for layer in report.layers:
+        if report.step_size == 0 and layer.rank == stored.manifest.layers[layer.name].rank:
+            continue  # A is as PEFT made it
         basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))
         values = factors_at_step(basis_A, basis_B, config, peft_scaling=layer.peft_scaling, step_size=report.step_size)
         for factor, value in zip("AB", values, strict=True):

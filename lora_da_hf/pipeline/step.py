@@ -93,7 +93,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
         search_loss_before=baseline.mean,
     )
     if not found.step_size:
-        alone = " (one tells no error: give at least 16 samples in all)" if len(samples) == 1 else ""
+        alone = " (one batch tells none: give more samples)" if len(baseline.batches) == 1 else ""
         why = f"no step lowers the loss on {len(samples)} search samples beyond its error{alone}"
         step = _noting_no_step(job, step, why)
     return step

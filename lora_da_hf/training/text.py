@@ -63,7 +63,9 @@ def load_file(path: str, *, split: str = "train", streaming: bool = False) -> Ro
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
     loader = loader_of(path)
     if loader is None:
-        raise DataError(f"{path} cannot be read as data: its name must end in {', '.join(LOADERS)}, or one of these and .gz.")
+        raise DataError(
+            f"{path} cannot be read as data: its name must end in {', '.join(LOADERS)}, or one of these and .gz."
+        )
     options = {"keep_linebreaks": True} if loader == "text" else {}
     return _load(path, loader, data_files=path, split=split, streaming=streaming, **options)
 
