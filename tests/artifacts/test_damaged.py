@@ -1,5 +1,6 @@
 """Folders that are damaged, or that would do something else than they say: each is refused in one line, and soon."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -194,7 +195,10 @@ def test_another_base_is_refused(folder, lora_model, tiny_llama):
         ("target_modules", "(a+)+$"),
         ("target_modules", ["(a+)+$"]),
         ("target_modules", ["q_proj", "v_proj", "k_proj"]),
+        ("target_modules", ["v_proj"]),
+        ("target_modules", None),
         ("modules_to_save", [".*"]),
+        ("modules_to_save", ["q_proj"]),
         ("rank_pattern", {"(a+)+$": 4}),
         ("rank_pattern", {"^" + re.escape(LAYER): 2}),
         ("alpha_pattern", {"^" + re.escape(LAYER): 1}),
@@ -243,6 +247,14 @@ def test_a_manifest_that_cannot_be_is_refused(folder, refuses, change):
     text = json.dumps(manifest, indent=1)[1:] + "\n"
     path.write_text(f'{{\n "checksum": "{hashlib.sha256(text.encode()).hexdigest()}",{text}')
     refuses(MANIFEST_FILE)
+
+
+def test_layers_of_unlike_scaling_are_refused(folder, refuses):
+    report = load_manifest(folder).report
+    first, *others = report.layers
+    layers = [dataclasses.replace(first, peft_scaling=2 * first.peft_scaling), *others]
+    forge_manifest(folder, report=dataclasses.replace(report, layers=layers))
+    refuses(ADAPTER_CONFIG_FILE, "scaling")
 
 
 # What exhausts a reader
