@@ -21,8 +21,6 @@ from lora_da_hf.statistics.taps import input_groups
 
 _ITEM = 4
 """Bytes of an entry of the sums, which are in float32. They are solved in float64."""
-_MOST_EXACT = 2048
-"""Up to this width all eigenpairs may be computed, as they are at high ranks."""
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
@@ -54,9 +52,8 @@ class Group:
 
     @property
     def work_bytes(self) -> int:
-        """What the solve takes beside the sums: the moment a few times, and a gradient four times, in float64."""
-        moments = 6 if self.d_in <= _MOST_EXACT else 2
-        return 2 * _ITEM * self.d_in * (moments * self.d_in + 4 * max(self.d_outs))
+        """What the solve takes beside the sums: the moment twice, and a gradient four times, in float64."""
+        return 2 * _ITEM * self.d_in * (2 * self.d_in + 4 * max(self.d_outs))
 
     @property
     def solve_cost(self) -> float:
