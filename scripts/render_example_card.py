@@ -24,7 +24,7 @@ def read_example() -> tuple[StoredInit, dict]:
 
 
 def main() -> None:
-    """Write the card and its plots."""
+    """Write the card and its plot."""
     init, facts = read_example()
     for name, content in render_page(init, **facts).items():
         (EXAMPLE / name).write_bytes(content)

@@ -16,7 +16,7 @@ from lora_da_hf.errors import ConfigError
 
 CARD_FILE = "README.md"
 TAGS = ("lora", "peft", "lora-da", "lora-init")
-PLOTS = SPECTRA_PLOT, SEARCH_PLOT = ("guidance_spectra.png", "step_search.png")
+PLOT_FILE = "guidance_spectra.png"
 LICENSE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _LEFT_BY_TOOLS = (".cache", ".ipynb_checkpoints", ".gitattributes", ".gitignore", ".DS_Store")
 

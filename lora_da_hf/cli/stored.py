@@ -75,12 +75,12 @@ def verify(arguments: argparse.Namespace, output: Output) -> None:
 @verb(
     "my-init --license apache-2.0 --datasets gsm8k --language en --output card",
     FOLDER,
-    flag("output", "new folder for the card and its plots (default: the card to stdout)", type=Path, metavar="FOLDER"),
+    flag("output", "new folder for the card and its plot (default: the card to stdout)", type=Path, metavar="FOLDER"),
     flag("repo_id", "where it is published", metavar="USER/NAME"),
     flags_of(CardFacts),
 )
 def card(arguments: argparse.Namespace, output: Output) -> None:
-    """Render the card of a stored initialisation, and its plots."""
+    """Render the card of a stored initialisation, and its plot."""
     from lora_da_hf.artifacts.store import load_init
     from lora_da_hf.hub.cards import render_card, render_page
 

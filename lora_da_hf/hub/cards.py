@@ -1,4 +1,4 @@
-"""The card of an initialisation: Markdown for people, metadata for the Hub, and the plots beside it.
+"""The card of an initialisation: Markdown for people, metadata for the Hub, and the plot beside it.
 
 Whatever a manifest says stays text on it, and cannot become markup, metadata or code.
 """
@@ -10,18 +10,18 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCardData
 
-from lora_da_hf.artifacts.folders import CARD_FILE, SEARCH_PLOT, SPECTRA_PLOT, TAGS, CardFacts
+from lora_da_hf.artifacts.folders import CARD_FILE, PLOT_FILE, TAGS, CardFacts
 from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.artifacts.store import StoredInit, is_repo_id
 from lora_da_hf.errors import ConfigError
-from lora_da_hf.hub.plots import directions_that_matter, draw_plots
+from lora_da_hf.hub.plots import directions_that_matter, draw_spectra
 from lora_da_hf.report import kind_of, span
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,6 @@ _TASKS = {
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
     "SEQ_2_SEQ_LM": (None, "AutoModelForSeq2SeqLM"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
-}
-_PLOTS = {
-    SPECTRA_PLOT: "Guidance spectra by module type, and how many directions matter in each layer",
-    SEARCH_PLOT: "Loss on the search samples by step",
 }
 MAX_LENGTH = 300
 """Of a text from outside on a card."""
@@ -52,7 +48,7 @@ def render_card(
     *,
     repo_id: str | None = None,
     base_license: str | None = None,
-    plots: Collection[str] = (),
+    plot: str | None = None,
     **facts: Any,
 ) -> str:
     """Render the card of a stored initialisation. Every text on it is escaped.
@@ -61,7 +57,7 @@ def render_card(
         init: The initialisation.
         repo_id: Where it is published, if it is.
         base_license: The base model's licence, as the Hub has it.
-        plots: Names of the plots that lie beside the card.
+        plot: Name of the plot that lies beside the card.
         facts: See `CardFacts`.
 
     Raises:
@@ -81,7 +77,7 @@ def render_card(
         base_license=base_license,
         kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
         auto_class=base_class_name(task),
-        plots=[(name, text) for name, text in _PLOTS.items() if name in plots],
+        plot=plot,
     )
     metadata = ModelCardData(
         base_model=base_id,
@@ -103,13 +99,13 @@ def render_card(
 
 
 def render_page(init: StoredInit, **facts: Any) -> dict[str, bytes]:
-    """Return the card, with ``facts`` as for `render_card`, and its plots by file name: none without matplotlib."""
+    """Return the card, with ``facts`` as for `render_card`, and its plot by file name: none without matplotlib."""
     try:
-        plots = draw_plots(init.manifest.report)
+        plots = {PLOT_FILE: draw_spectra(init.report)}
     except ImportError as error:
-        logger.warning("The card has no plots (%s). They need matplotlib.", error)
+        logger.warning("The card has no plot (%s). It needs matplotlib.", error)
         plots = {}
-    return {CARD_FILE: render_card(init, plots=plots, **facts).encode("utf-8"), **plots}
+    return {CARD_FILE: render_card(init, plot=next(iter(plots), None), **facts).encode("utf-8"), **plots}
 
 
 def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Plots of an initialisation, from its report alone: the guidance spectra, and the search for the step."""
+"""The plot of an initialisation, from its report alone."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import io
 import itertools
 import re
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 
-from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
 from lora_da_hf.report import LayerReport, LoRADAReport, kind_of
-
-
-def draw_plots(report: LoRADAReport) -> dict[str, bytes]:
-    """Draw the spectra, and the search if there was one, as PNG files by name. This needs matplotlib."""
-    plots = {SPECTRA_PLOT: draw_spectra(report)}
-    if report.search and report.search_loss_before is not None:
-        plots[SEARCH_PLOT] = draw_search(report)
-    return plots
 
 
 def draw_spectra(report: LoRADAReport) -> bytes:
@@ -28,7 +18,9 @@ def draw_spectra(report: LoRADAReport) -> bytes:
     Left, for each module type, the gain ``-eigenvalue`` of each stored direction, relative to the layer's first: the
     median over the layers, and their middle half. Right, for each layer, how many directions matter.
     """
-    figure = _figure(11)
+    from matplotlib.figure import Figure  # which is optional
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
@@ -50,48 +42,12 @@ def draw_spectra(report: LoRADAReport) -> bytes:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(len(groups), 8), frameon=False)
-    return _png(figure)
-
-
-def draw_search(report: LoRADAReport) -> bytes:
-    """Draw the losses of the steps that the line search tried as a PNG."""
-    figure = _figure(7)
-    axes = figure.subplots()
-    tried = sorted((step, loss) for step, loss in report.search if loss is not None)
-    losses = [loss for _, loss in tried]
-    axes.plot([step for step, _ in tried], losses, marker="o", label="steps tried")
-    before = report.search_loss_before
-    if before is not None:
-        axes.axhline(before, color="grey", ls="--", label=f"base model ({before:.4f})")
-        lowest, highest = min([*losses, before]), max([*losses, before])
-        gain = max(before - lowest, 0.01 * abs(before), 1e-6)
-        axes.set_ylim(lowest - 0.2 * gain, min(highest, before + 2 * gain) + 0.2 * gain)  # much too large steps are cut
-    if report.step_size and report.search_loss_after is not None:
-        label = f"chosen: {report.step_size:.3g} ({report.search_loss_after:.4f})"
-        axes.plot([report.step_size], [report.search_loss_after], "*", ms=14, color="tab:orange", label=label)
-    failed = [step for step, loss in report.search if loss is None]
-    if failed:
-        axes.vlines(failed, *axes.get_ylim(), colors="tab:red", linestyles=":", label="no loss")
-    loss_of = f"mean loss on {report.num_search_samples} search samples"
-    axes.set(title="Search for the step", xlabel="step size", ylabel=loss_of, xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return _png(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def directions_that_matter(layer: LayerReport) -> float:
     """Return the sum of a layer's positive gains over the largest; 0 if no direction gains."""
     gains = [-value for value in layer.eigenvalues if value < 0]
     return sum(gains) / max(gains) if gains else 0.0
-
-
-def _figure(width: float) -> Any:
-    from matplotlib.figure import Figure  # which is optional
-
-    return Figure(figsize=(width, 4.8), layout="constrained")
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()

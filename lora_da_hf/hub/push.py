@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from lora_da_hf.artifacts.folders import LICENSE_FILES, PLOTS
+from lora_da_hf.artifacts.folders import LICENSE_FILES, PLOT_FILE
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import HubError
@@ -34,7 +34,7 @@ def push_init(
     """Publish an initialisation on the Hub.
 
     The folder passes every check of `load_init`, and the card is rendered, before anything is sent. A new repository is
-    made if there is none. Everything goes into one commit: the files, the card, its plots, and a LICENSE or NOTICE that
+    made if there is none. Everything goes into one commit: the files, the card, its plot, and a LICENSE or NOTICE that
     lies in the folder. If nothing changed, nothing is committed, and the newest commit is returned.
 
     Args:
@@ -80,7 +80,7 @@ def push_init(
             )
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
         files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)} | page
-        stale = [name for name in names - set(files) if STATISTICS_FILE.fullmatch(name) or name in PLOTS]
+        stale = [name for name in names - set(files) if STATISTICS_FILE.fullmatch(name) or name == PLOT_FILE]
         return api.create_commit(
             repo_id,
             [

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_da_hf import LoRADAConfig
-from lora_da_hf.artifacts.folders import SEARCH_PLOT, SPECTRA_PLOT
+from lora_da_hf.artifacts.folders import PLOT_FILE
 from lora_da_hf.artifacts.manifest import RefittedFrom
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.hub.cards import render_card, render_page
@@ -74,11 +74,11 @@ def test_facts_are_those_of_the_manifest_and_its_report():
         assert fact in card
 
 
-def test_the_page_is_the_card_and_the_plots_that_it_shows(caplog, monkeypatch):
+def test_the_page_is_the_card_and_the_plot_that_it_shows(caplog, monkeypatch):
     init = make_init()
     page = render_page(init, license="mit")
-    assert list(page) == ["README.md", SPECTRA_PLOT, SEARCH_PLOT]
-    assert re.findall(r"!\[[^]]+\]\((.+)\)", page["README.md"].decode()) == [SPECTRA_PLOT, SEARCH_PLOT]
+    assert list(page) == ["README.md", PLOT_FILE]
+    assert re.findall(r"!\[[^]]+\]\((.+)\)", page["README.md"].decode()) == [PLOT_FILE]
     assert "![" not in render_card(init)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert list(render_page(init)) == ["README.md"]

@@ -58,7 +58,7 @@ def test_a_push_without_changes_makes_no_commit(hub, push):
 def test_a_second_push_removes_what_the_first_had_and_leaves_what_others_have(hub, push, another):
     push()
     others = {"lora_da_results.md", "eval/table.csv", f"old/{STATISTICS_FILE}"}
-    hub.repos[REPO].commit({**hub.repos[REPO].files, **dict.fromkeys((*others, "step_search.png"), b"our own")})
+    hub.repos[REPO].commit({**hub.repos[REPO].files, **dict.fromkeys((*others, "guidance_spectra.png"), b"our own")})
     push(another)
     assert others <= set(hub.repos[REPO].files)
     assert STATISTICS_FILE not in hub.repos[REPO].files

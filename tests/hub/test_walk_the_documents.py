@@ -48,11 +48,7 @@ def test_every_block_of_the_document_runs(environment, folder):
     assert "alice/my-init" in shown
     assert (folder / "out").is_dir()
     assert (folder / "my-init-r2" / "lora_da_manifest.json").is_file()
-    assert {path.name for path in (folder / "my-card").iterdir()} == {
-        "README.md",
-        "guidance_spectra.png",
-        "step_search.png",
-    }
+    assert {path.name for path in (folder / "my-card").iterdir()} == {"README.md", "guidance_spectra.png"}
 
 
 def test_the_lines_of_the_readme_run(environment, folder):
@@ -80,5 +76,5 @@ def test_the_notebook_that_shares_runs(hub, environment, folder):
     assert "alice/my-init@" in shown
     assert (folder / "outputs" / "from-hub").is_dir()
     files = hub.repos["alice/my-init"].files
-    assert {"README.md", "guidance_spectra.png", "step_search.png"} <= set(files)
+    assert {"README.md", "guidance_spectra.png"} <= set(files)
     assert "license: mit" in files["README.md"].decode()
