@@ -184,7 +184,8 @@ def initialized(
         solve = {**{name: values[name] for name in SOLVE_SETTINGS}, "max_rank": rank}
         init = refit_init(folder, other, config=solve, rank=rank, step_size=1.0, progress=False)
         use = {name: values[name] for name in OF_THE_USE}
-        return apply_init(model, init, config=use, samples=samples, **arguments), True
+        step = "line_search" if config.searches_step else None
+        return apply_init(model, init, config=use, step_size=step, samples=samples, **arguments), True
 
 
 GRADIENT = {

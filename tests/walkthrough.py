@@ -43,7 +43,13 @@ for kind, text in json.loads(sys.stdin.read()):
 """
 
 
-def make_model_folder(folder):
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}{{ turn.role[0] + '+' + turn.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}a+{% endif %}"
+)
+
+
+def make_model_folder(folder, *, with_chat_template=False):
     """Save a small random Llama with a tokenizer of single characters, which has no token for padding, as many have."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{character: 3 + k for k, character in enumerate(CHARACTERS)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
@@ -55,7 +61,9 @@ def make_model_folder(folder):
         tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
         LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(folder)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special).save_pretrained(folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
+    made.chat_template = CHAT_TEMPLATE if with_chat_template else None
+    made.save_pretrained(folder)
     return folder
 
 
@@ -73,13 +81,12 @@ def blocks_of_document(path):
 
 
 def blocks_of_readme(path):
-    """Return the blocks of the README's section on sharing as steps, and the other verbs that it names."""
-    section = re.search(r"\n## Share it\n(.*?)\n## ", path.read_text(encoding="utf-8"), re.DOTALL)[1]
-    blocks = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
+    """Return the README's Python and its lines of `lora-da` as steps, and the other verbs that it names."""
+    text = path.read_text(encoding="utf-8")
     steps = []
-    for block in map(textwrap.dedent, blocks):
-        steps += commands(block) if block.startswith("lora-da ") else [("python", block)]
-    mentioned = re.search(r"`lora-da --help` lists the other verbs \(([^)]*)\)", section)[1]
+    for code, lines in re.findall(r"(?s:```python\n(.*?)```)|((?:^    lora-da .*\n)+)", text, re.MULTILINE):
+        steps += [("python", code)] if code else commands(textwrap.dedent(lines))
+    mentioned = re.search(r"`lora-da --help` lists the other verbs \(([^)]*)\)", text)[1]
     return steps, re.findall(r"`([\w-]+)`", mentioned)
 
 

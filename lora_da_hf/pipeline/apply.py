@@ -13,7 +13,7 @@ from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.artifacts.store import StoredInit, check_base_model, load_init
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.distributed.parameters import refuse_split_models
-from lora_da_hf.errors import ArtifactError, TargetError
+from lora_da_hf.errors import ArtifactError, ConfigError, TargetError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
 from lora_da_hf.pipeline.base_model import base_model_facts, trained_heads
@@ -57,9 +57,9 @@ def apply_init(
         init: A folder, or what `load_init` or `pull_init` returned.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
-        step_size: How far step 0 goes, whatever the config says; None, without samples: as stored for these ranks.
-        samples: Samples to search the step on or, with a given step, to measure the loss on. Those that the statistics
-            would take of them are left out.
+        step_size: How far step 0 goes, whatever the config says; "line_search": what ``samples`` choose; None: as
+            stored for these ranks.
+        samples: Samples to measure the loss on before and after. Those that the statistics would take are left out.
         compute_loss, data_collator, batch_size, device, progress: As for `initialize_lora_da`.
 
     Returns:
@@ -70,7 +70,7 @@ def apply_init(
         BaseModelMismatchError: if it was computed for another base.
         TargetError: if a layer of the adapter has no stored basis, or one of a smaller rank.
         AdapterAlreadyTrainedError: if the adapter is not a fresh one.
-        ConfigError: if ``config`` asks for what only statistics can give.
+        ConfigError: if ``config`` asks for what only statistics can give, or a step is to be searched without samples.
         LoRADAError: else as `initialize_lora_da` has them.
 
     If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
@@ -81,9 +81,9 @@ def apply_init(
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
+    if step_size == "line_search" and samples is None:
+        raise ConfigError('step_size="line_search" needs samples to search on. Give some, or leave it out.')
     is_given = step_size is not None or gives_step(config)
-    if samples is not None and not is_given:
-        step_size = "line_search"
     settings = config_for_use(stored.manifest, config)
     job = make_job(
         model,
@@ -125,10 +125,14 @@ def _write(
     with job.stage("write"):
         notes += take_over_saved_modules(job.model, job.scan.adapter_name, stored)
     with job.prepared():
+        searches = is_given and job.config.searches_step
         if samples is not None:
             splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
-            probe = _probe(job, splits)
+            probe = _probe(job, splits if searches else _all_unseen(splits))
             notes += (*of_samples, *probe.notes)
+        elif stored.report.unseen_loss_after is not None:
+            notes.append(f"{_figures_of_author(stored.report)}; no loss was measured here")
+        if searches and probe is not None:
             step = find_step(job, solved, probe, for_other_ranks=False)
         elif is_given:
             step = given_step(job)
@@ -137,6 +141,18 @@ def _write(
             step = Step(step_size=size, notes=(source,))
         step, layers = write_adapter(job, solved, step, probe)
     return step, layers, probe, notes
+
+
+def _all_unseen(splits: SampleSplits) -> SampleSplits:
+    """Take no sample for a search."""
+    return dataclasses.replace(splits, search=[], unseen=splits.unseen or splits.search)
+
+
+def _figures_of_author(report: LoRADAReport) -> str:
+    return (
+        f"its author's held-out loss went from {report.unseen_loss_before:.4f} to {report.unseen_loss_after:.4f} "
+        f"({report.num_unseen_samples} samples)"
+    )
 
 
 def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:

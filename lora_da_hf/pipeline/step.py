@@ -54,8 +54,7 @@ class Step:
 
 def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) -> Step:
     """Decide the step: the config's, or the one that the search samples choose. Nothing is written."""
-    counts = {"num_search_samples": len(probe.splits.search), "num_unseen_samples": len(probe.splits.unseen)}
-    step = replace(given_step(job), **counts)
+    step = given_step(job)
     if job.config.searches_step:
         with adapters_off(job.scan.targets), job.stage("line search"):
             step = _search(job, solved, probe, step, for_other_ranks=for_other_ranks)
@@ -158,13 +157,13 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
     """
     if probe is None:
         return step, _write(job, solved, step.step_size)
-    search, unseen = probe.splits.search, probe.splits.unseen
-    before = Losses(())
+    search, unseen, before = probe.splits.search, probe.splits.unseen, Losses(())
+    step = replace(step, num_search_samples=len(search), num_unseen_samples=len(unseen))
     if unseen:
         with adapters_off(job.scan.targets), job.stage("evaluate"):
             before = _finite(job.losses(unseen, probe.settings), unseen, "unseen")
             step = replace(step, unseen_loss_before=before.mean)
-    fresh = {name: read_factors(job.targets[name]) for name in solved.solutions} if job.config.searches_step else {}
+    fresh = {name: read_factors(job.targets[name]) for name in solved.solutions} if step.search else {}
     layers, why_not = _write(job, solved, step.step_size), None
     if step.step_size == 0:
         return replace(step, unseen_loss_after=step.unseen_loss_before), layers
@@ -183,7 +182,7 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
         why_not = why_not or why
     if why_not is None:
         return step, layers
-    if job.config.searches_step:
+    if step.search:
         return _noting_no_step(job, step, why_not), _write(job, solved, 0.0, fresh)
     if job.processes.is_main:
         logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", why_not)
@@ -197,8 +196,8 @@ def _compare(step: Step, before: Losses, after: Losses) -> tuple[Step, str | Non
     if not math.isfinite(after.mean):
         return step, f"{unseen} is {after.mean} with the adapter"
     step = replace(step, unseen_loss_after=after.mean)
-    if gain < 0:
-        return step, f"{unseen} rose from {before.mean:.4f} to {after.mean:.4f}"
+    if gain <= 0:
+        return step, f"{unseen} did not fall: it went from {before.mean:.4f} to {after.mean:.4f}"
     if step.search and gain <= error:
         return step, f"{unseen} fell by {gain:.4f} ± {error:.4f}, which may be chance"
     return step, None

@@ -86,8 +86,10 @@ def stored_step(
     since = f"; it was searched before {', '.join(changed)} changed" if changed else ""
     if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
         where = "stored" if manifest.refitted_from else "searched"
+        others = len(manifest.layers) - len(ranks)
+        which = f"these layers and {others} others together" if others else "these ranks"
         as_plain = "" if step else ": the start is that of plain LoRA"
-        return step, f"step {step:.4g}, as {where} for these ranks{since}{as_plain}"
+        return step, f"step {step:.4g}, as {where} for {which}{since}{as_plain}"
     rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
     low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
     high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))

@@ -48,8 +48,9 @@ class LoRADACallback(TrainerCallback):
         config: The settings; None: ``LoRADAConfig()``.
         train_dataset: Where samples come from; None: the data set of the trainer's data loader.
         data_collator: Makes batches; None: the data loader's.
-        init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub. The report
-            is then written to ``output_dir/lora_da_init_from.json``, and the model's cards cite the initialisation.
+        init_from: A stored initialisation to start from: a folder, or ``user/repo@revision`` on the Hub. An attached
+            callback measures the loss before and after on a few samples. The report is written to
+            ``output_dir/lora_da_init_from.json``, and the model's cards cite the initialisation.
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
@@ -117,6 +118,7 @@ class LoRADACallback(TrainerCallback):
             base.add_model_tags([f"lora_da_init:{self.report.init_from}"])  # for every card that is written for it
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
+            self._restart_bar()
 
     def freeze(self, model: Any) -> None:
         """Freeze A, if that is asked for."""
@@ -131,7 +133,7 @@ class LoRADACallback(TrainerCallback):
             "progress": not args.disable_tqdm,
         }
         samples, population_size, output_dir = None, None, Path(args.output_dir or ".")
-        if self.init_from is None or self.search_step:
+        if self.init_from is None or self.search_step or self._can_measure(args, loader):
             samples, settings["data_collator"], population_size = self._data(args, state, loader)
             settings["compute_loss"] = self._loss(args)
             batch_size = state.train_batch_size or args.train_batch_size
@@ -140,11 +142,17 @@ class LoRADACallback(TrainerCallback):
             if self.init_from is None:
                 settings |= {"population_size": population_size, "seed": args.seed}
                 return initialize_lora_da(model, samples, output_dir=output_dir / INIT_FOLDER, **settings)
+            settings["step_size"] = "line_search" if self.search_step else None
             report = apply_init(model, find_init(self.init_from), samples=samples, **settings)
         if state.is_world_process_zero:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataclasses.replace(report, artifact=None).save(output_dir / START_FILE)  # no local path
         return report
+
+    def _can_measure(self, args: TrainingArguments, loader: Any) -> bool:
+        """Tell whether a stored start can be measured: with the trainer's own loss, on data that is there."""
+        samples = self.train_dataset or samples_of_loader(loader)[0]
+        return self._trainer is not None and not hasattr(args, _OF_ONLINE_RL) and has_positions(samples)
 
     def _data(self, args: TrainingArguments, state: TrainerState, loader: Any) -> tuple[Any, RawCollate | None, int]:
         """Return samples, collator and N: the size of the training set, or of what training draws from a stream."""
@@ -187,6 +195,13 @@ class LoRADACallback(TrainerCallback):
             self._trainer.log(report.metrics())
         else:
             state.log_history.append({**report.metrics(), "step": state.global_step})
+
+    def _restart_bar(self) -> None:
+        """Have the training's progress bar count its own time alone."""
+        for callback in [] if self._trainer is None else self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.reset(bar.total)
 
     def _resume(self, args: TrainingArguments, model: Any, name: str) -> None:
         """Leave the adapter as the checkpoint has it, and find the report of the run that is resumed.

@@ -47,7 +47,7 @@ class Repo:
         card = card_data(self.commits[commit].get("README.md", b"").decode())
         base = card.get("base_model")
         return {
-            "id": self.repo_id,
+            "id": self.repo_id.removeprefix("datasets/"),
             "sha": commit,
             "private": self.private,
             "gated": "manual" if self.gated else False,
@@ -92,6 +92,11 @@ class LocalHub:
     @property
     def endpoint(self):
         return f"http://127.0.0.1:{self.server.server_port}"
+
+    def serve(self, repo_id, files):
+        """Add a public repository, a data set under ``datasets/owner/name``."""
+        self.repos[repo_id] = Repo(repo_id, private=False)
+        self.repos[repo_id].commit(files)
 
     def downloads(self):
         """Return the names of the files that were fetched."""
@@ -238,6 +243,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
+DATA_SET = r"(?P<repo_id>datasets/[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
     (r"GET /api/whoami-v2", Handler.whoami),
@@ -250,5 +256,9 @@ ROUTES = [
     (rf"GET /api/models/{REPO}/tree/{REVISION}", Handler.tree),
     (rf"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
     (rf"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
+    (rf"GET /api/{DATA_SET}", Handler.info),
+    (rf"GET /api/{DATA_SET}/revision/{REVISION}", Handler.info),
+    (rf"GET /api/{DATA_SET}/tree/{REVISION}", Handler.tree),
+    (rf"(GET|HEAD) /{DATA_SET}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
     (rf"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]

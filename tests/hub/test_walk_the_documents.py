@@ -1,5 +1,6 @@
 """docs/sharing.md, the README's lines and the notebook that shares, as a whole, against the Hub of the tests."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,22 +52,29 @@ def test_every_block_of_the_document_runs(environment, folder):
     assert {path.name for path in (folder / "my-card").iterdir()} == {"README.md", "guidance_spectra.png"}
 
 
-def test_the_lines_of_the_readme_run(environment, folder):
+def test_every_block_of_the_readme_runs_as_it_is_printed(hub, environment, folder):
+    """Models and data sets come from the Hub of the tests. "your-name" is the one thing that a reader replaces."""
+    chats = [[{"role": "user", "content": f"{k} ="}, {"role": "assistant", "content": f"{k}."}] for k in range(64)]
+    sums = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = {
+        ("openai/gsm8k", "main"): [{"question": row["prompt"], "answer": row["completion"]} for row in sums],
+        ("trl-lib/Capybara", "default"): [{"messages": chat} for chat in chats],
+    }
+    for (name, config), data in rows.items():
+        card = f"---\nconfigs: [{{config_name: {config}, data_files: [{{split: train, path: rows.jsonl}}]}}]\n---\n"
+        lines = "\n".join(map(json.dumps, data))
+        hub.serve(f"datasets/{name}", {"README.md": card.encode(), "rows.jsonl": lines.encode()})
+    model = make_model_folder(folder / "chat", with_chat_template=True)
+    hub.serve("HuggingFaceTB/SmolLM2-135M-Instruct", {path.name: path.read_bytes() for path in model.iterdir()})
     steps, others = blocks_of_readme(REPOSITORY / "README.md")
-    assert [words[0] for kind, words in steps if kind == "lora-da"] == ["init", "push"]
+    assert [kind for kind, _ in steps] == ["python", "python", "lora-da", "lora-da", "python"]
     assert {"init", "push", *others} <= set(VERBS)
-    given = "model=model, args=args, train_dataset=train_dataset, data_collator=data_collator"
-    model = f"""
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM
-
-from lora_da_hf import LoRADATrainer
-
-model = AutoModelForCausalLM.from_pretrained("{MODEL}")
-"""
-    steps = [("python", NAMES + model), *steps, ("python", "trainer.train()\nprint(trainer.lora_da_report)")]
-    replace = {MODEL: "MODEL", "MODEL": LOCAL_MODEL, "your-name": "alice", "(..., ": f"({given}, "}
-    assert "alice/my-init@" in run_steps(steps, folder, replace=replace, environment=environment)
+    shown = run_steps(steps, folder, replace={"your-name": "alice"}, environment=environment)
+    assert "LoRA-DA initialisation" in shown
+    assert shown.count("LoRA-DA: held-out loss") == 3
+    assert "(from alice/my-init@" in shown
+    for output in ("out", "sft", "shared"):
+        assert (folder / output).is_dir()
 
 
 def test_the_notebook_that_shares_runs(hub, environment, folder):

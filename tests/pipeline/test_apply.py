@@ -188,14 +188,33 @@ def test_a_step_that_follows_from_stable_gamma_does_so_for_each_layer(tmp_path, 
 
 def test_with_samples_the_step_is_searched_as_an_initialisation_would(stored_init, lora_model, samples):
     computed = initialize(lora_model(r=4), samples)
-    report = apply_init(lora_model(r=4), stored_init, samples=samples, data_collator=collate, progress=False)
+    given = {"step_size": "line_search", "data_collator": collate, "progress": False}
+    report = apply_init(lora_model(r=4), stored_init, samples=samples, **given)
     assert report.search_loss_after < report.search_loss_before
     assert report.search_loss_before == pytest.approx(computed.search_loss_before)
     assert report.search_loss_after == pytest.approx(computed.search_loss_after, rel=1e-4)
     assert report.step_size == pytest.approx(computed.step_size, rel=1e-2)
     assert report.unseen_loss_before == pytest.approx(computed.unseen_loss_before)
-    streamed = apply_init(lora_model(r=4), stored_init, samples=iter(samples), data_collator=collate, progress=False)
+    streamed = apply_init(lora_model(r=4), stored_init, samples=iter(samples), **given)
     assert streamed.search_loss_after < streamed.search_loss_before
+    with pytest.raises(ConfigError, match="needs samples"):
+        apply_init(lora_model(r=4), stored_init, step_size="line_search")
+
+
+def test_the_stored_step_is_measured_where_there_are_samples(stored_init, lora_model, samples, caplog):
+    stored, own = load_init(stored_init).report, {"data_collator": collate, "progress": False}
+    report = apply_init(lora_model(r=4), stored_init, samples=samples, **own)
+    assert (report.step_size, report.search) == (stored.step_size, [])
+    assert report.unseen_loss_before == pytest.approx(stored.unseen_loss_before)
+    assert report.unseen_loss_after < report.unseen_loss_before
+    assert not caplog.text
+    others = [{**sample, "labels": sample["labels"][::-1]} for sample in samples]
+    bad = apply_init(lora_model(r=4), stored_init, samples=others, step_size=500.0, **own)
+    assert bad.unseen_loss_after > bad.unseen_loss_before
+    assert "did not fall" in caplog.text
+    assert bad.step_size == 500.0
+    without = apply_init(lora_model(r=4), stored_init, progress=False)
+    assert any(f"{stored.unseen_loss_after:.4f}" in note for note in without.notes)
 
 
 def test_where_the_statistics_may_have_seen_all_samples_nothing_is_measured(stored_init, lora_model, samples):

@@ -48,6 +48,18 @@ def make_callback(**overrides):
     return LoRADACallback(make_config(**{**EIGHT, **overrides}))
 
 
+def test_the_event_file_of_tensorboard_has_what_it_did(tmp_path, lora_model, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    data = Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in make_learnable_samples(24)])
+    args = make_trl_args(trl.SFTConfig, tmp_path / "out", report_to=["tensorboard"])
+    trainer = trl.SFTTrainer(lora_model(), args, train_dataset=data, processing_class=make_tokenizer())
+    callback = make_callback().attach(trainer)
+    trainer.train()
+    (events,) = (tmp_path / "events").rglob("events.*")
+    for name in callback.report.metrics():
+        assert f"train/{name}".encode() in events.read_bytes()
+
+
 def expected_of(trainer, model):
     """Compute the statistics of the first samples by autograd, with the trainer's loss on a fresh model."""
     collate = trainer.get_train_dataloader().collate_fn

@@ -17,7 +17,7 @@ from harness import (
 )
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
-from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer
+from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, load_init
 from lora_da_hf.errors import ConfigError, UnsupportedSetupError
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.training.arguments import LoRADAArguments
@@ -67,6 +67,18 @@ def test_an_attached_callback_reaches_every_logger(tmp_path, lora_model, samples
     trainer.train()
     assert other.logged[0]["lora_da_step_size"] == callback.report.step_size
     assert other.logged[0]["lora_da_unseen_loss_after"] == callback.report.unseen_loss_after
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_stored_start_is_measured_or_says_what_its_author_found(tmp_path, stored_init, lora_model, samples, attached):
+    callback = LoRADACallback(init_from=stored_init)
+    trainer = make_trainer(tmp_path, lora_model(r=4), samples, None if attached else callback)
+    if attached:
+        callback.attach(trainer)
+    trainer.train()
+    report, stored = callback.report, load_init(stored_init).report
+    assert (report.unseen_loss_after is not None) is attached
+    assert any(f"to {stored.unseen_loss_after:.4f}" in note for note in report.notes) is not attached
 
 
 @pytest.mark.parametrize(("name", "value"), [("label_smoothing_factor", 0.3), ("loss_type", "sigmoid")])
