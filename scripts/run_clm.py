@@ -19,7 +19,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ from lora_da_hf.training.text import (
     load_data_set,
     load_file,
     load_model,
+    mixed,
     tokenize,
 )
 
@@ -82,7 +83,9 @@ class DataArguments(TextArguments):
 
     dataset_name: str | None = setting(None, "Dataset on the Hub, or a local dataset folder.")
     dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
-    train_file: str | None = setting(None, "Training data: a csv, json, jsonl, parquet or txt file.")
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Training data: csv, json, jsonl, parquet or txt files."}
+    )
     validation_file: str | None = setting(None, "Validation data: a csv, json, jsonl, parquet or txt file.")
     validation_split_percentage: int = setting(
         5, "Percentage of the training rows that --do_eval holds out without validation data."
@@ -232,8 +235,12 @@ def load_rows(data: DataArguments, model: NamedModelArguments, training: Trainin
         splits = load_data_set(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
-        files = {"train": data.train_file, "validation": data.validation_file}
-        found = {name: load_file(path, streaming=data.streaming) for name, path in files.items() if path}
+        train = [data.train_file] if isinstance(data.train_file, str) else data.train_file  # of a config file
+        files = {"train": train, "validation": data.validation_file and [data.validation_file]}
+        parts = {
+            name: [load_file(p, streaming=data.streaming) for p in paths] for name, paths in files.items() if paths
+        }
+        found = {name: mixed(rows, data.data_weights if name == "train" else None) for name, rows in parts.items()}
     if training.do_train and "train" not in found:
         raise DataError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
     if training.do_eval and "validation" not in found:
@@ -279,7 +286,7 @@ def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: dict[str, Rows], arguments: Arguments
 ) -> Trainer:
     """Make the trainer. Only the class and the adapter's initialisation depend on `--init`."""
-    collator = DataCollatorForSeq2Seq(tokenizer) if arguments.data.has_pairs else default_data_collator
+    collator = DataCollatorForSeq2Seq(tokenizer) if arguments.data.by_row else default_data_collator
     shared = {
         "args": arguments.training,
         "train_dataset": samples.get("train"),

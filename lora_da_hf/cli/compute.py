@@ -14,7 +14,12 @@ from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelA
 @verb(
     "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16",
     MODEL,
-    argument("data", "DATA", "a csv, json, jsonl, parquet or txt file, or a data set: a name on the Hub or a folder"),
+    argument(
+        "data",
+        "DATA",
+        "csv, json, jsonl, parquet or txt files, or data sets: names on the Hub or folders",
+        nargs="+",
+    ),
     argument("output", "OUTPUT", "folder for the initialisation; another one that is there is replaced", type=Path),
     flag("dataset_config_name", "configuration of a data set on the Hub", metavar="NAME"),
     flag("split", "split of the data, such as train[:5000]", metavar="SPLIT", default="train"),
@@ -31,10 +36,10 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
 
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.job import DEFAULT_SEED
-    from lora_da_hf.training.text import choose_block_size, load_model, tokenize, used_columns
+    from lora_da_hf.training.text import choose_block_size, load_model, mixed, tokenize, used_columns
 
-    output.message(f"Reading {arguments.data}")
-    rows = _load_rows(arguments)
+    output.message(f"Reading {', '.join(arguments.data)}")
+    rows = mixed([_load_rows(source, arguments) for source in arguments.data], text.data_weights)
     output.message(f"Training on {' and '.join(used_columns('training', rows, text))}")
     output.message(f"Loading {arguments.model}")
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
@@ -52,13 +57,13 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
         output.result({"folder": folder, **report.to_dict()}, bare=folder, text=f"{report}\n\nWritten to {folder}")
 
 
-def _load_rows(arguments: argparse.Namespace) -> Any:
+def _load_rows(source: str, arguments: argparse.Namespace) -> Any:
     from lora_da_hf.training.text import load_data_set, load_file
 
-    data = Path(arguments.data)
-    if not data.is_file() and (data.is_dir() or loader_of(arguments.data) is None):
-        return load_data_set(arguments.data, arguments.dataset_config_name, split=arguments.split)
-    return load_file(arguments.data, split=arguments.split)
+    path = Path(source)
+    if not path.is_file() and (path.is_dir() or loader_of(source) is None):
+        return load_data_set(source, arguments.dataset_config_name, split=arguments.split)
+    return load_file(source, split=arguments.split)
 
 
 @verb(

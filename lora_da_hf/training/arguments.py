@@ -48,22 +48,33 @@ class TextArguments:
     use_chat_template: bool = setting(
         False, "Write prompt and completion as a user turn and its reply, with the tokenizer's chat template."
     )
+    messages_column: str | None = setting(
+        None,
+        "Column with chats, lists of turns with a role and a content, which the tokenizer's chat template writes. The "
+        "assistant's turns count in the loss.",
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How often each of several sources is drawn from. None: they are joined one after the other."
+        },
+    )
 
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.completion_column is None):
             missing = "--completion_column" if self.prompt_column else "--prompt_column"
             raise ConfigError(f"{missing} is missing: prompts and completions are only used together.")
-        if self.has_pairs and self.text_column:
-            raise ConfigError("Give either --text_column, or --prompt_column and --completion_column.")
-        if self.use_chat_template and not self.has_pairs:
+        if sum(column is not None for column in (self.prompt_column, self.text_column, self.messages_column)) > 1:
+            raise ConfigError("Give one of --text_column, --messages_column, or --prompt_column with its completions.")
+        if self.use_chat_template and self.prompt_column is None:
             raise ConfigError("--use_chat_template needs --prompt_column and --completion_column.")
         if self.block_size is not None and self.block_size < 2:
             raise ConfigError(f"--block_size must be at least 2, got {self.block_size}.")
 
     @property
-    def has_pairs(self) -> bool:
-        """Whether rows are prompt and completion instead of plain text."""
-        return self.prompt_column is not None
+    def by_row(self) -> bool:
+        """Whether each row is a sample, a chat or a prompt with its completion, and not plain text."""
+        return self.prompt_column is not None or self.messages_column is not None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,6 +68,16 @@ def load_data_set(name: str, configuration: str | None, *, split: str | None = N
     return _load(name, source, configuration, split=split, streaming=streaming)
 
 
+def mixed(parts: list[Rows], weights: list[float] | None) -> Rows:
+    """Join rows of several sources: one after the other, or drawn by weights until each was read to its end."""
+    if weights is not None and len(weights) != len(parts):
+        raise ConfigError(f"--data_weights has {len(weights)} numbers for {len(parts)} sources. Give one for each.")
+    if weights is None or len(parts) == 1:
+        return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(parts, shares, seed=0, stopping_strategy="all_exhausted")
+
+
 def _load(name: str, *source: Any, **options: Any) -> Any:
     try:
         rows: Any = load_dataset(*source, **options)
@@ -83,17 +93,17 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
     """Turn the rows of one split into samples with input ids, attention mask and labels."""
     columns = used_columns(name, rows, data)
     logger.info("The %s data: %s", name, " and ".join(columns))
-    if data.has_pairs:
-        encode = partial(_encode_pairs, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
+    if data.by_row:
+        encode = partial(_encode_rows, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
     else:
         encode = partial(_encode_text, tokenizer=tokenizer, column=columns[0], block_size=block_size)
     if isinstance(rows, IterableDataset):
         return rows.map(encode, batched=True, remove_columns=_column_names(rows))
     samples = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {name}")
     if len(samples) == 0:
-        advice = "Raise it, so that prompts leave room" if data.has_pairs else "Lower it: 1,000 rows are joined"
+        advice = "Raise it, so that prompts leave room" if data.by_row else "Lower it: 1,000 rows are joined"
         raise DataError(f"The {name} data gives no sample at --block_size {block_size}. {advice}.")
-    if data.has_pairs and len(samples) < len(rows):
+    if data.by_row and len(samples) < len(rows):
         logger.warning(
             "Left out: %d of %d %s rows, which have no completion, or none after cutting to %d tokens (--block_size).",
             *(len(rows) - len(samples), len(rows), name, block_size),
@@ -102,9 +112,10 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
 
 
 def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
-    """Return the column that is read as plain text, or those of prompts and completions."""
+    """Return the column of plain text or of chats, or those of prompts and completions."""
     columns = _column_names(rows)
-    wanted = [data.prompt_column, data.completion_column] if data.has_pairs else [data.text_column or "text"]
+    pair = [data.prompt_column, data.completion_column]
+    wanted = pair if data.prompt_column else [data.messages_column or data.text_column or "text"]
     if wanted == ["text"] and len(columns) == 1:
         return columns
     missing = [column for column in wanted if column not in columns]
@@ -112,7 +123,7 @@ def used_columns(name: str, rows: Rows, data: TextArguments) -> list[str]:
         shown = ", ".join(map(repr, columns[:5])) + " and others" * (len(columns) > 5)
         raise DataError(
             f"The {name} data has no column {missing[0]!r}, only {shown}. Name pairs with --prompt_column and "
-            "--completion_column, or plain text with --text_column."
+            "--completion_column, chats with --messages_column, or plain text with --text_column."
         )
     return [column for column in wanted if column is not None]
 
@@ -127,9 +138,7 @@ def _texts(batch: dict[str, list[Any]], column: str) -> list[str]:
     texts = ["" if value is None else value for value in batch[column]]
     other = next((value for value in texts if not isinstance(value, str)), None)
     if other is not None:
-        raise DataError(
-            f"Column {column!r} must hold text, not {other!r:.80}. Chats are for TRL's SFTTrainer, with LoRADACallback."
-        )
+        raise DataError(f"Column {column!r} must hold text, not {other!r:.80}. Name chats with --messages_column.")
     return texts
 
 
@@ -147,46 +156,66 @@ def _encode_text(
     }
 
 
-def _encode_pairs(
+def _encode_rows(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
     columns: list[str],
     block_size: int,
     data: TextArguments,
 ) -> dict[str, list[list[int]]]:
-    """Encode prompts and completions, cut to the block size; leave out rows without a completion or without a label."""
+    """Encode pairs or chats, cut to the block size; leave out rows without a completion or without a label."""
     samples: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    prompts, completions = (_texts(batch, column) for column in columns)
-    for prompt, completion, given in zip(prompts, completions, batch[columns[1]], strict=True):
-        if given is None:
-            continue
-        prompt_ids, completion_ids = _encode_pair(prompt, completion, tokenizer, in_chat=data.use_chat_template)
-        if len(prompt_ids) < block_size:
-            input_ids = (prompt_ids + completion_ids)[:block_size]
+    if data.messages_column:
+        rows = [_of_chat(turns, tokenizer) for turns in batch[columns[0]]]
+    else:
+        prompts, completions = (_texts(batch, column) for column in columns)
+        pairs = zip(prompts, completions, batch[columns[1]], strict=True)
+        as_parts = _of_chat_pair if data.use_chat_template else _of_pair
+        rows = [as_parts(prompt, completion, tokenizer) for prompt, completion, given in pairs if given is not None]
+    for parts in rows:
+        input_ids = [token for tokens, _ in parts for token in tokens][:block_size]
+        labels = [token if counts else IGNORED_LABEL for tokens, counts in parts for token in tokens][:block_size]
+        if any(label != IGNORED_LABEL for label in labels):
             samples["input_ids"].append(input_ids)
             samples["attention_mask"].append([1] * len(input_ids))
-            samples["labels"].append(([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:block_size])
+            samples["labels"].append(labels)
     return samples
 
 
-def _encode_pair(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, in_chat: bool
-) -> tuple[list[int], list[int]]:
-    """Encode a pair as it stands, with an end-of-text token behind it, or as a user turn and its reply."""
+_Parts = list[tuple[list[int], bool]]
+"""Tokens one after the other, and whether they count in the loss."""
 
-    def ids(text: str, *, special: bool = False) -> list[int]:
-        found: Any = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return found
 
-    if not in_chat:
-        end: Any = tokenizer.eos_token_id
-        return ids(prompt, special=True), [*ids(completion), end]
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    before: Any = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    whole: Any = tokenizer.apply_chat_template(turns, tokenize=False)
-    if not whole.startswith(before):
-        raise ConfigError(
-            "--use_chat_template: this template writes a prompt differently once a reply follows, so the reply cannot "
-            "be told apart. Leave the flag out."
-        )
-    return ids(before), ids(whole.removeprefix(before))
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return found
+
+
+def _of_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+    """Encode a pair as it stands, with an end-of-text token behind it."""
+    end: Any = tokenizer.eos_token_id
+    return [(_ids(prompt, tokenizer, special=True), False), ([*_ids(completion, tokenizer), end], True)]
+
+
+def _of_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+    return _of_chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], tokenizer)
+
+
+def _of_chat(turns: Any, tokenizer: PreTrainedTokenizerBase) -> _Parts:
+    """Encode a chat of any number of turns by the tokenizer's template; the assistant's turns count."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.keys() >= {"role"} for turn in turns):
+        raise DataError(f"A chat must be a list of turns with a role and a content, not {turns!r:.80}.")
+    parts: _Parts = []
+    done = ""
+    for place, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before: Any = tokenizer.apply_chat_template(turns[:place], tokenize=False, add_generation_prompt=True)
+            whole: Any = tokenizer.apply_chat_template(turns[: place + 1], tokenize=False)
+            if not (before.startswith(done) and whole.startswith(before)):
+                raise ConfigError(
+                    "The chat template writes turns differently once others follow, so the assistant's cannot be told "
+                    "apart. Give prompts and completions without --use_chat_template, or another tokenizer."
+                )
+            parts += [(_ids(before[len(done) :], tokenizer), False), (_ids(whole[len(before) :], tokenizer), True)]
+            done = whole
+    return parts

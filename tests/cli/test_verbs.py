@@ -59,6 +59,12 @@ def test_init_prints_the_folder_and_the_losses(lora_da, place, cache, tmp_path):
     assert "Training on prompt and completion\n" in err
 
 
+def test_init_takes_several_files(lora_da, place, cache, tmp_path):
+    words = [place / "model", place / "train.jsonl", place / "train.jsonl", tmp_path / "out", *PAIRS, *SMALL, "--json"]
+    code, out, err = lora_da("init", *words, "--data_weights", "1", "2")
+    assert (code, json.loads(out)["population_size"] > 2 * 40) == (0, True), err
+
+
 def test_init_finds_its_own_again_and_replaces_nothing_of_yours(lora_da, place, stored, cache, tmp_path):
     words = [place / "model", place / "train.jsonl", stored, *PAIRS, *SMALL, "--da_max_rank", 4]
     code, out, err = lora_da("init", *words)

@@ -214,6 +214,40 @@ def test_only_the_completion_has_labels(model_dir, tmp_path, samples, pairs_file
         assert sample["labels"] == [-100] * len(prompt) + completion
 
 
+def test_of_a_chat_the_turns_of_the_assistant_have_labels(model_dir, tmp_path, samples):
+    chats = [
+        [{"role": role, "content": sentence(10 * k + turn, 2)} for turn, role in enumerate(roles)]
+        for k, roles in enumerate([("system", "user", "assistant", "user", "assistant", "user"), ("user", "assistant")])
+    ]
+    train_file = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in [*chats, chats[0][:2]]])
+    more = ["--train_file", train_file, "--messages_column", "messages", "--do_train"]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    ids = make_tokenizer().convert_tokens_to_ids
+    assert len(samples["train"]) == 2  # the third has no turn of the assistant
+    for sample, chat in zip(samples["train"], chats, strict=True):
+        last = max(place for place, turn in enumerate(chat) if turn["role"] == "assistant")
+        words = [(turn["role"], [*turn["content"].split(), "</s>"]) for turn in chat[: last + 1]]
+        assert sample["input_ids"] == ids([word for role, said in words for word in (role, *said)])
+        labels = [
+            label for role, said in words for label in (-100, *(ids(said) if role == "assistant" else [-100] * 3))
+        ]
+        assert sample["labels"] == labels
+
+
+def test_several_files_are_joined_or_drawn_by_weight(model_dir, tmp_path, samples):
+    files = [write_jsonl(tmp_path / f"{k}.jsonl", PAIRS[8 * k : 8 * k + 8]) for k in range(2)]
+    more = [*PAIR_FLAGS, "--do_train", "--train_file", *files]
+    run_clm.main(flags(model_dir, tmp_path / "out", *more))
+    assert len(samples["train"]) == 16
+    run_clm.main(flags(model_dir, tmp_path / "out", *more, "--data_weights", 4, 1))
+    drawn = [sample["input_ids"] for sample in samples["train"]]
+    rare = [drawn.count(sample) for sample in {tuple(ids): ids for ids in drawn}.values()]
+    assert len(drawn) > 24
+    assert len(rare) == 16
+    with pytest.raises(LoRADAError, match="one for each"):
+        run_clm.main(flags(model_dir, tmp_path / "out", *more, "--data_weights", 4))
+
+
 def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path, samples, caplog):
     rows = [
         {"question": "w1 w2", "answer": "w3 w4 w5 w6"},
