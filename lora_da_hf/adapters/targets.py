@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -66,7 +66,8 @@ class TargetScan:
 
 def active_adapter_name(model: nn.Module) -> str:
     """Return the name of the model's one active adapter; none or several are a TargetError."""
-    others = sorted({type(c).__name__ for c in getattr(model, "peft_config", {}).values() if type(c) is not LoraConfig})
+    configs = getattr(model, "peft_config", {}).values()
+    others = sorted({type(config).__name__ for config in configs if config.peft_type != PeftType.LORA})
     if others:
         raise TargetError(f"The adapter was made with {', '.join(others)}. Make it with a LoraConfig.")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]

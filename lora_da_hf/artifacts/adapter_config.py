@@ -57,7 +57,7 @@ class _Config(BaseModel):
     use_dora: bool = False
     lora_bias: bool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool | None = False
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: _Names | None = None
     target_parameters: Annotated[_Names, Field(max_length=1024)] | None = None
@@ -167,7 +167,7 @@ def config_to_store(
 
 def refuse_unstorable(config: LoraConfig) -> None:
     """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`."""
-    values, defaults, kept = config.to_dict(), LoraConfig().to_dict(), (*_Config.model_fields, *_NOT_STORED)
+    values, defaults, kept = config.to_dict(), type(config)().to_dict(), (*_Config.model_fields, *_NOT_STORED)
     used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
     if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
         raise UnsupportedSetupError(
