@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback
 
-from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf import LoRADACallback, LoRADATrainer, load_init
 from lora_da_hf.errors import ConfigError, DataError, TargetError
 from lora_da_hf.training import callback as callback_module
 
@@ -193,6 +194,22 @@ def test_a_config_that_was_stored_makes_an_adapter_that_trains(tmp_path, tiny_ll
     trainer.train()
     assert config.inference_mode
     assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" in name)
+
+
+@dataclass
+class OthersLoraConfig(LoraConfig):
+    """As ms-swift's, with fields of its own; Axolotl leaves ``fan_in_fan_out`` None."""
+
+    lora_dtype: str | None = None
+
+
+def test_a_lora_config_of_another_library_is_taken_and_stored(tmp_path, tiny_llama, samples):
+    settings = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "fan_in_fan_out": None}
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), samples, peft_config=OthersLoraConfig(**settings), arguments={"max_steps": 1}
+    )
+    trainer.train()
+    assert load_init(tmp_path / "lora_da").manifest.layers
 
 
 def test_resuming_from_the_output_folder_leaves_the_initialisation_alone(tmp_path, lora_model, samples):
