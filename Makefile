@@ -36,7 +36,6 @@ benchmark: $(VENV)/.demo  ## what an initialisation costs, and how it scales, on
 compare: $(VENV)/.demo  ## LoRA-DA, plain LoRA and PEFT's starts on Python's functions: hours, and it goes on where it was stopped
 	$(BIN)/python benchmarks/compare_inits.py --held_out functions --statistics .cache/statistics \
 		--design benchmarks/designs/compare.json --output outputs/compare.jsonl
-	$(BIN)/python benchmarks/report.py outputs/compare.jsonl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

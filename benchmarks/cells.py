@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from designs import READS
-from inits import HALF, MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
+from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
 from measuring import package_digest, peak_mib, reset_peak
 from report import wilson_interval
 from tasks import TASKS, Task
@@ -48,7 +48,7 @@ TRAINING = (
 )
 """Settings of a cell that its initialisation does not depend on."""
 
-STARTS_ELSEWHERE = {*RESET, *HALF, *MERGED}
+STARTS_ELSEWHERE = {*RESET, *MERGED}
 """Methods whose loss at step 0 is not that of the start that they are made from."""
 
 

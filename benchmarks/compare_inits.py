@@ -1,54 +1,54 @@
 """Compare initialisations on equal terms: the same model, data, order, scaling, targets, rank and budget for all.
 
-    python benchmarks/compare_inits.py --design benchmarks/designs/gsm8k.json --output outputs/gsm8k.jsonl \
-        --model_name_or_path MODEL --train_file train.jsonl --validation_file validation.jsonl \
-        --prompt_column question --completion_column answer --block_size 192 --dtype bfloat16
+    python benchmarks/compare_inits.py --model_name_or_path MODEL --train_file train.jsonl \
+        --validation_file validation.jsonl --methods lora lora_da pissa eva \
+        --learning_rates 1e-4 2e-4 1e-3 --seeds 0 1 2
 
-Model and data are given as for `scripts/run_clm.py`; or `--held_out functions` in their place takes a model and data
-that every machine can have. The design is a JSON file: settings that all runs share, and blocks of cells, each of which
-is every combination of its methods, learning rates, ranks, seeds and numbers of steps:
+It trains every combination and ends in tables and pictures, which `report.py` makes, beside `--output`. Model and data
+are given as for `scripts/run_clm.py`; or `--held_out functions` in their place takes those that every machine can have.
+
+`--design FILE` in place of `--methods` runs a larger comparison. It is a JSON file with settings that all runs share
+(`designs.SHARED` lists them with their defaults) and blocks, each with methods, rates and so on of its own:
 
     {"batch_size": 8, ..., "blocks": [{"name": "coarse", "why": "...", "methods": ["lora", "lora_da"],
      "learning_rates": [1e-4, 1e-3], "ranks": [8], "seeds": [0], "steps": [100]}]}
 
-`learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final loss
-that the method had in that block. A block may change a shared setting, and set "settings", which go to LoRADAConfig
-where the method is this package's: one set of them, or a list of sets to compare. With 0 steps there is no training:
-the loss at step 0 is all that is measured. `designs.SHARED` lists the shared settings with their defaults: batch size,
-scaling, warm-up and clipping; how many samples a start reads, and which; `num_train`, to train on a part of the data;
-`evaluations` on the way; and `accuracy_samples`, to generate that many answers at the end and count the right ones.
+There `learning_rates` may be {"best_of": "coarse", "times": [0.5, 1, 2]}: multiples of the rate with the lowest final
+loss that the method had in that block. A block may change a shared setting, and set "settings", which go to
+LoRADAConfig where the method is this package's: one set of them, or a list of sets to compare.
 
-Each finished cell is a line of the output, with all that it takes to run it again. Cells that are there are not run
-again, so the command can be stopped at any time and goes on when it is given again. Cells that differ only in learning
+Each finished run is a line of the output, and is not run again: give the command again after you stopped it, or with
+more methods, rates or seeds. With 0 steps the loss at step 0 is all that is measured. Runs that differ only in learning
 rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. With
 `--statistics FOLDER` this package's statistics stay there, 0.65 GB for each seed and number of samples of a model with
-135 million weights, until the folder is removed, and cells with other ranks or settings are solved from them; the time
-of those is not reported. Peak memory is to be compared only between cells that ran with `--isolate`. `--plan` says what
-is left and about how long it takes, by what was measured so far. `report.py` makes tables and plots of the lines.
+135 million weights, and runs with other ranks or settings are solved from them; the time of those is not reported. Peak
+memory is to be compared only between runs with `--isolate`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import statistics
 import subprocess
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import matplotlib  # noqa: F401 - for the pictures: one that is missing is missed now, not after hours
+import report
 from cells import LastStart, Subject, run_cell
-from designs import PRODUCT, chosen_blocks, key_of, pending, read_design, shared_settings
-from inits import READ_SAMPLES, made_by, why_missing
+from designs import PRODUCT, SHARED, check_design, chosen_blocks, key_of, pending, read_design, shared_settings
+from inits import FROZEN, METHODS, READ_SAMPLES, made_by, why_missing
 from lines import add_line, of_subject, read_lines
 from measuring import machine, package_digest
-from tasks import TASKS, fetch_model
+from tasks import fetch_model
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAError
+from lora_da_hf.cli.verbs import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
@@ -58,27 +58,36 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import demo  # noqa: E402 - a script, not a package
 import run_clm  # noqa: E402
 
-HELD_OUT = ("modules", "functions")
-"""What can be held out of the demo's data."""
-
 
 @dataclass
 class CompareArguments:
     """What is run, and where results go."""
 
-    design: str = setting("", "The design of the comparison, a JSON file.")
-    output: str = setting("", "Where results are added, one line each.")
+    output: str = setting("outputs/comparison.jsonl", "Where results are added, one line each.")
+    methods: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": f"What is compared: {', '.join((*METHODS, *FROZEN))}."}
+    )
+    learning_rates: list[float] = dataclasses.field(default_factory=lambda: [2e-4, 1e-3])
+    ranks: list[int] = dataclasses.field(default_factory=lambda: [8])
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    steps: list[int] = dataclasses.field(default_factory=lambda: [100])
+    batch_size: int = setting(SHARED["batch_size"], "Of training and of what a start reads.")
+    alpha: int = setting(SHARED["alpha"], "LoRA's alpha.")
+    use_rslora: bool = setting(SHARED["use_rslora"], "Scale by alpha over the root of the rank, not over the rank.")
+    num_samples: int = setting(SHARED["num_samples"], "Training samples that a start reads.")
+    evaluations: int = setting(SHARED["evaluations"], "On the way, spread over the steps.")
+    design: str = setting("", "A JSON file that says what is compared, in place of the flags from --methods on.")
     blocks: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "Run these blocks of the design alone."}
     )
     max_cells: int | None = setting(None, "Run this many cells at most.")
-    held_out: str | None = setting(
+    held_out: Literal["modules", "functions"] | None = setting(
         None,
         "Compare on the model and the data of `make demo`, in bfloat16, on up to 128 functions of Python's standard "
         "library that are held out: whole `modules`, or `functions` of modules that training sees.",
     )
-    task: str | None = setting(
-        None, "Compare on a task with a head that is drawn at random, with MiniLM: `sections`, `sizes` or `roles`."
+    task: Literal["sections", "sizes", "roles"] | None = setting(
+        None, "Compare on a task with a head that is drawn at random, with MiniLM."
     )
     statistics: str | None = setting(
         None, "Keep this package's statistics in this folder, for cells with other ranks or settings."
@@ -88,6 +97,16 @@ class CompareArguments:
         "Run each cell in a process of its own, so that its peak memory is its own too; costs its start each time.",
     )
     plan: bool = setting(False, "Say what is left to run and how long it takes, and run nothing.")
+
+    def read(self) -> dict[str, Any]:
+        """Return the design: that of the file, or one block of what the flags say."""
+        block = {name: getattr(self, name) for name in (*PRODUCT.values(), *SHARED) if hasattr(self, name)}
+        if not self.design:
+            return check_design({"blocks": [{"name": "flags", **block}]}, "--methods and the flags after it")
+        said = [f"--{name}" for name, value in block.items() if value != getattr(CompareArguments(), name)]
+        if said:
+            raise ConfigError(f"{self.design} says what is compared: leave {', '.join(said)} out, or --design.")
+        return read_design(self.design)
 
 
 def seconds_of(cell: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
@@ -126,7 +145,7 @@ def show_plan(
 
 def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> None:
     """Run what is left, a cell at a time; each line names the command that it was run with."""
-    design, output = read_design(arguments.design), Path(arguments.output)
+    design, output = arguments.read(), Path(arguments.output)
     check_samples(design, arguments.blocks, subject)
     missing = say_what_is_missing(design, arguments.blocks, subject)
     last, num_run = LastStart(), 0
@@ -195,15 +214,10 @@ def say_what_is_missing(design: dict[str, Any], blocks: list[str], subject: Subj
 
 
 def code() -> dict[str, str | None]:
-    """Return what identifies the code that a cell was run with: the digests count where the commit differs."""
+    """Return what identifies the code that a cell was run with: the digest counts where the commit differs."""
     command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    contents = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return {
-        "package_sha256": package_digest(),
-        "benchmarks_sha256": hashlib.sha256(contents).hexdigest()[:16],
-        "commit": found.stdout.strip() or None,
-    }
+    return {"package_sha256": package_digest(), "commit": found.stdout.strip() or None}
 
 
 def run_apart(argv: list[str], output: Path, max_cells: int | None) -> None:
@@ -241,34 +255,34 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = HfArgumentParser((CompareArguments, run_clm.NamedModelArguments, run_clm.DataArguments))
     arguments, model, data = parser.parse_args_into_dataclasses(argv)
-    if arguments.held_out not in (None, *HELD_OUT):
-        parser.error(f"--held_out must be {' or '.join(HELD_OUT)}, got {arguments.held_out}")
-    if arguments.task not in (None, *TASKS):
-        parser.error(f"--task must be one of {', '.join(TASKS)}, got {arguments.task}")
     given = model.model_name_or_path or data.dataset_name or data.train_file or data.validation_file
     if (arguments.held_out or arguments.task) and given:
         parser.error(f"--held_out and --task have a model and data of their own: leave {given} out")
     own = arguments.held_out or arguments.task
-    if not (arguments.design and arguments.output and (own or model.model_name_or_path)):
-        parser.error("--design, --output and --model_name_or_path (or --held_out, or --task) are needed")
-    chosen_blocks(read_design(arguments.design), arguments.blocks)  # before model and data are loaded
+    if not (own or (model.model_name_or_path and (data.train_file or data.dataset_name))):
+        parser.error("--model_name_or_path and --train_file (or --held_out, or --task) are needed")
+    if not (arguments.methods or arguments.design):
+        parser.error("--methods or --design is needed")
+    chosen_blocks(arguments.read(), arguments.blocks)  # before model and data are loaded
     if arguments.held_out:
         take_those_of_the_demo(model, data, arguments.held_out)
     command = sys.argv[1:] if argv is None else argv
     if arguments.isolate:
         run_apart(command, Path(arguments.output), arguments.max_cells)
-        return
-    set_verbosity_error()
-    disable_progress_bar()
-    if arguments.task:
-        subject = Subject.load_task(arguments.task, fetch_model(demo.CACHE / "minilm-l6-v2"))
     else:
-        subject = Subject.load(model, data, arguments.statistics)
-    run(arguments, subject, command)
+        set_verbosity_error()
+        disable_progress_bar()
+        if arguments.task:
+            subject = Subject.load_task(arguments.task, fetch_model(demo.CACHE / "minilm-l6-v2"))
+        else:
+            subject = Subject.load(model, data, arguments.statistics)
+        run(arguments, subject, command)
+    if not (arguments.plan or arguments.max_cells or arguments.task):  # of tasks, no_harm.py makes the tables
+        report.main([arguments.output])
 
 
 if __name__ == "__main__":
     try:
         main()
-    except LoRADAError as error:
-        sys.exit(f"compare_inits.py: error: {error}")
+    except (LoRADAError, OSError) as error:
+        sys.exit(f"compare_inits.py: error: {explain(error)}")

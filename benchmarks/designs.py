@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from inits import FROZEN, HALF, MERGED, METHODS, OWN, READ_SAMPLES, RESET, made_by
+from inits import FROZEN, MERGED, METHODS, OWN, READ_SAMPLES, RESET, made_by
 
 from lora_da_hf import LoRADAConfig
 from lora_da_hf.errors import ConfigError
@@ -49,18 +49,23 @@ PRODUCT = {"method": "methods", "learning_rate": "learning_rates", "rank": "rank
 
 
 def read_design(path: str | Path) -> dict[str, Any]:
-    """Read and check a design.
-
-    Raises:
-        ConfigError: if a name or a method is not known, a block lacks something or takes rates from none before it, or
-            LoRADAConfig refuses settings.
-    """
+    """Read a design, and check it."""
     try:
         design = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a design: {error}.") from error
     if not isinstance(design, dict):
         raise ConfigError(f"{path} is no design: it holds a {type(design).__name__} where an object should be.")
+    return check_design(design, path)
+
+
+def check_design(design: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a design that is right.
+
+    Raises:
+        ConfigError: if a name or a method is not known, a block lacks something or takes rates from none before it, or
+            LoRADAConfig refuses settings.
+    """
     names = {"name", "why", *PRODUCT.values(), *SHARED}
     unknown = set(design) - {"blocks", "why", *SHARED}
     earlier: list[str] = []
@@ -69,7 +74,7 @@ def read_design(path: str | Path) -> dict[str, Any]:
         missing = {"name", *PRODUCT.values()} - set(block)
         if missing:
             raise ConfigError(f"{path}: block {block.get('name')!r} lacks {', '.join(sorted(missing))}.")
-        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *HALF, *MERGED}
+        unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *MERGED}
         rates = block["learning_rates"]
         if isinstance(rates, dict):
             unknown |= {rates.get("by", "final_loss")} - {"final_loss", "best_loss"}

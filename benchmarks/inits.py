@@ -218,10 +218,6 @@ FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 RESET = {"lora_beside_da": "lora_da"}
 """Methods that put a plain adapter in place of one that was made from data, to see how much of it plain LoRA finds."""
 
-HALF = {"lora_da_half": "lora_da", "lora_da_half_fa": "lora_da"}
-"""Methods that keep the first half of the directions of a start, and give the others up for rows of A as plain LoRA
-draws them, with zero in B."""
-
 MERGED = {"lora_on_da": "lora_da"}
 """Methods that put a start's update into the base's weights and train a plain adapter on top: the step without the
 subspace."""
@@ -235,23 +231,18 @@ READ_SAMPLES = {"eva", "corda", "lora_ga", *OWN}
 
 def made_by(method: str) -> str:
     """Return the method of ``METHODS`` that makes the adapter which a method changes before it is trained."""
-    return {**FROZEN, **RESET, **HALF, **MERGED}.get(method, method)
+    return {**FROZEN, **RESET, **MERGED}.get(method, method)
 
 
 def change(model: nn.Module, method: str, seed: int) -> None:
     """Make of the adapter of ``made_by`` that of the method."""
     torch.manual_seed(seed)
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and method in (*RESET, *HALF, *MERGED):
+        if isinstance(layer, LoraLayer) and method in (*RESET, *MERGED):
             if method in MERGED:
                 weight = layer.get_base_layer().weight
                 weight.data = (weight.data.float() + layer.get_delta_weight("default")).to(weight.dtype)
-            made = [factors["default"].weight.detach().clone() for factors in (layer.lora_A, layer.lora_B)]
             layer.reset_lora_parameters("default", init_lora_weights=True)
-            if method in HALF:
-                half = len(made[0]) // 2
-                layer.lora_A["default"].weight.data[:half] = made[0][:half]
-                layer.lora_B["default"].weight.data[:, :half] = made[1][:, :half]
     if method.endswith("_fa"):
         freeze_a(model)
 

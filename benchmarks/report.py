@@ -39,7 +39,6 @@ PICTURED = 1.15
 
 ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
 
-
 EXPLAINED = (
     "Mean ± standard deviation (runs). Differences: mean ± standard error (seeds that both have); with three seeds "
     "95 % of the t-distribution lie within 4.3 standard errors, and 82 % within two."
@@ -498,7 +497,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{options.lines} {'holds no result yet' if options.lines.exists() else 'does not exist'}")
     text = report(records, options.lines)
     options.lines.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print(f"{text}\nThis, and its pictures: {options.lines.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ MODEL = {
     "max_position_embeddings": 256,
 }
 
-
 CASES = {
     "one": ("one process, one pass", 1, None),
     "one_windows": ("one process, windows", 1, WINDOW_MIB * MIB),

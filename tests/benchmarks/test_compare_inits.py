@@ -22,7 +22,7 @@ from lora_da_hf.errors import ConfigError
 
 BLOCK = {
     "name": "all",
-    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET, *inits.HALF, *inits.MERGED}),
+    "methods": sorted({*inits.METHODS, *inits.FROZEN, *inits.RESET, *inits.MERGED}),
     "learning_rates": [1e-3],
     "ranks": [2],
     "seeds": [0],
@@ -103,6 +103,38 @@ def test_every_method_runs_on_equal_terms(compare):
     assert len({record["final_loss"] for record in records.values()}) > 8
 
 
+def test_flags_alone_make_a_comparison_that_goes_on_and_ends_in_a_table_and_a_picture(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name, part in (("train", rows(40, 0)), ("validation", rows(6, 40))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row["answer"]}) + "\n" for row in part))
+
+    def run(*flags):
+        data = ("--train_file", "train.jsonl", "--validation_file", "validation.jsonl", "--block_size", "8")
+        small = ("--steps", "2", "--ranks", "2", "--num_samples", "12", "--batch_size", "4", "--evaluations", "1")
+        compare_inits.main(["--model_name_or_path", str(model_dir), *data, *small, *flags])
+        return lines.read_lines(tmp_path / "outputs" / "comparison.jsonl")
+
+    first = run("--methods", "lora", "lora_da", "pissa", "eva", "--learning_rates", "1e-4", "1e-3", "--seeds", "0", "1")
+    made = {tuple(record["cell"][name] for name in ("method", "learning_rate", "seed")) for record in first}
+    assert made == {(m, rate, k) for m in ("lora", "lora_da", "pissa", "eva") for rate in (1e-4, 1e-3) for k in (0, 1)}
+    assert {record["cell"]["batch_size"] for record in first} == {4}
+    shown = capsys.readouterr().out
+    for row in ("| lora_da |", "| eva |", "Final loss by learning rate", "outputs/comparison.md"):
+        assert row in shown
+    assert "| pissa |" in (tmp_path / "outputs" / "comparison.md").read_text(encoding="utf-8")
+    assert (tmp_path / "outputs" / "comparison_1.png").is_file()
+    longer = run("--methods", "lora", "--learning_rates", "1e-3", "--seeds", "0", "1", "2")
+    assert longer[: len(first)] == first
+    assert [record["cell"]["seed"] for record in longer[len(first) :]] == [2]
+
+
+def test_flags_beside_a_design_are_refused(compare):
+    with pytest.raises(ConfigError, match="--seeds"):
+        compare(BLOCK, flags=["--seeds", "5"])
+
+
 def cell_of(block, method):
     return {"method": method, "learning_rate": 1e-3, "rank": 2, "seed": 0, "steps": 4}
 
@@ -149,21 +181,6 @@ def test_cells_that_share_a_start_end_as_those_that_make_their_own(compare, tmp_
     apart = compare(block, flags=("--max_cells", "1"))
     assert [record["initialization"]["reused"] for record in apart] == [False, False]
     assert [record["losses"] for record in apart] == [record["losses"] for record in together]
-
-
-def test_half_of_a_start_is_given_up_for_fresh_rows():
-    model = inits.get_peft_model(make_tiny_llama(), inits.LoraConfig(r=4, target_modules="all-linear"))
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
-    torch.nn.init.ones_(a)
-    torch.nn.init.ones_(b)
-    inits.change(model, "lora_da_half", seed=0)
-    assert torch.equal(a[:2], torch.ones_like(a[:2]))
-    assert torch.equal(b, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand_as(b))
-    assert 0 < a[2:].abs().max() <= a.shape[1] ** -0.5 + 1e-6  # kaiming_uniform with a = sqrt(5)
-    assert (a.requires_grad, b.requires_grad) == (True, True)
-    inits.change(model, "lora_da_half_fa", seed=0)
-    assert (a.requires_grad, b.requires_grad) == (False, True)
 
 
 def test_a_start_is_put_into_the_base_under_a_plain_adapter():
