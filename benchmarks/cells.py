@@ -22,7 +22,7 @@ import torch
 from designs import READS
 from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
 from measuring import package_digest, peak_mib, reset_peak
-from report import wilson_interval
+from report import LOOKS, wilson_interval
 from tasks import TASKS, Task
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,16 +36,7 @@ from lora_da_hf.training.text import choose_block_size, load_model
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import run_clm
 
-TRAINING = (
-    "learning_rate",
-    "steps",
-    "warmup",
-    "max_grad_norm",
-    "evaluations",
-    "accuracy_samples",
-    "max_new_tokens",
-    "answer_pattern",
-)
+TRAINING = ("learning_rate", "steps", "warmup", "max_grad_norm", *LOOKS)
 """Settings of a cell that its initialisation does not depend on."""
 
 STARTS_ELSEWHERE = {*RESET, *MERGED}
