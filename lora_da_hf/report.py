@@ -80,6 +80,7 @@ class LoRADAReport:
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.
         search_loss_after: After the write, in the dtype that is stored.
+        unseen_loss_error: Standard error of the difference between the two losses, by how it varies over samples.
         data_fingerprint: SHA-256 over the samples of the statistics.
         artifact: The folder that the initialisation was written to or read from, on this machine.
         init_from: The stored initialisation that this started from, as `StoredInit.source`; None if it was computed.
@@ -106,6 +107,7 @@ class LoRADAReport:
     search_loss_after: float | None = None
     unseen_loss_before: float | None = None
     unseen_loss_after: float | None = None
+    unseen_loss_error: float | None = None
     seconds: Annotated[dict[str, float], FEW] = field(default_factory=dict)
     config: Annotated[dict[str, Setting], FEW] = field(default_factory=dict)
     data_fingerprint: str = ""
@@ -135,7 +137,7 @@ class LoRADAReport:
     def metrics(self) -> dict[str, float]:
         """Return the few numbers that belong in a training log."""
         losses = [f"{which}_loss_{when}" for which in ("search", "unseen") for when in ("before", "after")]
-        values = {name: getattr(self, name) for name in ("step_size", *losses)}
+        values = {name: getattr(self, name) for name in ("step_size", *losses, "unseen_loss_error")}
         values |= {"seconds": self.total_seconds, "layers": len(self.layers), "layers_kept": len(self.kept)}
         return {f"lora_da_{name}": float(value) for name, value in values.items() if value is not None}
 
@@ -167,7 +169,8 @@ class LoRADAReport:
             f"plan        {self.plan}" if self.plan else "",
             f"step size   {step}{how.get(str(self.config.get('layer_steps')), '')}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
-            _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after),
+            _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after)
+            + ("" if self.unseen_loss_error is None else f", ± {self.unseen_loss_error:.4f}"),
             "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
             if self.seconds
             else "",

@@ -68,6 +68,7 @@ logger = logging.getLogger("run_clm")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 SPLIT_SEED = 0
 SHUFFLE_BUFFER = 10_000
+LOSSES = {"loss": "training", "eval_loss": "validation"}
 
 
 @dataclass
@@ -344,7 +345,10 @@ def last_evaluation(trainer: Trainer) -> dict[str, float] | None:
 
 
 def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Plot training and validation loss by step; without matplotlib, say so instead."""
+    """Plot training and validation loss by step, if any was logged; without matplotlib, say so instead."""
+    curves = {label: [(x["step"], x[name]) for x in history if name in x] for name, label in LOSSES.items()}
+    if not any(curves.values()):
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -352,10 +356,9 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
         return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, label, marker in (("loss", "training", ""), ("eval_loss", "validation", "o")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    for label, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else "")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -171,6 +171,17 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
     return notes
 
 
+def with_base_name(stored: StoredInit, name: str) -> tuple[StoredInit, dict[str, bytes]]:
+    """Give the base another name, such as that of a local copy on the Hub; return it with the two files that change."""
+    config = {**stored.peft_config, "base_model_name_or_path": name, "revision": None}
+    data, files = json.dumps(config, indent=2, sort_keys=True).encode(), dict(stored.manifest.files)
+    files[ADAPTER_CONFIG_FILE] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    base = stored.manifest.base_model.model_copy(update={"name_or_path": name, "revision": None})
+    manifest = stored.manifest.model_copy(update={"base_model": base, "files": files})
+    changed = {ADAPTER_CONFIG_FILE: data, MANIFEST_FILE: manifest.to_json().encode()}
+    return dataclasses.replace(stored, manifest=manifest, peft_config=config, source=manifest.digest), changed
+
+
 def file_entry(path: Path) -> FileEntry:
     """Hash a file."""
     digest = hashlib.sha256()

@@ -38,10 +38,10 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     from lora_da_hf.pipeline.job import DEFAULT_SEED
     from lora_da_hf.training.text import choose_block_size, load_model, mixed, tokenize, used_columns
 
-    output.message(f"Reading {', '.join(arguments.data)}")
+    output.message(f"Reading {', '.join(map(_and_where, arguments.data))}")
     rows = mixed([_load_rows(source, arguments) for source in arguments.data], text.data_weights)
     output.message(f"Training on {' and '.join(used_columns('training', rows, text))}")
-    output.message(f"Loading {arguments.model}")
+    output.message(f"Loading {_and_where(arguments.model)}")
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
     set_seed(DEFAULT_SEED)
@@ -55,6 +55,11 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     if PartialState().is_main_process:
         folder = str(arguments.output)
         output.result({"folder": folder, **report.to_dict()}, bare=folder, text=f"{report}\n\nWritten to {folder}")
+
+
+def _and_where(name: str) -> str:
+    """Say where a name will be looked up, before a client tries for long to reach the Hub."""
+    return name if Path(name).exists() else f"{name} from the Hub, since there is no such file or folder"
 
 
 def _load_rows(source: str, arguments: argparse.Namespace) -> Any:

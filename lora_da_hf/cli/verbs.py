@@ -116,7 +116,11 @@ def flags_of(*kinds: Any) -> Flags:
         from transformers.hf_argparser import HfArgumentParser  # without torch
 
         for action in HfArgumentParser(kinds, add_help=False)._actions:
-            parser._add_action(action)
+            if action.nargs == "+" and action.default is None:  # repeated, it adds
+                options: dict[str, Any] = {"type": action.type, "help": action.help}
+                parser.add_argument(*action.option_strings, nargs="+", action="extend", **options)
+            else:
+                parser._add_action(action)
 
     return add
 

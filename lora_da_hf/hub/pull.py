@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.utils import get_session
 
 from lora_da_hf.artifacts.folders import TAGS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE
@@ -88,4 +89,5 @@ def list_inits(
     tags = [*TAGS[-2:], *([f"base_model:adapter:{base_model}"] if base_model else [])]
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors("Listing initialisations"):
+        get_session().head(api.endpoint, timeout=10)  # the client's list goes on trying for long without a network
         return list(api.list_models(filter=tags, author=author, limit=limit, full=True, cardData=True))

@@ -10,7 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from lora_da_hf.artifacts.folders import LICENSE_FILES, PLOT_FILE
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
-from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.store import load_init, with_base_name
 from lora_da_hf.errors import HubError
 from lora_da_hf.hub.cards import base_id_of, render_page
 from lora_da_hf.hub.client import hub_errors
@@ -45,7 +45,8 @@ def push_init(
         revision: The branch, which must exist; None: main.
         commit_message: None: one that names the base model.
         token, endpoint: As in `huggingface_hub.HfApi`.
-        facts: See `CardFacts`. Without a ``license``, it is the base model's on the Hub.
+        facts: See `CardFacts`. Without a ``license``, it is the base model's on the Hub. ``base_model`` is also put
+            in place of a local folder's name in what is published.
 
     Raises:
         ArtifactError: if the folder is not a valid initialisation.
@@ -53,7 +54,9 @@ def push_init(
         HubError: if a public push has no licence, the repository is private or public against the wish or holds
             something else, somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
-    stored = load_init(folder)
+    stored, of_base_name = load_init(folder), dict[str, bytes]()
+    if facts.get("base_model") not in (None, stored.manifest.base_model.name_or_path):
+        stored, of_base_name = with_base_name(stored, facts["base_model"])
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
@@ -79,7 +82,10 @@ def push_init(
                 f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another."
             )
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
-        files = {name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)} | page
+        files: dict[str, Any] = {
+            name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)
+        }
+        files |= {**of_base_name, **page}
         stale = [name for name in names - set(files) if STATISTICS_FILE.fullmatch(name) or name == PLOT_FILE]
         return api.create_commit(
             repo_id,

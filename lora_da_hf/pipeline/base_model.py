@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_da_hf.distributed.parameters import gathered
 from lora_da_hf.losses import base_model_of
 
 _COMMIT = "_commit_hash"
+_IN_CACHE = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 _OF_ADAPTER = ("lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 """Names that PEFT puts between a module and its weight, for adapters, modules to save and trainable tokens."""
@@ -26,16 +28,16 @@ _WRAPPERS = ("base_layer", "original_module", "token_adapter")
 def base_model_facts(model: nn.Module) -> BaseModelFacts:
     """Return name, revision and weights fingerprint of the base model.
 
-    The name of a folder that could be one on the Hub, such as ``checkpoints/base``, gets a ``./`` before it.
+    Of a folder, the name is ``./`` and its own, not where it lies; in the Hub's cache, those of the repository.
     """
     config: Any = getattr(base_model_of(model), "config", None)
     name: str | None = getattr(config, "_name_or_path", None) or None
-    is_folder = name is not None and Path(name).is_dir()
-    return BaseModelFacts(
-        name_or_path=f"./{name}" if name and is_folder and is_repo_id(name) else name,
-        revision=None if name is None or is_folder else getattr(config, _COMMIT, None),
-        weights_sha256=weights_fingerprint(base_weights(model)),
-    )
+    revision: str | None = getattr(config, _COMMIT, None)
+    if name and (Path(name).is_dir() or not is_repo_id(name)):
+        path = Path(name).resolve()
+        cached = _IN_CACHE.search(path.as_posix())
+        name, revision = (cached[1].replace("--", "/"), cached[2]) if cached else (f"./{path.name}", None)
+    return BaseModelFacts(name_or_path=name, revision=revision, weights_sha256=weights_fingerprint(base_weights(model)))
 
 
 def remember_commit(model: nn.Module, *, revision: str) -> None:

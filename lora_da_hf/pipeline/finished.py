@@ -136,7 +136,7 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
     if job.config.save_statistics and not has_statistics:
         differing.append("save_statistics")
     if differing:
-        note = f"the initialisation in {folder} is of another {', '.join(differing)}: replaced"
-        logger.log(logging.WARNING if has_statistics else logging.INFO, "LoRA-DA: %s", note)
+        note = "LoRA-DA: the initialisation in %s is replaced. What changed: %s"
+        logger.log(logging.WARNING if has_statistics else logging.INFO, note, folder, ", ".join(differing))
         return None, ()
     return stored, ()

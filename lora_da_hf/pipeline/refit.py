@@ -176,7 +176,13 @@ def _new_report(
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     largest = max(layer.max_rank for layer in layers)
     steps = stored.step_size_by_rank if config.searches_step else {}
-    unmeasured = ("search_loss_before", "search_loss_after", "unseen_loss_before", "unseen_loss_after")
+    unmeasured = (
+        "search_loss_before",
+        "search_loss_after",
+        "unseen_loss_before",
+        "unseen_loss_after",
+        "unseen_loss_error",
+    )
     return dataclasses.replace(
         stored,
         **others,

@@ -45,6 +45,7 @@ class Step:
     search_loss_after: float | None = None
     unseen_loss_before: float | None = None
     unseen_loss_after: float | None = None
+    unseen_loss_error: float | None = None
     notes: tuple[str, ...] = ()
 
     def noting(self, note: str, **changes: Any) -> Step:
@@ -104,6 +105,7 @@ def _noting_no_step(job: Job, step: Step, why: str) -> Step:
     if job.processes.is_main:
         logger.warning("LoRA-DA: %s.", note)
     losses = {"search_loss_after": step.search_loss_before, "unseen_loss_after": step.unseen_loss_before}
+    losses["unseen_loss_error"] = None
     return step.noting(note, step_size=0.0, step_size_by_rank=dict.fromkeys(step.step_size_by_rank, 0.0), **losses)
 
 
@@ -195,7 +197,8 @@ def _compare(step: Step, before: Losses, after: Losses) -> tuple[Step, str | Non
     unseen = f"on {step.num_unseen_samples} samples that nothing had seen, the loss"
     if not math.isfinite(after.mean):
         return step, f"{unseen} is {after.mean} with the adapter"
-    step = replace(step, unseen_loss_after=after.mean)
+    known = error if math.isfinite(error) else None  # one sample tells none
+    step = replace(step, unseen_loss_after=after.mean, unseen_loss_error=known)
     if gain <= 0:
         return step, f"{unseen} did not fall: it went from {before.mean:.4f} to {after.mean:.4f}"
     if step.search and gain <= error:

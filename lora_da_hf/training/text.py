@@ -68,7 +68,7 @@ def load_data_set(name: str, configuration: str | None, *, split: str | None = N
     return _load(name, source, configuration, split=split, streaming=streaming)
 
 
-def mixed(parts: list[Rows], weights: list[float] | None) -> Rows:
+def mixed(parts: list[Any], weights: list[float] | None) -> Rows:
     """Join rows of several sources: one after the other, or drawn by weights until each was read to its end."""
     if weights is not None and len(weights) != len(parts):
         raise ConfigError(f"--data_weights has {len(weights)} numbers for {len(parts)} sources. Give one for each.")

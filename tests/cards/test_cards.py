@@ -162,7 +162,7 @@ def test_hostile_text_stays_text():
     assert set(links) == {"https://arxiv.org/abs/2510.24561"}
     headings = [token.content for after, token in itertools.pairwise(tokens) if after.type == "heading_open"]
     assert headings == ["LoRA-DA initialisation", *SECTIONS]
-    assert [token.info for token in tokens if token.type == "fence"] == ["python", ""]
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "bibtex"]
 
 
 @pytest.mark.parametrize(

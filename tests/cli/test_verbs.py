@@ -209,9 +209,10 @@ def test_verify_accepts_what_was_written(lora_da, stored):
 
 
 def test_card_goes_to_stdout_or_a_folder_and_replaces_nothing_else(lora_da, stored, tmp_path):
-    code, out, _ = lora_da("card", stored, "--license", "apache-2.0", "--language", "en", "de")
+    code, out, _ = lora_da("card", stored, "--license", "apache-2.0", "--language", "en", "--language", "de")
     assert code == 0
     assert "license: apache-2.0" in out
+    assert "language:\n- en\n- de\n" in out
     folder = tmp_path / "card"
     files = json.loads(lora_da("card", stored, "--output", folder, "--json")[1])["files"]
     assert {path.name for path in folder.iterdir()} == {path.rpartition("/")[2] for path in files}

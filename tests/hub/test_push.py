@@ -8,6 +8,7 @@ import yaml
 from local_hub import STATISTICS_FILE, Repo
 
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, MANIFEST_FILE
+from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ConfigError, HubError
 
 REPO = "alice/init"
@@ -176,6 +177,14 @@ def test_what_is_said_for_the_card_is_on_it(hub, push):
     found, card = metadata_of(hub), card_of(hub)
     assert (found["base_model"], found["datasets"], found["language"]) == ("org/other", ["org/data"], ["en"])
     assert all(text in card for text in (f"# {REPO}", "own notes", "a large machine", "For short texts."))
+
+
+def test_a_base_from_a_folder_gets_its_name_on_the_hub(hub, push, pull, init):
+    push(base_model="org/other")
+    pulled = pull()
+    assert pulled.manifest.base_model.name_or_path == pulled.peft_config["base_model_name_or_path"] == "org/other"
+    assert pulled.manifest.base_model.weights_sha256 == load_init(init).manifest.base_model.weights_sha256
+    assert "local copy" not in card_of(hub)
 
 
 def test_a_card_that_cannot_be_is_refused_before_the_repo_is_made(hub, push):

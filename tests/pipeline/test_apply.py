@@ -41,6 +41,7 @@ from lora_da_hf.errors import (
     ConfigError,
     TargetError,
 )
+from lora_da_hf.pipeline.base_model import base_model_facts
 
 MLP_DOWN = "model.layers.0.mlp.down_proj"
 
@@ -393,16 +394,28 @@ def test_weights_that_the_base_has_of_its_own_are_not_taken_over(tmp_path, lora_
     assert_same_tensors({name: p for name, p in model.named_parameters() if name in before}, before)
 
 
-def test_a_base_in_a_folder_that_could_be_a_repository(tmp_path, tiny_llama, lora_model, samples, monkeypatch):
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_of_a_base_in_a_folder_the_folder_s_own_name_is_stored(
+    tmp_path, tiny_llama, lora_model, samples, monkeypatch, is_absolute
+):
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained("checkpoints/base")
-    base = AutoModelForCausalLM.from_pretrained("checkpoints/base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/base" if is_absolute else "checkpoints/base")
     initialize(lora_model(model=base, target_modules=["q_proj"]), samples, "init")
-    assert load_init("init").manifest.base_model.name_or_path == "./checkpoints/base"
-    assert PeftConfig.from_pretrained("init").base_model_name_or_path == "checkpoints/base"
+    assert load_init("init").manifest.base_model.name_or_path == "./base"
+    assert PeftConfig.from_pretrained("init").base_model_name_or_path == "base"
+    for file in ("lora_da_manifest.json", "adapter_config.json"):
+        assert str(tmp_path) not in (tmp_path / "init" / file).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path / "checkpoints")
     again = lora_model(model=AutoModelForCausalLM.from_pretrained("base"), target_modules=["q_proj"])
     assert apply_init(again, tmp_path / "init").layers
+
+
+def test_a_base_in_the_cache_has_the_name_of_its_repository(tmp_path, tiny_llama):
+    folder = tmp_path / "models--org--name" / "snapshots" / ("c0ffee00" * 5)
+    tiny_llama().save_pretrained(folder)
+    facts = base_model_facts(AutoModelForCausalLM.from_pretrained(folder))
+    assert (facts.name_or_path, facts.revision) == ("org/name", "c0ffee00" * 5)
 
 
 def load_quantised(folder, bits):
@@ -430,7 +443,7 @@ def test_a_quantised_base_is_matched_by_its_name_with_a_warning(tmp_path, tiny_l
     )
     with caplog.at_level(logging.WARNING):
         report = apply_init(model, folder, step_size=0.1)
-    assert any(f"'{base}'" in note and note in caplog.text for note in report.notes)
+    assert any("'base'" in note and note in caplog.text for note in report.notes)
     apply_init(plain, folder, step_size=0.1)
     assert_same_tensors(adapter_weights(model), adapter_weights(plain))
     refuses(BaseModelMismatchError, str(other), lora_model(model=load_quantised(other, bits)), folder)
