@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all support check format benchmark compare clean
+.PHONY: demo test test-all support check docs format benchmark compare clean
 
 demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoRA-DA
 	$(BIN)/python scripts/demo.py
@@ -24,6 +24,9 @@ check: $(VENV)/.dev  ## format, lint, types, import floors
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -18,10 +18,11 @@ All fields of `LoRADAConfig`. On the command line each is a flag with `--da_` be
 `LoRADAConfig.paper()`, the settings of the paper's authors, where they differ ([why](decisions/0003-defaults.md)).
 `python scripts/settings_table.py` writes this page.
 
-Few trainings need more than `num_samples`, `batch_size`, `step_size`, `max_rank` and `memory_budget`. A layer's
-*displacement* is its damped natural gradient step. *Scaling* is PEFT's: alpha / r, or with rsLoRA alpha / √r.
+Few trainings need more than the first five. A layer's *displacement* is its damped natural gradient step. *Scaling* is
+PEFT's: alpha / r, or with rsLoRA alpha / √r.
 
 """
+FIRST = ("num_samples", "batch_size", "step_size", "max_rank", "memory_budget")
 REPORT = """
 ## The report
 
@@ -47,7 +48,7 @@ def page() -> str:
     """Return the page."""
     paper = LoRADAConfig.paper()
     lines = ["| setting | default | what it does |", "|---|---|---|"]
-    for field in dataclasses.fields(LoRADAConfig):
+    for field in sorted(dataclasses.fields(LoRADAConfig), key=lambda field: field.name not in FIRST):
         theirs = getattr(paper, field.name)
         default = written(field.default) + ("" if theirs == field.default else f" ({written(theirs)})")
         lines.append(f"| `{field.name}` | {default} | {field.metadata['help']} |")
