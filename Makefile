@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all support check docs format benchmark compare clean
+.PHONY: demo test test-all support check docs format benchmark compare dist clean
 
 demo: $(VENV)/.demo  ## fine-tune a real model on real data with and without LoRA-DA
 	$(BIN)/python scripts/demo.py
@@ -39,6 +39,11 @@ benchmark: $(VENV)/.demo  ## what an initialisation costs, and how it scales, on
 compare: $(VENV)/.demo  ## LoRA-DA, plain LoRA and PEFT's starts on Python's functions: hours, and it goes on where it was stopped
 	$(BIN)/python benchmarks/compare_inits.py --held_out functions --statistics .cache/statistics \
 		--design benchmarks/designs/compare.json --output outputs/compare.jsonl
+
+dist: $(VENV)/.dev  ## what is published: sdist and wheel, checked
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The template is in the wheel, where the code looks for it."""
+"""What is published passes the index's checks, and the template is in the wheel, where the code looks for it."""
 
 import shutil
 import subprocess
@@ -15,9 +15,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_an_installed_wheel_renders_a_card(tmp_path):
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "outputs", "tests")
     source = shutil.copytree(REPOSITORY, tmp_path / "source", ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
-    subprocess.run([*command, "--wheel-dir", tmp_path], cwd=source, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    run = [sys.executable, "-m"]
+    subprocess.run([*run, "build", "--no-isolation", "--outdir", tmp_path / "dist"], cwd=source, check=True)
+    files = sorted((tmp_path / "dist").iterdir())
+    subprocess.run([*run, "twine", "check", "--strict", *files], check=True)
+    wheel, sdist = files
+    assert (wheel.suffix, sdist.name.endswith(".tar.gz")) == (".whl", True)
     with zipfile.ZipFile(wheel) as archive:
         folders = {name.rpartition("/")[0] for name in archive.namelist()}
         archive.extractall(tmp_path / "installed")
