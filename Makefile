@@ -19,14 +19,14 @@ test-all: $(VENV)/.dev  ## what is slow or needs two processes, and every row of
 support: $(VENV)/.dev  ## every row of docs/support.md alone
 	OMP_NUM_THREADS=1 $(TESTS) -m "support and not gpu"
 
-check: $(VENV)/.dev  ## format, lint, types, import floors
+check: $(VENV)/.dev docs  ## format, lint, types, import floors, the links of the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
