@@ -78,11 +78,10 @@ def test_every_block_of_the_readme_runs_as_it_is_printed(hub, environment, folde
 
 
 def test_the_notebook_that_shares_runs(hub, environment, folder):
-    parameters = {"MODEL": LOCAL_MODEL, "REPO": "alice/my-init", "LICENSE": "mit", "NUM_SAMPLES": 16, "STEPS": 1}
+    parameters = {"REPO": "alice/my-init", "LICENSE": "mit"}
     steps = cells_of_notebook(REPOSITORY / "notebooks" / "compute_and_share.ipynb", parameters)
     shown = run_steps(steps, folder, environment=environment)
-    assert "alice/my-init@" in shown
-    assert (folder / "outputs" / "from-hub").is_dir()
+    assert "from alice/my-init@" in shown
     files = hub.repos["alice/my-init"].files
     assert {"README.md", "guidance_spectra.png"} <= set(files)
     assert "license: mit" in files["README.md"].decode()
