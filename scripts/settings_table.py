@@ -10,7 +10,6 @@ from typing import Any
 
 from lora_da_hf import LoRADAConfig
 
-BAR = "\\|"
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """# Settings, and the report
 
@@ -41,7 +40,6 @@ EXPLAINED = {
     "|sBA|": "Frobenius norm of what the adapter adds to the weight at step 0",
     "kept": "layers that keep PEFT's own initialisation, and why",
 }
-"""Lines and columns of the report."""
 
 
 def page() -> str:
@@ -52,7 +50,7 @@ def page() -> str:
         theirs = getattr(paper, field.name)
         default = written(field.default) + ("" if theirs == field.default else f" ({written(theirs)})")
         lines.append(f"| `{field.name}` | {default} | {field.metadata['help']} |")
-    rows = [f"| {name.replace('|', BAR)} | {text} |" for name, text in EXPLAINED.items()]
+    rows = ["| " + name.replace("|", "\\|") + f" | {text} |" for name, text in EXPLAINED.items()]
     report = "\n".join(["| line or column | what it says |", "|---|---|", *rows])
     return INTRODUCTION + "\n".join(lines) + "\n" + REPORT + report + "\n"
 
