@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
-
-
-class _OnDevice:
-    def on(self, device: torch.device | str) -> Self:
-        """Return the record with its tensors on a device."""
-        record: Any = self
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(record, **tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerStatistics(_OnDevice):
+class LayerStatistics:
     """What one pass over the samples says about one linear layer.
 
     Attributes:
@@ -41,7 +31,7 @@ class LayerStatistics(_OnDevice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSolution(_OnDevice):
+class LayerSolution:
     """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
 
     Attributes:
@@ -63,6 +53,10 @@ class LayerSolution(_OnDevice):
     solver: str
     residual: float
     notes: tuple[str, ...] = ()
+
+    def on(self, device: torch.device | str) -> LayerSolution:
+        """Return the solution with its tensors on a device."""
+        return dataclasses.replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def in_unit(self, unit: float) -> LayerSolution:
         """Return the solution for a displacement that is divided by a number."""

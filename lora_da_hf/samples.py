@@ -34,7 +34,6 @@ class SampleSplits:
         unseen: For nothing but the loss before and after.
         heads: To fit new heads on; the statistics' are added if the data has too few others.
         population_size: N, the number of samples that training draws from.
-        indices: Position in the data set of each sample used, in the order statistics, search, unseen, heads.
     """
 
     statistics: list[Any]
@@ -42,7 +41,6 @@ class SampleSplits:
     unseen: list[Any]
     heads: list[Any] = field(default_factory=list[Any])
     population_size: int
-    indices: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +84,6 @@ def choose_samples(
         drawn = [source[index] for index in indices]
     else:
         drawn = [*first, *itertools.islice(reader, wanted + for_heads - 1)]
-        indices = list(range(len(drawn)))
         population_size = population_size or (len(source) if isinstance(samples, Sized) else None)
         data_size = max(population_size or 0, wanted) if len(drawn) == wanted + for_heads else len(drawn)
     if population_size is None:
@@ -94,7 +91,7 @@ def choose_samples(
             "The training data is a stream, so its size is not known. Give population_size: "
             "about how many samples training will see."
         )
-    return _split(drawn, indices, config, search, population_size, data_size, for_heads)
+    return _split(drawn, config, search, population_size, data_size, for_heads)
 
 
 def with_columns_of(samples: Any, others: Any) -> Any:
@@ -113,7 +110,6 @@ def has_positions(samples: Any) -> bool:
 
 def _split(
     drawn: list[Any],
-    indices: list[int],
     config: LoRADAConfig,
     search_samples: int,
     population_size: int,
@@ -143,7 +139,6 @@ def _split(
         unseen=drawn[statistics + search : end],
         heads=heads if not for_heads or len(heads) >= statistics else [*heads, *drawn[:statistics]],
         population_size=population_size,
-        indices=tuple(indices[:end] + indices[available:]),
         notes=(note,) if statistics < config.num_samples else (),
     )
 

@@ -49,10 +49,6 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Return the element-wise sum over the processes, the same bits on all of them."""
-        return [sum(column) for column in zip(*self.gather(tuple(values)), strict=True)]
-
     def all_sum_(self, tensor: Tensor) -> None:
         """Sum ``tensor`` over the processes, in place on all of them."""
         if self.count > 1:
@@ -96,9 +92,9 @@ def balanced_owners(costs: dict[str, float], count: int) -> dict[str, int]:
 def sum_counts(taps: Taps, processes: Processes) -> None:
     """Give the taps on every process the counts of all processes."""
     for name in ("num_tokens", "forward_calls", "backward_calls"):
-        totals = processes.sum([getattr(tap, name) for tap in taps.taps.values()])
-        for tap, total in zip(taps.taps.values(), totals, strict=True):
-            setattr(tap, name, int(total))
+        everywhere = processes.gather([getattr(tap, name) for tap in taps.taps.values()])
+        for tap, counts in zip(taps.taps.values(), zip(*everywhere, strict=True), strict=True):
+            setattr(tap, name, sum(counts))
 
 
 def reduce_statistics(

@@ -203,6 +203,6 @@ def _probe(job: Job, splits: SampleSplits) -> Probe:
     """Probe the samples that the statistics did not take."""
     notes: tuple[str, ...] = ()  # those of the samples speak of statistics, which are not taken
     if not splits.search and not splits.unseen:
-        notes = (f"no loss was measured: the statistics may have seen all of the {len(splits.indices)} samples",)
+        notes = (f"no loss was measured: the statistics may have seen all of the {len(splits.statistics)} samples",)
     with adapters_off(job.scan.targets), job.stage("probe"):
         return run_probe(job, dataclasses.replace(splits, notes=notes))

@@ -182,23 +182,18 @@ def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any],
 
 
 def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
-    """Leave samples without a label out of the search and the final check; a search that loses all gets another one."""
+    """Leave samples without a label out of the search and the final check."""
 
     def labelled(samples: list[Any]) -> list[Any]:
         return [sample for sample in samples if _has_label(job, sample, shifts)]
 
-    statistics, search, unseen = splits.statistics, labelled(splits.search), labelled(splits.unseen)
-    if splits.search and not search and unseen:
-        search, unseen = unseen[:1], unseen[1:]
-    elif splits.search and not search:
-        *others, spare = [place for place, sample in enumerate(statistics) if _has_label(job, sample, shifts)]
-        if not others:
-            raise DataError(
-                "Only one sample has a label, and the line search needs one that the statistics did not see. Give more "
-                "labelled samples, or a step_size."
-            )
-        search, statistics = [statistics[spare]], [*statistics[:spare], *statistics[spare + 1 :]]
-    return dataclasses.replace(splits, statistics=statistics, search=search, unseen=unseen)
+    search = labelled(splits.search)
+    if splits.search and not search:
+        raise DataError(
+            f"None of the {len(splits.search)} samples for the line search has a label. Give more labelled samples, or "
+            "a step_size."
+        )
+    return dataclasses.replace(splits, search=search, unseen=labelled(splits.unseen))
 
 
 def _from_everywhere(job: Job, samples: list[Any], shifts: bool) -> list[Any]:

@@ -326,12 +326,9 @@ def test_one_sample_and_a_step(lora_model, samples):
     assert initialize(lora_model(), samples[:1], step_size=0.1).num_samples == 1
 
 
-def test_without_a_label_in_the_samples_of_the_line_search_another_one_is_taken(lora_model, samples):
+def test_no_label_in_the_samples_of_the_line_search(lora_model, samples):
     rows = [unlabelled(s) if number >= 12 else s for number, s in enumerate(samples)]
-    report = initialize(lora_model(), iter(rows), population_size=24)
-    assert (report.num_samples, report.num_search_samples, report.num_unseen_samples) == (11, 1, 0)
-    assert report.search_loss_after <= report.search_loss_before
-    assert report.unseen_loss_before is None
+    refuses(DataError, "line search has a label", lora_model(), iter(rows), population_size=24)
 
 
 def test_samples_without_a_label_are_counted_and_change_nothing_else(lora_model, samples):
