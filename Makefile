@@ -26,7 +26,7 @@ check: $(VENV)/.dev docs  ## format, lint, types, import floors, the links of th
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -80,8 +80,8 @@ def test_both_processes_start_from_a_stored_initialisation_as_one_would(launched
 
 def test_both_processes_search_the_step_together(launched, lora_model):
     model, samples = lora_model(r=4), make_learnable_samples(31)
-    settings = {"samples": samples, "data_collator": collate, "batch_size": 3, "progress": False}
-    report = apply_init(model, launched / "stored_0", **settings)
+    settings = {"samples": samples, "step_size": "line_search", "data_collator": collate, "batch_size": 3}
+    report = apply_init(model, launched / "stored_0", progress=False, **settings)
     found = [result(launched, "searched", process) for process in range(2)]
     assert found[0]["search"] == found[1]["search"]
     assert found[0]["step_size"] == pytest.approx(report.step_size, rel=1e-4)

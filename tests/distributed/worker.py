@@ -88,7 +88,12 @@ def differ(folder):
 
 
 def use_stored(folder):
-    searched = {"samples": make_learnable_samples(31), "data_collator": collate, "batch_size": 3}
+    searched = {
+        "samples": make_learnable_samples(31),
+        "step_size": "line_search",
+        "data_collator": collate,
+        "batch_size": 3,
+    }
     for name, settings in (("used", {}), ("searched", searched)):
         model = make_lora_model(r=4)
         finish(folder, name, model, apply_init(model, folder / "stored_0", progress=False, **settings))
