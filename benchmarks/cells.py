@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from designs import READS
 from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
-from measuring import package_digest, peak_mib, reset_peak
+from measuring import REPOSITORY, package_digest, peak_mib, reset_peak
 from report import LOOKS, wilson_interval
 from tasks import TASKS, Task
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 from lora_da_hf.training.text import choose_block_size, load_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import demo  # noqa: F401 - for compare_inits.py
 import run_clm
 
 TRAINING = ("learning_rate", "steps", "warmup", "max_grad_norm", *LOOKS)

@@ -38,11 +38,11 @@ from typing import Any, Literal
 
 import matplotlib  # noqa: F401 - for the pictures: one that is missing is missed now, not after hours
 import report
-from cells import LastStart, Subject, run_cell
+from cells import LastStart, Subject, demo, run_cell, run_clm
 from designs import PRODUCT, SHARED, check_design, chosen_blocks, key_of, pending, read_design, shared_settings
 from inits import FROZEN, METHODS, READ_SAMPLES, made_by, why_missing
 from lines import add_line, of_subject, read_lines
-from measuring import machine, package_digest
+from measuring import REPOSITORY, machine, package_digest
 from tasks import fetch_model
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -52,11 +52,6 @@ from lora_da_hf.cli.verbs import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.statistics.token_masks import IGNORED_LABEL
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import demo  # noqa: E402 - a script, not a package
-import run_clm  # noqa: E402
 
 
 @dataclass

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from inits import Setup, make_adapter, target_modules, why_missing
-from measuring import machine, peak_mib, reset_peak, write_runs
+from measuring import REPOSITORY, machine, peak_mib, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
 from report import markdown
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ from lora_da_hf.statistics.batches import sample_length
 from lora_da_hf.training.arguments import TextArguments
 from lora_da_hf.training.text import load_file, tokenize
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SEED = 0
 METHODS = ("bare", "initialization")
 PEERS = ("eva", "corda", "lora_ga")

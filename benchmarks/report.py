@@ -35,7 +35,7 @@ USUAL_RANK = 8
 
 MARKERS = "osD^v"  # one for each ten methods of a picture, which repeat the colours
 PICTURED = 1.15
-"""Final losses up to this many times the lowest are in the picture of learning rates."""
+"""Final losses up to this many times the lowest are in the picture of learning rates, and each method's best."""
 
 ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
 
@@ -400,9 +400,10 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
     has_curves = any(len(steps_of_all(at_best_rate(runs)[1])) > 2 for runs in shown.values())
     figure = Figure(figsize=(10 if has_curves else 6, 6), layout="constrained")
     rates_axes, *curve_axes = figure.subplots(1, 1 + has_curves, squeeze=False)[0]
-    means = [mean for runs in shown.values() for mean in rate_losses(runs).values()]
-    lowest = min(means)
-    highest = max(mean for mean in means if mean <= PICTURED * lowest)
+    means = [rate_losses(runs).values() for runs in shown.values()]
+    lowest = min(map(min, means))
+    limit = max([PICTURED * lowest, *(best for best in map(min, means) if math.isfinite(best))])
+    highest = max(mean for losses in means for mean in losses if mean <= limit)
     for number, (name, of_method) in enumerate(shown.items()):
         style = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % len(MARKERS)]}
         rate, runs = at_best_rate(of_method)
