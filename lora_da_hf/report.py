@@ -75,7 +75,7 @@ class LoRADAReport:
         loss_reduction: What the loss of a batch is, and where that is known from.
         step_unit: What the displacements over tokens were divided by, so that a step is the spectral norm that the
             displacement of the layer that goes farthest is brought to; 1 with ``layer_steps="equal"``.
-        step_size: How far step 0 goes; 0 if no step earned its length, and the start is that of plain LoRA; None if the
+        step_size: How far step 0 goes; 0 if no step earned its length, so that B is zero; None if the
             layers' steps differ (`stable_gamma`).
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.

@@ -34,7 +34,7 @@ EXPLAINED = {
     "step size": "spectral norm of the largest layer's displacement. 0: no step lowered the loss, so B is zero",
     "loss": "before and after, on the samples of the search and on held-out samples. Believe the second pair",
     "tokens": "rows in the layer's input second moment",
-    "displacement": "largest singular value of the damped natural gradient step, times its tokens",
+    "displacement": "largest singular value of the layer's displacement before it is divided by its tokens",
     "lowest eigenvalue": "of the guidance matrix: the more negative, the more the first direction is worth",
     "residual": "how exactly the eigenproblem was solved, relative to the largest eigenvalue",
     "|sBA|": "Frobenius norm of what the adapter adds to the weight at step 0",

@@ -142,7 +142,7 @@ def load_manifest(folder: Path) -> Manifest:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), source=str(path))
 
 
-def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[str, ...]:
+def check_base_model(init: StoredInit, base_model: BaseModelFacts) -> tuple[str, ...]:
     """Compare the base that an initialisation was computed for with the one it will be used on.
 
     A quantised base has no fingerprint and is compared by name and revision, which is logged and returned as a note.
@@ -150,7 +150,7 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
     Raises:
         BaseModelMismatchError: naming every difference.
     """
-    stored, notes, found = manifest.base_model, (), list[str]()
+    stored, notes, found = init.manifest.base_model, (), list[str]()
     if stored.weights_sha256 and base_model.weights_sha256:
         if stored.weights_sha256 != base_model.weights_sha256:
             found = ["its weights have another fingerprint (a float16 copy has: load it in float32 or bfloat16)"]
@@ -163,7 +163,7 @@ def check_base_model(manifest: Manifest, base_model: BaseModelFacts) -> tuple[st
         notes = (f"the base was matched by its name, {was!r}, and revision: its weights have no fingerprint",)
     if found:
         raise BaseModelMismatchError(
-            f"This initialisation was computed for {stored.name_or_path!r}, and the model differs: {'; '.join(found)}. "
+            f"{init.folder} was computed for {stored.name_or_path!r}, and the model differs: {'; '.join(found)}. "
             "Use that base, or compute an initialisation for this one."
         )
     for note in notes:

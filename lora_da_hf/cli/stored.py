@@ -11,7 +11,7 @@ from lora_da_hf.artifacts.folders import CardFacts
 from lora_da_hf.cli.verbs import FOLDER, Output, argument, flag, flags_of, in_lines, read, verb
 from lora_da_hf.config import FREE_IN_REFIT
 from lora_da_hf.report import in_columns, kind_of
-from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, setting_of_flag
+from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, ModelArguments, setting_of_flag
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -38,18 +38,36 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
     output.result({**values, **report.to_dict()}, bare=[layer.name for layer in report.layers], text=text)
 
 
-@verb("my-init", FOLDER)
+@verb(
+    "my-init --base_model HuggingFaceTB/SmolLM2-135M",
+    FOLDER,
+    flag("base_model", "load this model and check that the initialisation belongs to it", metavar="MODEL"),
+    flag("model_revision", "its branch, tag or commit (default: main)", default="main"),
+    flag("dtype", "its precision (default: as stored)", default="auto"),
+    flag("trust_remote_code", "run model code that comes with it"),
+)
 def verify(arguments: argparse.Namespace, output: Output) -> None:
-    """Check every file of a stored initialisation."""
-    from lora_da_hf.artifacts.store import load_init
+    """Check every file of a stored initialisation, and that it belongs to a base model."""
+    from lora_da_hf.artifacts.store import check_base_model, load_init
+    from lora_da_hf.hub.cards import base_class_name
+    from lora_da_hf.pipeline.base_model import base_model_facts
+    from lora_da_hf.training.text import load_base
 
     stored = load_init(arguments.folder)
+    if arguments.base_model is not None:
+        output.message(f"Loading {arguments.base_model}")
+        kind = base_class_name(stored.peft_config["task_type"] or "CAUSAL_LM")
+        loading = {name: getattr(arguments, name) for name in ("model_revision", "dtype", "trust_remote_code")}
+        model = load_base(arguments.base_model, ModelArguments(**loading), kind)
+        for note in check_base_model(stored, base_model_facts(model)):
+            output.message(f"Note: {note}.")
     values = {
         "ok": True,
         "folder": str(arguments.folder),
         "files": len(stored.manifest.files),
         "bytes": stored.manifest.num_bytes,
         "layers": len(stored.manifest.layers),
+        "base_model": arguments.base_model or "not compared",
     }
     output.result(values, bare="ok")
 

@@ -76,7 +76,7 @@ def render_card(
         base_name=Path(base.name_or_path).name if base.name_or_path and base_id != base.name_or_path else None,
         base_license=base_license,
         kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
-        auto_class=_TASKS.get(task or "", (None, "AutoModel"))[1],
+        auto_class=base_class_name(task),
         plot=plot,
     )
     metadata = ModelCardData(
@@ -118,6 +118,11 @@ def base_id_of(base: BaseModelFacts, given: str | None = None) -> str | None:
     name = base.name_or_path
     is_on_hub = name and is_repo_id(name) and (base.revision or ("/" in name and not Path(name).is_dir()))
     return given or (name if is_on_hub else None)
+
+
+def base_class_name(task_type: str | None) -> str:
+    """Return the class of transformers that loads a base for PEFT's task type."""
+    return _TASKS.get(task_type or "", (None, "AutoModel"))[1]
 
 
 class Markdown(str):

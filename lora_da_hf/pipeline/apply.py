@@ -159,7 +159,7 @@ def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
     """Read and check an initialisation but for its statistics, which are not used."""
     facts = base_model_facts(model)  # by all processes together, before one of them may fail
     stored = init if isinstance(init, StoredInit) else load_init(init, statistics=False)
-    return dataclasses.replace(stored, notes=check_base_model(stored.manifest, facts))
+    return dataclasses.replace(stored, notes=check_base_model(stored, facts))
 
 
 def _match(job: Job, stored: StoredInit) -> Solved:

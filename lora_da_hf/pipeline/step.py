@@ -100,8 +100,8 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
 
 
 def _noting_no_step(job: Job, step: Step, why: str) -> Step:
-    """Say in report and log that the adapter starts where plain LoRA does, and why."""
-    note = f"{why}: the start is that of plain LoRA"
+    """Say in report and log that B stays zero, and why."""
+    note = f"{why}: B stays zero, as in plain LoRA"
     if job.processes.is_main:
         logger.warning("LoRA-DA: %s.", note)
     losses = {"search_loss_after": step.search_loss_before, "unseen_loss_after": step.unseen_loss_before}

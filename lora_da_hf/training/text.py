@@ -8,9 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_da_hf.errors import ConfigError, DataError
 from lora_da_hf.pipeline.base_model import remember_commit
@@ -28,8 +29,7 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
     AutoConfig.from_pretrained(name, **revision, **trust)  # fails sooner, and says what is missing
     of_model = {} if arguments.tokenizer_name else revision
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, **of_model, **trust)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype, **revision, **trust)
-    remember_commit(model, **revision)
+    model: Any = load_base(name, arguments, "AutoModelForCausalLM")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -40,6 +40,14 @@ def load_model(name: str, arguments: ModelArguments) -> tuple[PreTrainedModel, P
             "belongs to the model."
         )
     return model, tokenizer
+
+
+def load_base(name: str, arguments: ModelArguments, kind: str) -> PreTrainedModel:
+    """Load a model with a class of transformers."""
+    trust, revision = {"trust_remote_code": arguments.trust_remote_code}, arguments.model_revision
+    model = getattr(transformers, kind).from_pretrained(name, dtype=arguments.dtype, revision=revision, **trust)
+    remember_commit(model, revision=revision)
+    return model
 
 
 def choose_block_size(wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

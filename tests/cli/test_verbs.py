@@ -208,6 +208,16 @@ def test_verify_accepts_what_was_written(lora_da, stored):
     assert lora_da("verify", stored, "--quiet")[:2] == (0, "ok\n")
 
 
+def test_verify_compares_the_base_model(lora_da, stored, place, tmp_path, tiny_llama):
+    code, out, err = lora_da("verify", stored, "--base_model", place / "model")
+    assert code == 0, err
+    assert str(place / "model") in out
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    code, _, err = lora_da("verify", stored, "--base_model", tmp_path / "other")
+    assert code == 1
+    assert "base" in err
+
+
 def test_card_goes_to_stdout_or_a_folder_and_replaces_nothing_else(lora_da, stored, tmp_path):
     code, out, _ = lora_da("card", stored, "--license", "apache-2.0", "--language", "en", "--language", "de")
     assert code == 0

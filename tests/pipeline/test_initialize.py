@@ -200,7 +200,7 @@ def test_if_no_step_helps_the_adapter_is_as_peft_made_it_and_the_report_says_so(
     assert report.step_size_by_rank[4] == 0
     assert report.search_loss_after == report.search_loss_before
     assert {layer.update_norm for layer in report.layers} == {0.0}
-    assert any("the start is that of plain LoRA" in note for note in report.notes)
+    assert any("B stays zero, as in plain LoRA" in note for note in report.notes)
     torch.testing.assert_close(adapter_weights(model), fresh, rtol=0, atol=0)
     assert token_loss(model, samples) == before
     assert load_init(tmp_path / "init").report.step_size == 0
@@ -230,7 +230,7 @@ def test_a_gain_on_unseen_samples_that_may_be_chance_is_not_taken(lora_model, sa
     )
     is_chance = changes[1] > 0
     assert (report.step_size == 0) == is_chance
-    assert ("which may be chance: the start is that of plain LoRA" in caplog.text) == is_chance
+    assert ("which may be chance: B stays zero, as in plain LoRA" in caplog.text) == is_chance
 
 
 def test_a_number_is_the_step(lora_model, samples):
