@@ -81,20 +81,20 @@ def harm_table(records: Sequence[Record]) -> list[str]:
 
 
 def parts_table(records: Sequence[Record]) -> list[str]:
-    """List each method and set of settings at the rate and the steps of the parts."""
+    """List each method and set of settings at the rate of the parts."""
     rows: list[list[str]] = []
     short = [record for record in records if record["block"] not in FULL_LENGTH]
-    for (rank, samples, method), cells in grouped(short, "rank", "num_samples", "method").items():
+    for (steps, rank, *more, method), cells in grouped(short, "steps", "rank", "num_samples", "method").items():
         sets: dict[str, list[Record]] = {}
         for record in cells:
             sets.setdefault(json.dumps(record["cell"]["settings"]), []).append(record)
         for settings, found in sets.items():
-            steps = [r["notes"]["step_size"] for r in found if r["notes"].get("step_size") is not None]
-            length = f"{statistics.fmean(steps):.3g}" if steps and method == "lora_da" else ""
+            taken = [r["notes"]["step_size"] for r in found if r["notes"].get("step_size") is not None]
+            length = f"{statistics.fmean(taken):.3g}" if taken and method == "lora_da" else ""
             named = NAMES[method] + (f", {settings.strip('{}')}" if settings != "{}" else "")
             both = [percent(list(scores(found, place).values())) for place in (0, -1)]
-            rows.append([named, str(rank), str(samples), length, *both])
-    return markdown(["start", "rank", "samples", "step", "at step 0", "at the end"], rows)
+            rows.append([named, str(steps), str(rank), *map(str, more), length, *both])
+    return markdown(["start", "steps", "rank", "samples", "step", "at step 0", "at the end"], rows)
 
 
 def main(paths: list[str]) -> None:
@@ -110,7 +110,7 @@ def main(paths: list[str]) -> None:
         parts = [record for record in records if record["block"] not in FULL_LENGTH]
         if parts:
             cell = parts[0]["cell"]
-            lines += [f"What helps: {cell['steps']} steps at {cell['learning_rate']:g}.", "", *parts_table(records), ""]
+            lines += [f"What helps, at {cell['learning_rate']:g}.", "", *parts_table(records), ""]
     Path(paths[0]).with_name("no_harm.md").write_text("\n".join(lines), encoding="utf-8")
 
 
