@@ -56,7 +56,7 @@ class TextArguments:
     data_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "How often each of several sources is drawn from. None: they are joined one after the other."
+            "help": "How often each of several sources is drawn from, until one is used up. None: all rows of all."
         },
     )
 

@@ -77,13 +77,16 @@ def load_data_set(name: str, configuration: str | None, *, split: str | None = N
 
 
 def mixed(parts: list[Any], weights: list[float] | None) -> Rows:
-    """Join rows of several sources: one after the other, or drawn by weights until each was read to its end."""
+    """Join rows of several sources: one after the other, or drawn by weights until one is used up.
+
+    No row comes twice: held-out rows would be among the others.
+    """
     if weights is not None and len(weights) != len(parts):
         raise ConfigError(f"--data_weights has {len(weights)} numbers for {len(parts)} sources. Give one for each.")
     if weights is None or len(parts) == 1:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     shares = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(parts, shares, seed=0, stopping_strategy="all_exhausted")
+    return interleave_datasets(parts, shares, seed=0, stopping_strategy="first_exhausted")
 
 
 def _load(name: str, *source: Any, **options: Any) -> Any:

@@ -240,10 +240,9 @@ def test_several_files_are_joined_or_drawn_by_weight(model_dir, tmp_path, sample
     run_clm.main(flags(model_dir, tmp_path / "out", *more))
     assert len(samples["train"]) == 16
     run_clm.main(flags(model_dir, tmp_path / "out", *more, "--data_weights", 4, 1))
-    drawn = [sample["input_ids"] for sample in samples["train"]]
-    rare = [drawn.count(sample) for sample in {tuple(ids): ids for ids in drawn}.values()]
-    assert len(drawn) > 24
-    assert len(rare) == 16
+    drawn = [tuple(sample["input_ids"]) for sample in samples["train"]]
+    assert len(set(drawn)) == len(drawn)  # a row that comes twice could be held out and trained on
+    assert 8 <= len(drawn) < 16
     with pytest.raises(LoRADAError, match="one for each"):
         run_clm.main(flags(model_dir, tmp_path / "out", *more, "--data_weights", 4))
 
