@@ -132,6 +132,7 @@ def _write(
             notes += (*of_samples, *probe.notes)
         elif stored.report.unseen_loss_after is not None:
             notes.append(f"{_figures_of_author(stored.report)}; no loss was measured here")
+            job.say(f"LoRA-DA: {notes[-1]}")
         if searches and probe is not None:
             step = find_step(job, solved, probe, for_other_ranks=False)
         elif is_given:

@@ -187,7 +187,7 @@ def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> 
     if step.search:
         return _noting_no_step(job, step, why_not), _write(job, solved, 0.0, fresh)
     if job.processes.is_main:
-        logger.warning("LoRA-DA: %s. Give more samples, or train from the plain adapter.", why_not)
+        logger.warning("LoRA-DA: %s. Search the step on this data, or train from the plain adapter.", why_not)
     return step.noting(why_not), layers
 
 

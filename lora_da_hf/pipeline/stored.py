@@ -84,12 +84,12 @@ def stored_step(
         return step, f"step {step:.4g}, which was given"
     changed = list(dict.fromkeys((*(manifest.refitted_from.changed if manifest.refitted_from else ()), *changed)))
     since = f"; it was searched before {', '.join(changed)} changed" if changed else ""
+    if len(ranks) < len(manifest.layers):
+        since += f"; it was searched with {len(manifest.layers) - len(ranks)} more layers"
     if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
         where = "stored" if manifest.refitted_from else "searched"
-        others = len(manifest.layers) - len(ranks)
-        which = f"these layers and {others} others together" if others else "these ranks"
         as_plain = "" if step else ": B stays zero, as in plain LoRA"
-        return step, f"step {step:.4g}, as {where} for {which}{since}{as_plain}"
+        return step, f"step {step:.4g}, as {where} for these ranks{since}{as_plain}"
     rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
     low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
     high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))

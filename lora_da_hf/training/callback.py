@@ -231,7 +231,8 @@ def _line(report: LoRADAReport) -> str:
         found = f"held-out loss {before:.4f} -> {after:.4f}"
     step = "one a layer" if report.step_size is None else f"{report.step_size:.3g}"
     step = "0: B is zero, as in plain LoRA" if report.step_size == 0 else step
-    source = f"from {report.init_from}" if report.init_from else f"{report.num_samples} samples"
+    start = report.artifact if (report.init_from or "").startswith("sha256:") else report.init_from
+    source = f"from {start}" if start else f"{report.num_samples} samples"
     return f"LoRA-DA: {found} in {report.total_seconds:.0f} s ({source}, step {step})"
 
 

@@ -243,6 +243,9 @@ def test_the_report_says_what_was_done_and_from_what(stored_init, lora_model):
     assert report.search_loss_before is None
     assert any(note.startswith("10 stored layers") for note in report.notes)
     assert report.init_from in str(report)
+    narrower = apply_init(lora_model(r=2, target_modules=["q_proj", "v_proj"]), stored)
+    for made in (report, narrower):
+        assert any(note.endswith("searched with 10 more layers") for note in made.notes)
 
 
 def test_a_second_time_is_refused(stored_init, lora_model):
