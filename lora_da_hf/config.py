@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from lora_da_hf.errors import ConfigError
+from lora_da_hf.errors import ConfigError, do_you_mean
 
 _DAMPING = re.compile(r"([\d.]+(?:e[+-]?\d+)?) *(?:\* *(mean|median))?", re.IGNORECASE)
 
@@ -63,9 +62,9 @@ def in_words(cls: type[Settings]) -> type[Settings]:
     validated = cls.__init__
 
     @functools.wraps(validated)
-    def init(self: Any, **settings: Any) -> None:
+    def init(self: Any, *unnamed: Any, **settings: Any) -> None:
         try:
-            validated(self, **settings)
+            validated(self, *unnamed, **settings)
         except ValidationError as error:
             raise ConfigError(_first_error(error, list(cls.__annotations__))) from None
 
@@ -78,8 +77,9 @@ def _first_error(error: ValidationError, names: Sequence[str]) -> str:
     first = errors[0]
     place = first["loc"][:1]
     if first["type"] == "unexpected_keyword_argument":
-        close = difflib.get_close_matches(str(place[0]), names, n=1)
-        return f"{place[0]!r} is not a setting." + (f" Do you mean {close[0]!r}?" if close else "")
+        return f"{place[0]!r} is not a setting.{do_you_mean(str(place[0]), names)}"
+    if first["type"] == "unexpected_positional_argument":
+        return f"{first['input']!r} has no name. Settings are given by name, such as {names[0]}=256."
     texts = [re.sub("^(Value error, |Input should )", "", e["msg"]) for e in errors if e["loc"][:1] == place]
     asked = " or ".join(texts).replace("greater than or equal to", "at least").replace("or be ", "or ")
     return f"{place[0]}={first['input']!r} must {asked}." if place else asked
@@ -200,6 +200,13 @@ class LoRADAConfig:
     def searches_step(self) -> bool:
         """Whether the step is found by a line search."""
         return self.step_size == "line_search"
+
+    @classmethod
+    def of(cls, given: LoRADAConfig | None) -> LoRADAConfig:
+        """Return the settings that were given, or the preset; anything else is a ConfigError."""
+        if given is not None and not isinstance(given, cls):
+            raise ConfigError(f"The settings must be a LoRADAConfig(...), not a {type(given).__name__}.")
+        return given or cls()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

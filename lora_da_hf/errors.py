@@ -5,6 +5,9 @@ Each message says what failed, for which layer or file, what was found, and the 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class LoRADAError(Exception):
     """Base of every error of this library."""
@@ -60,3 +63,9 @@ class BaseModelMismatchError(ArtifactError):
 
 class HubError(LoRADAError, RuntimeError):
     """The Hub refused, could not be reached, or does not have what was asked for."""
+
+
+def do_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that names what was probably meant, to stand behind an error; empty if nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Do you mean {close[0]!r}?" if close else ""

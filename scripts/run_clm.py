@@ -14,7 +14,6 @@ Examples:
 """
 
 import argparse
-import difflib
 import json
 import logging
 import math
@@ -28,7 +27,6 @@ import transformers
 import yaml
 from datasets import IterableDataset
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from peft import get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
     HfArgumentParser,
@@ -46,12 +44,13 @@ from lora_da_hf.adapters.write import freeze_a
 from lora_da_hf.artifacts.folders import check_writable
 from lora_da_hf.cli.verbs import explain
 from lora_da_hf.config import setting
-from lora_da_hf.errors import ConfigError, DataError
+from lora_da_hf.errors import ConfigError, DataError, do_you_mean
 from lora_da_hf.training.arguments import (
     LoraArguments,
     LoRADAArguments,
     ModelArguments,
     TextArguments,
+    with_adapter,
 )
 from lora_da_hf.training.text import (
     Rows,
@@ -174,7 +173,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             flags, return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
-            raise ConfigError(f"unknown argument {unknown[0]!r}{suggestion(parser, unknown[0])}")
+            raise ConfigError(f"unknown argument {unknown[0]!r}.{suggestion(parser, unknown[0])}")
         return Arguments(*parsed)
     except ValueError as error:
         parser.error(str(error))
@@ -202,15 +201,14 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     known = {action.dest for action in parser._actions}
     for name in values:
         if name not in known:
-            parser.error(f"config file {path}: unknown setting {name!r}{suggestion(parser, str(name))}")
+            parser.error(f"config file {path}: unknown setting {name!r}.{suggestion(parser, str(name))}")
     return values
 
 
 def suggestion(parser: argparse.ArgumentParser, name: str) -> str:
     """Name the flag that was probably meant."""
     known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(name.lstrip("-").partition("=")[0], known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists all"
+    return do_you_mean(name.lstrip("-").partition("=")[0], known) or " --help lists all."
 
 
 def find_checkpoint(training: TrainingArguments) -> str | None:
@@ -296,7 +294,7 @@ def make_trainer(
         "processing_class": tokenizer,
     }
     set_seed(arguments.training.seed)  # so that both start from the same random adapter
-    model = get_peft_model(model, arguments.adapter.to_peft())
+    model = with_adapter(model, arguments.adapter.to_peft())
     if arguments.adapter.init == "lora":
         if arguments.da.da_freeze_a:
             freeze_a(model)
@@ -345,9 +343,10 @@ def last_evaluation(trainer: Trainer) -> dict[str, float] | None:
 
 
 def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Plot training and validation loss by step, if any was logged; without matplotlib, say so instead."""
+    """Plot training and validation loss by step, each if it was logged twice; without matplotlib, say so instead."""
     curves = {label: [(x["step"], x[name]) for x in history if name in x] for name, label in LOSSES.items()}
-    if not any(curves.values()):
+    curves = {label: points for label, points in curves.items() if len(points) > 1}  # one dot is no curve
+    if not curves:
         return
     try:
         from matplotlib.figure import Figure
@@ -357,8 +356,7 @@ def draw_loss_curve(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, points in curves.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else "")
+        axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else "")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()

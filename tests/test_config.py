@@ -68,6 +68,8 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_right_one():
         LoRADAConfig(num_sample=3)
     with pytest.raises(ConfigError, match="'zeta' is not a setting"):
         LoRADAConfig(zeta=1)
+    with pytest.raises(ConfigError, match="by name, such as num_samples"):
+        LoRADAConfig(3)
 
 
 def test_a_line_search_needs_samples_and_a_fixed_step_none():

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.cli.verbs import MODEL, Output, argument, flag, flags_of, read, verb
-from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
+from lora_da_hf.training.arguments import (
+    LoraArguments,
+    LoRADAArguments,
+    ModelArguments,
+    TextArguments,
+    loader_of,
+    with_adapter,
+)
 
 
 @verb(
@@ -31,7 +38,6 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     lora = read(LoraArguments, arguments).to_peft()
 
     from accelerate import PartialState
-    from peft import get_peft_model
     from transformers import set_seed
 
     from lora_da_hf.pipeline import initialize_lora_da
@@ -46,7 +52,7 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     samples = tokenize("training", rows, tokenizer, choose_block_size(text.block_size, model, tokenizer), text)
     set_seed(DEFAULT_SEED)
     report = initialize_lora_da(
-        get_peft_model(model, lora).to(PartialState().device),
+        with_adapter(model, lora).to(PartialState().device),
         samples,
         config=settings,
         output_dir=arguments.output,

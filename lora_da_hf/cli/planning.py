@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_da_hf.adapters.experts import experts_skipped
@@ -12,7 +12,7 @@ from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.pipeline.plan import Plan, budget_bytes, groups_of, make_plan, solver_threads, usable_memory
 from lora_da_hf.statistics.taps import find_shared_inputs
-from lora_da_hf.training.arguments import ModelArguments
+from lora_da_hf.training.arguments import ModelArguments, with_adapter
 
 
 def plan_of(
@@ -29,7 +29,7 @@ def plan_of(
         dtype = getattr(of_model, "dtype", None) if loading.dtype == "auto" else getattr(torch, loading.dtype)
         model = AutoModelForCausalLM.from_config(of_model, dtype=dtype or torch.float32, **trust)
         model.config.pad_token_id = None  # the pass would look for it in tokens that have no values
-        model, ids = get_peft_model(model, lora), torch.zeros(1, 8, dtype=torch.long)
+        model, ids = with_adapter(model, lora), torch.zeros(1, 8, dtype=torch.long)
     scan = find_targets(model)
     layers = {target.name: target.base_layer for target in scan.targets}
     with torch.no_grad(), adapters_off(scan.targets), experts_skipped(model):

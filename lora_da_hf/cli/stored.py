@@ -24,17 +24,19 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
 
     manifest = load_init(arguments.folder).manifest
     report, base = manifest.report, manifest.base_model
+    modules = Counter(kind_of(layer.name) for layer in report.layers)
     values = {
         "folder": str(arguments.folder),
         "base_model": base.name_or_path,
         "base_revision": base.revision,
         "created": manifest.created,
         "max_rank": max(layer.max_rank for layer in report.layers),
-        "modules": dict(Counter(kind_of(layer.name) for layer in report.layers)),
+        "modules": dict(modules),
         "has_statistics": bool(manifest.statistics_files),
         "bytes": manifest.num_bytes,
     }
-    text = f"{in_lines(values)}\n\n{report}"
+    counted = ", ".join(f"{name} x {count}" for name, count in modules.items())
+    text = f"{in_lines({**values, 'modules': counted})}\n\n{report}"
     output.result({**values, **report.to_dict()}, bare=[layer.name for layer in report.layers], text=text)
 
 

@@ -116,8 +116,8 @@ def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRA
         write_heads(heads, of_heads)
         for layer, lora_A, lora_B in zip(report.layers, factors[::2], factors[1::2], strict=True):
             write_factors(job.targets[layer.name], lora_A, lora_B)
-    note = f"found in {folder}: made before with the same model, adapter, samples and settings"
-    job.say(f"LoRA-DA {note}")
+    note = f"reusing {folder}, which was made before with the same model, adapter, samples and settings"
+    job.say(f"LoRA-DA: {note}")
     facts: dict[str, Any] = {"seconds": job.seconds, "config": job.config.to_dict(), "artifact": str(folder)}
     return dataclasses.replace(report, notes=[*report.notes, note], **facts), ()
 

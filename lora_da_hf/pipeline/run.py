@@ -92,7 +92,7 @@ def initialize_lora_da(
 
     If this raises, the model and its adapter stay as they were, except what several processes hold in parts.
     """
-    model, config = unwrapped(model), config or LoRADAConfig()
+    model, config = unwrapped(model), LoRADAConfig.of(config)
     folder = None if output_dir is None else Path(output_dir)
     if population_size is not None and population_size < 1:
         raise ConfigError(f"population_size={population_size!r} must be at least 1.")

@@ -101,7 +101,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
 
 def _noting_no_step(job: Job, step: Step, why: str) -> Step:
     """Say in report and log that B stays zero, and why."""
-    note = f"{why}: B stays zero, as in plain LoRA"
+    note = f"{why}, so B stays zero, as in plain LoRA"
     if job.processes.is_main:
         logger.warning("LoRA-DA: %s.", note)
     losses = {"search_loss_after": step.search_loss_before, "unseen_loss_after": step.unseen_loss_before}
@@ -200,7 +200,7 @@ def _compare(step: Step, before: Losses, after: Losses) -> tuple[Step, str | Non
     known = error if math.isfinite(error) else None  # one sample tells none
     step = replace(step, unseen_loss_after=after.mean, unseen_loss_error=known)
     if gain <= 0:
-        return step, f"{unseen} did not fall: it went from {before.mean:.4f} to {after.mean:.4f}"
+        return step, f"{unseen} did not fall (from {before.mean:.4f} to {after.mean:.4f})"
     if step.search and gain <= error:
         return step, f"{unseen} fell by {gain:.4f} ± {error:.4f}, which may be chance"
     return step, None

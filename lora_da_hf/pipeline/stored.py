@@ -88,13 +88,13 @@ def stored_step(
         since += f"; it was searched with {len(manifest.layers) - len(ranks)} more layers"
     if all(manifest.layers[name].rank == rank for name, rank in ranks.items()):
         where = "stored" if manifest.refitted_from else "searched"
-        as_plain = "" if step else ": B stays zero, as in plain LoRA"
+        as_plain = "" if step else ", so B stays zero, as in plain LoRA"
         return step, f"step {step:.4g}, as {where} for these ranks{since}{as_plain}"
     rank = math.exp(sum(map(math.log, ranks.values())) / len(ranks))
     low = max((r for r in steps if r <= rank * (1 + 1e-9)), default=min(steps))
     high = min((r for r in steps if r >= rank * (1 - 1e-9)), default=max(steps))
     if not steps[low] or not steps[high]:
-        return 0.0, f"step 0: for rank {low} or rank {high} no step helped{since}: B stays zero, as in plain LoRA"
+        return 0.0, f"step 0: for rank {low} or rank {high} no step helped{since}, so B stays zero, as in plain LoRA"
     share = math.log(rank / low) / math.log(high / low) if high != low else 0.0
     between = steps[low] ** (1 - share) * steps[high] ** share
     rungs = f"searched for rank {low}" if high == low else f"interpolated between those of ranks {low} and {high}"

@@ -104,6 +104,16 @@ class LoraArguments:
         )
 
 
+def with_adapter(model: Any, lora: "LoraConfig") -> Any:
+    """Put an adapter on a model, or say what PEFT has against it: names of layers that are not there, for one."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"PEFT cannot make this adapter: {error}") from error
+
+
 def _to_config(flags: Any) -> LoRADAConfig:
     names = [entry.name for entry in dataclasses.fields(LoRADAConfig)]
     return LoRADAConfig(**{name: setting_of_flag(name, getattr(flags, PREFIX + name)) for name in names})

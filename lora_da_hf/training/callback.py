@@ -20,7 +20,7 @@ from lora_da_hf.artifacts.store import StoredInit, is_repo_id, load_manifest
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import NOT_SPLIT
-from lora_da_hf.errors import ArtifactError, ConfigError, DataError, UnsupportedSetupError
+from lora_da_hf.errors import ArtifactError, ConfigError, DataError, HubError, UnsupportedSetupError
 from lora_da_hf.losses import as_in_training_alone, base_model_of, input_device, loss_of
 from lora_da_hf.pipeline import apply_init, initialize_lora_da
 from lora_da_hf.report import LoRADAReport
@@ -54,7 +54,7 @@ class LoRADACallback(TrainerCallback):
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
-        ConfigError: if ``search_step`` is given without ``init_from``.
+        ConfigError: if ``search_step`` is given without ``init_from``, or an argument is of another kind or unknown.
     """
 
     def __init__(
@@ -65,10 +65,16 @@ class LoRADACallback(TrainerCallback):
         data_collator: RawCollate | None = None,
         init_from: str | Path | None = None,
         search_step: bool = False,
+        **others: Any,
     ) -> None:
+        if others:
+            name = next(iter(others))
+            raise ConfigError(
+                f"LoRADACallback has no argument {name!r}. Settings go into its first: LoRADAConfig(num_samples=...)."
+            )
         if search_step and init_from is None:
             raise ConfigError("search_step needs init_from: without it the config's step_size says how it is found.")
-        self.config = config or LoRADAConfig()
+        self.config = LoRADAConfig.of(config)
         self.init_from = init_from
         self.search_step = search_step
         self.train_dataset = train_dataset
@@ -250,7 +256,10 @@ def find_init(init_from: str | Path) -> Path | StoredInit:
         raise ConfigError(f"init_from={str(init_from)!r} is neither a folder that exists nor user/repo@revision.")
     from lora_da_hf.hub import pull_init  # needed for this alone
 
-    return pull_init(repo_id, revision=revision or None, statistics=False)
+    try:
+        return pull_init(repo_id, revision=revision or None, statistics=False)
+    except HubError as error:
+        raise HubError(f"There is no folder {str(init_from)!r}, and on the Hub: {error}") from error
 
 
 def _refuse_unsupported_parallelism(args: TrainingArguments) -> None:

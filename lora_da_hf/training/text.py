@@ -103,6 +103,11 @@ def _load(name: str, *source: Any, **options: Any) -> Any:
 def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_size: int, data: TextArguments) -> Rows:
     """Turn the rows of one split into samples with input ids, attention mask and labels."""
     columns = used_columns(name, rows, data)
+    if (data.messages_column or data.use_chat_template) and tokenizer.chat_template is None:
+        raise ConfigError(
+            "The tokenizer has no chat template. Name one that has, such as that of the model's instruct version, with "
+            "--tokenizer_name, or give pairs of text without --use_chat_template."
+        )
     logger.info("The %s data: %s", name, " and ".join(columns))
     if data.by_row:
         encode = partial(_encode_rows, tokenizer=tokenizer, columns=columns, block_size=block_size, data=data)
@@ -118,6 +123,12 @@ def tokenize(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, block_si
         logger.warning(
             "Left out: %d of %d %s rows, which have no completion, or none after cutting to %d tokens (--block_size).",
             *(len(rows) - len(samples), len(rows), name, block_size),
+        )
+    cut = sum(len(ids) == block_size for ids in samples["input_ids"]) if data.by_row else 0
+    if cut:
+        logger.warning(
+            "Cut: %d of %d %s rows fill %d tokens (--block_size), and what is beyond is left out.",
+            *(cut, len(rows), name, block_size),
         )
     return samples
 

@@ -154,7 +154,7 @@ def test_an_adapter_of_transformers_own_is_stored_too(tmp_path, tiny_llama, samp
     load_init(tmp_path / "init")
     again = tiny_llama()
     again.add_adapter(make_lora_config())
-    assert any(note.startswith("found in") for note in initialize(again, samples, tmp_path / "init").notes)
+    assert any(note.startswith("reusing") for note in initialize(again, samples, tmp_path / "init").notes)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
     assert torch.equal(logits(loaded, samples), logits(model, samples))
 
@@ -190,7 +190,7 @@ def test_ranks_of_their_own_are_stored_with_the_scaling_that_r_and_alpha_alone_t
         assert relative_error(update, 0.1 * basis.basis_B[:, : layer.rank] @ basis.basis_A[: layer.rank]) < 1e-5
     again = lora_model(r=4, lora_alpha=alpha(4), use_rslora=use_rslora, **patterns)
     assert any(
-        note.startswith("found in") for note in initialize(again, samples, tmp_path / "init", step_size=0.1).notes
+        note.startswith("reusing") for note in initialize(again, samples, tmp_path / "init", step_size=0.1).notes
     )
 
 

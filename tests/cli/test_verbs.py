@@ -69,7 +69,7 @@ def test_init_takes_several_files(lora_da, place, cache, tmp_path):
 def test_init_finds_its_own_again_and_replaces_nothing_of_yours(lora_da, place, stored, cache, tmp_path):
     words = [place / "model", place / "train.jsonl", stored, *PAIRS, *SMALL, "--da_max_rank", 4]
     code, out, err = lora_da("init", *words)
-    assert (code, "found in" in out) == (0, True), err
+    assert (code, "reusing" in out) == (0, True), err
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     code, _, err = lora_da("init", place / "model", place / "train.jsonl", tmp_path, *PAIRS, *SMALL)
     assert (code, "thesis.tex" in err) == (1, True)
@@ -197,6 +197,7 @@ def test_show_has_three_forms(lora_da, stored):
     assert (code, err) == (0, "")
     assert "model.layers.0.self_attn.q_proj" in out
     assert "max rank        4" in out
+    assert "q_proj x 2, k_proj x 2" in out
     facts = json.loads(lora_da("show", stored, "--json")[1])
     assert (facts["max_rank"], facts["modules"]["q_proj"], facts["num_samples"]) == (4, 2, 12)
     assert lora_da("show", stored, "--quiet")[1].split() == [layer["name"] for layer in facts["layers"]]

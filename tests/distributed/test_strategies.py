@@ -170,11 +170,11 @@ def test_what_else_a_strategy_can_do_starts_from_what_was_written(launched, stra
 @every_strategy
 def test_a_second_start_finds_what_the_first_one_made(launched, tmp_path, strategy):
     for process in range(2):
-        assert result(launched(strategy), "again", process)["report"]["notes"][-1].startswith("found in")
+        assert result(launched(strategy), "again", process)["report"]["notes"][-1].startswith("reusing")
     folder = shutil.copytree(launched(strategy) / "plain_fp32" / "lora_da", tmp_path / "init")
     model = get_peft_model(make_base(), lora_config())
     report = initialize(model, samples(), folder, config=da_config())  # and so does one process
-    assert report.notes[-1].startswith("found in")
+    assert report.notes[-1].startswith("reusing")
     assert_same_tensors(adapter_weights(model), written_adapter(folder))
 
 

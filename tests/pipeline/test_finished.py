@@ -45,7 +45,7 @@ def initialize(model, samples, folder, loss=None, **settings):
 
 
 def was_found(report):
-    return any(note.startswith("found in") for note in report.notes)
+    return any(note.startswith("reusing") for note in report.notes)
 
 
 def test_a_second_start_with_the_same_facts_skips_the_pass(tmp_path, lora_model, samples):

@@ -166,7 +166,7 @@ def test_the_fitted_head_is_stored_and_found_again(tmp_path):
     initialize(first, samples, tmp_path / "init", collator=collate_classes, **SETTINGS)
     again = llama()
     report = initialize(again, samples, tmp_path / "init", collator=collate_classes, **SETTINGS)
-    assert any(note.startswith("found in") for note in report.notes)
+    assert any(note.startswith("reusing") for note in report.notes)
     other = llama()
     for parameter in other.get_base_model().score.modules_to_save["default"].parameters():
         torch.nn.init.normal_(parameter)

@@ -261,6 +261,7 @@ def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path
     assert samples["train"]["input_ids"][:] == [[1, *ids], [1, ids[2], 2]]
     assert samples["train"]["labels"][:] == [[-100, -100, -100, *ids[2:]], [-100, ids[2], 2]]
     assert "Left out: 2 of 4 train rows" in caplog.text
+    assert "Cut: 1 of 4 train rows" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------- results
@@ -388,7 +389,7 @@ DATA = ["--do_train", "--dataset_name", "d"]
         ([*DATA, "--train_file", "a.csv"], "not both"),
         ([*DATA, "--use_chat_template"], "--prompt_column"),
         ([*DATA, "--streaming"], "--max_steps"),
-        ([*DATA, "--lora_rnak", "2"], "did you mean 'lora_rank'?"),
+        ([*DATA, "--lora_rnak", "2"], "Do you mean 'lora_rank'?"),
         ([*DATA, "--da_num_samples", "0"], "num_samples"),
         ([*DATA, "--init", "lora", "--init_from", "x"], "--init_from"),
         ([*DATA, "--resume_from_checkpoint", "last"], "holds no checkpoint"),
@@ -404,7 +405,7 @@ def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'. Do you mean 'learning_rate'?"),
         ('{"learning_rate": "fast"}', "invalid float value"),
     ],
 )
@@ -421,6 +422,7 @@ def test_wrong_config_file(capsys, tmp_path, text, message):
         (["--text_column", "answer", "--block_size", "64", "--do_eval"], "--block_size 64. Lower it"),
         ([*PAIR_FLAGS, "--block_size", "3"], "--block_size 3. Raise it"),
         ([*PAIR_FLAGS, "--streaming", "--do_eval"], "give --validation_file"),
+        ([*PAIR_FLAGS, "--target_modules", "nope"], "'nope'"),
     ],
 )
 def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
@@ -487,7 +489,7 @@ def test_columns_that_are_not_text(model_dir, tmp_path, value):
     ("change", "message"),
     [
         (lambda tokenizer: tokenizer.add_tokens(["another"]), "use the tokenizer that belongs to the model"),
-        (lambda tokenizer: setattr(tokenizer, "chat_template", None), "chat_template"),
+        (lambda tokenizer: setattr(tokenizer, "chat_template", None), "no chat template"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit(model_dir, tmp_path, pairs_file, change, message):
@@ -495,5 +497,5 @@ def test_a_tokenizer_that_does_not_fit(model_dir, tmp_path, pairs_file, change, 
     change(tokenizer)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     more = ["--tokenizer_name", tmp_path / "tokenizer", *PAIR_FLAGS, "--use_chat_template", "--do_train"]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(LoRADAError, match=message):
         run_clm.main(flags(model_dir, tmp_path / "out", "--train_file", pairs_file, *more))

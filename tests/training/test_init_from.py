@@ -21,7 +21,7 @@ from transformers import Trainer
 import lora_da_hf.training.callback
 from lora_da_hf import LoRADACallback, apply_init
 from lora_da_hf.artifacts.store import load_init
-from lora_da_hf.errors import ConfigError
+from lora_da_hf.errors import ConfigError, HubError
 from lora_da_hf.training.callback import find_init
 
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -138,6 +138,12 @@ def test_a_folder_of_that_name_comes_first(tmp_path, stored_init, lora_model, pu
 def test_a_name_that_is_neither_is_an_error(name):
     with pytest.raises(ConfigError, match="neither a folder that exists nor user/repo@revision"):
         find_init(name)
+
+
+def test_a_misspelt_folder_with_a_slash_is_called_one(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="no folder 'outputs/my-int'"):
+        find_init("outputs/my-int")
 
 
 @pytest.mark.parametrize("with_callback", [False, True])
