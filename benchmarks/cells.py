@@ -61,6 +61,7 @@ class Subject:
         kinds: Classes of its linear layers.
         statistics: Where this package's statistics of the samples are kept; None: nowhere.
         task: What is learnt other than to predict text, with a linear decay of the rate and batches of like lengths.
+        choice: Samples of the task that a rate may be chosen by.
         num_labels: Of the task.
     """
 
@@ -73,6 +74,7 @@ class Subject:
     kinds: frozenset[type[nn.Module]]
     statistics: Path | None = None
     task: Task | None = None
+    choice: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     num_labels: int = 0
 
     @classmethod
@@ -80,6 +82,7 @@ class Subject:
         """Load the data of a task, and its model."""
         task = TASKS[name]
         parts, num_labels = task.samples(folder)
+        choice = parts.pop("choice")
         facts = {
             "model": folder.name,
             "dtype": "float32",
@@ -95,6 +98,7 @@ class Subject:
             weights_sha256=base_model_facts(model).weights_sha256,
             kinds=frozenset(map(type, linear_layers(model).values())),
             task=task,
+            choice=choice,
             num_labels=num_labels,
             **parts,
         )
@@ -350,7 +354,10 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
             Measured.reset()
     finished = math.isfinite(train_losses[-1]) if train_losses else True
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    of_task = {} if task is None else {"metric": task.metric, "scores": scores}
+    of_task: dict[str, Any] = {}
+    if task is not None:
+        choice = [number(value) for value in task.evaluate(model, setup.collate, subject.choice)]
+        of_task = {"metric": task.metric, "scores": scores, "choice": choice}
     return {
         **of_task,
         "losses": [[step, number(loss)] for step, loss in losses],

