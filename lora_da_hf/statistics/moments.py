@@ -13,13 +13,38 @@ _BLOCK = 256
 _WIDE = 1024
 
 
+def multiplies_half_precision(device: torch.device) -> bool:
+    """Tell whether a device multiplies half precision as it is into float32 sums: CUDA does, from torch 2.8 on.
+
+    Such products are exact in float32, so nothing is gained where rows are widened first.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    is_known = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
+    return is_known and has_kernel("aten::mm.dtype", device.type.upper())
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * left^T right`` to ``total``, of rows in its dtype or in half precision where that is multiplied."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.mT, right, alpha=scale)
+    else:  # addmm takes float32 sums and rows in half precision from torch 2.10 on
+        total.add_(torch.mm(left.mT, right, out_dtype=total.dtype), alpha=scale)
+
+
+def column_squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the squares of each column, ``[d]``, without a copy of rows in half precision."""
+    if rows.dtype == dtype:
+        return rows.square().sum(dim=0)
+    return torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
+
+
 def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:
     """Add ``rows^T rows`` to the upper block triangle of ``total [d, d]``, at about half the cost of all of it."""
     width = total.shape[0]
     block = _BLOCK if width >= _WIDE else _BLOCK // 2
     for start in range(0, width, block):
         stop = min(start + block, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+        add_product_(total[start:stop, start:], rows[:, start:stop], rows[:, start:])
 
 
 def mirror_upper_(total: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_da_hf.errors import StatisticsError
-from lora_da_hf.statistics.moments import add_symmetric_product_, full_precision
+from lora_da_hf.statistics.moments import (
+    add_product_,
+    add_symmetric_product_,
+    column_squares,
+    full_precision,
+    multiplies_half_precision,
+)
 from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded, rows_that_count
 
 
@@ -156,19 +162,24 @@ class Taps:
             return
         device = tap.squares.device
         with torch.no_grad(), full_precision(device.type):
-            x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device, self._dtype)
-            g = grad.reshape(-1, grad.shape[-1]).to(device, self._dtype)
+            x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device)
+            g = grad.reshape(-1, grad.shape[-1]).to(device)
             if self._of_norms:
-                x, g = x.norm(dim=1, keepdim=True), g.norm(dim=1, keepdim=True)
-            if self.gradient_scale != 1.0:
-                g = g / self.gradient_scale
-            tap.weight_grad.addmm_(g.mT, x)
+                x, g = (rows.norm(dim=1, keepdim=True, dtype=self._dtype) for rows in (x, g))
+            if not (x.dtype == g.dtype and self._stays_half(x)):
+                x, g = x.to(self._dtype), g.to(self._dtype)
+            scale = 1.0 / self.gradient_scale
+            add_product_(tap.weight_grad, g, x, scale)
             g = g if kept is None else g.index_select(0, kept.to(device))
-            tap.squares += g.square().sum(dim=0)
+            tap.squares.add_(column_squares(g, self._dtype), alpha=scale**2)
             tap.num_tokens += g.shape[0]
             if tap.leader is None:
                 x = x if kept is None else x.index_select(0, kept.to(device))
                 add_symmetric_product_(tap.input_moment, x)
+
+    def _stays_half(self, rows: Tensor) -> bool:
+        is_half = self._dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)
+        return is_half and multiplies_half_precision(rows.device)
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:

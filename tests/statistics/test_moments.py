@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from harness import relative_error
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_da_hf.statistics.moments import (
     add_symmetric_product_,
@@ -10,6 +13,8 @@ from lora_da_hf.statistics.moments import (
     pack_upper,
     unpack_upper,
 )
+from lora_da_hf.statistics.taps import Taps
+from lora_da_hf.statistics.token_masks import BatchTokens
 
 
 @pytest.mark.parametrize("width", [1, 5, 256, 257, 600])
@@ -49,3 +54,52 @@ def test_full_precision_is_on_inside_and_restored_even_after_an_error(before):
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision(saved)
+
+
+class ShapesMade(TorchDispatchMode):
+    """Notes the shapes of the float32 tensors that operations make inside."""
+
+    def __enter__(self):
+        self.seen = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.seen.add(tuple(made.shape))
+        return made
+
+
+def sums_of(inputs, grads, scale, mask):
+    """Return the sums of a tap on a layer that is fed these rows in batches, and the shapes that were made for them."""
+    layer = nn.Linear(inputs.shape[1], grads.shape[1], dtype=inputs.dtype)
+    widths, alone = {"layer": (inputs.shape[1], grads.shape[1])}, {"layer": "layer"}
+    taps = Taps({"layer": layer}, widths=widths, shared_inputs=alone, devices={"layer": torch.device("cpu")})
+    taps.tokens, taps.gradient_scale = BatchTokens(num_samples=1, label_counts=None, masks=(mask[None],)), scale
+    with taps.attached(), ShapesMade() as made:
+        for x, g in zip(inputs.split(len(mask)), grads.split(len(mask)), strict=True):
+            layer(x).backward(g)
+    tap = taps.taps["layer"]
+    return (tap.weight_grad, tap.squares, mirror_upper_(tap.input_moment)), made.seen
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="needs torch 2.8")
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 48.0)])
+def test_half_precision_is_multiplied_as_it_is_and_summed_as_well_as_if_it_were_widened(dtype, scale):
+    generator, spread, mask = torch.Generator().manual_seed(0), torch.logspace(-2, 1, 40), torch.arange(1_000) % 5 > 0
+    inputs = (torch.randn(100_000, 40, generator=generator) * spread + 0.5 * spread.flip(0)).to(dtype)
+    grads = (torch.randn(100_000, 24, generator=generator) * spread[:24]).to(dtype)
+    x, g = inputs.double(), grads.double() / scale
+    kept_x, kept_g = x[mask.repeat(100)], g[mask.repeat(100)]
+    exact = (g.mT @ x, kept_g.square().sum(dim=0), kept_x.mT @ kept_x)
+    widened, made = sums_of(inputs, grads, scale, mask)
+    assert (1_000, 40) in made
+    with torch.library._scoped_library("aten", "IMPL") as library:  # products that are exact, as a GPU's
+        library.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
+        as_they_are, made = sums_of(inputs, grads, scale, mask)
+    assert not any(shape[:1] >= (800,) for shape in made)
+    errors, before = (
+        [relative_error(*pair) for pair in zip(sums, exact, strict=True)] for sums in (as_they_are, widened)
+    )
+    assert max(errors) < 2e-6
+    assert all(errors[k] < 3 * before[k] for k in (0, 2))  # products; a GPU sums squares in another order than the CPU
