@@ -108,7 +108,24 @@ def cells_of_notebook(path, parameters):
     return steps
 
 
-def run_steps(steps, folder, *, replace=None, environment=None):
+def serve_what_the_readme_names(hub, folder):
+    """Put models and data sets of these names on a Hub: a small random model, sums and chats."""
+    chats = [[{"role": "user", "content": f"{k} ="}, {"role": "assistant", "content": f"{k}."}] for k in range(64)]
+    lines = write_sums(folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    sums = [json.loads(line) for line in lines]
+    rows = {
+        ("openai/gsm8k", "main"): [{"question": row["prompt"], "answer": row["completion"]} for row in sums],
+        ("trl-lib/Capybara", "default"): [{"messages": chat} for chat in chats],
+    }
+    for (name, config), data in rows.items():
+        card = f"---\nconfigs: [{{config_name: {config}, data_files: [{{split: train, path: rows.jsonl}}]}}]\n---\n"
+        lines = "\n".join(map(json.dumps, data))
+        hub.serve(f"datasets/{name}", {"README.md": card.encode(), "rows.jsonl": lines.encode()})
+    model = make_model_folder(folder / "chat", with_chat_template=True)
+    hub.serve("HuggingFaceTB/SmolLM2-135M-Instruct", {path.name: path.read_bytes() for path in model.iterdir()})
+
+
+def run_steps(steps, folder, *, replace=None, environment=None, python=None):
     """Run steps in one new process in a folder, and return what it wrote to stdout.
 
     Args:
@@ -116,6 +133,7 @@ def run_steps(steps, folder, *, replace=None, environment=None):
         folder: Where.
         replace: Texts to put something else in the place of.
         environment: Additional environment variables.
+        python: The interpreter of another environment, which has the package; None: this one, with the checkout.
     """
     changed = []
     for kind, content in steps:
@@ -123,9 +141,9 @@ def run_steps(steps, folder, *, replace=None, environment=None):
         for old, new in (replace or {}).items():
             text = text.replace(old, new)
         changed.append((kind, text))
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    path = "" if python else os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
-        [sys.executable, "-c", RUNNER],
+        [python or sys.executable, "-c", RUNNER],
         input=json.dumps(changed),
         cwd=folder,
         env={

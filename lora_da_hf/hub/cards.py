@@ -69,6 +69,7 @@ def render_card(
     task = adapter.get("task_type")
     body = _template().render(
         **said,
+        folder=init.folder.resolve().name,
         manifest=manifest,
         report=report,
         adapter=adapter,

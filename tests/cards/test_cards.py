@@ -200,10 +200,10 @@ def test_names_that_the_hub_does_not_allow_are_refused():
 
 
 def test_the_lines_of_use_take_the_stored_config_and_a_classifier_s_labels():
-    assert "lora = LoraConfig.from_pretrained('user/init')" in render_card(make_init(), repo_id="user/init")
+    assert "peft_config=LoraConfig.from_pretrained('user/init')" in render_card(make_init(), repo_id="user/init")
     card = render_card(make_init(adapter={"task_type": "SEQ_CLS", "modules_to_save": ["score"]}))
     assert "AutoModelForSequenceClassification.from_pretrained('org/base-model', revision='" in card
-    assert ", num_labels=NUM_LABELS)\n" in card
+    assert ", num_labels=NUM_LABELS),\n" in card
 
 
 @pytest.mark.parametrize(
@@ -216,4 +216,4 @@ def test_the_lines_of_use_take_the_stored_config_and_a_classifier_s_labels():
 def test_the_card_loads_the_base_by_the_class_of_the_task(adapter, expected):
     text = render_card(make_init(adapter=adapter))
     assert f"from transformers import {expected}\n" in text
-    assert f"model = {expected}.from_pretrained(" in text
+    assert f"model={expected}.from_pretrained(" in text

@@ -1,6 +1,5 @@
 """docs/sharing.md, the README's lines and the notebook that shares, as a whole, against the Hub of the tests."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from walkthrough import (
     cells_of_notebook,
     make_model_folder,
     run_steps,
+    serve_what_the_readme_names,
     write_sums,
 )
 
@@ -54,18 +54,7 @@ def test_every_block_of_the_document_runs(environment, folder):
 
 def test_every_block_of_the_readme_runs_as_it_is_printed(hub, environment, folder):
     """Models and data sets come from the Hub of the tests. "your-name" is the one thing that a reader replaces."""
-    chats = [[{"role": "user", "content": f"{k} ="}, {"role": "assistant", "content": f"{k}."}] for k in range(64)]
-    sums = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = {
-        ("openai/gsm8k", "main"): [{"question": row["prompt"], "answer": row["completion"]} for row in sums],
-        ("trl-lib/Capybara", "default"): [{"messages": chat} for chat in chats],
-    }
-    for (name, config), data in rows.items():
-        card = f"---\nconfigs: [{{config_name: {config}, data_files: [{{split: train, path: rows.jsonl}}]}}]\n---\n"
-        lines = "\n".join(map(json.dumps, data))
-        hub.serve(f"datasets/{name}", {"README.md": card.encode(), "rows.jsonl": lines.encode()})
-    model = make_model_folder(folder / "chat", with_chat_template=True)
-    hub.serve("HuggingFaceTB/SmolLM2-135M-Instruct", {path.name: path.read_bytes() for path in model.iterdir()})
+    serve_what_the_readme_names(hub, folder)
     steps, others = blocks_of_readme(REPOSITORY / "README.md")
     assert [kind for kind, _ in steps] == ["python", "python", "lora-da", "lora-da", "python"]
     assert {"init", "push", *others} <= set(VERBS)
@@ -75,6 +64,9 @@ def test_every_block_of_the_readme_runs_as_it_is_printed(hub, environment, folde
     assert "(from alice/my-init@" in shown
     for output in ("out", "sft", "shared"):
         assert (folder / output).is_dir()
+    (folder / "card.md").write_bytes(hub.repos["alice/my-init"].files["README.md"])
+    shown = run_steps(blocks_of_document(folder / "card.md"), folder, environment=environment)
+    assert "(from alice/my-init@" in shown
 
 
 def test_the_notebook_that_shares_runs(hub, environment, folder):
