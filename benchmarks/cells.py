@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from designs import READS
+from designs import READS, key_of
 from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
 from measuring import REPOSITORY, package_digest, peak_mib, reset_peak
 from report import LOOKS, wilson_interval
@@ -34,10 +34,10 @@ from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 from lora_da_hf.training.text import choose_block_size, load_model
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
-import demo  # noqa: F401 - for compare_inits.py
+import demo
 import run_clm
 
-TRAINING = ("learning_rate", "steps", "warmup", "max_grad_norm", *LOOKS)
+TRAINING = ("learning_rate", "steps", "warmup", "schedule", "max_grad_norm", *LOOKS)
 """Settings of a cell that its initialisation does not depend on."""
 
 STARTS_ELSEWHERE = {*RESET, *MERGED}
@@ -63,6 +63,8 @@ class Subject:
         task: What is learnt other than to predict text, with a linear decay of the rate and batches of like lengths.
         choice: Samples of the task that a rate may be chosen by.
         num_labels: Of the task.
+        unlike: Text unlike the training's, whose loss says what is forgotten.
+        checkpoints: Where cells that are not finished are kept, and every how many minutes; None: nowhere.
     """
 
     arguments: run_clm.NamedModelArguments
@@ -76,6 +78,8 @@ class Subject:
     task: Task | None = None
     choice: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     num_labels: int = 0
+    unlike: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    checkpoints: tuple[Path, float] | None = None
 
     @classmethod
     def load_task(cls, name: str, folder: Path) -> Subject:
@@ -143,6 +147,12 @@ class Subject:
             return self.task.load_model(Path(self.arguments.model_name_or_path), self.num_labels)
         return load_model(self.arguments.model_name_or_path, self.arguments)[0]
 
+    def read_unlike(self, count: int) -> None:
+        """Read functions of Python's standard library, which are to be unlike the training's text."""
+        rows = demo.make_data(str(self.arguments.model_name_or_path))[1].read_text(encoding="utf-8").splitlines()
+        texts = [row["prompt"] + row["completion"] for row in map(json.loads, rows[:count])]
+        self.unlike = [{"input_ids": ids, "labels": ids} for ids in self.tokenizer(texts)["input_ids"]]
+
 
 # ---- its start
 
@@ -161,6 +171,7 @@ class Start:
         notes: What the method noted.
         cost: Seconds and memory of its initialisation.
         loss: That on the validation samples, once it was measured.
+        unlike: The base's loss on text unlike the training's.
     """
 
     model: nn.Module
@@ -168,6 +179,7 @@ class Start:
     notes: dict[str, Any]
     cost: dict[str, Any]
     loss: float | None = None
+    unlike: float | None = None
 
 
 class LastStart:
@@ -225,12 +237,13 @@ def make_start(cell: dict[str, Any], subject: Subject) -> Start:
         settings=cell["settings"],
         statistics=subject.statistics,
     )
+    unlike = evaluate(base, setup, subject.unlike) if subject.unlike else None
     with Measured() as initialization:
         model, notes = make_adapter(cell["method"], setup)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Start(model=model.cpu(), setup=setup, notes=notes, cost=initialization.found)
+    return Start(model=model.cpu(), setup=setup, notes=notes, cost=initialization.found, unlike=unlike)
 
 
 def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[str, Any]:
@@ -245,8 +258,11 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     with Measured() as training:
         found = train(start, cell, subject)
     training.found["peak_mib"] = found.pop("peak_mib")
+    training.found["seconds"] += found.pop("seconds_before")
     last.note_loss(cell, found["losses"][0][1])
     accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
+    if subject.unlike:
+        found["forgetting"] = [start.unlike, number(evaluate(start.model, start.setup, subject.unlike))]
     return {
         **found,
         "accuracy": accuracy,
@@ -301,6 +317,50 @@ def batches_of(samples: list[Any], seed: int, size: int, *, by_length: bool = Fa
         order = order[size:]
 
 
+class Checkpoint:
+    """A cell that is not finished, in a file from which it goes on after it was stopped, and ends as if it was not."""
+
+    def __init__(self, subject: Subject, cell: dict[str, Any], parameters: list[nn.Parameter], *parts: Any) -> None:
+        self.parameters, self.parts = parameters, parts
+        output, minutes = subject.checkpoints or (None, math.inf)
+        self.path = output and output.with_name(f"{output.stem}.{key_of(cell, subject.facts)}.pt")
+        self.every, self.begun, self.before = 60 * minutes, time.monotonic(), 0.0
+        self.saved = self.begun
+
+    def load(self) -> dict[str, Any] | None:
+        """Restore all, and return how far the cell was; None if there is no file."""
+        if self.path is None or not self.path.exists():
+            return None
+        found = torch.load(self.path, weights_only=True, map_location="cpu")
+        for parameter, value in zip(self.parameters, found["parameters"], strict=True):
+            parameter.data.copy_(value)
+        for part, state in zip(self.parts, found["parts"], strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(found["random"][0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(found["random"][1:])
+        self.before = found["seconds"]
+        return found["at"]
+
+    def save(self, at: dict[str, Any]) -> None:
+        """Write how far the cell is, if it is time to."""
+        now = time.monotonic()
+        if self.path is None or now - self.saved < self.every:
+            return
+        more = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        content = {
+            "at": at,
+            "seconds": self.before + now - self.begun,
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "parts": [part.state_dict() for part in self.parts],
+            "random": [torch.get_rng_state(), *more],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, partial := self.path.with_suffix(".partial"))
+        partial.replace(self.path)
+        self.saved = now
+
+
 def rate_at(step: int, cell: dict[str, Any], *, linear: bool = False) -> float:
     """Return the share of the learning rate: linear warm-up, then a cosine, or a line, down to zero."""
     warmup = max(1, round(cell["warmup"] * cell["steps"]))
@@ -317,56 +377,67 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
     """
     model, setup, task = start.model, start.setup, subject.task
     options: dict[str, Any] = {"use_cache": False} if task is None else {}
-    scores: list[list[Any]] = []
-
-    def look(step: int) -> float:
-        if task is None:
-            return evaluate(model, setup, subject.validation)
-        loss, score = task.evaluate(model, setup.collate, subject.validation)
-        scores.append([step, score])
-        return loss
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell, linear=task is not None))
+    linear = cell.get("schedule", "cosine" if task is None else "linear") == "linear"
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell, linear=linear))
+    checkpoint = Checkpoint(subject, cell, parameters, optimizer, schedule)
+    kept = checkpoint.load()
+    at = kept or {"losses": [], "scores": [], "train_losses": [], "seconds": 0.0, "peak": 0.0, "resumed": []}
+
+    def look(step: int) -> None:
+        if task is None:
+            loss = evaluate(model, setup, subject.validation) if step or start.loss is None else start.loss
+        else:
+            loss, score = task.evaluate(model, setup.collate, subject.validation)
+            at["scores"].append([step, score])
+        at["losses"].append([step, loss])
+
+    if kept is None:
+        look(0)
+    else:
+        at["resumed"].append(len(at["train_losses"]))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
-    losses = [[0, look(0) if start.loss is None or task is not None else start.loss]]
-    train_losses: list[float] = []
-    seconds = peak = 0.0
     Measured.reset()
     batches = batches_of(setup.samples, cell["seed"], cell["batch_size"], by_length=task is not None)
     for step in range(1, cell["steps"] + 1):
+        batch = next(batches)
+        if step <= len(at["train_losses"]):
+            continue  # it was trained on before the cell was stopped
         begin = time.perf_counter()
         model.train()
-        loss = model(**setup.collate(next(batches)), **options).loss
+        loss = model(**setup.collate(batch), **options).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, cell["max_grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        train_losses.append(loss.item())
-        seconds += time.perf_counter() - begin
-        if not math.isfinite(train_losses[-1]):
+        at["train_losses"].append(loss.item())
+        at["seconds"] += time.perf_counter() - begin
+        if not math.isfinite(at["train_losses"][-1]):
             break
         if step in marks:
-            peak = max(peak, Measured.peak())
-            losses.append([step, look(step)])
+            at["peak"] = max(at["peak"], Measured.peak())
+            look(step)
             Measured.reset()
+        checkpoint.save(at)
+    losses, train_losses = at["losses"], at["train_losses"]
     finished = math.isfinite(train_losses[-1]) if train_losses else True
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    of_task: dict[str, Any] = {}
+    found: dict[str, Any] = {"resumed": at["resumed"]} if kept else {}
     if task is not None:
         choice = [number(value) for value in task.evaluate(model, setup.collate, subject.choice)]
-        of_task = {"metric": task.metric, "scores": scores, "choice": choice}
+        found |= {"metric": task.metric, "scores": at["scores"], "choice": choice}
     return {
-        **of_task,
+        **found,
         "losses": [[step, number(loss)] for step, loss in losses],
         "final_loss": number(losses[-1][1]) if finished else None,
         "best_loss": number(min((loss for _, loss in losses if math.isfinite(loss)), default=math.inf)),
         "train_losses": [number(round(loss, 5)) for loss in train_losses],
-        "seconds_per_step": seconds / max(1, len(train_losses)),
+        "seconds_per_step": at["seconds"] / max(1, len(train_losses)),
+        "seconds_before": checkpoint.before,
         "trainable": sum(parameter.numel() for parameter in parameters),
-        "peak_mib": max(peak, Measured.peak()),
+        "peak_mib": max(at["peak"], Measured.peak()),
         "optimizer_mib": sum(value.numel() * value.element_size() for value in state) / 2**20,
     }
 

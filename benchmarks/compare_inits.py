@@ -18,11 +18,12 @@ loss that the method had in that block. A block may change a shared setting, and
 LoRADAConfig where the method is this package's: one set of them, or a list of sets to compare.
 
 Each finished run is a line of the output, and is not run again: give the command again after you stopped it, or with
-more methods, rates or seeds. With 0 steps the loss at step 0 is all that is measured. Runs that differ only in learning
-rate or steps, in that A is frozen or the start reset, use one initialisation if they follow each other. With
-`--statistics FOLDER` this package's statistics stay there, 0.65 GB for each seed and number of samples of a model with
-135 million weights, and runs with other ranks or settings are solved from them; the time of those is not reported. Peak
-memory is to be compared only between runs with `--isolate`.
+more methods, rates or seeds. A run that was stopped goes on from the last of its checkpoints, which are beside the
+output. With 0 steps the loss at step 0 is all that is measured. Runs that differ only in learning rate or steps, in
+that A is frozen or the start reset, use one initialisation if they follow each other. With `--statistics FOLDER` this
+package's statistics stay there, 0.65 GB for each seed and number of samples of a model with 135 million weights, and
+runs with other ranks or settings are solved from them; the time of those is not reported. Peak memory is to be compared
+only between runs with `--isolate`.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class CompareArguments:
         False,
         "Run each cell in a process of its own, so that its peak memory is its own too; costs its start each time.",
     )
+    unlike: int = setting(0, "Measure forgetting on this many functions of Python's standard library too.")
+    checkpoint_minutes: float = setting(5.0, "Keep a cell this often beside the output, to go on if it is stopped.")
     plan: bool = setting(False, "Say what is left to run and how long it takes, and run nothing.")
 
     def read(self) -> dict[str, Any]:
@@ -167,6 +170,8 @@ def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> No
                 **result,
             },
         )
+        for kept in output.parent.glob(f"{output.stem}.{about['key']}.p*"):
+            kept.unlink()
         shown = {name: cell[name] for name in PRODUCT}
         print(f"{block} {shown}: {result['losses'][0][1]} -> {result['final_loss']}", file=sys.stderr, flush=True)
 
@@ -254,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     if (arguments.held_out or arguments.task) and given:
         parser.error(f"--held_out and --task have a model and data of their own: leave {given} out")
     own = arguments.held_out or arguments.task
+    if arguments.task and arguments.unlike:
+        parser.error("--unlike is for models of text: leave it out, or --task")
     if not (own or (model.model_name_or_path and (data.train_file or data.dataset_name))):
         parser.error("--model_name_or_path and --train_file (or --held_out, or --task) are needed")
     if not (arguments.methods or arguments.design):
@@ -271,6 +278,9 @@ def main(argv: list[str] | None = None) -> None:
             subject = Subject.load_task(arguments.task, fetch_model(demo.CACHE / "minilm-l6-v2"))
         else:
             subject = Subject.load(model, data, arguments.statistics)
+        if arguments.unlike:
+            subject.read_unlike(arguments.unlike)
+        subject.checkpoints = Path(arguments.output), arguments.checkpoint_minutes
         run(arguments, subject, command)
     if not (arguments.plan or arguments.max_cells or arguments.task):  # of tasks, no_harm.py makes the tables
         report.main([arguments.output])

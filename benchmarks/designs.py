@@ -23,6 +23,7 @@ SHARED: dict[str, Any] = {
     "num_samples": 256,
     "reads": "drawn",
     "warmup": 0.03,
+    "schedule": None,
     "max_grad_norm": 1.0,
     "evaluations": 4,
     "num_train": None,
@@ -34,6 +35,7 @@ SHARED: dict[str, Any] = {
 """Settings of all cells, with their defaults. ``reads``, of methods whose start depends on data, says which
 ``num_samples`` they read: ``drawn`` from the training samples, whatever the order of training, or the ``first``, which
 training begins with (what was run before the setting was there: its draw and the order came from one seed).
+``schedule`` is ``linear`` or ``cosine`` (None: linear for tasks, a cosine for text).
 ``evaluations`` are spread over the steps, beside the one at step 0;
 ``num_train`` samples are drawn from the training set by the seed (None: all); ``accuracy_samples`` answers are
 generated at the end and compared in what the pattern finds last in them."""
@@ -86,7 +88,7 @@ def check_design(design: dict[str, Any], path: str | Path) -> dict[str, Any]:
         for settings in sets_of_settings(design, block):
             LoRADAConfig(**settings)
         shared = shared_settings(design, block)
-        unknown |= {shared["reads"]} - set(READS)
+        unknown |= ({shared["reads"]} - set(READS)) | ({shared["schedule"]} - {None, "linear", "cosine"})
         for name, least in (("evaluations", 1), ("accuracy_samples", 0), ("num_train", 1)):
             value = shared[name]
             if not (value is None and name == "num_train") and (not isinstance(value, int) or value < least):
@@ -151,6 +153,8 @@ def cells_of(
             cell |= {**shared, "settings": settings if made_by(method) in OWN else {}}
             if made_by(method) not in READ_SAMPLES:
                 del cell["reads"]
+            if cell["schedule"] is None:
+                del cell["schedule"]
             if cell not in cells:
                 cells.append(cell)
     return cells
