@@ -29,7 +29,6 @@ only between runs with `--isolate`.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import subprocess
 import sys
 from collections.abc import Collection
@@ -94,7 +93,7 @@ class CompareArguments:
     )
     unlike: int = setting(0, "Measure forgetting on this many functions of Python's standard library too.")
     checkpoint_minutes: float = setting(5.0, "Keep a cell this often beside the output, to go on if it is stopped.")
-    plan: bool = setting(False, "Say what is left to run and how long it takes, and run nothing.")
+    plan: bool = setting(False, "Say what is left to run, and run nothing.")
 
     def read(self) -> dict[str, Any]:
         """Return the design: that of the file, or one block of what the flags say."""
@@ -107,20 +106,6 @@ class CompareArguments:
         return read_design(self.design)
 
 
-def seconds_of(cell: dict[str, Any], records: list[dict[str, Any]]) -> float | None:
-    """Estimate how long a cell takes from the records of the same method, or of any: None if there is none.
-
-    Cells that train are compared with such cells, and those that do not with their like.
-    """
-    like = [record for record in records if record["cell"]["method"] == cell["method"]]
-    alike = [record for record in records if (record["cell"]["steps"] == 0) == (cell["steps"] == 0)]
-    if not alike:
-        return None
-    per_step = statistics.median(record["training"]["seconds"] / max(1, record["cell"]["steps"]) for record in alike)
-    start = statistics.median(record["initialization"]["seconds"] for record in like or records)
-    return start + max(1, cell["steps"]) * per_step
-
-
 def show_plan(
     design: dict[str, Any],
     records: list[dict[str, Any]],
@@ -128,17 +113,14 @@ def show_plan(
     blocks: list[str],
     without: Collection[str],
 ) -> None:
-    """Print how many cells of each block are left, and how long they take."""
+    """Print how many cells and steps of each block are left."""
     for block in chosen_blocks(design, blocks):
         try:
             left = [cell for _, cell in pending(design, records, facts, [block["name"]], without)]
         except ConfigError as error:
             print(f"{block['name']}: {error}")
             continue
-        times = [seconds_of(cell, records) for cell in left]
-        known = [seconds for seconds in times if seconds is not None]
-        hours = f"{sum(known) / 3600:.1f} hours" if len(known) == len(left) else "no time is known yet"
-        print(f"{block['name']}: {len(left)} cells left, {sum(cell['steps'] for cell in left)} steps, {hours}")
+        print(f"{block['name']}: {len(left)} cells left, {sum(cell['steps'] for cell in left)} steps")
 
 
 def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> None:

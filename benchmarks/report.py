@@ -182,11 +182,6 @@ def band(records: Sequence[Record], base: float) -> str:
     return f"{'>= ' if is_open else ''}{math.exp(ends[1] - ends[0]):.2g}"
 
 
-def first_step_at(record: Record, loss: float) -> int | None:
-    """Return the first evaluated step at which a run has reached a loss."""
-    return next((step for step, value in record["losses"] if value is not None and value <= loss), None)
-
-
 def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: str = "final_loss") -> str:
     """Return the mean difference of the losses on the same seeds, with its standard error and the number of seeds.
 
@@ -208,36 +203,17 @@ def main_table(records: Sequence[Record]) -> list[str]:
     found = {name: at_best_rate(of_method)[1] for name, of_method in of_methods.items()}
     columns = (
         *("method", "best learning rate", "loss at step 0", "final loss", "less plain LoRA's, same seeds"),
-        *("lowest on the way", "reaches plain LoRA's final loss at step", "band", "exact match"),
+        *("lowest on the way", "band", "exact match"),
     )
     rows = []
     for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1])):
         plain = found.get(partner_of(name), [])
         starts, ends, lowest = (spread(losses_of(runs, which)) for which in ("first_loss", "final_loss", "best_loss"))
-        goals = {run["cell"]["seed"]: run["final_loss"] for run in plain if run["final_loss"] is not None}
-        steps = [first_step_at(run, goals[seed]) for run in runs if (seed := run["cell"]["seed"]) in goals]
-        reached = [step for step in steps if step is not None]
-        when = f"{statistics.median(reached):g} ({len(reached)} of {len(steps)})" if reached else "never"
         difference = "" if name == partner_of(name) else paired_difference(runs, plain)
         wide = band(of_methods[name], mean_loss(plain or runs, "first_loss"))
         rate = rate_text(of_methods[name])
-        rows.append((name, rate, starts, ends, difference, lowest, when if steps else "", wide, accuracy(runs)))
+        rows.append((name, rate, starts, ends, difference, lowest, wide, accuracy(runs)))
     return markdown(columns, rows)
-
-
-def lowest_table(records: Sequence[Record]) -> list[str]:
-    """Compare the lowest losses on the way, each method at its best learning rate by them.
-
-    That is what counts where few samples are seen several times, and training is stopped when the loss rises.
-    """
-    of_methods = variants(records)
-    found = {name: at_best_rate(of_method, "best_loss")[1] for name, of_method in of_methods.items()}
-    rows = []
-    for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1], "best_loss")):
-        plain = [] if name == partner_of(name) else found.get(partner_of(name), [])
-        lowest, difference = spread(losses_of(runs, "best_loss")), paired_difference(runs, plain, "best_loss")
-        rows.append((name, rate_text(of_methods[name], "best_loss"), lowest, difference))
-    return markdown(("method", "best learning rate", "lowest loss", "less plain LoRA's, same seeds"), rows)
 
 
 def start_table(records: Sequence[Record]) -> list[str]:
@@ -258,24 +234,6 @@ def unless_usual(rank: int, num_train: int | None) -> str:
     """Write what of a row's rank and training samples is not as in most tables."""
     rank_text = "" if rank == USUAL_RANK else f", rank {rank}"
     return rank_text + ("" if num_train is None else f", {num_train} samples")
-
-
-def half_table(records: Sequence[Record]) -> list[str]:
-    """Compare each method with plain LoRA that was trained for twice as many steps, each with its own schedule."""
-    rows, groups = [], grouped(records, "rank", "num_train", "steps")
-    for (rank, num_train, steps), found in groups.items():
-        longer = groups.get((rank, num_train, 2 * steps))
-        for name, runs in variants(found).items():
-            plain = variants(longer).get(partner_of(name), []) if longer else []
-            if steps and plain and name != partner_of(name):
-                ours = at_best_rate(runs)[1]
-                loss, difference = (
-                    spread(losses_of(ours, "final_loss")),
-                    paired_difference(ours, at_best_rate(plain)[1]),
-                )
-                rows.append((name + unless_usual(rank, num_train), steps, rate_text(runs), loss, difference))
-    last = "less plain LoRA's in twice the steps, same seeds"
-    return markdown(("method", "steps", "best learning rate", "final loss", last), rows)
 
 
 def ranks_table(records: Sequence[Record]) -> list[str]:
@@ -473,14 +431,12 @@ def report(records: Sequence[Record], path: Path) -> str:
             plots += 1
             picture = path.with_name(f"{path.stem}_{plots}.png")
             plot(found, title, picture)
-            if num_train is not None:
-                lines += ["Lowest loss on the way:", "", *lowest_table(found), "", "At the end:", ""]
             lines += [*main_table(found), "", "Final loss by learning rate:", "", *rates_table(found), ""]
             along = along_table(found)
             lines += [ALONG, "", *along, ""] if along else []
             lines += [f"![{title}]({picture.name})", ""]
-        for text, rows in (("Half of the steps", half_table(of_subject)), ("Ranks", ranks_table(of_subject))):
-            lines += [f"### {text}", "", *rows, ""] if rows else []
+        ranks = ranks_table(of_subject)
+        lines += ["### Ranks", "", *ranks, ""] if ranks else []
         for threads in sorted({record["machine"].get("threads", 0) for record in every_look}, reverse=True):
             alike = [record for record in every_look if record["machine"].get("threads", 0) == threads]
             where = f" with {threads} thread{'s' * (threads > 1)}" if threads else ""

@@ -216,20 +216,6 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def model_check(found: dict[str, list[list[dict[str, Any]]]]) -> str:
-    """Say how far the planned memory is from what was measured."""
-    shares = [
-        timed[0][0]["plan"]["peak_bytes"] / max(process["tensor_bytes"] for process in memory)
-        for *timed, memory in found.values()
-    ]
-    *timed, _ = found["one"]
-    took = [statistics.median(run[0]["stages"][stage] for run in timed) for stage in ("statistics", "solve")]
-    return (
-        f"Planned / measured peak of tensors, least and most of all cases: {min(shares):.2f} to {max(shares):.2f}. The "
-        f'plan that one process printed: "{timed[0][0]["printed"]}"; it took {took[0]:.1f} s and {took[1]:.1f} s.'
-    )
-
-
 def main() -> None:
     options = parse_arguments()
     if options.worker:
@@ -237,7 +223,7 @@ def main() -> None:
         print(json.dumps(work(options)), flush=True)
         os._exit(0)  # gloo sometimes aborts in its teardown
     found = measure(options)
-    text = "\n".join([*measured_table(found, options), "", model_check(found)])
+    text = "\n".join(measured_table(found, options))
     options.output.with_suffix(".md").write_text(text + "\n")
     print(text)
 

@@ -14,7 +14,7 @@ input covariance S, for the subspace Q [d_in, r] that the method chose:
   of it wherever inputs are correlated, so the bias is ``||Delta (I - S Q (Q^T S Q)^-1 Q^T)||^2``; what it cannot make
   up adds to the noise; and n samples count as n - r - 1.
 
-Trials differ in target and data; methods are compared on the same ones. Tables, picture and numbers go to `outputs`, or
+Trials differ in target and data; methods are compared on the same ones. Tables and numbers go to `outputs`, or
 where `--output` says.
 """
 
@@ -382,7 +382,7 @@ def run_trained(model: str, count: int, seeds: range, marks: tuple[int, ...]) ->
     return records
 
 
-# ---- table and plot
+# ---- tables
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -440,31 +440,6 @@ def tables(frozen: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(frozen: list[dict[str, Any]], path: Path) -> None:
-    """Draw distance and excess loss over n, measured (lines) and predicted (dotted)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    axes = figure.subplots(len(MODELS), 2)
-    sizes = sorted({record["samples"] for record in frozen})
-    for row, model in zip(axes, MODELS, strict=True):
-        for axis, (quantity, guess) in zip(row, (("distance", "exact"), ("excess", "excess")), strict=True):
-            for number, method in enumerate(METHODS):
-                found = [select(frozen, model=model, samples=count, method=method) for count in sizes]
-                measured = [mean_and_error([r[quantity] for r in f]) for f in found]
-                guesses = [stats.fmean(r["predicted"][guess] for r in f) for f in found]
-                means, errors = zip(*measured, strict=True)
-                color = f"C{number}" if number < 10 else "black"  # there are ten
-                axis.errorbar(sizes, means, errors, color=color, label=method, capsize=2)
-                axis.plot(sizes, guesses, ":", color=color)
-            name = "squared distance / ||Delta||²" if quantity == "distance" else "excess loss, nats"
-            axis.set(xscale="log", yscale="log", xlabel="samples", ylabel=name, title=f"{model} regression, A frozen")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    note = "dotted: predicted (distance in linear regression alone)"
-    figure.legend(handles, labels, fontsize=8, title=note, title_fontsize=8, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=110)
-
-
 def rounded(value: Any) -> Any:
     """Return records with four digits of each number, and None for one that is not finite."""
     text = json.dumps(value)
@@ -491,7 +466,6 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": facts, "problem": shape, "frozen": rounded(frozen), "trained": rounded(trained)}
     options.output.write_text(json.dumps(content, separators=(",", ":")) + "\n")
-    plot(frozen, options.output.with_suffix(".png"))
     text = tables(frozen, trained) + "\n" + ", ".join(f"{name} {value}" for name, value in facts.items()) + "\n"
     options.output.with_suffix(".md").write_text(text)
     print(text)

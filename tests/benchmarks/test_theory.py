@@ -82,7 +82,7 @@ def test_with_a_trained_to_the_end_the_start_does_not_matter():
         assert statistics.fmean(late) == pytest.approx(half_the_parameters / 1024, rel=0.7)
 
 
-def test_the_command_writes_results_table_and_plot(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_results_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, "FROZEN_SIZES", (16, 64))
     monkeypatch.setattr(theory, "TRAINED_SIZES", (64,))
     monkeypatch.setattr(theory, "TRAINED_STEPS", (2, 4))
@@ -96,4 +96,3 @@ def test_the_command_writes_results_table_and_plot(tmp_path, monkeypatch, capsys
     assert {"date", "cpu", "torch", "seeds"} <= set(content["machine"])
     assert "| 64 | oracle |" in output.with_suffix(".md").read_text()
     assert "| 64 | oracle |" in capsys.readouterr().out
-    assert output.with_suffix(".png").stat().st_size > 10_000
