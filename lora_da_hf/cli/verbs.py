@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -33,13 +34,16 @@ class Output:
     def hide_progress(self) -> None:
         """Turn off the bars of the libraries that download, read and load, unless a person is watching."""
         if not self.shows_progress:
-            import datasets
             from huggingface_hub.utils import disable_progress_bars
-            from transformers.utils import logging
 
             disable_progress_bars()
-            datasets.disable_progress_bars()
-            logging.disable_progress_bar()
+            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read on import, which takes seconds
+            for name, hide in (
+                ("datasets", "disable_progress_bars"),
+                ("transformers.utils.logging", "disable_progress_bar"),
+            ):
+                if name in sys.modules:
+                    getattr(sys.modules[name], hide)()
 
     def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str | None = None) -> None:
         """Print the result: ``values`` as JSON, ``bare`` for `--quiet`, and for people ``text``, or else the values."""

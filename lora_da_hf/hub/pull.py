@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.constants import is_offline_mode
@@ -12,9 +12,11 @@ from huggingface_hub.utils import get_session
 
 from lora_da_hf.artifacts.folders import TAGS
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE
-from lora_da_hf.artifacts.store import StoredInit, load_init, load_manifest
 from lora_da_hf.errors import ArtifactError, HubError
 from lora_da_hf.hub.client import hub_errors
+
+if TYPE_CHECKING:
+    from lora_da_hf.artifacts.store import StoredInit
 
 
 def pull_init(
@@ -45,6 +47,8 @@ def pull_init(
         HubError: if the repository or revision cannot be read, or the network is off and the cache incomplete.
         ArtifactError: if anything in it is not as the manifest says.
     """
+    from lora_da_hf.artifacts.store import load_init, load_manifest  # with torch, which a list does without
+
     offline = local_files_only or is_offline_mode()
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
 

@@ -10,9 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from lora_da_hf.artifacts.folders import LICENSE_FILES, PLOT_FILE
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, STATISTICS_FILE
-from lora_da_hf.artifacts.store import load_init, with_base_name
 from lora_da_hf.errors import HubError
-from lora_da_hf.hub.cards import base_id_of, render_page
 from lora_da_hf.hub.client import hub_errors
 
 _NEUTRAL = (".gitattributes", ".gitignore", *LICENSE_FILES)
@@ -54,6 +52,9 @@ def push_init(
         HubError: if a public push has no licence, the repository is private or public against the wish or holds
             something else, somebody else pushed meanwhile, or the Hub refuses or cannot be reached.
     """
+    from lora_da_hf.artifacts.store import load_init, with_base_name  # with torch, which a list does without
+    from lora_da_hf.hub.cards import base_id_of, render_page
+
     stored, of_base_name = load_init(folder), dict[str, bytes]()
     if facts.get("base_model") not in (None, stored.manifest.base_model.name_or_path):
         stored, of_base_name = with_base_name(stored, facts["base_model"])

@@ -1,6 +1,7 @@
 """The command line itself: help, exit codes, and what goes where."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,15 +54,18 @@ def test_help_shows_every_setting_and_defaults_once(lora_da):
     assert "(default: None)" not in text
 
 
-@pytest.mark.parametrize("words", [[], ["--version"], ["init", "--help"], ["refit", "-h"], ["plan", "m", "--x"]])
-def test_help_and_mistakes_do_not_import_torch(words):
+@pytest.mark.parametrize(
+    "words", [[], ["--version"], ["init", "--help"], ["refit", "-h"], ["plan", "m", "--x"], ["list"]]
+)
+def test_help_mistakes_and_a_list_do_not_import_torch(words):
     code = (
         "import sys\n"
         "from lora_da_hf.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'datasets')))"
     )
-    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, env=environment)
 
 
 @pytest.mark.parametrize("debug", [False, True])
