@@ -1,12 +1,73 @@
-"""Tensors with what is needed to read them: statistics of a layer, and its solution."""
+"""Tensors with what is needed to read them: a symmetric matrix, the statistics of a layer, and its solution."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_FILLS_A_GPU = 2**21
+"""Entries of a product that keep a GPU busy: 64 tiles of 128 x 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperTriangle:
+    """A symmetric ``[width, width]`` as strips ``[block, width - start]`` of its upper block triangle.
+
+    Attributes:
+        entries: The strips one after the other, in one dimension. With a block of 1 they are the upper triangle.
+    """
+
+    entries: Tensor
+    width: int
+    block: int
+
+    @classmethod
+    def zeros(cls, width: int, *, dtype: torch.dtype, device: torch.device) -> UpperTriangle:
+        """Make a sum that is empty yet."""
+        size, block = cls.size(width, device.type), cls.best_block(width, device.type)
+        return cls(entries=torch.zeros(size, dtype=dtype, device=device), width=width, block=block)
+
+    @staticmethod
+    def best_block(width: int, device_type: str) -> int:
+        """Return how many rows a strip has: few save memory and arithmetic, and many make products fast."""
+        if device_type == "cuda":
+            return max(256, min(width // 2, _FILLS_A_GPU // width) // 128 * 128)
+        return 256 if width >= 1024 else 128
+
+    @classmethod
+    def size(cls, width: int, device_type: str) -> int:
+        """Return the number of entries, about ``width * (width + block) / 2``."""
+        block = cls.best_block(width, device_type)
+        return sum(min(block, width - start) * (width - start) for start in range(0, width, block))
+
+    def strips(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and the strip."""
+        offset = 0
+        for start in range(0, self.width, self.block):
+            shape = min(self.block, self.width - start), self.width - start
+            yield start, self.entries[offset : offset + shape[0] * shape[1]].view(shape)
+            offset += shape[0] * shape[1]
+
+    def full(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the symmetric ``[width, width]``."""
+        total = self.entries.new_empty(self.width, self.width, dtype=dtype)
+        for start, strip in self.strips():
+            total[start : start + len(strip), start:] = strip
+        for start in range(0, self.width, 256):
+            stop = min(start + 256, self.width)
+            diagonal = total[start:stop, start:stop]
+            diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+            total[stop:, start:stop] = total[start:stop, stop:].mT
+        return total
+
+    def packed(self) -> Tensor:
+        """Return the upper triangle row by row, ``[width * (width + 1) / 2]``, on the CPU."""
+        moved = dataclasses.replace(self, entries=self.entries.cpu())
+        return torch.cat([strip[row, row:] for _, strip in moved.strips() for row in range(len(strip))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +75,8 @@ class LayerStatistics:
     """What one pass over the samples says about one linear layer.
 
     Attributes:
-        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps.
+        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps; of a pass, its
+            upper triangle.
         output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over the same tokens, with g the gradient of the
             training objective times the number of samples. So it has the size that it has for one sample alone,
             whatever the batch size: of a mean over labels, g is that of the summed loss, divided by the mean number of
@@ -23,7 +85,7 @@ class LayerStatistics:
             or over samples, of the loss.
     """
 
-    input_second_moment: Tensor
+    input_second_moment: Tensor | UpperTriangle
     output_grad_second_moment_diag: Tensor
     weight_grad: Tensor
     num_input_tokens: int

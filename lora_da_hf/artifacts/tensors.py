@@ -17,8 +17,7 @@ from torch import Tensor
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved
 from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.errors import ArtifactError
-from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.statistics.moments import pack_upper, unpack_upper
+from lora_da_hf.records import LayerSolution, LayerStatistics, UpperTriangle
 from lora_da_hf.statistics.taps import input_groups
 from lora_da_hf.theory.steps import paper_step_size
 
@@ -208,8 +207,9 @@ def save_statistics(
     for name, layer in statistics.items():
         tensors[f"{name}.{_GRAD}"] = layer.weight_grad.cpu().contiguous()
         tensors[f"{name}.{_OUTPUT}"] = layer.output_grad_second_moment_diag.cpu().contiguous()
+        moment: Any = layer.input_second_moment  # a triangle, as a pass gives it
         if shared_inputs[name] == name:
-            tensors[f"{name}.{_INPUT}"] = pack_upper(layer.input_second_moment.cpu())
+            tensors[f"{name}.{_INPUT}"] = moment.packed()
     write_tensors(folder / f"{part:05d}.safetensors", tensors)
 
 
@@ -234,7 +234,8 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
             return _finite(path, name, opened.get_tensor(name))
 
         for leader, names in input_groups_of(manifest).items():
-            moment = unpack_upper(read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features)
+            upper, width = read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features
+            moment = UpperTriangle(entries=upper, width=width, block=1).full()
             yield {
                 name: LayerStatistics(
                     input_second_moment=moment,

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lora_da_hf.errors import ConfigError
-from lora_da_hf.records import LayerStatistics
-from lora_da_hf.statistics.moments import mirror_upper_, pack_upper, unpack_upper
+from lora_da_hf.records import LayerStatistics, UpperTriangle
 from lora_da_hf.statistics.taps import Taps
 
 T = TypeVar("T")
@@ -110,13 +109,8 @@ def reduce_statistics(
     statistics: dict[str, dict[str, LayerStatistics]] = {}
     for leader, members in taps.groups.items():
         owner, moment, num_inputs = owners[leader], members[0].input_moment, members[0].num_tokens
-        if processes.count == 1:
-            mirror_upper_(moment)
-        else:  # half of it is enough to travel
-            packed = pack_upper(moment)
-            processes.reduce_sum_(packed, owner)
-            moment = unpack_upper(packed, moment.shape[0]) if processes.index == owner else moment
-        moment /= max(num_inputs, 1)
+        processes.reduce_sum_(moment.entries, owner)
+        moment.entries.div_(max(num_inputs, 1))
         for tap in members:
             processes.reduce_sum_(tap.squares, owner)
             processes.reduce_sum_(tap.weight_grad, owner)
@@ -128,5 +122,6 @@ def reduce_statistics(
                     num_input_tokens=num_inputs,
                     num_output_tokens=tap.num_tokens,
                 )
-            tap.input_moment = tap.squares = tap.weight_grad = torch.empty(0)
+            tap.squares = tap.weight_grad = torch.empty(0)
+            tap.input_moment = UpperTriangle(entries=tap.squares, width=0, block=1)
     return statistics

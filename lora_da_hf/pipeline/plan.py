@@ -17,6 +17,7 @@ from lora_da_hf.distributed.processes import Processes, balanced_owners
 from lora_da_hf.errors import PlanError
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.pipeline.probe import Probe
+from lora_da_hf.records import UpperTriangle
 from lora_da_hf.statistics.taps import input_groups
 
 _ITEM = 4
@@ -39,6 +40,7 @@ class Group:
     d_in: int
     d_outs: tuple[int, ...]
     device: int = 0
+    device_type: str = "cpu"
 
     @property
     def leader(self) -> str:
@@ -48,7 +50,7 @@ class Group:
     @property
     def sum_bytes(self) -> int:
         """Size of the sums."""
-        return _ITEM * (self.d_in**2 + (self.d_in + 1) * sum(self.d_outs))
+        return _ITEM * (UpperTriangle.size(self.d_in, self.device_type) + (self.d_in + 1) * sum(self.d_outs))
 
     @property
     def work_bytes(self) -> int:
@@ -118,6 +120,7 @@ def groups_of(targets: Sequence[Target], shared: Mapping[str, str]) -> list[Grou
             d_in=by_name[leader].in_features,
             d_outs=tuple(by_name[name].out_features for name in members),
             device=devices.index(by_name[leader].device),
+            device_type=by_name[leader].device.type,
         )
         for leader, members in input_groups(shared).items()
     ]

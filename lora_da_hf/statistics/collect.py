@@ -256,8 +256,8 @@ def why_not_in_batches(
         tap, numbers = together.taps[name], (together.taps[name].num_tokens, expected.num_tokens)
         if numbers[0] != numbers[1]:
             return f"together, samples have {numbers[0]} rows that count in {name}, and {numbers[1]} apart"
-        for which in ("input_moment", "squares", "weight_grad"):
-            summed, right = getattr(tap, which).item(), getattr(expected, which).item()
+        pairs = ((t.input_moment.entries, t.squares, t.weight_grad) for t in (tap, expected))
+        for summed, right in zip(*(map(Tensor.item, sums) for sums in pairs), strict=True):
             off = abs(summed - right) / max(right, 1e-30)
             if not off <= (_TOLERANCE_IN_HALF if in_half else _TOLERANCE):
                 return f"what a batch sums in {name} is {off:.0%} off the sum over its samples"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BLOCK = 256
-_WIDE = 1024
+from lora_da_hf.records import UpperTriangle
 
 
 def multiplies_half_precision(device: torch.device) -> bool:
@@ -38,35 +37,10 @@ def column_squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
 
 
-def add_symmetric_product_(total: Tensor, rows: Tensor) -> None:
-    """Add ``rows^T rows`` to the upper block triangle of ``total [d, d]``, at about half the cost of all of it."""
-    width = total.shape[0]
-    block = _BLOCK if width >= _WIDE else _BLOCK // 2
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        add_product_(total[start:stop, start:], rows[:, start:stop], rows[:, start:])
-
-
-def mirror_upper_(total: Tensor) -> Tensor:
-    """Fill the lower triangle of ``total [d, d]`` from its upper one, in place."""
-    width = total.shape[0]
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        diagonal = total[start:stop, start:stop]
-        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
-        total[stop:, start:stop] = total[start:stop, stop:].mT
-    return total
-
-
-def pack_upper(total: Tensor) -> Tensor:
-    """Return the upper triangle of ``total [d, d]`` row by row, ``[d * (d + 1) / 2]``."""
-    return torch.cat([total[row, row:] for row in range(total.shape[0])])
-
-
-def unpack_upper(packed: Tensor, width: int) -> Tensor:
-    """Undo `pack_upper`, giving the symmetric ``[width, width]``."""
-    total = packed.new_zeros(width, width)
-    return mirror_upper_(total.masked_scatter_(torch.ones_like(total, dtype=torch.bool).triu_(), packed))
+def add_symmetric_product_(total: UpperTriangle, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to the upper block triangle of a ``[d, d]``, at about half the cost of all of it."""
+    for start, strip in total.strips():
+        add_product_(strip, rows[:, start : start + len(strip)], rows[:, start:])
 
 
 @contextlib.contextmanager

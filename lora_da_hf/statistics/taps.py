@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_da_hf.errors import StatisticsError
+from lora_da_hf.records import UpperTriangle
 from lora_da_hf.statistics.moments import (
     add_product_,
     add_symmetric_product_,
@@ -48,7 +49,7 @@ class _TapFunction(torch.autograd.Function):
 
 @dataclass
 class LayerTap:
-    """The sums of one tapped layer; below the diagonal blocks ``input_moment`` stays zero until `mirror_upper_`.
+    """The sums of one tapped layer.
 
     Attributes:
         input_moment: ``[d_in, d_in]``, sum of ``x x^T`` over the rows that count: the leader's own, for all of a group.
@@ -58,7 +59,7 @@ class LayerTap:
     """
 
     name: str
-    input_moment: Tensor
+    input_moment: UpperTriangle
     squares: Tensor
     weight_grad: Tensor
     leader: LayerTap | None = None
@@ -108,7 +109,7 @@ class Taps:
             d_in, d_out = widths[name]
             leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
             zeros = functools.partial(torch.zeros, dtype=dtype, device=devices[name])
-            moment = leader.input_moment if leader else zeros(d_in, d_in)
+            moment = leader.input_moment if leader else UpperTriangle.zeros(d_in, dtype=dtype, device=devices[name])
             self.taps[name] = LayerTap(name, moment, zeros(d_out), zeros(d_out, d_in), leader)
 
     @property

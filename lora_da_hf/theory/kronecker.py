@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_da_hf.config import Damping
 from lora_da_hf.errors import NonFiniteError, SolveError
+from lora_da_hf.records import UpperTriangle
 
 _MAX_DAMPING_RAISES = 12
 _RAISE = 10.0
@@ -42,27 +43,31 @@ class FactorizedInput:
         return torch.cholesky_inverse(self.cholesky)
 
 
-def factorize_input(input_second_moment: Tensor, damping: Damping, *, layer: str) -> FactorizedInput:
+def factorize_input(input_second_moment: Tensor | UpperTriangle, damping: Damping, *, layer: str) -> FactorizedInput:
     """Factorise the damped input second moment in float64, raising the damping until it can be done.
 
     A factorisation counts as failed if LAPACK says so, or if a solve with it misses its right-hand side by more than
-    1e-3 relative. ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens, symmetric.
+    1e-3 relative. ``input_second_moment [d_in, d_in]`` is the mean of ``x x^T`` over tokens, symmetric, whole or half.
 
     Raises:
         NonFiniteError: if the moment is not finite.
         SolveError: if twelve tenfold raises of the damping do not help.
     """
-    if not torch.isfinite(input_second_moment).all():
+    if isinstance(input_second_moment, UpperTriangle):
+        damped = input_second_moment.full(torch.float64)
+    else:
+        damped = input_second_moment.to(torch.float64, copy=True)
+    if not torch.isfinite(damped).all():
         raise NonFiniteError(
             f"The input second moment of {layer} is not finite: its inputs overflowed or are NaN. Check the model and "
             "the data, or run the statistics in a wider dtype."
         )
-    amount = damping_value(damping, input_second_moment.diagonal())
-    floor = max(amount, torch.finfo(torch.float64).eps * input_second_moment.diagonal().double().mean().item())
+    diagonal = damped.diagonal().clone()
+    amount = damping_value(damping, diagonal)
+    floor = max(amount, torch.finfo(torch.float64).eps * diagonal.mean().item())
     notes: list[str] = []
     for tried in (amount, *(floor * _RAISE**k for k in range(1, _MAX_DAMPING_RAISES + 1))):
-        damped = input_second_moment.to(torch.float64, copy=True)
-        damped.diagonal().add_(tried)
+        damped.diagonal().copy_(diagonal + tried)
         cholesky, info = torch.linalg.cholesky_ex(damped)
         factorized = FactorizedInput(cholesky=cholesky, damping=tried, notes=tuple(notes))
         if not info.item() and _solves(factorized, damped):
@@ -70,7 +75,7 @@ def factorize_input(input_second_moment: Tensor, damping: Damping, *, layer: str
         why = f"failed at pivot {info.item()}" if info.item() else "was inaccurate"
         notes.append(f"Cholesky with damping {tried:.2g} {why}")
     raise SolveError(
-        f"The input second moment of {layer}, {list(input_second_moment.shape)}, cannot be factorised ({notes[-1]}). "
+        f"The input second moment of {layer}, {list(damped.shape)}, cannot be factorised ({notes[-1]}). "
         "Raise input_damping or collect more samples."
     )
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
-from lora_da_hf.records import LayerStatistics
-from lora_da_hf.statistics.moments import unpack_upper
+from lora_da_hf.records import LayerStatistics, UpperTriangle
 from lora_da_hf.theory.solve import factorize, solve_layer
 from lora_da_hf.theory.steps import paper_step_size, split_factors
 
@@ -45,7 +44,9 @@ def golden_statistics(module, mask):
     leader = f"{parent}.{SHARES_INPUT_WITH.get(kind, kind)}"
     weight_grad = STATISTICS[f"weight_grad/{module}"]
     return LayerStatistics(
-        input_second_moment=unpack_upper(STATISTICS[f"{mask}/{leader}/input_second_moment"], weight_grad.shape[1]),
+        input_second_moment=UpperTriangle(
+            entries=STATISTICS[f"{mask}/{leader}/input_second_moment"], width=weight_grad.shape[1], block=1
+        ),
         output_grad_second_moment_diag=STATISTICS[f"{mask}/{module}/output_grad_second_moment_diag"],
         weight_grad=weight_grad,
         num_input_tokens=1,

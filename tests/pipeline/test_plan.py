@@ -116,6 +116,13 @@ def test_a_solve_takes_the_memory_that_is_planned_for_it(d_in, d_out):
     assert 0.25 * planned < peak[0] <= planned
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_the_sums_of_a_7b_take_35_gib_since_half_of_each_moment_is_kept(device_type):
+    shapes = [(4096, (4096,) * 3), (4096, (4096,)), (4096, (11008,) * 2), (11008, (4096,))]
+    groups = [Group(members=("a",), d_in=d_in, d_outs=d_outs, device_type=device_type) for d_in, d_outs in shapes]
+    assert 34 * 2**30 < 32 * sum(group.sum_bytes for group in groups) < 35 * 2**30
+
+
 def test_a_70b_in_four_bits_fits_on_80_gib(tmp_path, capfd):
     """Besides 35 GiB of weights and some for the pass, two thirds of the rest: a device of each of eight processes."""
     shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
