@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,16 +96,20 @@ def _forward_by_expert(experts: Any, known: dict[tuple[str, int], ExpertLinear])
         return known.get((name, index)) or ExpertLinear(experts, name, index)
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen, order = top_k_index.reshape(-1).sort(stable=True)
+        numbers = torch.arange(experts.num_experts, dtype=chosen.dtype, device=chosen.device)
+        ends = torch.searchsorted(chosen, numbers, right=True).tolist()  # once a layer: it waits for the GPU
+        tokens_of, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]
         result = torch.zeros_like(hidden_states)
-        for index in range(experts.num_experts):
-            tokens, places = (top_k_index == index).nonzero(as_tuple=True)
-            if not len(tokens):
+        for index, (start, end) in enumerate(pairwise([0, *ends])):
+            if start == end:
                 continue
+            tokens = tokens_of[start:end]
             up, down = layer(up_name, index), layer(down_name, index)
             up.routed_tokens = down.routed_tokens = RoutedTokens(indices=tokens, count=hidden_states.shape[0])
             rows = up(hidden_states[tokens])
             rows = down(experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows))
-            result = result.index_add(0, tokens, (rows * top_k_weights[tokens, places, None]).to(result.dtype))
+            result = result.index_add(0, tokens, (rows * weights[start:end, None]).to(result.dtype))
         return result
 
     return forward

@@ -171,16 +171,24 @@ class Taps:
                 x, g = x.to(self._dtype), g.to(self._dtype)
             scale = 1.0 / self.gradient_scale
             add_product_(tap.weight_grad, g, x, scale)
-            g = g if kept is None else g.index_select(0, kept.to(device))
+            g = _select(g, kept)
             tap.squares.add_(column_squares(g, self._dtype), alpha=scale**2)
-            tap.num_tokens += g.shape[0]
+            counted: Any = g.shape[0] if kept is None or kept.dtype != torch.bool else kept.sum()
+            tap.num_tokens += counted  # a tensor until the pass is over, where only the device knows
             if tap.leader is None:
-                x = x if kept is None else x.index_select(0, kept.to(device))
-                add_symmetric_product_(tap.input_moment, x)
+                add_symmetric_product_(tap.input_moment, _select(x, kept))
 
     def _stays_half(self, rows: Tensor) -> bool:
         is_half = self._dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)
         return is_half and multiplies_half_precision(rows.device)
+
+
+def _select(rows: Tensor, kept: Tensor | None) -> Tensor:
+    """Take the rows of some indices, or set those to zero that are not in a mask."""
+    if kept is None:
+        return rows
+    kept = kept.to(rows.device)
+    return rows.masked_fill(~kept[:, None], 0.0) if kept.dtype == torch.bool else rows.index_select(0, kept)
 
 
 def find_shared_inputs(layers: Mapping[str, nn.Module], run_forward: Callable[[], Any]) -> dict[str, str]:

@@ -178,7 +178,7 @@ def rows_that_count(
     sequences: frozenset[int] | None = None,
     routed: RoutedTokens | None = None,
 ) -> Tensor | None:
-    """Return the indices ``[kept]`` of the rows of a layer that count; None if all do.
+    """Return the indices ``[kept]`` of the rows of a layer that count, or their mask ``[rows]``; None if all do.
 
     Rows that match no sequence of tokens are those of the other modality if there is one, or one a sample, and count
     if the sample has a label. ``sequences`` are those that the rows may be of (`followed_sequences`), and ``routed``
@@ -189,7 +189,7 @@ def rows_that_count(
         return kept
     counts = torch.zeros(routed.count, dtype=torch.bool, device=routed.indices.device)
     counts[kept.to(counts.device)] = True
-    return counts[routed.indices].nonzero().squeeze(1)
+    return counts[routed.indices]  # how many they are is left on the device, so that nothing waits for it
 
 
 def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozenset[int] | None) -> Tensor | None:
