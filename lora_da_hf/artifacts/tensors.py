@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +204,32 @@ def save_statistics(
     Layers that share an input come together; ``shared_inputs`` is the leader of each, ``part`` the number of the pass.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
     for name, layer in statistics.items():
-        tensors[f"{name}.{_GRAD}"] = layer.weight_grad.cpu().contiguous()
-        tensors[f"{name}.{_OUTPUT}"] = layer.output_grad_second_moment_diag.cpu().contiguous()
-        moment: Any = layer.input_second_moment  # a triangle, as a pass gives it
-        if shared_inputs[name] == name:
-            tensors[f"{name}.{_INPUT}"] = moment.packed()
-    write_tensors(folder / f"{part:05d}.safetensors", tensors)
+        grad, squares, moment = layer.weight_grad, layer.output_grad_second_moment_diag, layer.input_second_moment
+        tensors[f"{name}.{_GRAD}"] = tuple(grad.shape), grad.cpu
+        tensors[f"{name}.{_OUTPUT}"] = tuple(squares.shape), squares.cpu
+        if shared_inputs[name] == name and isinstance(moment, UpperTriangle):  # as a pass gives it
+            tensors[f"{name}.{_INPUT}"] = (moment.width * (moment.width + 1) // 2,), moment.packed
+    _write_one_by_one(folder / f"{part:05d}.safetensors", tensors)
+
+
+def _write_one_by_one(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], Tensor]]]) -> None:
+    """Write float32 tensors of known shapes as safetensors, each of which is made when its turn comes.
+
+    ``save_file`` wants all of them in host memory before the first byte, which can be as much as the model.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, _) in tensors.items():
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (offset, offset + 4 * math.prod(shape))}
+        offset += 4 * math.prod(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, make in tensors.values():
+            file.write(make().float().contiguous().numpy().data)
 
 
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:

@@ -15,6 +15,7 @@ from harness import (
     initialize,
     make_config,
     make_lora_config,
+    measured_tensors,
     relative_error,
     written_adapter,
 )
@@ -25,7 +26,9 @@ import lora_da_hf.pipeline.run
 from lora_da_hf import apply_init
 from lora_da_hf.artifacts.manifest import BASIS_FILE, MANIFEST_FILE, parse_manifest
 from lora_da_hf.artifacts.store import load_init
+from lora_da_hf.artifacts.tensors import save_statistics
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError, UnsupportedSetupError
+from lora_da_hf.records import LayerStatistics, UpperTriangle
 
 
 def logits(model, samples):
@@ -293,3 +296,28 @@ def test_what_is_not_of_an_initialisation_is_never_replaced(tmp_path, lora_model
     assert (folder / name).read_text() == "mine"
     with pytest.raises(ConfigError, match="is not a folder"):
         initialize(lora_model(r=3), samples, folder / name)
+
+
+def test_statistics_are_written_one_tensor_at_a_time_as_safetensors_reads_them(tmp_path):
+    generator, width = torch.Generator().manual_seed(0), 200
+    moment = UpperTriangle.zeros(width, dtype=torch.float32, device=torch.device("cpu"))
+    moment.entries.normal_(generator=generator)
+    statistics = {
+        f"layer{k}": LayerStatistics(
+            input_second_moment=moment,
+            output_grad_second_moment_diag=torch.rand(8, generator=generator),
+            weight_grad=torch.randn(8, width, generator=generator),
+            num_input_tokens=1,
+            num_output_tokens=1,
+        )
+        for k in range(12)
+    }
+    with measured_tensors() as peak:
+        save_statistics(tmp_path, statistics, {name: name for name in statistics}, part=0)
+    found = load_file(tmp_path / "00000.safetensors")
+    assert len(found) == 36
+    for name, layer in statistics.items():
+        assert torch.equal(found[f"{name}.input_second_moment"], moment.packed())
+        assert torch.equal(found[f"{name}.weight_grad"], layer.weight_grad)
+        assert torch.equal(found[f"{name}.output_grad_second_moment_diag"], layer.output_grad_second_moment_diag)
+    assert peak[0] < 2 * found["layer0.input_second_moment"].nbytes
