@@ -122,6 +122,12 @@ class LoRADAConfig:
         "together (contrastive); the statistics then depend on the batch size.",
     )
 
+    start: Literal["lora_da", "gradient", "whitened_gradient", "inputs"] = setting(
+        "lora_da",
+        "Where the adapter starts. gradient: the leading singular vectors of the gradient (LoRA-GA, LoRA-One); "
+        "whitened_gradient: those of the gradient in units of both second moments; inputs: the leading principal "
+        "components of the inputs with B zero (EVA).",
+    )
     input_damping: DampingRule = setting(
         "0.1*mean",
         "Added to the diagonal of the input second moment: an absolute number, or a multiple of the diagonal's mean or "
@@ -138,7 +144,7 @@ class LoRADAConfig:
     layer_steps: Literal["displacement", "equal"] = setting(
         "displacement",
         "Relative size of the layers' updates. displacement: each layer's natural gradient step; equal: the same "
-        "spectral norm for all (the paper).",
+        "spectral norm for all (the paper, and always with start gradient).",
     )
     step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["line_search"] | None = setting(
         "line_search",
@@ -199,7 +205,17 @@ class LoRADAConfig:
     @property
     def searches_step(self) -> bool:
         """Whether the step is found by a line search."""
-        return self.step_size == "line_search"
+        return self.step_size == "line_search" and self.start != "inputs"
+
+    @property
+    def lengths(self) -> Literal["displacement", "equal"]:
+        """How far layers go beside each other: starts without a natural gradient step go equally far."""
+        return "equal" if self.start in ("gradient", "inputs") else self.layer_steps
+
+    @property
+    def keeps_a_without_step(self) -> bool:
+        """Whether A is written where B stays zero: it is all that there is of the start then."""
+        return self.freeze_a or self.start == "inputs"
 
     @classmethod
     def of(cls, given: LoRADAConfig | None) -> LoRADAConfig:
@@ -216,6 +232,7 @@ class LoRADAConfig:
 # ---- which settings may change later
 
 SOLVE_SETTINGS = (
+    "start",
     "input_damping",
     "output_damping",
     "variance_weight",

@@ -83,6 +83,7 @@ class LayerStatistics:
             labels that a sample has.
         weight_grad: ``[d_out, d_in]``, gradient of the training objective over the samples: the mean over their labels,
             or over samples, of the loss.
+        input_mean: ``[d_in]``, mean of x over the tokens of the input second moment; None: not kept.
     """
 
     input_second_moment: Tensor | UpperTriangle
@@ -90,19 +91,20 @@ class LayerStatistics:
     weight_grad: Tensor
     num_input_tokens: int
     num_output_tokens: int
+    input_mean: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSolution:
-    """The best starting subspace of one layer, up to a maximal rank. Smaller ranks are slices of it.
+    """The start of one layer, up to a maximal rank. Smaller ranks are slices of it.
 
     Attributes:
-        basis_A: ``[max_rank, d_in]``, orthonormal rows: the transposed input basis.
-        basis_B: ``[d_out, max_rank]``, the displacement times the input basis, so ``basis_B @ basis_A`` is the part of
-            it that the subspace keeps. It is scaled as ``layer_steps`` says, and, once all layers are solved, divided
-            by a number for each layer (`lora_da_hf.theory.steps.in_one_unit`).
-        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
-        displacement_norm: Largest singular value of the displacement.
+        basis_A: ``[max_rank, d_in]``, rows of norm 1, and orthogonal but for ``start="whitened_gradient"``.
+        basis_B: ``[d_out, max_rank]``, so that ``basis_B @ basis_A`` is the part of the displacement (of the gradient,
+            with ``start="gradient"``) that the rank keeps, or zero. It is scaled as ``layer_steps`` says, and, once all
+            layers are solved, divided by a number for each layer (`lora_da_hf.theory.steps.in_one_unit`).
+        eigenvalues: ``[max_rank]``, ascending: of the guidance matrix, or the negative ones of what the start leads in.
+        displacement_norm: Largest singular value of the displacement, or of the gradient; 1 if there is no step.
         residual: That of the eigensolver, relative to the largest eigenvalue.
     """
 

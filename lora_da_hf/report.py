@@ -32,8 +32,7 @@ class LayerReport:
         shares_input_with: The layer whose input second moment it shares: itself if it shares none.
         num_tokens: In its input second moment; `num_grad_tokens` in that of its output gradients.
         input_damping: What was added to the diagonal of the moment.
-        eigenvalues: ``[max_rank]``, of the guidance matrix, ascending.
-        displacement_norm: Largest singular value of the displacement.
+        eigenvalues: ``[max_rank]``, ascending, and `displacement_norm`: as in `LayerSolution`.
         residual: Of the eigensolver, relative to the largest eigenvalue.
         update_norm: Frobenius norm of ``scaling * B @ A`` as written.
     """
@@ -161,13 +160,17 @@ class LoRADAReport:
     def _summary(self) -> str:
         """Return the head of the table: samples, step, losses and times."""
         step = "by layer (stable_gamma)" if self.step_size is None else f"{self.step_size:.4g}"
-        how = {"displacement": "; each layer as far as its natural gradient step", "equal": "; all layers equally far"}
+        start, lengths = self.config.get("start", "lora_da"), self.config.get("layer_steps")
+        if lengths and self.step_size != 0:
+            natural = lengths == "displacement" and start != "gradient"
+            step += "; each layer as far as its natural gradient step" if natural else "; all layers equally far"
         lines = [
             f"init from   {self.init_from}{f' ({self.artifact})' if self.artifact else ''}" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
             f"loss: {self.loss_reduction}",
             f"plan        {self.plan}" if self.plan else "",
-            f"step size   {step}{how.get(str(self.config.get('layer_steps')), '')}",
+            f"start       {start}" if start != "lora_da" else "",
+            f"step size   {step}",
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after)
             + ("" if self.unseen_loss_error is None else f", ± {self.unseen_loss_error:.4f}"),

@@ -192,7 +192,7 @@ def factors(state, which):
 def assert_statistics_equal(found, expected, tolerance):
     """Compare statistics by layer: relative, in the Frobenius norm."""
     assert set(found) == set(expected)
-    fields = ("input_second_moment", "output_grad_second_moment_diag", "weight_grad")
+    fields = ("input_second_moment", "output_grad_second_moment_diag", "weight_grad", "input_mean")
     errors = {
         (name, field): relative_error(getattr(found[name], field), getattr(expected[name], field))
         for name, field in itertools.product(expected, fields)

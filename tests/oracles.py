@@ -55,12 +55,13 @@ class Reference:
     output_grad_second_moment_diag: torch.Tensor
     num_input_tokens: int
     num_output_tokens: int
+    input_mean: torch.Tensor
 
     @classmethod
     def of(cls, weight_grad, rows):
         """Take the means over rows of inputs and of output gradients, each a list of ``[rows, features]``."""
         x, g = (torch.cat(parts).double() for parts in rows)
-        return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0), len(x), len(g))
+        return cls(weight_grad, x.mT @ x / len(x), g.square().mean(0), len(x), len(g), x.mean(0))
 
 
 def items_of(report, *, shifted=True):

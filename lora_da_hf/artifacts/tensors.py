@@ -28,6 +28,7 @@ TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
 _INPUT = "input_second_moment"
+_MEAN = "input_mean"
 _OUTPUT = "output_grad_second_moment_diag"
 _GRAD = "weight_grad"
 _OF_LAYER = ("A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector")
@@ -199,7 +200,8 @@ def save_statistics(
     """Write the statistics of one pass as safetensors, whose names sort in their order.
 
     Keys are ``<layer>.weight_grad [d_out, d_in]``, ``<layer>.output_grad_second_moment_diag [d_out]`` and, once for the
-    layers that share an input, ``<leader>.input_second_moment``: its upper triangle row by row. All are means.
+    layers that share an input, ``<leader>.input_second_moment``, its upper triangle row by row, and
+    ``<leader>.input_mean [d_in]``. All are means.
 
     Layers that share an input come together; ``shared_inputs`` is the leader of each, ``part`` the number of the pass.
     """
@@ -211,6 +213,8 @@ def save_statistics(
         tensors[f"{name}.{_OUTPUT}"] = tuple(squares.shape), squares.cpu
         if shared_inputs[name] == name and isinstance(moment, UpperTriangle):  # as a pass gives it
             tensors[f"{name}.{_INPUT}"] = (moment.width * (moment.width + 1) // 2,), moment.packed
+            assert layer.input_mean is not None
+            tensors[f"{name}.{_MEAN}"] = tuple(layer.input_mean.shape), layer.input_mean.cpu
     _write_one_by_one(folder / f"{part:05d}.safetensors", tensors)
 
 
@@ -255,6 +259,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
         for leader, names in input_groups_of(manifest).items():
             upper, width = read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features
             moment = UpperTriangle(entries=upper, width=width, block=1).full()
+            mean = read(f"{leader}.{_MEAN}")
             yield {
                 name: LayerStatistics(
                     input_second_moment=moment,
@@ -262,6 +267,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
                     weight_grad=read(f"{name}.{_GRAD}"),
                     num_input_tokens=manifest.layers[name].num_tokens,
                     num_output_tokens=manifest.layers[name].num_grad_tokens,
+                    input_mean=mean,
                 )
                 for name in names
             }
@@ -280,6 +286,7 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
         shapes[f"{name}.{_OUTPUT}"] = (layer.out_features,)
         if layer.shares_input_with == name:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
+            shapes[f"{name}.{_MEAN}"] = (layer.in_features,)
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in manifest.statistics_files:
         found |= tensor_specs(folder / file, max_tensors=len(shapes))

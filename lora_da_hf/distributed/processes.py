@@ -110,7 +110,9 @@ def reduce_statistics(
     for leader, members in taps.groups.items():
         owner, moment, num_inputs = owners[leader], members[0].input_moment, members[0].num_tokens
         processes.reduce_sum_(moment.entries, owner)
+        processes.reduce_sum_(members[0].input_sum, owner)
         moment.entries.div_(max(num_inputs, 1))
+        mean = members[0].input_sum / max(num_inputs, 1)
         for tap in members:
             processes.reduce_sum_(tap.squares, owner)
             processes.reduce_sum_(tap.weight_grad, owner)
@@ -121,6 +123,7 @@ def reduce_statistics(
                     weight_grad=tap.weight_grad.div_(max(num_items, 1)),
                     num_input_tokens=num_inputs,
                     num_output_tokens=tap.num_tokens,
+                    input_mean=mean,
                 )
             tap.squares = tap.weight_grad = torch.empty(0)
             tap.input_moment = UpperTriangle(entries=tap.squares, width=0, block=1)

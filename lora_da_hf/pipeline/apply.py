@@ -135,7 +135,7 @@ def _write(
             job.say(f"LoRA-DA: {notes[-1]}")
         if searches and probe is not None:
             step = find_step(job, solved, probe, for_other_ranks=False)
-        elif is_given:
+        elif is_given or job.config.start == "inputs":
             step = given_step(job)
         else:
             size, source = stored_step(stored.manifest, {name: job.targets[name].rank for name in solved.solutions})
@@ -181,7 +181,7 @@ def _match(job: Job, stored: StoredInit) -> Solved:
                 "full statistics are stored, use refit_init with a larger max_rank."
             )
     why = {name: stored.report.kept[name] for name in job.targets if name not in found}
-    notes = rounding_notes(stored.report.layers, layer_steps=stored.manifest.config.layer_steps)
+    notes = rounding_notes(stored.report.layers, layer_steps=stored.manifest.config.lengths)
     unused = [name for name in stored.bases if name not in found]
     if unused:
         notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")

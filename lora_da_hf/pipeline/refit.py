@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,20 @@ def refit_init(
     if changed:
         bases, layers, unit = _solve_again(stored, new, progress=progress)
     ranks, notes = _new_ranks(layers, rank, rank_budget)
-    step = None if new.step_size is None or new.searches_step else float(new.step_size)
-    if new.searches_step:
+    step = 0.0 if new.start == "inputs" else new.step_size
+    if "start" in changed and new.searches_step:
+        step, source = _step_of_stored_size(stored, bases, ranks)
+        notes.append(source)
+    elif new.searches_step:
         step, source = stored_step(stored.manifest, ranks, changed)
         notes.append(source)
+    assert step != "line_search"
     scaling = next(iter(layers.values())).peft_scaling
     if rank is not None:
         before = max(layer.rank for layer in layers.values())
         scaling *= alpha_divisor(stored.peft_config, before) / alpha_divisor(stored.peft_config, max(ranks.values()))
     length = paper_step_size(scaling, new.stable_gamma) if step is None else step
-    norms = {name: length * bases[name].basis_B[:, :rank].norm().item() for name, rank in ranks.items()}
+    norms = {name: length * _update_norm(bases[name], rank) for name, rank in ranks.items()}
     new_layers = [
         dataclasses.replace(layer, rank=ranks[name], peft_scaling=scaling, update_norm=norms[name])
         for name, layer in layers.items()
@@ -122,6 +127,23 @@ def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in
     return new
 
 
+def _step_of_stored_size(
+    stored: StoredInit, bases: Mapping[str, LayerSolution], ranks: Mapping[str, int]
+) -> tuple[float, str]:
+    """Return the step at which all layers together move as far as they did from the stored start, and say so."""
+    moved = math.hypot(*(layer.update_norm for layer in stored.report.layers))
+    if not moved:
+        raise ConfigError(f"{stored.folder} has no step that another start could go as far as. Give a step_size.")
+    step = moved / math.hypot(*(_update_norm(bases[name], rank) for name, rank in ranks.items()))
+    return step, f"step {step:.4g}, so that the update is as large as the stored one: search it anew on your data"
+
+
+def _update_norm(basis: LayerSolution, rank: int) -> float:
+    """Return the Frobenius norm of a step of 1 along a basis, whose rows need not be orthogonal."""
+    rows, columns = (part.double() for part in basis.at_rank(rank))
+    return ((rows @ rows.mT) * (columns.mT @ columns)).sum().clamp_min(0).sqrt().item()
+
+
 def _solve_again(
     stored: StoredInit, config: LoRADAConfig, *, progress: bool
 ) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
@@ -139,7 +161,7 @@ def _solve_again(
                 options: dict[str, Any] = {"layer": name, "rank": ranks[name], "population_size": size}
                 solutions[name] = solve_layer(layer, factorized, config, **options)
         layers |= {name: dataclasses.replace(layers[name], **reported(solutions[name])) for name in statistics}
-    return in_one_unit(solutions, layers, layer_steps=config.layer_steps)
+    return in_one_unit(solutions, layers, layer_steps=config.lengths)
 
 
 def _new_ranks(
@@ -175,7 +197,7 @@ def _new_report(
 ) -> LoRADAReport:
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     largest = max(layer.max_rank for layer in layers)
-    steps = stored.step_size_by_rank if config.searches_step else {}
+    steps = stored.step_size_by_rank if config.searches_step and config.start == stored.config["start"] else {}
     unmeasured = (
         "search_loss_before",
         "search_loss_after",
@@ -196,7 +218,7 @@ def _new_report(
         config=config.to_dict(),
         notes=[
             *notes,
-            *rounding_notes(layers, layer_steps=config.layer_steps),
+            *rounding_notes(layers, layer_steps=config.lengths),
             "refitted from a stored initialisation: no loss was measured with this adapter",
         ],
     )
@@ -233,7 +255,8 @@ def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, L
     config = LoRADAConfig(**settings)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
     for layer in report.layers:
-        if report.step_size == 0 and layer.rank == stored.manifest.layers[layer.name].rank:
+        as_made = layer.rank == stored.manifest.layers[layer.name].rank and not config.keeps_a_without_step
+        if report.step_size == 0 and as_made:
             continue  # A is as PEFT made it
         basis_A, basis_B = (part.double() for part in bases[layer.name].at_rank(layer.rank))
         values = factors_at_step(basis_A, basis_B, config, peft_scaling=layer.peft_scaling, step_size=report.step_size)

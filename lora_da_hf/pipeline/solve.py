@@ -84,9 +84,9 @@ def _join(job: Job, outcomes: Mapping[str, Outcome]) -> Solved:
     solutions, layers, unit = in_one_unit(
         {name: solution for name, (solution, _) in solved.items()},
         {name: layer for name, (_, layer) in solved.items()},
-        layer_steps=job.config.layer_steps,
+        layer_steps=job.config.lengths,
     )
-    notes = tuple(rounding_notes(layers.values(), layer_steps=job.config.layer_steps))
+    notes = tuple(rounding_notes(layers.values(), layer_steps=job.config.lengths))
     return Solved(solutions=solutions, layers=layers, kept={**job.scan.kept, **kept}, step_unit=unit, notes=notes)
 
 

@@ -65,6 +65,8 @@ def find_step(job: Job, solved: Solved, probe: Probe, *, for_other_ranks: bool) 
 def given_step(job: Job) -> Step:
     """Return the step that the config gives; None, too, if it is to be searched."""
     given = job.config.step_size
+    if job.config.start == "inputs":
+        return Step(step_size=0.0, notes=("the start is that of the inputs: A spans them, and B is zero",))
     return Step(step_size=None if given is None or job.config.searches_step else float(given))
 
 
@@ -139,9 +141,9 @@ def _finite(losses: Losses, samples: list[Any], kind: str) -> Losses:
 
 def _first_step(job: Job, solved: Solved) -> float:
     """Return where a search begins: of a stored initialisation, the layer that goes farthest may be left out here."""
-    if job.config.layer_steps == "equal":
+    if job.config.lengths == "equal":
         return _FIRST_EQUAL_STEP
-    farthest = max(layer_lengths(solved.layers.values(), layer_steps=job.config.layer_steps).values())
+    farthest = max(layer_lengths(solved.layers.values(), layer_steps=job.config.lengths).values())
     return _FIRST_STEP / min(farthest / solved.step_unit, 1.0)
 
 
@@ -212,12 +214,12 @@ def _write(
     """Write every layer's factors at a step; None: each layer's follows from `stable_gamma`.
 
     At step 0 the factors are the fresh ones, those that are there by default: the subspace alone was not seen to help.
-    If A is frozen it is all that an initialisation can give, and spans the subspace.
+    If A is frozen, or the start has no step, A is all that an initialisation can give, and spans the subspace.
     """
     with job.stage("write"):
         for name, solution in solved.solutions.items():
             target = job.targets[name]
-            if size == 0 and not job.config.freeze_a:
+            if size == 0 and not job.config.keeps_a_without_step:
                 if fresh:
                     write_factors(target, *fresh[name])
                 continue

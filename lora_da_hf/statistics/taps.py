@@ -53,6 +53,7 @@ class LayerTap:
 
     Attributes:
         input_moment: ``[d_in, d_in]``, sum of ``x x^T`` over the rows that count: the leader's own, for all of a group.
+        input_sum: ``[d_in]``, sum of x over the same rows, in the same way.
         squares: ``[d_out]``, sum of ``g**2`` over the rows that count.
         weight_grad: ``[d_out, d_in]``, sum of ``g x^T`` over all rows.
         num_tokens: Rows in ``squares``, and in ``input_moment`` if it is the layer's own.
@@ -60,6 +61,7 @@ class LayerTap:
 
     name: str
     input_moment: UpperTriangle
+    input_sum: Tensor
     squares: Tensor
     weight_grad: Tensor
     leader: LayerTap | None = None
@@ -110,7 +112,8 @@ class Taps:
             leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
             zeros = functools.partial(torch.zeros, dtype=dtype, device=devices[name])
             moment = leader.input_moment if leader else UpperTriangle.zeros(d_in, dtype=dtype, device=devices[name])
-            self.taps[name] = LayerTap(name, moment, zeros(d_out), zeros(d_out, d_in), leader)
+            inputs = (moment, leader.input_sum if leader else zeros(d_in))
+            self.taps[name] = LayerTap(name, *inputs, zeros(d_out), zeros(d_out, d_in), leader)
 
     @property
     def groups(self) -> dict[str, list[LayerTap]]:
@@ -176,7 +179,9 @@ class Taps:
             counted: Any = g.shape[0] if kept is None or kept.dtype != torch.bool else kept.sum()
             tap.num_tokens += counted  # a tensor until the pass is over, where only the device knows
             if tap.leader is None:
-                add_symmetric_product_(tap.input_moment, _select(x, kept))
+                x = _select(x, kept)
+                tap.input_sum += x.sum(dim=0, dtype=self._dtype)
+                add_symmetric_product_(tap.input_moment, x)
 
     def _stays_half(self, rows: Tensor) -> bool:
         is_half = self._dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)

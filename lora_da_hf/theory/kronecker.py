@@ -43,6 +43,13 @@ class FactorizedInput:
         return torch.cholesky_inverse(self.cholesky)
 
 
+def in_float64(moment: Tensor | UpperTriangle) -> Tensor:
+    """Return a copy of a whole or half symmetric matrix as a whole one in float64."""
+    if isinstance(moment, UpperTriangle):
+        return moment.full(torch.float64)
+    return moment.to(torch.float64, copy=True)
+
+
 def factorize_input(input_second_moment: Tensor | UpperTriangle, damping: Damping, *, layer: str) -> FactorizedInput:
     """Factorise the damped input second moment in float64, raising the damping until it can be done.
 
@@ -53,10 +60,7 @@ def factorize_input(input_second_moment: Tensor | UpperTriangle, damping: Dampin
         NonFiniteError: if the moment is not finite.
         SolveError: if twelve tenfold raises of the damping do not help.
     """
-    if isinstance(input_second_moment, UpperTriangle):
-        damped = input_second_moment.full(torch.float64)
-    else:
-        damped = input_second_moment.to(torch.float64, copy=True)
+    damped = in_float64(input_second_moment)
     if not torch.isfinite(damped).all():
         raise NonFiniteError(
             f"The input second moment of {layer} is not finite: its inputs overflowed or are NaN. Check the model and "

@@ -1,4 +1,4 @@
-"""One layer, from its statistics to its subspace."""
+"""One layer, from its statistics to where its adapter starts."""
 
 from __future__ import annotations
 
@@ -7,25 +7,34 @@ import torch
 from lora_da_hf.config import Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
-from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
+from lora_da_hf.theory.guidance import Displacement
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, inverse_output_factor
+from lora_da_hf.theory.starts import (
+    Directions,
+    gradient_start,
+    inputs_start,
+    natural_gradient_start,
+    whitened_gradient_start,
+)
 
 
-def factorize(statistics: LayerStatistics, config: LoRADAConfig, *, layer: str) -> FactorizedInput:
-    """Factorise the damped input second moment of a layer."""
+def factorize(statistics: LayerStatistics, config: LoRADAConfig, *, layer: str) -> FactorizedInput | None:
+    """Factorise the damped input second moment of a layer; None for a start that does without."""
+    if config.start in ("gradient", "inputs"):
+        return None
     return factorize_input(statistics.input_second_moment, Damping.parse(config.input_damping), layer=layer)
 
 
 def solve_layer(
     statistics: LayerStatistics,
-    factorized_input: FactorizedInput,
+    factorized_input: FactorizedInput | None,
     config: LoRADAConfig,
     *,
     layer: str,
     rank: int,
     population_size: int,
 ) -> LayerSolution:
-    """Find the subspace of ``rank`` that minimises bias plus variance for one layer, in float64.
+    """Find the leading directions of ``config.start`` for one layer, up to ``rank``, in float64.
 
     ``factorized_input`` is what `factorize` returned for it, or for a layer that shares its input.
 
@@ -35,37 +44,46 @@ def solve_layer(
     """
     if not all(part.isfinite().all() for part in (statistics.weight_grad, statistics.output_grad_second_moment_diag)):
         raise NonFiniteError(f"The gradients of {layer} are not finite. Check the loss on the samples used.")
-    inverse_output, output_damping = inverse_output_factor(
-        statistics.output_grad_second_moment_diag.double(), Damping.parse(config.output_damping), layer=layer
-    )
-    displacement = Displacement(
-        scaled_gradient=inverse_output[:, None] * statistics.weight_grad, factorized_input=factorized_input
-    )
-    guidance = build_guidance(
-        displacement,
-        inverse_output,
-        population_size=population_size,
-        variance_weight=config.variance_weight,
-        normalize_terms=config.normalize_guidance_terms,
-    )
+    output_damping = 0.0
     try:
-        pairs = lowest_subspace(guidance, rank)
+        if factorized_input is None and config.start == "inputs":
+            found = inputs_start(statistics, rank=rank, layer=layer)
+        elif factorized_input is None:
+            found = gradient_start(statistics.weight_grad, rank=rank)
+        else:
+            inverse_output, output_damping = inverse_output_factor(
+                statistics.output_grad_second_moment_diag.double(), Damping.parse(config.output_damping), layer=layer
+            )
+            displacement = Displacement(
+                scaled_gradient=inverse_output[:, None] * statistics.weight_grad, factorized_input=factorized_input
+            )
+            if config.start == "whitened_gradient":
+                found = whitened_gradient_start(displacement, statistics.weight_grad, factorized_input, rank=rank)
+            else:
+                found = natural_gradient_start(
+                    displacement, inverse_output, config, rank=rank, population_size=population_size
+                )
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolveError(
             f"The eigenproblem of {layer} cannot be solved: {error} Raise input_damping and output_damping."
         ) from error
-    if not torch.isfinite(pairs.vectors).all():
+    return _solution(found, factorized_input, config, output_damping=output_damping, layer=layer)
+
+
+def _solution(
+    found: Directions, factorized: FactorizedInput | None, config: LoRADAConfig, *, output_damping: float, layer: str
+) -> LayerSolution:
+    if not found.rows.isfinite().all():
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
-    norm = displacement.norm(start=pairs.vectors)
-    divisor = norm if config.layer_steps == "equal" else 1.0
+    divisor = found.norm if config.lengths == "equal" else 1.0
     return LayerSolution(
-        basis_A=pairs.vectors.mT.contiguous(),
-        basis_B=displacement.apply(pairs.vectors) / divisor,
-        eigenvalues=pairs.eigenvalues / divisor**2,
-        displacement_norm=norm,
-        input_damping=factorized_input.damping,
+        basis_A=found.rows,
+        basis_B=found.columns / divisor,
+        eigenvalues=found.values / divisor**2,
+        displacement_norm=found.norm,
+        input_damping=0.0 if factorized is None else factorized.damping,
         output_damping=output_damping,
-        solver=pairs.solver,
-        residual=pairs.residual,
-        notes=factorized_input.notes,
+        solver=found.pairs.solver,
+        residual=found.pairs.residual,
+        notes=() if factorized is None else factorized.notes,
     )

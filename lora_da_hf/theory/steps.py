@@ -73,9 +73,9 @@ def split_factors(
 ) -> tuple[Tensor, Tensor]:
     """Split ``peft_scaling * lora_B @ lora_A = step_size * basis_B @ basis_A`` into two factors.
 
-    ``basis_A [r, d_in]`` is the transposed input basis, ``basis_B [d_out, r]`` the scaled displacement times it.
+    ``basis_A [r, d_in]`` and ``basis_B [d_out, r]`` are those of `LayerSolution`.
     ``"default_norm"`` puts everything but PEFT's default norm in B, ``"orthonormal"`` multiplies both bases with
-    ``sqrt(step_size / peft_scaling)``, and ``"balanced"`` shares out the singular values of ``basis_B`` by their roots.
+    ``sqrt(step_size / peft_scaling)``, and ``"balanced"`` shares out the singular values of the update by their roots.
     """
     product_scale = step_size / peft_scaling
     if factor_split == "default_norm":
@@ -83,8 +83,9 @@ def split_factors(
     root = math.sqrt(product_scale)
     if factor_split == "orthonormal":
         return basis_A * root, basis_B * root
-    left, singular, right = torch.linalg.svd(basis_B, full_matrices=False)
-    scaled_A = singular.sqrt()[:, None] * (right @ basis_A) * root
+    orthonormal, mixing = torch.linalg.qr(basis_A.mT)
+    left, singular, right = torch.linalg.svd(basis_B @ mixing.mT, full_matrices=False)
+    scaled_A = singular.sqrt()[:, None] * (right @ orthonormal.mT) * root
     scaled_B = left * singular.sqrt() * root
     missing = basis_A.shape[0] - singular.shape[0]  # d_out < r: the last directions carry nothing
     return torch.nn.functional.pad(scaled_A, (0, 0, 0, missing)), torch.nn.functional.pad(scaled_B, (0, missing))

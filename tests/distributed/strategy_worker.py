@@ -58,6 +58,7 @@ def cells(strategy):
     found = {f"{c}_{d}": {"checkpointing": CHECKPOINTING[c], "dtype": d} for d in DTYPES for c in CHECKPOINTING}
     found["one_sample_fp32"] = {"config": {"num_samples": 1}, "checkpointing": False}
     found["searched_fp32"] = {"config": {**SEARCHED, "batch_size": 1}}
+    found |= {f"{start}_fp32": {"config": {"start": start}} for start in ("gradient", "whitened_gradient", "inputs")}
     if strategy.startswith("zero"):
         found["offload_bf16"] = {"engine": {"offload_optimizer": {"device": "cpu"}}, "dtype": "bf16"}
     if strategy == "zero3":

@@ -15,11 +15,13 @@ from harness import (
     model_loss,
     stored_statistics,
     train_from,
+    written_adapter,
+    written_factors,
 )
 from peft import PeftModel
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from lora_da_hf import LoRADACallback, LoRADATrainer
+from lora_da_hf import LoRADACallback, LoRADATrainer, load_init, refit_init
 
 QUICK = ("Llama", "GPT-2", "Mixtral", "T5", "BERT, token", "ViT")
 ROWS = [
@@ -55,6 +57,14 @@ def outputs(model, batch):
     return next(found[name] for name in ("start_logits", "logits_per_text", "logits") if name in found)
 
 
+def assert_made_by(start, state, init):
+    """Check that A is the start's in every layer, and that B is zero where it has no step."""
+    for name, layer in init.manifest.layers.items():
+        lora_A, lora_B = written_factors(state, name, layer.rank)
+        torch.testing.assert_close(3**0.5 * lora_A, init.bases[name].basis_A[: layer.rank], atol=1e-4, rtol=0)
+        assert lora_B.any() == (start != "inputs"), name
+
+
 @pytest.mark.parametrize("family", ROWS)
 def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     samples = family.samples(16)
@@ -81,5 +91,9 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     loaded = PeftModel.from_pretrained(family.make_model(), tmp_path / "trained")
     stored_start = PeftModel.from_pretrained(family.make_model(), tmp_path / "lora_da")
     batch = family.collate(samples[:4])
+    for start in ("gradient", "whitened_gradient", "inputs"):
+        refit_init(tmp_path / "lora_da", tmp_path / start, config={"start": start})
+        assert torch.isfinite(outputs(PeftModel.from_pretrained(family.make_model(), tmp_path / start), batch)).all()
+        assert_made_by(start, written_adapter(tmp_path / start), load_init(tmp_path / start))
     assert torch.equal(outputs(loaded, batch), outputs(trainer.model, batch))
     assert not torch.equal(outputs(stored_start, batch), outputs(loaded, batch))

@@ -27,6 +27,7 @@ def make_problem(d_out=12, d_in=10, *, seed=0, tokens=60, samples=None, dtype=to
         weight_grad=(g[:count].mT @ x[:count] / count).to(dtype),
         num_input_tokens=tokens,
         num_output_tokens=tokens,
+        input_mean=x.mean(0).to(dtype),
     )
 
 

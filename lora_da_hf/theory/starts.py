@@ -1,0 +1,110 @@
+"""Where an adapter starts: each start's directions in one layer, all from the same statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_da_hf.config import LoRADAConfig
+from lora_da_hf.errors import NonFiniteError
+from lora_da_hf.records import LayerStatistics
+from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
+from lora_da_hf.theory.kronecker import FactorizedInput, in_float64
+from lora_da_hf.theory.subspace import Eigenpairs, leading_eigenpairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directions:
+    """What a start takes from one layer: its leading directions, best first.
+
+    Attributes:
+        rows: ``[rank, d_in]``, of norm 1; for ``whitened_gradient`` they are not orthogonal to each other.
+        columns: ``[d_out, rank]``, how far the layer goes along each.
+        pairs: The eigenpairs that they come from; ``values`` are their eigenvalues, ascending.
+        norm: Largest singular value of the step that the start takes a part of; 1 if it takes none.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    pairs: Eigenpairs
+    norm: float
+
+
+def natural_gradient_start(
+    displacement: Displacement, inverse_output: Tensor, config: LoRADAConfig, *, rank: int, population_size: int
+) -> Directions:
+    """LoRA-DA (arXiv 2510.24561): the subspace with the least bias and variance, and the displacement in it."""
+    guidance = build_guidance(
+        displacement,
+        inverse_output,
+        population_size=population_size,
+        variance_weight=config.variance_weight,
+        normalize_terms=config.normalize_guidance_terms,
+    )
+    pairs = lowest_subspace(guidance, rank)
+    return Directions(
+        rows=pairs.vectors.mT.contiguous(),
+        columns=displacement.apply(pairs.vectors),
+        values=pairs.eigenvalues,
+        pairs=pairs,
+        norm=displacement.norm(start=pairs.vectors),
+    )
+
+
+def whitened_gradient_start(
+    displacement: Displacement, weight_grad: Tensor, factorized_input: FactorizedInput, *, rank: int
+) -> Directions:
+    """The part of the displacement that the leading singular vectors of the whitened gradient carry.
+
+    With ``Z = L L^T`` and Y the damped factors, these are those of ``Y^-1/2 G L^-T``, mapped back by ``Y^-1/2`` and
+    ``L^-1``: the best approximation of the displacement of this rank where lengths are measured by Y and Z.
+    """
+    grad, scaled, lower = weight_grad.double(), displacement.scaled_gradient, factorized_input.cholesky
+
+    def apply(vectors: Tensor) -> Tensor:
+        mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
+        rows = (mapped.mT.contiguous() @ scaled.mT) @ grad
+        return torch.linalg.solve_triangular(lower, rows.mT, upper=False)
+
+    pairs = leading_eigenpairs(apply, rank, like=scaled)
+    mapped = torch.linalg.solve_triangular(lower.mT, pairs.vectors, upper=True)
+    lengths = mapped.norm(dim=0)
+    return Directions(
+        rows=(mapped / lengths).mT.contiguous(),
+        columns=-(scaled @ mapped) * lengths,
+        values=-pairs.eigenvalues,
+        pairs=pairs,
+        norm=displacement.norm(),
+    )
+
+
+def gradient_start(weight_grad: Tensor, *, rank: int) -> Directions:
+    """The leading singular vectors of the gradient, as LoRA-GA and LoRA-One take them: a step of steepest descent."""
+    grad = weight_grad.double()
+    pairs = leading_eigenpairs(lambda v: ((v.mT.contiguous() @ grad.mT) @ grad).mT, rank, like=grad)
+    return Directions(
+        rows=pairs.vectors.mT.contiguous(),
+        columns=-(grad @ pairs.vectors),
+        values=-pairs.eigenvalues,
+        pairs=pairs,
+        norm=pairs.eigenvalues[0].clamp_min(0).sqrt().item(),
+    )
+
+
+def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str) -> Directions:
+    """The leading principal components of the inputs, as EVA (arXiv 2410.07170) takes them; columns are zero."""
+    moment, mean = in_float64(statistics.input_second_moment), statistics.input_mean
+    if mean is None or not (moment.isfinite().all() and mean.isfinite().all()):
+        raise NonFiniteError(f"The inputs of {layer} are not finite, or their mean is not known. Check model and data.")
+    mean = mean.double()
+    pairs = leading_eigenpairs(lambda v: moment @ v - mean[:, None] * (mean @ v), rank, like=moment)
+    return Directions(
+        rows=pairs.vectors.mT.contiguous(),
+        columns=moment.new_zeros(statistics.weight_grad.shape[0], rank),
+        values=-pairs.eigenvalues,
+        pairs=pairs,
+        norm=1.0,
+    )

@@ -1,0 +1,105 @@
+"""Every start: from data, from stored statistics, and at another rank."""
+
+import pytest
+import torch
+from harness import STORED_RANK, initialize, make_learnable_samples, store_init, written_adapter, written_updates
+from oracles import collate, lora_layers
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+
+from lora_da_hf import LoRADAConfig, apply_init, load_init, refit_init
+from lora_da_hf.errors import ArtifactError, ConfigError
+
+STARTS = ["gradient", "whitened_gradient", "inputs"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Return the folder of LoRA-DA's own start, with the statistics."""
+    from conftest import make_lora_model
+
+    return store_init(tmp_path_factory.mktemp("stored") / "init", make_lora_model(r=STORED_RANK))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_from_data_lowers_the_loss_or_leaves_it(tmp_path, lora_model, tiny_llama, start):
+    model = lora_model(r=STORED_RANK)
+    report = initialize(model, make_learnable_samples(64), tmp_path / "init", start=start, step_size="line_search")
+    assert start in str(report)
+    if start == "inputs":
+        assert report.step_size == 0
+        assert report.search == []
+        assert any("B is zero" in note for note in report.notes)
+    else:
+        assert report.unseen_loss_after < report.unseen_loss_before
+        assert "all layers equally far" in str(report) or start == "whitened_gradient"
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "init")
+    for name, basis in load_init(tmp_path / "init").bases.items():
+        lora_A = lora_layers(loaded)[name].lora_A["default"].weight
+        torch.testing.assert_close(3**0.5 * lora_A, basis.basis_A[:STORED_RANK], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_from_stored_statistics_is_that_from_data(stored, tmp_path, lora_model, start):
+    refitted = refit_init(stored, tmp_path / "new", config={"start": start, "save_statistics": True})
+    initialize(lora_model(r=STORED_RANK), make_learnable_samples(24), tmp_path / "init", start=start, max_rank=16)
+    for name, basis in load_init(tmp_path / "init").bases.items():
+        torch.testing.assert_close(refitted.bases[name].basis_A, basis.basis_A, atol=1e-4, rtol=0)
+        torch.testing.assert_close(refitted.bases[name].basis_B, basis.basis_B, atol=1e-4, rtol=0)
+    moved = [
+        sum(u.norm().item() ** 2 for u in written_updates_of(folder).values()) for folder in (stored, tmp_path / "new")
+    ]
+    if start == "inputs":
+        assert refitted.report.step_size == moved[1] == 0
+        assert all(tensor.any() for name, tensor in written_adapter(tmp_path / "new").items() if "lora_A" in name)
+        with pytest.raises(ConfigError, match="step_size"):
+            refit_init(tmp_path / "new", tmp_path / "back", config={"start": "gradient"})
+    else:
+        assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+
+
+def written_updates_of(folder):
+    from conftest import make_tiny_llama
+
+    return written_updates(PeftModel.from_pretrained(make_tiny_llama(), folder))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_stored_start_is_applied_at_another_rank(stored, tmp_path, lora_model, start):
+    refit_init(stored, tmp_path / "new", config={"start": start}, step_size=None if start == "inputs" else 0.1)
+    model = lora_model(r=3)
+    report = apply_init(model, tmp_path / "new", samples=make_learnable_samples(64), data_collator=collate)
+    assert (report.step_size == 0) == (start == "inputs")
+    for name, basis in load_init(tmp_path / "new").bases.items():
+        lora_A = lora_layers(model)[name].lora_A["default"].weight
+        torch.testing.assert_close(3**0.5 * lora_A, basis.basis_A[:3], atol=1e-5, rtol=0)
+
+
+def test_inputs_are_those_of_eva(tmp_path, lora_model, tiny_llama):
+    samples = make_learnable_samples(32)
+    model = lora_model(r=4)
+    initialize(
+        model, samples, tmp_path / "init", start="inputs", num_samples=32, search_samples=0, save_statistics=True
+    )
+    eva = EvaConfig(rho=1.0, use_label_mask=False)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=eva)
+    theirs = get_peft_model(tiny_llama(), config, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(
+        theirs,
+        [collate(samples)] * 4,  # its sums over several batches forget what was not among the leading directions
+        show_progress_bar=False,
+    )
+    for name, layer in lora_layers(model).items():
+        ours, eva = layer.lora_A["default"].weight, lora_layers(theirs)[name].lora_A["default"].weight
+        cosines = torch.linalg.svdvals(torch.linalg.qr(ours.mT).Q.mT @ torch.linalg.qr(eva.mT).Q)
+        assert cosines.min() >= 0.99, f"{name}: {cosines}"
+
+
+def test_another_start_needs_the_statistics(tmp_path, lora_model):
+    initialize(lora_model(), make_learnable_samples(24), tmp_path / "init", step_size=0.1)
+    with pytest.raises(ArtifactError, match="save_statistics"):
+        refit_init(tmp_path / "init", tmp_path / "new", config={"start": "gradient"})
+
+
+def test_a_start_that_is_not_known_is_refused():
+    with pytest.raises(ConfigError, match="start='eva'"):
+        LoRADAConfig(start="eva")
