@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lora_da_hf.config import LoRADAConfig as LoRADAConfig
     from lora_da_hf.errors import LoRADAError as LoRADAError
     from lora_da_hf.pipeline import apply_init as apply_init
+    from lora_da_hf.pipeline import export_init as export_init
     from lora_da_hf.pipeline import initialize_lora_da as initialize_lora_da
     from lora_da_hf.pipeline import refit_init as refit_init
     from lora_da_hf.report import LoRADAReport as LoRADAReport
@@ -23,6 +24,7 @@ _HOMES = {
     "LoRADAReport": "lora_da_hf.report",
     "LoRADATrainer": "lora_da_hf.training.trainer",
     "apply_init": "lora_da_hf.pipeline",
+    "export_init": "lora_da_hf.pipeline",
     "initialize_lora_da": "lora_da_hf.pipeline",
     "load_init": "lora_da_hf.artifacts.store",
     "refit_init": "lora_da_hf.pipeline",

@@ -31,7 +31,7 @@ report of a stored initialisation. With more than 32 layers, those of a kind sha
 """
 EXPLAINED = {
     "samples": "how many the statistics were taken from, and how the loss of a batch is made of its samples",
-    "step size": "spectral norm of the largest layer's displacement. 0: no step lowered the loss, or the start has none, so B is zero",
+    "step size": "spectral norm of the largest layer's displacement. 0: no step helped, or there is none; B is zero",
     "loss": "before and after, on the samples of the search and on held-out samples. Believe the second pair",
     "tokens": "rows in the layer's input second moment",
     "displacement": "largest singular value of the layer's displacement before it is divided by its tokens",

@@ -1,4 +1,4 @@
-"""What is done with a stored initialisation: `show`, `verify`, `card`, `refit`, `push`, `pull` and `list`."""
+"""What is done with a stored initialisation: `show`, `verify`, `card`, `refit`, `export`, `push`, `pull` and `list`."""
 
 from __future__ import annotations
 
@@ -134,6 +134,28 @@ def refit(arguments: argparse.Namespace, output: Output) -> None:
         progress=output.shows_progress,
     )
     output.result({"folder": folder}, bare=folder, text=f"Written to {folder}")
+
+
+@verb(
+    "my-init eva.safetensors --to eva",
+    FOLDER,
+    argument("output", "OUTPUT", "new file", type=Path),
+    flag(
+        "to",
+        "whose format: PEFT's starts, or llama.cpp's importance matrix",
+        choices=("eva", "corda", "lora_ga", "imatrix"),
+        required=True,
+    ),
+)
+def export(arguments: argparse.Namespace, output: Output) -> None:
+    """Write stored statistics as a file that PEFT's EVA, CorDA and LoRA-GA or llama.cpp read."""
+    from lora_da_hf.pipeline.export import export_init
+
+    left_out = export_init(arguments.folder, arguments.output, to=arguments.to)
+    if left_out:
+        output.message(f"{len(left_out)} layers have no place in this format: {', '.join(left_out[:3])}, ...")
+    path = str(arguments.output)
+    output.result({"file": path, "left_out": left_out}, bare=path, text=f"Written to {path}")
 
 
 @verb(

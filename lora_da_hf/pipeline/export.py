@@ -1,0 +1,129 @@
+"""`export_init`: stored statistics in the formats that PEFT's own starts and llama.cpp read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of
+from lora_da_hf.artifacts.store import StoredInit, load_init
+from lora_da_hf.artifacts.tensors import iterate_statistics, write_tensors
+from lora_da_hf.errors import ConfigError
+from lora_da_hf.records import LayerStatistics
+from lora_da_hf.statistics.moments import full_precision
+from lora_da_hf.theory.kronecker import in_float64
+from lora_da_hf.theory.solve import solve_layer
+
+Format = Literal["eva", "corda", "lora_ga", "imatrix"]
+
+
+def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[str]:
+    """Write a file that another program makes its own start, or quantisation, from, without a pass of its own.
+
+    ======== ==================================================== ===========================================
+    to       for                                                  holds
+    ======== ==================================================== ===========================================
+    eva      ``initialize_lora_eva_weights(eva_state_dict=...)``  principal components, ``[r, d_in]``
+    corda    ``CordaConfig(covariance_file=...)``                 ``E[x x^T]``, ``[d_in, d_in]``
+    lora_ga  ``preprocess_loraga(cache_file=...)``                the gradient, ``[d_out, d_in]``
+    imatrix  ``llama-quantize --imatrix``                         sums of ``x**2``, ``[d_in]``, and their counts
+    ======== ==================================================== ===========================================
+
+    The file of EVA is safetensors, to be read with ``safetensors.torch.load_file``. PEFT reads those of CorDA and
+    LoRA-GA with ``torch.load``: make them where you use them, and publish none.
+
+    Args:
+        folder: A stored initialisation with its full statistics.
+        output: The file, which must not be there yet.
+        to: The format.
+
+    Returns:
+        The layers that the format has no place for, such as single experts.
+
+    Raises:
+        ArtifactError: if the folder is damaged, or has no statistics.
+        ConfigError: if ``output`` exists, the format is not known, or it has a place for no layer.
+        ImportError: if ``to="imatrix"`` and gguf is not installed.
+    """
+    folder, output = Path(folder), Path(output)
+    if to not in _WRITERS:
+        raise ConfigError(f"to={to!r} must be one of {', '.join(get_args(Format))}.")
+    if output.exists():
+        raise ConfigError(f"{output} is there already. Give the name of a new file.")
+    stored = load_init(folder)
+    groups = iterate_statistics(folder, stored.manifest)
+    layers = {name: layer for group in groups for name, layer in group.items() if expert_of(name) is None}
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        written = _WRITERS[to](stored, layers, partial) if layers else []
+        if not written:
+            raise ConfigError(f"The format {to} has a place for none of the layers of {folder}.")
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return [name for name in stored.manifest.layers if name not in written]
+
+
+Layers = Mapping[str, LayerStatistics]
+
+
+def _write_eva(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+    config = dataclasses.replace(stored.manifest.config, start="inputs")
+    components: dict[str, torch.Tensor] = {}
+    with full_precision("cpu"):
+        for name, layer in layers.items():
+            rank = stored.manifest.layers[name].rank
+            solution = solve_layer(layer, None, config, layer=name, rank=rank, population_size=1)
+            components[PEFT_PREFIX + name] = solution.basis_A.float()
+    write_tensors(path, components)
+    return list(layers)
+
+
+def _write_corda(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+    torch.save({name: in_float64(layer.input_second_moment).float() for name, layer in layers.items()}, path)
+    return list(layers)
+
+
+def _write_lora_ga(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+    turned = stored.peft_config["fan_in_fan_out"]  # as the layer has its weight
+    grads = {name: layer.weight_grad.mT.contiguous() if turned else layer.weight_grad for name, layer in layers.items()}
+    torch.save({f"{name}._peft_loraga_grad": grad for name, grad in grads.items()}, path)
+    return list(layers)
+
+
+def _write_imatrix(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+    import gguf  # an extra
+
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1024)  # decoders of other families share its names
+    found = {name: names.get_name(name) for name in layers}
+    written = [name for name in layers if found[name] is not None]
+    report = stored.report
+    writer: Any = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type(gguf.GGUFType.IMATRIX)
+    writer.add_array(gguf.Keys.IMatrix.DATASETS, [stored.source])
+    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, report.num_samples)
+    longest = max(layer.num_input_tokens for layer in layers.values())
+    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, max(1, longest // max(report.num_samples, 1)))
+    for name in written:
+        count = layers[name].num_input_tokens
+        sums = in_float64(layers[name].input_second_moment).diagonal() * count
+        writer.add_tensor(f"{found[name]}.weight.in_sum2", sums.float().numpy())
+        writer.add_tensor(f"{found[name]}.weight.counts", torch.tensor([float(count)]).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
+
+
+_WRITERS: Mapping[str, Callable[[StoredInit, Layers, Path], list[str]]] = {
+    "eva": _write_eva,
+    "corda": _write_corda,
+    "lora_ga": _write_lora_ga,
+    "imatrix": _write_imatrix,
+}
