@@ -277,26 +277,13 @@ class Measured:
 
     def __enter__(self) -> Measured:
         gc.collect()
-        self.reset()
-        self.start, self.start_mib = time.perf_counter(), self.peak()
+        reset_peak()
+        self.start, self.start_mib = time.perf_counter(), peak_mib()
         return self
 
     def __exit__(self, *_: Any) -> None:
         seconds = time.perf_counter() - self.start
-        self.found = {"seconds": seconds, "start_mib": self.start_mib, "peak_mib": self.peak()}
-
-    @staticmethod
-    def reset() -> None:
-        """Begin a new peak."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            reset_peak()
-
-    @staticmethod
-    def peak() -> float:
-        """Return the peak since it was reset, in MiB."""
-        return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_mib()
+        self.found = {"seconds": seconds, "start_mib": self.start_mib, "peak_mib": peak_mib()}
 
 
 def batches_of(samples: list[Any], seed: int, size: int, *, by_length: bool = False) -> Iterator[list[Any]]:
@@ -398,7 +385,7 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
     else:
         at["resumed"].append(len(at["train_losses"]))
     marks = {round(cell["steps"] * part / cell["evaluations"]) for part in range(1, cell["evaluations"] + 1)}
-    Measured.reset()
+    reset_peak()
     batches = batches_of(setup.samples, cell["seed"], cell["batch_size"], by_length=task is not None)
     for step in range(1, cell["steps"] + 1):
         batch = next(batches)
@@ -417,9 +404,9 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
         if not math.isfinite(at["train_losses"][-1]):
             break
         if step in marks:
-            at["peak"] = max(at["peak"], Measured.peak())
+            at["peak"] = max(at["peak"], peak_mib())
             look(step)
-            Measured.reset()
+            reset_peak()
         checkpoint.save(at)
     losses, train_losses = at["losses"], at["train_losses"]
     finished = math.isfinite(train_losses[-1]) if train_losses else True
@@ -437,7 +424,7 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
         "seconds_per_step": at["seconds"] / max(1, len(train_losses)),
         "seconds_before": checkpoint.before,
         "trainable": sum(parameter.numel() for parameter in parameters),
-        "peak_mib": max(at["peak"], Measured.peak()),
+        "peak_mib": max(at["peak"], peak_mib()),
         "optimizer_mib": sum(value.numel() * value.element_size() for value in state) / 2**20,
     }
 

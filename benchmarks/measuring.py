@@ -16,12 +16,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def reset_peak() -> None:
-    """Begin a new peak of this process's memory."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Begin a new peak of the GPU's memory, or, without one, of this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> float:
-    """Return the peak of this process's memory since it was reset."""
+    """Return the peak since it was reset."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
@@ -32,8 +37,10 @@ def machine() -> dict[str, Any]:
     import transformers
 
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "date": datetime.date.today().isoformat(),
+        **gpu,
         "cpu": cpu[1] if cpu else platform.processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
