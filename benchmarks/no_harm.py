@@ -1,4 +1,4 @@
-"""Tables of harm: does training from LoRA-DA's start end worse than from plain LoRA's where a head is new?
+"""Tables of LoRA-DA against plain LoRA on a metric: where a head is new, and at the settings that people use.
 
     for task in sections roles sizes; do
         python benchmarks/compare_inits.py --design benchmarks/designs/no_harm.json --task $task \
@@ -6,7 +6,11 @@
     done
     python benchmarks/no_harm.py benchmarks/results/no_harm_*.jsonl
 
-writes `no_harm.md` beside the lines.
+writes `no_harm.md` beside the lines. With the designs `usual_settings` and `usual_gsm8k`,
+
+    python benchmarks/no_harm.py --usual benchmarks/results/usual_*.jsonl
+
+writes `usual.md` and `usual.png`, the metric over the learning rate.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lines import read_lines
-from report import describe, grouped, markdown
+from report import at_best_rate, by_rate, describe, draw, grouped, markdown, middle, rate_text
 
 METRICS = {"accuracy": "accuracy in percent", "r2": "100 R²"}
 EXPLAINED = (
@@ -46,21 +50,24 @@ def scores(records: Sequence[Record], place: int = -1) -> dict[int, float]:
     return {r["cell"]["seed"]: r["scores"][place][1] * (ended[r["cell"]["seed"]] or place == 0) for r in records}
 
 
-def percent(values: Sequence[float]) -> str:
-    """Return a mean and a standard deviation in percent."""
-    if not values:
-        return "none"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread} ({len(values)})"
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    """Return mean, standard deviation and number of scores in percent; of losses, as they are, with four digits."""
+    found = [value * (1 if digits == 4 else 100) for value in values]
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.{digits}f}{spread} ({len(found)})" if found else "none"
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[str, str]:
-    """Return the mean difference on the seeds of both, in points, with its 95 % interval; and the worst seed's."""
-    found = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+def difference(ours: dict[int, float], theirs: dict[int, float], digits: int = 1) -> tuple[str, str]:
+    """Return the mean difference on the seeds of both, in points, with its 95 % interval; and the worst seed's.
+
+    With four digits it is one of losses, not of scores.
+    """
+    scale = 1 if digits == 4 else 100
+    found = [scale * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
     if len(found) < 2:
-        return "one seed" if found else "none", f"{min(found):+.1f}" if found else "none"
+        return "one seed" if found else "none", f"{min(found):+.{digits}f}" if found else "none"
     half = T_95[len(found) - 1] * statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.fmean(found):+.1f} ± {half:.1f}", f"{min(found):+.1f}"
+    return f"{statistics.fmean(found):+.{digits}f} ± {half:.{digits}f}", f"{min(found):+.{digits}f}"
 
 
 def harm_table(records: Sequence[Record]) -> list[str]:
@@ -97,10 +104,99 @@ def parts_table(records: Sequence[Record]) -> list[str]:
     return markdown(["start", "steps", "rank", "samples", "step", "at step 0", "at the end"], rows)
 
 
+# ---- at the settings that people use
+
+USUAL_RATES = (1e-4, 2e-4, 5e-4)
+
+
+def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Return the runs of each subject and rank, with what they are called."""
+    found: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["cell"]["rank"]):
+        task = record["subject"].get("task")
+        name = f"MiniLM, {task}" if task else f"{record['subject']['model']}, GSM8K"
+        # what a task's rate is chosen by was measured on rows of their own
+        chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
+        found.setdefault(f"{name}, rank {record['cell']['rank']}", []).append(chosen)
+    return list(found.items())
+
+
+def measured(records: Sequence[Record]) -> dict[int, float]:
+    """Return the score of a task, or the loss of text, by seed; of text that diverged none."""
+    if "scores" in records[0]:
+        return scores(records)
+    return {r["cell"]["seed"]: r["final_loss"] for r in records if r["final_loss"] is not None}
+
+
+def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Group the runs that have the usual number of steps, with plain LoRA under the head that LoRA-DA fits as lora."""
+    steps = min(record["cell"]["steps"] for record in records)
+    found = {name: runs for (name,), runs in grouped(records, "method").items()}
+    usual = {name: [run for run in runs if run["cell"]["steps"] == steps] for name, runs in found.items()}
+    if "task" in records[0]["subject"]:
+        usual["drawn head"], usual["lora"] = usual.get("lora", []), usual.get("lora_beside_da", [])
+    plain = found.get("lora_beside_da", found.get("lora", []))
+    return {**usual, "longer": [run for run in plain if run["cell"]["steps"] > steps]}
+
+
+def usual_table(records: Sequence[Record]) -> list[str]:
+    """Compare LoRA-DA with plain LoRA at the usual rates, at equal cost, and each at its best rate."""
+    rows: list[list[str]] = []
+    for name, found in panels(records):
+        runs = by_method(found)
+        ours, plain = by_rate(runs.get("lora_da", [])), by_rate(runs.get("lora", []))
+        pairs = [(f"{rate:g}", ours[rate], plain[rate]) for rate in ours if rate in USUAL_RATES and rate in plain]
+        for other, said in (("longer", "{steps} steps of plain LoRA"), ("drawn head", "drawn head of plain LoRA")):
+            for rate, theirs in by_rate(runs.get(other, [])).items():
+                text = said.format(steps=theirs[0]["cell"]["steps"])
+                pairs += [(f"{rate:g}, {text}", ours[rate], theirs)] if rate in ours else []
+        if len(ours) > 1 and len(plain) > 1:
+            both = [runs["lora_da"], runs["lora"]]
+            best = [at_best_rate(one, "chosen")[1] for one in both]
+            pairs.append((f"best: {', '.join(rate_text(one, 'chosen') for one in both)}", best[0], best[1]))
+        for rate, us, them in pairs:
+            digits = 2 if "scores" in us[0] else 4
+            columns = [percent(list(measured(one).values()), digits) for one in (them, us)]
+            kept = [[run["forgetting"] for run in one if "forgetting" in run] for one in (them, us)]
+            lost = ", ".join(f"{statistics.fmean(end - begin for begin, end in one):+.4f}" for one in kept if one)
+            rows.append([name, rate, *columns, difference(measured(us), measured(them), digits)[0], lost, cost(us)])
+    names = ["subject", "rate", "plain LoRA", "LoRA-DA", "LoRA-DA less plain LoRA", "forgetting, both", "costs, steps"]
+    return markdown(names, rows)
+
+
+def cost(records: Sequence[Record]) -> str:
+    """Return how many steps the initialisation took, without fitting the head, which plain LoRA has as well."""
+    alone = [r for r in records if not r["initialization"]["reused"]]
+    seconds = [r["initialization"]["seconds"] - r["notes"]["stages"].get("heads", 0) for r in alone]
+    return middle([one / r["seconds_per_step"] for one, r in zip(seconds, alone, strict=True)], ".0f")
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Draw the metric over the learning rate: a panel for each subject and rank, a line for each method."""
+    from matplotlib.figure import Figure
+
+    found = panels(records)
+    figure = Figure(figsize=(4.5 * len(found), 4), layout="constrained")
+    for axes, (name, cells) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        runs = by_method(cells)
+        for method, said, color in (("lora", "plain LoRA", "C0"), ("lora_da", "LoRA-DA", "C1")):
+            points = {rate: list(measured(one).values()) for rate, one in by_rate(runs.get(method, [])).items()}
+            draw(axes, points, label=said, color=color, marker="o")
+        axes.set(xscale="log", xlabel="learning rate", ylabel=cells[0].get("metric", "loss on unseen data"), title=name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main(paths: list[str]) -> None:
     """Write the tables of some files of results beside the first."""
-    by_task = [read_lines(Path(path)) for path in paths]
+    by_task = [read_lines(Path(path)) for path in paths if path != "--usual"]
     every = [record for records in by_task for record in records]
+    if "--usual" in paths:
+        plot(every, Path(paths[-1]).with_name("usual.png"))
+        text = ["# At the settings that people use", "", *usual_table(every), "", "![By rate](usual.png)", ""]
+        Path(paths[-1]).with_name("usual.md").write_text("\n".join(text), encoding="utf-8")
+        return
     cell = every[0]["cell"]
     lines = ["# New heads: does the start do harm?", ""]
     lines += [f"Rank {cell['rank']}, {cell['steps']} steps. {EXPLAINED}", "", *harm_table(every), ""]

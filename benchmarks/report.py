@@ -25,9 +25,6 @@ from lines import read_lines
 
 Record = dict[str, Any]
 
-BAND = 1.02
-"""Learning rates whose final loss is within 2 % of the method's best belong to its band."""
-
 GROUP = ("rank", "steps", "num_train")
 """Settings of a cell that make a table of their own; and so do model and data."""
 
@@ -155,33 +152,6 @@ def rate_text(records: Sequence[Record], which: str = "final_loss") -> str:
     return f"{best:g}" + (" (alone)" if len(rates) == 1 else " (edge)" if is_edge else "")
 
 
-def band(records: Sequence[Record], base: float) -> str:
-    """Return by what factor the learning rate can vary with a loss within 2 % of the best.
-
-    The loss is taken to be linear in the logarithm of the rate between two that were tried. At least that much (>=) if
-    the smallest or the largest rate is within it, or if the next rate beyond ends no lower than ``base``.
-    """
-    losses = rate_losses(records)
-    rates = list(losses)
-    best = min(losses.values())
-    if len(rates) == 1 or math.isinf(best):
-        return ""
-    place = next(place for place, rate in enumerate(rates) if losses[rate] == best)
-    ends, is_open = [], False
-    for direction in (-1, 1):
-        end = place
-        while 0 <= end + direction < len(rates) and losses[rates[end + direction]] <= BAND * best:
-            end += direction
-        inside, beyond = rates[end], rates[end + direction] if 0 <= end + direction < len(rates) else None
-        if beyond is None or losses[beyond] >= base:
-            is_open = True
-            ends.append(math.log(inside))
-        else:
-            part = (BAND * best - losses[inside]) / (losses[beyond] - losses[inside])
-            ends.append(math.log(inside) + part * (math.log(beyond) - math.log(inside)))
-    return f"{'>= ' if is_open else ''}{math.exp(ends[1] - ends[0]):.2g}"
-
-
 def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: str = "final_loss") -> str:
     """Return the mean difference of the losses on the same seeds, with its standard error and the number of seeds.
 
@@ -203,16 +173,15 @@ def main_table(records: Sequence[Record]) -> list[str]:
     found = {name: at_best_rate(of_method)[1] for name, of_method in of_methods.items()}
     columns = (
         *("method", "best learning rate", "loss at step 0", "final loss", "less plain LoRA's, same seeds"),
-        *("lowest on the way", "band", "exact match"),
+        *("lowest on the way", "exact match"),
     )
     rows = []
     for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1])):
         plain = found.get(partner_of(name), [])
         starts, ends, lowest = (spread(losses_of(runs, which)) for which in ("first_loss", "final_loss", "best_loss"))
         difference = "" if name == partner_of(name) else paired_difference(runs, plain)
-        wide = band(of_methods[name], mean_loss(plain or runs, "first_loss"))
         rate = rate_text(of_methods[name])
-        rows.append((name, rate, starts, ends, difference, lowest, wide, accuracy(runs)))
+        rows.append((name, rate, starts, ends, difference, lowest, accuracy(runs)))
     return markdown(columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""The theory where the target is known: linear and logistic regression with anisotropic inputs.
+"""The theory where the target is known: linear regression with anisotropic inputs.
 
     python benchmarks/theory.py
 
@@ -10,7 +10,7 @@ input covariance S, for the subspace Q [d_in, r] that the method chose:
 
 - ``paper``: bias ``||Delta (I - Q Q^T)||^2``, variance ``trace(F_out^-1) / n * trace(Q^T S^-1 Q)``;
 - ``frozen``: the same bias, variance with ``(Q^T S Q)^-1``, the covariance of B when A is frozen;
-- ``exact`` (linear regression, normal inputs, Q independent of the data): the fit makes up in Q for what lies outside
+- ``exact`` (normal inputs, Q independent of the data): the fit makes up in Q for what lies outside
   of it wherever inputs are correlated, so the bias is ``||Delta (I - S Q (Q^T S Q)^-1 Q^T)||^2``; what it cannot make
   up adds to the noise; and n samples count as n - r - 1.
 
@@ -46,13 +46,10 @@ from lora_da_hf.theory.steps import DEFAULT_ROW_NORM
 
 D_IN, D_OUT, RANK = 32, 16, 4
 NOISE = 0.5
-RIDGE = 0.1
-MODELS = ("linear", "logistic")
 FROZEN_SIZES = (16, 32, 64, 128, 256, 1024, 4096)
 TRAINED_SIZES = (64, 1024)
 TRAINED_STEPS = (10, 100, 2000)
 LEARNING_RATE = 0.02
-TEST_SAMPLES = 4096
 NO_DAMPING = Damping(amount=0.0)
 
 
@@ -64,18 +61,14 @@ class Problem:
     """A layer whose target is known.
 
     Attributes:
-        model: ``"linear"`` (normal noise) or ``"logistic"`` (independent binary outputs).
         base: ``[d_out, d_in]``.
         delta: ``[d_out, d_in]``, target minus base.
         covariance: ``[d_in, d_in]``, of the inputs, whose mean is zero.
-        test_inputs: ``[tests, d_in]``, for the excess loss where it has no closed form.
     """
 
-    model: str
     base: Tensor
     delta: Tensor
     covariance: Tensor
-    test_inputs: Tensor
 
     @property
     def target(self) -> Tensor:
@@ -89,21 +82,15 @@ class Problem:
     def labels(self, x: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Draw labels, ``[n, d_out]``, from the model with these weights."""
         outputs = x @ weights.mT
-        if self.model == "linear":
-            return outputs + NOISE * normal(generator, *outputs.shape)
-        return (torch.rand(outputs.shape, generator=generator, dtype=torch.float64) < outputs.sigmoid()).double()
+        return outputs + NOISE * normal(generator, *outputs.shape)
 
     def output_grads(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the gradients of each sample's negative log-likelihood at the base, ``[n, d_out]``."""
-        outputs = x @ self.base.mT
-        return (outputs - y) / NOISE**2 if self.model == "linear" else outputs.sigmoid() - y
+        return (x @ self.base.mT - y) / NOISE**2
 
     def output_fisher(self) -> Tensor:
-        """Return the mean Fisher information of each output at the target, ``[d_out]``."""
-        if self.model == "linear":
-            return torch.full((self.base.shape[0],), 1 / NOISE**2, dtype=torch.float64)
-        p = (self.test_inputs @ self.target.mT).sigmoid()
-        return (p * (1 - p)).mean(dim=0)
+        """Return the Fisher information of each output, ``[d_out]``."""
+        return torch.full((self.base.shape[0],), 1 / NOISE**2, dtype=torch.float64)
 
     def distance(self, weights: Tensor) -> float:
         """Return ``||W - W_tgt||^2 / ||Delta||^2``."""
@@ -112,11 +99,7 @@ class Problem:
     def excess(self, weights: Tensor) -> float:
         """Return the expected loss above the target's, in nats."""
         error = weights - self.target
-        if self.model == "linear":
-            return ((error @ self.covariance) * error).sum().item() / (2 * NOISE**2)
-        wanted, given = self.test_inputs @ self.target.mT, self.test_inputs @ weights.mT
-        softplus = torch.nn.functional.softplus
-        return (softplus(given) - softplus(wanted) - wanted.sigmoid() * (given - wanted)).sum(dim=1).mean().item()
+        return ((error @ self.covariance) * error).sum().item() / (2 * NOISE**2)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -124,11 +107,11 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def make_problem(model: str, seed: int) -> Problem:
+def make_problem(seed: int) -> Problem:
     """Make a target whose difference from the base has a decaying spectrum, unrelated to that of the inputs.
 
     The input covariance has eigenvalues ``k^-1.5``. Delta has singular values ``2^-k`` beside a small full-rank part,
-    scaled so that the base is about one nat per four outputs worse than the target in linear regression.
+    scaled so that the base is about one nat per four outputs worse than the target.
     """
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(normal(generator, D_IN, D_IN)).Q
@@ -138,10 +121,9 @@ def make_problem(model: str, seed: int) -> Problem:
     singular = 2.0 ** -torch.arange(D_OUT, dtype=torch.float64) + 0.02
     delta = left * singular @ right.mT
     loss = ((delta @ covariance) * delta).sum() / (2 * NOISE**2)
-    delta = delta * (D_OUT / 4 / loss).sqrt() * (1.0 if model == "linear" else 2.0)
+    delta = delta * (D_OUT / 4 / loss).sqrt()
     base = normal(generator, D_OUT, D_IN) * 0.3
-    test_inputs = normal(generator, TEST_SAMPLES, D_IN) @ torch.linalg.cholesky(covariance).mT
-    return Problem(model=model, base=base, delta=delta, covariance=covariance, test_inputs=test_inputs)
+    return Problem(base=base, delta=delta, covariance=covariance)
 
 
 # ---- the methods: each maps what it may know to a basis [d_in, r]
@@ -154,22 +136,19 @@ class Known:
     Attributes:
         problem: For the oracles alone.
         count: n.
-        empirical: Statistics of the n samples, with their labels in the output factor.
-        sampled: The same with labels drawn from the base model in the output factor.
+        empirical: Statistics of the n samples.
         generator: For what is random.
     """
 
     problem: Problem
     count: int
     empirical: LayerStatistics
-    sampled: LayerStatistics
     generator: torch.Generator
 
 
 def observe(problem: Problem, x: Tensor, y: Tensor, generator: torch.Generator) -> Known:
     """Take the statistics that a pass over the samples takes."""
     g = problem.output_grads(x, y)
-    drawn = problem.output_grads(x, problem.labels(x, problem.base, generator))
     count = x.shape[0]
     empirical = LayerStatistics(
         input_second_moment=x.mT @ x / count,
@@ -178,8 +157,7 @@ def observe(problem: Problem, x: Tensor, y: Tensor, generator: torch.Generator) 
         num_input_tokens=count,
         num_output_tokens=count,
     )
-    sampled = dataclasses.replace(empirical, output_grad_second_moment_diag=drawn.square().mean(dim=0))
-    return Known(problem=problem, count=count, empirical=empirical, sampled=sampled, generator=generator)
+    return Known(problem=problem, count=count, empirical=empirical, generator=generator)
 
 
 def lora_da(statistics: LayerStatistics, count: int, config: LoRADAConfig) -> Tensor:
@@ -228,7 +206,6 @@ METHODS: dict[str, Callable[[Known], Tensor]] = {
     "oracle": oracle,
     "LoRA-DA": by_lora_da(LoRADAConfig(variance_weight=1.0)),
     "LoRA-DA, default": by_lora_da(LoRADAConfig()),
-    "LoRA-DA, sampled Fisher": lambda known: lora_da(known.sampled, known.count, LoRADAConfig(variance_weight=1.0)),
     "LoRA-DA, a tenth of the damping": by_lora_da(with_damping("0.01*mean")),
     "LoRA-DA, ten times the damping": by_lora_da(with_damping("1*mean")),
     "LoRA-DA, no variance": by_lora_da(LoRADAConfig(variance_weight=0.0)),
@@ -242,24 +219,9 @@ METHODS: dict[str, Callable[[Known], Tensor]] = {
 
 
 def fit_frozen(problem: Problem, x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
-    """Fit B to the samples with A frozen at the basis, and return W.
-
-    Logistic regression takes a weak ridge (`RIDGE` on each entry of B, against the sum of the losses), without which
-    few samples are separable and B has no maximum-likelihood value.
-    """
+    """Fit B to the samples with A frozen at the basis, and return W."""
     z = x @ basis
-    if problem.model == "linear":
-        return problem.base + torch.linalg.lstsq(z, y - x @ problem.base.mT).solution.mT @ basis.mT
-    offset = x @ problem.base.mT
-    b = torch.zeros(problem.base.shape[0], basis.shape[1], dtype=torch.float64)
-    eye = torch.eye(basis.shape[1], dtype=torch.float64)
-    for _ in range(30):
-        p = (offset + z @ b.mT).sigmoid()
-        gradient = (p - y).mT @ z + RIDGE * b
-        hessian = torch.einsum("nj,na,nb->jab", p * (1 - p), z, z) + RIDGE * eye
-        move = torch.linalg.solve(hessian, gradient)
-        b = b - move * (5.0 / move.norm(dim=1, keepdim=True).clamp_min(5.0))
-    return problem.base + b @ basis.mT
+    return problem.base + torch.linalg.lstsq(z, y - x @ problem.base.mT).solution.mT @ basis.mT
 
 
 def fit_trained(
@@ -285,11 +247,7 @@ def fit_trained(
     found: dict[int, list[Tensor]] = {}
     for step in range(1, max(marks) + 1):
         weights = problem.base + lora_B @ lora_A
-        if problem.model == "linear":
-            loss = (((weights @ moment) * weights).sum() / 2 - (weights * cross).sum()) / NOISE**2
-        else:
-            outputs = x @ weights.mT
-            loss = (torch.nn.functional.softplus(outputs) - y * outputs).sum() / x.shape[0]
+        loss = (((weights @ moment) * weights).sum() / 2 - (weights * cross).sum()) / NOISE**2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -306,9 +264,8 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     """Predict distance and excess loss of a fit with A frozen, as the module's text says.
 
     Returns:
-        ``paper``, ``frozen`` and ``exact`` (NaN for logistic regression, and where n is too small for it), and the bias
-        in them, of which the rest is variance: ``bias`` of the first two, and ``exact_bias``; and ``excess``, of the
-        loss: bias in the Fisher norm, ``excess_bias``, plus ``r d_out / 2 n``; in linear regression the exact one.
+        ``paper``, ``frozen`` and ``exact`` (NaN where n is too small for it), and the bias in them, without variance:
+        ``bias`` of the first two, and ``exact_bias``; and ``excess``, of the loss, with ``excess_bias``.
     """
     delta, covariance = problem.delta, problem.covariance
     inner = torch.linalg.inv(basis.mT @ covariance @ basis)
@@ -324,7 +281,7 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
     exact = exact_bias = math.nan
     lost = (unexplained / inverse_fisher).sum().item() / 2
     excess = lost + basis.shape[1] * D_OUT / (2 * count)
-    if problem.model == "linear" and freedom > 0:
+    if freedom > 0:
         variance = (inverse_fisher + unexplained).sum().item() * inner.trace().item() / freedom
         exact_bias = left_over.square().sum().item() / size
         exact = exact_bias + variance / size
@@ -343,9 +300,9 @@ def predict(problem: Problem, basis: Tensor, count: int) -> dict[str, float]:
 # ---- the runs
 
 
-def run_trial(model: str, count: int, seed: int) -> tuple[Problem, Tensor, Tensor, dict[str, Tensor]]:
+def run_trial(count: int, seed: int) -> tuple[Problem, Tensor, Tensor, dict[str, Tensor]]:
     """Draw a problem and n samples, and return problem, inputs, labels, and the basis that every method chooses."""
-    problem = make_problem(model, seed)
+    problem = make_problem(seed)
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + count)
     x = problem.inputs(count, generator)
     y = problem.labels(x, problem.target, generator)
@@ -358,26 +315,24 @@ def measured(problem: Problem, weights: Tensor, **facts: Any) -> dict[str, Any]:
     return {**facts, "distance": problem.distance(weights), "excess": problem.excess(weights)}
 
 
-def run_frozen(model: str, count: int, seeds: range) -> list[dict[str, Any]]:
+def run_frozen(count: int, seeds: range) -> list[dict[str, Any]]:
     """Measure all methods with A frozen, each seed being a problem of its own."""
     records: list[dict[str, Any]] = []
     for seed in seeds:
-        problem, x, y, bases = run_trial(model, count, seed)
+        problem, x, y, bases = run_trial(count, seed)
         for method, basis in bases.items():
-            found = measured(
-                problem, fit_frozen(problem, x, y, basis), model=model, samples=count, seed=seed, method=method
-            )
+            found = measured(problem, fit_frozen(problem, x, y, basis), samples=count, seed=seed, method=method)
             records.append({**found, "predicted": predict(problem, basis, count)})
     return records
 
 
-def run_trained(model: str, count: int, seeds: range, marks: tuple[int, ...]) -> list[dict[str, Any]]:
+def run_trained(count: int, seeds: range, marks: tuple[int, ...]) -> list[dict[str, Any]]:
     """Measure all methods with A trained, after some numbers of steps."""
     records: list[dict[str, Any]] = []
     for seed in seeds:
-        problem, x, y, bases = run_trial(model, count, seed)
+        problem, x, y, bases = run_trial(count, seed)
         for steps, found in fit_trained(problem, x, y, torch.stack(list(bases.values())), marks).items():
-            facts = {"model": model, "samples": count, "seed": seed, "steps": steps}
+            facts = {"samples": count, "seed": seed, "steps": steps}
             records += [measured(problem, w, **facts, method=name) for name, w in zip(bases, found, strict=True)]
     return records
 
@@ -400,11 +355,11 @@ def cell(values: list[float]) -> str:
     return f"{mean:.3g} ± {error:.1g}"
 
 
-def frozen_table(records: list[dict[str, Any]], model: str) -> list[str]:
+def frozen_table(records: list[dict[str, Any]]) -> list[str]:
     rows = []
     for count in sorted({record["samples"] for record in records}):
         for method in METHODS:
-            found = select(records, model=model, samples=count, method=method)
+            found = select(records, samples=count, method=method)
             guesses = {name: stats.fmean(r["predicted"][name] for r in found) for name in found[0]["predicted"]}
             paper, frozen, exact, predicted = (
                 sum_text(guesses, name) for name in ("paper", "frozen", "exact", "excess")
@@ -420,23 +375,22 @@ def sum_text(predicted: dict[str, float], name: str) -> str:
     return "" if math.isnan(value) else f"{value:.3g} = {bias:.3g} + {value - bias:.3g}"
 
 
-def trained_table(records: list[dict[str, Any]], model: str) -> list[str]:
+def trained_table(records: list[dict[str, Any]]) -> list[str]:
     marks, rows = sorted({record["steps"] for record in records}), []
     for count in sorted({record["samples"] for record in records}):
         for method in METHODS:
-            found = [select(records, model=model, samples=count, method=method, steps=steps) for steps in marks]
+            found = [select(records, samples=count, method=method, steps=steps) for steps in marks]
             rows.append((count, method, *(cell([r["excess"] for r in of_steps]) for of_steps in found)))
     return markdown(("n", "method", *(f"{steps} steps" for steps in marks)), rows)
 
 
 def tables(frozen: list[dict[str, Any]], trained: list[dict[str, Any]]) -> str:
     lines: list[str] = []
-    of_frozen = "A frozen, {} regression: mean and standard error of {} trials; predictions: sum = bias + variance"
-    of_trained = "A trained, {} regression: excess loss, mean and standard error of {} trials"
+    of_frozen = "A frozen: mean and standard error of {} trials; predictions: sum = bias + variance"
+    of_trained = "A trained: excess loss, mean and standard error of {} trials"
     for records, title, table in ((frozen, of_frozen, frozen_table), (trained, of_trained, trained_table)):
         trials = len({record["seed"] for record in records})
-        for model in MODELS if records else ():
-            lines += [title.format(model, trials), "", *table(records, model), ""]
+        lines += [title.format(trials), "", *table(records), ""] if records else []
     return "\n".join(lines)
 
 
@@ -449,18 +403,12 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="problems with A frozen; a third of them with A trained")
-    parser.add_argument("--frozen_only", action="store_true", help="with A frozen alone, which takes seconds")
     parser.add_argument("--output", type=Path, default=Path("outputs/theory.json"))
     options = parser.parse_args()
     start = time.perf_counter()
     seeds, fewer = range(options.trials), range(max(2, options.trials // 3))
-    frozen = [record for model in MODELS for count in FROZEN_SIZES for record in run_frozen(model, count, seeds)]
-    trained = [
-        record
-        for model in MODELS
-        for count in (() if options.frozen_only else TRAINED_SIZES)
-        for record in run_trained(model, count, fewer, TRAINED_STEPS)
-    ]
+    frozen = [record for count in FROZEN_SIZES for record in run_frozen(count, seeds)]
+    trained = [record for count in TRAINED_SIZES for record in run_trained(count, fewer, TRAINED_STEPS)]
     facts = {**machine(), "seconds": round(time.perf_counter() - start, 1), "seeds": list(seeds)}
     shape = {"d_in": D_IN, "d_out": D_OUT, "rank": RANK, "noise": NOISE, "learning_rate": LEARNING_RATE}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,55 @@ def test_the_documented_table_of_harm_is_what_the_lines_say():
         assert table in text.read_text(encoding="utf-8"), f"run benchmarks/no_harm.py and copy its table to {text}"
 
 
+def usual_record(method, rate, seed, score, choice, *, steps=100, reused=False):
+    return {
+        **record(method, seed, score, steps=steps, ended=steps),
+        "cell": {"method": method, "seed": seed, "learning_rate": rate, "steps": steps, "rank": 16},
+        "choice": [choice, 0.5],
+        "initialization": {"seconds": 30.0, "reused": reused},
+        "notes": {"stages": {"heads": 10.0}},
+        "seconds_per_step": 0.5,
+    }
+
+
+def test_usual_settings_are_compared_at_the_same_rate_at_equal_cost_and_at_rates_chosen_on_other_rows():
+    records = []
+    for seed, (plain, ours) in enumerate(((0.70, 0.71), (0.72, 0.75))):
+        records += [
+            usual_record("lora_da", 2e-4, seed, ours, 1.0),
+            usual_record("lora_beside_da", 2e-4, seed, plain, 1.0, reused=True),
+            usual_record("lora_beside_da", 2e-4, seed, plain + 0.01, 1.0, steps=140),
+            usual_record("lora", 2e-4, seed, plain - 0.2, 2.0),
+            usual_record("lora_da", 1e-3, seed, 0.6, 0.9, reused=True),  # worse on the test rows, better on the others
+            usual_record("lora_beside_da", 1e-3, seed, 0.8, 1.1, reused=True),
+        ]
+    name = "MiniLM, sections, rank 16"
+    assert no_harm.usual_table(records)[2:] == [
+        f"| {name} | 0.0002 | 71.00 ± 1.41 (2) | 73.00 ± 2.83 (2) | +2.00 ± 12.71 |  | 40 |",
+        f"| {name} | 0.0002, 140 steps of plain LoRA | 72.00 ± 1.41 (2) | 73.00 ± 2.83 (2) | +1.00 ± 12.71 |  | 40 |",
+        f"| {name} | 0.0002, drawn head of plain LoRA | 51.00 ± 1.41 (2) | 73.00 ± 2.83 (2) | +22.00 ± 12.71 |  | 40 |",
+        f"| {name} | best: 0.001 (edge), 0.0002 (edge) | 71.00 ± 1.41 (2) | 60.00 ± 0.00 (2) | -11.00 ± 12.71 |  |  |",
+    ]
+
+
+def test_of_text_losses_are_compared_and_what_was_forgotten():
+    text = {"subject": {"model": "tiny"}, "forgetting": [2.0, 2.5], "notes": {"stages": {}}}
+    records = []
+    for method, ends in (("lora_da", (0.8, 0.9)), ("lora", (0.9, 1.1))):
+        for seed, end in enumerate(ends):
+            one = {**usual_record(method, 2e-4, seed, 0, 0), **text, "final_loss": end}
+            records.append({name: value for name, value in one.items() if name not in ("scores", "choice", "metric")})
+    (row,) = no_harm.usual_table(records)[2:]
+    assert "| 1.0000 ± 0.1414 (2) | 0.8500 ± 0.0707 (2) | -0.1500 ± 0.6355 | +0.5000, +0.5000 | 60 |" in row
+
+
+def test_the_documented_table_of_usual_settings_is_what_the_lines_say():
+    records = [one for path in sorted(RESULTS.glob("usual_*.jsonl")) for one in read_lines(path)]
+    table = "\n".join(no_harm.usual_table(records))
+    for text in (Path(__file__).parents[2] / "docs" / "results.md", RESULTS / "usual.md"):
+        assert table in text.read_text(encoding="utf-8"), f"run benchmarks/no_harm.py --usual, copy its table to {text}"
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
