@@ -110,12 +110,11 @@ USUAL_RATES = (1e-4, 2e-4, 5e-4)
 
 
 def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Return the runs of each subject and rank, with what they are called."""
+    """Return the runs of each subject and rank by name, with the loss by which a rate is chosen, of other rows."""
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["cell"]["rank"]):
         task = record["subject"].get("task")
         name = f"MiniLM, {task}" if task else f"{record['subject']['model']}, GSM8K"
-        # what a task's rate is chosen by was measured on rows of their own
         chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
         found.setdefault(f"{name}, rank {record['cell']['rank']}", []).append(chosen)
     return list(found.items())

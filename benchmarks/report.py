@@ -28,8 +28,6 @@ Record = dict[str, Any]
 GROUP = ("rank", "steps", "num_train")
 """Settings of a cell that make a table of their own; and so do model and data."""
 
-USUAL_RANK = 8
-
 MARKERS = "osD^v"  # one for each ten methods of a picture, which repeat the colours
 PICTURED = 1.15
 """Final losses up to this many times the lowest are in the picture of learning rates, and each method's best."""
@@ -199,12 +197,6 @@ def start_table(records: Sequence[Record]) -> list[str]:
     return markdown(columns, rows)
 
 
-def unless_usual(rank: int, num_train: int | None) -> str:
-    """Write what of a row's rank and training samples is not as in most tables."""
-    rank_text = "" if rank == USUAL_RANK else f", rank {rank}"
-    return rank_text + ("" if num_train is None else f", {num_train} samples")
-
-
 def ranks_table(records: Sequence[Record]) -> list[str]:
     """Show what each method's final loss is less plain LoRA's, at every rank, each at its best rate there.
 
@@ -285,7 +277,7 @@ def cost_table(records: Sequence[Record]) -> list[str]:
     that did not have a process of their own.
     """
     of_ranks = {
-        f"{name}{unless_usual(rank, num_train)}": runs
+        f"{name}, rank {rank}" + (f", {num_train} samples" if num_train else ""): runs
         for name, of_method in variants(records).items()
         for (rank, num_train), runs in grouped(of_method, "rank", "num_train").items()
     }

@@ -55,7 +55,7 @@ def test_the_report_compares_at_the_best_rates(records, tmp_path, capsys):
     assert "(edge)" not in second
     assert "0.001 (alone)" in first
     assert "| lora | 1.2050 ± 0.0071 (2) | 1.0050 ± 0.0071 (2) | 1.0200 ± 0.0071 (2) |" in text
-    assert "| lora_da | 2.0 | 1.3 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
+    assert "| lora_da, rank 8 | 2.0 | 1.3 | 5 | 1.50 | 30 | 100 | 1.0 |" in text
     assert (tmp_path / "results_1.png").stat().st_size > 10_000
 
 
