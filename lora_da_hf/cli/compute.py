@@ -65,7 +65,8 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
 
 def _and_where(name: str) -> str:
     """Say where a name will be looked up, before a client tries for long to reach the Hub."""
-    return name if Path(name).exists() else f"{name} from the Hub, since there is no such file or folder"
+    is_local = Path(name).exists() or loader_of(name)
+    return name if is_local else f"{name} from the Hub, since there is no such file or folder"
 
 
 def _load_rows(source: str, arguments: argparse.Namespace) -> Any:
