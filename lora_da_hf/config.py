@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
@@ -49,6 +49,8 @@ def _memory(value: float | str) -> float | str:
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 DampingRule = Annotated[float | str, AfterValidator(_damping)]
+Start = Literal["lora_da", "gradient", "whitened_gradient", "inputs"]
+STARTS = get_args(Start)
 Settings = TypeVar("Settings")
 
 
@@ -122,7 +124,7 @@ class LoRADAConfig:
         "together (contrastive); the statistics then depend on the batch size.",
     )
 
-    start: Literal["lora_da", "gradient", "whitened_gradient", "inputs"] = setting(
+    start: Start = setting(
         "lora_da",
         "Where the adapter starts. gradient: the leading singular vectors of the gradient (LoRA-GA, LoRA-One); "
         "whitened_gradient: those of the gradient in units of both second moments; inputs: the leading principal "
@@ -165,9 +167,10 @@ class LoRADAConfig:
         None,
         "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter.",
     )
-    save_statistics: bool = setting(
+    save_statistics: bool | Literal["leading"] = setting(
         False,
-        "Store the statistics too (large), to solve again with other settings later. One process then solves alone.",
+        "Store the statistics too (large), to solve again with other settings later. leading: the first max_rank "
+        "directions of every start in their place, a few per cent of that. One process then solves alone.",
     )
 
     memory_budget: Annotated[float | str, AfterValidator(_memory)] | None = setting(

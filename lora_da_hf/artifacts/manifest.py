@@ -22,7 +22,8 @@ BASIS_FILE = "lora_da_basis.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 REQUIRED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, BASIS_FILE)
-STATISTICS_FILE = re.compile(r"lora_da_statistics-[0-9]{5}-of-[0-9]{5}\.safetensors")
+STATISTICS_FILE = re.compile(r"lora_da_(statistics|leading)-[0-9]{5}-of-[0-9]{5}\.safetensors")
+"""Full statistics, or the leading directions of every start in their place."""
 
 MAX_MANIFEST_BYTES = 32 << 20
 _MAX_VALUES = 2_000_000
@@ -91,7 +92,12 @@ class Manifest(_Checked):
     @property
     def statistics_files(self) -> list[str]:
         """The names of the files of the full statistics, in order; none if they were not stored."""
-        return sorted(name for name in self.files if STATISTICS_FILE.fullmatch(name))
+        return sorted(name for name in self.files if name.startswith("lora_da_statistics"))
+
+    @property
+    def leading_files(self) -> list[str]:
+        """The same of the leading directions of the other starts."""
+        return sorted(name for name in self.files if name.startswith("lora_da_leading"))
 
     @property
     def num_bytes(self) -> int:

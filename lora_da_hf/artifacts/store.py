@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_da_hf.artifacts.adapter_config import check_adapter_config
 from lora_da_hf.artifacts.folders import adopt, atomic_folder, may_lie_beside
+from lora_da_hf.artifacts.leading import check_leading
 from lora_da_hf.artifacts.manifest import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -81,7 +82,7 @@ def write_init(
 ) -> None:
     """Write an initialisation in place of what is in the folder: all of it, or nothing.
 
-    ``adapter`` is PEFT's tensors and configuration; ``statistics`` are the files of the full ones, in order;
+    ``adapter`` is PEFT's tensors and configuration; ``statistics`` are the files of what ``save_statistics`` asks for;
     ``identity`` is what a later run must have in common with this one to use it.
     """
     with atomic_folder(folder) as partial:
@@ -89,8 +90,9 @@ def write_init(
         write_tensors(partial / ADAPTER_FILE, tensors)
         (partial / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         write_tensors(partial / BASIS_FILE, basis_tensors(bases))
+        kind = "leading" if report.config["save_statistics"] == "leading" else "statistics"
         for number, path in enumerate(statistics, start=1):
-            adopt(path.resolve(), partial / f"lora_da_statistics-{number:05d}-of-{len(statistics):05d}.safetensors")
+            adopt(path.resolve(), partial / f"lora_da_{kind}-{number:05d}-of-{len(statistics):05d}.safetensors")
         manifest = Manifest(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             versions={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -130,6 +132,7 @@ def load_init(folder: str | Path, *, statistics: bool = True, alone: bool = True
     check_adapter(folder / ADAPTER_FILE, bases, config, manifest)
     if statistics:
         check_statistics(folder, manifest)
+        check_leading(folder, manifest)
     return StoredInit(folder=folder, manifest=manifest, bases=bases, peft_config=config, source=manifest.digest)
 
 

@@ -61,18 +61,19 @@ def tensor_specs(path: Path, *, max_tensors: int) -> TensorSpecs:
 def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
     """Read a safetensors file of finite values, whose header was checked if nothing is ``expected``."""
     if expected is not None:
-        _compare(path, tensor_specs(path, max_tensors=len(expected)), expected)
+        compare_specs(path, tensor_specs(path, max_tensors=len(expected)), expected)
     with safe_open(path, framework="pt") as file:
-        return {name: _finite(path, name, file.get_tensor(name)) for name in file.keys()}
+        return {name: finite(path, name, file.get_tensor(name)) for name in file.keys()}
 
 
-def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+def finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file whose values are finite."""
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
         raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
     return tensor
 
 
-def _compare(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
+def compare_specs(path: Path, found: TensorSpecs, expected: TensorSpecs) -> None:
     """Refuse a file whose tensors are not exactly those of the manifest, naming the first that differs."""
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
@@ -254,7 +255,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
 
         def read(name: str) -> Tensor:
             path, opened = places[name]
-            return _finite(path, name, opened.get_tensor(name))
+            return finite(path, name, opened.get_tensor(name))
 
         for leader, names in input_groups_of(manifest).items():
             upper, width = read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features
@@ -291,6 +292,6 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
     for file in manifest.statistics_files:
         found |= tensor_specs(folder / file, max_tensors=len(shapes))
     if manifest.statistics_files:
-        _compare(
+        compare_specs(
             folder / manifest.statistics_files[-1], found, {name: (shape, "F32") for name, shape in shapes.items()}
         )

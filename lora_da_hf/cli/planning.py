@@ -46,6 +46,6 @@ def plan_of(
         budget=[budget],
         num_processes=num_processes,
         threads=solver_threads([device]),
-        solve_alone=config.save_statistics,
+        solve_alone=bool(config.save_statistics),
     )
     return plan, scan, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

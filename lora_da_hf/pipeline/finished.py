@@ -133,7 +133,8 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
         return None, ("an initialisation that was there before could not be used and was replaced",)
     differing = _changes(stored.manifest.identity, identity)
     has_statistics = bool(stored.manifest.statistics_files)
-    if job.config.save_statistics and not has_statistics:
+    asked = job.config.save_statistics
+    if asked and not (stored.manifest.leading_files if asked == "leading" else has_statistics):
         differing.append("save_statistics")
     if differing:
         note = "LoRA-DA: the initialisation in %s is replaced. What changed: %s"

@@ -106,7 +106,7 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
         budget=budget,
         num_processes=job.processes.count,
         threads=min(job.processes.gather(solver_threads(devices))),
-        solve_alone=job.config.save_statistics,
+        solve_alone=bool(job.config.save_statistics),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lora_da_hf.artifacts.adapter_config import alpha_divisor, config_for, expert_of
 from lora_da_hf.artifacts.folders import check_replaceable
+from lora_da_hf.artifacts.leading import read_leading, save_leading
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
 from lora_da_hf.artifacts.tensors import (
@@ -30,7 +32,7 @@ from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
-from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
 from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, rounding_notes
 
 
@@ -82,7 +84,9 @@ def refit_init(
     new = _new_config(stored, config, step_size, in_place=folder.resolve() == output_dir.resolve())
     changed = [name for name in changed_settings(new, stored.manifest.config) if name in SOLVE_SETTINGS]
     bases, layers, unit = stored.bases, stored.manifest.layers, stored.report.step_unit
-    if changed:
+    if changed == ["start"] and stored.manifest.leading_files:
+        bases, layers, unit = _in_one_unit(read_leading(folder, stored.manifest, new.start), layers, new)
+    elif changed:
         bases, layers, unit = _solve_again(stored, new, progress=progress)
     ranks, notes = _new_ranks(layers, rank, rank_budget)
     step = 0.0 if new.start == "inputs" else new.step_size
@@ -111,11 +115,18 @@ def refit_init(
 def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in_place: bool) -> LoRADAConfig:
     """Return the settings of the new initialisation; in its own folder it keeps the statistics, which would be lost."""
     config, before = config_for_refit(stored.manifest, given), stored.manifest.config
-    has_statistics = bool(stored.manifest.statistics_files)
-    if config.save_statistics and not has_statistics:
+    is_full, is_leading = bool(stored.manifest.statistics_files), bool(stored.manifest.leading_files)
+    if config.save_statistics and not (is_full or (is_leading and config.save_statistics == "leading")):
         raise ArtifactError(f"{stored.folder} has no statistics to take along. Leave save_statistics out.")
     by_name: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-    keeps = config.save_statistics or (has_statistics and in_place and by_name.get("save_statistics", True))
+    keeps = config.save_statistics
+    if in_place and by_name.get("save_statistics", True):
+        keeps = keeps or is_full or ("leading" if is_leading else False)
+    if keeps == "leading" and not is_full and config.start != before.start:
+        raise ConfigError(
+            f"{stored.folder} has the directions of the other starts, and those of {before.start} would be lost. Write "
+            "to another folder, without save_statistics."
+        )
     step = config.step_size if step_size is None else step_size
     new = dataclasses.replace(config, save_statistics=keeps, step_size=step)
     is_given = step_size is not None or gives_step(by_name) or new.step_size != before.step_size
@@ -148,7 +159,7 @@ def _solve_again(
     stored: StoredInit, config: LoRADAConfig, *, progress: bool
 ) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
     """Solve every layer from its statistics, and return bases, reports and the unit of the step."""
-    layers = dict(stored.manifest.layers)
+    layers = stored.manifest.layers
     solutions: dict[str, LayerSolution] = {}
     most = {name: max(config.max_rank or layer.max_rank, layer.rank) for name, layer in layers.items()}
     ranks = {name: min(most[name], layer.in_features) for name, layer in layers.items()}
@@ -160,7 +171,13 @@ def _solve_again(
                 factorized = factorized or factorize(layer, config, layer=name)
                 options: dict[str, Any] = {"layer": name, "rank": ranks[name], "population_size": size}
                 solutions[name] = solve_layer(layer, factorized, config, **options)
-        layers |= {name: dataclasses.replace(layers[name], **reported(solutions[name])) for name in statistics}
+    return _in_one_unit(solutions, layers, config)
+
+
+def _in_one_unit(
+    solutions: Mapping[str, LayerSolution], layers: Mapping[str, LayerReport], config: LoRADAConfig
+) -> tuple[dict[str, LayerSolution], dict[str, LayerReport], float]:
+    layers = {name: dataclasses.replace(layers[name], **reported(one)) for name, one in solutions.items()}
     return in_one_unit(solutions, layers, layer_steps=config.lengths)
 
 
@@ -198,17 +215,11 @@ def _new_report(
     """Return the stored report with what changed; losses are left out, which nothing measured for this adapter."""
     largest = max(layer.max_rank for layer in layers)
     steps = stored.step_size_by_rank if config.searches_step and config.start == stored.config["start"] else {}
-    unmeasured = (
-        "search_loss_before",
-        "search_loss_after",
-        "unseen_loss_before",
-        "unseen_loss_after",
-        "unseen_loss_error",
-    )
+    losses = [f"{which}_loss_{when}" for which in ("search", "unseen") for when in ("before", "after")]
     return dataclasses.replace(
         stored,
         **others,
-        **dict.fromkeys(unmeasured),
+        **dict.fromkeys([*losses, "unseen_loss_error"]),
         layers=layers,
         step_size_by_rank={rank: step for rank, step in steps.items() if rank <= largest},
         search=[],
@@ -235,18 +246,32 @@ def _write(
     manifest = stored.manifest
     before = manifest.refitted_from.changed if manifest.refitted_from else {}
     config = config_for(stored.peft_config, {layer.name: layer for layer in report.layers}, stored.report.kept)
-    kept = manifest.statistics_files if report.config["save_statistics"] else []
-    write_init(
-        output_dir,
-        bases=bases,
-        report=report,
-        base_model=manifest.base_model,
-        adapter=(_new_tensors(stored, report, bases), config),
-        statistics=[stored.folder / name for name in kept],
-        refitted_from=RefittedFrom(
-            manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
-        ),
-    )
+    asked = report.config["save_statistics"]
+    kept = (manifest.leading_files if asked == "leading" else manifest.statistics_files) if asked else []
+    with tempfile.TemporaryDirectory(prefix=f"_{output_dir.name}.", dir=output_dir.resolve().parent) as beside:
+        files = [stored.folder / name for name in kept]
+        write_init(
+            output_dir,
+            bases=bases,
+            report=report,
+            base_model=manifest.base_model,
+            adapter=(_new_tensors(stored, report, bases), config),
+            statistics=files or (_solve_leading(stored, report, Path(beside)) if asked else ()),
+            refitted_from=RefittedFrom(
+                manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
+            ),
+        )
+
+
+def _solve_leading(stored: StoredInit, report: LoRADAReport, folder: Path) -> list[Path]:
+    """Write the directions of the other starts, from the full statistics."""
+    settings: dict[str, Any] = report.config
+    options: dict[str, Any] = {"ranks": {layer.name: layer.max_rank for layer in report.layers}}
+    options["population_size"] = report.population_size
+    for part, statistics in enumerate(iterate_statistics(stored.folder, stored.manifest)):
+        with full_precision("cpu"):
+            save_leading(folder, solve_other_starts(statistics, LoRADAConfig(**settings), **options), part=part)
+    return sorted(folder.iterdir())
 
 
 def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, LayerSolution]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lora_da_hf.artifacts.leading import save_leading
 from lora_da_hf.artifacts.tensors import save_statistics
 from lora_da_hf.distributed.processes import reduce_statistics, sum_counts
 from lora_da_hf.errors import NonFiniteError, SolveError
@@ -25,7 +26,7 @@ from lora_da_hf.statistics.collect import PassCounts, collect, in_batches
 from lora_da_hf.statistics.model_state import seed_generators
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.statistics.taps import LayerTap, Taps
-from lora_da_hf.theory.solve import factorize, solve_layer
+from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
 from lora_da_hf.theory.steps import in_one_unit, rounding_notes
 
 Outcome = tuple[LayerSolution, LayerReport] | str
@@ -57,7 +58,9 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None
         counts.append(counted)
         with job.stage("solve"):
             mine, stored = _solve_window(job, probe, plan, taps, counted, keeps=statistics is not None)
-            if statistics is not None and stored:
+            if statistics is not None and stored and job.config.save_statistics == "leading":
+                save_leading(statistics, stored, part=number)
+            elif statistics is not None and stored:
                 leaders = {name: o[1].shares_input_with for name, o in mine.items() if not isinstance(o, str)}
                 save_statistics(statistics, stored, leaders, part=number)
             for source in range(job.processes.count):
@@ -138,21 +141,26 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, Pas
 
 def _solve_window(
     job: Job, probe: Probe, plan: Plan, taps: Taps, counts: PassCounts, *, keeps: bool
-) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
-    """Reduce each group of layers to its owner, then solve those of this process and keep their statistics if asked.
+) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """Reduce each group of layers to its owner, then solve those of this process.
 
-    All sums are reduced before any is solved, so that the owners solve at the same time.
+    If asked, keep their statistics, or with ``save_statistics="leading"`` the solutions of the other starts. All sums
+    are reduced before any is solved, so that the owners solve at the same time.
     """
     owners = {leader: plan.owners[probe.shared[leader]] for leader in taps.groups}
     divided_by = {"num_samples": counts.num_samples, "num_items": counts.num_items}
     reduced = reduce_statistics(taps, owners, job.processes, **divided_by)
     outcomes: dict[str, Outcome] = {}
-    stored: dict[str, LayerStatistics] = {}
+    stored: dict[str, Any] = {}
 
-    def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, LayerStatistics]]:
+    def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, Any]]:
         layers = reduced.pop(leader)
-        solved = _solve_group(job, taps, layers, probe.splits.population_size)
-        return solved, {n: layers[n] for n in layers if not isinstance(solved[n], str)} if keeps else {}
+        size = probe.splits.population_size
+        solved = _solve_group(job, taps, layers, size)
+        kept = {n: layers[n] for n in layers if not isinstance(solved[n], str)} if keeps else {}
+        if kept and job.config.save_statistics == "leading":
+            return solved, solve_other_starts(kept, job.config, ranks=job.max_ranks, population_size=size)
+        return solved, kept
 
     device = job.scan.targets[0].device.type
     with job.bar(len(reduced), "LoRA-DA solve") as bar, full_precision(device), _map_on_threads(plan) as each:

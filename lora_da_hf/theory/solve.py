@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from lora_da_hf.config import Damping, LoRADAConfig
+from lora_da_hf.config import STARTS, Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics
 from lora_da_hf.theory.guidance import Displacement
@@ -46,9 +50,9 @@ def solve_layer(
         raise NonFiniteError(f"The gradients of {layer} are not finite. Check the loss on the samples used.")
     output_damping = 0.0
     try:
-        if factorized_input is None and config.start == "inputs":
+        if config.start == "inputs":
             found = inputs_start(statistics, rank=rank, layer=layer)
-        elif factorized_input is None:
+        elif config.start == "gradient" or factorized_input is None:
             found = gradient_start(statistics.weight_grad, rank=rank)
         else:
             inverse_output, output_damping = inverse_output_factor(
@@ -87,3 +91,18 @@ def _solution(
         residual=found.pairs.residual,
         notes=() if factorized is None else factorized.notes,
     )
+
+
+def solve_other_starts(
+    statistics: Mapping[str, LayerStatistics], config: LoRADAConfig, *, ranks: Mapping[str, int], population_size: int
+) -> dict[str, dict[str, LayerSolution]]:
+    """Solve layers that share an input for each start but the config's; for that of the inputs the first of them."""
+    found: dict[str, dict[str, LayerSolution]] = {name: {} for name in statistics}
+    for start in (start for start in STARTS if start != config.start):
+        other, factorized = dataclasses.replace(config, start=start), None
+        for name, layer in list(statistics.items())[: 1 if start == "inputs" else None]:
+            rank = max(ranks[name] for name in statistics) if start == "inputs" else ranks[name]
+            factorized = factorized or factorize(layer, other, layer=name)
+            options: dict[str, Any] = {"layer": name, "rank": rank, "population_size": population_size}
+            found[name][start] = solve_layer(layer, factorized, other, **options)
+    return found

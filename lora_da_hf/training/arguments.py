@@ -121,6 +121,8 @@ def _to_config(flags: Any) -> LoRADAConfig:
 
 def setting_of_flag(name: str, value: Any) -> Any:
     """Return the value of a setting from its flag's, which is text if the setting is a number or a word."""
+    if isinstance(value, str) and bool in get_args(_HINTS[name]) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if not isinstance(value, str) or float not in get_args(_HINTS[name]):
         return value
     try:
@@ -139,12 +141,14 @@ def _flag_type(hint: Any) -> Any:
     return str if len(kinds) > 1 else Optional[kinds[0]]  # noqa: UP045 - the parser reads typing's form
 
 
+def _flag(entry: Any) -> Any:
+    may_be_bare = {"nargs": "?", "const": "true"} if bool in get_args(_HINTS[entry.name]) else {}
+    return field(default=entry.default, metadata={"help": entry.metadata["help"], **may_be_bare})
+
+
 LoRADAArguments: Any = dataclasses.make_dataclass(
     "LoRADAArguments",
-    [
-        (PREFIX + entry.name, _flag_type(_HINTS[entry.name]), setting(entry.default, entry.metadata["help"]))
-        for entry in dataclasses.fields(LoRADAConfig)
-    ],
+    [(PREFIX + entry.name, _flag_type(_HINTS[entry.name]), _flag(entry)) for entry in dataclasses.fields(LoRADAConfig)],
     namespace={"to_config": _to_config, "__doc__": "The settings of LoRA-DA, each as a flag with the prefix da_."},
 )
 LoRADAArguments.__module__ = __name__

@@ -309,13 +309,14 @@ def test_statistics_are_written_one_tensor_at_a_time_as_safetensors_reads_them(t
             weight_grad=torch.randn(8, width, generator=generator),
             num_input_tokens=1,
             num_output_tokens=1,
+            input_mean=torch.rand(width, generator=generator),
         )
         for k in range(12)
     }
     with measured_tensors() as peak:
         save_statistics(tmp_path, statistics, {name: name for name in statistics}, part=0)
     found = load_file(tmp_path / "00000.safetensors")
-    assert len(found) == 36
+    assert len(found) == 48
     for name, layer in statistics.items():
         assert torch.equal(found[f"{name}.input_second_moment"], moment.packed())
         assert torch.equal(found[f"{name}.weight_grad"], layer.weight_grad)

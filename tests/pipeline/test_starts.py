@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from harness import STORED_RANK, initialize, make_learnable_samples, store_init, written_adapter, written_updates
+from harness import (
+    STORED_RANK,
+    change_tensors,
+    forge_manifest,
+    initialize,
+    make_learnable_samples,
+    store_init,
+    written_adapter,
+    written_updates,
+)
 from oracles import collate, lora_layers
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 
@@ -103,3 +112,37 @@ def test_another_start_needs_the_statistics(tmp_path, lora_model):
 def test_a_start_that_is_not_known_is_refused():
     with pytest.raises(ConfigError, match="start='eva'"):
         LoRADAConfig(start="eva")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_leading_directions_give_every_start_without_the_statistics(stored, tmp_path, lora_model, offline):
+    small = tmp_path / "small"
+    if offline:
+        refit_init(stored, small, config={"save_statistics": "leading"})
+    else:
+        store_init(small, lora_model(r=STORED_RANK), save_statistics="leading")
+    assert not load_init(small).manifest.statistics_files
+    for start in STARTS:
+        step = {} if start == "inputs" else {"step_size": 0.1}
+        whole = refit_init(stored, tmp_path / f"{start}_whole", config={"start": start}, rank=4, **step)
+        found = refit_init(small, tmp_path / start, config={"start": start}, rank=4, **step)
+        assert not found.manifest.leading_files
+        updates = written_updates_of(tmp_path / f"{start}_whole")
+        for name, update in written_updates_of(tmp_path / start).items():
+            assert (update - updates[name]).norm() <= 0.03 * updates[name].norm()
+            bases = [torch.linalg.qr(init.bases[name].basis_A[:4].mT).Q for init in (found, whole)]
+            assert torch.linalg.svdvals(bases[0].mT @ bases[1]).min() > 0.999
+    with pytest.raises(ArtifactError, match="save_statistics"):
+        refit_init(small, tmp_path / "damped", config={"input_damping": 1.0})
+    with pytest.raises(ConfigError, match="would be lost"):
+        refit_init(small, small, config={"start": "gradient"}, step_size=0.1)
+    assert refit_init(small, small, rank=2, step_size=0.1).manifest.leading_files
+
+
+def test_damaged_leading_directions_are_refused(stored, tmp_path):
+    refit_init(stored, tmp_path / "small", config={"save_statistics": "leading"})
+    path = tmp_path / "small" / load_init(tmp_path / "small").manifest.leading_files[0]
+    change_tensors(path, lambda tensors: tensors.popitem())
+    forge_manifest(tmp_path / "small")
+    with pytest.raises(ArtifactError, match="lora_da_leading"):
+        load_init(tmp_path / "small")
