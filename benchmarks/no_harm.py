@@ -159,15 +159,15 @@ def usual_table(records: Sequence[Record]) -> list[str]:
             kept = [[run["forgetting"] for run in one if "forgetting" in run] for one in (them, us)]
             lost = ", ".join(f"{statistics.fmean(end - begin for begin, end in one):+.4f}" for one in kept if one)
             rows.append([name, rate, *columns, difference(measured(us), measured(them), digits)[0], lost, cost(us)])
-    names = ["subject", "rate", "plain LoRA", "LoRA-DA", "LoRA-DA less plain LoRA", "forgetting, both", "costs, steps"]
+    names = ["subject", "rate", "plain LoRA", "LoRA-DA", "LoRA-DA less plain LoRA", "forgetting", "steps: start, head"]
     return markdown(names, rows)
 
 
 def cost(records: Sequence[Record]) -> str:
-    """Return how many steps the initialisation took, without fitting the head, which plain LoRA has as well."""
-    alone = [r for r in records if not r["initialization"]["reused"]]
-    seconds = [r["initialization"]["seconds"] - r["notes"]["stages"].get("heads", 0) for r in alone]
-    return middle([one / r["seconds_per_step"] for one, r in zip(seconds, alone, strict=True)], ".0f")
+    """Return how many steps the initialisation took, and what of them fitted the head, which plain LoRA may have."""
+    made = [r for r in records if not r["initialization"]["reused"]]
+    took = [(r["initialization"]["seconds"], r["notes"]["stages"].get("heads", 0), r["seconds_per_step"]) for r in made]
+    return ", ".join(middle([one[place] / one[2] for one in took], ".0f") for place in (0, 1) if took)
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
