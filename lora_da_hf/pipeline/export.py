@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,7 +51,7 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
         ImportError: if ``to="imatrix"`` and gguf is not installed.
     """
     folder, output = Path(folder), Path(output)
-    if to not in _WRITERS:
+    if to not in get_args(Format):
         raise ConfigError(f"to={to!r} must be one of {', '.join(get_args(Format))}.")
     if output.exists():
         raise ConfigError(f"{output} is there already. Give the name of a new file.")
@@ -60,7 +60,14 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
     layers = {name: layer for group in groups for name, layer in group.items() if expert_of(name) is None}
     partial = output.with_name(f".{output.name}.partial")
     try:
-        written = _WRITERS[to](stored, layers, partial) if layers else []
+        if to == "imatrix":
+            written = _write_imatrix(stored, layers, partial)
+        else:
+            tensors, written = dict(_entry(to, stored, *item) for item in layers.items()), list(layers)
+            if to == "eva":
+                write_tensors(partial, tensors)
+            else:
+                torch.save(tensors, partial)
         if not written:
             raise ConfigError(f"The format {to} has a place for none of the layers of {folder}.")
         os.replace(partial, output)
@@ -69,34 +76,21 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
     return [name for name in stored.manifest.layers if name not in written]
 
 
-Layers = Mapping[str, LayerStatistics]
-
-
-def _write_eva(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
-    config = dataclasses.replace(stored.manifest.config, start="inputs")
-    components: dict[str, torch.Tensor] = {}
-    with full_precision("cpu"):
-        for name, layer in layers.items():
+def _entry(to: Format, stored: StoredInit, name: str, layer: LayerStatistics) -> tuple[str, torch.Tensor]:
+    """Return what PEFT reads of a layer, and by which key."""
+    if to == "eva":
+        config = dataclasses.replace(stored.manifest.config, start="inputs")
+        with full_precision("cpu"):
             rank = stored.manifest.layers[name].rank
             solution = solve_layer(layer, None, config, layer=name, rank=rank, population_size=1)
-            components[PEFT_PREFIX + name] = solution.basis_A.float()
-    write_tensors(path, components)
-    return list(layers)
-
-
-def _write_corda(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
-    torch.save({name: in_float64(layer.input_second_moment).float() for name, layer in layers.items()}, path)
-    return list(layers)
-
-
-def _write_lora_ga(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+        return PEFT_PREFIX + name, solution.basis_A.float()
+    if to == "corda":
+        return name, in_float64(layer.input_second_moment).float()
     turned = stored.peft_config["fan_in_fan_out"]  # as the layer has its weight
-    grads = {name: layer.weight_grad.mT.contiguous() if turned else layer.weight_grad for name, layer in layers.items()}
-    torch.save({f"{name}._peft_loraga_grad": grad for name, grad in grads.items()}, path)
-    return list(layers)
+    return f"{name}._peft_loraga_grad", layer.weight_grad.mT.contiguous() if turned else layer.weight_grad
 
 
-def _write_imatrix(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
+def _write_imatrix(stored: StoredInit, layers: Mapping[str, LayerStatistics], path: Path) -> list[str]:
     import gguf  # an extra
 
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1024)  # decoders of other families share its names
@@ -119,11 +113,3 @@ def _write_imatrix(stored: StoredInit, layers: Layers, path: Path) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     return written
-
-
-_WRITERS: Mapping[str, Callable[[StoredInit, Layers, Path], list[str]]] = {
-    "eva": _write_eva,
-    "corda": _write_corda,
-    "lora_ga": _write_lora_ga,
-    "imatrix": _write_imatrix,
-}

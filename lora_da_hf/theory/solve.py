@@ -83,7 +83,7 @@ def _solution(
     return LayerSolution(
         basis_A=found.rows,
         basis_B=found.columns / divisor,
-        eigenvalues=found.values / divisor**2,
+        eigenvalues=found.pairs.eigenvalues / divisor**2,
         displacement_norm=found.norm,
         input_damping=0.0 if factorized is None else factorized.damping,
         output_damping=output_damping,
@@ -98,11 +98,12 @@ def solve_other_starts(
 ) -> dict[str, dict[str, LayerSolution]]:
     """Solve layers that share an input for each start but the config's; for that of the inputs the first of them."""
     found: dict[str, dict[str, LayerSolution]] = {name: {} for name in statistics}
+    largest = max(ranks[name] for name in statistics)
     for start in (start for start in STARTS if start != config.start):
         other, factorized = dataclasses.replace(config, start=start), None
         for name, layer in list(statistics.items())[: 1 if start == "inputs" else None]:
-            rank = max(ranks[name] for name in statistics) if start == "inputs" else ranks[name]
             factorized = factorized or factorize(layer, other, layer=name)
-            options: dict[str, Any] = {"layer": name, "rank": rank, "population_size": population_size}
-            found[name][start] = solve_layer(layer, factorized, other, **options)
+            options: dict[str, Any] = {"rank": largest if start == "inputs" else ranks[name]}
+            options["population_size"] = population_size
+            found[name][start] = solve_layer(layer, factorized, other, layer=name, **options)
     return found

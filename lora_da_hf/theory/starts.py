@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,25 +12,30 @@ from lora_da_hf.errors import NonFiniteError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, in_float64
-from lora_da_hf.theory.subspace import Eigenpairs, leading_eigenpairs
+from lora_da_hf.theory.subspace import Apply, Eigenpairs, leading_eigenpairs
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Directions:
     """What a start takes from one layer: its leading directions, best first.
 
     Attributes:
+        pairs: The eigenpairs that they come from, in ascending order.
         rows: ``[rank, d_in]``, of norm 1; for ``whitened_gradient`` they are not orthogonal to each other.
         columns: ``[d_out, rank]``, how far the layer goes along each.
-        pairs: The eigenpairs that they come from; ``values`` are their eigenvalues, ascending.
         norm: Largest singular value of the step that the start takes a part of; 1 if it takes none.
     """
 
+    pairs: Eigenpairs
     rows: Tensor
     columns: Tensor
-    values: Tensor
-    pairs: Eigenpairs
     norm: float
+
+
+def _leading(apply: Apply, rank: int, *, like: Tensor) -> tuple[Eigenpairs, Tensor, Tensor]:
+    """Return the leading eigenpairs with their values negated, the eigenvectors, and these as rows."""
+    pairs = leading_eigenpairs(apply, rank, like=like)
+    return replace(pairs, eigenvalues=-pairs.eigenvalues), pairs.vectors, pairs.vectors.mT.contiguous()
 
 
 def natural_gradient_start(
@@ -45,13 +50,8 @@ def natural_gradient_start(
         normalize_terms=config.normalize_guidance_terms,
     )
     pairs = lowest_subspace(guidance, rank)
-    return Directions(
-        rows=pairs.vectors.mT.contiguous(),
-        columns=displacement.apply(pairs.vectors),
-        values=pairs.eigenvalues,
-        pairs=pairs,
-        norm=displacement.norm(start=pairs.vectors),
-    )
+    vectors = pairs.vectors
+    return Directions(pairs, vectors.mT.contiguous(), displacement.apply(vectors), displacement.norm(start=vectors))
 
 
 def whitened_gradient_start(
@@ -69,29 +69,18 @@ def whitened_gradient_start(
         rows = (mapped.mT.contiguous() @ scaled.mT) @ grad
         return torch.linalg.solve_triangular(lower, rows.mT, upper=False)
 
-    pairs = leading_eigenpairs(apply, rank, like=scaled)
-    mapped = torch.linalg.solve_triangular(lower.mT, pairs.vectors, upper=True)
+    pairs, vectors, _ = _leading(apply, rank, like=scaled)
+    mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
     lengths = mapped.norm(dim=0)
-    return Directions(
-        rows=(mapped / lengths).mT.contiguous(),
-        columns=-(scaled @ mapped) * lengths,
-        values=-pairs.eigenvalues,
-        pairs=pairs,
-        norm=displacement.norm(),
-    )
+    rows, columns = (mapped / lengths).mT.contiguous(), -(scaled @ mapped) * lengths
+    return Directions(pairs, rows, columns, displacement.norm())
 
 
 def gradient_start(weight_grad: Tensor, *, rank: int) -> Directions:
     """The leading singular vectors of the gradient, as LoRA-GA and LoRA-One take them: a step of steepest descent."""
     grad = weight_grad.double()
-    pairs = leading_eigenpairs(lambda v: ((v.mT.contiguous() @ grad.mT) @ grad).mT, rank, like=grad)
-    return Directions(
-        rows=pairs.vectors.mT.contiguous(),
-        columns=-(grad @ pairs.vectors),
-        values=-pairs.eigenvalues,
-        pairs=pairs,
-        norm=pairs.eigenvalues[0].clamp_min(0).sqrt().item(),
-    )
+    pairs, vectors, rows = _leading(lambda v: ((v.mT.contiguous() @ grad.mT) @ grad).mT, rank, like=grad)
+    return Directions(pairs, rows, -(grad @ vectors), pairs.eigenvalues[0].abs().sqrt().item())
 
 
 def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str) -> Directions:
@@ -100,11 +89,5 @@ def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str) -> Direc
     if mean is None or not (moment.isfinite().all() and mean.isfinite().all()):
         raise NonFiniteError(f"The inputs of {layer} are not finite, or their mean is not known. Check model and data.")
     mean = mean.double()
-    pairs = leading_eigenpairs(lambda v: moment @ v - mean[:, None] * (mean @ v), rank, like=moment)
-    return Directions(
-        rows=pairs.vectors.mT.contiguous(),
-        columns=moment.new_zeros(statistics.weight_grad.shape[0], rank),
-        values=-pairs.eigenvalues,
-        pairs=pairs,
-        norm=1.0,
-    )
+    pairs, _, rows = _leading(lambda v: moment @ v - mean[:, None] * (mean @ v), rank, like=moment)
+    return Directions(pairs, rows, moment.new_zeros(statistics.weight_grad.shape[0], rank), 1.0)

@@ -54,7 +54,7 @@ class LoRADACallback(TrainerCallback):
         search_step: With ``init_from``: search the step anew on the training data, instead of taking the stored one.
 
     Raises:
-        ConfigError: if ``search_step`` is given without ``init_from``, or an argument is of another kind or unknown.
+        ConfigError: if ``search_step`` is given without ``init_from``, or the settings are not a LoRADAConfig.
     """
 
     def __init__(
@@ -65,13 +65,7 @@ class LoRADACallback(TrainerCallback):
         data_collator: RawCollate | None = None,
         init_from: str | Path | None = None,
         search_step: bool = False,
-        **others: Any,
     ) -> None:
-        if others:
-            name = next(iter(others))
-            raise ConfigError(
-                f"LoRADACallback has no argument {name!r}. Settings go into its first: LoRADAConfig(num_samples=...)."
-            )
         if search_step and init_from is None:
             raise ConfigError("search_step needs init_from: without it the config's step_size says how it is found.")
         self.config = LoRADAConfig.of(config)
