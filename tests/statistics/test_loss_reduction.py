@@ -52,35 +52,6 @@ def test_the_reduction_is_measured_on_two_samples(loss, samples, kind):
     assert measured(loss, samples) == kind
 
 
-def per_sample(batch, weights=(1.0, 5.0, 1.0)):
-    """Return a loss of each sample by its class, and a weight."""
-    return 1.0 + batch["x"].double(), torch.tensor(weights)[batch["labels"]].double()
-
-
-def weighted_mean(model, batch, num_items):
-    losses, weights = per_sample(batch)
-    return (losses * weights).sum() / weights.sum()
-
-
-def weighted_mean_scaled_to_a_sum(model, batch, num_items):
-    return weighted_mean(model, batch, None) * (1 if num_items is None else len(batch["x"]) / num_items)
-
-
-def weighted_sum(model, batch, num_items):
-    losses, weights = per_sample(batch)
-    return (losses * weights).sum() / (weights.sum() if num_items is None else num_items)
-
-
-@pytest.mark.parametrize(
-    ("loss", "kind"),
-    [(weighted_mean, "unknown"), (weighted_mean_scaled_to_a_sum, "unknown"), (weighted_sum, "sum")],
-)
-@pytest.mark.parametrize("rare", [1, 30])
-def test_weights_of_classes_show_though_most_samples_are_of_one_class(loss, kind, rare):
-    samples = [{"x": float(number), "labels": int(number == rare)} for number in range(40)]
-    assert measured(loss, samples) == kind
-
-
 def boxed(samples):
     return {
         "pixel_values": torch.tensor([[sample["x"]] for sample in samples]),

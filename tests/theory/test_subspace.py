@@ -32,15 +32,6 @@ def test_the_largest_eigenpairs_come_in_descending_order(projector, solve, dimen
     assert pairs.residual <= 1e-7
 
 
-@pytest.mark.parametrize(
-    ("dimension", "count", "solver"), [(384, 4, "eigh"), (385, 4, "krylov"), (400, 50, "eigh"), (400, 49, "krylov")]
-)
-def test_auto_takes_krylov_only_where_it_is_faster(dimension, count, solver):
-    places = torch.arange(dimension, dtype=torch.float64)
-    matrix = torch.diag(torch.where(places < count, 1 - places / 100, 0.3**places))
-    assert leading_eigenpairs(lambda v: matrix @ v, count, like=matrix).solver == solver
-
-
 def test_algebraically_largest_is_not_largest_in_magnitude(projector):
     matrix = symmetric([-100.0, *[0.5**k for k in range(99)]])
     for solve in (exact_eigenpairs, block_krylov):
