@@ -21,16 +21,6 @@ def test_json_gives_the_report_back(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["step_size_by_rank"] == {"1": 0.3, "4": 0.3}
 
 
-def test_the_summary_says_what_the_step_bought_on_which_samples():
-    text = str(make_report(notes=["something to know"], config={"layer_steps": "equal"}))
-    assert "samples     12 (population 100), 1 at a time; loss: mean (measured)" in text
-    assert "step size   0.3; all layers equally far\n" in text
-    assert "loss        2.7500 -> 2.2500 (-18.2 %) on 4 search samples" in text
-    assert "loss        3.0000 -> 2.4000 (-20.0 %) on 3 unseen samples" in text
-    assert "time        statistics 3.2 s, solve 1.0 s" in text
-    assert "note        something to know" in text
-
-
 def test_a_few_layers_have_a_row_each_and_many_one_for_each_kind_with_ranges():
     names = [f"layers.{number}.{kind}" for number in range(20) for kind in ("q_proj", "k_proj")]
     assert [row[0] for row in rows_of(str(make_report(names[:32])))] == names[:32]

@@ -1,6 +1,5 @@
 """The command line itself: help, exit codes, and what goes where."""
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_da_hf.cli.main import VERBS
-from lora_da_hf.cli.verbs import Output, explain, printable
+from lora_da_hf.cli.verbs import explain, printable
 from lora_da_hf.errors import ConfigError
 
 NAMES = list(VERBS)
@@ -112,18 +111,6 @@ def test_what_a_library_prints_is_no_result_and_a_warning_is_a_line(lora_da, tmp
 )
 def test_errors_are_explained(error, message):
     assert message in explain(error)
-
-
-def test_results_have_three_forms_and_messages_go_to_stderr(capsys):
-    for output, expected in (
-        (Output(as_json=True), ('{"a":"\\u00e9\\n\\u001b"}\n', "working\n")),
-        (Output(quiet=True), ("bare\n", "")),
-        (Output(), ("for people\n", "working\n")),
-    ):
-        output.message("working")
-        output.result({"a": "é\n\x1b"}, bare="bare", text="for people")
-        assert capsys.readouterr() == expected
-    assert json.loads('{"a":"\\u00e9\\n\\u001b"}') == {"a": "é\n\x1b"}
 
 
 def test_names_from_elsewhere_cannot_take_over_the_terminal():

@@ -91,13 +91,6 @@ def test_small_groups_are_solved_one_on_each_thread_if_there_is_memory():
     assert plan(budget=UNLIMITED, threads=64).solvers == 8
 
 
-def test_a_plan_says_in_a_line_what_will_be_done():
-    text = plan(num_processes=4, budget=[needs(4)]).describe()
-    assert text.startswith("4 processes, 4 passes, 64 samples each; at most ")
-    assert text.endswith(" for sums and solve on a device")
-    assert plan(budget=UNLIMITED).describe().startswith("one process, one pass, 64 samples; at most ")
-
-
 @pytest.mark.parametrize(("d_in", "d_out"), [(512, 512), (400, 1200), (1200, 400)])
 def test_a_solve_takes_the_memory_that_is_planned_for_it(d_in, d_out):
     rows = torch.randn(2 * d_in, d_in)

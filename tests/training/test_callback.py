@@ -13,7 +13,6 @@ from harness import (
     make_args,
     make_config,
     make_learnable_samples,
-    make_lora_config,
     written_adapter,
 )
 from transformers import HfArgumentParser, Trainer, TrainerCallback
@@ -145,17 +144,6 @@ def test_columns_that_the_trainer_drops_are_dropped_of_a_data_set_that_is_given(
     assert callback.report.layers
 
 
-def test_the_active_adapter_is_initialised(tmp_path, lora_model, samples):
-    model = lora_model()
-    model.add_adapter("second", make_lora_config(r=2))
-    model.set_adapter("second")
-    callback = LoRADACallback(make_config(step_size=0.1))
-    make_trainer(tmp_path, model, samples, callback, learning_rate=0.0).train()
-    assert {layer.rank for layer in callback.report.layers} == {2}
-    b = {name: p for name, p in model.named_parameters() if "lora_B" in name}
-    assert all(bool(p.any()) == ("second" in name) for name, p in b.items())
-
-
 def test_trainers_that_make_their_completions_have_no_loss_to_start_from(tmp_path, lora_model, samples):
     callback = LoRADACallback(make_config())
     trainer = make_trainer(tmp_path, lora_model(), samples, callback)
@@ -206,10 +194,3 @@ def test_every_setting_is_a_flag_with_its_help_and_its_default():
 )
 def test_a_flag_sets_its_setting_and_nothing_else(flags, expected):
     assert parse(*flags) == LoRADAConfig(**expected)
-
-
-def test_a_bad_value_of_a_flag_is_the_error_of_the_setting():
-    with pytest.raises(ConfigError, match="input_damping"):
-        parse("--da_input_damping", "0.1*max")
-    with pytest.raises(SystemExit):
-        parse("--da_factor_split", "magic")
