@@ -1,10 +1,8 @@
-"""What an initialisation costs beside the peers: every row of the table, and a peer that is stopped."""
+"""What an initialisation costs beside the peers: every row of the table."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,27 +26,6 @@ def argv(tmp_path):
         *("--num_samples", "8", "--search_samples", "2", "--batch_size", "4", "--max_length", "32"),
         *("--repeats", "1", "--output", str(tmp_path / "cost.json")),
     ]
-
-
-def run_of(seconds, peak):
-    return {"seconds": seconds, "peak_mib": peak, "start_mib": 100.0, "tokens": 90}
-
-
-def test_a_peer_that_is_not_done_in_time_is_stopped_and_the_table_says_so(argv, monkeypatch):
-    def run(command, timeout, **_):
-        method = command[command.index("--worker") + 1]
-        if method == "eva":
-            raise subprocess.TimeoutExpired(command, timeout)
-        found = {"bare": run_of(2.0, 300.0), "corda": run_of(5.0, 500.0), "lora_ga": run_of(3.0, 250.0)}[method]
-        return SimpleNamespace(stdout=json.dumps(found))
-
-    monkeypatch.setattr(initialization_cost.subprocess, "run", run)
-    options = initialization_cost.parse_arguments([*argv, "--peers", "--peer_seconds", "30"])
-    options.methods.remove("initialization")
-    lines = initialization_cost.table(initialization_cost.measure(options), options).splitlines()
-    assert "| EVA, by PEFT | not finished after 30 s |  |  |" in lines
-    assert "| CorDA (IPM), by PEFT, batch size 1 | 5.00 (5.00 to 5.00) | 2.50 | +200 |" in lines
-    assert "| LoRA-GA, by PEFT | 3.00 (3.00 to 3.00) | 1.50 | -50 |" in lines
 
 
 @pytest.mark.slow

@@ -3,11 +3,8 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import no_harm
-import tasks
 from lines import read_lines
 from overview import RESULTS
 
@@ -81,19 +78,3 @@ def test_the_documented_table_of_usual_settings_is_what_the_lines_say():
     table = "\n".join(no_harm.usual_table(records))
     for text in (Path(__file__).parents[2] / "docs" / "results.md", RESULTS / "usual.md"):
         assert table in text.read_text(encoding="utf-8"), f"run benchmarks/no_harm.py --usual, copy its table to {text}"
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (
-            "self.size = count(names, key=order)",
-            "self:read size:attribute count:called names:read key:argument order:read",
-        ),
-        ("return parts.append(one)", "parts:read append:called attribute one:read"),
-    ],
-)
-def test_each_name_of_a_statement_has_its_role(line, expected):
-    words, labels = tasks._roles_of(line)
-    found = [f"{word}:{tasks.ROLES[label]}" for word, label in zip(words, labels, strict=True) if label >= 0]
-    assert " ".join(found) == expected
