@@ -188,14 +188,6 @@ def initialized(
         return apply_init(model, init, config=use, step_size=step, samples=samples, **arguments), True
 
 
-GRADIENT = {
-    "input_damping": "1e8*mean",
-    "output_damping": "1e8*mean",
-    "variance_weight": 0.0,
-    "layer_steps": "equal",
-}
-"""With so much damping the displacement is the gradient, but for its length, which is the same in all layers."""
-
 METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora": from_peft(),
     "rslora": from_peft(use_rslora=True),
@@ -204,7 +196,9 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "eva": eva,
     "corda": corda,
     "lora_ga": lora_ga,
-    "lora_one": lora_da(LoRADAConfig, **GRADIENT),
+    "lora_one": lora_da(LoRADAConfig, start="gradient"),
+    "whitened_gradient": lora_da(LoRADAConfig, start="whitened_gradient"),
+    "inputs": lora_da(LoRADAConfig, start="inputs"),
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
 }
@@ -222,7 +216,7 @@ MERGED = {"lora_on_da": "lora_da"}
 """Methods that put a start's update into the base's weights and train a plain adapter on top: the step without the
 subspace."""
 
-OWN = {"lora_one", "lora_da_paper", "lora_da"}
+OWN = {"lora_one", "whitened_gradient", "inputs", "lora_da_paper", "lora_da"}
 """Methods of ``METHODS`` that this package's settings go to."""
 
 READ_SAMPLES = {"eva", "corda", "lora_ga", *OWN}

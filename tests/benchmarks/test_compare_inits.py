@@ -95,7 +95,7 @@ def test_every_method_runs_on_equal_terms(compare):
         assert record["command"][:2] == ["--design", "design.json"]
         if method in NO_OPS:
             assert record["losses"][0][1] == pytest.approx(base, rel=2e-2), method
-    for method in ("lora_da", "lora_one", "lora_da_fa"):
+    for method in ("lora_da", "lora_one", "whitened_gradient", "lora_da_fa"):
         assert records[method]["losses"][0][1] != pytest.approx(base, rel=1e-4)
         assert records[method]["notes"]["step_size"] > 0
     assert records["lora_fa"]["trainable"] < records["lora"]["trainable"]
