@@ -1,5 +1,6 @@
 """Files for PEFT's own starts and for llama.cpp, each read by the program that it is for."""
 
+import gguf
 import peft
 import pytest
 import torch
@@ -104,7 +105,6 @@ def test_eva_starts_from_the_file_as_from_its_own_pass(stored, tmp_path, tiny_ll
 
 
 def test_an_importance_matrix_reads_back(stored, tmp_path):
-    gguf = pytest.importorskip("gguf", reason="gguf is an extra")
     assert export_init(stored, tmp_path / "imatrix.gguf", to="imatrix") == []
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
     statistics = stored_statistics(stored)
