@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_da_hf.adapters.targets import Target, active_adapter_name
 from lora_da_hf.distributed.parameters import gathered, is_whole, read_full, write_full
 from lora_da_hf.errors import WriteError
+from lora_da_hf.theory.steps import product_norm
 
 _MAY_BE_ZERO = "_lora_da_may_be_zero"
 """Attribute of each A of an initialised adapter: whether its B is zero by intention."""
@@ -64,9 +65,7 @@ def read_factors(target: Target) -> tuple[Tensor, Tensor]:
 
 def update_norm(target: Target) -> float:
     """Return the Frobenius norm of ``scaling * B @ A`` as it is stored."""
-    a, b = (factor.double() for factor in read_factors(target))
-    gram = (b.mT @ b) * (a @ a.mT)
-    return target.peft_scaling * gram.sum().clamp_min(0).sqrt().item()
+    return target.peft_scaling * product_norm(*read_factors(target))
 
 
 def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:

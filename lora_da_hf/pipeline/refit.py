@@ -33,7 +33,7 @@ from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
-from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, rounding_notes
+from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, product_norm, rounding_notes
 
 
 def refit_init(
@@ -102,7 +102,7 @@ def refit_init(
         before = max(layer.rank for layer in layers.values())
         scaling *= alpha_divisor(stored.peft_config, before) / alpha_divisor(stored.peft_config, max(ranks.values()))
     length = paper_step_size(scaling, new.stable_gamma) if step is None else step
-    norms = {name: length * _update_norm(bases[name], rank) for name, rank in ranks.items()}
+    norms = {name: length * product_norm(*bases[name].at_rank(rank)) for name, rank in ranks.items()}
     new_layers = [
         dataclasses.replace(layer, rank=ranks[name], peft_scaling=scaling, update_norm=norms[name])
         for name, layer in layers.items()
@@ -145,14 +145,8 @@ def _step_of_stored_size(
     moved = math.hypot(*(layer.update_norm for layer in stored.report.layers))
     if not moved:
         raise ConfigError(f"{stored.folder} has no step that another start could go as far as. Give a step_size.")
-    step = moved / math.hypot(*(_update_norm(bases[name], rank) for name, rank in ranks.items()))
+    step = moved / math.hypot(*(product_norm(*bases[name].at_rank(rank)) for name, rank in ranks.items()))
     return step, f"step {step:.4g}, so that the update is as large as the stored one: search it anew on your data"
-
-
-def _update_norm(basis: LayerSolution, rank: int) -> float:
-    """Return the Frobenius norm of a step of 1 along a basis, whose rows need not be orthogonal."""
-    rows, columns = (part.double() for part in basis.at_rank(rank))
-    return ((rows @ rows.mT) * (columns.mT @ columns)).sum().clamp_min(0).sqrt().item()
 
 
 def _solve_again(

@@ -91,6 +91,12 @@ def split_factors(
     return torch.nn.functional.pad(scaled_A, (0, 0, 0, missing)), torch.nn.functional.pad(scaled_B, (0, missing))
 
 
+def product_norm(lora_A: Tensor, lora_B: Tensor) -> float:
+    """Return the Frobenius norm of ``lora_B @ lora_A`` for ``lora_A [r, d_in]`` and ``lora_B [d_out, r]``."""
+    rows, columns = lora_A.double(), lora_B.double()
+    return ((rows @ rows.mT) * (columns.mT @ columns)).sum().clamp_min(0).sqrt().item()
+
+
 def factors_at_step(
     basis_A: Tensor, basis_B: Tensor, config: LoRADAConfig, *, peft_scaling: float, step_size: float | None
 ) -> tuple[Tensor, Tensor]:
