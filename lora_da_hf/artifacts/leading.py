@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lora_da_hf.artifacts.manifest import Manifest
-from lora_da_hf.artifacts.tensors import compare_specs, finite, input_groups_of, tensor_specs, write_tensors
+from lora_da_hf.artifacts.tensors import check_parts, input_groups_of, opened, write_tensors
 from lora_da_hf.config import STARTS
 from lora_da_hf.records import LayerSolution
 
@@ -50,27 +49,24 @@ def _in_8_bit(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def read_leading(folder: Path, manifest: Manifest, start: str) -> dict[str, LayerSolution]:
     """Read the directions of a start that is not the stored one, from a folder that `load_init` checked."""
-    tensors: dict[str, Tensor] = {}
-    for path in (folder / file for file in manifest.leading_files):
-        with safe_open(path, framework="pt") as opened:
-            tensors |= {key: finite(path, key, opened.get_tensor(key)) for key in opened.keys() if f".{start}." in key}
-
-    def rows(key: str) -> Tensor:
-        entries, scale = tensors[key].float(), tensors[f"{key}_scale"].repeat_interleave(_BLOCK, dim=1)
-        return entries * scale[:, : entries.shape[1]]
-
     found: dict[str, LayerSolution] = {}
-    for name, layer in manifest.layers.items():
-        key = f"{layer.shares_input_with if start == 'inputs' else name}.{start}"
-        basis_A = torch.nn.functional.normalize(rows(f"{key}.A")[: layer.max_rank], dim=1)
-        columns = rows(f"{key}.B").mT.contiguous() if "B" in _factors(start) else None
-        found[name] = LayerSolution(
-            basis_A=basis_A,
-            basis_B=basis_A.new_zeros(layer.out_features, len(basis_A)) if columns is None else columns,
-            eigenvalues=tensors[f"{key}.eigenvalues"][: layer.max_rank],
-            solver="stored in 8 bits",
-            **dict(zip(_NUMBERS, tensors[f"{key}.numbers"].tolist(), strict=True)),
-        )
+    with opened(folder, manifest.leading_files) as read:
+
+        def rows(key: str) -> Tensor:
+            entries, scale = read(key).float(), read(f"{key}_scale").repeat_interleave(_BLOCK, dim=1)
+            return entries * scale[:, : entries.shape[1]]
+
+        for name, layer in manifest.layers.items():
+            key = f"{layer.shares_input_with if start == 'inputs' else name}.{start}"
+            basis_A = torch.nn.functional.normalize(rows(f"{key}.A")[: layer.max_rank], dim=1)
+            columns = rows(f"{key}.B").mT.contiguous() if "B" in _factors(start) else None
+            found[name] = LayerSolution(
+                basis_A=basis_A,
+                basis_B=basis_A.new_zeros(layer.out_features, len(basis_A)) if columns is None else columns,
+                eigenvalues=read(f"{key}.eigenvalues")[: layer.max_rank],
+                solver="stored in 8 bits",
+                **dict(zip(_NUMBERS, read(f"{key}.numbers").tolist(), strict=True)),
+            )
     return found
 
 
@@ -89,9 +85,5 @@ def check_leading(folder: Path, manifest: Manifest) -> None:
             expected[f"{name}.{start}.eigenvalues"] = ((rank,), "F64")
             expected[f"{name}.{start}.numbers"] = ((len(_NUMBERS),), "F64")
     own = f".{manifest.config.start}."
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in manifest.leading_files:
-        found |= tensor_specs(folder / file, max_tensors=len(expected))
-    if manifest.leading_files:
-        wanted = {key: spec for key, spec in expected.items() if own not in key}
-        compare_specs(folder / manifest.leading_files[-1], found, wanted)
+    wanted = {key: spec for key, spec in expected.items() if own not in key}
+    check_parts(folder, manifest.leading_files, wanted)

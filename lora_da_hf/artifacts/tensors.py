@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +195,12 @@ def _missed(lora_A: Tensor, lora_B: Tensor, basis: LayerSolution, *, scaling: fl
 
 
 def save_statistics(
-    folder: Path, statistics: Mapping[str, LayerStatistics], shared_inputs: Mapping[str, str], *, part: int
+    folder: Path,
+    statistics: Mapping[str, LayerStatistics],
+    shared_inputs: Mapping[str, str],
+    *,
+    part: int,
+    shard_bytes: int = 1 << 30,
 ) -> None:
     """Write the statistics of one pass as safetensors, whose names sort in their order.
 
@@ -204,37 +208,20 @@ def save_statistics(
     layers that share an input, ``<leader>.input_second_moment``, its upper triangle row by row, and
     ``<leader>.input_mean [d_in]``. All are means.
 
-    Layers that share an input come together; ``shared_inputs`` is the leader of each, ``part`` the number of the pass.
+    ``shared_inputs`` is the leader of each layer, ``part`` the number of the pass. A file is written as soon as its
+    tensors have ``shard_bytes``, so that host memory need not hold all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]] = {}
-    for name, layer in statistics.items():
-        grad, squares, moment = layer.weight_grad, layer.output_grad_second_moment_diag, layer.input_second_moment
-        tensors[f"{name}.{_GRAD}"] = tuple(grad.shape), grad.cpu
-        tensors[f"{name}.{_OUTPUT}"] = tuple(squares.shape), squares.cpu
-        if shared_inputs[name] == name and isinstance(moment, UpperTriangle):  # as a pass gives it
-            tensors[f"{name}.{_INPUT}"] = (moment.width * (moment.width + 1) // 2,), moment.packed
-            assert layer.input_mean is not None
-            tensors[f"{name}.{_MEAN}"] = tuple(layer.input_mean.shape), layer.input_mean.cpu
-    _write_one_by_one(folder / f"{part:05d}.safetensors", tensors)
-
-
-def _write_one_by_one(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], Tensor]]]) -> None:
-    """Write float32 tensors of known shapes as safetensors, each of which is made when its turn comes.
-
-    ``save_file`` wants all of them in host memory before the first byte, which can be as much as the model.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (shape, _) in tensors.items():
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (offset, offset + 4 * math.prod(shape))}
-        offset += 4 * math.prod(shape)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, make in tensors.values():
-            file.write(make().float().contiguous().numpy().data)
+    shard: dict[str, Tensor] = {}
+    for place, (name, layer) in enumerate(statistics.items(), start=1):
+        tensors = {_GRAD: layer.weight_grad, _OUTPUT: layer.output_grad_second_moment_diag}
+        moment, mean = layer.input_second_moment, layer.input_mean
+        if shared_inputs[name] == name and isinstance(moment, UpperTriangle) and mean is not None:  # as a pass has them
+            tensors |= {_INPUT: moment.packed(), _MEAN: mean}
+        shard |= {f"{name}.{key}": tensor.to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes or place == len(statistics):
+            write_tensors(folder / f"{part:05d}-{place:05d}.safetensors", shard)
+            shard = {}
 
 
 def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, LayerStatistics]]:
@@ -247,16 +234,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
         raise ArtifactError(
             f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
         )
-    with contextlib.ExitStack() as stack:
-        places: dict[str, tuple[Path, Any]] = {}
-        for path in (folder / file for file in manifest.statistics_files):
-            opened = stack.enter_context(safe_open(path, framework="pt"))
-            places |= dict.fromkeys(opened.keys(), (path, opened))
-
-        def read(name: str) -> Tensor:
-            path, opened = places[name]
-            return finite(path, name, opened.get_tensor(name))
-
+    with opened(folder, manifest.statistics_files) as read:
         for leader, names in input_groups_of(manifest).items():
             upper, width = read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features
             moment = UpperTriangle(entries=upper, width=width, block=1).full()
@@ -274,6 +252,22 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
             }
 
 
+@contextlib.contextmanager
+def opened(folder: Path, files: Sequence[str]) -> Generator[Callable[[str], Tensor]]:
+    """Give what reads a tensor of some files by its name, and refuses one that is not finite."""
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[Path, Any]] = {}
+        for path in (folder / file for file in files):
+            tensors = stack.enter_context(safe_open(path, framework="pt"))
+            places |= dict.fromkeys(tensors.keys(), (path, tensors))
+
+        def read(name: str) -> Tensor:
+            path, tensors = places[name]
+            return finite(path, name, tensors.get_tensor(name))
+
+        yield read
+
+
 def input_groups_of(manifest: Manifest) -> dict[str, list[str]]:
     """Return the layers that share an input, by their leader."""
     return input_groups({name: layer.shares_input_with for name, layer in manifest.layers.items()})
@@ -288,10 +282,13 @@ def check_statistics(folder: Path, manifest: Manifest) -> None:
         if layer.shares_input_with == name:
             shapes[f"{name}.{_INPUT}"] = (layer.in_features * (layer.in_features + 1) // 2,)
             shapes[f"{name}.{_MEAN}"] = (layer.in_features,)
+    check_parts(folder, manifest.statistics_files, {name: (shape, "F32") for name, shape in shapes.items()})
+
+
+def check_parts(folder: Path, files: Sequence[str], expected: TensorSpecs) -> None:
+    """Verify that some files, if there are any, hold exactly the expected tensors together."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in manifest.statistics_files:
-        found |= tensor_specs(folder / file, max_tensors=len(shapes))
-    if manifest.statistics_files:
-        compare_specs(
-            folder / manifest.statistics_files[-1], found, {name: (shape, "F32") for name, shape in shapes.items()}
-        )
+    for file in files:
+        found |= tensor_specs(folder / file, max_tensors=len(expected))
+    if files:
+        compare_specs(folder / files[-1], found, expected)

@@ -270,7 +270,7 @@ def test_what_is_not_of_an_initialisation_is_never_replaced(tmp_path, lora_model
         initialize(lora_model(r=3), samples, folder / name)
 
 
-def test_statistics_are_written_one_tensor_at_a_time_as_safetensors_reads_them(tmp_path):
+def test_statistics_are_written_in_files_of_a_bounded_size(tmp_path):
     generator, width = torch.Generator().manual_seed(0), 200
     moment = UpperTriangle.zeros(width, dtype=torch.float32, device=torch.device("cpu"))
     moment.entries.normal_(generator=generator)
@@ -286,11 +286,12 @@ def test_statistics_are_written_one_tensor_at_a_time_as_safetensors_reads_them(t
         for k in range(12)
     }
     with measured_tensors() as peak:
-        save_statistics(tmp_path, statistics, {name: name for name in statistics}, part=0)
-    found = load_file(tmp_path / "00000.safetensors")
-    assert len(found) == 48
+        save_statistics(tmp_path, statistics, {name: name for name in statistics}, part=0, shard_bytes=200_000)
+    files = [load_file(path) for path in sorted(tmp_path.iterdir())]
+    assert [len(tensors) for tensors in files] == [12, 12, 12, 12]  # three layers in each
+    found = {key: tensor for tensors in files for key, tensor in tensors.items()}
     for name, layer in statistics.items():
         assert torch.equal(found[f"{name}.input_second_moment"], moment.packed())
         assert torch.equal(found[f"{name}.weight_grad"], layer.weight_grad)
         assert torch.equal(found[f"{name}.output_grad_second_moment_diag"], layer.output_grad_second_moment_diag)
-    assert peak[0] < 2 * found["layer0.input_second_moment"].nbytes
+    assert peak[0] < 5 * found["layer0.input_second_moment"].nbytes
