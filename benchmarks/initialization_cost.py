@@ -20,6 +20,7 @@ import math
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from lora_da_hf import LoRADAConfig, initialize_lora_da
+from lora_da_hf import LoRADAConfig, export_init, initialize_lora_da, refit_init
 from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import choose_samples, pad_samples
 from lora_da_hf.statistics.batches import sample_length
@@ -42,8 +43,8 @@ from lora_da_hf.training.arguments import TextArguments
 from lora_da_hf.training.text import load_file, tokenize
 
 SEED = 0
-METHODS = ("bare", "initialization")
-PEERS = ("eva", "corda", "lora_ga")
+METHODS = ("bare", "initialization", "all_starts")
+PEERS: tuple[Any, ...] = ("eva", "corda", "lora_ga")
 LORA = {"r": 8, "lora_alpha": 16, "use_rslora": True}
 STAGES = {"statistics": (), "solve": (), "write": (), "line search": ("evaluate",)}
 """Rows that are stages of an initialisation, and what else counts as part of them."""
@@ -54,6 +55,7 @@ TITLES = {
     "write": "write",
     "line search": "line search, and the loss before and after",
     "initialization": "whole initialisation",
+    "all_starts": "the same, with the other starts and the files for PEFT's three",
     "eva": "EVA, by PEFT",
     "corda": "CorDA (IPM), by PEFT, batch size 1",
     "lora_ga": "LoRA-GA, by PEFT",
@@ -116,17 +118,31 @@ def bare_pass(model: Any, samples: list[Any], size: int) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def config_of(options: argparse.Namespace) -> LoRADAConfig:
+def config_of(options: argparse.Namespace, **settings: Any) -> LoRADAConfig:
     names = ("num_samples", "search_samples", "batch_size")
-    return LoRADAConfig(**{name: getattr(options, name) for name in names})
+    return LoRADAConfig(**{name: getattr(options, name) for name in names}, **settings)
 
 
-def initialization(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+def initialization(
+    model: nn.Module, samples: list[Any], options: argparse.Namespace, folder: Path | None = None
+) -> dict[str, Any]:
     lora = get_peft_model(model, LoraConfig(**LORA, target_modules="all-linear"))
     peaks: dict[str, float] = {}
     record_peaks(peaks)
-    report = initialize_lora_da(lora, samples, config=config_of(options), seed=SEED, progress=False)
+    config = config_of(options, save_statistics=folder is not None)
+    report = initialize_lora_da(lora, samples, config=config, seed=SEED, output_dir=folder, progress=False)
     return {"stages": report.seconds, "stage_peaks_mib": peaks}
+
+
+def all_starts(model: nn.Module, samples: list[Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Initialise, and make of the statistics what the other starts of this package and PEFT's three need."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent)
+        measured = initialization(model, samples, options, folder / "init")
+        refit_init(folder / "init", folder / "all", config={"save_statistics": "leading"}, progress=False)
+        for to in PEERS:
+            export_init(folder / "init", folder / to, to=to)
+        return measured
 
 
 def record_peaks(peaks: dict[str, float]) -> None:
@@ -191,6 +207,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         bare_pass(model, used, options.batch_size)
     elif options.worker == "initialization":
         extra = initialization(model, samples, options)
+    elif options.worker == "all_starts":
+        extra = all_starts(model, samples, options)
     else:
         peer(model, used, options)
     if options.device != "cpu":

@@ -60,14 +60,13 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
     layers = {name: layer for group in groups for name, layer in group.items() if expert_of(name) is None}
     partial = output.with_name(f".{output.name}.partial")
     try:
+        written = list(layers)
         if to == "imatrix":
             written = _write_imatrix(stored, layers, partial)
+        elif to == "eva":
+            write_tensors(partial, _principal_components(stored, layers))
         else:
-            tensors, written = dict(_entry(to, stored, *item) for item in layers.items()), list(layers)
-            if to == "eva":
-                write_tensors(partial, tensors)
-            else:
-                torch.save(tensors, partial)
+            torch.save(dict(_entry(to, stored, *item) for item in layers.items()), partial)
         if not written:
             raise ConfigError(f"The format {to} has a place for none of the layers of {folder}.")
         os.replace(partial, output)
@@ -76,14 +75,22 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
     return [name for name in stored.manifest.layers if name not in written]
 
 
+def _principal_components(stored: StoredInit, layers: Mapping[str, LayerStatistics]) -> dict[str, torch.Tensor]:
+    """Return those of the inputs of each layer, ``[r, d_in]``, which are found once for all that share an input."""
+    config, abouts = dataclasses.replace(stored.manifest.config, start="inputs"), stored.manifest.layers
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        leader = abouts[name].shares_input_with
+        if leader not in found:
+            rank = max(about.rank for about in abouts.values() if about.shares_input_with == leader)
+            with full_precision("cpu"):
+                solution = solve_layer(layer, None, config, layer=name, rank=rank, population_size=1)
+            found[leader] = solution.basis_A.float()
+    return {PEFT_PREFIX + name: found[abouts[name].shares_input_with][: abouts[name].rank].clone() for name in layers}
+
+
 def _entry(to: Format, stored: StoredInit, name: str, layer: LayerStatistics) -> tuple[str, torch.Tensor]:
     """Return what PEFT reads of a layer, and by which key."""
-    if to == "eva":
-        config = dataclasses.replace(stored.manifest.config, start="inputs")
-        with full_precision("cpu"):
-            rank = stored.manifest.layers[name].rank
-            solution = solve_layer(layer, None, config, layer=name, rank=rank, population_size=1)
-        return PEFT_PREFIX + name, solution.basis_A.float()
     if to == "corda":
         return name, in_float64(layer.input_second_moment).float()
     turned = stored.peft_config["fan_in_fan_out"]  # as the layer has its weight

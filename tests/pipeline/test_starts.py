@@ -1,5 +1,9 @@
 """Every start: from data, from stored statistics, and at another rank."""
 
+import inspect
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from harness import (
@@ -8,15 +12,20 @@ from harness import (
     forge_manifest,
     initialize,
     make_learnable_samples,
+    make_lora_config,
     store_init,
     written_adapter,
     written_updates,
 )
-from oracles import collate, lora_layers
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from oracles import autograd_statistics, collate, lora_layers, model_loss
+from peft import EvaConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_da_hf import LoRADAConfig, apply_init, load_init, refit_init
 from lora_da_hf.errors import ArtifactError, ConfigError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import demo_model
 
 STARTS = ["gradient", "whitened_gradient", "inputs"]
 
@@ -83,24 +92,42 @@ def test_a_stored_start_is_applied_at_another_rank(stored, tmp_path, lora_model,
         torch.testing.assert_close(3**0.5 * lora_A, basis.basis_A[:3], atol=1e-5, rtol=0)
 
 
-def test_inputs_are_those_of_eva(tmp_path, lora_model, tiny_llama):
-    samples = make_learnable_samples(32)
-    model = lora_model(r=4)
-    initialize(
-        model, samples, tmp_path / "init", start="inputs", num_samples=32, search_samples=0, save_statistics=True
-    )
+def inputs_beside_eva(folder, make_model, samples):
+    """Return for each layer the least cosine of principal angles: ours to the exact covariance, and EVA's to ours."""
+    model = get_peft_model(make_model(), make_lora_config(r=4))
+    initialize(model, samples, folder, start="inputs", num_samples=len(samples), search_samples=0)
+    exact = autograd_statistics(get_peft_model(make_model(), make_lora_config(r=4)), samples, model_loss)
     eva = EvaConfig(rho=1.0, use_label_mask=False)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="eva", eva_config=eva)
-    theirs = get_peft_model(tiny_llama(), config, low_cpu_mem_usage=True)
-    initialize_lora_eva_weights(
-        theirs,
-        [collate(samples)] * 4,  # its sums over several batches forget what was not among the leading directions
-        show_progress_bar=False,
+    theirs = get_peft_model(
+        make_model(), make_lora_config(r=4, init_lora_weights="eva", eva_config=eva), low_cpu_mem_usage=True
     )
+    batches = [collate(samples)] * 4  # its sums over several batches forget what was not among the leading directions
+    initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
     for name, layer in lora_layers(model).items():
-        ours, eva = layer.lora_A["default"].weight, lora_layers(theirs)[name].lora_A["default"].weight
-        cosines = torch.linalg.svdvals(torch.linalg.qr(ours.mT).Q.mT @ torch.linalg.qr(eva.mT).Q)
-        assert cosines.min() >= 0.99, f"{name}: {cosines}"
+        x = exact[name]
+        leading = torch.linalg.eigh(x.input_second_moment - torch.outer(x.input_mean, x.input_mean)).eigenvectors[
+            :, -4:
+        ]
+        ours, peft = (model.lora_A["default"].weight.double().mT for model in (layer, lora_layers(theirs)[name]))
+        bases = [torch.linalg.qr(columns).Q for columns in (leading, ours, peft)]
+        yield [torch.linalg.svdvals(bases[1].mT @ bases[k]).min().item() for k in (0, 2)]
+
+
+def test_inputs_are_those_of_eva(tmp_path, tiny_llama):
+    for ours, eva in inputs_beside_eva(tmp_path / "init", tiny_llama, make_learnable_samples(32)):
+        assert ours >= 1 - 1e-6
+        assert eva >= 0.99
+
+
+@pytest.mark.slow
+def test_inputs_of_a_pretrained_model_are_those_of_eva_but_for_its_randomised_decomposition(tmp_path):
+    folder = demo_model.fetch_model(Path(__file__).parents[2] / ".cache/smollm2-135m-instruct")
+    ids = AutoTokenizer.from_pretrained(folder)(Path(inspect.__file__).read_text())["input_ids"]
+    rows = [ids[start : start + 96] for start in range(0, 16 * 96, 96)]
+    samples = [{"input_ids": row, "labels": row, "attention_mask": [1] * 96} for row in rows]
+    found = list(inputs_beside_eva(tmp_path / "init", lambda: AutoModelForCausalLM.from_pretrained(folder), samples))
+    assert min(ours for ours, _ in found) >= 1 - 1e-6
+    assert sum(eva >= 0.99 for _, eva in found) >= 0.9 * len(found)
 
 
 def test_another_start_needs_the_statistics(tmp_path, lora_model):
