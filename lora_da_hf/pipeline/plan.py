@@ -53,6 +53,11 @@ class Group:
         return _ITEM * (UpperTriangle.size(self.d_in, self.device_type) + (self.d_in + 1) * sum(self.d_outs))
 
     @property
+    def product_bytes(self) -> int:
+        """Size of the largest sum."""
+        return _ITEM * max(UpperTriangle.size(self.d_in, self.device_type), self.d_in * max(self.d_outs))
+
+    @property
     def work_bytes(self) -> int:
         """What the solve takes beside the sums: the moment twice, and a gradient four times, in float64."""
         return 2 * _ITEM * self.d_in * (2 * self.d_in + 4 * max(self.d_outs))
@@ -71,6 +76,7 @@ class Plan:
         windows: Leaders of the groups that are collected in each pass.
         sample_passes: Forward and backward passes of one sample that the busiest process makes.
         peak_bytes: What the sums and the solve take at most, on one device of one process.
+        on_host: Leaders of the groups whose matrices are summed in host memory, which then takes ``host_bytes``.
         solvers: How many groups a process solves at the same time, each on one thread if ``one_thread_each``.
     """
 
@@ -81,14 +87,17 @@ class Plan:
     peak_bytes: int
     solvers: int
     one_thread_each: bool
+    on_host: frozenset[str] = frozenset()
+    host_bytes: int = 0
 
     def describe(self) -> str:
         """Say in a line what will be done."""
         count, number = self.num_processes, len(self.windows)
         who = "one process" if count == 1 else f"{count} processes"
         passes = "one pass" if number == 1 else f"{number} passes"
+        host = f"{gibibytes(self.host_bytes)} of host memory for sums, " if self.on_host else ""
         return (
-            f"{who}, {passes}, {self.sample_passes} samples{' each' * (count > 1)}; at most "
+            f"{who}, {passes}, {self.sample_passes} samples{' each' * (count > 1)}; {host}at most "
             f"{gibibytes(self.peak_bytes)} for sums and solve on a device"
         )
 
@@ -104,6 +113,7 @@ def plan_windows(job: Job, probe: Probe) -> Plan:
         groups_of(job.scan.targets, probe.shared),
         num_samples=len(probe.splits.statistics),
         budget=budget,
+        host=usable_memory(torch.device("cpu")),
         num_processes=job.processes.count,
         threads=min(job.processes.gather(solver_threads(devices))),
         solve_alone=bool(job.config.save_statistics),
@@ -131,15 +141,17 @@ def make_plan(
     *,
     num_samples: int,
     budget: Sequence[float],
+    host: float = 0.0,
     num_processes: int = 1,
     threads: int = 1,
     solve_alone: bool = False,
 ) -> Plan:
-    """Cut the groups into as few passes as fit into the memory, and share their solves.
+    """Sum what does not fit in host memory, or cut the groups into as few passes as fit, and share their solves.
 
     Args:
         num_samples: Of all processes.
         budget: Bytes that the sums and the solve may take in a process, on each device.
+        host: Bytes that one process with layers on CUDA may take in host memory.
         threads: Those of a process's CPU, or 1 where another device solves.
         solve_alone: Whether the first process gets all the sums.
 
@@ -170,6 +182,15 @@ def make_plan(
             windows[-1].append(group)
         else:
             windows.append([group])
+    peak = max(max(peak_bytes(window, solvers).values()) for window in windows)
+    on_host, host_bytes = frozenset[str](), 0
+    if len(windows) > 1 and num_processes == 1 and all(group.device_type == "cuda" for group in groups):
+        moved, taken = _moved_to_host(groups, budget)
+        # beside the sums two products, in pinned memory, which comes in powers of two that are kept as it grows
+        needed = sum(group.sum_bytes for group in moved) + 8 * max(group.product_bytes for group in moved)
+        if needed <= host:
+            windows, peak, host_bytes = [list(groups)], taken, needed
+            on_host = frozenset(group.leader for group in moved)
     owners: dict[str, int] = {}
     for window in windows:  # all processes solve at the same time, after each window
         costs = {group.leader: group.solve_cost for group in window}
@@ -179,10 +200,30 @@ def make_plan(
         owners=owners,
         num_processes=num_processes,
         sample_passes=-(-num_samples // num_processes) * len(windows),
-        peak_bytes=max(max(peak_bytes(window, solvers).values()) for window in windows),
+        peak_bytes=peak,
         solvers=solvers,
         one_thread_each=small,
+        on_host=on_host,
+        host_bytes=host_bytes,
     )
+
+
+def _moved_to_host(groups: Sequence[Group], budget: Sequence[float]) -> tuple[list[Group], int]:
+    """Return the groups that are summed in host memory, and what the sums and the solve then take at most on a device.
+
+    They are solved on their device one by one. Their products in the pass take less there than that.
+    """
+    of_device = [[group for group in groups if group.device == device] for device in range(len(budget))]
+    taken = [max(group.sum_bytes + group.work_bytes for group in found) for found in of_device]
+    for device, found in enumerate(of_device):
+        taken[device] += _ITEM * sum(group.d_in + sum(group.d_outs) for group in found)  # vectors stay
+    moved: list[Group] = []
+    for group in groups:
+        if taken[group.device] + group.sum_bytes <= budget[group.device]:
+            taken[group.device] += group.sum_bytes
+        else:
+            moved.append(group)
+    return moved, max(taken)
 
 
 def peak_bytes(groups: Iterable[Group], solvers: int = 1) -> dict[int, int]:

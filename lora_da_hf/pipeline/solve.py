@@ -54,7 +54,7 @@ def solve_windows(job: Job, probe: Probe, plan: Plan, *, statistics: Path | None
     counts: list[PassCounts] = []
     for number, window in enumerate(plan.windows):
         with job.stage("statistics"):
-            taps, counted = _collect(job, probe, window)
+            taps, counted = _collect(job, probe, plan, window)
         counts.append(counted)
         with job.stage("solve"):
             mine, stored = _solve_window(job, probe, plan, taps, counted, keeps=statistics is not None)
@@ -93,14 +93,14 @@ def _join(job: Job, outcomes: Mapping[str, Outcome]) -> Solved:
     return Solved(solutions=solutions, layers=layers, kept={**job.scan.kept, **kept}, step_unit=unit, notes=notes)
 
 
-def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, PassCounts]:
+def _collect(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...]) -> tuple[Taps, PassCounts]:
     """Run the pass for the layers of a window, over this process's share of the samples; counts are all processes'.
 
     The input of a group of layers is summed in the backward pass of its leader. Should a gradient reach a layer and not
     its leader, the pass is repeated with those layers apart.
     """
     shared = {name: leader for name, leader in probe.shared.items() if leader in window}
-    (taps, mine), again = _run_pass(job, probe, shared), list[str]()
+    (taps, mine), again = _run_pass(job, probe, plan, shared), list[str]()
     apart = {
         leader
         for leader, (first, *others) in taps.groups.items()
@@ -109,7 +109,7 @@ def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, Pas
     if apart:
         again = [f"{len(apart)} layers that share an input got gradients on their own: collected again"]
         del taps  # the sums go before the next ones are there
-        taps, mine = _run_pass(job, probe, {n: n if leader in apart else leader for n, leader in shared.items()})
+        taps, mine = _run_pass(job, probe, plan, {n: n if leader in apart else leader for n, leader in shared.items()})
     counts = job.processes.gather(mine)
     return taps, PassCounts(
         num_samples=sum(part.num_samples for part in counts),
@@ -120,7 +120,7 @@ def _collect(job: Job, probe: Probe, window: tuple[str, ...]) -> tuple[Taps, Pas
     )
 
 
-def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, PassCounts]:
+def _run_pass(job: Job, probe: Probe, plan: Plan, shared: dict[str, str]) -> tuple[Taps, PassCounts]:
     mine = job.processes.share(probe.splits.statistics)
 
     def make_taps() -> Taps:
@@ -130,6 +130,7 @@ def _run_pass(job: Job, probe: Probe, shared: dict[str, str]) -> tuple[Taps, Pas
             shared_inputs=shared,
             devices={name: job.targets[name].device for name in shared},
             dtype=torch.promote_types(torch.float32, job.scan.targets[0].lora_A.dtype),
+            on_host={name for name in shared if probe.shared[name] in plan.on_host},
         )
 
     seed_generators(job.seed)  # a collator that draws gives the same batches again, whatever was run before
@@ -156,9 +157,11 @@ def _solve_window(
     def solve_one(leader: str) -> tuple[dict[str, Outcome], dict[str, Any]]:
         layers = reduced.pop(leader)
         size = probe.splits.population_size
-        solved = _solve_group(job, taps, layers, size)
+        on_device = _moved(layers, job.targets[leader].device)
+        solved = _solve_group(job, taps, on_device, size)
         kept = {n: layers[n] for n in layers if not isinstance(solved[n], str)} if keeps else {}
         if kept and job.config.save_statistics == "leading":
+            kept = {name: on_device[name] for name in kept}
             return solved, solve_other_starts(kept, job.config, ranks=job.max_ranks, population_size=size)
         return solved, kept
 
@@ -169,6 +172,16 @@ def _solve_window(
             stored |= layers
             bar.update(1)
     return outcomes, stored
+
+
+def _moved(layers: dict[str, LayerStatistics], device: torch.device) -> dict[str, LayerStatistics]:
+    """Return statistics whose matrices are on a device: layers that share an input share its moment there, too."""
+    moment: Any = next(iter(layers.values())).input_second_moment
+    moment = dataclasses.replace(moment, entries=moment.entries.to(device))
+    return {
+        name: dataclasses.replace(layer, input_second_moment=moment, weight_grad=layer.weight_grad.to(device))
+        for name, layer in layers.items()
+    }
 
 
 @contextlib.contextmanager

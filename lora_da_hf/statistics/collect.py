@@ -204,8 +204,7 @@ def collect(
     except SingleSamplesNeeded:
         on_samples(-num_samples - num_unlabelled)
         raise
-    for tap in taps.taps.values():
-        tap.num_tokens = int(tap.num_tokens)
+    taps.finish()
     return taps, PassCounts(num_samples, num_items, num_unlabelled, settings.batch_size, tuple(settings.notes))
 
 

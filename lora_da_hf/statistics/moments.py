@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,6 +43,48 @@ def add_symmetric_product_(total: UpperTriangle, rows: Tensor) -> None:
     """Add ``rows^T rows`` to the upper block triangle of a ``[d, d]``, at about half the cost of all of it."""
     for start, strip in total.strips():
         add_product_(strip, rows[:, start : start + len(strip)], rows[:, start:])
+
+
+class HostSums:
+    """Adds what a CUDA device sums to sums in host memory, on a thread, while the device goes on.
+
+    Two additions may be under way: they hold two products on the device beside the one that is made, and two in pinned
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1)
+        self._under_way: deque[Future[Tensor]] = deque()
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device, total: Tensor) -> Generator[Tensor]:
+        """Give the total, or zeros to be added to one in host memory; raise what an addition before raised."""
+        if total.device == device:
+            yield total
+            return
+        part = torch.zeros(total.shape, dtype=total.dtype, device=device)
+        yield part
+        pinned = self._under_way.popleft().result() if len(self._under_way) == 2 else total.new_empty(0)
+        if pinned.numel() < part.numel():
+            pinned = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            copy = pinned[: part.numel()].view(part.shape).copy_(part, non_blocking=True)
+            copied = stream.record_event()
+
+        def add(_: Tensor) -> Tensor:  # the device cannot use the part's memory again before that
+            copied.synchronize()
+            total.add_(copy)
+            return pinned
+
+        self._under_way.append(self._worker.submit(add, part))
+
+    def finish(self) -> None:
+        """Wait until all is added, and raise what went wrong."""
+        self._worker.shutdown()
+        for addition in self._under_way:
+            addition.result()
 
 
 @contextlib.contextmanager

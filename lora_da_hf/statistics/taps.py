@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.records import UpperTriangle
 from lora_da_hf.statistics.moments import (
+    HostSums,
     add_product_,
     add_symmetric_product_,
     column_squares,
@@ -79,6 +80,7 @@ class Taps:
     Args:
         widths: ``(d_in, d_out)`` of each, since a partitioned weight does not tell.
         shared_inputs: For each layer the name of the layer whose input it shares, as `find_shared_inputs` gives it.
+        on_host: Layers on CUDA whose matrices are summed in host memory.
         of_norms: Whether each row is replaced by its norm, so that all widths are 1: sums that cannot cancel.
 
     Attributes:
@@ -96,6 +98,7 @@ class Taps:
         shared_inputs: Mapping[str, str],
         devices: Mapping[str, torch.device],
         dtype: torch.dtype = torch.float32,
+        on_host: Container[str] = (),
         of_norms: bool = False,
     ) -> None:
         self.tokens: BatchTokens | None = None
@@ -106,14 +109,16 @@ class Taps:
         self._layers = dict(layers)
         self._dtype = dtype
         self._of_norms = of_norms
+        self._host = HostSums()
         self.taps: dict[str, LayerTap] = {}
         for name in layers:
             d_in, d_out = widths[name]
             leader = self.taps[shared_inputs[name]] if shared_inputs[name] != name else None
             zeros = functools.partial(torch.zeros, dtype=dtype, device=devices[name])
+            home = "cpu" if name in on_host else devices[name]
             moment = leader.input_moment if leader else UpperTriangle.zeros(d_in, dtype=dtype, device=devices[name])
-            inputs = (moment, leader.input_sum if leader else zeros(d_in))
-            self.taps[name] = LayerTap(name, *inputs, zeros(d_out), zeros(d_out, d_in), leader)
+            inputs = replace(moment, entries=moment.entries.to(home)), leader.input_sum if leader else zeros(d_in)
+            self.taps[name] = LayerTap(name, *inputs, zeros(d_out), zeros(d_out, d_in, device=home), leader)
 
     @property
     def groups(self) -> dict[str, list[LayerTap]]:
@@ -173,7 +178,8 @@ class Taps:
             if not (x.dtype == g.dtype and self._stays_half(x)):
                 x, g = x.to(self._dtype), g.to(self._dtype)
             scale = 1.0 / self.gradient_scale
-            add_product_(tap.weight_grad, g, x, scale)
+            with self._host.on(device, tap.weight_grad) as total:
+                add_product_(total, g, x, scale)
             g = _select(g, kept)
             tap.squares.add_(column_squares(g, self._dtype), alpha=scale**2)
             counted: Any = g.shape[0] if kept is None or kept.dtype != torch.bool else kept.sum()
@@ -181,7 +187,14 @@ class Taps:
             if tap.leader is None:
                 x = _select(x, kept)
                 tap.input_sum += x.sum(dim=0, dtype=self._dtype)
-                add_symmetric_product_(tap.input_moment, x)
+                with self._host.on(device, tap.input_moment.entries) as entries:
+                    add_symmetric_product_(replace(tap.input_moment, entries=entries), x)
+
+    def finish(self) -> None:
+        """Wait for what is summed in host memory, and for the numbers of tokens."""
+        self._host.finish()
+        for tap in self.taps.values():
+            tap.num_tokens = int(tap.num_tokens)
 
     def _stays_half(self, rows: Tensor) -> bool:
         is_half = self._dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)

@@ -1,5 +1,6 @@
 """Which layers are collected and solved when: within the memory, and with as few passes as that allows."""
 
+import dataclasses
 import json
 import platform
 
@@ -68,6 +69,23 @@ def test_each_device_has_a_budget_of_its_own():
     each = needs(1, groups)
     assert len(plan(groups=groups, budget=[10 * each, 10 * each]).windows) == 1
     assert [len(window) for window in plan(groups=groups, budget=[10 * each, each]).windows] == [3, 2, 1]
+
+
+def test_one_process_on_cuda_sums_in_host_memory_what_does_not_fit_if_that_has_room():
+    groups = [dataclasses.replace(group, device_type="cuda") for group in GROUPS]
+    few = [needs(4, groups)]
+    found = plan(groups=groups, budget=few, host=2**24)
+    assert found.windows == (tuple(group.leader for group in groups),)
+    assert 0 < len(found.on_host) < len(groups)
+    assert found.peak_bytes <= few[0]
+    assert sum(group.sum_bytes for group in groups if group.leader in found.on_host) < found.host_bytes <= 2**24
+    assert f"{found.host_bytes / 2**20:.2f} MiB of host memory" in found.describe()
+    windows = plan(groups=groups, budget=few)
+    assert len(windows.windows) > 1
+    assert plan(groups=groups, budget=few, host=found.host_bytes - 1) == windows
+    assert not plan(groups=groups, budget=UNLIMITED, host=2**24).on_host
+    assert len(plan(groups=groups, budget=few, host=2**24, num_processes=2).windows) > 1
+    assert len(plan(budget=few, host=2**24).windows) > 1
 
 
 def test_statistics_that_are_stored_are_solved_by_the_first_process():
