@@ -55,7 +55,9 @@ class UpperTriangle:
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the symmetric ``[width, width]``."""
         total = self.entries.new_empty(self.width, self.width, dtype=dtype)
-        for start, strip in self.strips():
+        if self.block == 1:  # at once: row by row takes five times as long
+            total.masked_scatter_(torch.ones_like(total, dtype=torch.bool).triu_(), self.entries.to(total.dtype))
+        for start, strip in self.strips() if self.block > 1 else ():
             total[start : start + len(strip), start:] = strip
         for start in range(0, self.width, 256):
             stop = min(start + 256, self.width)
@@ -75,8 +77,8 @@ class LayerStatistics:
     """What one pass over the samples says about one linear layer.
 
     Attributes:
-        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps; of a pass, its
-            upper triangle.
+        input_second_moment: ``[d_in, d_in]``, mean of ``x x^T`` over the tokens that the mask keeps; of a pass, or
+            as it is stored, its upper triangle.
         output_grad_second_moment_diag: ``[d_out]``, mean of ``g**2`` over the same tokens, with g the gradient of the
             training objective times the number of samples. So it has the size that it has for one sample alone,
             whatever the batch size: of a mean over labels, g is that of the summed loss, divided by the mean number of

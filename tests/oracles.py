@@ -1,6 +1,6 @@
 """What is expected: statistics by autograd, one sample at a time, and solutions by dense linear algebra in numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ def model_loss(model, batch, num_items=None):
 
 
 def stored_statistics(folder):
-    """Return the statistics of a stored initialisation, by layer."""
+    """Return the statistics of a stored initialisation, by layer, with whole moments."""
     stored = load_init(folder)
-    return {n: layer for g in iterate_statistics(stored.folder, stored.manifest) for n, layer in g.items()}
+    layers = {n: layer for g in iterate_statistics(stored.folder, stored.manifest) for n, layer in g.items()}
+    return {n: replace(one, input_second_moment=one.input_second_moment.full()) for n, one in layers.items()}
 
 
 def lora_layers(model):

@@ -237,7 +237,7 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
     with opened(folder, manifest.statistics_files) as read:
         for leader, names in input_groups_of(manifest).items():
             upper, width = read(f"{leader}.{_INPUT}"), manifest.layers[leader].in_features
-            moment = UpperTriangle(entries=upper, width=width, block=1).full()
+            moment = UpperTriangle(entries=upper, width=width, block=1)
             mean = read(f"{leader}.{_MEAN}")
             yield {
                 name: LayerStatistics(

@@ -73,7 +73,7 @@ def whitened_gradient_start(
     mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
     lengths = mapped.norm(dim=0)
     rows, columns = (mapped / lengths).mT.contiguous(), -(scaled @ mapped) * lengths
-    return Directions(pairs, rows, columns, displacement.norm())
+    return Directions(pairs, rows, columns, displacement.norm(start=torch.linalg.qr(mapped).Q))
 
 
 def gradient_start(weight_grad: Tensor, *, rank: int) -> Directions:

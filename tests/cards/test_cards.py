@@ -20,6 +20,10 @@ SECTIONS = ["Use it", "Does it help?", "How it was computed", "Limits and privac
 HOSTILE = '`|<script>\n---\n# x\n[a](http://e.example)!![b](c)\u202e{{ x }}"); import os; ("'
 
 
+def files_of(kind):
+    return {f"{kind}-00000.safetensors": {"size": 8, "sha256": "0" * 64}}
+
+
 def split(card):
     _, metadata, body = card.split("---\n", 2)
     return yaml.safe_load(metadata), body
@@ -96,6 +100,8 @@ def test_no_value_is_undefined_whatever_is_missing(base):
         ({"report": {"step_size": 0.3}}, "The adapter changes the model at step 0 already"),
         ({"base_model": {"weights_sha256": None}}, "The base's weights have no fingerprint"),
         ({"refitted_from": RefittedFrom(manifest="sha256:0")}, "refitted from another initialisation"),
+        ({"files": files_of("lora_da_leading")}, "`lora-da refit FOLDER NEW --da_start gradient`"),
+        ({"files": files_of("lora_da_statistics")}, "`lora-da export FOLDER FILE --to eva`"),
         (
             {"report": {"config": {**LoRADAConfig().to_dict(), "freeze_a": True}}},
             "da_config=LoRADAConfig(freeze_a=True),",
