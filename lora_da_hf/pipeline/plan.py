@@ -25,7 +25,7 @@ _ITEM = 4
 _SMALL_WORK = 2**28
 """Bytes up to which a group is solved on one thread: its matrices are too small to be shared by several."""
 _MOST_SOLVERS = 8
-_USABLE = 2 / 3
+USABLE = 2 / 3
 """Part of the free memory that sums may take: the rest is for the activations of the pass."""
 
 
@@ -265,9 +265,9 @@ def usable_memory(device: torch.device) -> float:
     """Return the bytes that sums may take on a device if no budget is given: infinity if it does not tell."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) * _USABLE
+        return (torch.cuda.mem_get_info(device)[0] + cached) * USABLE
     if device.type == "cpu":
-        return min(psutil.virtual_memory().available, _free_in_container(Path("/sys/fs/cgroup"))) * _USABLE
+        return min(psutil.virtual_memory().available, _free_in_container(Path("/sys/fs/cgroup"))) * USABLE
     return math.inf
 
 
