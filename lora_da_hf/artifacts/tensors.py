@@ -232,7 +232,8 @@ def iterate_statistics(folder: Path, manifest: Manifest) -> Iterator[dict[str, L
     """
     if not manifest.statistics_files:
         raise ArtifactError(
-            f"{folder} has no statistics. Other settings need them: compute it again with save_statistics=True."
+            f"{folder} lacks the full statistics, which other settings and exports need. Compute it again with "
+            "save_statistics=True."
         )
     with opened(folder, manifest.statistics_files) as read:
         for leader, names in input_groups_of(manifest).items():

@@ -32,7 +32,7 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
         "created": manifest.created,
         "max_rank": max(layer.max_rank for layer in report.layers),
         "modules": dict(modules),
-        "has_statistics": bool(manifest.statistics_files),
+        "has_statistics": bool(manifest.statistics_files) or ("leading" if manifest.leading_files else False),
         "bytes": manifest.num_bytes,
     }
     counted = ", ".join(f"{name} x {count}" for name, count in modules.items())
@@ -124,7 +124,7 @@ def refit(arguments: argparse.Namespace, output: Output) -> None:
 
     folder = str(arguments.output)
     given = {name.removeprefix(PREFIX): value for name, value in vars(arguments).items() if name.startswith(PREFIX)}
-    refit_init(
+    made = refit_init(
         arguments.folder,
         arguments.output,
         config={name: setting_of_flag(name, value) for name, value in given.items()} or None,
@@ -133,6 +133,8 @@ def refit(arguments: argparse.Namespace, output: Output) -> None:
         step_size=arguments.step_size,
         progress=output.shows_progress,
     )
+    for note in made.report.notes:
+        output.message(f"Note: {note}.")
     output.result({"folder": folder}, bare=folder, text=f"Written to {folder}")
 
 
@@ -153,7 +155,9 @@ def export(arguments: argparse.Namespace, output: Output) -> None:
 
     left_out = export_init(arguments.folder, arguments.output, to=arguments.to)
     if left_out:
-        output.message(f"{len(left_out)} layers have no place in this format: {', '.join(left_out[:3])}, ...")
+        output.message(
+            f"{len(left_out)} layers have no place in this format: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
+        )
     path = str(arguments.output)
     output.result({"file": path, "left_out": left_out}, bare=path, text=f"Written to {path}")
 

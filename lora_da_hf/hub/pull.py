@@ -38,7 +38,7 @@ def pull_init(
     Args:
         repo_id: Owner and name.
         revision: Branch, tag or commit; None: main.
-        statistics: Whether to fetch the full statistics, if there are any. `apply_init` needs none of them.
+        statistics: Whether to fetch the statistics, full or leading, if there are any. `apply_init` needs none of them.
         cache_dir: The client's cache, which may be read-only if it holds everything; None: its default.
         local_files_only: Use the cache and no network, as ``HF_HUB_OFFLINE=1`` does.
         token, endpoint: As in `huggingface_hub.HfApi`.
@@ -56,7 +56,8 @@ def pull_init(
         how: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": offline, "force_download": force}
         folder = Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=[MANIFEST_FILE], **how))
         manifest = load_manifest(folder)
-        wanted = [MANIFEST_FILE, *sorted(set(manifest.files) - set(() if statistics else manifest.statistics_files))]
+        left_out = () if statistics else (*manifest.statistics_files, *manifest.leading_files)
+        wanted = [MANIFEST_FILE, *sorted(set(manifest.files) - set(left_out))]
         api.snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted, **how)
         return load_init(folder, statistics=statistics, alone=False)
 

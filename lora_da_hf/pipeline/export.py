@@ -56,6 +56,7 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
     if output.exists():
         raise ConfigError(f"{output} is there already. Give the name of a new file.")
     stored = load_init(folder)
+    output.parent.mkdir(parents=True, exist_ok=True)
     groups = iterate_statistics(folder, stored.manifest)
     layers = {name: layer for group in groups for name, layer in group.items() if expert_of(name) is None}
     partial = output.with_name(f".{output.name}.partial")

@@ -33,6 +33,7 @@ from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
+from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
 from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, product_norm, rounding_notes
 
 
@@ -90,6 +91,7 @@ def refit_init(
         bases, layers, unit = _solve_again(stored, new, progress=progress)
     ranks, notes = _new_ranks(layers, rank, rank_budget)
     step = 0.0 if new.start == "inputs" else new.step_size
+    notes += [INPUTS_HAVE_NO_STEP] if new.start == "inputs" else []
     if "start" in changed and new.searches_step:
         step, source = _step_of_stored_size(stored, bases, ranks)
         notes.append(source)
@@ -130,10 +132,11 @@ def _new_config(stored: StoredInit, given: Given, step_size: float | None, *, in
     step = config.step_size if step_size is None else step_size
     new = dataclasses.replace(config, save_statistics=keeps, step_size=step)
     is_given = step_size is not None or gives_step(by_name) or new.step_size != before.step_size
-    if new.layer_steps != before.layer_steps and new.step_size is not None and not is_given:
+    has_other_unit = new.layer_steps != before.layer_steps and new.step_size is not None
+    has_other_unit |= new.start not in (before.start, "inputs") and not new.searches_step
+    if has_other_unit and not is_given:
         raise ConfigError(
-            "layer_steps changes how far the layers go beside each other, so the stored step means nothing. "
-            "Give a step_size."
+            "start and layer_steps change how far the layers go, so the stored step means nothing. Give a step_size."
         )
     return new
 
@@ -262,9 +265,11 @@ def _solve_leading(stored: StoredInit, report: LoRADAReport, folder: Path) -> li
     settings: dict[str, Any] = report.config
     options: dict[str, Any] = {"ranks": {layer.name: layer.max_rank for layer in report.layers}}
     options["population_size"] = report.population_size
-    for part, statistics in enumerate(iterate_statistics(stored.folder, stored.manifest)):
+    found: dict[str, dict[str, LayerSolution]] = {}
+    for statistics in iterate_statistics(stored.folder, stored.manifest):
         with full_precision("cpu"):
-            save_leading(folder, solve_other_starts(statistics, LoRADAConfig(**settings), **options), part=part)
+            found |= solve_other_starts(statistics, LoRADAConfig(**settings), **options)
+    save_leading(folder, found, part=0)
     return sorted(folder.iterdir())
 
 

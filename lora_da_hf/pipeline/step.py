@@ -20,6 +20,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.line_search import Losses, line_search
+from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
 from lora_da_hf.theory.steps import factors_at_step
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def given_step(job: Job) -> Step:
     """Return the step that the config gives; None, too, if it is to be searched."""
     given = job.config.step_size
     if job.config.start == "inputs":
-        return Step(step_size=0.0, notes=("the start is that of the inputs: A spans them, and B is zero",))
+        return Step(step_size=0.0, notes=(INPUTS_HAVE_NO_STEP,))
     return Step(step_size=None if given is None or job.config.searches_step else float(given))
 
 

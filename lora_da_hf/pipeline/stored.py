@@ -62,8 +62,8 @@ def _allowed(
     if fixed:
         asked, was = (", ".join(f"{n}={getattr(config, n)!r}" for n in fixed) for config in (new, stored))
         raise ConfigError(
-            f"{asked}: the stored initialisation was computed with {was}, which needs the data to change. Leave that "
-            f"out, or {remedy}."
+            f"{asked}: the stored initialisation was computed with {was}, and keeps that here. Leave it out, or "
+            f"{remedy}."
         )
     return new, names
 

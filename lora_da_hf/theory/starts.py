@@ -14,6 +14,8 @@ from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subs
 from lora_da_hf.theory.kronecker import FactorizedInput, in_float64
 from lora_da_hf.theory.subspace import Apply, Eigenpairs, leading_eigenpairs
 
+INPUTS_HAVE_NO_STEP = "the start is that of the inputs: A spans them, B is zero, and a step_size means nothing"
+
 
 @dataclass(frozen=True)
 class Directions:

@@ -113,6 +113,8 @@ def test_a_cell_gives_what_one_process_gives_on_the_union(launched, one_process,
         matrix = dense_guidance(layer, make_config(**found["config"]), report.population_size)
         reached = [np.trace((a := init.bases[name].basis_A.double().numpy()) @ matrix @ a.T) for init in (stored, best)]
         assert reached[0] == pytest.approx(reached[1], rel=TOLERANCES[dtype])
+        values = [init.bases[name].eigenvalues.numpy() for init in (stored, best)]  # of the start's own matrix
+        np.testing.assert_allclose(*values, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * abs(values[1]).max())
 
 
 @every_cell
