@@ -155,9 +155,7 @@ def export(arguments: argparse.Namespace, output: Output) -> None:
 
     left_out = export_init(arguments.folder, arguments.output, to=arguments.to)
     if left_out:
-        output.message(
-            f"{len(left_out)} layers have no place in this format: {', '.join(left_out[:3])}{', ...' if left_out[3:] else ''}"
-        )
+        output.message(f"{len(left_out)} layers have no place in this format: {', '.join(left_out)}")
     path = str(arguments.output)
     output.result({"file": path, "left_out": left_out}, bare=path, text=f"Written to {path}")
 

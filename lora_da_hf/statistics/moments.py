@@ -69,7 +69,7 @@ class HostSums:
             pinned = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with stream:
             copy = pinned[: part.numel()].view(part.shape).copy_(part, non_blocking=True)
             copied = stream.record_event()
 

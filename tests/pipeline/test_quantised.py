@@ -18,6 +18,7 @@ from harness import (
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+from lora_da_hf import load_init, refit_init
 from lora_da_hf.errors import TargetError
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128}
@@ -151,6 +152,19 @@ def test_statistics_are_those_of_the_weights_that_the_layers_stand_for(
     assert_statistics_equal(found, expected, tolerance)
     assert_same_tensors(bits_of(model), stored)
     assert all(tensor.any() for tensor in factors(adapter_weights(model), "B").values())
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("start", ["gradient", "whitened_gradient", "inputs"])
+def test_every_start_of_a_4_bit_base_is_that_of_its_statistics(tmp_path, tiny_llama, lora_model, samples, start):
+    for name in ("lora_da", start):
+        base = by_bitsandbytes(**NF4)(tiny_llama(**SIZE), tmp_path / "base")
+        initialize(lora_model(model=base, target_modules=TARGETS), samples, tmp_path / name, start=name, **EIGHT)
+    refitted = refit_init(tmp_path / "lora_da", tmp_path / "new", config={"start": start}, step_size=0.1)
+    for name, basis in load_init(tmp_path / start).bases.items():
+        torch.testing.assert_close(refitted.bases[name].basis_A, basis.basis_A, atol=1e-4, rtol=0)
+        torch.testing.assert_close(refitted.bases[name].basis_B, basis.basis_B, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [InferenceLinear, TupleLinear])

@@ -177,7 +177,7 @@ def test_settings_of_the_write_need_no_statistics(without_statistics, tmp_path):
 
 
 def test_settings_of_the_solve_need_statistics(without_statistics, tmp_path):
-    with pytest.raises(ArtifactError, match=r"has no statistics. Other settings need them: compute it again with save"):
+    with pytest.raises(ArtifactError, match="save_statistics=True"):
         refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, variance_weight=0.5))
     with pytest.raises(ArtifactError, match=r"has no statistics to take along. Leave save_statistics out"):
         refit_init(without_statistics, tmp_path / "new", config=changed(without_statistics, save_statistics=True))
@@ -198,7 +198,7 @@ def test_a_searched_step_is_carried_over_with_a_note_and_never_between_units(sto
     assert "searched before input_damping changed" in str(apply_init(lora_model(r=4), tmp_path / "new"))
     again = refit_init(tmp_path / "new", tmp_path / "newer", rank=2)
     assert again.manifest.refitted_from.changed == {"input_damping": 1e-2}
-    with pytest.raises(ConfigError, match="layer_steps changes how far the layers go beside each other"):
+    with pytest.raises(ConfigError, match="layer_steps"):
         refit_init(stored_init, tmp_path / "other", config=changed(stored_init, layer_steps="equal"))
     given = refit_init(
         stored_init, tmp_path / "given", config=changed(stored_init, step_size=0.1, save_statistics=True)

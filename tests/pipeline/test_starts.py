@@ -73,6 +73,9 @@ def test_a_start_from_stored_statistics_is_that_from_data(stored, tmp_path, lora
             refit_init(tmp_path / "new", tmp_path / "back", config={"start": "gradient"})
     else:
         assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+        refit_init(stored, tmp_path / "given", step_size=0.1, config={"save_statistics": True})
+        with pytest.raises(ConfigError, match="step_size"):
+            refit_init(tmp_path / "given", tmp_path / "again", config={"start": start})
 
 
 def written_updates_of(folder):
@@ -133,7 +136,7 @@ def test_inputs_of_a_pretrained_model_are_those_of_eva_but_for_its_randomised_de
 def test_another_start_needs_the_statistics(tmp_path, lora_model):
     initialize(lora_model(), make_learnable_samples(24), tmp_path / "init", step_size=0.1)
     with pytest.raises(ArtifactError, match="save_statistics"):
-        refit_init(tmp_path / "init", tmp_path / "new", config={"start": "gradient"})
+        refit_init(tmp_path / "init", tmp_path / "new", config={"start": "gradient"}, step_size=0.1)
 
 
 def test_a_start_that_is_not_known_is_refused():
