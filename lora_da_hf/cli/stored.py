@@ -114,7 +114,6 @@ def _settings_of_refit(parser: argparse.ArgumentParser) -> None:
     FOLDER,
     argument("output", "OUTPUT", "folder for the new initialisation; FOLDER itself keeps its statistics", type=Path),
     flag("rank", "rank of the new adapter, at most the stored one", type=int),
-    flag("rank_budget", "parameters of the adapter, shared out between the layers", type=int),
     flag("step_size", "how far step 0 goes (default: as the stored steps say)", type=float),
     _settings_of_refit,
 )
@@ -129,7 +128,6 @@ def refit(arguments: argparse.Namespace, output: Output) -> None:
         arguments.output,
         config={name: setting_of_flag(name, value) for name, value in given.items()} or None,
         rank=arguments.rank,
-        rank_budget=arguments.rank_budget,
         step_size=arguments.step_size,
         progress=output.shows_progress,
     )

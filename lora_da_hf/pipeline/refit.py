@@ -31,7 +31,6 @@ from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.theory.rank_budget import allocate_ranks, num_adapter_parameters
 from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
 from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
 from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, product_norm, rounding_notes
@@ -43,14 +42,13 @@ def refit_init(
     *,
     config: Given = None,
     rank: int | None = None,
-    rank_budget: int | None = None,
     step_size: float | None = None,
     progress: bool = True,
 ) -> StoredInit:
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
 
-    Nothing is measured. All layers have one scaling, which a rank changes as it does in PEFT where `lora_alpha` stays;
-    under a rank budget it stays. Layers that PEFT initialised keep their tensors, and experts their rank.
+    Nothing is measured. All layers have one scaling, which a rank changes as it does in PEFT where `lora_alpha` stays.
+    Layers that PEFT initialised keep their tensors, and experts their rank.
 
     Args:
         folder: A stored initialisation.
@@ -58,7 +56,6 @@ def refit_init(
         config: The settings to solve and write with: all of them as a config, or by name those that are not as stored.
             Those of the pass over the data stay.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
-        rank_budget: Parameters of all A and B together, shared out by `allocate_ranks`, instead of ``rank``.
         step_size: How far step 0 goes; None: what the config or the stored steps say (`stored_step`).
         progress: Whether to show a progress bar while layers are solved.
 
@@ -68,14 +65,14 @@ def refit_init(
 
     Raises:
         ArtifactError: if the folder is damaged, or has no statistics and ``config`` needs them.
-        ConfigError: if a rank, a budget or a setting cannot be had offline, as nothing of a DoRA adapter can; if
+        ConfigError: if a rank or a setting cannot be had offline, as nothing of a DoRA adapter can; if
             ``output_dir`` holds something else.
         SolveError: if a layer cannot be solved with these settings.
     """
     folder, output_dir = Path(folder), Path(output_dir)
     check_replaceable(output_dir)
-    if rank is not None and (rank < 1 or rank_budget is not None):
-        raise ConfigError(f"rank={rank}, rank_budget={rank_budget}: give a rank of at least 1, or a budget, not both.")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank={rank}: give a rank of at least 1.")
     stored = load_init(folder)
     if stored.peft_config["use_dora"]:
         raise ConfigError(
@@ -89,7 +86,7 @@ def refit_init(
         bases, layers, unit = _in_one_unit(read_leading(folder, stored.manifest, new.start), layers, new)
     elif changed:
         bases, layers, unit = _solve_again(stored, new, progress=progress)
-    ranks, notes = _new_ranks(layers, rank, rank_budget)
+    ranks, notes = _new_ranks(layers, rank), list[str]()
     step = 0.0 if new.start == "inputs" else new.step_size
     notes += [INPUTS_HAVE_NO_STEP] if new.start == "inputs" else []
     if "start" in changed and new.searches_step:
@@ -178,11 +175,9 @@ def _in_one_unit(
     return in_one_unit(solutions, layers, layer_steps=config.lengths)
 
 
-def _new_ranks(
-    layers: Mapping[str, LayerReport], rank: int | None, budget: int | None
-) -> tuple[dict[str, int], list[str]]:
-    """Choose the rank of each layer, and say what was spent under a budget."""
-    ranks, notes = {name: layer.rank for name, layer in layers.items()}, list[str]()
+def _new_ranks(layers: Mapping[str, LayerReport], rank: int | None) -> dict[str, int]:
+    """Choose the rank of each layer."""
+    ranks = {name: layer.rank for name, layer in layers.items()}
     if rank is not None:
         for layer in layers.values():
             if layer.max_rank < min(rank, layer.in_features):
@@ -191,19 +186,13 @@ def _new_ranks(
                     f"the full statistics are stored, give a config with max_rank={rank} (--da_max_rank {rank})."
                 )
         ranks = {name: min(rank, layer.max_rank) for name, layer in layers.items()}
-    elif budget is not None:
-        widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-        ranks = allocate_ranks({name: layer.eigenvalues for name, layer in layers.items()}, widths, budget)
-        spent = num_adapter_parameters(ranks, widths)
-        lowest, highest = min(ranks.values()), max(ranks.values())
-        notes = [f"ranks {lowest} to {highest}, which take {spent} of {budget} parameters"]
     changed = [name for name in ranks if expert_of(name) is not None and ranks[name] != layers[name].rank]
     if changed:
         raise ConfigError(
             f"{changed[0]}: experts keep the rank that they are stored at, since those that no token was routed to "
             "share it. Start from them at another rank with apply_init."
         )
-    return ranks, notes
+    return ranks
 
 
 def _new_report(

@@ -261,10 +261,13 @@ def test_refit_makes_a_smaller_rank_and_takes_settings(lora_da, stored, tmp_path
     assert (code, out) == (0, f"{tmp_path / 'new'}\n"), err
     assert {layer.rank for layer in load_init(tmp_path / "new").report.layers} == {1}
     calls = []
-    monkeypatch.setattr("lora_da_hf.pipeline.refit.refit_init", lambda *args, **kwargs: calls.append((args, kwargs)))
+    made = load_init(stored)
+    monkeypatch.setattr(
+        "lora_da_hf.pipeline.refit.refit_init", lambda *args, **kwargs: calls.append((args, kwargs)) or made
+    )
     flags = ["--da_input_damping", "0.3*mean", "--da_variance_weight", 0.5, "--step_size", "0.5"]
-    lora_da("refit", stored, tmp_path / "other", *flags, "--rank_budget", 1000)
-    rest = {"rank": None, "rank_budget": 1000, "step_size": 0.5, "progress": False}
+    assert lora_da("refit", stored, tmp_path / "other", *flags, "--rank", 3)[0] == 0
+    rest = {"rank": 3, "step_size": 0.5, "progress": False}
     config = {"input_damping": "0.3*mean", "variance_weight": 0.5}
     assert calls == [((stored, tmp_path / "other"), {**rest, "config": config})]
 
@@ -273,8 +276,8 @@ def test_the_help_of_refit_shows_the_settings_that_it_takes(lora_da):
     _, out, _ = lora_da("refit", "--help")
     named = set(re.findall(r"--(?:da_)?([a-z_]+)", out))
     settings = {field.name for field in dataclasses.fields(LoRADAConfig)}
-    assert named & settings - {"rank_budget"} == FREE_IN_REFIT - {"rank_budget"}
-    assert not {"--da_step_size", "--da_rank_budget"} & set(re.findall(r"--[a-z_]+", out))
+    assert named & settings == FREE_IN_REFIT
+    assert "--da_step_size" not in re.findall(r"--[a-z_]+", out)
     assert "(default: as stored)" in " ".join(out.split())
 
 

@@ -17,13 +17,12 @@ from harness import (
     written_factors,
     written_updates,
 )
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 
 from lora_da_hf import LoRADAConfig, apply_init, refit_init
 from lora_da_hf.artifacts.manifest import MANIFEST_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import load_init
 from lora_da_hf.errors import ArtifactError, ConfigError
-from lora_da_hf.theory.rank_budget import num_adapter_parameters
 
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -44,6 +43,10 @@ def changed(folder, **settings):
 def loaded(folder, tiny_llama):
     """Load a folder's adapter as anybody would, with PEFT."""
     return PeftModel.from_pretrained(tiny_llama(), folder)
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
 
 
 def assert_one_scaling(folder, base, scaling):
@@ -215,45 +218,6 @@ def test_a_smaller_largest_rank_drops_the_steps_of_larger_ones(stored_init, tmp_
     assert set(refitted.report.step_size_by_rank) == {1, 4, 8}
 
 
-# Ranks under a budget
-
-
-def test_a_budget_of_parameters_is_spent_by_layer_with_the_scalings_of_before(
-    stored_init, tmp_path, lora_model, tiny_llama
-):
-    layers = load_init(stored_init).manifest.layers
-    widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    budget = num_adapter_parameters(dict.fromkeys(widths, 4), widths)
-    refitted = refit_init(stored_init, tmp_path / "new", rank_budget=budget, step_size=0.05)
-    ranks = ranks_of(tmp_path / "new")
-    assert len(set(ranks.values())) > 2
-    spent = num_adapter_parameters(ranks, widths)
-    assert budget - min(map(sum, widths.values())) < spent <= budget
-    assert {layer.peft_scaling for layer in refitted.manifest.layers.values()} == {2.0}
-    config = assert_one_scaling(tmp_path / "new", tiny_llama(), 2.0)
-    assert all(type(alpha) is int for alpha in config.alpha_pattern.values())
-    expected = dense_updates(stored_init, ranks, 0.05)
-    config.inference_mode = False
-    fresh = get_peft_model(lora_model().unload(), config)
-    apply_init(fresh, stored_init, step_size=0.05)
-    assert_updates_equal(written_updates(fresh), expected)
-    assert {layer.scaling["default"] for layer in lora_layers(fresh)} == {2.0}
-    assert sum(p.numel() for name, p in fresh.named_parameters() if "lora_" in name) == spent
-    assert f"which take {spent} of {budget} parameters" in str(load_init(tmp_path / "new").report)
-
-
-def lora_layers(model):
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
-
-
-def test_budgets_that_cannot_be_are_refused(stored_init, tmp_path):
-    with pytest.raises(ConfigError, match="A rank budget of 100 parameters is too small: rank 1 in each of the 14"):
-        refit_init(stored_init, tmp_path / "new", rank_budget=100)
-    with pytest.raises(ConfigError, match="give a rank of at least 1, or a budget, not both"):
-        refit_init(stored_init, tmp_path / "new", rank_budget=5000, rank=4)
-    assert not (tmp_path / "new").exists()
-
-
 # The folder
 
 
@@ -333,10 +297,9 @@ def test_experts_are_solved_again_one_by_one(experts, tmp_path):
             assert torch.equal(found, before)
 
 
-@pytest.mark.parametrize("settings", [{"rank": 3}, {"rank_budget": 5_000}])
-def test_experts_keep_their_rank_but_for_apply_init(experts, tmp_path, settings):
+def test_experts_keep_their_rank_but_for_apply_init(experts, tmp_path):
     with pytest.raises(ConfigError, match=r"experts keep the rank .* apply_init"):
-        refit_init(experts, tmp_path / "new", **settings)
+        refit_init(experts, tmp_path / "new", rank=3)
     model = MIXTRAL.adapt(r=3)
     report = apply_init(model, experts, step_size=0.1)
     weights = adapter_weights(model)

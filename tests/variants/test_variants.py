@@ -7,7 +7,6 @@ from harness import (
     LINEAR_LAYERS,
     adapter_weights,
     assert_initialized,
-    assert_made_from_data,
     base_linear_layers,
     collate,
     initialize,
@@ -16,13 +15,11 @@ from harness import (
     make_lora_config,
     make_trainer,
     train_from,
-    written_adapter,
 )
 from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.nn.functional import linear
 
-from lora_da_hf import refit_init
 from lora_da_hf.errors import UnsupportedSetupError
 from lora_da_hf.samples import pad_samples
 
@@ -200,19 +197,3 @@ def test_two_adapters_on_one_model(tmp_path, lora_model):
     assert {layer.rank for layer in trainer.lora_da_report.layers} == {2}
     assert_initialized(tmp_path / "second" / "lora_da", start, trainer.lora_da_report)
     assert all(torch.equal(tensor, before[name]) for name, tensor in first.items())
-
-
-@pytest.mark.support(
-    "PEFT",
-    "Ranks per layer of a stored initialisation (`lora-da refit --rank-budget`, `refit_init`)",
-    "offline, from the stored spectra; written as `rank_pattern`, each layer keeps its scaling",
-)
-def test_the_ranks_of_a_stored_initialisation_are_shared_out(tmp_path, tiny_llama, stored_init):
-    report = refit_init(stored_init, tmp_path / "new", rank_budget=5000).report
-    start = PeftModel.from_pretrained(tiny_llama(), tmp_path / "new").get_base_model()
-    layers = {layer.name: start.get_submodule(layer.name) for layer in report.layers}
-    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
-    assert 4900 < sum(weight.numel() for weight in written_adapter(tmp_path / "new").values()) <= 5000
-    ranks = {name: layer.r["default"] for name, layer in layers.items()}
-    assert len(set(ranks.values())) > 2
-    assert_made_from_data(written_adapter(tmp_path / "new"), ranks)
