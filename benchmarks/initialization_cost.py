@@ -6,8 +6,8 @@ table gives medians and spread. Run it on a machine that does nothing else:
     python benchmarks/initialization_cost.py
 
 With `--peers`, PEFT's EVA, CorDA and LoRA-GA are measured in the same run, each by its documented call and its default
-settings on the same model and the same batches (CorDA takes single samples, EVA leaves all ranks equal). One that is
-not done after `--peer_seconds` is stopped, and the table says so. Results go to `outputs`, or where `--output` says.
+settings on the same model and the same batches (CorDA takes single samples, EVA leaves all ranks equal).
+Results go to `outputs`, or where `--output` says.
 With `--device cuda` the model is in bfloat16, and peaks are the GPU's; `--random_model 1B` needs no download.
 """
 
@@ -74,7 +74,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="measure PEFT's EVA, CorDA and LoRA-GA too")
-    parser.add_argument("--peer_seconds", type=float, default=900.0, help="stop a peer after this long")
     parser.add_argument("--output", type=Path, default=Path("outputs/initialization_cost.json"))
     parser.add_argument("--worker", choices=(*METHODS, *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -223,10 +222,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Run every method once, then all of them again, so that a slow spell of the machine hits all alike.
-
-    A method that was stopped has no runs.
-    """
+    """Run every method once, then all of them again, so that a slow spell of the machine hits all alike."""
     options.output.parent.mkdir(parents=True, exist_ok=True)
     names = ("num_samples", "search_samples", "batch_size", "max_length", "device", "random_model")
     settings = {name: getattr(options, name) for name in names}
@@ -235,16 +231,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
     for repeat in range(options.repeats):
         for method in options.methods:
-            if repeat and not found[method]:
-                continue
             command = [sys.executable, __file__, "--worker", method, *flags]
-            limit = options.peer_seconds if method in PEERS else None
-            try:
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=limit).stdout
-            except subprocess.TimeoutExpired:
-                print(f"run {repeat + 1}: {method} is not done after {limit} s", file=sys.stderr, flush=True)
-                found[method].clear()
-                continue
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[method].append(json.loads(output.splitlines()[-1]))
             print(f"run {repeat + 1}: {method} {found[method][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
             write_runs(options.output, settings, found)
@@ -274,8 +262,6 @@ def table(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -
             median = statistics.median(seconds)
             spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
             lines.append((title, spread, f"{median / statistics.median(bare):.2f}", f"{peak - bare_peak:+.0f}"))
-        elif name in found:
-            lines.append((title, f"not finished after {options.peer_seconds:.0f} s", "", ""))
     facts = [f"{key} {value}" for key, value in machine().items()]
     counts = ", ".join(f"{len(runs)} {method}" for method, runs in found.items())
     tokens = next(runs for runs in found.values() if runs)[0]["tokens"]

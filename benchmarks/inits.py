@@ -190,7 +190,6 @@ def initialized(
 
 METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora": from_peft(),
-    "rslora": from_peft(use_rslora=True),
     "pissa": decomposed(init_lora_weights="pissa_niter_16"),
     "olora": decomposed(init_lora_weights="olora"),
     "eva": eva,
@@ -202,8 +201,7 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
 }
-"""All have the scaling that the design names, but ``rslora``, which divides alpha by the root of the rank in any case.
-``lora_one`` has this package's search and split, and differs from ``lora_da`` with equal steps in the direction
+"""All have the scaling that the design names. ``lora_one`` has this package's search and split, and differs from ``lora_da`` with equal steps in the direction
 alone."""
 
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}

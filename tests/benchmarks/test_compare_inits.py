@@ -29,7 +29,7 @@ BLOCK = {
     "seeds": [0],
     "steps": [4],
 }
-NO_OPS = {"rslora", "lora_fa", "pissa", "olora", "corda", "eva", "lora_ga", "lora_beside_da"}
+NO_OPS = {"lora_fa", "pissa", "olora", "corda", "eva", "lora_ga", "lora_beside_da"}
 """Methods that leave the model's function as it is at step 0."""
 
 SMALL = {"batch_size": 4, "num_samples": 12, "evaluations": 2, "alpha": 4}
