@@ -201,8 +201,8 @@ METHODS: dict[str, Callable[[Setup], Made]] = {
     "lora_da_paper": lora_da(LoRADAConfig.paper),
     "lora_da": lora_da(LoRADAConfig),
 }
-"""All have the scaling that the design names. ``lora_one`` has this package's search and split, and differs from ``lora_da`` with equal steps in the direction
-alone."""
+"""All have the scaling that the design names. ``lora_one`` has this package's search and split, and differs from
+``lora_da`` with equal steps in the direction alone."""
 
 FROZEN = {"lora_fa": "lora", "lora_da_fa": "lora_da"}
 """Methods that train B alone (LoRA-FA), by what they start from."""
