@@ -92,7 +92,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
     stored_start = PeftModel.from_pretrained(family.make_model(), tmp_path / "lora_da")
     batch = family.collate(samples[:4])
     for start in ("gradient", "whitened_gradient", "inputs"):
-        refit_init(tmp_path / "lora_da", tmp_path / start, config={"start": start})
+        refit_init(tmp_path / "lora_da", tmp_path / start, config={"start": start}, step_size=0.1)
         assert torch.isfinite(outputs(PeftModel.from_pretrained(family.make_model(), tmp_path / start), batch)).all()
         assert_made_by(start, written_adapter(tmp_path / start), load_init(tmp_path / start))
     assert torch.equal(outputs(loaded, batch), outputs(trainer.model, batch))
