@@ -210,6 +210,11 @@ def check_ready(targets: Sequence[Target]) -> None:
                 f"{target.name}: a DoRA adapter cannot be initialised under ZeRO-3. Use DDP, ZeRO-1 or 2, FSDP2, or "
                 "LoRA."
             )
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) is True:
+            raise TargetError(
+                f"{target.name}: its 4-bit weight was packed for inference on the CPU, which lets no gradient through. "
+                "Load the model again, and initialise before any evaluation."
+            )
         if target.layer.disable_adapters or target.layer.merged:
             raise TargetError(
                 f"{target.name}: its adapter is disabled, or merged into the base weight. Call "

@@ -16,8 +16,8 @@ from lora_da_hf.distributed.parameters import gathered, is_whole, read_full, wri
 from lora_da_hf.errors import WriteError
 from lora_da_hf.theory.steps import product_norm
 
-_INITIALIZED = "_lora_da_initialized"
-"""Attribute of each A of an initialised adapter."""
+_MAY_BE_ZERO = "_lora_da_may_be_zero"
+"""Attribute of each A of an initialised adapter: whether its B is zero by intention."""
 
 
 def write_factors(target: Target, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -68,15 +68,21 @@ def update_norm(target: Target) -> float:
     return target.peft_scaling * product_norm(*read_factors(target))
 
 
-def mark_initialized(model: nn.Module, adapter_name: str) -> None:
-    """Remember that an adapter was initialised, for as long as its modules live."""
+def mark_initialized(model: nn.Module, adapter_name: str, *, may_be_zero: bool = False) -> None:
+    """Remember that an adapter was initialised, for as long as its modules live; B may be zero if no step helped."""
     for layer in _layers_of(model, adapter_name):
-        setattr(layer.lora_A[adapter_name], _INITIALIZED, True)
+        setattr(layer.lora_A[adapter_name], _MAY_BE_ZERO, may_be_zero)
 
 
 def was_initialized(model: nn.Module, adapter_name: str) -> bool:
-    """Tell whether an adapter was initialised before. One that was deleted and added again was not."""
-    return any(hasattr(layer.lora_A[adapter_name], _INITIALIZED) for layer in _layers_of(model, adapter_name))
+    """Tell whether an adapter was initialised before. One that was deleted and added again, or reset, was not.
+
+    Under ZeRO-3 and FSDP2 all processes look at each layer together.
+    """
+    layers = [layer for layer in _layers_of(model, adapter_name) if hasattr(layer.lora_A[adapter_name], _MAY_BE_ZERO)]
+    if any(getattr(layer.lora_A[adapter_name], _MAY_BE_ZERO) for layer in layers):
+        return True
+    return any([bool(read_full(layer.lora_B[adapter_name].weight).any()) for layer in layers])
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> list[Any]:

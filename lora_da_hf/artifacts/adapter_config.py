@@ -22,7 +22,7 @@ from lora_da_hf.errors import ArtifactError, UnsupportedSetupError
 from lora_da_hf.report import LayerReport
 
 PEFT_PREFIX = "base_model.model."
-_INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
+INIT_LORA_WEIGHTS = (True, "gaussian", "eva")
 """How PEFT may have made a fresh adapter whose B is zero and whose base is untouched."""
 
 _MAX_BYTES = 4 << 20
@@ -169,7 +169,7 @@ def refuse_unstorable(config: LoraConfig) -> None:
     """Refuse settings of PEFT whose adapter could be written, and then not be read by `check_adapter_config`."""
     values, defaults, kept = config.to_dict(), type(config)().to_dict(), (*_Config.model_fields, *_NOT_STORED)
     used = sorted(key for key, value in values.items() if key not in kept and value != defaults.get(key))
-    if used or config.init_lora_weights not in _INIT_LORA_WEIGHTS:
+    if used or config.init_lora_weights not in INIT_LORA_WEIGHTS:
         raise UnsupportedSetupError(
             f"The adapter's config sets {', '.join(used) or 'init_lora_weights'}, which is not stored. Make the "
             "adapter without it, or call initialize_lora_da without output_dir."

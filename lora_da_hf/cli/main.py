@@ -8,9 +8,11 @@ import importlib.metadata
 import sys
 import traceback
 import warnings
+from typing import Any
 
 from lora_da_hf.cli import compute, stored
 from lora_da_hf.cli.verbs import Output, Verb, explain, printable
+from lora_da_hf.errors import do_you_mean
 
 VERBS: dict[str, Verb] = {
     name.rstrip("_"): verb
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser(chosen: list[str]) -> argparse.ArgumentParser:
     """Return the parser, with the flags of the chosen verb alone: some take long to import."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-da",
         description="Compute, look into and share LoRA initialisations.",
         epilog="example:\n"
@@ -75,6 +77,16 @@ def make_parser(chosen: list[str]) -> argparse.ArgumentParser:
             own.add_argument("--debug", action="store_true", help="show tracebacks")
             own.set_defaults(run=verb.run)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, and suggest a name for the first flag that is not known: only a verb's own parser knows its flags."""
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{do_you_mean(flag, self._option_string_actions)}")
+        return found, unknown
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -113,7 +113,7 @@ def apply_init(
         artifact=str(stored.folder),
         init_from=stored.source,
     )
-    hand_over(job)
+    hand_over(job, report)
     return report
 
 

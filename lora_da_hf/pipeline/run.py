@@ -121,7 +121,7 @@ def initialize_lora_da(
         (name, why), *others = report.kept.items()
         more = f", and so do {len(others)} more" if others else ""
         logger.warning("LoRA-DA: %s keeps PEFT's own initialisation (%s)%s", name, why, more)
-    hand_over(job)
+    hand_over(job, report)
     return report
 
 
@@ -182,10 +182,10 @@ def make_report(job: Job, solved: Solved, step: Step, layers: list[LayerReport],
     )
 
 
-def hand_over(job: Job) -> None:
+def hand_over(job: Job, report: LoRADAReport) -> None:
     """Leave the adapter as training wants it."""
     settle(job.model)
-    mark_initialized(job.model, job.scan.adapter_name)
+    mark_initialized(job.model, job.scan.adapter_name, may_be_zero=report.step_size == 0)
     if job.config.freeze_a:
         freeze_a(job.model)
 
@@ -194,6 +194,12 @@ def _check_adapter(job: Job, folder: Path | None) -> None:
     """Verify what can be known before the samples are read."""
     if folder is None and job.config.save_statistics:
         raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
+    least = min(target.rank for target in job.scan.targets)
+    if job.config.max_rank is not None and job.config.max_rank < least:
+        raise ConfigError(
+            f"max_rank={job.config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave "
+            "it out, or give more, to store directions for other ranks."
+        )
     if folder is not None:
         refuse_unsaveable(job.model, job.scan.adapter_name)
         check_replaceable(folder)

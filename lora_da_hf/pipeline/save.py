@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
@@ -65,6 +65,10 @@ def _common_scaling(layers: Mapping[str, LoraLayer], adapter_name: str) -> float
 
 def refuse_unsaveable(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter that cannot be stored."""
+    if isinstance(model, PeftMixedModel):
+        raise TargetError(
+            "An adapter made with mixed=True cannot be stored. Make it without: get_peft_model(base, ...)."
+        )
     if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
         raise TargetError(
             f"The adapter of a {type(model).__name__} cannot be stored: it is neither what get_peft_model returns nor "

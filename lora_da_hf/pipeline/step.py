@@ -21,7 +21,7 @@ from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.line_search import Losses, line_search
 from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
-from lora_da_hf.theory.steps import factors_at_step
+from lora_da_hf.theory.steps import factors_at_step, layer_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
             return job.losses(samples, probe.settings)
 
         at_own_ranks = functools.partial(evaluate, samples, None)
-        start = _FIRST_EQUAL_STEP if job.config.lengths == "equal" else _FIRST_STEP
-        found = line_search(at_own_ranks, baseline=baseline, start=start)
+        found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved))
         by_rank = dict.fromkeys(_one_rank(job), found.step_size)
         if for_other_ranks and found.step_size:
             on_part = functools.partial(evaluate, samples[: max(_LEAST_ON_LADDER, len(samples) // _LADDER_RATIO)])
@@ -139,6 +138,14 @@ def _finite(losses: Losses, samples: list[Any], kind: str) -> Losses:
             "(labels inside the vocabulary) and the model's dtype."
         )
     return losses
+
+
+def _first_step(job: Job, solved: Solved) -> float:
+    """Return where a search begins: of a stored initialisation, the layer that goes farthest may be left out here."""
+    if job.config.lengths == "equal":
+        return _FIRST_EQUAL_STEP
+    farthest = max(layer_lengths(solved.layers.values(), layer_steps=job.config.lengths).values())
+    return _FIRST_STEP / min(farthest / solved.step_unit, 1.0)
 
 
 def _one_rank(job: Job) -> set[int]:

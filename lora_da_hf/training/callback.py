@@ -118,6 +118,7 @@ class LoRADACallback(TrainerCallback):
             base.add_model_tags([f"lora_da_init:{self.report.init_from}"])  # for every card that is written for it
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
+            self._restart_bar()
 
     def freeze(self, model: Any) -> None:
         """Freeze A, if that is asked for."""
@@ -195,6 +196,13 @@ class LoRADACallback(TrainerCallback):
         else:
             state.log_history.append({**report.metrics(), "step": state.global_step})
 
+    def _restart_bar(self) -> None:
+        """Have the training's progress bar count its own time alone."""
+        for callback in [] if self._trainer is None else self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.reset(bar.total)
+
     def _resume(self, args: TrainingArguments, model: Any, name: str) -> None:
         """Leave the adapter as the checkpoint has it, and find the report of the run that is resumed.
 
@@ -207,7 +215,7 @@ class LoRADACallback(TrainerCallback):
             model.delete_adapter(INIT_FOLDER)
             if (output_dir / ADAPTER_FILE).is_file():
                 model.load_adapter(str(output_dir), name, is_trainable=True)
-        mark_initialized(model, name)
+        mark_initialized(model, name, may_be_zero=True)
         stored = output_dir / (INIT_FOLDER if self.init_from is None else START_FILE)
         try:
             self.report = load_manifest(stored).report if self.init_from is None else LoRADAReport.load(stored)

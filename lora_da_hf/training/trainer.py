@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from lora_da_hf.adapters.targets import active_adapter_name
+from lora_da_hf.artifacts.adapter_config import INIT_LORA_WEIGHTS
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import LoRADAReport
@@ -76,6 +77,12 @@ class LoRADATrainer(Trainer):
                 raise ConfigError("The model has an adapter already. Leave peft_config out, or give the plain model.")
             config = copy.deepcopy(self._peft_config)
             config.inference_mode = False  # which PEFT sets in a config that it stores
+            start = getattr(config, "init_lora_weights", True)
+            if start not in INIT_LORA_WEIGHTS:
+                raise ConfigError(
+                    f"peft_config has init_lora_weights={start!r}, which changes the base's weights or makes B other "
+                    "than zero. LoRA-DA starts from a fresh adapter on the base as it is: leave it out."
+                )
             model = get_peft_model(model, config)
         active_adapter_name(model)  # refuses a model without LoRA
         return model

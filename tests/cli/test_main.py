@@ -20,8 +20,9 @@ NAMES = list(VERBS)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["init", "a", "b", "c", "--da_num_sample", "16"], "(?s).*unrecognized arguments: --da_num_sample"),
+        (["init", "a", "b", "c", "--da_num_sample", "16"], "(?s).*arguments: --da_num_sample.*'--da_num_samples'"),
         (["show", "a", "b", "c"], "(?s).*unrecognized arguments: b c"),
+        (["list", "--auhtor=me"], "(?s).*'--author'"),
         (["--json", "list"], "(?s).*unrecognized arguments: --json"),
         (["no-such-verb"], "(?s).*invalid choice"),
         (["show"], "(?s).*arguments are required: FOLDER"),

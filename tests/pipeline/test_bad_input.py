@@ -143,7 +143,7 @@ def test_an_adapter_that_could_not_be_stored_is_refused_with_a_folder_alone(tiny
     refuses(UnsupportedSetupError, "layer_replication", replicated, samples, tmp_path / "init")
     assert initialize(replicated, samples).step_size > 0
     mixed = get_peft_model(tiny_llama(), make_lora_config(), mixed=True)
-    refuses(TargetError, "PeftMixedModel", mixed, samples, tmp_path / "init")
+    refuses(TargetError, "mixed=True", mixed, samples, tmp_path / "init")
     assert not list(tmp_path.iterdir())
 
 
@@ -362,6 +362,11 @@ def test_a_sample_that_is_too_long_for_a_table_of_positions(lora_model, tiny_lla
 def test_settings_that_cannot_be(lora_model, samples, settings):
     (name,) = settings
     refuses(ConfigError, name, lora_model(), samples, **settings)
+
+
+def test_a_max_rank_below_the_adapters_rank(lora_model, samples, tmp_path):
+    refuses(ConfigError, "max_rank=2.*4", lora_model(), samples, tmp_path / "init", max_rank=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_but_an_initialisation_is_ever_replaced(lora_model, samples, tmp_path, monkeypatch):

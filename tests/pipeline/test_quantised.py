@@ -1,6 +1,7 @@
 """Bases in few bits: statistics through their layers are those of the weights that these stand for."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +176,11 @@ def test_a_layer_without_a_plain_output_or_a_backward_is_an_error(tiny_llama, lo
     with pytest.raises(TargetError, match=rf"q_proj.*{kind.__name__}"):
         initialize(model, samples)
     assert_same_tensors(adapter_weights(model), before)
+
+
+def test_a_4_bit_weight_that_is_packed_for_inference_is_an_error(lora_model, samples):
+    model = lora_model()
+    layer = next(iter(base_linear_layers(model).values()))
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # as bitsandbytes marks it
+    with pytest.raises(TargetError, match=r"q_proj.*packed"):
+        initialize(model, samples)

@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback
 
 from lora_da_hf import LoRADACallback, LoRADATrainer, load_init
-from lora_da_hf.errors import AdapterAlreadyTrainedError, ConfigError, DataError, TargetError
+from lora_da_hf.errors import ConfigError, DataError, TargetError
 from lora_da_hf.training import callback as callback_module
 
 
@@ -476,10 +476,12 @@ def test_what_the_trainer_cannot_take_is_an_error(
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", False])
-def test_a_start_of_peft_that_is_not_a_fresh_adapter_is_refused(tmp_path, tiny_llama, samples, start):
-    config = make_lora_config(init_lora_weights=start)
-    with pytest.raises(AdapterAlreadyTrainedError, match="init_lora_weights"):
-        make_trainer(tmp_path, tiny_llama(), samples, peft_config=config).train()
+def test_a_start_of_peft_that_changes_the_base_is_refused_before_it_does(tmp_path, tiny_llama, samples, start):
+    model = tiny_llama()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError, match="init_lora_weights"):
+        make_trainer(tmp_path, model, samples, peft_config=make_lora_config(init_lora_weights=start))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_base_that_another_trainer_put_its_adapter_into_is_an_error(tmp_path, tiny_llama, samples):
