@@ -196,6 +196,12 @@ def pad_samples(samples: list[Any]) -> dict[str, Tensor]:
         if values[0].dim() == 0 or all(v.shape == values[0].shape for v in values):
             batch[name] = torch.stack(values)
             continue
+        if any(value.shape[1:] != values[0].shape[1:] for value in values):
+            shapes = ", ".join(str(list(value.shape)) for value in values[:3])
+            raise DataError(
+                f"The samples' {name!r} differ in more than their length ({shapes}), and cannot be padded to one "
+                "batch. Give a data_collator that can."
+            )
         padding = IGNORED_LABEL if "labels" in name else 0
         batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
     return batch

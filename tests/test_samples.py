@@ -68,10 +68,16 @@ def test_a_stream_is_read_from_its_head_and_no_further():
     assert next(stream) == 18
 
 
-def test_samples_with_a_dimension_for_the_batch_are_an_error():
-    ids = torch.tensor([[1, 2, 3]])
-    with pytest.raises(DataError, match="return_tensors"):
-        pad_samples([{"input_ids": ids, "labels": ids}])
+@pytest.mark.parametrize(
+    ("samples", "name"),
+    [
+        ([{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}], "return_tensors"),
+        ([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 4)}], "'x' differ in more than their length"),
+    ],
+)
+def test_samples_of_another_form_are_an_error(samples, name):
+    with pytest.raises(DataError, match=name):
+        pad_samples(samples)
 
 
 def test_batches_go_to_the_device_and_other_values_stay():

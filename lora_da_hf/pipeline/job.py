@@ -142,6 +142,8 @@ def make_job(
     """Find the layers of a fresh adapter, and check what is given beside the settings."""
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed!r} must be between 0 and 2**32.")
     refuse_split_models(model)
     scan = find_targets(model)
     check_ready(scan.targets)

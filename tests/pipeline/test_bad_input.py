@@ -358,7 +358,9 @@ def test_a_sample_that_is_too_long_for_a_table_of_positions(lora_model, tiny_lla
 # Settings, and where it is written
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": -3}, {"population_size": -5}, {"save_statistics": True}])
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": -3}, {"population_size": -5}, {"seed": -1}, {"seed": 2**32}, {"save_statistics": True}]
+)
 def test_settings_that_cannot_be(lora_model, samples, settings):
     (name,) = settings
     refuses(ConfigError, name, lora_model(), samples, **settings)

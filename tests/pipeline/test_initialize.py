@@ -115,13 +115,20 @@ class AugmentedSamples(torch.utils.data.Dataset):
         return {**sample, "input_ids": [3 + (int(i) + shift) % 20 for i in sample["input_ids"]]}
 
 
-def test_samples_that_draw_leave_the_generators_as_they_were_and_are_the_same_each_time(lora_model, samples):
+@pytest.mark.parametrize("kind", [list, AugmentedSamples])
+def test_generators_modes_and_gradients_are_as_before(lora_model, samples, kind):
+    model = lora_model()
+    model.train()
+    model.get_base_model().model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
     states = torch.get_rng_state(), random.getstate()
-    first = initialize(lora_model(), AugmentedSamples(samples))
+    first = initialize(model, kind(samples))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    assert [module.training for module in model.modules()] == modes
+    assert not any(parameter.grad is not None for parameter in model.parameters())
     torch.manual_seed(6)
-    assert initialize(lora_model(), AugmentedSamples(samples)).data_fingerprint == first.data_fingerprint
+    assert initialize(lora_model(), kind(samples)).data_fingerprint == first.data_fingerprint
 
 
 def test_dropout_plays_no_part(tiny_llama, lora_model, samples):
