@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_da_hf.adapters.trial import checked_backward, outputs_moved
 from lora_da_hf.distributed.parameters import is_partitioned
@@ -29,7 +29,7 @@ from lora_da_hf.pipeline.job import Job
 from lora_da_hf.samples import SampleSplits
 from lora_da_hf.statistics.batches import check_lengths, choose_unlike, draws_at_random
 from lora_da_hf.statistics.collect import PassSettings, why_not_in_batches
-from lora_da_hf.statistics.loss_reduction import DRAWS_AT_RANDOM, find_reduction
+from lora_da_hf.statistics.loss_reduction import LossReduction, UnlikeSamples, find_reduction
 from lora_da_hf.statistics.model_state import apart_by_checkpoint, without_checkpointing
 from lora_da_hf.statistics.taps import find_shared_inputs, followed_sequences, watched_rows
 from lora_da_hf.statistics.token_masks import lengthened, read_batch_tokens
@@ -38,6 +38,7 @@ LOSS = "loss"
 _PROBED_SAMPLES = 64
 """Samples with a label among which the few that are run are chosen."""
 _SAME_LOSS = 1e-3
+_DRAWS_AT_RANDOM = "the collator draws at random, so samples together and apart cannot be compared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +80,11 @@ def run_probe(job: Job, splits: SampleSplits) -> Probe:
             "are masked, and that samples are not truncated before their completion begins."
         )
     splits = _with_labels(job, splits, shifts)
-    first = job.collate(labelled[:1])
     with without_checkpointing(job.model):
         unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
+        first = job.collate(unlike[:1])
         losses, shared, labelled_head = _run_first(job, first)
-        unlike_losses, sequences = _run_unlike(job, unlike, shifts)
-        options: dict[str, Any] = {"shifts_labels": shifts, "declared": job.config.loss_reduction}
-        reduction = find_reduction(job.compute_loss, job.model, job.collate, unlike, **options)
-    reduction = job.processes.gather(reduction)[0]
+        reduction, unlike_losses, sequences = _run_unlike(job, unlike, shifts)
     settings = PassSettings(
         model=job.model,
         collate=job.collate,
@@ -130,23 +128,32 @@ def _run_first(job: Job, first: Mapping[str, Any]) -> tuple[dict[str, float], di
     return losses, shared, head if head is not None and _loss_stays(job, head, first, losses[LOSS]) else None
 
 
-def _run_unlike(job: Job, unlike: list[Any], shifts: bool) -> tuple[dict[str, float], Mapping[str, frozenset[int]]]:
-    """Run samples that are unlike each other, alone and in pairs: their losses, and the sequences of each layer."""
-    layers = {name: target.base_layer for name, target in job.targets.items()}
-    decodes = is_encoder_decoder(job.model)
-    singles: list[Mapping[str, Any]] = [job.collate([sample]) for sample in unlike]
-    pairs = [job.collate([unlike[0], other]) for other in unlike[1:]]
+def _run_unlike(
+    job: Job, unlike: list[Any], shifts: bool
+) -> tuple[LossReduction, dict[str, float], Mapping[str, frozenset[int]]]:
+    """Run samples that are unlike each other, alone and in pairs: what the loss is, and the sequences of each layer."""
+    layers, decodes = {name: target.base_layer for name, target in job.targets.items()}, is_encoder_decoder(job.model)
+    rows: dict[int, Any] = {}
+
+    def compute_watched(model: nn.Module, batch: Mapping[str, Any], items: Tensor | None) -> Tensor:
+        with watched_rows(layers) as rows[id(batch)]:
+            return job.compute_loss(model, batch, items)
+
+    samples = UnlikeSamples(unlike, job.collate, compute_watched, job.model, shifts_labels=shifts)
+    reduction = find_reduction(samples, declared=job.config.loss_reduction)
+    if reduction.kind == "unknown" and len(unlike) > 1 and draws_at_random(job.collate, unlike[:1]):
+        reduction = LossReduction(kind="unknown", reason=_DRAWS_AT_RANDOM)
+    reduction, singles = job.processes.gather(reduction)[0], samples.singles
     options: dict[str, Any] = {"shifts_labels": shifts, "encoder_decoder": decodes, "num_samples": 1}
     if generates(job.model) if decodes else read_batch_tokens(singles[0], **options).other_modality:
-        singles.append(lengthened(singles[0], max_sample_length(job.model), decoder=decodes))
+        singles = [*singles, lengthened(singles[0], max_sample_length(job.model), decoder=decodes)]
+    items = 1 if reduction.kind == "sum" else None
+    losses = {
+        f"{LOSS} of unlike samples {number}": samples.loss(batch, items)
+        for number, batch in enumerate((*singles, *samples.pairs))
+    }
     tokens = [read_batch_tokens(batch, **options) for batch in singles]
-    losses: dict[str, float] = {}
-    rows: list[Any] = []
-    for number, batch in enumerate((*singles, *pairs)):
-        with torch.no_grad(), watched_rows(layers) as given:
-            losses[f"{LOSS} of unlike samples {number}"] = job.compute_loss(job.model, batch, None).item()
-        rows.append(given)
-    return losses, followed_sequences(tokens, rows[: len(singles)])
+    return reduction, losses, followed_sequences(tokens, [rows[id(batch)] for batch in singles])
 
 
 def compare_batch_with_samples(job: Job, probe: Probe) -> Probe:
@@ -168,7 +175,7 @@ def compare_batch_with_samples(job: Job, probe: Probe) -> Probe:
     if not reasons:
         return probe
     if draws_at_random(job.collate, probe.unlike):
-        reasons = [DRAWS_AT_RANDOM]
+        reasons = [_DRAWS_AT_RANDOM]
     return dataclasses.replace(probe, settings=settings.one_at_a_time(reasons[0]))
 
 

@@ -11,14 +11,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_da_hf.statistics.batches import Collate, draws_at_random
+from lora_da_hf.statistics.batches import Collate
 from lora_da_hf.statistics.token_masks import BatchTokens, SingleSamplesNeeded, read_batch_tokens
 
 ComputeLoss = Callable[[nn.Module, Mapping[str, Any], Tensor | None], Tensor]
 """Maps model, batch and the number of items to divide by (None: the loss's own mean) to a scalar loss."""
 
 _TINY = 1e-30
-DRAWS_AT_RANDOM = "the collator draws at random, so samples together and apart cannot be compared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +56,35 @@ class LossReduction:
         return 1.0 if self.kind == "sum" else float(num_items)
 
 
+class UnlikeSamples:
+    """Samples that are unlike each other as batches: each alone, and the first with each other one.
+
+    Attributes:
+        counts: How many labels each sample has; 0 where that is not known.
+    """
+
+    def __init__(
+        self, samples: Sequence[Any], collate: Collate, compute: ComputeLoss, model: nn.Module, *, shifts_labels: bool
+    ) -> None:
+        self.singles = [collate([sample]) for sample in samples]
+        self.pairs = [collate([samples[0], other]) for other in samples[1:]]
+        tokens = [read_batch_tokens(one, shifts_labels=shifts_labels, num_samples=1) for one in self.singles]
+        self.counts = [one.num_labels or 0 for one in tokens]
+        self._compute, self._model = compute, model
+        self._known: dict[tuple[int, int | None], float] = {}
+
+    def loss(self, batch: Mapping[str, Any], items: int | None) -> float:
+        """Return the loss of a batch divided by a number of items, or its own mean; none is computed twice."""
+        key = id(batch), items
+        if key not in self._known:
+            with torch.no_grad():
+                loss = self._compute(self._model, batch, None if items is None else _items(items, batch))
+            self._known[key] = loss.item()
+        return self._known[key]
+
+
 def find_reduction(
-    compute: ComputeLoss,
-    model: nn.Module,
-    collate: Collate,
-    samples: Sequence[Any],
-    *,
-    shifts_labels: bool,
-    declared: Literal["auto", "token_mean", "sample_mean", "batch"] = "auto",
+    samples: UnlikeSamples, *, declared: Literal["auto", "token_mean", "sample_mean", "batch"] = "auto"
 ) -> LossReduction:
     """Find out how the loss of a batch is made of its samples' losses.
 
@@ -75,31 +95,22 @@ def find_reduction(
     """
     if declared != "auto":
         return LossReduction(kind=declared, reason="declared by loss_reduction")
-    if len(samples) < 2:
+    if not samples.pairs:
         return LossReduction(kind="unknown", reason="there is one sample only")
-    singles = [collate([sample]) for sample in samples]
-    joined = [collate([samples[0], other]) for other in samples[1:]]
-    counts = [read_batch_tokens(b, shifts_labels=shifts_labels, num_samples=1).num_labels or 0 for b in singles]
-
-    def value(batch: Mapping[str, Any], items: int | None) -> float:
-        return compute(model, batch, None if items is None else _items(items, batch)).item()
+    counts = samples.counts
 
     def pairs(items: int | None) -> list[_Pair]:
-        first, *others = [value(single, items) for single in singles]
-        wholes = [value(both, items) for both in joined]
+        first, *others = [samples.loss(single, items) for single in samples.singles]
+        wholes = [samples.loss(both, items) for both in samples.pairs]
         labels = [(counts[0], count) if all(counts) else None for count in counts[1:]]
         return [_Pair(first, *pair) for pair in zip(others, wholes, labels, strict=True)]
 
-    with torch.no_grad(), _watched_tolerance() as seen:
-        of_one, of_two = (value(singles[0], items) for items in (1, 2))
+    with _watched_tolerance() as seen:
+        of_one, of_two = (samples.loss(samples.singles[0], items) for items in (1, 2))
         if all(counts) and _close(of_two * 2, of_one, max(seen)):
             if all(_close(pair.first + pair.second, pair.whole, max(seen)) for pair in pairs(1)):
                 return LossReduction(kind="sum", reason="measured: a sum over labels divided by num_items_in_batch")
-        means = pairs(None)
-    reduction = _mean_of(means, max(seen))
-    if reduction.kind == "unknown" and draws_at_random(collate, samples[:1]):
-        return LossReduction(kind="unknown", reason=DRAWS_AT_RANDOM)
-    return reduction
+        return _mean_of(pairs(None), max(seen))
 
 
 class _Pair(NamedTuple):

@@ -145,9 +145,10 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
-def test_a_collator_with_a_generator_of_its_own(lora_model, samples, make):
+def test_a_collator_with_a_generator_of_its_own(lora_model, make):
+    samples = make_learnable_samples(64)
     collator, untouched = MaskingCollator(make()), MaskingCollator(make())
-    report = initialize(lora_model(), samples, collator=functools.partial(collator))
+    report = initialize(lora_model(), samples, collator=functools.partial(collator), search_samples=16)
     assert report.search_loss_after < report.search_loss_before
     assert report.search_loss_after == pytest.approx(dict(report.search)[report.step_size], rel=1e-5)
     assert (collator.generator is None) == (make() is None)

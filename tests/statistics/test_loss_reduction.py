@@ -5,12 +5,12 @@ import torch
 
 from lora_da_hf.samples import pad_samples
 from lora_da_hf.statistics.batches import choose_unlike
-from lora_da_hf.statistics.loss_reduction import find_reduction
+from lora_da_hf.statistics.loss_reduction import UnlikeSamples, find_reduction
 
 
 def measured(loss, samples, collate=pad_samples):
     unlike = choose_unlike(samples, collate, shifts_labels=False)
-    return find_reduction(loss, torch.nn.Linear(1, 1), collate, unlike, shifts_labels=False).kind
+    return find_reduction(UnlikeSamples(unlike, collate, loss, torch.nn.Linear(1, 1), shifts_labels=False)).kind
 
 
 def toy(first, second, both, *, divides=False):
