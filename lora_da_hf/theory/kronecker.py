@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_da_hf.config import Damping
 from lora_da_hf.errors import NonFiniteError, SolveError
-from lora_da_hf.records import UpperTriangle
+from lora_da_hf.records import UpperTriangle, is_finite
 
 _MAX_DAMPING_RAISES = 12
 _RAISE = 10.0
@@ -61,7 +61,7 @@ def factorize_input(input_second_moment: Tensor | UpperTriangle, damping: Dampin
         SolveError: if twelve tenfold raises of the damping do not help.
     """
     damped = in_float64(input_second_moment)
-    if not torch.isfinite(damped).all():
+    if not is_finite(damped):
         raise NonFiniteError(
             f"The input second moment of {layer} is not finite: its inputs overflowed or are NaN. Check the model and "
             "the data, or run the statistics in a wider dtype."
@@ -88,7 +88,7 @@ def _solves(factorized: FactorizedInput, damped: Tensor) -> bool:
     target = torch.ones(damped.shape[0], 1, dtype=damped.dtype, device=damped.device)
     target[1::2] = -1.0
     error = damped @ factorized.solve(target) - target
-    return bool(torch.isfinite(error).all()) and error.norm().item() <= 1e-3 * target.norm().item()
+    return is_finite(error) and error.norm().item() <= 1e-3 * target.norm().item()
 
 
 def inverse_output_factor(

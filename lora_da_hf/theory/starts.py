@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.errors import NonFiniteError
-from lora_da_hf.records import LayerStatistics
+from lora_da_hf.records import LayerStatistics, is_finite
 from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, in_float64
 from lora_da_hf.theory.subspace import Apply, Eigenpairs, leading_eigenpairs
@@ -34,14 +34,20 @@ class Directions:
     norm: float
 
 
-def _leading(apply: Apply, rank: int, *, like: Tensor) -> tuple[Eigenpairs, Tensor, Tensor]:
+def _leading(apply: Apply, rank: int, *, like: Tensor, tolerance: float) -> tuple[Eigenpairs, Tensor, Tensor]:
     """Return the leading eigenpairs with their values negated, the eigenvectors, and these as rows."""
-    pairs = leading_eigenpairs(apply, rank, like=like)
+    pairs = leading_eigenpairs(apply, rank, like=like, tolerance=tolerance)
     return replace(pairs, eigenvalues=-pairs.eigenvalues), pairs.vectors, pairs.vectors.mT.contiguous()
 
 
 def natural_gradient_start(
-    displacement: Displacement, inverse_output: Tensor, config: LoRADAConfig, *, rank: int, population_size: int
+    displacement: Displacement,
+    inverse_output: Tensor,
+    config: LoRADAConfig,
+    *,
+    rank: int,
+    population_size: int,
+    tolerance: float,
 ) -> Directions:
     """LoRA-DA (arXiv 2510.24561): the subspace with the least bias and variance, and the displacement in it."""
     guidance = build_guidance(
@@ -51,13 +57,18 @@ def natural_gradient_start(
         variance_weight=config.variance_weight,
         normalize_terms=config.normalize_guidance_terms,
     )
-    pairs = lowest_subspace(guidance, rank)
-    vectors = pairs.vectors
-    return Directions(pairs, vectors.mT.contiguous(), displacement.apply(vectors), displacement.norm(start=vectors))
+    pairs = lowest_subspace(guidance, rank, tolerance)
+    vectors, norm = pairs.vectors, displacement.norm(pairs.vectors, tolerance)
+    return Directions(pairs, vectors.mT.contiguous(), displacement.apply(vectors), norm)
 
 
 def whitened_gradient_start(
-    displacement: Displacement, weight_grad: Tensor, factorized_input: FactorizedInput, *, rank: int
+    displacement: Displacement,
+    weight_grad: Tensor,
+    factorized_input: FactorizedInput,
+    *,
+    rank: int,
+    tolerance: float,
 ) -> Directions:
     """The part of the displacement that the leading singular vectors of the whitened gradient carry.
 
@@ -71,25 +82,34 @@ def whitened_gradient_start(
         rows = (mapped.mT.contiguous() @ scaled.mT) @ grad
         return torch.linalg.solve_triangular(lower, rows.mT, upper=False)
 
-    pairs, vectors, _ = _leading(apply, rank, like=scaled)
+    pairs, vectors, _ = _leading(apply, rank, like=scaled, tolerance=tolerance)
     mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
     lengths = mapped.norm(dim=0)
     rows, columns = (mapped / lengths).mT.contiguous(), -(scaled @ mapped) * lengths
-    return Directions(pairs, rows, columns, displacement.norm(start=torch.linalg.qr(mapped).Q))
+    return Directions(pairs, rows, columns, displacement.norm(torch.linalg.qr(mapped).Q, tolerance))
 
 
-def gradient_start(weight_grad: Tensor, *, rank: int) -> Directions:
+def gradient_start(weight_grad: Tensor, *, rank: int, tolerance: float) -> Directions:
     """The leading singular vectors of the gradient, as LoRA-GA and LoRA-One take them: a step of steepest descent."""
     grad = weight_grad.double()
-    pairs, vectors, rows = _leading(lambda v: ((v.mT.contiguous() @ grad.mT) @ grad).mT, rank, like=grad)
+
+    def apply(vectors: Tensor) -> Tensor:
+        return ((vectors.mT.contiguous() @ grad.mT) @ grad).mT
+
+    pairs, vectors, rows = _leading(apply, rank, like=grad, tolerance=tolerance)
     return Directions(pairs, rows, -(grad @ vectors), pairs.eigenvalues[0].abs().sqrt().item())
 
 
-def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str) -> Directions:
+def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str, tolerance: float) -> Directions:
     """The leading principal components of the inputs, as EVA (arXiv 2410.07170) takes them; columns are zero."""
     moment, mean = in_float64(statistics.input_second_moment), statistics.input_mean
-    if mean is None or not (moment.isfinite().all() and mean.isfinite().all()):
+    if mean is None or not (is_finite(moment) and is_finite(mean)):
         raise NonFiniteError(f"The inputs of {layer} are not finite, or their mean is not known. Check model and data.")
     mean = mean.double()
-    pairs, _, rows = _leading(lambda v: moment @ v - mean[:, None] * (mean @ v), rank, like=moment)
+
+    def apply(vectors: Tensor) -> Tensor:
+        rows = vectors.mT.contiguous()
+        return (rows @ moment - (rows @ mean)[:, None] * mean).mT
+
+    pairs, _, rows = _leading(apply, rank, like=moment, tolerance=tolerance)
     return Directions(pairs, rows, moment.new_zeros(statistics.weight_grad.shape[0], rank), 1.0)

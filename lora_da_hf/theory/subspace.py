@@ -10,12 +10,14 @@ from torch import Tensor
 
 Apply = Callable[[Tensor], Tensor]
 
-_KRYLOV_TOLERANCE = 1e-7
+TOLERANCE = 1e-7
+"""Of residuals, relative to the largest eigenvalue."""
 _RESOLVED = 30.0
 """Times the residual: eigenvalues below that part of the largest are left to the exact solver."""
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
 _CHECKED_FROM = 7
+_CHECKED_FROM_IF_LOOSE = 5
 _CHECKED_FROM_START = 3
 _START_SEED = 0
 _COLUMNS = 256
@@ -38,7 +40,7 @@ class Eigenpairs:
 
 
 def leading_eigenpairs(
-    apply: Apply, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE, start: Tensor | None = None
+    apply: Apply, count: int, *, like: Tensor, tolerance: float = TOLERANCE, start: Tensor | None = None
 ) -> Eigenpairs:
     """Find the algebraically largest eigenpairs of a symmetric operator on ``[d, k]``, in descending order.
 
@@ -74,7 +76,7 @@ def exact_eigenpairs(apply: Apply, count: int, *, like: Tensor) -> Eigenpairs:
 
 
 def block_krylov(
-    apply: Apply, count: int, *, like: Tensor, tolerance: float = _KRYLOV_TOLERANCE, start: Tensor | None = None
+    apply: Apply, count: int, *, like: Tensor, tolerance: float = TOLERANCE, start: Tensor | None = None
 ) -> Eigenpairs:
     """Find the largest eigenpairs by block Lanczos with full reorthogonalisation.
 
@@ -87,7 +89,7 @@ def block_krylov(
     largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
     block = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
-    checked_from = _CHECKED_FROM * block_size
+    checked_from = (_CHECKED_FROM if tolerance <= TOLERANCE else _CHECKED_FROM_IF_LOOSE) * block_size
     if start is not None:
         given = min(start.shape[1], block_size // 2)
         block[:, :given] = start[:, :given]
