@@ -176,7 +176,8 @@ class LoRADAConfig:
     memory_budget: Annotated[float | str, AfterValidator(_memory)] | None = setting(
         None,
         "Memory for the statistics and the solve of a process on each device: bytes, or text such as 8GiB. Layers that "
-        "do not fit at once take further passes. None: two thirds of what is free.",
+        "do not fit are summed in host memory (one process on CUDA), or take further passes. None: two thirds of what "
+        "is free.",
     )
 
     @model_validator(mode="after")
