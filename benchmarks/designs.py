@@ -133,14 +133,7 @@ def cells_of(
 ) -> list[dict[str, Any]]:
     """Return the settings of each cell of a block: none of a method that diverged at each rate it has its own from.
 
-    Args:
-        design: All of it.
-        block: One of its blocks.
-        records: Results so far, which the best learning rates are taken from.
-        without: Methods that are left out.
-
-    Raises:
-        ConfigError: if the best learning rate of a method is not known yet.
+    Best learning rates are taken from the results so far. One that is not known yet is a ConfigError.
     """
     shared = shared_settings(design, block)
     cells: list[dict[str, Any]] = []
@@ -178,14 +171,7 @@ def best_rate(
 ) -> float | None:
     """Return the learning rate with the lowest mean loss of a method among some cells; None if all diverged.
 
-    Args:
-        cells: Those that are looked at.
-        records: Results so far.
-        method: The method.
-        which: ``final_loss``, or ``best_loss``: the lowest on the way, where few samples are seen several times.
-
-    Raises:
-        ConfigError: if one of them was not run yet.
+    ``which`` may be ``best_loss``, the lowest on the way. A cell that was not run yet is a ConfigError.
     """
     found: dict[float, list[float]] = {}
     for cell in cells:

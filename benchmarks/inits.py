@@ -240,12 +240,7 @@ def change(model: nn.Module, method: str, seed: int) -> None:
 
 
 def why_missing(method: str, kinds: Collection[type[nn.Module]] = ()) -> str | None:
-    """Say why a method cannot be run with the PEFT that is installed on a model; None if it can.
-
-    Args:
-        method: Its name.
-        kinds: Classes of the layers that get an adapter.
-    """
+    """Say why a method cannot be run with the PEFT that is installed on layers of some kinds; None if it can."""
     if method == "olora" and Conv1D in kinds:
         return "PEFT's OLoRA takes no Conv1D layers, which GPT-2 and its like are made of"
     if method == "lora_ga" and not hasattr(peft, "preprocess_loraga"):

@@ -46,13 +46,7 @@ def add_line(path: Path, record: dict[str, Any]) -> None:
 def of_subject(records: list[dict[str, Any]], facts: dict[str, Any], weights_sha256: str) -> list[dict[str, Any]]:
     """Return the records of this model and data.
 
-    Args:
-        records: All of a file.
-        facts: Of the model and the data; of the model they have the name alone.
-        weights_sha256: Of the model. Older records have none, and count as of the model of that name.
-
-    Raises:
-        ConfigError: if a record is of other weights by the same name.
+    Those of other weights by the same name are a ConfigError. Older records have no hash, and count as of the model.
     """
     found = [record for record in records if record["subject"] == facts]
     if any(record.get("weights_sha256") not in (None, weights_sha256) for record in found):

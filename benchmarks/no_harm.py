@@ -23,7 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from lines import read_lines
-from report import at_best_rate, by_rate, describe, draw, grouped, markdown, middle, rate_text
+from report import (
+    at_best_rate,
+    by_rate,
+    course,
+    course_table,
+    describe,
+    draw,
+    grouped,
+    markdown,
+    middle,
+    rate_text,
+)
 
 METRICS = {"accuracy": "accuracy in percent", "r2": "100 R²"}
 EXPLAINED = (
@@ -107,6 +118,8 @@ def parts_table(records: Sequence[Record]) -> list[str]:
 # ---- at the settings that people use
 
 USUAL_RATES = (1e-4, 2e-4, 5e-4)
+PAIR = ("lora_da", "lora")
+COURSE = "LoRA-DA's training loss less plain LoRA's, same batches, 2e-4, mean ± standard error over batches, by step:"
 
 
 def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
@@ -163,6 +176,29 @@ def usual_table(records: Sequence[Record]) -> list[str]:
     return markdown(names, rows)
 
 
+def usual_courses(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
+    """Return how the training losses of LoRA-DA differ from plain LoRA's on the way, at the rate of most recipes."""
+    pairs = {name: [by_rate(by_method(found).get(method, [])) for method in PAIR] for name, found in panels(records)}
+    return {name: course(*(runs.get(2e-4, []) for runs in pair)) for name, pair in pairs.items()}
+
+
+def plot_courses(courses: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """Draw what a course table has."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, found in courses.items():
+        middles = [1.5 * 2 ** (part - 1) for part in found]
+        errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0 for values in found.values()]
+        axes.errorbar(middles, list(map(statistics.fmean, found.values())), errors, capsize=3, marker="o", label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="step of an epoch at 2e-4", ylabel="training loss,\nLoRA-DA less plain LoRA")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def cost(records: Sequence[Record]) -> str:
     """Return how many steps the initialisation took, and what of them fitted the head, which plain LoRA may have."""
     made = [r for r in records if not r["initialization"]["reused"]]
@@ -194,7 +230,9 @@ def main(paths: list[str]) -> None:
     every = [record for records in by_task for record in records]
     if "--usual" in paths:
         plot(every, Path(paths[-1]).with_name("usual.png"))
+        plot_courses(courses := usual_courses(every), Path(paths[-1]).with_name("usual_course.png"))
         text = ["# At the settings that people use", "", *usual_table(every), "", "![By rate](usual.png)", ""]
+        text += [COURSE, "", *course_table(courses), "", "![By step](usual_course.png)", ""]
         Path(paths[-1]).with_name("usual.md").write_text("\n".join(text), encoding="utf-8")
         return
     cell = every[0]["cell"]

@@ -32,7 +32,7 @@ MARKERS = "osD^v"  # one for each ten methods of a picture, which repeat the col
 PICTURED = 1.15
 """Final losses up to this many times the lowest are in the picture of learning rates, and each method's best."""
 
-ALONG = "Single batches, less plain LoRA's loss of the same one, at step:"
+ALONG = "Training batches, less plain LoRA's loss of the same ones, mean ± standard error over batches, by step:"
 
 EXPLAINED = (
     "Mean ± standard deviation (runs). Differences: mean ± standard error (seeds that both have); with three seeds "
@@ -160,9 +160,8 @@ def paired_difference(ours: Sequence[Record], theirs: Sequence[Record], which: s
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if not differences:
         return ""
-    error = f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.4f}" if len(differences) > 1 else ""
     lost = f", {len(pairs) - len(differences)} diverged" if len(differences) < len(pairs) else ""
-    return f"{statistics.fmean(differences):+.4f}{error} ({len(differences)}{lost})"
+    return f"{mean_difference(differences)} ({len(differences)}{lost})"
 
 
 def main_table(records: Sequence[Record]) -> list[str]:
@@ -219,26 +218,39 @@ def ranks_table(records: Sequence[Record]) -> list[str]:
 
 
 def along_table(records: Sequence[Record]) -> list[str]:
-    """Compare the losses of single training batches, which are the same for all methods, as the steps go on.
+    """Compare the losses of training batches with plain LoRA's, each method at its best rate."""
+    found = {name: at_best_rate(runs)[1] for name, runs in variants(records).items()}
+    others = {name: runs for name, runs in found.items() if name != partner_of(name)}
+    return course_table({name: course(runs, found.get(partner_of(name), [])) for name, runs in others.items()})
+
+
+def course(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[int, list[float]]:
+    """Return by how much training losses differ on the same batches of the same seed: at k of steps 2^(k-1) to 2^k - 1.
 
     The loss of step n is the one before the weights change for the n-th time.
     """
-    length = max(record["cell"]["steps"] for record in records)
-    steps = sorted({n * 2**k for k in range(length.bit_length()) for n in (1, 3) if n * 2**k <= length})
-    found = {name: [*map(with_losses_of_steps, at_best_rate(runs)[1])] for name, runs in variants(records).items()}
-    pairs = {name: (runs, found.get(partner_of(name))) for name, runs in found.items() if name != partner_of(name)}
-    rows = [
-        (name, *(paired_difference(runs, plain, str(step)) for step in steps))
-        for name, (runs, plain) in pairs.items()
-        if plain
-    ]
-    return markdown(("method", *steps), rows)
+    found: dict[int, list[float]] = {}
+    for run, other in (
+        (run, other) for run in ours for other in theirs if run["cell"]["seed"] == other["cell"]["seed"]
+    ):
+        for step, both in enumerate(zip(run.get("train_losses", ()), other.get("train_losses", ()), strict=False), 1):
+            if None not in both:
+                found.setdefault(step.bit_length(), []).append(both[0] - both[1])
+    return found
 
 
-def with_losses_of_steps(record: Record) -> Record:
-    """Add the loss of the batch of each step under the step's number; None where the run had diverged."""
-    losses = dict(enumerate(record.get("train_losses", []), start=1))
-    return {**record, **{str(step): losses.get(step) for step in range(1, record["cell"]["steps"] + 1)}}
+def course_table(courses: dict[str, dict[int, list[float]]]) -> list[str]:
+    """Write the mean of each part of the way, with its standard error over batches."""
+    courses = {name: found for name, found in courses.items() if found}
+    parts = sorted({part for found in courses.values() for part in found})
+    rows = [(name, *(mean_difference(found.get(part, [])) for part in parts)) for name, found in courses.items()]
+    return markdown(("", *(f"from {2 ** (part - 1)}" for part in parts)), rows)
+
+
+def mean_difference(values: Sequence[float]) -> str:
+    """Write the mean, with its standard error if there is one."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{error}" if values else ""
 
 
 def accuracy(runs: Sequence[Record]) -> str:

@@ -21,7 +21,6 @@ where `--output` says.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics as stats
@@ -160,23 +159,6 @@ def observe(problem: Problem, x: Tensor, y: Tensor, generator: torch.Generator) 
     return Known(problem=problem, count=count, empirical=empirical, generator=generator)
 
 
-def lora_da(statistics: LayerStatistics, count: int, config: LoRADAConfig) -> Tensor:
-    """Return the basis that the package gives a layer with these statistics."""
-    factorized = factorize(statistics, config, layer="layer")
-    solution = solve_layer(statistics, factorized, config, layer="layer", rank=RANK, population_size=count)
-    return torch.linalg.qr(solution.basis_A.mT).Q
-
-
-def gradient_svd(known: Known) -> Tensor:
-    """Return the leading right singular vectors of the gradient: LoRA-DA with identities for both factors."""
-    plain = dataclasses.replace(
-        known.empirical,
-        input_second_moment=torch.eye(D_IN, dtype=torch.float64),
-        output_grad_second_moment_diag=torch.ones(D_OUT, dtype=torch.float64),
-    )
-    return lora_da(plain, known.count, LoRADAConfig(input_damping=0, output_damping=0, variance_weight=0))
-
-
 def oracle(known: Known) -> Tensor:
     """Return what the guidance matrix gives with the true Delta, input covariance and output Fisher information."""
     problem = known.problem
@@ -192,25 +174,29 @@ def oracle(known: Known) -> Tensor:
     return lowest_subspace(guidance, RANK).vectors
 
 
-def by_lora_da(config: LoRADAConfig) -> Callable[[Known], Tensor]:
+def by_package(**settings: Any) -> Callable[[Known], Tensor]:
     """Return the method that uses the package with these settings."""
-    return lambda known: lora_da(known.empirical, known.count, config)
+    config = LoRADAConfig(**settings)
 
+    def choose(known: Known) -> Tensor:
+        factorized = factorize(known.empirical, config, layer="layer")
+        options = {"rank": RANK, "population_size": known.count}
+        return torch.linalg.qr(solve_layer(known.empirical, factorized, config, layer="layer", **options).basis_A.mT).Q
 
-def with_damping(amount: str) -> LoRADAConfig:
-    """Return settings with the variance term at the weight that the theory gives it."""
-    return LoRADAConfig(variance_weight=1.0, input_damping=amount, output_damping=amount)
+    return choose
 
 
 METHODS: dict[str, Callable[[Known], Tensor]] = {
     "oracle": oracle,
-    "LoRA-DA": by_lora_da(LoRADAConfig(variance_weight=1.0)),
-    "LoRA-DA, default": by_lora_da(LoRADAConfig()),
-    "LoRA-DA, a tenth of the damping": by_lora_da(with_damping("0.01*mean")),
-    "LoRA-DA, ten times the damping": by_lora_da(with_damping("1*mean")),
-    "LoRA-DA, no variance": by_lora_da(LoRADAConfig(variance_weight=0.0)),
-    "LoRA-DA, paper": by_lora_da(LoRADAConfig.paper()),
-    "gradient's SVD": gradient_svd,
+    "LoRA-DA": by_package(variance_weight=1.0),
+    "LoRA-DA, default": by_package(),
+    "LoRA-DA, a tenth of the damping": by_package(
+        variance_weight=1.0, input_damping="0.01*mean", output_damping="0.01*mean"
+    ),
+    "LoRA-DA, ten times the damping": by_package(variance_weight=1.0, input_damping="1*mean", output_damping="1*mean"),
+    "LoRA-DA, no variance": by_package(variance_weight=0.0),
+    "LoRA-DA, paper": by_package(**LoRADAConfig.paper().to_dict()),
+    "gradient's SVD": by_package(start="gradient"),
     "random": lambda known: torch.linalg.qr(normal(known.generator, D_IN, RANK)).Q,
 }
 
@@ -227,17 +213,10 @@ def fit_frozen(problem: Problem, x: Tensor, y: Tensor, basis: Tensor) -> Tensor:
 def fit_trained(
     problem: Problem, x: Tensor, y: Tensor, bases: Tensor, marks: tuple[int, ...]
 ) -> dict[int, list[Tensor]]:
-    """Train A and B of several bases side by side with Adam on all samples, and return each W after some steps.
+    """Train A and B of several bases ``[m, d_in, r]`` with Adam on all samples; return each W after some steps.
 
     A starts at the basis with PEFT's row norm and B at zero, so the methods differ in the subspace alone. The learning
     rate falls linearly to a tenth.
-
-    Args:
-        problem: The problem.
-        x: ``[n, d_in]``.
-        y: ``[n, d_out]``.
-        bases: ``[m, d_in, r]``.
-        marks: The numbers of steps.
     """
     lora_A = (bases.mT * DEFAULT_ROW_NORM).clone().requires_grad_()
     lora_B = torch.zeros(bases.shape[0], D_OUT, RANK, dtype=torch.float64, requires_grad=True)
@@ -340,19 +319,18 @@ def run_trained(count: int, seeds: range, marks: tuple[int, ...]) -> list[dict[s
 # ---- tables
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
-    return stats.fmean(values), stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 def select(records: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """Return the records with these values."""
     return [record for record in records if all(record[name] == value for name, value in wanted.items())]
 
 
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return stats.fmean(values), stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def cell(values: list[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.3g} ± {error:.1g}"
+    return "{:.3g} ± {:.1g}".format(*mean_and_error(values))
 
 
 def frozen_table(records: list[dict[str, Any]]) -> list[str]:
