@@ -31,8 +31,7 @@ from lora_da_hf.pipeline.stored import Given, changed_settings, config_for_refit
 from lora_da_hf.records import LayerSolution
 from lora_da_hf.report import LayerReport, LoRADAReport
 from lora_da_hf.statistics.moments import full_precision
-from lora_da_hf.theory.solve import factorize, solve_layer, solve_other_starts
-from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
+from lora_da_hf.theory.solve import INPUTS_HAVE_NO_STEP, factorize, solve_layer, solve_other_starts
 from lora_da_hf.theory.steps import factors_at_step, in_one_unit, paper_step_size, product_norm, rounding_notes
 
 

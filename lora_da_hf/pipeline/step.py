@@ -20,7 +20,7 @@ from lora_da_hf.pipeline.probe import Probe
 from lora_da_hf.pipeline.solve import Solved
 from lora_da_hf.report import LayerReport
 from lora_da_hf.theory.line_search import Losses, line_search
-from lora_da_hf.theory.starts import INPUTS_HAVE_NO_STEP
+from lora_da_hf.theory.solve import INPUTS_HAVE_NO_STEP
 from lora_da_hf.theory.steps import factors_at_step, layer_lengths
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import sys
 
 from card_facts import make_report
 
-from lora_da_hf.hub.plots import draw_spectra
+from lora_da_hf.hub.cards import draw_spectra
 
 
 def test_the_plot_is_a_png_file_drawn_without_pyplot():
