@@ -6,39 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_da_hf.artifacts.store import load_init as load_init
-    from lora_da_hf.config import LoRADAConfig as LoRADAConfig
-    from lora_da_hf.errors import LoRADAError as LoRADAError
-    from lora_da_hf.pipeline import apply_init as apply_init
-    from lora_da_hf.pipeline import export_init as export_init
-    from lora_da_hf.pipeline import initialize_lora_da as initialize_lora_da
-    from lora_da_hf.pipeline import refit_init as refit_init
-    from lora_da_hf.report import LoRADAReport as LoRADAReport
-    from lora_da_hf.training.callback import LoRADACallback as LoRADACallback
-    from lora_da_hf.training.trainer import LoRADATrainer as LoRADATrainer
+    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.config import LoRADAConfig
+    from lora_da_hf.errors import LoRADAError
+    from lora_da_hf.pipeline import apply_init, export_init, initialize_lora_da, refit_init
+    from lora_da_hf.report import LoRADAReport
+    from lora_da_hf.training.callback import LoRADACallback
+    from lora_da_hf.training.trainer import LoRADATrainer
+
+__all__ = ["LoRADACallback", "LoRADAConfig", "LoRADAError", "LoRADAReport", "LoRADATrainer"]
+__all__ += ["apply_init", "export_init", "initialize_lora_da", "load_init", "refit_init"]
 
 _HOMES = {
-    "LoRADACallback": "lora_da_hf.training.callback",
-    "LoRADAConfig": "lora_da_hf.config",
-    "LoRADAError": "lora_da_hf.errors",
-    "LoRADAReport": "lora_da_hf.report",
-    "LoRADATrainer": "lora_da_hf.training.trainer",
-    "apply_init": "lora_da_hf.pipeline",
-    "export_init": "lora_da_hf.pipeline",
-    "initialize_lora_da": "lora_da_hf.pipeline",
-    "load_init": "lora_da_hf.artifacts.store",
-    "refit_init": "lora_da_hf.pipeline",
+    **dict.fromkeys(__all__, "pipeline"),
+    "LoRADACallback": "training.callback",
+    "LoRADAConfig": "config",
+    "LoRADAError": "errors",
+    "LoRADAReport": "report",
+    "LoRADATrainer": "training.trainer",
+    "load_init": "artifacts.store",
 }
-__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `lora_da_hf.theory` needs torch alone, not transformers."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name))
 
 
 def __dir__() -> list[str]:

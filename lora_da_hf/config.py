@@ -34,11 +34,6 @@ class Damping:
         return cls(amount=float(found[1]), reference=found[2] or "absolute")  # pyright: ignore[reportArgumentType]
 
 
-def _damping(value: float | str) -> float | str:
-    Damping.parse(value)
-    return value
-
-
 def _memory(value: float | str) -> float | str:
     fits = re.fullmatch(r"\d+|\d+(\.\d+)? ?[KMG]i?B", value) if isinstance(value, str) else 1 <= value < math.inf
     if not fits:
@@ -48,7 +43,7 @@ def _memory(value: float | str) -> float | str:
 
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-DampingRule = Annotated[float | str, AfterValidator(_damping)]
+DampingRule = Annotated[float | str, AfterValidator(lambda value: Damping.parse(value) and value)]
 Start = Literal["lora_da", "gradient", "whitened_gradient", "inputs"]
 STARTS = get_args(Start)
 Settings = TypeVar("Settings")
@@ -164,8 +159,7 @@ class LoRADAConfig:
     freeze_a: bool = setting(False, "Freeze A after the initialisation and train only B (LoRA-FA).")
 
     max_rank: Count | None = setting(
-        None,
-        "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter.",
+        None, "Rank that is solved and stored, for reuse at any smaller one. None: the largest rank of the adapter."
     )
     save_statistics: bool | Literal["leading"] = setting(
         False,
@@ -194,16 +188,9 @@ class LoRADAConfig:
 
         The authors stay in train mode during the pass; here dropout is always off.
         """
-        preset: dict[str, Any] = {
-            "batch_size": 1,
-            "fit_heads": False,
-            "loss_reduction": "sample_mean",
-            "input_damping": 1e-6,
-            "output_damping": 1e-6,
-            "layer_steps": "equal",
-            "step_size": None,
-            "factor_split": "orthonormal",
-        }
+        preset: dict[str, Any] = {"batch_size": 1, "fit_heads": False, "loss_reduction": "sample_mean"}
+        preset |= {"input_damping": 1e-6, "output_damping": 1e-6}
+        preset |= {"layer_steps": "equal", "step_size": None, "factor_split": "orthonormal"}
         return cls(**{**preset, **overrides})
 
     @property

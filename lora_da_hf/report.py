@@ -146,7 +146,9 @@ class LoRADAReport:
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.name if every_layer else kind_of(layer.name), []).append(layer)
-        table = in_columns([_row(kind, group) for kind, group in kinds.items()], ["layer", *COLUMNS])
+        titles = {k: group[0].name if len(group) == 1 else f"{k} ({len(group)} layers)" for k, group in kinds.items()}
+        rows = [[titles[kind], *(column(group) for column in COLUMNS.values())] for kind, group in kinds.items()]
+        table = in_columns(rows, ["layer", *COLUMNS])
         parts = [self._summary(), "", *table]
         if self.kept:
             parts += ["", f"{len(self.kept)} layers keep PEFT's own initialisation:"]
@@ -164,6 +166,7 @@ class LoRADAReport:
         if lengths and self.step_size != 0:
             natural = lengths == "displacement" and start != "gradient"
             step += "; each layer as far as its natural gradient step" if natural else "; all layers equally far"
+        times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
         lines = [
             f"init from   {self.init_from}{f' ({self.artifact})' if self.artifact else ''}" if self.init_from else "",
             f"samples     {self.num_samples} (population {self.population_size}), {self.batch_size} at a time; "
@@ -174,9 +177,7 @@ class LoRADAReport:
             _loss_line("search", self.num_search_samples, self.search_loss_before, self.search_loss_after),
             _loss_line("unseen", self.num_unseen_samples, self.unseen_loss_before, self.unseen_loss_after)
             + ("" if self.unseen_loss_error is None else f", ± {self.unseen_loss_error:.4f}"),
-            "time        " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items())
-            if self.seconds
-            else "",
+            f"time        {times}" if times else "",
         ]
         lines = [line for line in lines if line] + [f"note        {note}" for note in self.notes]
         return "\n  ".join(["LoRA-DA initialisation", *lines])
@@ -185,9 +186,7 @@ class LoRADAReport:
 def _loss_line(which: str, count: int, before: float | None, after: float | None) -> str:
     if before is None:
         return ""
-    change = ""
-    if after is not None and before:
-        change = f" -> {after:.4f} ({100 * (after - before) / abs(before):+.1f} %)"
+    change = f" -> {after:.4f} ({100 * (after - before) / abs(before):+.1f} %)" if after is not None and before else ""
     return f"loss        {before:.4f}{change} on {count} {which} samples"
 
 
@@ -215,11 +214,6 @@ COLUMNS: dict[str, Callable[[list[LayerReport]], str]] = {
     "|sBA|": lambda layers: span([layer.update_norm for layer in layers], ".3g"),
 }
 """What the table says of the layers of a row; the manifest has the rest."""
-
-
-def _row(name: str, layers: list[LayerReport]) -> list[str]:
-    title = layers[0].name if len(layers) == 1 else f"{name} ({len(layers)} layers)"
-    return [title, *(column(layers) for column in COLUMNS.values())]
 
 
 def in_columns(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> list[str]:

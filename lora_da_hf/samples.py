@@ -109,12 +109,7 @@ def has_positions(samples: Any) -> bool:
 
 
 def _split(
-    drawn: list[Any],
-    config: LoRADAConfig,
-    search_samples: int,
-    population_size: int,
-    data_size: int,
-    for_heads: int,
+    drawn: list[Any], config: LoRADAConfig, search_samples: int, population_size: int, data_size: int, for_heads: int
 ) -> SampleSplits:
     num_heads = max(0, min(for_heads, len(drawn) - config.num_samples - 2 * search_samples))
     available = len(drawn) - num_heads

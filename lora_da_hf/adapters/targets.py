@@ -92,7 +92,10 @@ def find_targets(model: nn.Module) -> TargetScan:
     adapter_name = active_adapter_name(model)
     peft_config = getattr(model, "peft_config", {}).get(adapter_name)
     tied: Collection[str] = getattr(peft_config, "target_modules_to_tie", None) or ()
-    elsewhere = _base_layers_elsewhere(model)
+    bases = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)}
+    names = ((module, name) for name, module in model.named_modules(remove_duplicate=False) if module in bases)
+    # base layers that have another name too, under which PEFT put no adapter: it wraps the first
+    elsewhere = {module: base_name(name) for module, name in names if not name.endswith("base_layer")}
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for full_name, layer in model.named_modules():
@@ -112,16 +115,6 @@ def find_targets(model: nn.Module) -> TargetScan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers.")
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
-
-
-def _base_layers_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """Find base layers of adapters that have another name too, under which PEFT put no adapter: it wraps the first."""
-    bases = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)}
-    return {
-        module: base_name(name)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if module in bases and not name.endswith("base_layer")
-    }
 
 
 def base_name(full_name: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from lora_da_hf.adapters.experts import experts_apart
 from lora_da_hf.adapters.targets import Target
 from lora_da_hf.errors import TargetError
 from lora_da_hf.statistics.model_state import changed
-from lora_da_hf.statistics.taps import first_tensor
+from lora_da_hf.statistics.taps import first_tensor, hooked
 
 _MOVE = 0.1
 
@@ -70,12 +71,11 @@ def trial_adapters(targets: Sequence[Target], bases: Mapping[str, tuple[Tensor, 
 
         return on_forward
 
-    with _hooked(targets, add_offset):
+    with hooked(t.base_layer.register_forward_hook(add_offset(t), with_kwargs=True) for t in targets):
         yield trial
 
 
-@contextlib.contextmanager
-def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
+def outputs_moved(targets: Sequence[Target]) -> AbstractContextManager[None]:
     """Move each output of the layers by a tenth, up or down at random, where an adapter would change it.
 
     What a loss makes of that tells it from others that are the same at the base. It depends neither on the scale of a
@@ -92,16 +92,7 @@ def outputs_moved(targets: Sequence[Target]) -> Generator[None]:
 
         return on_forward
 
-    with _hooked(targets, move):
-        yield
-
-
-@contextlib.contextmanager
-def _hooked(targets: Sequence[Target], make_hook: Callable[[Target], Any]) -> Generator[None]:
-    with contextlib.ExitStack() as hooks:
-        for target in targets:
-            hooks.enter_context(target.base_layer.register_forward_hook(make_hook(target), with_kwargs=True))
-        yield
+    return hooked(t.base_layer.register_forward_hook(move(t), with_kwargs=True) for t in targets)
 
 
 def _asks_another_model(target: Target) -> bool:
@@ -109,20 +100,18 @@ def _asks_another_model(target: Target) -> bool:
     return target.layer.disable_adapters or any(name != target.adapter_name for name in target.layer.active_adapters)
 
 
-@contextlib.contextmanager
-def checked_backward(targets: Sequence[Target]) -> Generator[None]:
+def checked_backward(targets: Sequence[Target]) -> AbstractContextManager[None]:
     """Verify in the forward passes inside that layers of foreign kinds map a tensor to a tensor and have a backward.
 
     Kernels for inference have no backward, so every layer before them would get no gradient. Each such layer is run
     once more on its input, with gradients; plain linear layers are left alone.
     """
-    with contextlib.ExitStack() as hooks:
-        for target in targets:
-            layer: Any = target.base_layer
-            if type(layer) not in (nn.Linear, Conv1D) or type(layer.weight) is not nn.Parameter:
-                check = functools.partial(_check_backward, target)
-                hooks.enter_context(layer.register_forward_pre_hook(check, with_kwargs=True))
-        yield
+    checks: Any = ((target.base_layer, functools.partial(_check_backward, target)) for target in targets)
+    return hooked(
+        layer.register_forward_pre_hook(check, with_kwargs=True)
+        for layer, check in checks
+        if type(layer) not in (nn.Linear, Conv1D) or type(layer.weight) is not nn.Parameter
+    )
 
 
 def _check_backward(target: Target, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -135,7 +135,16 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
         manifest = Manifest.model_validate(values)
         if manifest.to_json().encode() != data:  # which has the checksum in it, and each value to the letter
             raise ValueError("its checksum is wrong: it was changed")
-        _check(manifest)
+        files, layers = manifest.files, manifest.report.layers  # which may contradict each other
+        odd = [name for name in files if name not in REQUIRED_FILES and not STATISTICS_FILE.fullmatch(name)]
+        if odd or not set(REQUIRED_FILES) <= set(files):
+            raise ValueError(f"it lists {odd[0]!r}" if odd else "it does not list every file")
+        if not layers or len(manifest.layers) != len(layers):
+            raise ValueError("it lists no layer, or one twice")
+        for layer in layers:
+            if not layer.rank <= layer.max_rank <= layer.in_features:
+                raise ValueError(f"the sizes of layer {layer.name} contradict each other")
+        _ = manifest.config  # checks the settings
     except (ValueError, AttributeError, TypeError) as error:
         raise ArtifactError(
             f"{source} is not one that this version of lora_da_hf reads ({explained(error)})."
@@ -150,17 +159,3 @@ def explained(error: Exception) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))[:160]
     return f"{where}: {first['msg']}" if where else first["msg"]
-
-
-def _check(manifest: Manifest) -> None:
-    """Raise a ValueError where a manifest contradicts itself."""
-    files, layers = manifest.files, manifest.report.layers
-    odd = [name for name in files if name not in REQUIRED_FILES and not STATISTICS_FILE.fullmatch(name)]
-    if odd or not set(REQUIRED_FILES) <= set(files):
-        raise ValueError(f"it lists {odd[0]!r}" if odd else "it does not list every file")
-    if not layers or len(manifest.layers) != len(layers):
-        raise ValueError("it lists no layer, or one twice")
-    for layer in layers:
-        if not layer.rank <= layer.max_rank <= layer.in_features:
-            raise ValueError(f"the sizes of layer {layer.name} contradict each other")
-    _ = manifest.config  # checks the settings

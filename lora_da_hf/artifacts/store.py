@@ -124,9 +124,13 @@ def load_init(folder: str | Path, *, statistics: bool = True, alone: bool = True
     for path in sorted(folder.iterdir()):
         if alone and path.name not in (MANIFEST_FILE, *manifest.files) and not may_lie_beside(path):
             raise ArtifactError(f"{path} is not listed in the manifest. Remove it.")
-    for name, entry in manifest.files.items():
-        if statistics or not STATISTICS_FILE.fullmatch(name):
-            check_file(folder / name, entry)
+    for path, entry in ((folder / name, entry) for name, entry in manifest.files.items()):
+        if not statistics and STATISTICS_FILE.fullmatch(path.name):
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"{path} is listed in the manifest and missing. Get a new copy.")
+        if file_entry(path) != entry:
+            raise ArtifactError(f"{path} was changed: its size or SHA-256 is not the manifest's. Get a new copy.")
     config = check_adapter_config(folder / ADAPTER_CONFIG_FILE, manifest)
     bases = read_solutions(folder / BASIS_FILE, manifest)
     check_adapter(folder / ADAPTER_FILE, bases, config, manifest)
@@ -192,14 +196,6 @@ def file_entry(path: Path) -> FileEntry:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return FileEntry(size=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def check_file(path: Path, entry: FileEntry) -> None:
-    """Compare a file with what the manifest says of it."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} is listed in the manifest and missing. Get a new copy.")
-    if file_entry(path) != entry:
-        raise ArtifactError(f"{path} was changed: its size or SHA-256 is not the manifest's. Get a new copy.")
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:

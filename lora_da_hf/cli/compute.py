@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_da_hf.cli.verbs import MODEL, Output, argument, flag, flags_of, read, verb
-from lora_da_hf.training.arguments import (
-    LoraArguments,
-    LoRADAArguments,
-    ModelArguments,
-    TextArguments,
-    loader_of,
-    with_adapter,
-)
+from lora_da_hf.training.arguments import LoraArguments, LoRADAArguments, ModelArguments, TextArguments, loader_of
 
 _DATA = "csv, json, jsonl, parquet or txt files, or data sets: names on the Hub or folders"
 _FLAGS = (
@@ -42,6 +35,7 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
 
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.job import DEFAULT_SEED
+    from lora_da_hf.training.arguments import with_adapter
     from lora_da_hf.training.text import choose_block_size, load_model, tokenize
 
     rows = _rows(arguments, text, output)
@@ -68,21 +62,17 @@ def _and_where(name: str) -> str:
 
 
 def _rows(arguments: argparse.Namespace, text: TextArguments, output: Output) -> Any:
-    from lora_da_hf.training.text import mixed, used_columns
+    from lora_da_hf.training.text import load_data_set, load_file, mixed, used_columns
+
+    def load(source: str) -> Any:
+        if not Path(source).is_file() and (Path(source).is_dir() or loader_of(source) is None):
+            return load_data_set(source, arguments.dataset_config_name, split=arguments.split)
+        return load_file(source, split=arguments.split)
 
     output.message(f"Reading {', '.join(map(_and_where, arguments.data))}")
-    rows = mixed([_load_rows(source, arguments) for source in arguments.data], text.data_weights)
+    rows = mixed([load(source) for source in arguments.data], text.data_weights)
     output.message(f"Training on {' and '.join(used_columns('training', rows, text))}")
     return rows
-
-
-def _load_rows(source: str, arguments: argparse.Namespace) -> Any:
-    from lora_da_hf.training.text import load_data_set, load_file
-
-    path = Path(source)
-    if not path.is_file() and (path.is_dir() or loader_of(source) is None):
-        return load_data_set(source, arguments.dataset_config_name, split=arguments.split)
-    return load_file(source, split=arguments.split)
 
 
 @verb(

@@ -14,12 +14,7 @@ from lora_da_hf.cli import compute, stored
 from lora_da_hf.cli.verbs import Output, Verb, explain, printable
 from lora_da_hf.errors import do_you_mean
 
-VERBS: dict[str, Verb] = {
-    name.rstrip("_"): verb
-    for module in (compute, stored)
-    for name, verb in vars(module).items()
-    if isinstance(verb, Verb)
-}
+VERBS = {n.rstrip("_"): verb for n, verb in (vars(compute) | vars(stored)).items() if isinstance(verb, Verb)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,12 +38,9 @@ class Output:
 
             disable_progress_bars()
             os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read on import, which takes seconds
-            for name, hide in (
-                ("datasets", "disable_progress_bars"),
-                ("transformers.utils.logging", "disable_progress_bar"),
-            ):
-                if name in sys.modules:
-                    getattr(sys.modules[name], hide)()
+            hides = {"datasets": "disable_progress_bars", "transformers.utils.logging": "disable_progress_bar"}
+            for name in hides.keys() & sys.modules.keys():
+                getattr(sys.modules[name], hides[name])()
 
     def result(self, values: Mapping[str, Any], *, bare: str | Sequence[str], text: str | None = None) -> None:
         """Print the result: ``values`` as JSON, ``bare`` for `--quiet`, and for people ``text``, or else the values."""

@@ -65,22 +65,17 @@ def render_card(
     Raises:
         ConfigError: if the Hub does not allow the name of the base model.
     """
-    said: dict[str, Any] = {**vars(CardFacts(**facts)), "repo_id": repo_id}
+    said: dict[str, Any] = {**vars(CardFacts(**facts)), "repo_id": repo_id, "base_license": base_license, "plot": plot}
     manifest, report, adapter = init.manifest, init.report, init.peft_config
     base, base_id = manifest.base_model, base_id_of(manifest.base_model, said["base_model"])
     task = adapter.get("task_type")
+    ranks = {"rank": max(layer.rank for layer in report.layers), "max_rank": manifest.largest_rank}
     body = _template().render(
-        **said,
+        **{**said, "manifest": manifest, "report": report, "adapter": adapter, "base_id": base_id},
         folder=init.folder.resolve().name,
-        manifest=manifest,
-        report=report,
-        adapter=adapter,
-        base_id=base_id,
         base_name=Path(base.name_or_path).name if base.name_or_path and base_id != base.name_or_path else None,
-        base_license=base_license,
         kinds=list(Counter(kind_of(layer.name) for layer in report.layers).items()),
         auto_class=base_class_name(task),
-        plot=plot,
     )
     metadata = ModelCardData(
         base_model=base_id,
@@ -91,12 +86,7 @@ def render_card(
         language=list(said["language"] or ()) or None,
         pipeline_tag=_TASKS.get(task or "", (None,))[0],
         tags=[*TAGS, *([f"base_model:adapter:{base_id}"] if base_id else [])],
-        lora_da={
-            "schema_version": manifest.schema_version,
-            "rank": max(layer.rank for layer in report.layers),
-            "max_rank": manifest.largest_rank,
-            "n_samples": report.num_samples,
-        },
+        lora_da={"schema_version": manifest.schema_version, **ranks, "n_samples": report.num_samples},
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 

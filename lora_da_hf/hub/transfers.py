@@ -134,10 +134,8 @@ def push_init(
                 f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another."
             )
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
-        files: dict[str, Any] = {
-            name: stored.folder / name for name in (*stored.manifest.files, MANIFEST_FILE, *licences)
-        }
-        files |= {**of_base_name, **page}
+        in_folder = (*stored.manifest.files, MANIFEST_FILE, *licences)
+        files: dict[str, Any] = {**{name: stored.folder / name for name in in_folder}, **of_base_name, **page}
         stale = [name for name in names - set(files) if STATISTICS_FILE.fullmatch(name) or name == PLOT_FILE]
         return api.create_commit(
             repo_id,

@@ -77,7 +77,9 @@ def apply_init(
     """
     model = unwrapped(model)
     refuse_split_models(model)
-    stored = _open(init, model)
+    facts = base_model_facts(model)  # by all processes together, before one of them may fail
+    stored = init if isinstance(init, StoredInit) else load_init(init, statistics=False)
+    stored = dataclasses.replace(stored, notes=check_base_model(stored, facts))
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
@@ -85,16 +87,9 @@ def apply_init(
         raise ConfigError('step_size="line_search" needs samples to search on. Give some, or leave it out.')
     is_given = step_size is not None or gives_step(config)
     settings = config_for_use(stored.manifest, config)
-    job = make_job(
-        model,
-        settings if step_size is None else dataclasses.replace(settings, step_size=step_size),
-        compute_loss=compute_loss,
-        data_collator=data_collator,
-        batch_size=batch_size,
-        seed=stored.report.seed,
-        device=device,
-        progress=progress,
-    )
+    settings = settings if step_size is None else dataclasses.replace(settings, step_size=step_size)
+    options: dict[str, Any] = {"seed": stored.report.seed, "device": device, "progress": progress}
+    job = make_job(model, settings, compute_loss, data_collator, batch_size, **options)
     if len(set(job.processes.gather(stored.manifest.digest))) > 1:
         raise ArtifactError(f"{stored.folder} is not the same initialisation on all processes. Give all the same one.")
     check_same_settings(job)
@@ -121,17 +116,22 @@ def _write(
     job: Job, stored: StoredInit, solved: Solved, samples: Any, *, is_given: bool
 ) -> tuple[Step, list[LayerReport], Probe | None, list[str]]:
     """Write heads and adapter, at the given, searched or stored step."""
-    notes, probe = [*stored.notes, *solved.notes], None
+    notes, probe, report = [*stored.notes, *solved.notes], None, stored.report
     with job.stage("write"):
         notes += take_over_saved_modules(job.model, job.scan.adapter_name, stored)
     with job.prepared():
         searches = is_given and job.config.searches_step
         if samples is not None:
-            splits, _, of_samples = choose_together(job, samples, stored.report.population_size)
-            probe = _probe(job, splits if searches else _all_unseen(splits))
+            splits, _, of_samples = choose_together(job, samples, report.population_size)
+            if not searches:  # no sample is taken for a search
+                splits = dataclasses.replace(splits, search=[], unseen=splits.unseen or splits.search)
+            probe = _probe(job, splits)
             notes += (*of_samples, *probe.notes)
-        elif stored.report.unseen_loss_after is not None:
-            notes.append(f"{_figures_of_author(stored.report)}; no loss was measured here")
+        elif report.unseen_loss_after is not None:
+            notes.append(
+                f"its author's held-out loss went from {report.unseen_loss_before:.4f} to "
+                f"{report.unseen_loss_after:.4f} ({report.num_unseen_samples} samples); no loss was measured here"
+            )
             job.say(f"LoRA-DA: {notes[-1]}")
         if searches and probe is not None:
             step = find_step(job, solved, probe, for_other_ranks=False)
@@ -144,25 +144,6 @@ def _write(
     return step, layers, probe, notes
 
 
-def _all_unseen(splits: SampleSplits) -> SampleSplits:
-    """Take no sample for a search."""
-    return dataclasses.replace(splits, search=[], unseen=splits.unseen or splits.search)
-
-
-def _figures_of_author(report: LoRADAReport) -> str:
-    return (
-        f"its author's held-out loss went from {report.unseen_loss_before:.4f} to {report.unseen_loss_after:.4f} "
-        f"({report.num_unseen_samples} samples)"
-    )
-
-
-def _open(init: str | Path | StoredInit, model: nn.Module) -> StoredInit:
-    """Read and check an initialisation but for its statistics, which are not used."""
-    facts = base_model_facts(model)  # by all processes together, before one of them may fail
-    stored = init if isinstance(init, StoredInit) else load_init(init, statistics=False)
-    return dataclasses.replace(stored, notes=check_base_model(stored, facts))
-
-
 def _match(job: Job, stored: StoredInit) -> Solved:
     """Find the stored solution of each layer, and list the layers without one."""
     missing = [name for name in job.targets if name not in stored.bases and name not in stored.report.kept]
@@ -173,28 +154,25 @@ def _match(job: Job, stored: StoredInit) -> Solved:
             f"({next(iter(missing), 'all were kept')} first). Leave them out of target_modules, or compute an "
             "initialisation for them."
         )
+    layers: dict[str, LayerReport] = {}
     for name, target in found.items():
-        largest = stored.manifest.layers[name].max_rank
-        if target.rank > largest:
+        layer = stored.manifest.layers[name]
+        if target.rank > layer.max_rank:
             raise TargetError(
-                f"{name} has rank {target.rank}, and rank {largest} is stored. Lower the adapter's rank; or, if the "
-                "full statistics are stored, use refit_init with a larger max_rank."
+                f"{name} has rank {target.rank}, and rank {layer.max_rank} is stored. Lower the adapter's rank; or, if "
+                "the full statistics are stored, use refit_init with a larger max_rank."
             )
+        layers[name] = dataclasses.replace(layer, rank=target.rank, peft_scaling=target.peft_scaling)
     why = {name: stored.report.kept[name] for name in job.targets if name not in found}
+    kept = {name: f"the stored initialisation has none for it: {reason}" for name, reason in why.items()}
     notes = rounding_notes(stored.report.layers, layer_steps=stored.manifest.config.lengths)
     unused = [name for name in stored.bases if name not in found]
     if unused:
         notes.append(f"{len(unused)} stored layers have no adapter here ({unused[0]} first)")
     return Solved(
         solutions={name: stored.bases[name] for name in found},
-        layers={
-            name: dataclasses.replace(stored.manifest.layers[name], rank=target.rank, peft_scaling=target.peft_scaling)
-            for name, target in found.items()
-        },
-        kept={
-            **job.scan.kept,
-            **{name: f"the stored initialisation has none for it: {reason}" for name, reason in why.items()},
-        },
+        layers=layers,
+        kept={**job.scan.kept, **kept},
         step_unit=stored.report.step_unit,
         notes=tuple(notes),
     )

@@ -62,13 +62,9 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     heads = head_parameters(model)
     for name, parameter in model.named_parameters():
         if not any(part in name for part in _OF_ADAPTER) and id(parameter) not in heads:
+            parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
             with gathered(parameter) as whole:
-                yield _plain_name(name), whole
-
-
-def _plain_name(name: str) -> str:
-    parts = base_name(name).split(".")  # PEFT nests its layers where it adapts two parameters of a module
-    return ".".join(part for part in parts if part not in _WRAPPERS)
+                yield ".".join(part for part in parts if part not in _WRAPPERS), whole
 
 
 def head_parameters(model: nn.Module) -> set[int]:

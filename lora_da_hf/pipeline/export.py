@@ -66,8 +66,12 @@ def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[s
             written = _write_imatrix(stored, layers, partial)
         elif to == "eva":
             write_tensors(partial, _principal_components(stored, layers))
+        elif to == "corda":
+            torch.save({name: in_float64(layer.input_second_moment).float() for name, layer in layers.items()}, partial)
         else:
-            torch.save(dict(_entry(to, stored, *item) for item in layers.items()), partial)
+            turned = stored.peft_config["fan_in_fan_out"]  # as the layer has its weight
+            grads = {f"{name}._peft_loraga_grad": layer.weight_grad for name, layer in layers.items()}
+            torch.save({key: g.mT.contiguous() if turned else g for key, g in grads.items()}, partial)
         if not written:
             raise ConfigError(f"The format {to} has a place for none of the layers of {folder}.")
         os.replace(partial, output)
@@ -89,14 +93,6 @@ def _principal_components(stored: StoredInit, layers: Mapping[str, LayerStatisti
                 solution = solve_layer(layer, None, config, layer=name, **options)
             found[leader] = solution.basis_A.float()
     return {PEFT_PREFIX + name: found[abouts[name].shares_input_with][: abouts[name].rank].clone() for name in layers}
-
-
-def _entry(to: Format, stored: StoredInit, name: str, layer: LayerStatistics) -> tuple[str, torch.Tensor]:
-    """Return what PEFT reads of a layer, and by which key."""
-    if to == "corda":
-        return name, in_float64(layer.input_second_moment).float()
-    turned = stored.peft_config["fan_in_fan_out"]  # as the layer has its weight
-    return f"{name}._peft_loraga_grad", layer.weight_grad.mT.contiguous() if turned else layer.weight_grad
 
 
 def _write_imatrix(stored: StoredInit, layers: Mapping[str, LayerStatistics], path: Path) -> list[str]:

@@ -69,10 +69,8 @@ def identify(job: Job, digests: Mapping[str, list[str]], probe: Probe) -> Identi
         "samples": list(digests.values()),
         "version of lora_da_hf": importlib.metadata.version("lora_da_hf"),
     }
-    hashes = {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=_as_text).encode()).hexdigest()
-        for name, value in facts.items()
-    }
+    texts = {name: json.dumps(value, sort_keys=True, default=_as_text) for name, value in facts.items()}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in probe.losses.items()}
     return job.processes.broadcast({**hashes, **losses}, 0)
 

@@ -57,13 +57,20 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
     ever weaker ones until the loss on a quarter of the samples, which are held out, rises. The strongest ridge is taken
     within the error of the best; the head stays as it is where that is within it too.
     """
-    base, wrappers, samples = base_model_of(job.model), _head_modules(job), probe.splits.heads
+    base, samples, adapter = base_model_of(job.model), probe.splits.heads, job.scan.adapter_name
+    of_heads = head_parameters(job.model)
+    wrappers: dict[str, Any] = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        if all(id(parameter) in of_heads for parameter in module.modules_to_save[adapter].parameters())
+    }
     if not wrappers or not samples:
         return ()
     names = ", ".join(wrappers)
     if base.base_model is base:
         return (f"{names} was not fitted first: the model does not tell its backbone from its heads",)
-    heads = trained_heads(job.model, job.scan.adapter_name)
+    heads = trained_heads(job.model, adapter)
     settings = dataclasses.replace(probe.settings, around_loss=contextlib.nullcontext)
     with job.stage("heads"), contextlib.ExitStack() as replaced:
         write_heads(heads, job.processes.broadcast({name: read_full(head).cpu() for name, head in heads.items()}, 0))
@@ -77,15 +84,15 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
         replaced.enter_context(_in_place_of(base, base.base_model_prefix, replay))
         copies: dict[int, nn.Parameter] = {}
         for wrapper in wrappers.values():
-            head = _WholeCopy(wrapper.modules_to_save[job.scan.adapter_name])
+            head = _WholeCopy(wrapper.modules_to_save[adapter])
             copies |= head.parameter_of
-            replaced.enter_context(_in_place_of(wrapper.modules_to_save, job.scan.adapter_name, head))
+            replaced.enter_context(_in_place_of(wrapper.modules_to_save, adapter, head))
         on_fitted, on_held_out = (functools.partial(_losses, job, settings, replay, part) for part in features)
         before, after = _minimise(on_fitted, on_held_out, list(copies.values()))
     if after is before:
         return (f"{names} was not fitted first: on {len(held_out)} samples that would be no gain beyond its error",)
     settle(job.model)
-    heads = trained_heads(job.model, job.scan.adapter_name)  # of FSDP2, others than before the pass
+    heads = trained_heads(job.model, adapter)  # of FSDP2, others than before the pass
     write_heads(heads, {name: copies[id(parameter)].detach() for name, parameter in heads.items()})
     losses = f"loss {before.mean:.4f} -> {after.mean:.4f} on {len(held_out)} others"
     note = f"{names} was fitted first, on {len(fitted)} samples: {losses}"
@@ -96,23 +103,9 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
 def _number_that_fits(job: Job, samples: Sequence[Any], settings: PassSettings) -> int:
     """Return for how many samples there is room, by what the backbone returns for the longest."""
     longest = in_batches(settings, functools.partial(_read_features, job, [max(samples, key=sample_length)]))
-    num_bytes = sum(
-        leaf.nbytes
-        for leaf in tree_leaves([(batch.inputs, outputs) for batch, outputs in longest])
-        if isinstance(leaf, Tensor)
-    )
+    leaves = tree_leaves([(batch.inputs, outputs) for batch, outputs in longest])
+    num_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
     return max(2 * _HELD_OUT, _MOST_BYTES // max(1, *job.processes.gather(num_bytes)))
-
-
-def _head_modules(job: Job) -> dict[str, Any]:
-    """Return PEFT's wrappers of the heads that are trained beside the adapter."""
-    heads, adapter = head_parameters(job.model), job.scan.adapter_name
-    return {
-        name: module
-        for name, module in base_model_of(job.model).named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
-        if all(id(parameter) in heads for parameter in module.modules_to_save[adapter].parameters())
-    }
 
 
 def _read_features(job: Job, samples: Sequence[Any], settings: PassSettings) -> list[_Features]:

@@ -131,10 +131,10 @@ class Job:
 def make_job(
     model: nn.Module,
     config: LoRADAConfig,
-    *,
     compute_loss: ComputeLoss | None,
     data_collator: RawCollate | None,
     batch_size: int | None,
+    *,
     seed: int | None,
     device: torch.device | None,
     progress: bool,

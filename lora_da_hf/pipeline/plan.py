@@ -105,10 +105,8 @@ class Plan:
 def plan_windows(job: Job, probe: Probe) -> Plan:
     """Make the plan, the same on all processes."""
     devices = list(dict.fromkeys(target.device for target in job.scan.targets))
-    if job.config.memory_budget is None:
-        budget = usable_by_all(devices, job.processes)
-    else:
-        budget = [budget_bytes(job.config.memory_budget)] * len(devices)
+    given = job.config.memory_budget
+    budget = usable_by_all(devices, job.processes) if given is None else [budget_bytes(given)] * len(devices)
     return make_plan(
         groups_of(job.scan.targets, probe.shared),
         num_samples=len(probe.splits.statistics),

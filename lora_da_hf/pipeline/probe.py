@@ -79,7 +79,13 @@ def run_probe(job: Job, splits: SampleSplits) -> Probe:
             f"None of the {len(splits.statistics)} samples has a label that counts (all are -100). Check how labels "
             "are masked, and that samples are not truncated before their completion begins."
         )
-    splits = _with_labels(job, splits, shifts)
+    search, unseen = ([s for s in part if _has_label(job, s, shifts)] for part in (splits.search, splits.unseen))
+    if splits.search and not search:
+        raise DataError(
+            f"None of the {len(splits.search)} samples for the line search has a label. Give more labelled samples, or "
+            "a step_size."
+        )
+    splits = dataclasses.replace(splits, search=search, unseen=unseen)
     with without_checkpointing(job.model):
         unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
         first = job.collate(unlike[:1])
@@ -186,21 +192,6 @@ def _loss_stays(job: Job, labelled_head: LabelledHead, batch: Mapping[str, Any],
     with torch.no_grad(), labelled_head.rows_of_labels():
         found = job.compute_loss(job.model, batch, None).item()
     return labelled_head.num_calls == 1 and math.isclose(found, loss, rel_tol=_SAME_LOSS)
-
-
-def _with_labels(job: Job, splits: SampleSplits, shifts: bool) -> SampleSplits:
-    """Leave samples without a label out of the search and the final check."""
-
-    def labelled(samples: list[Any]) -> list[Any]:
-        return [sample for sample in samples if _has_label(job, sample, shifts)]
-
-    search = labelled(splits.search)
-    if splits.search and not search:
-        raise DataError(
-            f"None of the {len(splits.search)} samples for the line search has a label. Give more labelled samples, or "
-            "a step_size."
-        )
-    return dataclasses.replace(splits, search=search, unseen=labelled(splits.unseen))
 
 
 def _from_everywhere(job: Job, samples: list[Any], shifts: bool) -> list[Any]:

@@ -17,13 +17,7 @@ from lora_da_hf.artifacts.folders import check_replaceable
 from lora_da_hf.artifacts.leading import read_leading, save_leading
 from lora_da_hf.artifacts.manifest import ADAPTER_FILE, RefittedFrom
 from lora_da_hf.artifacts.store import StoredInit, load_init, write_init
-from lora_da_hf.artifacts.tensors import (
-    factor_key,
-    input_groups_of,
-    iterate_statistics,
-    read_tensors,
-    stored_factor,
-)
+from lora_da_hf.artifacts.tensors import factor_key, input_groups_of, iterate_statistics, read_tensors, stored_factor
 from lora_da_hf.config import SOLVE_SETTINGS, LoRADAConfig
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.pipeline.solve import reported
@@ -79,20 +73,18 @@ def refit_init(
             "rank with apply_init."
         )
     new = _new_config(stored, config, step_size, in_place=folder.resolve() == output_dir.resolve())
-    changed = [name for name in changed_settings(new, stored.manifest.config) if name in SOLVE_SETTINGS]
-    bases, layers, unit = stored.bases, stored.manifest.layers, stored.report.step_unit
-    if changed == ["start"] and stored.manifest.leading_files:
-        bases, layers, unit = _in_one_unit(read_leading(folder, stored.manifest, new.start), layers, new)
+    manifest = stored.manifest
+    changed = [name for name in changed_settings(new, manifest.config) if name in SOLVE_SETTINGS]
+    bases, layers, unit = stored.bases, manifest.layers, stored.report.step_unit
+    if changed == ["start"] and manifest.leading_files:
+        bases, layers, unit = _in_one_unit(read_leading(folder, manifest, new.start), layers, new)
     elif changed:
         bases, layers, unit = _solve_again(stored, new, progress=progress)
-    ranks, notes = _new_ranks(layers, rank), list[str]()
+    ranks, notes = _new_ranks(layers, rank), [INPUTS_HAVE_NO_STEP] if new.start == "inputs" else list[str]()
     step = 0.0 if new.start == "inputs" else new.step_size
-    notes += [INPUTS_HAVE_NO_STEP] if new.start == "inputs" else []
-    if "start" in changed and new.searches_step:
-        step, source = _step_of_stored_size(stored, bases, ranks)
-        notes.append(source)
-    elif new.searches_step:
-        step, source = stored_step(stored.manifest, ranks, changed)
+    if new.searches_step:
+        scaled = "start" in changed
+        step, source = _step_of_stored_size(stored, bases, ranks) if scaled else stored_step(manifest, ranks, changed)
         notes.append(source)
     assert step != "line_search"
     scaling = next(iter(layers.values())).peft_scaling
@@ -106,7 +98,18 @@ def refit_init(
         for name, layer in layers.items()
     ]
     report = _new_report(stored.report, new, new_layers, step_unit=unit, step_size=step, notes=notes)
-    _write(stored, output_dir, report, bases, changed)
+    since = (manifest.refitted_from.changed if manifest.refitted_from else {}) | {n: report.config[n] for n in changed}
+    of_peft = config_for(stored.peft_config, {layer.name: layer for layer in new_layers}, stored.report.kept)
+    with tempfile.TemporaryDirectory(prefix=f"_{output_dir.name}.", dir=output_dir.resolve().parent) as beside:
+        write_init(
+            output_dir,
+            bases=bases,
+            report=report,
+            base_model=manifest.base_model,
+            adapter=(_new_tensors(stored, report, new, bases), of_peft),
+            statistics=_statistics(stored, report, new, Path(beside)),
+            refitted_from=RefittedFrom(manifest=manifest.digest, changed=since),
+        )
     return load_init(output_dir)
 
 
@@ -220,51 +223,26 @@ def _new_report(
     )
 
 
-def _write(
-    stored: StoredInit,
-    output_dir: Path,
-    report: LoRADAReport,
-    bases: Mapping[str, LayerSolution],
-    changed: list[str],
-) -> None:
-    """Write the new initialisation: all of it, or nothing."""
-    manifest = stored.manifest
-    before = manifest.refitted_from.changed if manifest.refitted_from else {}
-    config = config_for(stored.peft_config, {layer.name: layer for layer in report.layers}, stored.report.kept)
-    asked = report.config["save_statistics"]
-    kept = (manifest.leading_files if asked == "leading" else manifest.statistics_files) if asked else []
-    with tempfile.TemporaryDirectory(prefix=f"_{output_dir.name}.", dir=output_dir.resolve().parent) as beside:
-        files = [stored.folder / name for name in kept]
-        write_init(
-            output_dir,
-            bases=bases,
-            report=report,
-            base_model=manifest.base_model,
-            adapter=(_new_tensors(stored, report, bases), config),
-            statistics=files or (_solve_leading(stored, report, Path(beside)) if asked else ()),
-            refitted_from=RefittedFrom(
-                manifest=manifest.digest, changed={**before, **{name: report.config[name] for name in changed}}
-            ),
-        )
-
-
-def _solve_leading(stored: StoredInit, report: LoRADAReport, folder: Path) -> list[Path]:
-    """Write the directions of the other starts, from the full statistics."""
-    settings: dict[str, Any] = report.config
+def _statistics(stored: StoredInit, report: LoRADAReport, config: LoRADAConfig, folder: Path) -> list[Path]:
+    """Return the files that are taken along: directions of the other starts are found from the full statistics."""
+    manifest, asked = stored.manifest, config.save_statistics
+    files = (manifest.leading_files if asked == "leading" else manifest.statistics_files) if asked else []
+    if files or not asked:
+        return [stored.folder / name for name in files]
     options: dict[str, Any] = {"ranks": {layer.name: layer.max_rank for layer in report.layers}}
     options["population_size"] = report.population_size
     found: dict[str, dict[str, LayerSolution]] = {}
     for statistics in iterate_statistics(stored.folder, stored.manifest):
         with full_precision("cpu"):
-            found |= solve_other_starts(statistics, LoRADAConfig(**settings), **options)
+            found |= solve_other_starts(statistics, config, **options)
     save_leading(folder, found, part=0)
     return sorted(folder.iterdir())
 
 
-def _new_tensors(stored: StoredInit, report: LoRADAReport, bases: Mapping[str, LayerSolution]) -> dict[str, Tensor]:
+def _new_tensors(
+    stored: StoredInit, report: LoRADAReport, config: LoRADAConfig, bases: Mapping[str, LayerSolution]
+) -> dict[str, Tensor]:
     """Return the stored adapter's tensors with the new factors in place of the old ones."""
-    settings: dict[str, Any] = report.config
-    config = LoRADAConfig(**settings)
     tensors = read_tensors(stored.folder / ADAPTER_FILE, None)
     for layer in report.layers:
         as_made = layer.rank == stored.manifest.layers[layer.name].rank and not config.keeps_a_without_step

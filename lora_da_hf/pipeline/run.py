@@ -101,17 +101,18 @@ def initialize_lora_da(
     if is_loader(samples):
         samples, loader_collator = samples_of_loader(samples)
         data_collator = data_collator or loader_collator
-    job = make_job(
-        model,
-        config,
-        compute_loss=compute_loss,
-        data_collator=data_collator,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    _check_adapter(job, folder)
+    job = make_job(model, config, compute_loss, data_collator, batch_size, seed=seed, device=device, progress=progress)
+    if folder is None and config.save_statistics:
+        raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
+    least = min(target.rank for target in job.scan.targets)
+    if config.max_rank is not None and config.max_rank < least:
+        raise ConfigError(
+            f"max_rank={config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave it "
+            "out, or give more, to store directions for other ranks."
+        )
+    if folder is not None:
+        refuse_unsaveable(model, job.scan.adapter_name)
+        check_replaceable(folder)
     check_same_settings(job, population_size=population_size, output_dir=folder is not None)
     heads = trained_heads(model, job.scan.adapter_name) if config.fit_heads else {}
     splits, digests, notes = choose_together(job, samples, population_size, with_heads=bool(heads))
@@ -188,21 +189,6 @@ def hand_over(job: Job, report: LoRADAReport) -> None:
     mark_initialized(job.model, job.scan.adapter_name, may_be_zero=report.step_size == 0)
     if job.config.freeze_a:
         freeze_a(job.model)
-
-
-def _check_adapter(job: Job, folder: Path | None) -> None:
-    """Verify what can be known before the samples are read."""
-    if folder is None and job.config.save_statistics:
-        raise ConfigError("save_statistics needs an output_dir, in which the statistics are kept. Give one.")
-    least = min(target.rank for target in job.scan.targets)
-    if job.config.max_rank is not None and job.config.max_rank < least:
-        raise ConfigError(
-            f"max_rank={job.config.max_rank} is below the adapter's rank, {least}, which is solved in any case. Leave "
-            "it out, or give more, to store directions for other ranks."
-        )
-    if folder is not None:
-        refuse_unsaveable(job.model, job.scan.adapter_name)
-        check_replaceable(folder)
 
 
 def _make_statistics_folder(job: Job, folder: Path | None, files: contextlib.ExitStack) -> Path | None:

@@ -111,13 +111,9 @@ def _collect(job: Job, probe: Probe, plan: Plan, window: tuple[str, ...]) -> tup
         del taps  # the sums go before the next ones are there
         taps, mine = _run_pass(job, probe, plan, {n: n if leader in apart else leader for n, leader in shared.items()})
     counts = job.processes.gather(mine)
-    return taps, PassCounts(
-        num_samples=sum(part.num_samples for part in counts),
-        num_items=sum(part.num_items for part in counts),
-        num_unlabelled=sum(part.num_unlabelled for part in counts),
-        batch_size=min(part.batch_size for part in counts),
-        notes=tuple(chain(again, *(part.notes for part in counts))),
-    )
+    sums = {n: sum(getattr(part, n) for part in counts) for n in ("num_samples", "num_items", "num_unlabelled")}
+    notes = tuple(chain(again, *(part.notes for part in counts)))
+    return taps, PassCounts(**sums, batch_size=min(part.batch_size for part in counts), notes=notes)
 
 
 def _run_pass(job: Job, probe: Probe, plan: Plan, shared: dict[str, str]) -> tuple[Taps, PassCounts]:

@@ -84,7 +84,8 @@ def _search(job: Job, solved: Solved, probe: Probe, step: Step, *, for_other_ran
 
         at_own_ranks = functools.partial(evaluate, samples, None)
         found = line_search(at_own_ranks, baseline=baseline, start=_first_step(job, solved))
-        by_rank = dict.fromkeys(_one_rank(job), found.step_size)
+        ranks = {target.rank for target in job.scan.targets}  # one that all layers have is on the ladder
+        by_rank = dict.fromkeys(ranks if len(ranks) == 1 else (), found.step_size)
         if for_other_ranks and found.step_size:
             on_part = functools.partial(evaluate, samples[: max(_LEAST_ON_LADDER, len(samples) // _LADDER_RATIO)])
             by_rank |= _search_ladder(job, on_part, found.step_size, by_rank)
@@ -113,10 +114,7 @@ def _noting_no_step(job: Job, step: Step, why: str) -> Step:
 
 
 def _search_ladder(
-    job: Job,
-    evaluate: Callable[[int | None, float], Losses],
-    start: float,
-    known: Mapping[int, float],
+    job: Job, evaluate: Callable[[int | None, float], Losses], start: float, known: Mapping[int, float]
 ) -> dict[int, float]:
     """Return the step of the largest rank and of each quarter of the last, searched from its neighbour's.
 
@@ -146,12 +144,6 @@ def _first_step(job: Job, solved: Solved) -> float:
         return _FIRST_EQUAL_STEP
     farthest = max(layer_lengths(solved.layers.values(), layer_steps=job.config.lengths).values())
     return _FIRST_STEP / min(farthest / solved.step_unit, 1.0)
-
-
-def _one_rank(job: Job) -> set[int]:
-    """Return the rank that all layers have, if they do: their step is then that of the ladder."""
-    ranks = {target.rank for target in job.scan.targets}
-    return ranks if len(ranks) == 1 else set()
 
 
 def write_adapter(job: Job, solved: Solved, step: Step, probe: Probe | None) -> tuple[Step, list[LayerReport]]:

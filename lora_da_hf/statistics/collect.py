@@ -104,6 +104,7 @@ class PassSettings:
         """
         by_length = self.by_length and self.reduction.kind != "batch"
         batches = (batches_by_length if by_length else whole_batches)(samples, self.batch_size)
+        how: dict[str, Any] = {n: getattr(self, n) for n in ("shifts_labels", "encoder_decoder", "token_mask")}
         for number in range(max(self.gather(len(batches)))):
             is_own = number < len(batches)
             chosen = batches[number] if is_own else [self.filler]
@@ -111,13 +112,7 @@ class PassSettings:
                 inputs = self.collate(chosen)
                 if num_rows(inputs) % len(chosen):
                     raise SingleSamplesNeeded(f"the collator makes {num_rows(inputs)} rows of {len(chosen)} samples")
-                tokens = read_batch_tokens(
-                    inputs,
-                    shifts_labels=self.shifts_labels,
-                    encoder_decoder=self.encoder_decoder,
-                    token_mask=self.token_mask,
-                    num_samples=len(chosen),
-                )
+                tokens = read_batch_tokens(inputs, num_samples=len(chosen), **how)
                 num_items = self.reduction.num_items(tokens) if is_own and tokens.num_labelled else 0
             yield Batch(
                 inputs=inputs,

@@ -68,12 +68,8 @@ def seed_generators(seed: int) -> None:
 
 def checkpointing_modules(model: nn.Module) -> list[nn.Module]:
     """List the modules that do gradient checkpointing, by transformers' convention."""
-    return [
-        module
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) is True
-        and callable(getattr(module, "_gradient_checkpointing_func", None))
-    ]
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    return [module for module in on if callable(getattr(module, "_gradient_checkpointing_func", None))]
 
 
 def apart_by_checkpoint(
@@ -145,17 +141,12 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     return embeddings if isinstance(embeddings, nn.Module) else None
 
 
-@contextlib.contextmanager
-def _checkpoints_start_a_graph(model: nn.Module) -> Generator[None]:
+def _checkpoints_start_a_graph(model: nn.Module) -> AbstractContextManager[Any]:
     """Make the embeddings' output require a gradient: reentrant checkpointing drops the graph otherwise."""
-    embeddings = input_embeddings(model) if checkpointing_modules(model) else None
-    if embeddings is None:
-        yield
-        return
 
     def require_grad(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.is_leaf and torch.is_grad_enabled():
             output.requires_grad_(True)
 
-    with embeddings.register_forward_hook(require_grad):
-        yield
+    embeddings = input_embeddings(model) if checkpointing_modules(model) else None
+    return contextlib.nullcontext() if embeddings is None else embeddings.register_forward_hook(require_grad)

@@ -14,14 +14,15 @@ from torch import Tensor
 from lora_da_hf.records import UpperTriangle
 
 
-def multiplies_half_precision(device: torch.device) -> bool:
-    """Tell whether a device multiplies half precision as it is into float32 sums: CUDA does, from torch 2.8 on.
+def stays_half(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether rows in half precision are multiplied as they are into float32 sums: CUDA can, from torch 2.8 on.
 
     Such products are exact in float32, so nothing is gained where rows are widened first.
     """
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    is_half = dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)
     is_known = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
-    return is_known and has_kernel("aten::mm.dtype", device.type.upper())
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return is_half and is_known and has_kernel("aten::mm.dtype", rows.device.type.upper())
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -30,13 +31,6 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
         total.addmm_(left.mT, right, alpha=scale)
     else:  # addmm takes float32 sums and rows in half precision from torch 2.10 on
         total.add_(torch.mm(left.mT, right, out_dtype=total.dtype), alpha=scale)
-
-
-def column_squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of the squares of each column, ``[d]``, without a copy of rows in half precision."""
-    if rows.dtype == dtype:
-        return rows.square().sum(dim=0)
-    return torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square()
 
 
 def add_symmetric_product_(total: UpperTriangle, rows: Tensor) -> None:

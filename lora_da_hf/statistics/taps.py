@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Container, Generator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_da_hf.errors import StatisticsError
 from lora_da_hf.records import UpperTriangle
-from lora_da_hf.statistics.moments import (
-    HostSums,
-    add_product_,
-    add_symmetric_product_,
-    column_squares,
-    full_precision,
-    multiplies_half_precision,
-)
+from lora_da_hf.statistics.moments import HostSums, add_product_, add_symmetric_product_, full_precision, stays_half
 from lora_da_hf.statistics.token_masks import BatchTokens, RoutedTokens, SingleSamplesNeeded, rows_that_count
 
 
@@ -126,14 +120,10 @@ class Taps:
         shared = {name: (tap.leader or tap).name for name, tap in self.taps.items()}
         return {leader: [self.taps[name] for name in names] for leader, names in input_groups(shared).items()}
 
-    @contextlib.contextmanager
-    def attached(self) -> Generator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Tap the forward passes inside."""
-        with contextlib.ExitStack() as hooks:
-            for name, layer in self._layers.items():
-                hook = functools.partial(self._on_forward, self.taps[name])
-                hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-            yield
+        hooks = ((layer, functools.partial(self._on_forward, self.taps[name])) for name, layer in self._layers.items())
+        return hooked(layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks)
 
     def _on_forward(
         self, tap: LayerTap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -175,13 +165,17 @@ class Taps:
             g = grad.reshape(-1, grad.shape[-1]).to(device)
             if self._of_norms:
                 x, g = (rows.norm(dim=1, keepdim=True, dtype=self._dtype) for rows in (x, g))
-            if not (x.dtype == g.dtype and self._stays_half(x)):
+            if not (x.dtype == g.dtype and stays_half(x, self._dtype)):
                 x, g = x.to(self._dtype), g.to(self._dtype)
             scale = 1.0 / self.gradient_scale
             with self._host.on(device, tap.weight_grad) as total:
                 add_product_(total, g, x, scale)
             g = _select(g, kept)
-            tap.squares.add_(column_squares(g, self._dtype), alpha=scale**2)
+            widened = g.dtype == self._dtype  # rows in half precision are not copied
+            squares = (
+                g.square().sum(dim=0) if widened else torch.linalg.vector_norm(g, dim=0, dtype=self._dtype).square()
+            )
+            tap.squares.add_(squares, alpha=scale**2)
             counted: Any = g.shape[0] if kept is None or kept.dtype != torch.bool else kept.sum()
             tap.num_tokens += counted  # a tensor until the pass is over, where only the device knows
             if tap.leader is None:
@@ -195,10 +189,6 @@ class Taps:
         self._host.finish()
         for tap in self.taps.values():
             tap.num_tokens = int(tap.num_tokens)
-
-    def _stays_half(self, rows: Tensor) -> bool:
-        is_half = self._dtype == torch.float32 and rows.dtype in (torch.float16, torch.bfloat16)
-        return is_half and multiplies_half_precision(rows.device)
 
 
 def _select(rows: Tensor, kept: Tensor | None) -> Tensor:
@@ -252,17 +242,22 @@ def watched_rows(layers: Mapping[str, nn.Module]) -> Generator[dict[str, set[int
         yield rows
 
 
-@contextlib.contextmanager
-def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Generator[None]:
+def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> AbstractContextManager[None]:
     """Call ``see`` with the name and the input of each layer that is called inside."""
 
     def on_forward(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(name, first_tensor(args, kwargs))
 
+    hooks = ((layer, functools.partial(on_forward, name)) for name, layer in layers.items())
+    return hooked(layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in hooks)
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[AbstractContextManager[Any]]) -> Generator[None]:
+    """Keep hooks, which are registered on entry, for the passes inside."""
     with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            hook = functools.partial(on_forward, name)
-            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for handle in handles:
+            hooks.enter_context(handle)
         yield
 
 

@@ -91,23 +91,14 @@ def line_search(
             break
         best = min(losses, key=lambda step: (losses[step], step))
     if refine and low < best < high and losses[best] < baseline.mean:
-        vertex = _vertex(best, factor, losses)
-        if vertex is not None:
-            at(vertex)
+        ordered = sorted(losses)  # the vertex of the parabola through the best step and its neighbours
+        left, middle, right = (losses[ordered[ordered.index(best) + k]] for k in (-1, 0, 1))
+        curvature = left - 2 * middle + right
+        shift = 0.5 * (left - right) / curvature if math.isfinite(curvature) and curvature > 0 else 0.0
+        if abs(shift) > 0.1:
+            at(best * factor**shift)
     readings = {0.0: baseline.mean, **losses}
     lowest = min(readings, key=lambda step: (readings[step], step))
     slack = {step: found[step].error_beside(found[lowest]) for step in readings}
     taken = min((step for step in readings if readings[step] <= readings[lowest] + slack[step]), default=0.0)
     return LineSearchResult(step_size=taken, loss=readings[taken], evaluations=tuple(losses.items()))
-
-
-def _vertex(best: float, factor: float, losses: dict[float, float]) -> float | None:
-    """Return the step at the vertex of the parabola through the best step and its neighbours."""
-    ordered = sorted(losses)
-    place = ordered.index(best)
-    left, middle, right = (losses[ordered[place + k]] for k in (-1, 0, 1))
-    curvature = left - 2 * middle + right
-    if not math.isfinite(curvature) or curvature <= 0:
-        return None
-    shift = 0.5 * (left - right) / curvature
-    return best * factor**shift if abs(shift) > 0.1 else None

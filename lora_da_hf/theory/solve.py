@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_da_hf.config import STARTS, Damping, LoRADAConfig
 from lora_da_hf.errors import NonFiniteError, SolveError
 from lora_da_hf.records import LayerSolution, LayerStatistics, is_finite
-from lora_da_hf.theory.guidance import Displacement, build_guidance, lowest_subspace
+from lora_da_hf.theory.guidance import Displacement, Guidance, build_guidance, lowest_subspace
 from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, in_float64, inverse_output_factor
 from lora_da_hf.theory.subspace import TOLERANCE, Apply, Eigenpairs, leading_eigenpairs
 
@@ -21,21 +21,13 @@ LOOSE = 1e-5
 INPUTS_HAVE_NO_STEP = "the start is that of the inputs: A spans them, B is zero, and a step_size means nothing"
 
 
-@dataclass(frozen=True)
-class Directions:
-    """What a start takes from one layer: its leading directions, best first.
+Directions = tuple[Eigenpairs, Tensor, Tensor, float]
+"""What a start takes from one layer: its leading directions, best first.
 
-    Attributes:
-        pairs: The eigenpairs that they come from, in ascending order.
-        rows: ``[rank, d_in]``, of norm 1; for ``whitened_gradient`` they are not orthogonal to each other.
-        columns: ``[d_out, rank]``, how far the layer goes along each.
-        norm: Largest singular value of the step that the start takes a part of; 1 if it takes none.
-    """
-
-    pairs: Eigenpairs
-    rows: Tensor
-    columns: Tensor
-    norm: float
+The eigenpairs that they come from, in ascending order; the rows ``[rank, d_in]``, of norm 1, which are not orthogonal
+to each other for ``whitened_gradient``; the columns ``[d_out, rank]``, how far the layer goes along each; and the
+largest singular value of the step that the start takes a part of, or 1 if it takes none.
+"""
 
 
 def _leading(apply: Apply, rank: int, *, like: Tensor, tolerance: float) -> tuple[Eigenpairs, Tensor, Tensor]:
@@ -44,42 +36,22 @@ def _leading(apply: Apply, rank: int, *, like: Tensor, tolerance: float) -> tupl
     return replace(pairs, eigenvalues=-pairs.eigenvalues), pairs.vectors, pairs.vectors.mT.contiguous()
 
 
-def natural_gradient_start(
-    displacement: Displacement,
-    inverse_output: Tensor,
-    config: LoRADAConfig,
-    *,
-    rank: int,
-    population_size: int,
-    tolerance: float,
-) -> Directions:
+def natural_gradient_start(guidance: Guidance, *, rank: int, tolerance: float) -> Directions:
     """LoRA-DA (arXiv 2510.24561): the subspace with the least bias and variance, and the displacement in it."""
-    guidance = build_guidance(
-        displacement,
-        inverse_output,
-        population_size=population_size,
-        variance_weight=config.variance_weight,
-        normalize_terms=config.normalize_guidance_terms,
-    )
-    pairs = lowest_subspace(guidance, rank, tolerance)
+    pairs, displacement = lowest_subspace(guidance, rank, tolerance), guidance.displacement
     vectors, norm = pairs.vectors, displacement.norm(pairs.vectors, tolerance)
-    return Directions(pairs, vectors.mT.contiguous(), displacement.apply(vectors), norm)
+    return pairs, vectors.mT.contiguous(), displacement.apply(vectors), norm
 
 
 def whitened_gradient_start(
-    displacement: Displacement,
-    weight_grad: Tensor,
-    factorized_input: FactorizedInput,
-    *,
-    rank: int,
-    tolerance: float,
+    displacement: Displacement, weight_grad: Tensor, *, rank: int, tolerance: float
 ) -> Directions:
     """The part of the displacement that the leading singular vectors of the whitened gradient carry.
 
     With ``Z = L L^T`` and Y the damped factors, these are those of ``Y^-1/2 G L^-T``, mapped back by ``Y^-1/2`` and
     ``L^-1``: the best approximation of the displacement of this rank where lengths are measured by Y and Z.
     """
-    grad, scaled, lower = weight_grad.double(), displacement.scaled_gradient, factorized_input.cholesky
+    grad, scaled, lower = weight_grad.double(), displacement.scaled_gradient, displacement.factorized_input.cholesky
 
     def apply(vectors: Tensor) -> Tensor:
         mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
@@ -90,7 +62,7 @@ def whitened_gradient_start(
     mapped = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
     lengths = mapped.norm(dim=0)
     rows, columns = (mapped / lengths).mT.contiguous(), -(scaled @ mapped) * lengths
-    return Directions(pairs, rows, columns, displacement.norm(torch.linalg.qr(mapped).Q, tolerance))
+    return pairs, rows, columns, displacement.norm(torch.linalg.qr(mapped).Q, tolerance)
 
 
 def gradient_start(weight_grad: Tensor, *, rank: int, tolerance: float) -> Directions:
@@ -101,7 +73,7 @@ def gradient_start(weight_grad: Tensor, *, rank: int, tolerance: float) -> Direc
         return ((vectors.mT.contiguous() @ grad.mT) @ grad).mT
 
     pairs, vectors, rows = _leading(apply, rank, like=grad, tolerance=tolerance)
-    return Directions(pairs, rows, -(grad @ vectors), pairs.eigenvalues[0].abs().sqrt().item())
+    return pairs, rows, -(grad @ vectors), pairs.eigenvalues[0].abs().sqrt().item()
 
 
 def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str, tolerance: float) -> Directions:
@@ -116,7 +88,7 @@ def inputs_start(statistics: LayerStatistics, *, rank: int, layer: str, toleranc
         return (rows @ moment - (rows @ mean)[:, None] * mean).mT
 
     pairs, _, rows = _leading(apply, rank, like=moment, tolerance=tolerance)
-    return Directions(pairs, rows, moment.new_zeros(statistics.weight_grad.shape[0], rank), 1.0)
+    return pairs, rows, moment.new_zeros(statistics.weight_grad.shape[0], rank), 1.0
 
 
 def factorize(statistics: LayerStatistics, config: LoRADAConfig, *, layer: str) -> FactorizedInput | None:
@@ -145,50 +117,46 @@ def solve_layer(
         NonFiniteError: if a statistic is not finite.
         SolveError: if the eigenproblem cannot be solved.
     """
-    if not (is_finite(statistics.weight_grad) and is_finite(statistics.output_grad_second_moment_diag)):
+    gradient, squares, added = statistics.weight_grad, statistics.output_grad_second_moment_diag, 0.0
+    if not (is_finite(gradient) and is_finite(squares)):
         raise NonFiniteError(f"The gradients of {layer} are not finite. Check the loss on the samples used.")
-    output_damping, gradient = 0.0, statistics.weight_grad
     options: dict[str, Any] = {"rank": rank, "tolerance": tolerance}
     try:
         if config.start == "inputs":
-            found = inputs_start(statistics, layer=layer, **options)
+            pairs, rows, columns, norm = inputs_start(statistics, layer=layer, **options)
         elif config.start == "gradient" or factorized_input is None:
-            found = gradient_start(gradient, **options)
+            pairs, rows, columns, norm = gradient_start(gradient, **options)
         else:
-            inverse_output, output_damping = inverse_output_factor(
-                statistics.output_grad_second_moment_diag.double(), Damping.parse(config.output_damping), layer=layer
-            )
-            displacement = Displacement(
-                scaled_gradient=inverse_output[:, None] * gradient, factorized_input=factorized_input
-            )
+            inverse, added = inverse_output_factor(squares.double(), Damping.parse(config.output_damping), layer=layer)
+            displacement = Displacement(scaled_gradient=inverse[:, None] * gradient, factorized_input=factorized_input)
             if config.start == "whitened_gradient":
-                found = whitened_gradient_start(displacement, gradient, factorized_input, **options)
+                pairs, rows, columns, norm = whitened_gradient_start(displacement, gradient, **options)
             else:
-                options["population_size"] = population_size
-                found = natural_gradient_start(displacement, inverse_output, config, **options)
+                guidance = build_guidance(
+                    displacement,
+                    inverse,
+                    population_size=population_size,
+                    variance_weight=config.variance_weight,
+                    normalize_terms=config.normalize_guidance_terms,
+                )
+                pairs, rows, columns, norm = natural_gradient_start(guidance, **options)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolveError(
             f"The eigenproblem of {layer} cannot be solved: {error} Raise input_damping and output_damping."
         ) from error
-    return _solution(found, factorized_input, config, output_damping=output_damping, layer=layer)
-
-
-def _solution(
-    found: Directions, factorized: FactorizedInput | None, config: LoRADAConfig, *, output_damping: float, layer: str
-) -> LayerSolution:
-    if not is_finite(found.rows):
+    if not is_finite(rows):
         raise NonFiniteError(f"The eigenvectors of {layer} are not finite. Raise input_damping.")
-    divisor = found.norm if config.lengths == "equal" else 1.0
+    divisor = norm if config.lengths == "equal" else 1.0
     return LayerSolution(
-        basis_A=found.rows,
-        basis_B=found.columns / divisor,
-        eigenvalues=found.pairs.eigenvalues / divisor**2,
-        displacement_norm=found.norm,
-        input_damping=0.0 if factorized is None else factorized.damping,
-        output_damping=output_damping,
-        solver=found.pairs.solver,
-        residual=found.pairs.residual,
-        notes=() if factorized is None else factorized.notes,
+        basis_A=rows,
+        basis_B=columns / divisor,
+        eigenvalues=pairs.eigenvalues / divisor**2,
+        displacement_norm=norm,
+        input_damping=0.0 if factorized_input is None else factorized_input.damping,
+        output_damping=added,
+        solver=pairs.solver,
+        residual=pairs.residual,
+        notes=() if factorized_input is None else factorized_input.notes,
     )
 
 

@@ -67,12 +67,8 @@ def exact_eigenpairs(apply: Apply, count: int, *, like: Tensor) -> Eigenpairs:
     matrix = (matrix + matrix.mT).mul_(0.5)
     eigenvalues, vectors = torch.linalg.eigh(matrix)
     eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
-    return Eigenpairs(
-        eigenvalues=eigenvalues,
-        vectors=fix_signs(vectors),
-        residual=relative_residual(matrix @ vectors, vectors, eigenvalues),
-        solver="eigh",
-    )
+    residual = relative_residual(matrix @ vectors, vectors, eigenvalues)
+    return Eigenpairs(eigenvalues=eigenvalues, vectors=fix_signs(vectors), residual=residual, solver="eigh")
 
 
 def block_krylov(

@@ -171,11 +171,8 @@ def _encode_text(
     texts = _texts(batch, column)
     tokens = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"] if texts else []))
     blocks = [tokens[end - block_size : end] for end in range(block_size, len(tokens) + 1, block_size)]
-    return {
-        "input_ids": blocks,
-        "attention_mask": [[1] * block_size for _ in blocks],
-        "labels": [list(block) for block in blocks],
-    }
+    masks, labels = [[1] * block_size for _ in blocks], [list(block) for block in blocks]
+    return {"input_ids": blocks, "attention_mask": masks, "labels": labels}
 
 
 def _encode_rows(
