@@ -17,7 +17,7 @@ from lora_da_hf.errors import ConfigError
 from lora_da_hf.records import LayerStatistics
 from lora_da_hf.statistics.moments import full_precision
 from lora_da_hf.theory.kronecker import in_float64
-from lora_da_hf.theory.solve import LOOSE, solve_layer
+from lora_da_hf.theory.solve import solve_layer
 
 Format = Literal["eva", "corda", "lora_ga", "imatrix"]
 
@@ -88,9 +88,8 @@ def _principal_components(stored: StoredInit, layers: Mapping[str, LayerStatisti
         leader = abouts[name].shares_input_with
         if leader not in found:
             rank = max(about.rank for about in abouts.values() if about.shares_input_with == leader)
-            options: dict[str, Any] = {"rank": rank, "population_size": 1, "tolerance": LOOSE}
             with full_precision("cpu"):
-                solution = solve_layer(layer, None, config, layer=name, **options)
+                solution = solve_layer(layer, None, config, layer=name, rank=rank, population_size=1)
             found[leader] = solution.basis_A.float()
     return {PEFT_PREFIX + name: found[abouts[name].shares_input_with][: abouts[name].rank].clone() for name in layers}
 

@@ -17,7 +17,7 @@ from lora_da_hf.theory.kronecker import FactorizedInput, factorize_input, in_flo
 from lora_da_hf.theory.subspace import TOLERANCE, Apply, Eigenpairs, leading_eigenpairs
 
 LOOSE = 1e-5
-"""Of what is stored in 8 bits, and of what others look for less closely."""
+"""Tolerance of what is stored in 8 bits."""
 INPUTS_HAVE_NO_STEP = "the start is that of the inputs: A spans them, B is zero, and a step_size means nothing"
 
 

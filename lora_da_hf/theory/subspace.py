@@ -14,6 +14,8 @@ TOLERANCE = 1e-7
 """Of residuals, relative to the largest eigenvalue."""
 _RESOLVED = 30.0
 """Times the residual: eigenvalues below that part of the largest are left to the exact solver."""
+_TOLD = 300.0
+"""Times the residual: a looser tolerance has to do for eigenvalues above that part of the largest alone."""
 _KRYLOV_OVERSAMPLING = 8
 _DENSE_BELOW = 384
 _CHECKED_FROM = 7
@@ -102,7 +104,8 @@ def block_krylov(
             values, coordinates = values.flip(0)[:count], coordinates.flip(1)[:, :count].mT
             vectors = (coordinates @ basis).mT
             residual = relative_residual((coordinates @ image).mT, vectors, values)
-            if residual <= tolerance or full:
+            told = residual <= TOLERANCE or _TOLD * residual * values.abs().max() <= values.abs().min()
+            if (residual <= tolerance and told) or full:
                 return Eigenpairs(eigenvalues=values, vectors=fix_signs(vectors), residual=residual, solver="krylov")
         block = _orthonormal_part(image[-block_size:], basis)
 

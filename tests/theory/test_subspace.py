@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from lora_da_hf.theory.subspace import (
-    block_krylov,
-    exact_eigenpairs,
-    leading_eigenpairs,
-)
+from lora_da_hf.theory.subspace import block_krylov, exact_eigenpairs, leading_eigenpairs
 
 
 def symmetric(eigenvalues, *, seed=0, dtype=torch.float64):
@@ -47,6 +43,16 @@ def test_krylov_that_does_not_converge_falls_back_to_an_exact_solve(projector):
     assert pairs.residual <= 1e-7
     vectors = torch.linalg.eigh(matrix).eigenvectors
     torch.testing.assert_close(projector(pairs.vectors), projector(vectors[:, -4:]), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 1e3])
+def test_a_loose_tolerance_finds_the_directions_beside_an_outlier(projector, outlier):
+    tail = torch.arange(1, 600, dtype=torch.float64) ** -0.7
+    matrix = symmetric(torch.cat([tail.new_tensor([outlier]), 0.9 * tail]))
+    pairs = leading_eigenpairs(lambda v: matrix @ v, 16, like=matrix, tolerance=1e-5)
+    expected = projector(torch.linalg.eigh(matrix).eigenvectors[:, -16:])
+    assert pairs.solver == "krylov"
+    assert torch.linalg.matrix_norm(projector(pairs.vectors) - expected, ord=2) < 6e-3
 
 
 @pytest.mark.parametrize("true_rank", [1, 3])
