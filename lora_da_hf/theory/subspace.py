@@ -16,11 +16,12 @@ _RESOLVED = 30.0
 """Times the residual: eigenvalues below that part of the largest are left to the exact solver."""
 _TOLD = 300.0
 """Times the residual: a looser tolerance has to do for eigenvalues above that part of the largest alone."""
-_KRYLOV_OVERSAMPLING = 8
+_LEAST_BLOCK = 4
 _DENSE_BELOW = 384
 _CHECKED_FROM = 7
+"""Times the vectors that are sought, or blocks where the start is close: a basis of so many is looked at first."""
 _CHECKED_FROM_IF_LOOSE = 5
-_CHECKED_FROM_START = 3
+_BLOCKS_FROM_START = 4
 _START_SEED = 0
 _COLUMNS = 256
 """Of the identity, that an operator is applied to at once."""
@@ -50,7 +51,7 @@ def leading_eigenpairs(
     tolerance, and where an eigenvalue is too small to be told by it. The work has the dtype, the device and the last
     dimension, d, of ``like``.
     """
-    if like.shape[-1] > _DENSE_BELOW and 8 * count < like.shape[-1]:
+    if like.shape[-1] > _DENSE_BELOW and 16 * count < like.shape[-1]:
         found = block_krylov(apply, count, like=like, tolerance=tolerance, start=start)
         sizes = found.eigenvalues.abs()  # the residual is relative to the largest: too small ones are left unresolved
         if found.residual <= tolerance and not sizes.min() < _RESOLVED * found.residual * sizes.max():
@@ -80,18 +81,19 @@ def block_krylov(
 
     The start block is random with a fixed seed, so the same operator gives the same bits. The basis grows until the
     residual meets the tolerance, or it spans half of the space, where an exact solver is cheaper. ``start [d, k]`` are
-    orthonormal vectors close to those that are sought.
+    orthonormal vectors close to those that are sought. Of an eigenvalue that more vectors share than a block has, some
+    can be missed: blocks are half as wide as what is sought, since wider ones take more work for the same residual.
     """
     dimension = like.shape[-1]
-    block_size = min(count + _KRYLOV_OVERSAMPLING, dimension)
+    block_size = min(max(count // 2, _LEAST_BLOCK), dimension)
     largest = max(dimension // 2, block_size)
     generator = torch.Generator().manual_seed(_START_SEED)
     block = torch.randn(dimension, block_size, generator=generator, dtype=torch.float64).to(like)
-    checked_from = (_CHECKED_FROM if tolerance <= TOLERANCE else _CHECKED_FROM_IF_LOOSE) * block_size
+    checked_from = (_CHECKED_FROM if tolerance <= TOLERANCE else _CHECKED_FROM_IF_LOOSE) * count
     if start is not None:
         given = min(start.shape[1], block_size // 2)
         block[:, :given] = start[:, :given]
-        checked_from = _CHECKED_FROM_START * block_size
+        checked_from = _BLOCKS_FROM_START * block_size
     block = torch.linalg.qr(block).Q.mT
     basis = image = block[:0]  # a vector to each row
     while True:
