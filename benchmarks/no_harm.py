@@ -172,7 +172,15 @@ def usual_table(records: Sequence[Record]) -> list[str]:
             kept = [[run["forgetting"] for run in one if "forgetting" in run] for one in (them, us)]
             lost = ", ".join(f"{statistics.fmean(end - begin for begin, end in one):+.4f}" for one in kept if one)
             rows.append([name, rate, *columns, difference(measured(us), measured(them), digits)[0], lost, cost(us)])
-    names = ["subject", "rate", "plain LoRA", "LoRA-DA", "LoRA-DA less plain LoRA", "forgetting", "steps: start, head"]
+    names = [
+        "subject",
+        "rate",
+        "plain LoRA",
+        "LoRA-DA",
+        "LoRA-DA less plain LoRA",
+        "forgetting of both",
+        "steps: start, head",
+    ]
     return markdown(names, rows)
 
 

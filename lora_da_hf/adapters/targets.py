@@ -113,7 +113,10 @@ def find_targets(model: nn.Module) -> TargetScan:
                 targets.append(target)
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
-        raise TargetError(f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers.")
+        raise TargetError(
+            f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers, and choose a rank "
+            "of at most their input size."
+        )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
 

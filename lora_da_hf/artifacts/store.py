@@ -144,7 +144,10 @@ def load_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder, and look at nothing else."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist. That of a training lies in its output_dir/{INIT_FOLDER}.")
+        raise ArtifactError(
+            f"{path} does not exist, so this is not a stored initialisation. A training leaves one in its "
+            f"output_dir/{INIT_FOLDER}, and `lora-da init` makes one."
+        )
     with path.open("rb") as file:
         return parse_manifest(file.read(MAX_MANIFEST_BYTES + 1), source=str(path))
 

@@ -33,11 +33,13 @@ def init(arguments: argparse.Namespace, output: Output) -> None:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from lora_da_hf.artifacts.folders import check_replaceable
     from lora_da_hf.pipeline import initialize_lora_da
     from lora_da_hf.pipeline.job import DEFAULT_SEED
     from lora_da_hf.training.arguments import with_adapter
     from lora_da_hf.training.text import choose_block_size, load_model, tokenize
 
+    check_replaceable(arguments.output)
     rows = _rows(arguments, text, output)
     output.message(f"Loading {_and_where(arguments.model)}")
     model, tokenizer = load_model(arguments.model, read(ModelArguments, arguments))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_da_hf.artifacts.folders import CardFacts
 from lora_da_hf.cli.verbs import FOLDER, Output, argument, flag, flags_of, in_lines, read, verb
 from lora_da_hf.config import FREE_IN_REFIT
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.report import in_columns, kind_of
 from lora_da_hf.training.arguments import PREFIX, LoRADAArguments, ModelArguments, setting_of_flag
 
@@ -45,7 +46,12 @@ def show(arguments: argparse.Namespace, output: Output) -> None:
     FOLDER,
     flag("base_model", "load this model and check that the initialisation belongs to it", metavar="MODEL"),
     flag("model_revision", "its branch, tag or commit (default: main)", default="main"),
-    flag("dtype", "its precision (default: as stored)", default="auto"),
+    flag(
+        "dtype",
+        "its precision (default: as stored)",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    ),
     flag("trust_remote_code", "run model code that comes with it"),
 )
 def verify(arguments: argparse.Namespace, output: Output) -> None:
@@ -91,6 +97,8 @@ def card(arguments: argparse.Namespace, output: Output) -> None:
         text = render_card(stored, **facts).rstrip("\n")
         output.result({"card": text}, bare=text, text=text)
         return
+    if arguments.output.exists():
+        raise ConfigError(f"{arguments.output} is there already. Name a new folder.")
     page = render_page(stored, **facts)
     arguments.output.mkdir(parents=True)
     for name, content in page.items():
@@ -113,7 +121,7 @@ def _settings_of_refit(parser: argparse.ArgumentParser) -> None:
     "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean",
     FOLDER,
     argument("output", "OUTPUT", "folder for the new initialisation; FOLDER itself keeps its statistics", type=Path),
-    flag("rank", "rank of the new adapter, at most the stored one", type=int),
+    flag("rank", "rank of the new adapter, at most the stored one or --da_max_rank", type=int),
     flag("step_size", "how far step 0 goes (default: as the stored steps say)", type=float),
     _settings_of_refit,
 )
