@@ -114,8 +114,8 @@ def find_targets(model: nn.Module) -> TargetScan:
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(kept.items())[:3])
         raise TargetError(
-            f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers, and choose a rank "
-            "of at most their input size."
+            f"None of the {len(kept)} LoRA layers can be initialised. {reasons}. Target linear layers, "
+            "at a rank of at most their input size."
         )
     return TargetScan(targets=targets, kept=kept, adapter_name=adapter_name)
 
