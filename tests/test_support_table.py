@@ -47,20 +47,6 @@ def test_cases(case):
 @pytest.mark.support("PEFT", "skipped", "")
 def test_skipped():
     pass
-
-@pytest.mark.skipif(False, reason="none")
-@pytest.mark.support("PEFT", "skipped at times", "")
-def test_skipped_at_times():
-    pass
-
-@pytest.mark.xfail
-@pytest.mark.support("PEFT", "failing", "")
-def test_failing():
-    pass
-
-@pytest.mark.support("Moods", "good", "")
-def test_mood():
-    pass
 """
 SKIPPING_ITSELF = """
 @pytest.mark.parametrize("marked", [pytest.param(1, marks=pytest.mark.support("PEFT", "two", "")), 0])
@@ -77,13 +63,6 @@ def write(folder, *parts, name="test_rows.py"):
 
 
 @pytest.mark.slow
-def test_a_mark_of_a_test_with_several_cases_is_one_row(tmp_path):
-    status, output = rows_of(write(tmp_path, ONE_ROW))
-    assert status == 0, output
-    assert output.count("| one | how |") == 1
-
-
-@pytest.mark.slow
 def test_rows_that_hide_one_another_or_are_not_run_are_refused(tmp_path):
     write(tmp_path, ONE_ROW, HIDDEN_OR_NOT_RUN)
     write(tmp_path, "pytest.importorskip('no_such')", name="test_left_out.py")
@@ -93,10 +72,7 @@ def test_rows_that_hide_one_another_or_are_not_run_are_refused(tmp_path):
         "PEFT, one: two rows of one name, by ",
         "PEFT, cases: two rows of one name, by ",
         "is marked skip, and a row must be a test that runs",
-        "is marked skipif, and a row",
-        "is marked xfail, and a row",
         "test_left_out.py was skipped, with all its rows: install the extras",
-        "no such section: 'Moods'",
     ):
         assert message in output
 

@@ -48,8 +48,8 @@ class Probe:
     Attributes:
         splits: The samples, with labelled ones alone for the search and the final check.
         shared: The leader of each layer, in the order in which they are called.
-        losses: Of a sample, at the base and while outputs are moved (`outputs_moved`), since some losses are the same
-            at the base whatever they ask for; and of unlike samples, alone and in pairs, which a loss may weigh unlike.
+        losses: Of a sample at the base; and while outputs are moved (`outputs_moved`), since some losses are the same
+            at the base whatever they ask for: of a sample, and of unlike ones, which a loss may weigh unlike.
         unlike: Two samples that are unlike each other, or the only one.
         has_text_alone: Whether it is a language model of text, whose head runs on the rows of labels.
     """
@@ -90,7 +90,8 @@ def run_probe(job: Job, splits: SampleSplits) -> Probe:
         unlike = choose_unlike(labelled, job.collate, shifts_labels=shifts)
         first = job.collate(unlike[:1])
         losses, shared, labelled_head = _run_first(job, first)
-        reduction, unlike_losses, sequences = _run_unlike(job, unlike, shifts)
+        with outputs_moved(job.scan.targets):  # at the base, what KTO takes of the whole batch is zero
+            reduction, unlike_losses, sequences = _run_unlike(job, unlike, shifts)
     settings = PassSettings(
         model=job.model,
         collate=job.collate,

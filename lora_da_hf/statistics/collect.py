@@ -204,8 +204,9 @@ def collect(
 
 
 def _add_batch(batch: Batch, settings: PassSettings, taps: Taps) -> None:
-    taps.tokens = batch.tokens if batch.num_items else None
-    with taps.attached():
+    tokens = taps.tokens = batch.tokens if batch.num_items else None
+    has_masks = tokens is None or tokens.masks
+    with taps.attached(), contextlib.nullcontext() if has_masks else taps.masks_given_to(settings.model):
         loss = settings.loss(batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded
         taps.gradient_scale = 1.0

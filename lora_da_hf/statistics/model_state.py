@@ -91,7 +91,9 @@ def apart_by_checkpoint(
 def _evaluation_mode(model: nn.Module) -> list[tuple[Any, str, Any]]:
     """Return what to change for evaluation mode, but for modules that checkpoint, which have their dropout at zero."""
     checkpoints = dict.fromkeys(checkpointing_modules(model))
-    changes: list[tuple[Any, str, Any]] = [(m, "training", m in checkpoints) for m in model.modules()]
+    changes: list[tuple[Any, str, Any]] = [
+        (m, "training", m in checkpoints or _divides_weights(m)) for m in model.modules()
+    ]
     for module in checkpoints:
         for holder in (module, getattr(module, "config", None)):  # Wav2Vec2 reads layerdrop from its config
             values = vars(holder) if holder is not None else {}
@@ -122,7 +124,13 @@ def _own(holder: Any, name: str) -> Any:
 
 def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Turn gradient checkpointing off for passes without gradients, inside `prepared_for_pass`."""
-    return changed([(module, "training", False) for module in checkpointing_modules(model) if module.training])
+    on = [module for module in checkpointing_modules(model) if module.training and not _divides_weights(module)]
+    return changed([(module, "training", False) for module in on])
+
+
+def _divides_weights(module: nn.Module) -> bool:
+    """Tell whether it is an RWKV, which in evaluation mode divides its weights in place."""
+    return hasattr(module, "layers_are_rescaled")
 
 
 def configs_with(model: nn.Module, option: str) -> list[Any]:

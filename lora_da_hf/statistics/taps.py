@@ -125,6 +125,17 @@ class Taps:
         hooks = ((layer, functools.partial(self._on_forward, self.taps[name])) for name, layer in self._layers.items())
         return hooked(layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks)
 
+    def masks_given_to(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Take the masks that the model and its parts are given, for a batch that has none under a known name."""
+
+        def on_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            if self.tokens is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+                self.tokens = replace(self.tokens, masks=(mask.bool(),))
+
+        models = [module for module in model.modules() if hasattr(module, "config")]
+        return hooked(module.register_forward_pre_hook(on_model, with_kwargs=True) for module in models)
+
     def _on_forward(
         self, tap: LayerTap, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
@@ -140,7 +151,7 @@ class Taps:
                     "ones now, so they cannot share statistics. Please report this model."
                 )
         anchor = torch.zeros((), device=output.device, requires_grad=True)
-        receive = functools.partial(self._add, tap, getattr(layer, "routed_tokens", None))
+        receive = functools.partial(self._add, tap, getattr(layer, "routed_tokens", None), self.tokens)
         return _TapFunction.apply(output, layer_input, anchor, receive)
 
     def check(self) -> None:
@@ -149,13 +160,20 @@ class Taps:
         if unmatched is not None:
             raise SingleSamplesNeeded(unmatched)
 
-    def _add(self, tap: LayerTap, routed: RoutedTokens | None, layer_input: Tensor, grad: Tensor) -> None:
-        if self.tokens is None:
+    def _add(
+        self,
+        tap: LayerTap,
+        routed: RoutedTokens | None,
+        tokens: BatchTokens | None,
+        layer_input: Tensor,
+        grad: Tensor,
+    ) -> None:
+        if tokens is None:
             return
         tap.backward_calls += 1
         sequences = self.sequences.get(tap.name)
         try:
-            kept = rows_that_count(self.tokens, grad.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
+            kept = rows_that_count(tokens, grad.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
         except SingleSamplesNeeded as reason:
             self._unmatched = self._unmatched or str(reason)
             return
@@ -270,6 +288,8 @@ def followed_sequences(
     """
     followed: dict[str, frozenset[int]] = {}
     for tokens, given in zip(samples, rows, strict=True):
+        if not tokens.masks:
+            return {}
         for name, numbers in given.items():
             matching = frozenset(k for k, mask in enumerate(tokens.masks) if mask.numel() in numbers)
             followed[name] = followed.get(name, matching) & matching

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-_OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
+_OTHER_MODALITIES = ("pixel_values", "image", "visual", "input_features", "input_values", "audio")
 """How transformers' names for inputs other than tokens begin."""
 
 
@@ -212,6 +213,9 @@ def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozens
             f"the attention mask is of another sequence than the layers' rows ({list(tokens.masks[0].shape)}, and "
             f"{list(shape)} in {layer})"
         )
+    longest = max((mask.numel() for mask in tokens.masks), default=math.inf)
+    if tokens.num_samples == 1 and shape.numel() > longest and not tokens.other_modality:
+        return tokens.masks[0].reshape(-1).nonzero().squeeze(1)  # the model pads at the end itself, as Longformer does
     all_labelled = tokens.num_labelled == tokens.num_samples
     if all(kept is None for kept in tokens.kept) or (tokens.other_modality and all_labelled):
         return None

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers as tf
-from harness import make_config, make_learnable_samples, make_lora_config
+from families.zoo import classification_samples
+from harness import chosen, make_config, make_learnable_samples, make_lora_config
 from peft import PeftModel, get_peft_model
 
 from lora_da_hf import initialize_lora_da
@@ -107,6 +108,37 @@ def test_a_weight_that_the_model_uses_without_calling_its_layer_is_kept_with_tha
     reasons = {reason for name, reason in report.kept.items() if name.endswith("q_proj")}
     assert reasons == {"it is never called: no sample goes through it, or the model uses its weight in other code"}
     assert any(layer.name.endswith("output_dense") for layer in report.layers)
+
+
+def test_a_weight_that_goes_into_a_kernel_in_training_is_kept():
+    def granite():
+        mixer = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+        layers = {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48}
+        return tf.GraniteMoeHybridForCausalLM(tf.GraniteMoeHybridConfig(**DECODER, **mixer, **layers))
+
+    report = initialize(wrapped(granite, target_modules=["in_proj", "out_proj", "o_proj"]))
+    assert list(report.kept) == ["model.layers.0.mamba.out_proj"]
+    assert {layer.name[15:] for layer in report.layers} == {"mamba.in_proj", "self_attn.o_proj"}
+
+
+def test_weights_that_a_model_divides_in_evaluation_mode_stay_as_they_are():
+    def rwkv():
+        return tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, rescale_every=1))
+
+    model = wrapped(rwkv, target_modules=["output", "value"]).train()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    initialize(model, [{"input_ids": s["input_ids"], "labels": s["labels"]} for s in make_learnable_samples(24)])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_tokens_that_a_model_pads_by_itself_do_not_count():
+    def longformer():
+        sizes = {**SIZES, "attention_window": [8, 8], "max_position_embeddings": 64, "num_labels": 3}
+        return tf.LongformerForSequenceClassification(tf.LongformerConfig(**sizes))
+
+    samples = classification_samples(24)
+    report = initialize(wrapped(longformer, target_modules=["query", "intermediate.dense"]), samples, batch_size=1)
+    assert {layer.num_tokens for layer in report.layers} == {sum(len(s["input_ids"]) for s in chosen(samples, 12, 12))}
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-33])

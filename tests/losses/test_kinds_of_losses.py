@@ -20,7 +20,7 @@ from harness import (
     train_from,
 )
 from oracles import relative_error
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, pad
 
 from lora_da_hf.samples import pad_samples
 
@@ -195,6 +195,42 @@ def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
         FAMILIES["Llama"].adapt(), chosen(samples), lambda m, b: root(m, b, None), pad_samples
     )
     assert_statistics_equal(statistics, expected, 1e-4)
+
+
+def test_a_term_of_the_whole_batch_that_is_zero_at_the_base_is_found(tmp_path):
+    """As KTO has it."""
+
+    def desirable(model, batch, num_items=None):
+        with torch.no_grad(), model.disable_adapter():
+            base = score(model, batch)
+        gains = score(model, batch) - base
+        return torch.exp(gains.detach().mean() - gains).mean()
+
+    samples = [{"input_ids": sample["input_ids"]} for sample in FAMILIES["Llama"].samples(16)]
+    report, _ = statistics_of(tmp_path, FAMILIES["Llama"].adapt(), samples, loss=desirable)
+    assert report.batch_size == 1
+    assert report.loss_reduction.startswith("unknown")
+
+
+def score(model, batch):
+    """Return a number for each sample."""
+    hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.logsumexp(-1)
+    return (hidden * batch["attention_mask"]).sum(1)
+
+
+def test_padding_does_not_count_where_a_batch_names_its_masks_otherwise(tmp_path):
+    """As TRL's ORPO does, and losses that compare two texts."""
+
+    def renamed(samples):
+        return {f"chosen_{name}": pad(value, (0, 4)) for name, value in pad_samples(samples).items()}
+
+    def loss(model, batch, num_items=None):
+        return score(model, {name.removeprefix("chosen_"): value for name, value in batch.items()}).mean()
+
+    samples = FAMILIES["Llama"].samples(16)
+    report, _ = statistics_of(tmp_path, FAMILIES["Llama"].adapt(), samples, renamed, loss=loss)
+    assert report.batch_size == 4
+    assert {layer.num_tokens for layer in report.layers} == {sum(len(s["input_ids"]) for s in chosen(samples))}
 
 
 def of_rare_class(model, batch, num_items=None):

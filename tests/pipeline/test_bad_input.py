@@ -314,16 +314,9 @@ def test_samples_that_cannot_be_used(lora_model, samples, change, match):
     refuses(DataError, match, lora_model(), change(samples), collator=None, population_size=24)
 
 
-def test_a_stream_of_unknown_size(lora_model, samples):
+def test_a_stream_of_unknown_size_and_a_collator_that_makes_something_else(lora_model, samples):
     refuses(DataError, "population_size", lora_model(), iter(samples))
-
-
-def test_a_collator_that_makes_something_else(lora_model, samples):
     refuses(DataError, "collator.*list", lora_model(), samples, collator=list)
-
-
-def test_one_sample_and_a_step(lora_model, samples):
-    assert initialize(lora_model(), samples[:1], step_size=0.1).num_samples == 1
 
 
 def test_no_label_in_the_samples_of_the_line_search(lora_model, samples):

@@ -310,16 +310,6 @@ def test_both_inits_see_the_same_batches_and_validation_rows(model_dir, tmp_path
     assert validation["lora"] == validation["lora_da"]
 
 
-def test_adapter_is_float32_over_bfloat16_weights(model_dir, tmp_path, pairs_file, monkeypatch):
-    models = []
-    make_trainer = run_clm.make_trainer
-    monkeypatch.setattr(run_clm, "make_trainer", lambda *args: models.append(make_trainer(*args)) or models[-1])
-    more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--dtype", "bfloat16"]
-    run_clm.main(flags(model_dir, tmp_path / "out", *more))
-    dtypes = {("lora_" in name, tensor.dtype) for name, tensor in models[0].model.named_parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
-
-
 @pytest.mark.parametrize("init", ["lora", "lora_da"])
 def test_resumed_run_ends_like_an_uninterrupted_one(model_dir, tmp_path, pairs_file, init):
     more = ["--train_file", pairs_file, *PAIR_FLAGS, "--do_train", "--lora_dropout", 0.1]
