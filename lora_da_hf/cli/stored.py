@@ -120,7 +120,7 @@ def _settings_of_refit(parser: argparse.ArgumentParser) -> None:
 @verb(
     "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean",
     FOLDER,
-    argument("output", "OUTPUT", "folder for the new initialisation; FOLDER itself keeps its statistics", type=Path),
+    argument("output", "OUTPUT", "folder for the new one; FOLDER itself keeps statistics, not losses", type=Path),
     flag("rank", "rank of the new adapter, at most the stored one or --da_max_rank", type=int),
     flag("step_size", "how far step 0 goes (default: as the stored steps say)", type=float),
     _settings_of_refit,
