@@ -52,27 +52,19 @@ class _Collector:
         for item in session.items:
             for mark in item.iter_markers("support"):
                 section, what, remark = mark.args
-                self._add(section, what, Row(remark, item.nodeid.partition("[")[0], mark))
+                row = Row(remark, item.nodeid.partition("[")[0], mark)
+                known = self.rows.setdefault((section, what), row)
+                if known.mark is not mark:
+                    self.errors.append(f"{section}, {what}: two rows of one name, by {known.test} and {row.test}")
                 self.errors += [
                     f"{section}, {what}: {item.nodeid} is marked {name}, and a row must be a test that runs"
                     for name in ("skip", "skipif", "xfail")
                     if item.get_closest_marker(name)
                 ]
 
-    def _add(self, section: str, what: str, row: Row) -> None:
-        if section not in SECTIONS:
-            self.errors.append(f"no such section: {section!r}")
-        known = self.rows.setdefault((section, what), row)
-        if known.mark is not row.mark:
-            self.errors.append(f"{section}, {what}: two rows of one name, by {known.test} and {row.test}")
-
 
 def collect_rows() -> dict[tuple[str, str], Row]:
-    """Return the row of each section and name.
-
-    Raises:
-        SystemExit: if the tests cannot be collected, two rows have one name, or a row's test is not run.
-    """
+    """Return the row of each section and name; two of one name, and tests that do not run, end the program."""
     collector = _Collector()
     status = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *TESTS], plugins=[collector])
     if status != pytest.ExitCode.OK:
