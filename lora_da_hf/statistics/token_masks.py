@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-_OTHER_MODALITIES = ("pixel_values", "image", "visual", "input_features", "input_values", "audio")
+_OTHER_MODALITIES = ("pixel_values", "input_features", "input_values", "audio")
 """How transformers' names for inputs other than tokens begin."""
 
 
@@ -32,6 +31,7 @@ class BatchTokens:
         num_labels: Labels in the batch; None if it has no labels.
         other_modality: Whether the batch has inputs other than tokens (images, audio).
         masks_other_modality: Whether the first mask is of those, before the model makes fewer frames of them.
+        pads_inside: Whether the model makes what the first mask is of longer, at its end.
     """
 
     num_samples: int
@@ -40,6 +40,7 @@ class BatchTokens:
     num_labels: int | None = None
     other_modality: bool = False
     masks_other_modality: bool = False
+    pads_inside: bool = False
 
     @functools.cached_property
     def kept(self) -> tuple[Tensor | None, ...]:
@@ -59,6 +60,7 @@ def read_batch_tokens(
     encoder_decoder: bool = False,
     token_mask: Literal["attention", "labels"] = "attention",
     num_samples: int | None = None,
+    pads_inside: bool = False,
 ) -> BatchTokens:
     """Find the token masks and label counts of a collated batch; samples without a label are masked out.
 
@@ -87,6 +89,7 @@ def read_batch_tokens(
         masks=masks,
         other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
         masks_other_modality=_masks_other_modality(batch),
+        pads_inside=pads_inside and bool(masks),
     )
 
 
@@ -213,9 +216,8 @@ def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozens
             f"the attention mask is of another sequence than the layers' rows ({list(tokens.masks[0].shape)}, and "
             f"{list(shape)} in {layer})"
         )
-    longest = max((mask.numel() for mask in tokens.masks), default=math.inf)
-    if tokens.num_samples == 1 and shape.numel() > longest and not tokens.other_modality:
-        return tokens.masks[0].reshape(-1).nonzero().squeeze(1)  # the model pads at the end itself, as Longformer does
+    if tokens.pads_inside and tokens.num_samples == 1 and shape.numel() > tokens.masks[0].numel():
+        return tokens.masks[0].reshape(-1).nonzero().squeeze(1)
     all_labelled = tokens.num_labelled == tokens.num_samples
     if all(kept is None for kept in tokens.kept) or (tokens.other_modality and all_labelled):
         return None
