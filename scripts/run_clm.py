@@ -138,6 +138,10 @@ class Arguments:
         refuse(self.adapter.init_from and self.adapter.init != "lora_da", "leave --init lora out, or --init_from")
         refuse(not self.model.model_name_or_path, "--model_name_or_path is missing")
         refuse(not (training.do_train or training.do_eval), "nothing to do: give --do_train, --do_eval or both")
+        of_training = {"init_from": self.adapter.init_from, "resume_from_checkpoint": training.resume_from_checkpoint}
+        asked = [f"--{name}" for name, value in of_training.items() if value and not training.do_train]
+        refuse(asked, f"{' and '.join(asked)} means nothing without --do_train: the base model is evaluated")
+        refuse(self.adapter.search_step and not self.adapter.init_from, "--search_step needs --init_from")
         files = data.train_file or data.validation_file
         refuse(data.dataset_name and files, "give --dataset_name or files of data, not both")
         refuse(training.do_train and not has_rows, "--do_train needs data: give --dataset_name or --train_file")
@@ -202,6 +206,9 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     for name in values:
         if name not in known:
             parser.error(f"config file {path}: unknown setting {name!r}.{suggestion(parser, str(name))}")
+    for action in parser._actions:  # argparse checks choices on the command line alone
+        if action.choices and action.dest in values and values[action.dest] not in action.choices:
+            parser.error(f"config file {path}: {action.dest} must be one of {action.choices}")
     return values
 
 
@@ -235,11 +242,13 @@ def load_rows(data: DataArguments, model: NamedModelArguments, training: Trainin
         found = {name: splits[name] for name in ("train", "validation") if name in splits}
     else:
         train = [data.train_file] if isinstance(data.train_file, str) else data.train_file  # of a config file
-        files = {"train": train, "validation": data.validation_file and [data.validation_file]}
-        parts = {
-            name: [load_file(p, streaming=data.streaming) for p in paths] for name, paths in files.items() if paths
+        validation = data.validation_file and [data.validation_file]
+        files = (("train", train, data.data_weights), ("validation", validation, None))
+        found = {
+            name: mixed(paths, [load_file(path, streaming=data.streaming) for path in paths], data, weights)
+            for name, paths, weights in files
+            if paths
         }
-        found = {name: mixed(rows, data.data_weights if name == "train" else None) for name, rows in parts.items()}
     if training.do_train and "train" not in found:
         raise DataError(f"{data.dataset_name} has no `train` split, only {sorted(splits)}.")
     if training.do_eval and "validation" not in found:
@@ -268,12 +277,12 @@ def prepare_samples(
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples}
     samples = {}
     for name, split in rows.items():
-        if name == "train" and data.streaming:
-            split = split.shuffle(seed=arguments.training.data_seed, buffer_size=SHUFFLE_BUFFER)
         found = tokenize(name, split, tokenizer, block_size, data)
         count = limits[name]
         if count is not None:
             found = found.take(count if isinstance(found, IterableDataset) else min(count, len(found)))
+        if name == "train" and data.streaming:
+            found = found.shuffle(seed=arguments.training.data_seed, buffer_size=SHUFFLE_BUFFER)
         samples[name] = found
     return samples
 
@@ -376,17 +385,7 @@ def set_up_logging(training: TrainingArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run the program.
-
-    Args:
-        argv: The command line without the program's name. None: the process's own.
-
-    Returns:
-        The evaluation's metrics; empty without `--do_eval`.
-
-    Raises:
-        LoRADAError: if the data or the model cannot be used as the flags say.
-    """
+    """Run the program, and return the evaluation's metrics; ``argv`` is the command line without its name."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     training = arguments.training
     set_up_logging(training)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from families.zoo import FAMILIES
 
 from lora_da_hf.losses import max_sample_length
@@ -18,7 +17,3 @@ from lora_da_hf.losses import max_sample_length
 )
 def test_the_longest_sample_is_what_the_position_embeddings_allow(family, length):
     assert max_sample_length(FAMILIES[family].make_model()) == length
-
-
-def test_a_module_of_ones_own_has_no_limit():
-    assert max_sample_length(torch.nn.Linear(2, 2)) is None

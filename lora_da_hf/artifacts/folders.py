@@ -45,6 +45,8 @@ def check_replaceable(folder: Path) -> None:
     if folder.name in ("", "..") or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{str(folder)!r} is not a folder for an initialisation. Name a new one.")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set[str]()
+    if any((folder / name).is_symlink() for name in names):
+        raise ConfigError(f"{folder} holds links, as the Hub's cache does, where nothing may change. Name another.")
     own = {*_LEFT_BY_TOOLS}
     if MANIFEST_FILE in names:
         own |= {MANIFEST_FILE, *REQUIRED_FILES, *filter(STATISTICS_FILE.fullmatch, names)}
@@ -87,7 +89,7 @@ def atomic_folder(folder: Path) -> Generator[Path]:
             target.rename(old)
         try:
             new.rename(target)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(target)
             raise

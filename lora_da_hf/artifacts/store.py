@@ -204,8 +204,7 @@ def file_entry(path: Path) -> FileEntry:
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     """Hash 1,024 entries of each weight (or all), rounded to bfloat16, so that a bfloat16 copy has the same.
 
-    Returns:
-        A SHA-256, or None if a weight is quantised, so that its entries are not those of the original.
+    It is None if a weight is quantised, so that its entries are not those of the original.
     """
     digest = hashlib.sha256()
     for name, weight in weights:

@@ -72,7 +72,7 @@ def _rows(arguments: argparse.Namespace, text: TextArguments, output: Output) ->
         return load_file(source, split=arguments.split)
 
     output.message(f"Reading {', '.join(map(_and_where, arguments.data))}")
-    rows = mixed([load(source) for source in arguments.data], text.data_weights)
+    rows = mixed(arguments.data, [load(source) for source in arguments.data], text, text.data_weights)
     output.message(f"Training on {' and '.join(used_columns('training', rows, text))}")
     return rows
 

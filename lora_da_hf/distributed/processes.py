@@ -99,12 +99,7 @@ def sum_counts(taps: Taps, processes: Processes) -> None:
 def reduce_statistics(
     taps: Taps, owners: Mapping[str, int], processes: Processes, *, num_samples: int, num_items: int
 ) -> dict[str, dict[str, LayerStatistics]]:
-    """Sum each group of layers over the processes, and give the means to the group's owner.
-
-    Returns:
-        The statistics of the layers of each group that this process owns, by the name of the leader. The sums of the
-        other groups are released.
-    """
+    """Sum each group of layers over the processes, and return the means of those that this process owns, by leader."""
     per_sample = num_items / num_samples if num_samples else 1.0
     statistics: dict[str, dict[str, LayerStatistics]] = {}
     for leader, members in taps.groups.items():

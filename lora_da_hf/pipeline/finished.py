@@ -95,8 +95,7 @@ def _changes(before: Mapping[str, Any], now: Identity) -> list[str]:
 def take_over_finished(job: Job, folder: Path, identity: Identity) -> tuple[LoRADAReport | None, tuple[str, ...]]:
     """Write to the adapter what a folder holds, if it is what would be computed; the first process reads it for all.
 
-    Returns:
-        The stored report with this run's times, or None if that is not what would be computed; and what to note.
+    Returns the stored report with this run's times, or None if that is not what would be computed; and what to note.
     """
     with job.stage("load"):
         stored, notes = _read(job, folder, identity) if job.processes.is_main else (None, ())
@@ -134,6 +133,8 @@ def _read(job: Job, folder: Path, identity: Identity) -> tuple[StoredInit | None
     asked = job.config.save_statistics
     if asked and not (stored.manifest.leading_files if asked == "leading" else has_statistics):
         differing.append("save_statistics")
+    if not stored.report.step_size and job.config.freeze_a != stored.manifest.config.freeze_a:
+        differing.append("freeze_a")  # without a step, A spans the subspace only where it is frozen
     if differing:
         note = "LoRA-DA: the initialisation in %s is replaced. What changed: %s"
         logger.log(logging.WARNING if has_statistics else logging.INFO, note, folder, ", ".join(differing))

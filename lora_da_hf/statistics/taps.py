@@ -151,7 +151,7 @@ class Taps:
                     "ones now, so they cannot share statistics. Please report this model."
                 )
         anchor = torch.zeros((), device=output.device, requires_grad=True)
-        receive = functools.partial(self._add, tap, getattr(layer, "routed_tokens", None), self.tokens)
+        receive = functools.partial(self._add, tap, self.tokens, getattr(layer, "routed_tokens", None))
         return _TapFunction.apply(output, layer_input, anchor, receive)
 
     def check(self) -> None:
@@ -161,26 +161,20 @@ class Taps:
             raise SingleSamplesNeeded(unmatched)
 
     def _add(
-        self,
-        tap: LayerTap,
-        routed: RoutedTokens | None,
-        tokens: BatchTokens | None,
-        layer_input: Tensor,
-        grad: Tensor,
+        self, tap: LayerTap, tokens: BatchTokens | None, routed: RoutedTokens | None, x: Tensor, g: Tensor
     ) -> None:
         if tokens is None:
             return
         tap.backward_calls += 1
         sequences = self.sequences.get(tap.name)
         try:
-            kept = rows_that_count(tokens, grad.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
+            kept = rows_that_count(tokens, g.shape[:-1], layer=tap.name, sequences=sequences, routed=routed)
         except SingleSamplesNeeded as reason:
             self._unmatched = self._unmatched or str(reason)
             return
         device = tap.squares.device
         with torch.no_grad(), full_precision(device.type):
-            x = layer_input.detach().reshape(-1, layer_input.shape[-1]).to(device)
-            g = grad.reshape(-1, grad.shape[-1]).to(device)
+            x, g = (rows.detach().reshape(-1, rows.shape[-1]).to(device) for rows in (x, g))
             if self._of_norms:
                 x, g = (rows.norm(dim=1, keepdim=True, dtype=self._dtype) for rows in (x, g))
             if not (x.dtype == g.dtype and stays_half(x, self._dtype)):

@@ -51,7 +51,7 @@ class TextArguments:
     messages_column: str | None = setting(
         None,
         "Column with chats, lists of turns with a role and a content, which the tokenizer's chat template writes. The "
-        "assistant's turns count in the loss.",
+        "assistant's turns count in the loss. Descriptions of tools are not read.",
     )
     data_weights: list[float] | None = field(
         default=None,

@@ -103,6 +103,8 @@ class LoRADACallback(TrainerCallback):
         """Initialise the adapter, unless this run resumes another or the model was initialised already."""
         _refuse_unsupported_parallelism(args)
         name = active_adapter_name(model)
+        if name == INIT_FOLDER and self.init_from is None:
+            raise ConfigError(f"Trainer would save the adapter {name!r} over the initialisation. Give it another name.")
         self.freeze(model)
         if state.global_step > 0:
             self._resume(args, model, name)
@@ -118,7 +120,6 @@ class LoRADACallback(TrainerCallback):
             base.add_model_tags([f"lora_da_init:{self.report.init_from}"])  # for every card that is written for it
         if self.report is not None and state.global_step == 0:
             self._log(self.report, state)
-            self._restart_bar()
 
     def freeze(self, model: Any) -> None:
         """Freeze A, if that is asked for."""
@@ -195,13 +196,6 @@ class LoRADACallback(TrainerCallback):
             self._trainer.log(report.metrics())
         else:
             state.log_history.append({**report.metrics(), "step": state.global_step})
-
-    def _restart_bar(self) -> None:
-        """Have the training's progress bar count its own time alone."""
-        for callback in [] if self._trainer is None else self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if bar is not None:
-                bar.reset(bar.total)
 
     def _resume(self, args: TrainingArguments, model: Any, name: str) -> None:
         """Leave the adapter as the checkpoint has it, and find the report of the run that is resumed.

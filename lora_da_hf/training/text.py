@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from functools import partial
 from itertools import chain
@@ -63,11 +64,11 @@ def load_file(path: str, *, split: str = "train", streaming: bool = False) -> Ro
     """Load one csv, json, jsonl, parquet or txt file, which may be compressed."""
     loader = loader_of(path)
     if loader is None:
-        raise DataError(
-            f"{path} cannot be read as data: its name must end in {', '.join(LOADERS)}, or one of these and .gz."
-        )
-    options = {"keep_linebreaks": True} if loader == "text" else {}
-    return _load(path, loader, data_files=path, split=split, streaming=streaming, **options)
+        raise DataError(f"{path} cannot be read as data: its name must end in {', '.join(LOADERS)}, or that and .gz.")
+    as_it_stands = {"text": {"keep_linebreaks": True}, "csv": {"keep_default_na": False, "na_values": [""]}}
+    options: Any = as_it_stands.get(loader, {})  # pandas would read words such as None and NA as empty cells
+    options["data_files"] = glob.escape(path) if Path(path).is_file() else path
+    return _load(path, loader, split=split, streaming=streaming, **options)
 
 
 def load_data_set(name: str, configuration: str | None, *, split: str | None = None, streaming: bool = False) -> Any:
@@ -76,13 +77,17 @@ def load_data_set(name: str, configuration: str | None, *, split: str | None = N
     return _load(name, source, configuration, split=split, streaming=streaming)
 
 
-def mixed(parts: list[Any], weights: list[float] | None) -> Rows:
+def mixed(sources: list[str], parts: list[Any], data: TextArguments, weights: list[float] | None) -> Rows:
     """Join rows of several sources: one after the other, or drawn by weights until one is used up.
 
-    No row comes twice: held-out rows would be among the others.
+    No row comes twice: held-out rows would be among the others. All have their texts in the same columns.
     """
+    used = [used_columns(source, rows, data) for source, rows in zip(sources, parts, strict=True)]
+    if any(columns != used[0] for columns in used):
+        raise DataError(f"The sources' texts are in columns of several names, {used}. Rename them to one name.")
     if weights is not None and len(weights) != len(parts):
         raise ConfigError(f"--data_weights has {len(weights)} numbers for {len(parts)} sources. Give one for each.")
+    parts = [rows.select_columns(used[0]) for rows in parts]
     if weights is None or len(parts) == 1:
         return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     shares = [weight / sum(weights) for weight in weights]
@@ -205,15 +210,33 @@ _Parts = list[tuple[list[int], bool]]
 """Tokens one after the other, and whether they count in the loss."""
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
     found: Any = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return found
+    puts_an_end = special and tokenizer("a", verbose=False)["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return found[:-1] if puts_an_end else found  # more is to follow
+
+
+def _in_parts(texts: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> _Parts:
+    """Encode texts that follow each other, each behind those before it where that leaves their tokens as they are.
+
+    Alone, SentencePiece begins each with a space that the text has not.
+    """
+    parts: _Parts = []
+    so_far, done = "", list[int]()
+    for text, counts in texts:
+        so_far += text
+        whole = _ids(so_far, tokenizer, special=special)
+        own = whole[len(done) :] if whole[: len(done)] == done else _ids(text, tokenizer, special=False)
+        parts.append((own, counts))
+        done += own
+    return parts
 
 
 def _of_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
     """Encode a pair as it stands, with an end-of-text token behind it."""
     end: Any = tokenizer.eos_token_id
-    return [(_ids(prompt, tokenizer, special=True), False), ([*_ids(completion, tokenizer), end], True)]
+    end = [] if end is None else [end]
+    return [*_in_parts([(prompt, False), (completion, True)], tokenizer, special=True), (end, True)]
 
 
 def _of_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
@@ -222,9 +245,10 @@ def _of_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBa
 
 def _of_chat(turns: Any, tokenizer: PreTrainedTokenizerBase) -> _Parts:
     """Encode a chat of any number of turns by the tokenizer's template; the assistant's turns count."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and turn.keys() >= {"role"} for turn in turns):
-        raise DataError(f"A chat must be a list of turns with a role and a content, not {turns!r:.80}.")
-    parts: _Parts = []
+    are_turns = isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
+    if not (are_turns and all(turn.get("tool_calls") or isinstance(turn.get("content"), str) for turn in turns)):
+        raise DataError(f"A chat must be a list of turns with a role and a content that is text, not {turns!r:.80}.")
+    texts: list[tuple[str, bool]] = []
     done = ""
     for place, turn in enumerate(turns):
         if turn["role"] == "assistant":
@@ -235,6 +259,6 @@ def _of_chat(turns: Any, tokenizer: PreTrainedTokenizerBase) -> _Parts:
                     "The chat template writes turns differently once others follow, so the assistant's cannot be told "
                     "apart. Give prompts and completions without --use_chat_template, or another tokenizer."
                 )
-            parts += [(_ids(before[len(done) :], tokenizer), False), (_ids(whole[len(before) :], tokenizer), True)]
+            texts += [(before[len(done) :], False), (whole[len(before) :], True)]
             done = whole
-    return parts
+    return _in_parts(texts, tokenizer)

@@ -197,9 +197,7 @@ def test_a_loss_that_is_no_mean_is_run_one_sample_at_a_time(tmp_path):
     assert_statistics_equal(statistics, expected, 1e-4)
 
 
-def test_a_term_of_the_whole_batch_that_is_zero_at_the_base_is_found(tmp_path):
-    """As KTO has it."""
-
+def test_a_term_of_the_whole_batch_that_is_zero_at_the_base_as_in_kto_is_found(tmp_path):
     def desirable(model, batch, num_items=None):
         with torch.no_grad(), model.disable_adapter():
             base = score(model, batch)
@@ -218,9 +216,7 @@ def score(model, batch):
     return (hidden * batch["attention_mask"]).sum(1)
 
 
-def test_padding_does_not_count_where_a_batch_names_its_masks_otherwise(tmp_path):
-    """As TRL's ORPO does, and losses that compare two texts."""
-
+def test_padding_does_not_count_where_a_batch_names_its_masks_otherwise_as_in_orpo(tmp_path):
     def renamed(samples):
         return {f"chosen_{name}": pad(value, (0, 4)) for name, value in pad_samples(samples).items()}
 

@@ -36,7 +36,6 @@ from transformers import (
 
 from lora_da_hf import LoRADAConfig, apply_init, load_init
 from lora_da_hf.errors import (
-    AdapterAlreadyTrainedError,
     BaseModelMismatchError,
     ConfigError,
     TargetError,
@@ -246,12 +245,6 @@ def test_the_report_says_what_was_done_and_from_what(stored_init, lora_model):
     narrower = apply_init(lora_model(r=2, target_modules=["q_proj", "v_proj"]), stored)
     for made in (report, narrower):
         assert any(note.endswith("searched with 10 more layers") for note in made.notes)
-
-
-def test_a_second_time_is_refused(stored_init, lora_model):
-    model = lora_model(r=4)
-    apply_init(model, stored_init)
-    refuses(AdapterAlreadyTrainedError, "lora_B", model, stored_init)
 
 
 def test_a_setting_of_the_stored_solution_cannot_be_changed(stored_init, lora_model):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import run_clm
 
 from lora_da_hf import LoRADAError
+from lora_da_hf.training.text import _of_pair
 from lora_da_hf.training.text import load_file as load_rows
 
 # The csv reader of datasets 4.0 leaves its file to the garbage collector.
@@ -244,6 +245,25 @@ def test_several_files_are_joined_or_drawn_by_weight(model_dir, tmp_path, sample
     assert 8 <= len(drawn) < 16
     with pytest.raises(LoRADAError, match="one for each"):
         run_clm.main(flags(model_dir, tmp_path / "out", *more, "--data_weights", 4))
+    write_jsonl(files[1], [{"question": "w1", "reply": "w2"}])
+    with pytest.raises(LoRADAError, match=r"1\.jsonl data has no column 'answer'"):
+        run_clm.main(flags(model_dir, tmp_path / "out", *more))
+
+
+def test_words_that_pandas_takes_for_empty_cells_are_text(tmp_path):
+    (tmp_path / "a[1].csv").write_text("text,other\nNone,1\nNA,2\n,3\n")
+    assert load_rows(str(tmp_path / "a[1].csv"))["text"][:] == ["None", "NA", None]
+
+
+def test_a_completion_is_encoded_behind_its_prompt_and_not_as_if_a_text_began():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "\n": 5}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("", "isolated")]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    (prompt, _), (completion, counts), (end, _) = _of_pair("a\n", "b", tokenizer)
+    assert (prompt, completion, end, counts) == ([2, 3, 5], [4], [1], True)
 
 
 def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path, samples, caplog):
@@ -381,6 +401,8 @@ DATA = ["--do_train", "--dataset_name", "d"]
         ([*DATA, "--lora_rnak", "2"], "Do you mean 'lora_rank'?"),
         ([*DATA, "--da_num_samples", "0"], "num_samples"),
         ([*DATA, "--init", "lora", "--init_from", "x"], "--init_from"),
+        (["--do_eval", "--dataset_name", "d", "--init_from", "x"], "without --do_train"),
+        ([*DATA, "--search_step"], "--search_step needs --init_from"),
         ([*DATA, "--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
     ],
@@ -396,6 +418,7 @@ def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
         ("{", "cannot be read"),
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'. Do you mean 'learning_rate'?"),
         ('{"learning_rate": "fast"}', "invalid float value"),
+        ('{"init": "pissa"}', "init must be one of ('lora_da', 'lora')"),
     ],
 )
 def test_wrong_config_file(capsys, tmp_path, text, message):

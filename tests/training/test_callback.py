@@ -12,8 +12,10 @@ from harness import (
     make_args,
     make_config,
     make_learnable_samples,
+    make_lora_config,
     written_adapter,
 )
+from peft import get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from lora_da_hf import LoRADACallback, LoRADAConfig, LoRADATrainer, load_init
@@ -137,7 +139,7 @@ def test_trainers_that_make_their_completions_have_no_loss_to_start_from(tmp_pat
     assert callback.report is not None
 
 
-def test_arguments_that_cannot_be_and_a_second_callback_are_errors(tmp_path, lora_model, samples):
+def test_arguments_that_cannot_be_and_a_second_callback_are_errors(tmp_path, lora_model, tiny_llama, samples):
     with pytest.raises(ConfigError, match=r"LoRADAConfig.*not a dict"):
         LoRADACallback({"num_samples": 3})
     trainer = make_trainer(tmp_path, lora_model(), samples, LoRADACallback())
@@ -145,6 +147,9 @@ def test_arguments_that_cannot_be_and_a_second_callback_are_errors(tmp_path, lor
         LoRADACallback().attach(trainer)
     with pytest.raises(ConfigError, match="search_step needs init_from"):
         LoRADACallback(search_step=True)
+    model = get_peft_model(tiny_llama(), make_lora_config(), "lora_da")
+    with pytest.raises(ConfigError, match="Give it another name"):
+        make_trainer(tmp_path, model, samples, LoRADACallback()).train()
 
 
 # Arguments
