@@ -20,7 +20,7 @@ from lora_da_hf.statistics.taps import find_shared_inputs
 from lora_da_hf.training.arguments import ModelArguments, TextArguments, with_adapter
 from lora_da_hf.training.text import choose_block_size, tokenize
 
-_PROBED = 14
+_PROBED = 13
 """Samples that the probe of a causal language model runs forward."""
 _SEARCHES = 12
 """Times that the search samples are run: without a step, with 8, with what was written, and some at other ranks."""

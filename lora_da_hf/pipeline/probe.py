@@ -49,8 +49,8 @@ class Probe:
     Attributes:
         splits: The samples, with labelled ones alone for the search and the final check.
         shared: The leader of each layer, in the order in which they are called.
-        losses: Of a sample at the base; and while outputs are moved (`outputs_moved`), since some losses are the same
-            at the base whatever they ask for: of a sample, and of unlike ones, which a loss may weigh unlike.
+        losses: Of a sample at the base; and of unlike ones, which a loss may weigh unlike, while outputs are moved
+            (`outputs_moved`), since some losses are the same at the base whatever they ask for.
         unlike: Two samples that are unlike each other, or the only one.
         has_text_alone: Whether it is a language model of text, whose head runs on the rows of labels.
     """
@@ -132,8 +132,6 @@ def _run_first(job: Job, first: Mapping[str, Any]) -> tuple[dict[str, float], di
 
     with checked_backward(job.scan.targets):
         shared = apart_by_checkpoint(job.model, layers, find_shared_inputs(layers, run_forward))
-    with torch.no_grad(), outputs_moved(job.scan.targets):
-        losses[f"{LOSS} of moved outputs"] = job.compute_loss(job.model, first, None).item()
     return losses, shared, head if head is not None and _loss_stays(job, head, first, losses[LOSS]) else None
 
 
