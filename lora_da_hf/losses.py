@@ -116,12 +116,6 @@ def generates(model: nn.Module) -> bool:
     return isinstance(base, PreTrainedModel) and base.can_generate()
 
 
-def pads_inside(model: nn.Module) -> bool:
-    """Tell whether a model pads what it is given, as Longformer, LED, BigBird and Reformer do."""
-    names = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
-    return any(hasattr(module, name) for module in model.modules() for name in names)
-
-
 def max_sample_length(model: nn.Module) -> int | None:
     """Return the longest sample, in tokens, that a model's table of positions allows; None without a table.
 

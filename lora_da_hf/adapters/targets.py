@@ -19,9 +19,6 @@ from lora_da_hf.adapters.experts import ExpertLinear, slice_factors, why_not_apa
 from lora_da_hf.distributed.parameters import full_shape, is_whole, read_full
 from lora_da_hf.errors import AdapterAlreadyTrainedError, TargetError, UnsupportedSetupError
 
-_MAMBA2 = ("out_proj", "conv1d", "dt_bias", "D")
-"""What the mixer of a Mamba-2 has. PEFT refuses its ``out_proj`` in pure Mambas, but not in hybrids."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -99,7 +96,8 @@ def find_targets(model: nn.Module) -> TargetScan:
     names = ((module, name) for name, module in model.named_modules(remove_duplicate=False) if module in bases)
     # base layers that have another name too, under which PEFT put no adapter: it wraps the first
     elsewhere = {module: base_name(name) for module, name in names if not name.endswith("base_layer")}
-    fused = {module.out_proj for module in model.modules() if all(hasattr(module, name) for name in _MAMBA2)}
+    mixer = ("out_proj", "conv1d", "dt_bias", "D")  # of a Mamba-2, whose out_proj PEFT refuses, but not in hybrids
+    fused = {module.out_proj for module in model.modules() if all(hasattr(module, name) for name in mixer)}
     targets: list[Target] = []
     kept: dict[str, str] = {}
     for full_name, layer in model.named_modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from lora_da_hf.errors import ConfigError
@@ -53,11 +54,26 @@ def choose_together(
         digests = {name: [digest(sample) for sample in part] for name, part in parts.items()}
         draws = any(digest(sample) != digests["statistics"][0] for sample in splits.statistics[:1])
     everywhere = job.processes.gather((digests, draws))
+    splits, kept = _without_repeats(splits, digests)
     if all(found == digests for found, _ in everywhere):
-        return splits, digests, ()
+        return splits, kept, ()
     if any(drawing for _, drawing in everywhere):
-        return splits, digests, ("the collator draws at random, so the samples of the processes were not compared",)
+        return splits, kept, ("the collator draws at random, so the samples of the processes were not compared",)
     raise ConfigError(
         "The processes differ in the samples, or in the order of the samples. Give all processes the same data in the "
         "same order, without a shard for each: they share the work by themselves."
     )
+
+
+def _without_repeats(splits: SampleSplits, digests: dict[str, list[str]]) -> tuple[SampleSplits, dict[str, list[str]]]:
+    """Take out of the statistics and the heads' samples what the search or the final check has, too, if others stay."""
+    held_out, left_out = {*digests["search"], *digests["unseen"]}, 0
+    for name in ("statistics", "heads"):
+        samples = zip(getattr(splits, name), digests[name], strict=True)
+        others = [(sample, digest) for sample, digest in samples if digest not in held_out]
+        if 0 < len(others) < len(digests[name]):
+            left_out += len(digests[name]) - len(others)
+            splits = dataclasses.replace(splits, **{name: [sample for sample, _ in others]})
+            digests = {**digests, name: [digest for _, digest in others]}
+    note = f"{left_out} samples were left out, since they repeat those of the search or the final check"
+    return (dataclasses.replace(splits, notes=(*splits.notes, note)) if left_out else splits), digests

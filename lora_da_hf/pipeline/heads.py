@@ -49,8 +49,10 @@ _Features = tuple[Batch, list[Any]]
 """A batch, and what each call of the backbone returned for it, on the CPU."""
 
 
-def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
+def fit_heads(job: Job, probe: Probe, digests: list[str]) -> tuple[str, ...]:
     """Fit the heads that are trained beside the adapter, the rest of the model as it is; return what to note.
+
+    ``digests`` are those of the samples, so that one that comes again is not held out where it was fitted to.
 
     The gradient of the layers below a head that is drawn at random says next to nothing of the task. The outputs of the
     backbone are computed once. On them L-BFGS minimises the loss plus a ridge towards the weights that the head has,
@@ -76,7 +78,9 @@ def fit_heads(job: Job, probe: Probe) -> tuple[str, ...]:
         write_heads(heads, job.processes.broadcast({name: read_full(head).cpu() for name, head in heads.items()}, 0))
         with adapters_off(job.scan.targets):
             samples = samples[: _number_that_fits(job, samples, settings)]
-            held_out, fitted = samples[::_HELD_OUT], [s for place, s in enumerate(samples) if place % _HELD_OUT]
+            held = set(list(dict.fromkeys(digests[: len(samples)]))[1::_HELD_OUT])
+            is_held = [digest in held for digest in digests]
+            held_out, fitted = ([s for s, h in zip(samples, is_held, strict=False) if h == w] for w in (True, False))
             parts = ((fitted, settings), (held_out, apart(settings, len(held_out))))
             features = [in_batches(how, functools.partial(_read_features, job, part)) for part, how in parts]
         settle(job.model)  # FSDP2 has other parameters after a pass than before
@@ -154,14 +158,14 @@ class _WholeCopy(nn.Module):
         self.copy.double()  # buffers too
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy in its precision, which autocast leaves alone."""
+        """Run the copy in its precision, which autocast leaves alone, for a loss whose own tensors are of float32."""
 
-        def widened(value: Any) -> Any:
-            return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        def cast(value: Any, dtype: torch.dtype) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        args, kwargs = tree_map(widened, (args, kwargs))
+        args, kwargs = tree_map(functools.partial(cast, dtype=torch.float64), (args, kwargs))
         with torch.autocast(next(self.copy.parameters()).device.type, enabled=False):
-            return self.copy(*args, **kwargs)
+            return tree_map(functools.partial(cast, dtype=torch.float32), self.copy(*args, **kwargs))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from lora_da_hf.losses import (
     is_encoder_decoder,
     make_labelled_head,
     max_sample_length,
-    pads_inside,
     shifts_labels,
 )
 from lora_da_hf.pipeline.job import Job
@@ -101,7 +100,6 @@ def run_probe(job: Job, splits: SampleSplits) -> Probe:
         token_mask=job.config.token_mask,
         shifts_labels=shifts,
         encoder_decoder=is_encoder_decoder(job.model),
-        pads_inside=pads_inside(job.model),
         reduction=reduction,
         around_loss=contextlib.nullcontext if labelled_head is None else labelled_head.rows_of_labels,
         sequences=sequences,

@@ -142,7 +142,7 @@ def _run(
             finished, broken = (None, ()) if folder is None else take_over_finished(job, folder, identity)
             if finished is not None:
                 return finished
-            notes += fit_heads(job, probe)
+            notes += fit_heads(job, probe, digests["heads"])
             statistics = _make_statistics_folder(job, folder, files)
             with adapters_off(job.scan.targets):
                 plan = plan_windows(job, probe)

@@ -55,7 +55,6 @@ class PassSettings:
         batch_size: Samples run together, which is 1 where the loss or the model demands it.
         shifts_labels: Whether position t predicts label t + 1.
         encoder_decoder: Whether a decoder reads the labels.
-        pads_inside: Whether the model pads what it is given.
         around_loss: Makes what each pass is run in, such as `LabelledHead.rows_of_labels`.
         sequences: Which of the model's sequences the rows of a layer are of (`followed_sequences`).
         why_single: Why samples are run one at a time though more were asked for; None: they are not.
@@ -74,7 +73,6 @@ class PassSettings:
     reduction: LossReduction
     around_loss: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     sequences: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
-    pads_inside: bool = False
     why_single: str | None = None
     by_length: bool = True
     gather: Callable[[Any], list[Any]] = lambda value: [value]
@@ -106,8 +104,7 @@ class PassSettings:
         """
         by_length = self.by_length and self.reduction.kind != "batch"
         batches = (batches_by_length if by_length else whole_batches)(samples, self.batch_size)
-        names = ("shifts_labels", "encoder_decoder", "token_mask", "pads_inside")
-        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        how: dict[str, Any] = {n: getattr(self, n) for n in ("shifts_labels", "encoder_decoder", "token_mask")}
         for number in range(max(self.gather(len(batches)))):
             is_own = number < len(batches)
             chosen = batches[number] if is_own else [self.filler]

@@ -144,6 +144,8 @@ def _mean_of(pairs: Sequence[_Pair], tolerance: float) -> LossReduction:
     if all(pair.counts == (1, 1) for pair in pairs):
         off_labels = math.inf
     if min(off_mean, off_labels) > tolerance:
+        if all(pair.counts == (1, 1) and min(pair[:2]) <= pair.whole <= max(pair[:2]) for pair in pairs):
+            return LossReduction(kind="batch", reason="measured: a mean of unlike weights, as those of classes are")
         return LossReduction(kind="unknown", reason="the loss of two samples is neither the sum nor a mean of theirs")
     if off_labels > 10 * off_mean:
         return LossReduction(kind="sample_mean", reason="measured: the mean of its samples' losses")

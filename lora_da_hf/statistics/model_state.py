@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _NOT_ITS_OWN = object()
+_DIVIDES = "layers_are_rescaled"  # of RWKV, which divides its weights in place in evaluation mode
 ROUTER_LOSS = "output_router_logits"
 """Option of a config by which a mixture of experts adds the auxiliary loss of its routers."""
 
@@ -91,9 +92,8 @@ def apart_by_checkpoint(
 def _evaluation_mode(model: nn.Module) -> list[tuple[Any, str, Any]]:
     """Return what to change for evaluation mode, but for modules that checkpoint, which have their dropout at zero."""
     checkpoints = dict.fromkeys(checkpointing_modules(model))
-    changes: list[tuple[Any, str, Any]] = [
-        (m, "training", m in checkpoints or _divides_weights(m)) for m in model.modules()
-    ]
+    stay = {*checkpoints, *(module for module in model.modules() if hasattr(module, _DIVIDES))}
+    changes: list[tuple[Any, str, Any]] = [(m, "training", m in stay) for m in model.modules()]
     for module in checkpoints:
         for holder in (module, getattr(module, "config", None)):  # Wav2Vec2 reads layerdrop from its config
             values = vars(holder) if holder is not None else {}
@@ -124,13 +124,8 @@ def _own(holder: Any, name: str) -> Any:
 
 def without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Turn gradient checkpointing off for passes without gradients, inside `prepared_for_pass`."""
-    on = [module for module in checkpointing_modules(model) if module.training and not _divides_weights(module)]
+    on = [module for module in checkpointing_modules(model) if module.training and not hasattr(module, _DIVIDES)]
     return changed([(module, "training", False) for module in on])
-
-
-def _divides_weights(module: nn.Module) -> bool:
-    """Tell whether it is an RWKV, which in evaluation mode divides its weights in place."""
-    return hasattr(module, "layers_are_rescaled")
 
 
 def configs_with(model: nn.Module, option: str) -> list[Any]:

@@ -31,7 +31,6 @@ class BatchTokens:
         num_labels: Labels in the batch; None if it has no labels.
         other_modality: Whether the batch has inputs other than tokens (images, audio).
         masks_other_modality: Whether the first mask is of those, before the model makes fewer frames of them.
-        pads_inside: Whether the model makes what the first mask is of longer, at its end.
     """
 
     num_samples: int
@@ -40,7 +39,6 @@ class BatchTokens:
     num_labels: int | None = None
     other_modality: bool = False
     masks_other_modality: bool = False
-    pads_inside: bool = False
 
     @functools.cached_property
     def kept(self) -> tuple[Tensor | None, ...]:
@@ -60,7 +58,6 @@ def read_batch_tokens(
     encoder_decoder: bool = False,
     token_mask: Literal["attention", "labels"] = "attention",
     num_samples: int | None = None,
-    pads_inside: bool = False,
 ) -> BatchTokens:
     """Find the token masks and label counts of a collated batch; samples without a label are masked out.
 
@@ -89,7 +86,6 @@ def read_batch_tokens(
         masks=masks,
         other_modality=any(name.startswith(_OTHER_MODALITIES) for name in batch),
         masks_other_modality=_masks_other_modality(batch),
-        pads_inside=pads_inside and bool(masks),
     )
 
 
@@ -216,8 +212,6 @@ def _rows(tokens: BatchTokens, shape: torch.Size, layer: str, sequences: frozens
             f"the attention mask is of another sequence than the layers' rows ({list(tokens.masks[0].shape)}, and "
             f"{list(shape)} in {layer})"
         )
-    if tokens.pads_inside and tokens.num_samples == 1 and shape.numel() > tokens.masks[0].numel():
-        return tokens.masks[0].reshape(-1).nonzero().squeeze(1)
     all_labelled = tokens.num_labelled == tokens.num_samples
     if all(kept is None for kept in tokens.kept) or (tokens.other_modality and all_labelled):
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, compare_versions
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -207,7 +207,7 @@ class LoRADACallback(TrainerCallback):
         output_dir = Path(args.output_dir or ".")
         if name != INIT_FOLDER and INIT_FOLDER in getattr(model, "peft_config", {}):
             model.delete_adapter(INIT_FOLDER)
-            if (output_dir / ADAPTER_FILE).is_file():
+            if compare_versions("transformers", "<", "5.23") and (output_dir / ADAPTER_FILE).is_file():
                 model.load_adapter(str(output_dir), name, is_trainable=True)
         mark_initialized(model, name, may_be_zero=True)
         stored = output_dir / (INIT_FOLDER if self.init_from is None else START_FILE)

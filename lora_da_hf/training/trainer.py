@@ -49,6 +49,8 @@ class LoRADATrainer(Trainer):
         search_step: bool = False,
         **trainer_kwargs: Any,
     ) -> None:
+        if peft_config is not None and any(trainer_kwargs.get("optimizers") or ()):
+            raise ConfigError("The optimizer was made without the adapter. Give a model of get_peft_model's instead.")
         self._peft_config = peft_config
         self._lora_da = LoRADACallback(da_config, init_from=init_from, search_step=search_step)
         if model is not None:

@@ -80,8 +80,9 @@ def translation_samples(count):
 
 def classification_samples(count):
     generator = random.Random(0)
-    rows = [_counting(generator) for _ in range(count)]
-    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": min(len(ids) % 4, 2)} for ids in rows]
+    rows = {tuple(ids): ids for ids in (_counting(generator, high=21) for _ in range(10 * count))}  # each once
+    samples = [{"input_ids": i, "attention_mask": [1] * len(i), "labels": min(len(i) % 4, 2)} for i in rows.values()]
+    return samples[:count]
 
 
 def regression_samples(count):

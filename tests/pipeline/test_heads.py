@@ -26,8 +26,12 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 SETTINGS = {"num_samples": 16, "search_samples": 4, "batch_size": 4}
 
 
+def once_each(count):
+    return list({tuple(sample["input_ids"]): sample for sample in make_learnable_samples(20 * count)}.values())[:count]
+
+
 def classes(count, of=lambda ids: ids[-1] % 3):
-    return [{**sample, "labels": of(sample["input_ids"])} for sample in make_learnable_samples(count)]
+    return [{**sample, "labels": of(sample["input_ids"])} for sample in once_each(count)]
 
 
 def collate_numbers(samples):
@@ -56,7 +60,7 @@ def tagger():
 
 
 def tagged(count):
-    return [{**s, "labels": [token % 3 for token in s["input_ids"]]} for s in make_learnable_samples(count)]
+    return [{**s, "labels": [token % 3 for token in s["input_ids"]]} for s in once_each(count)]
 
 
 def images():
@@ -121,7 +125,7 @@ def test_the_fitted_head_is_at_the_minimum_of_the_loss_and_a_ridge():
     report = initialize(model, samples, collator=collate_classes, step_size=1e-6, **SETTINGS)
     options = {"seed": 42, "has_one_label": lambda sample: True, "with_heads": True}
     drawn = choose_samples(samples, make_config(step_size=1e-6, **SETTINGS), **options).heads
-    fitted = [sample for place, sample in enumerate(drawn) if place % 4]
+    fitted = [sample for place, sample in enumerate(drawn) if place % 4 != 1]
     assert f"on {len(fitted)} samples" in report.notes[0]
     weight = dict(model.named_parameters())[name].requires_grad_(True)
     gradient = torch.autograd.grad(mean_loss(model, fitted, collate_classes), weight)[0]
@@ -140,7 +144,7 @@ def test_without_fit_heads_the_head_stays():
 def test_a_head_that_nothing_is_to_be_learnt_for_stays():
     model, generator = llama(), random.Random(0)
     before = heads(model)
-    samples = [{**sample, "labels": generator.randrange(3)} for sample in make_learnable_samples(160)]
+    samples = [{**sample, "labels": generator.randrange(3)} for sample in once_each(160)]
     report = initialize(model, samples, collator=collate_classes, **SETTINGS)
     assert any("score was not fitted first" in note for note in report.notes)
     assert all(torch.equal(head, before[name]) for name, head in heads(model).items())
