@@ -44,6 +44,11 @@ def make_learnable_samples(count, seed=0):
     return samples
 
 
+def once_each(count):
+    """Make such samples of which no two have the same tokens, 160 at most."""
+    return list({tuple(sample["input_ids"]): sample for sample in make_learnable_samples(20 * count)}.values())[:count]
+
+
 def make_tokenizer():
     """Make a tokenizer of the words w3 to w95."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, 96)}}

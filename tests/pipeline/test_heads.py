@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from harness import collate_classes, initialize, make_config, make_learnable_samples, make_lora_config
+from harness import collate_classes, initialize, make_config, make_lora_config, once_each
 from oracles import collate
 from peft import get_peft_model
 from torch.nn.functional import cosine_similarity
@@ -24,10 +24,6 @@ from lora_da_hf.samples import choose_samples, pad_samples
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
 SETTINGS = {"num_samples": 16, "search_samples": 4, "batch_size": 4}
-
-
-def once_each(count):
-    return list({tuple(sample["input_ids"]): sample for sample in make_learnable_samples(20 * count)}.values())[:count]
 
 
 def classes(count, of=lambda ids: ids[-1] % 3):

@@ -16,6 +16,7 @@ from harness import (
     make_learnable_samples,
     make_lora_config,
     make_tokenizer,
+    once_each,
     stored_statistics,
     train_from,
 )
@@ -77,7 +78,7 @@ def train_with_its_loss(trainer, callback):
 
 
 def token_rows(count=24):
-    return Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in make_learnable_samples(count)])
+    return Dataset.from_list([{"input_ids": sample["input_ids"]} for sample in once_each(count)])
 
 
 def make_sft(folder, model, callback, *, count=24, **arguments):
@@ -101,7 +102,7 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
     trainer = make_sft(tmp_path, tiny_llama(), callback)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
-    samples = [{**sample, "labels": sample["input_ids"]} for sample in chosen(make_learnable_samples(24))]
+    samples = [{**sample, "labels": sample["input_ids"]} for sample in chosen(once_each(24))]
     expected = autograd_statistics(
         lora_model(), samples, lambda model, batch: model(**batch).loss, items_of=items_of(report)
     )
