@@ -208,7 +208,7 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
             parser.error(f"config file {path}: unknown setting {name!r}.{suggestion(parser, str(name))}")
     for action in parser._actions:  # argparse checks choices on the command line alone
         if action.choices and action.dest in values and values[action.dest] not in action.choices:
-            parser.error(f"config file {path}: {action.dest} must be one of {action.choices}")
+            parser.error(f"config file {path}: {action.dest} must be one of {', '.join(map(str, action.choices))}")
     return values
 
 

@@ -54,11 +54,10 @@ def choose_together(
         digests = {name: [digest(sample) for sample in part] for name, part in parts.items()}
         draws = any(digest(sample) != digests["statistics"][0] for sample in splits.statistics[:1])
     everywhere = job.processes.gather((digests, draws))
-    splits, kept = _without_repeats(splits, digests)
     if all(found == digests for found, _ in everywhere):
-        return splits, kept, ()
+        return *_without_repeats(splits, digests), ()
     if any(drawing for _, drawing in everywhere):
-        return splits, kept, ("the collator draws at random, so the samples of the processes were not compared",)
+        return splits, digests, ("the collator draws at random, so the samples of the processes were not compared",)
     raise ConfigError(
         "The processes differ in the samples, or in the order of the samples. Give all processes the same data in the "
         "same order, without a shard for each: they share the work by themselves."

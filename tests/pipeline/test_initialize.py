@@ -90,6 +90,12 @@ def test_fewer_samples_than_asked_are_used_and_noted(lora_model, samples):
     assert any("18 samples" in note and "256" in note for note in report.notes)
 
 
+def test_samples_that_repeat_those_of_the_final_check_are_left_out(lora_model, samples):
+    report = initialize(lora_model(), samples * 4, num_samples=40)
+    assert report.num_samples < 40
+    assert any("samples were left out, since they repeat" in note for note in report.notes)
+
+
 def test_the_same_inputs_give_the_same_bits(lora_model, samples):
     one, two = lora_model(), lora_model()
     first = initialize(one, samples)

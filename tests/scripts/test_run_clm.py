@@ -418,7 +418,7 @@ def test_wrong_flags(capsys, tmp_path, monkeypatch, more, message):
         ("{", "cannot be read"),
         ('{"lerning_rate": 1}', "unknown setting 'lerning_rate'. Do you mean 'learning_rate'?"),
         ('{"learning_rate": "fast"}', "invalid float value"),
-        ('{"init": "pissa"}', "init must be one of ('lora_da', 'lora')"),
+        ('{"init": "pissa"}', "init must be one of lora_da, lora"),
     ],
 )
 def test_wrong_config_file(capsys, tmp_path, text, message):
