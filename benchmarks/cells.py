@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 from designs import READS, key_of
-from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, target_modules
+from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, make_anew, target_modules
 from measuring import REPOSITORY, package_digest, peak_mib, reset_peak
-from report import LOOKS, wilson_interval
+from peft.optimizers import create_loraplus_optimizer
 from tasks import TASKS, Task
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -37,7 +36,11 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import demo
 import run_clm
 
-TRAINING = ("learning_rate", "steps", "warmup", "schedule", "max_grad_norm", *LOOKS)
+TRAINING = {
+    *("learning_rate", "steps", "warmup", "schedule", "max_grad_norm", "evaluations"),
+    "lora_plus",
+    "anew_after",
+}
 """Settings of a cell that its initialisation does not depend on."""
 
 STARTS_ELSEWHERE = {*RESET, *MERGED}
@@ -260,12 +263,10 @@ def run_cell(cell: dict[str, Any], subject: Subject, last: LastStart) -> dict[st
     training.found["peak_mib"] = found.pop("peak_mib")
     training.found["seconds"] += found.pop("seconds_before")
     last.note_loss(cell, found["losses"][0][1])
-    accuracy = exact_match(start.model, subject, cell) if cell["accuracy_samples"] else None
     if subject.unlike:
         found["forgetting"] = [start.unlike, number(evaluate(start.model, start.setup, subject.unlike))]
     return {
         **found,
-        "accuracy": accuracy,
         "initialization": {**start.cost, "reused": reused},
         "training": training.found,
         "notes": start.notes,
@@ -311,6 +312,7 @@ class Checkpoint:
         self.parameters, self.parts = parameters, parts
         output, minutes = subject.checkpoints or (None, math.inf)
         self.path = output and output.with_name(f"{output.stem}.{key_of(cell, subject.facts)}.pt")
+        self.path = None if cell["anew_after"] else self.path  # the base's weights, which then change, are not kept
         self.every, self.begun, self.before = 60 * minutes, time.monotonic(), 0.0
         self.saved = self.begun
 
@@ -365,8 +367,9 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
     model, setup, task = start.model, start.setup, subject.task
     options: dict[str, Any] = {"use_cache": False} if task is None else {}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cell["learning_rate"], weight_decay=0.0)
-    linear = cell.get("schedule", "cosine" if task is None else "linear") == "linear"
+    rates = {"lr": cell["learning_rate"], "loraplus_lr_ratio": cell["lora_plus"] or 1}
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates, weight_decay=0.0)
+    linear = (cell["schedule"] or ("cosine" if task is None else "linear")) == "linear"
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, cell, linear=linear))
     checkpoint = Checkpoint(subject, cell, parameters, optimizer, schedule)
     kept = checkpoint.load()
@@ -391,6 +394,10 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
         batch = next(batches)
         if step <= len(at["train_losses"]):
             continue  # it was trained on before the cell was stopped
+        if step == round((cell["anew_after"] or 0) * cell["steps"]) + 1 > 1:
+            with Measured() as anew:
+                make_anew(model, cell["method"], setup, optimizer)
+            at["anew"] = anew.found["seconds"]
         begin = time.perf_counter()
         model.train()
         loss = model(**setup.collate(batch), **options).loss
@@ -412,6 +419,7 @@ def train(start: Start, cell: dict[str, Any], subject: Subject) -> dict[str, Any
     finished = math.isfinite(train_losses[-1]) if train_losses else True
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     found: dict[str, Any] = {"resumed": at["resumed"]} if kept else {}
+    found |= {"anew_seconds": at["anew"]} if "anew" in at else {}
     if task is not None:
         choice = [number(value) for value in task.evaluate(model, setup.collate, subject.choice)]
         found |= {"metric": task.metric, "scores": at["scores"], "choice": choice}
@@ -447,36 +455,3 @@ def evaluate(model: nn.Module, setup: Setup, samples: list[Any]) -> float:
             total += model(**batch, use_cache=False).loss.item() * labels
             count += labels
     return total / count
-
-
-def exact_match(model: nn.Module, subject: Subject, cell: dict[str, Any]) -> dict[str, Any]:
-    """Generate answers greedily, and count those in which the pattern finds what it finds in the right one.
-
-    ``1,000.`` is as good as ``1000``.
-    Samples whose right answer was cut before what the pattern finds are left out.
-    """
-    tokenizer, pattern = subject.tokenizer, re.compile(cell["answer_pattern"])
-    model.eval()
-    correct = total = 0
-    for sample in subject.validation[: cell["accuracy_samples"]]:
-        split = next(place for place, label in enumerate(sample["labels"]) if label != IGNORED_LABEL)
-        prompt = torch.tensor([sample["input_ids"][:split]], device=model.device)
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=cell["max_new_tokens"],
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, split:], sample["input_ids"])]
-        given, wanted = (found[-1] if (found := pattern.findall(text)) else None for text in texts)
-        total += wanted is not None
-        correct += None not in (given, wanted) and comparable(given) == comparable(wanted)
-    low, high = wilson_interval(correct, total) if total else (0.0, 1.0)
-    return {"correct": correct, "total": total, "low": low, "high": high}
-
-
-def comparable(answer: str) -> str:
-    """Return an answer without what makes no other number of it: commas between digits, and a full stop at the end."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", answer).removesuffix(".")

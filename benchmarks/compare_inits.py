@@ -51,7 +51,6 @@ from lora_da_hf import LoRADAError
 from lora_da_hf.cli.verbs import explain
 from lora_da_hf.config import setting
 from lora_da_hf.errors import ConfigError
-from lora_da_hf.statistics.token_masks import IGNORED_LABEL
 
 
 @dataclass
@@ -109,14 +108,13 @@ class CompareArguments:
 def show_plan(
     design: dict[str, Any],
     records: list[dict[str, Any]],
-    facts: dict[str, Any],
     blocks: list[str],
     without: Collection[str],
 ) -> None:
     """Print how many cells and steps of each block are left."""
     for block in chosen_blocks(design, blocks):
         try:
-            left = [cell for _, cell in pending(design, records, facts, [block["name"]], without)]
+            left = [cell for _, cell in pending(design, records, [block["name"]], without)]
         except ConfigError as error:
             print(f"{block['name']}: {error}")
             continue
@@ -132,9 +130,9 @@ def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> No
     while True:
         records = of_subject(read_lines(output), subject.facts, subject.weights_sha256)
         if arguments.plan:
-            show_plan(design, records, subject.facts, arguments.blocks, missing)
+            show_plan(design, records, arguments.blocks, missing)
             return
-        found = next(pending(design, records, subject.facts, arguments.blocks, missing), None)
+        found = next(pending(design, records, arguments.blocks, missing), None)
         if found is None or num_run == arguments.max_cells:
             return
         block, cell = found
@@ -159,24 +157,13 @@ def run(arguments: CompareArguments, subject: Subject, command: list[str]) -> No
 
 
 def check_samples(design: dict[str, Any], blocks: list[str], subject: Subject) -> None:
-    """Check that the data is what the blocks want of it, before any of them trains.
-
-    Raises:
-        ConfigError: if there are too few training samples, or no prompts where answers are to be generated.
-    """
+    """Check that there are as many training samples as the blocks want, before any of them trains."""
     for block in chosen_blocks(design, blocks):
         shared = shared_settings(design, block)
         if (shared["num_train"] or 0) > len(subject.train):
             raise ConfigError(
                 f"Block {block['name']!r} trains on {shared['num_train']} samples (num_train), and there are "
                 f"{len(subject.train)}. Lower it, or give more data."
-            )
-        asked = subject.validation[: shared["accuracy_samples"]]
-        bare = [place for place, sample in enumerate(asked) if sample["labels"][0] != IGNORED_LABEL]
-        if bare:
-            raise ConfigError(
-                f"Block {block['name']!r} generates answers (accuracy_samples), and validation sample {bare[0]} has no "
-                "prompt. Give --prompt_column and --completion_column, and prompts that are not empty."
             )
 
 

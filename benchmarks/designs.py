@@ -27,9 +27,8 @@ SHARED: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "evaluations": 4,
     "num_train": None,
-    "accuracy_samples": 0,
-    "max_new_tokens": 256,
-    "answer_pattern": r"####\s*(\S+)",
+    "lora_plus": None,
+    "anew_after": None,
     "settings": {},
 }
 """Settings of all cells, with their defaults. ``reads``, of methods whose start depends on data, says which
@@ -37,8 +36,8 @@ SHARED: dict[str, Any] = {
 training begins with (what was run before the setting was there: its draw and the order came from one seed).
 ``schedule`` is ``linear`` or ``cosine`` (None: linear for tasks, a cosine for text).
 ``evaluations`` are spread over the steps, beside the one at step 0;
-``num_train`` samples are drawn from the training set by the seed (None: all); ``accuracy_samples`` answers are
-generated at the end and compared in what the pattern finds last in them."""
+``num_train`` samples are drawn from the training set by the seed (None: all); ``lora_plus`` multiplies the rate of B
+(LoRA+, arXiv 2402.12354); ``anew_after`` is the share of the steps after which the adapter is merged and made anew."""
 
 READS = {"drawn": 1000, "first": 0}
 """What is added to a cell's seed for the draw of the samples that a method reads; training draws its order by the seed
@@ -79,7 +78,7 @@ def check_design(design: dict[str, Any], path: str | Path) -> dict[str, Any]:
         unknown |= set(block["methods"]) - {*METHODS, *FROZEN, *RESET, *MERGED}
         rates = block["learning_rates"]
         if isinstance(rates, dict):
-            unknown |= {rates.get("by", "final_loss")} - {"final_loss", "best_loss"}
+            unknown |= {rates.get("by", "final_loss")} - {"final_loss", "best_loss", "choice"}
         if isinstance(rates, dict) and rates["best_of"] not in earlier:
             raise ConfigError(
                 f"{path}: block {block['name']!r} takes the best rates of {rates['best_of']!r}, which is none of the "
@@ -89,7 +88,7 @@ def check_design(design: dict[str, Any], path: str | Path) -> dict[str, Any]:
             LoRADAConfig(**settings)
         shared = shared_settings(design, block)
         unknown |= ({shared["reads"]} - set(READS)) | ({shared["schedule"]} - {None, "linear", "cosine"})
-        for name, least in (("evaluations", 1), ("accuracy_samples", 0), ("num_train", 1)):
+        for name, least in (("evaluations", 1), ("num_train", 1)):
             value = shared[name]
             if not (value is None and name == "num_train") and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"{path}: block {block['name']!r} has {name} {value!r}: give {least} or more.")
@@ -146,8 +145,6 @@ def cells_of(
             cell |= {**shared, "settings": settings if made_by(method) in OWN else {}}
             if made_by(method) not in READ_SAMPLES:
                 del cell["reads"]
-            if cell["schedule"] is None:
-                del cell["schedule"]
             if cell not in cells:
                 cells.append(cell)
     return cells
@@ -171,12 +168,13 @@ def best_rate(
 ) -> float | None:
     """Return the learning rate with the lowest mean loss of a method among some cells; None if all diverged.
 
-    ``which`` may be ``best_loss``, the lowest on the way. A cell that was not run yet is a ConfigError.
+    ``which`` may be ``best_loss``, the lowest on the way, or ``choice``, that on the samples of a task to choose by.
+    A cell that was not run yet is a ConfigError.
     """
     found: dict[float, list[float]] = {}
     for cell in cells:
         if cell["method"] == method:
-            losses = [record[which] for record in records if is_of(record, cell)]
+            losses = [r["choice"][0] if which == "choice" else r[which] for r in records if is_of(r, cell)]
             if not losses:
                 raise ConfigError(f"The best learning rate of {method} is not known before its cells are run.")
             found.setdefault(cell["learning_rate"], []).extend(math.inf if x is None else x for x in losses)
@@ -197,14 +195,10 @@ def key_of(cell: dict[str, Any], subject: dict[str, Any]) -> str:
 
 
 def pending(
-    design: dict[str, Any],
-    records: list[dict[str, Any]],
-    facts: dict[str, Any],
-    blocks: list[str],
-    without: Collection[str] = (),
+    design: dict[str, Any], records: list[dict[str, Any]], blocks: list[str], without: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the cells that were not run, with the names of their blocks, in the order of the design."""
     for block in chosen_blocks(design, blocks):
         for cell in cells_of(design, block, records, without):
-            if key_of(cell, facts) not in {record["key"] for record in records}:
+            if not any(is_of(record, cell) for record in records):
                 yield block["name"], cell

@@ -239,6 +239,21 @@ def change(model: nn.Module, method: str, seed: int) -> None:
         freeze_a(model)
 
 
+def make_anew(model: nn.Module, method: str, setup: Setup, optimizer: torch.optim.Optimizer) -> None:
+    """Put the adapter's update into the base's weights, and make the adapter by its method again, from new samples.
+
+    The head goes on, and what the optimizer remembers of the adapter is forgotten.
+    """
+    change(model, "lora_on_da", setup.seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            optimizer.state.pop(parameter, None)
+    if made_by(method) == method == "lora_da":
+        config = LoRADAConfig(**{"num_samples": setup.num_samples, "fit_heads": False, **setup.settings})
+        given = {"config": config, "data_collator": setup.collate, "progress": False, "batch_size": setup.batch_size}
+        initialize_lora_da(model, setup.samples, seed=setup.samples_seed + 1, **given)
+
+
 def why_missing(method: str, kinds: Collection[type[nn.Module]] = ()) -> str | None:
     """Say why a method cannot be run with the PEFT that is installed on layers of some kinds; None if it can."""
     if method == "olora" and Conv1D in kinds:

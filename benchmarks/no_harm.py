@@ -10,7 +10,8 @@ writes `no_harm.md` beside the lines. With the designs `usual_settings` and `usu
 
     python benchmarks/no_harm.py --usual benchmarks/results/usual_*.jsonl
 
-writes `usual.md` and `usual.png`, the metric over the learning rate.
+writes `usual.md` and `usual.png`, the metric over the learning rate. With the design `lasting` and `--lasting`, the
+tries at a lead that lasts are put beside each other in `lasting.md`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from lines import read_lines
 from report import (
+    TRIED,
     at_best_rate,
     by_rate,
     course,
@@ -51,6 +53,7 @@ NAMES = {
     "lora": "plain LoRA",
     "lora_beside_da": "plain LoRA, head fitted",
     "lora_da": "LoRA-DA",
+    "lora_da_fa": "LoRA-DA, A frozen",
     "lora_on_da": "LoRA-DA's step in the base, plain LoRA on top",
 }
 
@@ -210,7 +213,9 @@ def plot_courses(courses: dict[str, dict[int, list[float]]], path: Path) -> None
 def cost(records: Sequence[Record]) -> str:
     """Return how many steps the initialisation took, and what of them fitted the head, which plain LoRA may have."""
     made = [r for r in records if not r["initialization"]["reused"]]
-    took = [(r["initialization"]["seconds"], r["notes"]["stages"].get("heads", 0), r["seconds_per_step"]) for r in made]
+    spent = [r["initialization"]["seconds"] + r.get("anew_seconds", 0) for r in made]
+    heads = [r["notes"]["stages"].get("heads", 0) for r in made]
+    took = [(*both, r["seconds_per_step"]) for *both, r in zip(spent, heads, made, strict=True)]
     return ", ".join(middle([one[place] / one[2] for one in took], ".0f") for place in (0, 1) if took)
 
 
@@ -232,10 +237,49 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+# ---- tries at a lead that lasts
+
+
+def lasting_table(records: Sequence[Record]) -> list[str]:
+    """Compare each try, at the best rate of its own on the samples to choose by, with plain LoRA with a fitted head."""
+    tries: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        cell = record["cell"]
+        tries.setdefault((cell["method"], cell["rank"], *map(cell.get, TRIED)), []).append(
+            {**record, "chosen": record["choice"][0]}
+        )
+    rows: list[list[str]] = []
+    plain = scores(at_best_rate(tries["lora_beside_da", 16, None, None], "chosen")[1])
+    for (method, rank, *tried), runs in tries.items():
+        names = [
+            f", {name} {value:g}" for name, value in zip(("B's rate times", "anew after"), tried, strict=True) if value
+        ]
+        rates, ours = sorted(by_rate(runs)), at_best_rate(runs, "chosen")[1]
+        found = [NAMES[method] + "".join(names), str(rank), ", ".join(f"{rate:g}" for rate in rates)]
+        found += [rate_text(runs, "chosen"), percent(list(scores(ours).values()), 2)]
+        rows.append([*found, difference(scores(ours), plain, 2)[0], cost(ours)])
+    names = [
+        "start",
+        "rank",
+        "rates",
+        "best",
+        "accuracy in percent",
+        "less plain LoRA, head fitted",
+        "steps: start, head",
+    ]
+    return markdown(names, rows)
+
+
 def main(paths: list[str]) -> None:
     """Write the tables of some files of results beside the first."""
-    by_task = [read_lines(Path(path)) for path in paths if path != "--usual"]
+    by_task = [read_lines(Path(path)) for path in paths if not path.startswith("--")]
     every = [record for records in by_task for record in records]
+    if "--lasting" in paths:
+        text = ["# Tries at a lead that lasts", "", describe(every[0]["subject"], [r["machine"] for r in every]), ""]
+        Path(paths[-1]).with_name("lasting.md").write_text(
+            "\n".join([*text, *lasting_table(every), ""]), encoding="utf-8"
+        )
+        return
     if "--usual" in paths:
         plot(every, Path(paths[-1]).with_name("usual.png"))
         plot_courses(courses := usual_courses(every), Path(paths[-1]).with_name("usual_course.png"))

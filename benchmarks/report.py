@@ -40,7 +40,10 @@ EXPLAINED = (
 )
 
 LOOKS = ("evaluations", "accuracy_samples", "max_new_tokens", "answer_pattern")
-"""Settings of a cell that say where it is looked at, and change nothing of it."""
+"""Settings of a cell, those of older ones among them, that say where it is looked at, and change nothing of it."""
+
+TRIED = ("lora_plus", "anew_after")
+"""Settings of a cell that are in a row's name where they are given."""
 
 EQUAL = ("batch_size", "alpha", "use_rslora", "num_samples", "warmup", "max_grad_norm")
 """Settings that runs are to share if they are compared: what is not as in most runs of a table is in a row's name."""
@@ -82,13 +85,11 @@ def grouped(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def each_once(records: Sequence[Record]) -> list[Record]:
-    """Return the last of the records that differ only in where a run was looked at, with answers if any of them has."""
+    """Return the last of the records that differ only in where a run was looked at."""
     last: dict[str, Record] = {}
     for record in records:
         what = {name: value for name, value in record["cell"].items() if name not in LOOKS}
-        key = json.dumps(what, sort_keys=True)
-        answers = record["accuracy"] or (last[key]["accuracy"] if key in last else None)
-        last[key] = {**record, "accuracy": answers}
+        last[json.dumps(what, sort_keys=True)] = record
     return list(last.values())
 
 
@@ -100,6 +101,7 @@ def variants(records: Sequence[Record]) -> dict[str, list[Record]]:
         cell = record["cell"]
         settings = f" {json.dumps(cell['settings'])}" if cell["settings"] else ""
         others = "".join(f" {name}={cell[name]}" for name in EQUAL if cell[name] != usual[name])
+        others += "".join(f" {name}={cell[name]}" for name in TRIED if cell.get(name))
         read = " reads=first" if cell.get("reads") == "first" else ""
         groups.setdefault(cell["method"] + settings + others + read, []).append(record)
     return groups
@@ -168,18 +170,15 @@ def main_table(records: Sequence[Record]) -> list[str]:
     """Compare the methods, each at its best learning rate."""
     of_methods = variants(records)
     found = {name: at_best_rate(of_method)[1] for name, of_method in of_methods.items()}
-    columns = (
-        *("method", "best learning rate", "loss at step 0", "final loss", "less plain LoRA's, same seeds"),
-        *("lowest on the way", "exact match"),
-    )
+    of_losses = ("loss at step 0", "final loss", "less plain LoRA's, same seeds", "lowest on the way")
     rows = []
     for name, runs in sorted(found.items(), key=lambda item: mean_loss(item[1])):
         plain = found.get(partner_of(name), [])
         starts, ends, lowest = (spread(losses_of(runs, which)) for which in ("first_loss", "final_loss", "best_loss"))
         difference = "" if name == partner_of(name) else paired_difference(runs, plain)
         rate = rate_text(of_methods[name])
-        rows.append((name, rate, starts, ends, difference, lowest, accuracy(runs)))
-    return markdown(columns, rows)
+        rows.append((name, rate, starts, ends, difference, lowest))
+    return markdown(("method", "best learning rate", *of_losses), rows)
 
 
 def start_table(records: Sequence[Record]) -> list[str]:
@@ -251,25 +250,6 @@ def mean_difference(values: Sequence[float]) -> str:
     """Write the mean, with its standard error if there is one."""
     error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):+.4f}{error}" if values else ""
-
-
-def accuracy(runs: Sequence[Record]) -> str:
-    """Return the share of exact answers of each run, with Wilson's interval: they answer the same questions."""
-    shown: list[str] = []
-    for run in runs:
-        if run["accuracy"] and run["accuracy"]["total"]:
-            correct, total = run["accuracy"]["correct"], run["accuracy"]["total"]
-            low, high = wilson_interval(correct, total)
-            shown.append(f"{correct}/{total} ({low:.1%} to {high:.1%})")
-    return "; ".join(shown)
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share, 95 % by default."""
-    share = correct / total
-    middle = share + z**2 / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return max(0.0, (middle - half) / (1 + z**2 / total)), min(1.0, (middle + half) / (1 + z**2 / total))
 
 
 def rates_table(records: Sequence[Record]) -> list[str]:

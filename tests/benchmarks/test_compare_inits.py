@@ -90,7 +90,6 @@ def test_every_method_runs_on_equal_terms(compare):
         expected = {**designs.SHARED, **SMALL, **cell_of(BLOCK, method)}
         if not record["reads_samples"]:
             del expected["reads"]  # which makes no difference to it
-        del expected["schedule"]  # which is left to what is learnt
         assert record["cell"] == expected
         assert record["command"][:2] == ["--design", "design.json"]
         if method in NO_OPS:
@@ -266,10 +265,14 @@ def test_a_run_that_diverges_is_recorded_and_others_go_on(compare):
     assert report.at_best_rate(records)[0] == 1e-3
 
 
-def test_exact_answers_are_counted(compare, monkeypatch):
-    (record,) = compare({**BLOCK, "methods": ["lora"]}, accuracy_samples=5, answer_pattern=r"(w\d+)", max_new_tokens=4)
-    assert record["accuracy"]["total"] == 5
-    assert 0 <= record["accuracy"]["low"] <= record["accuracy"]["correct"] / 5 <= record["accuracy"]["high"] <= 1
+def test_an_adapter_is_merged_and_made_anew_and_b_may_have_a_rate_of_its_own(compare):
+    more = ({}, {"anew_after": 0.5}, {"lora_plus": 16})
+    records = compare(*({**BLOCK, "methods": ["lora_da"], "name": str(one), **one} for one in more))
+    usual, anew, plus = (record["train_losses"] for record in records)
+    assert usual[:2] == anew[:2]
+    assert anew[2] < usual[2]  # the step of a second start is on top of the first one's
+    assert usual[1] != plus[1]
+    assert set(report.variants(records)) == {"lora_da", "lora_da anew_after=0.5", "lora_da lora_plus=16"}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,6 @@ def test_exact_answers_are_counted(compare, monkeypatch):
         ({"learning_rates": {"best_of": "all", "times": [1]}}, "takes the best rates of 'all', which is none of the"),
         ({"evaluations": 0}, "block 'all' has evaluations 0: give 1 or more"),
         ({"num_train": 0}, "block 'all' has num_train 0: give 1 or more"),
-        ({"accuracy_samples": "all"}, "block 'all' has accuracy_samples 'all': give 0 or more"),
         ({"num_train": 41}, r"Block 'all' trains on 41 samples \(num_train\), and there are 40"),
     ],
 )
@@ -308,7 +310,7 @@ def test_the_designs_are_valid(path):
         seen |= keys
         assert re.search(rf"\b{len(cells)} cells? ", block["why"])
         losses = ("final_loss", "best_loss")
-        records += [{"cell": cell, **dict.fromkeys(losses, cell["learning_rate"])} for cell in cells]
+        records += [{"cell": cell, "choice": [1.0], **dict.fromkeys(losses, cell["learning_rate"])} for cell in cells]
 
 
 @pytest.mark.parametrize("method", ["olora", "pissa"])
