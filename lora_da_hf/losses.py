@@ -27,10 +27,12 @@ _READS_LOSS_ALONE = "reads_loss_alone"
 """Attribute of a loss that reads nothing but the loss from what the model returns."""
 _METRICS = ("_metrics", "_stored_metrics")
 """Where TRL's trainers collect what their losses write down."""
+_GATHERS = ("gather", "gather_for_metrics")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` wrapped, or the model itself."""
+    """Return the model that `torch.compile` or `nn.DataParallel` wrapped, or the model itself."""
+    model = model.module if isinstance(model, nn.DataParallel) else model
     return model._modules.get("_orig_mod") or model  # PEFT's models look for other attributes in the base
 
 
@@ -246,7 +248,7 @@ def loss_of(trainer: Trainer) -> ComputeLoss:
 
 @contextlib.contextmanager
 def as_in_training_alone(trainer: Trainer) -> Generator[None]:
-    """Let the loss be that of this process, and leave no trace in the trainer's metrics.
+    """Let the loss be that of this process, without the routers' auxiliary one, and leave no trace in its metrics.
 
     `Trainer.compute_loss` multiplies by the number of processes. The losses of TRL write metrics down at each call,
     and gather them from all processes, which call the loss different numbers of times here.
@@ -254,14 +256,12 @@ def as_in_training_alone(trainer: Trainer) -> Generator[None]:
     accelerator: Any = trainer.accelerator
     found = [metrics for name in _METRICS if isinstance(metrics := getattr(trainer, name, None), dict)]
     before = copy.deepcopy(found)
-    averages = trainer.args.average_tokens_across_devices
-    trainer.args.average_tokens_across_devices = False
-    accelerator.gather = accelerator.gather_for_metrics = lambda tensor, *_, **__: tensor
+    changes: list[tuple[Any, str, Any]] = [(accelerator, name, lambda one, *_, **__: one) for name in _GATHERS]
+    changes += [(trainer.args, "average_tokens_across_devices", False), (trainer, "aux_loss_enabled", False)]
     try:
-        yield
+        with changed(changes):
+            yield
     finally:
-        del accelerator.gather, accelerator.gather_for_metrics
-        trainer.args.average_tokens_across_devices = averages
         for metrics, kept in zip(found, before, strict=True):
             metrics.clear()
             metrics.update(kept)

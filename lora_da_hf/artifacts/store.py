@@ -181,8 +181,10 @@ def check_base_model(init: StoredInit, base_model: BaseModelFacts) -> tuple[str,
     return notes
 
 
-def with_base_name(stored: StoredInit, name: str) -> tuple[StoredInit, dict[str, bytes]]:
+def with_base_name(stored: StoredInit, name: str | None) -> tuple[StoredInit, dict[str, bytes]]:
     """Give the base another name, such as that of a local copy on the Hub; return it with the two files that change."""
+    if name in (None, stored.manifest.base_model.name_or_path):
+        return stored, {}
     config = {**stored.peft_config, "base_model_name_or_path": name, "revision": None}
     data, files = json.dumps(config, indent=2, sort_keys=True).encode(), dict(stored.manifest.files)
     files[ADAPTER_CONFIG_FILE] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -89,10 +89,11 @@ def verify(arguments: argparse.Namespace, output: Output) -> None:
 )
 def card(arguments: argparse.Namespace, output: Output) -> None:
     """Render the card of a stored initialisation, and its plot."""
-    from lora_da_hf.artifacts.store import load_init
+    from lora_da_hf.artifacts.store import load_init, with_base_name
     from lora_da_hf.hub.cards import render_card, render_page
 
-    facts, stored = {**vars(read(CardFacts, arguments)), "repo_id": arguments.repo_id}, load_init(arguments.folder)
+    facts = {**vars(read(CardFacts, arguments)), "repo_id": arguments.repo_id}
+    stored, _ = with_base_name(load_init(arguments.folder), facts["base_model"])
     if arguments.output is None:
         text = render_card(stored, **facts).rstrip("\n")
         output.result({"card": text}, bare=text, text=text)

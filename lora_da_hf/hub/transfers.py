@@ -106,9 +106,7 @@ def push_init(
     from lora_da_hf.artifacts.store import load_init, with_base_name  # with torch, which a list does without
     from lora_da_hf.hub.cards import base_id_of, render_page
 
-    stored, of_base_name = load_init(folder), dict[str, bytes]()
-    if facts.get("base_model") not in (None, stored.manifest.base_model.name_or_path):
-        stored, of_base_name = with_base_name(stored, facts["base_model"])
+    stored, of_base_name = with_base_name(load_init(folder), facts.get("base_model"))
     api = HfApi(endpoint=endpoint, token=token, library_name="lora_da_hf")
     with hub_errors(f"Pushing {repo_id}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
@@ -128,11 +126,9 @@ def push_init(
             raise HubError(
                 f"{repo_id} is {found}, and you asked for {wanted}. Change that in its settings, or ask for {found}."
             )
-        others = sorted(names - set(_NEUTRAL))
-        if others and MANIFEST_FILE not in names:
-            raise HubError(
-                f"{repo_id} holds {others[0]} and no initialisation, and a push would take it over. Push to another."
-            )
+        others = names & {"training_args.bin"} if MANIFEST_FILE in names else names - set(_NEUTRAL)
+        if others:
+            raise HubError(f"{repo_id} holds {min(others)}, which a push would take over. Push to another.")
         licences = [name for name in LICENSE_FILES if (stored.folder / name).is_file()]
         in_folder = (*stored.manifest.files, MANIFEST_FILE, *licences)
         files: dict[str, Any] = {**{name: stored.folder / name for name in in_folder}, **of_base_name, **page}

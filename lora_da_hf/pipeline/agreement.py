@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from lora_da_hf.errors import ConfigError
@@ -65,14 +67,23 @@ def choose_together(
 
 
 def _without_repeats(splits: SampleSplits, digests: dict[str, list[str]]) -> tuple[SampleSplits, dict[str, list[str]]]:
-    """Take out of the statistics and the heads' samples what the search or the final check has, too, if others stay."""
-    held_out, left_out = {*digests["search"], *digests["unseen"]}, 0
-    for name in ("statistics", "heads"):
+    """Take out what the search has, and out of statistics and heads' samples what the final check has, if any stay."""
+    held_out, left_out, notes = {*digests["search"]}, 0, splits.notes
+    for name in ("unseen", "statistics", "heads"):
         samples = zip(getattr(splits, name), digests[name], strict=True)
         others = [(sample, digest) for sample, digest in samples if digest not in held_out]
-        if 0 < len(others) < len(digests[name]):
+        held_out |= {*digests["unseen"]}
+        if digests[name] and not others:
+            notes += (f"all samples for {name} repeat others, so the losses say little of new data",)
+        elif len(others) < len(digests[name]):
             left_out += len(digests[name]) - len(others)
             splits = dataclasses.replace(splits, **{name: [sample for sample, _ in others]})
             digests = {**digests, name: [digest for _, digest in others]}
-    note = f"{left_out} samples were left out, since they repeat those of the search or the final check"
-    return (dataclasses.replace(splits, notes=(*splits.notes, note)) if left_out else splits), digests
+    if left_out:
+        notes += (f"{left_out} samples were left out, since they repeat those of the search or the final check",)
+    return dataclasses.replace(splits, notes=notes), digests
+
+
+def fingerprint(digests: Mapping[str, list[str]]) -> str:
+    """Hash the samples that the statistics are of."""
+    return hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest()

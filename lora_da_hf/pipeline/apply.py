@@ -15,7 +15,7 @@ from lora_da_hf.collator import RawCollate
 from lora_da_hf.distributed.parameters import refuse_split_models
 from lora_da_hf.errors import ArtifactError, ConfigError, TargetError
 from lora_da_hf.losses import unwrapped
-from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
+from lora_da_hf.pipeline.agreement import check_same_settings, choose_together, fingerprint
 from lora_da_hf.pipeline.base_model import base_model_facts, trained_heads
 from lora_da_hf.pipeline.heads import take_over_saved_modules
 from lora_da_hf.pipeline.job import Job, make_job
@@ -31,6 +31,9 @@ from lora_da_hf.theory.steps import rounding_notes
 
 _OF_THE_STATISTICS = ("num_samples", "num_unlabelled", "population_size", "batch_size", "data_fingerprint")
 """What the report takes over from the stored one."""
+_OTHER_DATA = (
+    "these are not the samples, in the order, that the start was computed from: it may have seen those of the loss"
+)
 
 
 def apply_init(
@@ -122,7 +125,9 @@ def _write(
     with job.prepared():
         searches = is_given and job.config.searches_step
         if samples is not None:
-            splits, _, of_samples = choose_together(job, samples, report.population_size)
+            splits, digests, of_samples = choose_together(job, samples, report.population_size)
+            if fingerprint(digests) != report.data_fingerprint and (splits.search or splits.unseen):
+                notes.append(_OTHER_DATA)
             if not searches:  # no sample is taken for a search
                 splits = dataclasses.replace(splits, search=[], unseen=splits.unseen or splits.search)
             probe = _probe(job, splits)

@@ -30,14 +30,17 @@ def base_model_facts(model: nn.Module) -> BaseModelFacts:
 
     Of a folder, the name is ``./`` and its own, not where it lies; in the Hub's cache, those of the repository.
     """
-    config: Any = getattr(base_model_of(model), "config", None)
+    base: Any = base_model_of(model)
+    config: Any = getattr(base, "config", None)
     name: str | None = getattr(config, "_name_or_path", None) or None
     revision: str | None = getattr(config, _COMMIT, None)
     if name and (Path(name).is_dir() or not is_repo_id(name)):
         path = Path(name).resolve()
         cached = _IN_CACHE.search(path.as_posix())
         name, revision = (cached[1].replace("--", "/"), cached[2]) if cached else (f"./{path.name}", None)
-    return BaseModelFacts(name_or_path=name, revision=revision, weights_sha256=weights_fingerprint(base_weights(model)))
+    is_quantized = getattr(base, "is_quantized", False)  # the weights of some layers are in buffers then
+    weights_sha256 = None if is_quantized else weights_fingerprint(base_weights(model))
+    return BaseModelFacts(name_or_path=name, revision=revision, weights_sha256=weights_sha256)
 
 
 def remember_commit(model: nn.Module, *, revision: str) -> None:

@@ -53,11 +53,6 @@ class Group:
         return _ITEM * (UpperTriangle.size(self.d_in, self.device_type) + (self.d_in + 1) * sum(self.d_outs))
 
     @property
-    def product_bytes(self) -> int:
-        """Size of the largest sum."""
-        return _ITEM * max(UpperTriangle.size(self.d_in, self.device_type), self.d_in * max(self.d_outs))
-
-    @property
     def work_bytes(self) -> int:
         """What the solve takes beside the sums: the moment twice, and a gradient four times, in float64."""
         return 2 * _ITEM * self.d_in * (2 * self.d_in + 4 * max(self.d_outs))
@@ -185,7 +180,8 @@ def make_plan(
     if len(windows) > 1 and num_processes == 1 and all(group.device_type == "cuda" for group in groups):
         moved, taken = _moved_to_host(groups, budget)
         # beside the sums two products, in pinned memory, which comes in powers of two that are kept as it grows
-        needed = sum(group.sum_bytes for group in moved) + 8 * max(group.product_bytes for group in moved)
+        largest_sums = (max(UpperTriangle.size(g.d_in, g.device_type), g.d_in * max(g.d_outs)) for g in moved)
+        needed = sum(group.sum_bytes for group in moved) + 8 * _ITEM * max(largest_sums)
         if needed <= host:
             windows, peak, host_bytes = [list(groups)], taken, needed
             on_host = frozenset(group.leader for group in moved)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import settle
 from lora_da_hf.errors import ArtifactError, ConfigError
 from lora_da_hf.losses import unwrapped
-from lora_da_hf.pipeline.agreement import check_same_settings, choose_together
+from lora_da_hf.pipeline.agreement import check_same_settings, choose_together, fingerprint
 from lora_da_hf.pipeline.base_model import trained_heads
 from lora_da_hf.pipeline.finished import Identity, identify, take_over_finished
 from lora_da_hf.pipeline.heads import fit_heads
@@ -162,7 +161,7 @@ def _run(
             population_size=probe.splits.population_size,
             batch_size=counts.batch_size,
             loss_reduction=probe.reduction,
-            data_fingerprint=hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest(),
+            data_fingerprint=fingerprint(digests),
             plan=plan.describe(),
             notes=[*notes, *broken, *probe.notes, *counts.notes, *solved.notes, *step.notes],
         )

@@ -81,7 +81,7 @@ def stored_step(
     if step is None:
         return None, "the step follows from stable_gamma and each layer's scaling"
     if not steps:
-        return step, f"step {step:.4g}, which was given"
+        return step, f"step {step:.4g}, as {'stored' if manifest.refitted_from else 'given'}"
     changed = list(dict.fromkeys((*(manifest.refitted_from.changed if manifest.refitted_from else ()), *changed)))
     since = f"; it was searched before {', '.join(changed)} changed" if changed else ""
     if len(ranks) < len(manifest.layers):

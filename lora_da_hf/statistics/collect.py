@@ -91,6 +91,8 @@ class PassSettings:
     def notes(self) -> list[str]:
         """What a user has to know of the pass."""
         notes = [] if self.why_single is None else [f"run one sample at a time: {self.why_single}"]
+        if self.reduction.kind == "unknown":
+            notes.append("each sample weighs the same, however many labels it has: loss_reduction can say otherwise")
         if self.reduction.kind == "batch":
             of_batch = f"the loss is one of {self.batch_size} samples together and cannot be split"
             notes.append(f"{of_batch}: the statistics depend on the batch size")
@@ -205,7 +207,8 @@ def collect(
 
 def _add_batch(batch: Batch, settings: PassSettings, taps: Taps) -> None:
     tokens = taps.tokens = batch.tokens if batch.num_items else None
-    has_masks = tokens is None or tokens.masks
+    own = [name for name in batch.inputs if name.endswith("attention_mask") and name != "decoder_attention_mask"]
+    has_masks = tokens is None or (tokens.masks and len(own) < 2)
     with taps.attached(), contextlib.nullcontext() if has_masks else taps.masks_given_to(settings.model):
         loss = settings.loss(batch)
         loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss  # the weight is not rounded

@@ -97,7 +97,7 @@ def lengthened(batch: Mapping[str, Any], longest: int | None, *, decoder: bool) 
     text: Any = batch.get("labels") if decoder else batch.get("input_ids", batch.get("labels"))
     if not _is_sequences(text) or (longest is not None and text.shape[1] >= longest):
         return batch
-    as_long = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == text.shape]
+    as_long = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape[:2] == text.shape]
     if decoder:
         as_long = [name for name in as_long if name not in ("input_ids", "attention_mask")]
     known = ("labels", "decoder_input_ids", "decoder_attention_mask") if decoder else ("_ids", "_mask", "labels")

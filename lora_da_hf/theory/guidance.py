@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lora_da_hf.theory.kronecker import FactorizedInput
@@ -24,10 +25,6 @@ class Displacement:
 
     scaled_gradient: Tensor
     factorized_input: FactorizedInput
-
-    def dense(self) -> Tensor:
-        """Return D, ``[d_out, d_in]``."""
-        return self.factorized_input.solve(self.scaled_gradient.mT).mT.neg()
 
     def apply(self, vectors: Tensor) -> Tensor:
         """Return ``D V`` for ``V [d_in, k]``."""
@@ -84,9 +81,10 @@ def build_guidance(
     """
     variance = variance_weight * inverse_output.sum().item() / population_size
     if variance_weight and normalize_terms:
-        dense = displacement.dense()
+        unit = torch.eye(displacement.scaled_gradient.shape[1]).to(displacement.scaled_gradient)
+        dense = displacement.apply(unit)
         narrow = dense if dense.shape[0] >= dense.shape[1] else dense.mT
-        inverse_norm = displacement.factorized_input.inverse().norm().item()
+        inverse_norm = displacement.factorized_input.solve(unit).norm().item()
         variance = variance_weight * (narrow.mT @ narrow).norm().item() / inverse_norm
     return Guidance(displacement=displacement, variance_coefficient=variance)
 

@@ -38,10 +38,6 @@ class FactorizedInput:
         half = torch.linalg.solve_triangular(self.cholesky, right_hand_side, upper=False)
         return torch.linalg.solve_triangular(self.cholesky.mT, half, upper=True)
 
-    def inverse(self) -> Tensor:
-        """Return ``Z^-1``, ``[d_in, d_in]``."""
-        return torch.cholesky_inverse(self.cholesky)
-
 
 def in_float64(moment: Tensor | UpperTriangle) -> Tensor:
     """Return a copy of a whole or half symmetric matrix as a whole one in float64."""

@@ -141,6 +141,7 @@ class LoRADACallback(TrainerCallback):
             settings["batch_size"] = max(1, batch_size // max(1, args.n_gpu))  # the pass has one of DataParallel's GPUs
         with contextlib.nullcontext() if self._trainer is None else as_in_training_alone(self._trainer):
             if self.init_from is None:
+                (output_dir / START_FILE).unlink(missing_ok=True)  # an earlier run's
                 settings |= {"population_size": population_size, "seed": args.seed}
                 return initialize_lora_da(model, samples, output_dir=output_dir / INIT_FOLDER, **settings)
             settings["step_size"] = "line_search" if self.search_step else None
