@@ -98,7 +98,7 @@ def test_of_two_writers_at_once_one_wins(hub, init, another, push):
 
 @pytest.mark.parametrize(
     "names",
-    [["README.md"], ["config.json"], ["adapter_config.json", "adapter_model.safetensors"], ["data/rows.csv"]],
+    [["README.md"], ["adapter_config.json", "adapter_model.safetensors"], ["training_args.bin", MANIFEST_FILE]],
 )
 @pytest.mark.parametrize("settings", [{}, {"create_pr": True}])
 def test_a_push_does_not_take_over_a_repo_that_holds_something_else(hub, push, names, settings):

@@ -216,17 +216,20 @@ def score(model, batch):
     return (hidden * batch["attention_mask"]).sum(1)
 
 
-def test_padding_does_not_count_where_a_batch_names_its_masks_otherwise_as_in_orpo(tmp_path):
+@pytest.mark.parametrize("texts", [["chosen_"], ["", "chosen_"]])
+def test_padding_does_not_count_where_a_batch_names_its_masks_otherwise_as_in_orpo(tmp_path, texts):
     def renamed(samples):
-        return {f"chosen_{name}": pad(value, (0, 4)) for name, value in pad_samples(samples).items()}
+        found = [(text, pad_samples(samples[::-1] if text else samples)) for text in texts]
+        return {f"{text}{name}": pad(value, (0, 4)) for text, batch in found for name, value in batch.items()}
 
     def loss(model, batch, num_items=None):
-        return score(model, {name.removeprefix("chosen_"): value for name, value in batch.items()}).mean()
+        return sum(score(model, {n: batch[t + n] for n in ("input_ids", "attention_mask")}).mean() for t in texts)
 
     samples = FAMILIES["Llama"].samples(16)
     report, _ = statistics_of(tmp_path, FAMILIES["Llama"].adapt(), samples, renamed, loss=loss)
     assert report.batch_size == 4
-    assert {layer.num_tokens for layer in report.layers} == {sum(len(s["input_ids"]) for s in chosen(samples))}
+    tokens = sum(len(sample["input_ids"]) for sample in chosen(samples))
+    assert {layer.num_tokens for layer in report.layers} == {len(texts) * tokens}
 
 
 def of_rare_class(model, batch, num_items=None):

@@ -213,6 +213,7 @@ def test_the_stored_step_is_measured_where_there_are_samples(stored_init, lora_m
     assert bad.unseen_loss_after > bad.unseen_loss_before
     assert "did not fall" in caplog.text
     assert bad.step_size == 500.0
+    assert [any("may have seen" in note for note in one.notes) for one in (report, bad)] == [False, True]
     without = apply_init(lora_model(r=4), stored_init, progress=False)
     assert any(f"{stored.unseen_loss_after:.4f}" in note for note in without.notes)
 

@@ -94,6 +94,8 @@ def test_samples_that_repeat_those_of_the_final_check_are_left_out(lora_model, s
     report = initialize(lora_model(), samples * 4, num_samples=40)
     assert report.num_samples < 40
     assert any("samples were left out, since they repeat" in note for note in report.notes)
+    few = initialize(lora_model(), samples[:2] * 20, num_samples=24)
+    assert any("all samples for unseen repeat others" in note for note in few.notes)
 
 
 def test_the_same_inputs_give_the_same_bits(lora_model, samples):

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from families.zoo import FAMILIES
 from harness import (
     EIGHT,
     assert_initialized,
@@ -22,7 +23,7 @@ from harness import (
 )
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from lora_da_hf import LoRADACallback
+from lora_da_hf import LoRADACallback, load_init
 
 trl = pytest.importorskip("trl")
 
@@ -107,6 +108,14 @@ def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
         lora_model(), samples, lambda model, batch: model(**batch).loss, items_of=items_of(report)
     )
     assert_statistics_equal(stored_statistics(tmp_path / "lora_da"), expected, 1e-4)
+    assert load_init(tmp_path / "lora_da").peft_config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any:RuntimeWarning")
+def test_sft_of_a_mixture_leaves_the_loss_of_its_routers_out(tmp_path):
+    callback = make_callback()
+    _, report = train_with_its_loss(make_sft(tmp_path, FAMILIES["Mixtral (experts)"].make_model(), callback), callback)
+    assert report.loss_reduction.startswith("sum")
 
 
 @pytest.mark.support("Trainers", "`SFTTrainer`, packing", "a packed row counts as one sample")
