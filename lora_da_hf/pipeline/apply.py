@@ -31,9 +31,7 @@ from lora_da_hf.theory.steps import rounding_notes
 
 _OF_THE_STATISTICS = ("num_samples", "num_unlabelled", "population_size", "batch_size", "data_fingerprint")
 """What the report takes over from the stored one."""
-_OTHER_DATA = (
-    "these are not the samples, in the order, that the start was computed from: it may have seen those of the loss"
-)
+_OTHER_DATA = "the statistics may have seen samples of this loss: the data is another, or in another order"
 
 
 def apply_init(
