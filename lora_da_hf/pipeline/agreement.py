@@ -84,6 +84,8 @@ def _without_repeats(splits: SampleSplits, digests: dict[str, list[str]]) -> tup
     return dataclasses.replace(splits, notes=notes), digests
 
 
-def fingerprint(digests: Mapping[str, list[str]]) -> str:
-    """Hash the samples that the statistics are of."""
-    return hashlib.sha256("".join(digests["statistics"]).encode()).hexdigest()
+def fingerprint(splits: SampleSplits, digests: Mapping[str, list[str]]) -> str:
+    """Hash the samples that the statistics are of, by their tokens if they have any: collators differ."""
+    ids = [sample.get("input_ids") for sample in splits.statistics if isinstance(sample, Mapping)]
+    tokens = [str(one.tolist() if hasattr(one, "tolist") else one) for one in ids if one is not None]
+    return hashlib.sha256("".join(tokens or digests["statistics"]).encode()).hexdigest()

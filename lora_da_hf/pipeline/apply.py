@@ -124,7 +124,7 @@ def _write(
         searches = is_given and job.config.searches_step
         if samples is not None:
             splits, digests, of_samples = choose_together(job, samples, report.population_size)
-            if fingerprint(digests) != report.data_fingerprint and (splits.search or splits.unseen):
+            if fingerprint(splits, digests) != report.data_fingerprint and (splits.search or splits.unseen):
                 notes.append(_OTHER_DATA)
             if not searches:  # no sample is taken for a search
                 splits = dataclasses.replace(splits, search=[], unseen=splits.unseen or splits.search)

@@ -38,9 +38,8 @@ def base_model_facts(model: nn.Module) -> BaseModelFacts:
         path = Path(name).resolve()
         cached = _IN_CACHE.search(path.as_posix())
         name, revision = (cached[1].replace("--", "/"), cached[2]) if cached else (f"./{path.name}", None)
-    is_quantized = getattr(base, "is_quantized", False)  # the weights of some layers are in buffers then
-    weights_sha256 = None if is_quantized else weights_fingerprint(base_weights(model))
-    return BaseModelFacts(name_or_path=name, revision=revision, weights_sha256=weights_sha256)
+    weights = None if getattr(base, "is_quantized", False) else weights_fingerprint(base_weights(model))
+    return BaseModelFacts(name_or_path=name, revision=revision, weights_sha256=weights)
 
 
 def remember_commit(model: nn.Module, *, revision: str) -> None:

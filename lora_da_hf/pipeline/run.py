@@ -161,7 +161,7 @@ def _run(
             population_size=probe.splits.population_size,
             batch_size=counts.batch_size,
             loss_reduction=probe.reduction,
-            data_fingerprint=fingerprint(digests),
+            data_fingerprint=fingerprint(splits, digests),
             plan=plan.describe(),
             notes=[*notes, *broken, *probe.notes, *counts.notes, *solved.notes, *step.notes],
         )

@@ -15,7 +15,7 @@ from lora_da_hf.artifacts.adapter_config import PEFT_PREFIX, config_to_store, re
 from lora_da_hf.artifacts.manifest import BaseModelFacts
 from lora_da_hf.distributed.parameters import is_partitioned, read_full
 from lora_da_hf.errors import TargetError
-from lora_da_hf.losses import generates, is_encoder_decoder
+from lora_da_hf.losses import shifts_labels
 
 
 def adapter_as_stored(
@@ -37,8 +37,8 @@ def adapter_as_stored(
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     peft_model: Any = model
     config = {**peft_model.peft_config[adapter_name].to_dict(), "inference_mode": True}
-    if generates(model):  # a card, and whoever loads the adapter, needs the class of the base
-        config["task_type"] = config["task_type"] or ("SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM")
+    if config["task_type"] is None and shifts_labels(model):  # a card needs the class of the base
+        config["task_type"] = "CAUSAL_LM"
     return tensors, config_to_store(config, base_model, modules, ranks, _common_scaling(layers, adapter_name))
 
 

@@ -208,7 +208,7 @@ def test_the_stored_step_is_measured_where_there_are_samples(stored_init, lora_m
     assert report.unseen_loss_before == pytest.approx(stored.unseen_loss_before)
     assert report.unseen_loss_after < report.unseen_loss_before
     assert not caplog.text
-    others = [{**sample, "labels": sample["labels"][::-1]} for sample in samples]
+    others = [{**sample, "input_ids": sample["input_ids"][::-1]} for sample in samples]
     bad = apply_init(lora_model(r=4), stored_init, samples=others, step_size=500.0, **own)
     assert bad.unseen_loss_after > bad.unseen_loss_before
     assert "did not fall" in caplog.text
