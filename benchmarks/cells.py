@@ -22,6 +22,7 @@ from designs import READS, key_of
 from inits import MERGED, RESET, Setup, change, linear_layers, made_by, make_adapter, make_anew, target_modules
 from measuring import REPOSITORY, package_digest, peak_mib, reset_peak
 from peft.optimizers import create_loraplus_optimizer
+from report import TRIED
 from tasks import TASKS, Task
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,11 +37,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 import demo
 import run_clm
 
-TRAINING = {
-    *("learning_rate", "steps", "warmup", "schedule", "max_grad_norm", "evaluations"),
-    "lora_plus",
-    "anew_after",
-}
+TRAINING = ("learning_rate", "steps", "warmup", "schedule", "max_grad_norm", "evaluations", *TRIED)
 """Settings of a cell that its initialisation does not depend on."""
 
 STARTS_ELSEWHERE = {*RESET, *MERGED}

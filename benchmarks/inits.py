@@ -248,7 +248,7 @@ def make_anew(model: nn.Module, method: str, setup: Setup, optimizer: torch.opti
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             optimizer.state.pop(parameter, None)
-    if made_by(method) == method == "lora_da":
+    if method == "lora_da":
         config = LoRADAConfig(**{"num_samples": setup.num_samples, "fit_heads": False, **setup.settings})
         given = {"config": config, "data_collator": setup.collate, "progress": False, "batch_size": setup.batch_size}
         initialize_lora_da(model, setup.samples, seed=setup.samples_seed + 1, **given)

@@ -78,9 +78,9 @@ class LoRADAReport:
             layers' steps differ (`stable_gamma`).
         step_size_by_rank: The searched step for a ladder of ranks.
         search: Steps tried, with their losses; None for one that is not finite.
-        search_loss_after: After the write, in the dtype that is stored.
+        search_loss_after: At the step that was taken, before it is written.
         unseen_loss_error: Standard error of the difference between the two losses, by how it varies over samples.
-        data_fingerprint: SHA-256 over the samples of the statistics.
+        data_fingerprint: SHA-256 over the samples of the statistics, by their tokens if they have any.
         artifact: The folder that the initialisation was written to or read from, on this machine.
         init_from: The stored initialisation that this started from, as `StoredInit.source`; None if it was computed.
     """
