@@ -10,8 +10,9 @@ writes `no_harm.md` beside the lines. With the designs `usual_settings` and `usu
 
     python benchmarks/no_harm.py --usual benchmarks/results/usual_*.jsonl
 
-writes `usual.md` and `usual.png`, the metric over the learning rate. With the design `lasting` and `--lasting`, the
-tries at a lead that lasts are put beside each other in `lasting.md`.
+writes `usual.md` and `usual.png`, the metric over the learning rate, and of the design `around_usual`, run into
+`around_*.jsonl`, `around.md` and so on. With the design `lasting` and `--lasting`, the tries at a lead that lasts are
+put beside each other in `lasting.md`.
 """
 
 from __future__ import annotations
@@ -122,6 +123,13 @@ def parts_table(records: Sequence[Record]) -> list[str]:
 
 USUAL_RATES = (1e-4, 2e-4, 5e-4)
 PAIR = ("lora_da", "lora")
+OTHERS = {
+    "longer": "{steps} steps of plain LoRA",
+    "drawn head": "drawn head of plain LoRA",
+    "pissa": "PiSSA in place of plain LoRA",
+    "eva": "EVA in place of plain LoRA",
+}
+"""What LoRA-DA is compared with as well, and what its row says."""
 COURSE = "LoRA-DA's training loss less plain LoRA's, same batches, 2e-4, mean ± standard error over batches, by step:"
 
 
@@ -132,7 +140,9 @@ def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
         task = record["subject"].get("task")
         name = f"MiniLM, {task}" if task else f"{record['subject']['model']}, GSM8K"
         chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
-        found.setdefault(f"{name}, rank {record['cell']['rank']}", []).append(chosen)
+        rank, warmup, rslora = (record["cell"][one] for one in ("rank", "warmup", "use_rslora"))
+        name += f", rank {rank}" + ", rsLoRA" * rslora + f", {warmup:.0%} of warm-up" * (warmup != 0.03)
+        found.setdefault(name, []).append(chosen)
     return list(found.items())
 
 
@@ -161,7 +171,7 @@ def usual_table(records: Sequence[Record]) -> list[str]:
         runs = by_method(found)
         ours, plain = by_rate(runs.get("lora_da", [])), by_rate(runs.get("lora", []))
         pairs = [(f"{rate:g}", ours[rate], plain[rate]) for rate in ours if rate in USUAL_RATES and rate in plain]
-        for other, said in (("longer", "{steps} steps of plain LoRA"), ("drawn head", "drawn head of plain LoRA")):
+        for other, said in OTHERS.items():
             for rate, theirs in by_rate(runs.get(other, [])).items():
                 text = said.format(steps=theirs[0]["cell"]["steps"])
                 pairs += [(f"{rate:g}, {text}", ours[rate], theirs)] if rate in ours else []
@@ -175,16 +185,8 @@ def usual_table(records: Sequence[Record]) -> list[str]:
             kept = [[run["forgetting"] for run in one if "forgetting" in run] for one in (them, us)]
             lost = ", ".join(f"{statistics.fmean(end - begin for begin, end in one):+.4f}" for one in kept if one)
             rows.append([name, rate, *columns, difference(measured(us), measured(them), digits)[0], lost, cost(us)])
-    names = [
-        "subject",
-        "rate",
-        "plain LoRA",
-        "LoRA-DA",
-        "LoRA-DA less plain LoRA",
-        "forgetting of both",
-        "steps: start, head",
-    ]
-    return markdown(names, rows)
+    names = ["subject", "rate", "plain LoRA", "LoRA-DA", "LoRA-DA less plain LoRA", "forgetting of both"]
+    return markdown([*names, "steps: start, head"], rows)
 
 
 def usual_courses(records: Sequence[Record]) -> dict[str, dict[int, list[float]]]:
@@ -258,16 +260,8 @@ def lasting_table(records: Sequence[Record]) -> list[str]:
         found = [NAMES[method] + "".join(names), str(rank), ", ".join(f"{rate:g}" for rate in rates)]
         found += [rate_text(runs, "chosen"), percent(list(scores(ours).values()), 2)]
         rows.append([*found, difference(scores(ours), plain, 2)[0], cost(ours)])
-    names = [
-        "start",
-        "rank",
-        "rates",
-        "best",
-        "accuracy in percent",
-        "less plain LoRA, head fitted",
-        "steps: start, head",
-    ]
-    return markdown(names, rows)
+    names = ["start", "rank", "rates", "best", "accuracy in percent", "less plain LoRA, head fitted"]
+    return markdown([*names, "steps: start, head"], rows)
 
 
 def main(paths: list[str]) -> None:
@@ -281,11 +275,12 @@ def main(paths: list[str]) -> None:
         )
         return
     if "--usual" in paths:
-        plot(every, Path(paths[-1]).with_name("usual.png"))
-        plot_courses(courses := usual_courses(every), Path(paths[-1]).with_name("usual_course.png"))
-        text = ["# At the settings that people use", "", *usual_table(every), "", "![By rate](usual.png)", ""]
-        text += [COURSE, "", *course_table(courses), "", "![By step](usual_course.png)", ""]
-        Path(paths[-1]).with_name("usual.md").write_text("\n".join(text), encoding="utf-8")
+        named = Path(paths[-1]).with_name(Path(paths[-1]).stem.split("_")[0])
+        plot(every, named.with_suffix(".png"))
+        plot_courses(courses := usual_courses(every), Path(f"{named}_course.png"))
+        text = ["# At the settings that people use", "", *usual_table(every), "", f"![By rate]({named.name}.png)", ""]
+        text += [COURSE, "", *course_table(courses), "", f"![By step]({named.name}_course.png)", ""]
+        named.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
         return
     cell = every[0]["cell"]
     lines = ["# New heads: does the start do harm?", ""]
