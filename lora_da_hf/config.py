@@ -94,8 +94,8 @@ class LoRADAConfig:
     num_samples: Count = setting(256, "Samples for the statistics; all of them if you have fewer.")
     batch_size: Count | None = setting(
         None,
-        "Samples in one forward and backward pass; the statistics do not depend on it. None: the trainer's "
-        "per-device training batch size, or 8 without a trainer.",
+        "Samples in one forward and backward pass; the statistics do not depend on it, unless the loss is one of the "
+        "batch (loss_reduction). None: the trainer's per-device training batch size, or 8 without a trainer.",
     )
     search_samples: Annotated[int, Field(ge=0)] = setting(
         16,

@@ -31,8 +31,8 @@ _GATHERS = ("gather", "gather_for_metrics")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` or `nn.DataParallel` wrapped, or the model itself."""
-    model = model.module if isinstance(model, nn.DataParallel) else model
+    """Return the model that `torch.compile`, DDP or `nn.DataParallel` wrapped, or the model itself."""
+    model = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
     return model._modules.get("_orig_mod") or model  # PEFT's models look for other attributes in the base
 
 
@@ -248,8 +248,9 @@ def loss_of(trainer: Trainer) -> ComputeLoss:
 
 @contextlib.contextmanager
 def as_in_training_alone(trainer: Trainer) -> Generator[None]:
-    """Let the loss be that of this process, without the routers' auxiliary one, and leave no trace in its metrics.
+    """Let the loss be that of this process, and one that falls as training goes on; leave no trace in its metrics.
 
+    The routers' auxiliary loss is left out, and so are DPO's weights, which fall with the model's own probabilities.
     `Trainer.compute_loss` multiplies by the number of processes. The losses of TRL write metrics down at each call,
     and gather them from all processes, which call the loss different numbers of times here.
     """
@@ -257,7 +258,8 @@ def as_in_training_alone(trainer: Trainer) -> Generator[None]:
     found = [metrics for name in _METRICS if isinstance(metrics := getattr(trainer, name, None), dict)]
     before = copy.deepcopy(found)
     changes: list[tuple[Any, str, Any]] = [(accelerator, name, lambda one, *_, **__: one) for name in _GATHERS]
-    changes += [(trainer.args, "average_tokens_across_devices", False), (trainer, "aux_loss_enabled", False)]
+    changes += [(trainer.args, "average_tokens_across_devices", False)]
+    changes += [(trainer, name, False) for name in ("aux_loss_enabled", "use_weighting")]
     try:
         with changed(changes):
             yield

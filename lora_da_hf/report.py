@@ -69,7 +69,7 @@ class LoRADAReport:
     Attributes:
         kept: Layers that keep PEFT's own initialisation, with the reason.
         num_unlabelled: Samples left out because they have no label.
-        num_unseen_samples: Those that nothing but their two losses saw.
+        num_unseen_samples: Those of the two losses before and after, used for nothing else.
         population_size: N of the variance term.
         loss_reduction: What the loss of a batch is, and where that is known from.
         step_unit: What the displacements over tokens were divided by, so that a step is the spectral norm that the

@@ -31,11 +31,13 @@ report of a stored initialisation. With more than 32 layers, those of a kind sha
 """
 EXPLAINED = {
     "samples": "how many the statistics were taken from, and how the loss of a batch is made of its samples",
-    "step size": "spectral norm of the largest layer's displacement. 0: no step helped, or there is none; B is zero",
+    "step size": "spectral norm that the farthest layer's displacement is brought to. `by layer`: set from "
+    "`stable_gamma`. 0: no step helped, or the start has none; B is zero",
     "loss": "before and after, on the samples of the search and on held-out samples. Believe the second pair",
     "tokens": "rows in the layer's input second moment",
     "displacement": "largest singular value of the layer's displacement before it is divided by its tokens",
-    "lowest eigenvalue": "of the guidance matrix: the more negative, the more the first direction is worth",
+    "lowest eigenvalue": "of the guidance matrix; for another start, of minus what it leads by. The more negative, the "
+    "more the first direction is worth",
     "residual": "how exactly the eigenproblem was solved, relative to the largest eigenvalue",
     "|sBA|": "Frobenius norm of what the adapter adds to the weight at step 0",
     "kept": "layers that keep PEFT's own initialisation, and why",

@@ -74,13 +74,12 @@ def blocks_of_document(path):
 
 
 def blocks_of_readme(path):
-    """Return the README's Python and its lines of `lora-da` as steps, and the other verbs that it names."""
+    """Return the README's Python and its lines of `lora-da` as steps."""
     text = path.read_text(encoding="utf-8")
     steps = []
     for code, lines in re.findall(r"(?s:```python\n(.*?)```)|((?:^    lora-da .*\n)+)", text, re.MULTILINE):
         steps += [("python", code)] if code else commands(textwrap.dedent(lines))
-    mentioned = re.search(r"`lora-da --help` lists the other verbs \(([^)]*)\)", text)[1]
-    return steps, re.findall(r"`([\w-]+)`", mentioned)
+    return steps
 
 
 def commands(text):

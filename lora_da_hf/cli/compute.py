@@ -22,7 +22,7 @@ _FLAGS = (
     "MODEL train.jsonl my-init --prompt_column question --completion_column answer --lora_rank 16",
     MODEL,
     argument("data", "DATA", _DATA, nargs="+"),
-    argument("output", "OUTPUT", "folder for the initialisation; another one that is there is replaced", type=Path),
+    argument("output", "OUTPUT", "folder for the initialisation; one that is there is replaced", type=Path),
     *_FLAGS,
 )
 def init(arguments: argparse.Namespace, output: Output) -> None:

@@ -121,13 +121,13 @@ def _settings_of_refit(parser: argparse.ArgumentParser) -> None:
 @verb(
     "my-init my-init-damped --rank 4 --da_input_damping 0.3*mean",
     FOLDER,
-    argument("output", "OUTPUT", "folder for the new one; FOLDER itself keeps statistics, not losses", type=Path),
+    argument("output", "OUTPUT", "folder for the new one; if FOLDER, its statistics stay, its losses go", type=Path),
     flag("rank", "rank of the new adapter, at most the stored one or --da_max_rank", type=int),
     flag("step_size", "how far step 0 goes (default: as the stored steps say)", type=float),
     _settings_of_refit,
 )
 def refit(arguments: argparse.Namespace, output: Output) -> None:
-    """Make another initialisation: a smaller rank, or other settings from stored statistics."""
+    """Make another initialisation: another rank, or other settings from stored statistics."""
     from lora_da_hf.pipeline.refit import refit_init
 
     folder = str(arguments.output)

@@ -50,16 +50,16 @@ def apply_init(
     """Initialise a LoRA adapter from a stored initialisation, in place and without statistics.
 
     Each layer gets the first columns of its stored basis at the rank and the scaling that PEFT gives it, so that
-    ``scaling * B A = step_size * D^ Q Q^T``. A head that is trained beside the adapter gets its stored weights. With
+    ``scaling * B A`` is the step along it. A head that is trained beside the adapter gets its stored weights. With
     several processes, call this on each of them with the same folder.
 
     Args:
-        model: A PEFT model with a fresh LoRA adapter that is active, not wrapped in DDP.
+        model: A PEFT model with a fresh LoRA adapter that is active.
         init: A folder, or what `load_init` or `pull_init` returned.
         config: Settings of the step, the split and the search, by name or as a config; of a config, what is not at its
             default replaces what is stored.
-        step_size: How far step 0 goes, whatever the config says; "line_search": what ``samples`` choose; None: as
-            stored for these ranks.
+        step_size: How far step 0 goes, whatever the config says; "line_search": what ``samples`` choose; None: the
+            config's if it gives one, else as stored for these ranks.
         samples: Samples to measure the loss on before and after. Those that the statistics would take are left out.
         compute_loss, data_collator, batch_size, device, progress: As for `initialize_lora_da`.
 

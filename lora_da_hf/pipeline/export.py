@@ -23,7 +23,7 @@ Format = Literal["eva", "corda", "lora_ga", "imatrix"]
 
 
 def export_init(folder: str | Path, output: str | Path, *, to: Format) -> list[str]:
-    """Write a file that another program makes its own start, or quantisation, from, without a pass of its own.
+    """Write the statistics in another program's format, so that it needs no pass of its own.
 
     ======== ==================================================== ===========================================
     to       for                                                  holds

@@ -40,7 +40,7 @@ def refit_init(
 ) -> StoredInit:
     """Make another initialisation from a stored one: other ranks, or, from full statistics, other settings.
 
-    Nothing is measured. All layers have one scaling, which a rank changes as it does in PEFT where `lora_alpha` stays.
+    Nothing is measured. All layers have one scaling. A new rank changes it as in PEFT, since `lora_alpha` stays.
     Layers that PEFT initialised keep their tensors, and experts their rank.
 
     Args:
@@ -49,7 +49,7 @@ def refit_init(
         config: The settings to solve and write with: all of them as a config, or by name those that are not as stored.
             Those of the pass over the data stay.
         rank: Of every layer (of one with fewer directions, all of them); None: as stored.
-        step_size: How far step 0 goes; None: what the config or the stored steps say (`stored_step`).
+        step_size: How far step 0 goes; None: what the config or the stored steps say.
         progress: Whether to show a progress bar while layers are solved.
 
     Returns:

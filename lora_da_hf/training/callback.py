@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 START_FILE = "lora_da_init_from.json"
 
 _OF_ONLINE_RL = "num_generations"
-_LOSSES_OF_THE_MODEL = ("nll", "dft")
-"""TRL's names for the model's own loss, and for a surrogate of it whose value may rise as training goes on."""
 
 
 class LoRADACallback(TrainerCallback):
@@ -176,12 +174,12 @@ class LoRADACallback(TrainerCallback):
         return samples, self.data_collator or collator, population_size
 
     def _loss(self, args: TrainingArguments) -> Any:
-        """Return the trainer's loss; None, the model's, where the callback was not attached."""
-        makes_completions = hasattr(args, _OF_ONLINE_RL)
-        if self._trainer is not None and not makes_completions:
+        """Return the trainer's loss; None, the model's, where the callback was not attached or that need not fall."""
+        loss_type = getattr(args, "loss_type", "nll")  # of TRL, whose dft may rise as training goes on
+        falls = loss_type != "dft" and not hasattr(args, _OF_ONLINE_RL)
+        if self._trainer is not None and falls:
             return loss_of(self._trainer)
-        loss_type = getattr(args, "loss_type", _LOSSES_OF_THE_MODEL[0])  # of TRL
-        is_own = loss_type not in _LOSSES_OF_THE_MODEL and not makes_completions
+        is_own = falls and loss_type != "nll"
         if is_own or args.label_smoothing_factor:
             logger.warning(
                 "LoRA-DA uses the model's loss, without %s. Call callback.attach(trainer) for yours.",

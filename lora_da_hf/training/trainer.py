@@ -23,8 +23,8 @@ class LoRADATrainer(Trainer):
     """A drop-in for `transformers.Trainer` that initialises the LoRA adapter from the training data.
 
     The initialisation uses the trainer's own data, collator, loss, precision and device, runs once before the first
-    step, is logged, and is written to ``output_dir/lora_da``. It runs after ``on_train_begin`` of the callbacks that
-    are given: what these copy there is the adapter before.
+    step, is logged, and is written to ``output_dir/lora_da``. Your callbacks' ``on_train_begin``
+    comes first, so they still see the fresh adapter.
 
     Args:
         model: A plain model, with ``peft_config``, or a PEFT model with a fresh LoRA adapter.

@@ -87,7 +87,8 @@ def test_every_method_runs_on_equal_terms(compare):
         assert len(record["train_losses"]) == 4
         assert record["initialization"]["seconds"] > 0
         assert record["training"]["peak_mib"] > 0
-        expected = {**designs.SHARED, **SMALL, **cell_of(BLOCK, method)}
+        expected = {**designs.SHARED, **SMALL, "method": method}
+        expected |= {"learning_rate": 1e-3, "rank": 2, "seed": 0, "steps": 4}
         if not record["reads_samples"]:
             del expected["reads"]  # which makes no difference to it
         assert record["cell"] == expected
@@ -134,10 +135,6 @@ def test_flags_alone_make_a_comparison_that_goes_on_and_ends_in_a_table_and_a_pi
 def test_flags_beside_a_design_are_refused(compare):
     with pytest.raises(ConfigError, match="--seeds"):
         compare(BLOCK, flags=["--seeds", "5"])
-
-
-def cell_of(block, method):
-    return {"method": method, "learning_rate": 1e-3, "rank": 2, "seed": 0, "steps": 4}
 
 
 def test_a_stopped_comparison_goes_on_and_repeats_to_the_bit(compare, tmp_path):

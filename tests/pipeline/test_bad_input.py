@@ -51,10 +51,6 @@ def refuses(kind, match, model, samples, folder=None, **settings):
 # The model
 
 
-def without_adapter(tiny_llama, lora_model):
-    return tiny_llama()
-
-
 def trained(tiny_llama, lora_model):
     model = lora_model()
     with torch.no_grad():
@@ -81,10 +77,6 @@ def two_active(tiny_llama, lora_model):
     return model
 
 
-def on_meta(tiny_llama, lora_model):
-    return lora_model(model=tiny_llama().to("meta"))
-
-
 def adapter_on_meta(tiny_llama, lora_model):
     model = lora_model()
     model.delete_adapter("default")
@@ -103,7 +95,7 @@ def with_a_nan(tiny_llama, lora_model):
 @pytest.mark.parametrize(
     ("make", "kind", "match"),
     [
-        (without_adapter, TargetError, "get_peft_model"),
+        (lambda llama, _: llama(), TargetError, "get_peft_model"),
         (trained, AdapterAlreadyTrainedError, r"lora_B.*model.layers.1.mlp.up_proj"),
         (merged, TargetError, "unmerge_adapter"),
         (disabled, TargetError, "enable_adapter_layers"),
@@ -113,7 +105,7 @@ def with_a_nan(tiny_llama, lora_model):
             TargetError,
             "IA3",
         ),
-        (on_meta, TargetError, "meta"),
+        (lambda llama, lora: lora(model=llama().to("meta")), TargetError, "meta"),
         (adapter_on_meta, TargetError, "low_cpu_mem_usage"),
         (lambda _, lora: lora(velora_config=VELORA), TargetError, r"q_proj.*VeloraLinearVariant"),
         (lambda _, lora: lora(r=49, target_modules=["q_proj"]), TargetError, "rank 49.*48"),

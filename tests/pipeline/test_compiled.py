@@ -1,7 +1,8 @@
-"""Models that torch.compile was called on: run as they are written, or refused."""
+"""Models that torch.compile or DDP wrapped: run as they are written, or refused."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import initialize, make_lora_config
 from peft import get_peft_model
 
@@ -10,7 +11,7 @@ from lora_da_hf.errors import UnsupportedSetupError
 
 # dynamo looks at .grad of what it is given, with torch 2.13, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("place", ["mlp", "model", "forward", "wrapper"])
+@pytest.mark.parametrize("place", ["mlp", "model", "forward", "wrapper", "ddp"])
 def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_samples, place):
     """A graph that was traced while a step was zero would keep it so, and the search would find no step."""
     samples = token_samples(24, min_length=8, max_length=8)
@@ -26,6 +27,9 @@ def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_sampl
         inner.forward = torch.compile(inner.forward, backend="eager")
     else:
         given = torch.compile(compiled, backend="eager")
+    if place == "ddp":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        given = torch.nn.parallel.DistributedDataParallel(given)
     batch = {name: torch.tensor([sample[name] for sample in samples[:3]]) for name in samples[0]}
     try:
         with torch.no_grad():
@@ -33,6 +37,8 @@ def test_a_model_compiled_before_is_run_as_it_is_written(lora_model, token_sampl
         reports = [initialize(model, samples) for model in (plain, given)]
     finally:
         torch.compiler.reset()
+        if place == "ddp":
+            dist.destroy_process_group()
     assert reports[0].step_size > 0
     assert [layer.name for layer in reports[1].layers] == [layer.name for layer in reports[0].layers]
     expected = dict(plain.named_parameters())

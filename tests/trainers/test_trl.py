@@ -24,6 +24,7 @@ from harness import (
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_da_hf import LoRADACallback, load_init
+from lora_da_hf.losses import as_in_training_alone
 
 trl = pytest.importorskip("trl")
 
@@ -98,9 +99,10 @@ def make_sft(folder, model, callback, *, count=24, **arguments):
     "TRL's `SFTTrainer`",
     "by `LoRADACallback`, with the model's loss, or by `attach` with the trainer's",
 )
-def test_sft_with_its_own_loss(tmp_path, tiny_llama, lora_model):
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_sft_with_its_own_loss_or_the_model_s(tmp_path, tiny_llama, lora_model, loss_type):
     callback = make_callback()
-    trainer = make_sft(tmp_path, tiny_llama(), callback)
+    trainer = make_sft(tmp_path, tiny_llama(), callback, loss_type=loss_type)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(tmp_path / "lora_da", start, report)
     samples = [{**sample, "labels": sample["input_ids"]} for sample in chosen(once_each(24))]
@@ -184,7 +186,7 @@ def test_dpo_whose_reference_is_the_base(tmp_path, tiny_llama):
 )
 def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
     callback = make_callback()
-    trainer = make_dpo(tmp_path, lora_model(), callback)
+    trainer = make_dpo(tmp_path, lora_model(), callback, use_weighting=True)
     assert "ref" in trainer.model.peft_config
     check_dpo(tmp_path, trainer, callback)
     reference = {name: p for name, p in trainer.model.named_parameters() if ".ref." in name}
@@ -195,7 +197,8 @@ def test_dpo_whose_reference_is_a_copy_of_the_adapter(tmp_path, lora_model):
 
 def check_dpo(folder, trainer, callback):
     """The search must move the policy and not the reference: only then does the loss leave log 2."""
-    expected = expected_of(trainer, trainer.model)
+    with as_in_training_alone(trainer):  # without WPO's weights, the policy's own probabilities
+        expected = expected_of(trainer, trainer.model)
     start, report = train_with_its_loss(trainer, callback)
     assert_initialized(folder / "lora_da", start, report)
     assert_statistics_equal(stored_statistics(folder / "lora_da"), expected, 1e-4)

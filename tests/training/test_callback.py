@@ -29,10 +29,6 @@ def make_trainer(folder, model, samples, callback=None, **arguments):
     return Trainer(model, make_args(folder, **arguments), collate, samples, callbacks=callbacks)
 
 
-def logged_metrics(trainer):
-    return [entry for entry in trainer.state.log_history if "lora_da_step_size" in entry]
-
-
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_plain_trainer_with_the_callback_does_what_our_trainer_does(tmp_path, lora_model, samples, capsys, attached):
     callback = LoRADACallback(make_config())
@@ -47,7 +43,7 @@ def test_a_plain_trainer_with_the_callback_does_what_our_trainer_does(tmp_path, 
     assert_same_tensors(adapter_weights(trainer.model), adapter_weights(ours.model))
     report = callback.report
     assert (len(report.layers), report.batch_size, report.population_size) == (LINEAR_LAYERS, 4, len(samples))
-    (entry,) = logged_metrics(trainer)
+    (entry,) = [entry for entry in trainer.state.log_history if "lora_da_step_size" in entry]
     assert (entry["step"], entry["lora_da_step_size"]) == (0, report.step_size)
     line = f"LoRA-DA: held-out loss {report.unseen_loss_before:.4f} -> {report.unseen_loss_after:.4f} in "
     assert line in capsys.readouterr().out
