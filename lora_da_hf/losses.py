@@ -30,9 +30,10 @@ _METRICS = ("_metrics", "_stored_metrics")
 _GATHERS = ("gather", "gather_for_metrics")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile`, DDP or `nn.DataParallel` wrapped, or the model itself."""
-    model = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+def unwrapped(model: Any) -> nn.Module:
+    """Return the model inside DDP, `nn.DataParallel`, DeepSpeed's engine or `torch.compile`, or the model itself."""
+    wrappers = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}
+    model = model.module if wrappers & {kind.__name__ for kind in type(model).__mro__} else model
     return model._modules.get("_orig_mod") or model  # PEFT's models look for other attributes in the base
 
 

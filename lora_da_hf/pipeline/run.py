@@ -59,8 +59,7 @@ def initialize_lora_da(
     loss. With several processes, call this on each of them with the same samples; they share the work.
 
     Args:
-        model: A PEFT model with a fresh LoRA adapter that is active, not wrapped in DDP or a DeepSpeed engine;
-            FSDP2 shards in place. A compiled model is run as it is written.
+        model: A PEFT model with a fresh LoRA adapter that is active. A compiled model is run as it is written.
         samples: A list or data set of tokenised samples, a stream of them, or a data loader.
         config: The settings; None: ``LoRADAConfig()``.
         population_size: N, how many samples training draws from; None: the number of samples.
