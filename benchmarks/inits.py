@@ -97,11 +97,9 @@ def take_out_in_float32(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 def eva(setup: Setup) -> Made:
     """Make an adapter by EVA, with its ranks left equal (``rho=1``): every layer then has the scaling that all have."""
-    batches = list(setup.batches(setup.batch_size))
-    counted = EvaConfig(rho=1.0, use_label_mask=batches[0]["labels"].dim() > 1)  # a class is the label of no token
-    config = setup.config(init_lora_weights="eva", eva_config=counted)
+    config = setup.config(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     model = get_peft_model(setup.model, config, low_cpu_mem_usage=True)
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    initialize_lora_eva_weights(model, list(setup.batches(setup.batch_size)), show_progress_bar=False)
     return model, {}
 
 
