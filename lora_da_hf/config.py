@@ -240,7 +240,6 @@ PASS_SETTINGS = ("memory_budget",)
 """How a machine makes a pass over data, which changes nothing that it finds."""
 
 FREE_IN_REFIT = frozenset({*SOLVE_SETTINGS, *_WRITE_SETTINGS, "save_statistics"})
-"""What `refit_init` may change."""
 
 FREE_IN_USE = frozenset({*_WRITE_SETTINGS, "search_samples", "batch_size", "loss_reduction"})
 """What `apply_init` may change: the write, and the search of a step, which needs data and no statistics."""

@@ -22,7 +22,6 @@ from lora_da_hf.statistics.taps import input_groups
 from lora_da_hf.theory.steps import paper_step_size
 
 TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
-"""Shape and safetensors dtype of each tensor."""
 
 _HEADER_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
@@ -31,7 +30,6 @@ _MEAN = "input_mean"
 _OUTPUT = "output_grad_second_moment_diag"
 _GRAD = "weight_grad"
 _OF_LAYER = ("A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector")
-"""What PEFT may store of a layer."""
 _TOLERANCE = 1e-4
 """Relative; and four roundings of the adapter's dtype."""
 

@@ -82,7 +82,6 @@ def in_lines(values: Mapping[str, Any]) -> str:
 
 Run = Callable[[argparse.Namespace, Output], None]
 Flags = Callable[[argparse.ArgumentParser], Any]
-"""What adds one or more flags to a verb's parser."""
 
 
 @dataclass(frozen=True)

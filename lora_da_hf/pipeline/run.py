@@ -15,11 +15,11 @@ from torch import nn
 from lora_da_hf.adapters.trial import adapters_off
 from lora_da_hf.adapters.write import freeze_a, mark_initialized
 from lora_da_hf.artifacts.folders import check_replaceable, check_writable
-from lora_da_hf.artifacts.store import load_init, write_init
+from lora_da_hf.artifacts.store import write_init
 from lora_da_hf.collator import RawCollate
 from lora_da_hf.config import LoRADAConfig
 from lora_da_hf.distributed.parameters import settle
-from lora_da_hf.errors import ArtifactError, ConfigError
+from lora_da_hf.errors import ConfigError
 from lora_da_hf.losses import unwrapped
 from lora_da_hf.pipeline.agreement import check_same_settings, choose_together, fingerprint
 from lora_da_hf.pipeline.base_model import trained_heads
@@ -204,7 +204,7 @@ def _make_statistics_folder(job: Job, folder: Path | None, files: contextlib.Exi
 def _save(
     job: Job, folder: Path, solved: Solved, statistics: Path | None, identity: Identity, report: LoRADAReport
 ) -> LoRADAReport:
-    """Write the initialisation to its folder, read it back, and say at once if others could not."""
+    """Write the initialisation to its folder."""
     settle(job.model)  # FSDP2 leaves the root's parameters together after a pass, frozen as they were in it
     with job.stage("save"):
         adapter = adapter_as_stored(job.model, job.scan.adapter_name, job.base_model)
@@ -220,10 +220,4 @@ def _save(
             statistics=sorted(statistics.iterdir()) if statistics else (),
             identity=identity,
         )
-        try:
-            load_init(folder, statistics=False)
-        except ArtifactError as error:
-            note = f"what was stored cannot be read again, so it is of no use beyond this training ({error})"
-            logger.warning("LoRA-DA: %s. Please report this.", note)
-            return dataclasses.replace(report, notes=[*report.notes, note])
     return report

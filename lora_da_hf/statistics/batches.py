@@ -15,7 +15,6 @@ from lora_da_hf.errors import DataError
 from lora_da_hf.statistics.token_masks import read_batch_tokens
 
 Collate = Callable[[Sequence[Any]], Mapping[str, Any]]
-"""Makes a batch, on the model's device, of a list of samples."""
 
 _LITTLE_PADDING = 16
 _MOST_UNLIKE = 4

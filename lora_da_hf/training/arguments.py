@@ -109,9 +109,14 @@ def with_adapter(model: Any, lora: "LoraConfig") -> Any:
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, lora)
+        made = get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"PEFT cannot make this adapter: {error}") from error
+    names = [name for name, _ in made.named_modules()]
+    for target in sorted(lora.target_modules) if isinstance(lora.target_modules, set) else ():
+        if not any(name.endswith(f".{target}") for name in names):  # PEFT asks for one of all
+            raise ConfigError(f"--target_modules: the model has no layer {target}. Check the name, or leave it out.")
+    return made
 
 
 def _to_config(flags: Any) -> LoRADAConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 from functools import partial
 from itertools import chain
@@ -219,24 +220,27 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool) -> lis
 def _in_parts(texts: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> _Parts:
     """Encode texts that follow each other, each behind those before it where that leaves their tokens as they are.
 
-    Alone, SentencePiece begins each with a space that the text has not.
+    Alone, SentencePiece begins each with a space that the text has not; behind the end of a line it does not.
     """
     parts: _Parts = []
-    so_far, done = "", list[int]()
+    so_far, done, line_end = "", list[int](), _ids("\n", tokenizer, special=False)
     for text, counts in texts:
         so_far += text
         whole = _ids(so_far, tokenizer, special=special)
-        own = whole[len(done) :] if whole[: len(done)] == done else _ids(text, tokenizer, special=False)
+        before = done
+        if whole[: len(done)] != done:
+            whole, before = _ids("\n" + text, tokenizer, special=False), line_end
+        own = whole[len(before) :] if whole[: len(before)] == before else _ids(text, tokenizer, special=False)
         parts.append((own, counts))
         done += own
     return parts
 
 
 def _of_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
-    """Encode a pair as it stands, with an end-of-text token behind it."""
-    end: Any = tokenizer.eos_token_id
-    end = [] if end is None else [end]
-    return [*_in_parts([(prompt, False), (completion, True)], tokenizer, special=True), (end, True)]
+    """Encode a pair as it stands, with an end-of-text token behind it, unless it ends in one."""
+    end: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, own = _in_parts([(prompt, False), (completion, True)], tokenizer, special=True)
+    return [before, own, ([] if own[0][-1:] == end else end, True)]
 
 
 def _of_chat_pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> _Parts:
@@ -248,6 +252,8 @@ def _of_chat(turns: Any, tokenizer: PreTrainedTokenizerBase) -> _Parts:
     are_turns = isinstance(turns, list) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
     if not (are_turns and all(turn.get("tool_calls") or isinstance(turn.get("content"), str) for turn in turns)):
         raise DataError(f"A chat must be a list of turns with a role and a content that is text, not {turns!r:.80}.")
+    # a table of structs, such as parquet's, has the arguments of every tool in each call
+    turns = json.loads(json.dumps(turns), object_hook=lambda found: {k: v for k, v in found.items() if v is not None})
     texts: list[tuple[str, bool]] = []
     done = ""
     for place, turn in enumerate(turns):

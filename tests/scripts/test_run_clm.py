@@ -13,14 +13,14 @@ import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import run_clm
 
 from lora_da_hf import LoRADAError
-from lora_da_hf.training.text import _of_pair
+from lora_da_hf.training.text import _of_chat, _of_pair
 from lora_da_hf.training.text import load_file as load_rows
 
 # The csv reader of datasets 4.0 leaves its file to the garbage collector.
@@ -255,15 +255,35 @@ def test_words_that_pandas_takes_for_empty_cells_are_text(tmp_path):
     assert load_rows(str(tmp_path / "a[1].csv"))["text"][:] == ["None", "NA", None]
 
 
-def test_a_completion_is_encoded_behind_its_prompt_and_not_as_if_a_text_began():
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "\n": 5}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("", "isolated")]
-    )
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("a\n", "b", [[2, 3, 5], [4], [1]]),
+        ("a ", "b", [[2, 3, 2], [4], [1]]),  # both together would be "▁b", and "b" alone, too
+        ("a", " b", [[2, 3], [6], [1]]),
+        ("a\n", "b</s>", [[2, 3, 5], [4, 1], []]),
+    ],
+)
+def test_a_completion_is_encoded_behind_its_prompt_and_not_as_if_a_text_began(prompt, completion, expected):
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "\n": 5, "▁b": 6}
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "b")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    (prompt, _), (completion, counts), (end, _) = _of_pair("a\n", "b", tokenizer)
-    assert (prompt, completion, end, counts) == ([2, 3, 5], [4], [1], True)
+    parts = _of_pair(prompt, completion, tokenizer)
+    assert [ids for ids, _ in parts] == expected
+    assert [counts for _, counts in parts] == [False, True, True]
+
+
+def test_keys_that_a_table_fills_into_a_tool_call_are_left_out():
+    calls = [{"function": {"name": "weather", "arguments": {"city": "w1", "expression": None}}}]
+    turns = [{"role": "user", "content": "w2"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} "
+        "{% for c in m.tool_calls %}{{ c.function.arguments.values() | join(' ') }}{% endfor %}{% endfor %}"
+    )
+    assert [tokenizer.decode(ids) for ids, _ in _of_chat(turns, tokenizer)] == ["w2", "w1"]
 
 
 def test_pairs_are_cut_and_rows_without_a_label_are_left_out(model_dir, tmp_path, samples, caplog):
@@ -435,6 +455,7 @@ def test_wrong_config_file(capsys, tmp_path, text, message):
         ([*PAIR_FLAGS, "--block_size", "3"], "--block_size 3. Raise it"),
         ([*PAIR_FLAGS, "--streaming", "--do_eval"], "give --validation_file"),
         ([*PAIR_FLAGS, "--target_modules", "nope"], "'nope'"),
+        ([*PAIR_FLAGS, "--target_modules", "q_proj", "nope"], "no layer nope"),
     ],
 )
 def test_data_that_does_not_fit(model_dir, tmp_path, pairs_file, more, message):
