@@ -58,7 +58,7 @@ def test_the_wheel_alone_runs_the_readme_and_shares(wheel, hub, tmp_path):
 
     serve_what_the_readme_names(hub, tmp_path)
     environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_alice"}
-    steps, _ = blocks_of_readme(REPOSITORY / "README.md")
+    steps = blocks_of_readme(REPOSITORY / "README.md")
     steps = [steps[0], *(step for step in steps if step[0] == "lora-da")]
     assert [words[0] for _, words in steps[1:]] == ["init", "push"]
     shown = run_steps(steps, tmp_path, replace={"your-name": "alice"}, environment=environment, python=python)
