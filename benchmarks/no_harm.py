@@ -127,7 +127,6 @@ OTHERS = {
     "longer": "{steps} steps of plain LoRA",
     "drawn head": "drawn head of plain LoRA",
     "pissa": "PiSSA in place of plain LoRA",
-    "eva": "EVA in place of plain LoRA",
 }
 """What LoRA-DA is compared with as well, and what its row says."""
 COURSE = "LoRA-DA's training loss less plain LoRA's, same batches, 2e-4, mean ± standard error over batches, by step:"
