@@ -6,7 +6,7 @@
     done
     python benchmarks/no_harm.py benchmarks/results/no_harm_*.jsonl
 
-writes `no_harm.md` beside the lines. With the designs `usual_settings` and `usual_gsm8k`,
+writes `no_harm.md` beside the lines. With the designs `usual_settings`, `usual_gsm8k` and `usual_packages`,
 
     python benchmarks/no_harm.py --usual benchmarks/results/usual_*.jsonl
 
@@ -129,6 +129,7 @@ OTHERS = {
     "pissa": "PiSSA in place of plain LoRA",
 }
 """What LoRA-DA is compared with as well, and what its row says."""
+TEXTS = {"smollm2-135m-instruct": "SmolLM2-135M, GSM8K", "gemma-3-270m": "Gemma 3 270M, packages"}
 COURSE = "LoRA-DA's training loss less plain LoRA's, same batches, 2e-4, mean ± standard error over batches, by step:"
 
 
@@ -137,7 +138,8 @@ def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["cell"]["rank"]):
         task = record["subject"].get("task")
-        name = f"MiniLM, {task}" if task else f"{record['subject']['model']}, GSM8K"
+        model = record["subject"]["model"]
+        name = f"MiniLM, {task}" if task else TEXTS.get(model, model)
         chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
         rank, warmup, rslora = (record["cell"][one] for one in ("rank", "warmup", "use_rslora"))
         name += f", rank {rank}" + ", rsLoRA" * rslora + f", {warmup:.0%} of warm-up" * (warmup != 0.03)
@@ -221,10 +223,10 @@ def cost(records: Sequence[Record]) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw the metric over the learning rate: a panel for each subject and rank, a line for each method."""
+    """Draw the metric over the learning rate: a panel for each subject and rank that has several, a line a method."""
     from matplotlib.figure import Figure
 
-    found = panels(records)
+    found = [panel for panel in panels(records) if len(by_rate(panel[1])) > 1]
     figure = Figure(figsize=(4.5 * len(found), 4), layout="constrained")
     for axes, (name, cells) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         runs = by_method(cells)
