@@ -138,7 +138,7 @@ def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["cell"]["rank"]):
         task = record["subject"].get("task")
-        model = record["subject"]["model"]
+        model = record["subject"].get("model")
         name = f"MiniLM, {task}" if task else TEXTS.get(model, model)
         chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
         rank, warmup, rslora = (record["cell"][one] for one in ("rank", "warmup", "use_rslora"))
