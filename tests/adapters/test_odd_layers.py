@@ -37,13 +37,6 @@ def deepseek():
     return tf.DeepseekV3ForCausalLM(config)
 
 
-def longcat():
-    sizes = {"vocab_size": 96, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 1, "num_attention_heads": 4}
-    return tf.LongcatFlashForCausalLM(
-        tf.LongcatFlashConfig(**sizes, **LATENT, expert_ffn_hidden_size=24, zero_expert_num=2, moe_topk=2, head_dim=4)
-    )
-
-
 def llama4():
     return tf.Llama4ForCausalLM(
         tf.Llama4TextConfig(**DECODER, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1, head_dim=8)
@@ -78,12 +71,12 @@ def test_latent_attention_whose_rows_have_a_dimension_of_heads_runs_in_batches()
 
 
 def test_a_parameter_that_is_named_without_its_module_makes_a_folder_that_can_be_read(tmp_path):
-    lora = {"target_modules": ["q_b_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
-    report = initialize(wrapped(longcat, **lora), folder=tmp_path / "init")
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    report = initialize(wrapped(llama4, **lora), folder=tmp_path / "init")
     assert len(report.layers) == 2
     assert all("experts interface" in reason for reason in report.kept.values())
     assert load_init(tmp_path / "init").report.kept == report.kept
-    PeftModel.from_pretrained(longcat(), tmp_path / "init")
+    PeftModel.from_pretrained(llama4(), tmp_path / "init")
 
 
 @pytest.mark.parametrize("make", [llama4, phimoe])
