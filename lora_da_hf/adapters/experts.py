@@ -96,7 +96,7 @@ def _forward_by_expert(experts: Any, known: dict[tuple[str, int], ExpertLinear])
         return known.get((name, index)) or ExpertLinear(experts, name, index)
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        chosen, order = top_k_index.reshape(-1).sort(stable=True)
+        chosen, order = top_k_index.masked_fill(top_k_weights == 0, experts.num_experts).reshape(-1).sort(stable=True)
         numbers = torch.arange(experts.num_experts, dtype=chosen.dtype, device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True).tolist()  # once a layer: it waits for the GPU
         tokens_of, weights = order // top_k_index.shape[1], top_k_weights.reshape(-1)[order]

@@ -45,6 +45,16 @@ def test_the_statistics_of_experts_do_not_depend_on_batching(tmp_path):
     assert reports[1].search_loss_after < reports[1].search_loss_before
 
 
+def test_tokens_of_weight_zero_are_not_counted(tmp_path):
+    """LongCat sends those of its zero experts to real ones like this."""
+    model = make_mixtral()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, args, out: (out[0], out[1] * torch.tensor([1, 0]), out[2]))
+    initialize(model, SAMPLES, tmp_path, **EIGHT)
+    experts = [found for name, found in stored_statistics(tmp_path).items() if "layers.0.mlp.experts[" in name]
+    assert sum(found.num_input_tokens for found in experts) == sum(len(s["input_ids"]) for s in chosen(SAMPLES))
+
+
 def test_a_forward_of_the_experts_own_is_put_back():
     model = make_mixtral()
     experts, *others = (module for module in model.modules() if type(module).__name__ == "MixtralExperts")
@@ -81,18 +91,16 @@ def test_an_expert_without_tokens_keeps_its_initialisation_and_is_listed(tmp_pat
     report = initialize(model, SAMPLES, tmp_path, **EIGHT)
     assert sum(name.endswith("[3]") for name in report.kept) == 4
     assert_initialized(tmp_path, Adapter.of(model), report, kept=("mlp.gate", "[3]"))
-    rank = 4
     for name, parameter in model.named_parameters():
         if "experts" in name and "lora_A" in name:
-            assert torch.equal(parameter[3 * rank :], before[name][3 * rank :])
-            assert not torch.equal(parameter[: 3 * rank], before[name][: 3 * rank])
+            assert torch.equal(parameter[12:], before[name][12:])  # four rows an expert
+            assert not torch.equal(parameter[:12], before[name][:12])
         if "experts" in name and "lora_B" in name:
             assert not parameter[:, 3::4].any()
             assert parameter[:, 0::4].any()
 
 
 RANKS = {"experts.gate_up_proj": 2, r"layers\.1\..*experts\.down_proj": 3, "q_proj": 5}
-ALPHAS = {name: 4 * rank for name, rank in RANKS.items()}
 
 
 @pytest.mark.support(
@@ -101,7 +109,7 @@ ALPHAS = {name: 4 * rank for name, rank in RANKS.items()}
 # PEFT 0.21 says that keys of parameters match nothing, and uses them all the same, seen 2026-11
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_experts_with_ranks_of_their_own_are_written_and_read(tmp_path):
-    model = make_mixtral(rank_pattern=RANKS, alpha_pattern=ALPHAS)
+    model = make_mixtral(rank_pattern=RANKS, alpha_pattern={name: 4 * rank for name, rank in RANKS.items()})
     report = initialize(model, SAMPLES, tmp_path, **EIGHT)
     assert_initialized(tmp_path, Adapter.of(model), report, kept=("mlp.gate",))
     assert {layer.rank for layer in report.layers} == {2, 3, 4, 5}
@@ -119,8 +127,7 @@ def test_a_stored_initialisation_of_experts_is_used_for_some_of_them_and_knows_i
 
 def test_experts_that_cannot_be_run_one_by_one_are_listed():
     model = make_mixtral()
-    inner = model.get_base_model().model.layers[0].mlp.experts.base_layer  # that of gate_up_proj
-    inner.get_base_layer()._is_expert_parallel = True
+    model.get_base_model().model.layers[0].mlp.experts.get_base_layer()._is_expert_parallel = True
     kept = initialize(model, SAMPLES, step_size=0.05, search_samples=0).kept
     assert "model.layers.0.mlp.experts.base_layer" in kept
     assert "model.layers.1.mlp.experts.base_layer" not in kept
