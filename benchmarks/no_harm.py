@@ -134,16 +134,21 @@ COURSE = "LoRA-DA's training loss less plain LoRA's, same batches, 2e-4, mean ±
 
 
 def panels(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Return the runs of each subject and rank by name, with the loss by which a rate is chosen, of other rows."""
+    """Return the runs of each subject and rank by name, with the loss by which a rate is chosen.
+
+    That is the one on other rows or, of text, the training loss of the last 128 steps of an epoch.
+    """
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["cell"]["rank"]):
         task = record["subject"].get("task")
         model = record["subject"].get("model")
         name = f"MiniLM, {task}" if task else TEXTS.get(model, model)
-        chosen = {**record, "chosen": record["choice"][0] if task else record["final_loss"]}
+        chosen = record["choice"][0] if task else record["final_loss"]
+        if not task and chosen is not None:
+            chosen = statistics.fmean(record["train_losses"][-128:])
         rank, warmup, rslora = (record["cell"][one] for one in ("rank", "warmup", "use_rslora"))
         name += f", rank {rank}" + ", rsLoRA" * rslora + f", {warmup:.0%} of warm-up" * (warmup != 0.03)
-        found.setdefault(name, []).append(chosen)
+        found.setdefault(name, []).append({**record, "chosen": chosen})
     return list(found.items())
 
 

@@ -39,9 +39,7 @@ def make_token_samples(count, *, seed=0, min_length=5, max_length=14, vocabulary
         length = generator.randint(min_length, max_length)
         ids = [generator.randrange(3, vocabulary) for _ in range(length)]
         prompt = generator.randint(1, length - 2)
-        samples.append(
-            {"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * prompt + ids[prompt:]},
-        )
+        samples.append({"input_ids": ids, "attention_mask": [1] * length, "labels": [-100] * prompt + ids[prompt:]})
     return samples
 
 

@@ -80,11 +80,7 @@ def test_a_family_is_initialised_trained_saved_and_loaded(tmp_path, family):
         assert not any("one sample at a time" in note for note in report.notes)
     else:
         expected = autograd_statistics(
-            family.adapt(),
-            chosen(samples),
-            model_loss,
-            family.collate,
-            items_of(report, shifted=family.shifted),
+            family.adapt(), chosen(samples), model_loss, family.collate, items_of(report, shifted=family.shifted)
         )
         assert_statistics_equal(statistics, {name: expected[name] for name in statistics}, 1e-4)
     trainer.save_model(tmp_path / "trained")

@@ -140,12 +140,7 @@ def test_a_contrastive_loss_takes_the_batch_as_it_is(tmp_path):
     assert "the loss is one of 4 samples together and cannot be split" in " ".join(report.notes)
     taken = chosen(samples, 16, 32)
     groups = [taken[start : start + 4] for start in range(0, 16, 4)]
-    expected = autograd_statistics(
-        only_the_encoder(),
-        groups,
-        contrastive,
-        lambda one: pad_samples(one[0]),
-    )
+    expected = autograd_statistics(only_the_encoder(), groups, contrastive, lambda one: pad_samples(one[0]))
     for name, layer in statistics.items():
         torch.testing.assert_close(layer.weight_grad.double(), expected[name].weight_grad, rtol=1e-3, atol=1e-5)
 
