@@ -239,7 +239,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
             points = {rate: list(measured(one).values()) for rate, one in by_rate(runs.get(method, [])).items()}
             draw(axes, points, label=said, color=color, marker="o")
         axes.set(xscale="log", xlabel="learning rate", ylabel=cells[0].get("metric", "loss on unseen data"), title=name)
-        axes.xaxis.set_minor_formatter(lambda *_: "")
+        axes.minorticks_off()
+        axes.set_xticks(sorted(by_rate(cells)), [f"{rate:g}" for rate in sorted(by_rate(cells))])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
