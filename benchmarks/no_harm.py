@@ -240,7 +240,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
             draw(axes, points, label=said, color=color, marker="o")
         axes.set(xscale="log", xlabel="learning rate", ylabel=cells[0].get("metric", "loss on unseen data"), title=name)
         axes.minorticks_off()
-        axes.set_xticks(sorted(by_rate(cells)), [f"{rate:g}" for rate in sorted(by_rate(cells))])
+        axes.set_xticks(list(by_rate(cells)), [f"{rate:g}" for rate in by_rate(cells)])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
